@@ -1,0 +1,44 @@
+# make demo     train a ViT on real digits, then see what every method does to it
+# make test     lint, then all tests
+# make bench    time primitives, reducers and ViTs on this device
+# make targets  compile for TPUs and GPUs that nobody here owns
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+PY := $(VENV)/bin/python
+JOBS ?= 2
+
+.PHONY: demo test lint bench targets clean
+
+demo: $(VENV)/.installed
+	$(PY) -m train --config=configs/digits.py --workdir=$(RUNS)/digits
+	$(PY) -m eval --config=configs/digits_sweep.py --workdir=$(RUNS)/digits
+
+test: lint
+	$(PY) -m pytest -n $(JOBS) --durations=10
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+
+bench: $(VENV)/.installed
+	$(PY) -m tools.bench
+
+targets: $(VENV)/.installed-targets
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PY) -m tools.targets
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-targets: $(VENV)/.installed requirements-targets.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-targets.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(RUNS) data

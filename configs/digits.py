@@ -1,0 +1,39 @@
+"""A small ViT on scikit-learn's handwritten digits (1,797 real 8 x 8 images), on a laptop.
+
+  python -m train --config=configs/digits.py --workdir=runs/digits
+  python -m train --config=configs/digits.py --workdir=runs/tome --config.reduce.vision.method=tome \\
+      --config.reduce.vision.remove=8
+"""
+
+import ml_collections
+
+from configs.common import VIT_SHARDING, reduction
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Depth 6, width 96, 64 patches and [CLS]."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.total_steps = 400
+  config.log_steps = 20
+  config.eval_steps = 100
+  config.checkpoint_steps = 100
+
+  config.data = dict(
+      name='digits', data_dir='data', image_size=32, channels=1, batch_size=128,
+      train_split='train', test_split='test', mean=(0.5,), std=(0.5,),
+      augment=dict(method='affine', shift=0.08, degrees=10.0, scale=(0.9, 1.1)),
+  )
+  config.model = dict(
+      variant='Ti/4', width=96, depth=6, heads=3, mlp=192, image_size=32, channels=1,
+      num_classes=10, dropout=0.0, dtype='float32', remat='none',
+  )
+  config.reduce = dict(vision=reduction())
+
+  config.optimizer = dict(
+      peak_lr=2e-3, warmup_steps=40, weight_decay=0.05, clip_norm=1.0, label_smoothing=0.1,
+      ema_decay=0.98, accumulate=1,
+  )
+  config.mesh = dict(data=-1)
+  config.sharding = VIT_SHARDING
+  return config

@@ -1,0 +1,202 @@
+"""Loads a trained model once, and sweeps methods and budgets over it.
+
+  python -m eval --config=configs/digits_sweep.py --workdir=runs/digits
+
+Writes sweep.jsonl (a row a method and budget; rows that are there are not made again), a table,
+plots of accuracy against cost and latency, and pictures of what was kept, merged and dropped.
+
+Axes: B batch, N slots.
+"""
+
+import functools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import struct
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from lib import checkpoint, cli, cost, data, launch, overlay, report, sharding, timing
+from models.build import build
+from models.compressors import COMPRESSORS
+from models.plan import methods
+from models.stack import best_form, unstack
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'What to evaluate.', lock_config=True)
+WORKDIR = flags.DEFINE_string('workdir', None, 'The training run; results go there too.')
+
+
+@struct.dataclass
+class Candidate:
+  """A method under a budget, compiled.
+
+  Attributes:
+    vit: the model with its plan. Static.
+    params: in the form that runs fastest here.
+    run: (params, images) -> (logits, cuts without features).
+    compile_s: seconds that compiling took. Static.
+  """
+
+  vit: object = struct.field(pytree_node=False)
+  params: dict
+  run: object = struct.field(pytree_node=False)
+  compile_s: float = struct.field(pytree_node=False)
+
+
+def main(argv):
+  del argv
+  config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
+  first = launch.start()
+  mesh = sharding.make_mesh(config.mesh)
+  step, trained = load(config, workdir, mesh)
+  batches = [(batch, sharding.put(batch, mesh)) for batch in data.eval_batches(
+      config.data, process_index=jax.process_index(), process_count=jax.process_count())]
+
+  path = workdir / 'sweep.jsonl'
+  before = {name(row): row for row in report.read_jsonl(path)} if path.exists() else {}
+  base, rows = None, []
+  wanted = list(candidates(config.sweep))
+  for method, budget in tqdm(wanted, disable=not sys.stderr.isatty(), unit='candidate'):
+    known = before.get((step, method, str(budget)))
+    if known is None:
+      base = base or prepare(config, 'none', 1.0, trained, mesh, batches)
+      made = base if method == 'none' else prepare(config, method, budget, trained, mesh, batches)
+      known = {'step': step, 'method': method, 'budget': str(budget)}
+      known |= measure(made, base, batches, config.sweep) | timing.machine()
+      if first:
+        report.append_jsonl(path, known)
+    rows.append(known)
+  if first:
+    show(rows, workdir, config.sweep)
+    pictures(config, trained, mesh, batches, workdir)
+
+
+def name(row):
+  """What makes a row of sweep.jsonl the same measurement."""
+  return row['step'], row['method'], row['budget']
+
+
+def candidates(sweep):
+  """(method, budget) pairs, the unreduced model first; all methods unless the config names some."""
+  yield 'none', 1.0
+  for method in sweep.methods or [known for known in methods() if known != 'none']:
+    for budget in sweep.budgets:
+      yield method, budget
+
+
+def load(config, workdir, mesh):
+  """The best checkpoint's step and its averaged parameters, placed on the mesh."""
+  vit = build(config.model)
+  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+  abstract = jax.eval_shape(vit.init, jax.random.key(0), images)['params']
+  places = sharding.place(abstract, config.sharding, mesh)
+  template = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      abstract, places)
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
+  step = checkpoints.best()
+  if step is None:
+    raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
+                            f'python -m train --config=configs/digits.py --workdir={workdir}')
+  params = checkpoints.read_part(step, 'ema', template)
+  checkpoints.close()
+  return step, params
+
+
+def prepare(config, method, budget, trained, mesh, batches):
+  """Builds and compiles one candidate."""
+  platform = mesh.devices.flat[0].platform
+  reduce = {'method': method, 'layers': tuple(config.sweep.layers), config.sweep.form: budget,
+            **config.sweep.overrides.get(method, {})}
+  vit = build(config.model, reduce, macs=cost.solver, mesh=mesh if mesh.size > 1 else None,
+              platform=platform)
+  params = dict(trained)
+  if method in COMPRESSORS:
+    images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+    fresh = jax.jit(vit.clone(mesh=None).init)(jax.random.key(config.seed), images)['params']
+    # The backbone is the trained one; only what it lacks is fresh.
+    params['stack'] = {**fresh['stack'], **trained['stack']}
+  if best_form(vit.plan, platform=platform) == 'unstacked':
+    params['stack'] = {**params['stack'],
+                       'blocks': unstack(params['stack']['blocks'], vit.depth)}
+
+  def forward(params, images):
+    logits, out = vit.apply({'params': params}, images)
+    cuts = {layer: cut.replace(x=cut.x[..., :0], stats={}) for layer, cut in out['cuts'].items()}
+    return logits, cuts
+
+  lowered = jax.jit(forward).lower(params, batches[0][1]['image'])
+  compiled = timing.compile_seconds(lowered)
+  return Candidate(vit, params, compiled.run, compiled.seconds)
+
+
+def measure(made, base, batches, sweep):
+  """Accuracy, tokens, cost and latency of a candidate: the fields of its row."""
+  right, total, kept = 0.0, 0.0, {}
+  for batch, placed in batches:
+    logits, cuts = made.run(made.params, placed['image'])
+    right += float(jnp.sum((jnp.argmax(logits, -1) == placed['label']) * placed['mask']))
+    total += float(jnp.sum(placed['mask']))
+    for layer, cut in cuts.items():
+      kept[layer] = kept.get(layer, 0.0) + float(jnp.sum(cut.real.sum(1) * placed['mask']))
+  slots, tokens = made.vit.host.slots, []
+  for layer in range(made.vit.depth):
+    slots = kept[layer] / total if layer in kept else slots
+    tokens.append(round(slots, 1))
+
+  images = batches[0][1]['image']
+  runs = {'base': functools.partial(base.run, base.params, images),
+          'made': functools.partial(made.run, made.params, images)}
+  times = timing.interleave(runs, rounds=sweep.rounds)
+  faster = timing.speedup(times['base'], times['made'])
+  own, full = cost.of(made.vit).macs, cost.of(base.vit).macs
+  learned = made.vit.plan is not None and made.vit.plan.name in COMPRESSORS
+  return {
+      'accuracy': right / total, 'tokens': tokens, 'kept_mean': sum(tokens) / len(tokens),
+      'gmacs': own / 1e9, 'gmacs_ratio': own / full, 'batch': images.shape[0],
+      'dtype': str(jnp.dtype(made.vit.dtype)), 'median_ms': times['made'].median_ms,
+      'low_ms': times['made'].low_ms, 'high_ms': times['made'].high_ms, 'speedup': faster.ratio,
+      'speedup_low': faster.low, 'speedup_high': faster.high, 'compile_s': made.compile_s,
+      'note': 'its own parameters are untrained' if learned else '',
+  }
+
+
+def show(rows, workdir, sweep):
+  """Prints the table and writes the plots."""
+  print(report.table(rows))
+  baselines = tuple(sweep.baselines)
+  for axis, file in (('gmacs', 'accuracy_cost.png'), ('median_ms', 'accuracy_latency.png')):
+    print(report.plot_accuracy_cost(rows, workdir / file, title=sweep.title, cost=axis,
+                                    baselines=baselines, reference='none'))
+
+
+def pictures(config, trained, mesh, batches, workdir):
+  """Draws what the named methods keep, merge and drop on the first test images."""
+  sweep = config.sweep
+  folder = workdir / 'overlays'
+  if folder.exists():
+    return
+  batch, placed = batches[0]
+  count = min(sweep.pictured_images, len(batch['label']))
+  mean, std = (np.asarray(values, np.float32) for values in (config.data.mean, config.data.std))
+  shown = np.clip(batch['image'][:count] * std + mean, 0, 1)
+  by_method = {}
+  for method in sweep.pictured:
+    made = prepare(config, method, sweep.budgets[len(sweep.budgets) // 2], trained, mesh, batches)
+    logits, cuts = jax.device_get(made.run(made.params, placed['image']))
+    by_method[method] = cuts
+    names = [f'{label}, read as {read}' for label, read in
+             zip(batch['label'][:count], logits[:count].argmax(-1), strict=True)]
+    print(overlay.overlay(shown, cuts, made.vit.grid, folder / f'{method}.png', names=names,
+                          title=method))
+  print(overlay.compare(shown[0], by_method, made.vit.grid, folder / 'compare.png',
+                        title=sweep.title))
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  cli.run(main)

@@ -1,0 +1,126 @@
+"""Checkpoints: the state, the data iterator and the best so far, through orbax.
+
+Written in the background, each in a folder that is renamed into place when whole: a kill leaves
+the earlier ones untouched. The newest two and the best one are kept.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Args:
+    folder: where they live; made if missing.
+    metric: the name in `metrics` that decides which is best (higher is better).
+  """
+
+  def __init__(self, folder: str | pathlib.Path, *, metric: str = 'accuracy') -> None:
+    best = BestN(get_metric_fn=lambda metrics: metrics[metric], n=1,
+                 keep_checkpoints_without_metrics=False)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
+        best_fn=lambda metrics: metrics[metric], best_mode='max',
+        cleanup_tmp_directories=True)
+    self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
+
+  def save(self, step: int, state: Any, data: dict[str, Any], *,
+           metrics: dict[str, float] | None = None) -> None:
+    """Saves in the background; `data` is the iterator's state, JSON-like."""
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+    self._manager.save(step, args=items, metrics=metrics, force=True)
+
+  def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    """The newest checkpoint that can be read: (step, state, data), or None if there is none.
+
+    Args:
+      template: the state as ShapeDtypeStructs with the shardings to restore into, whatever the
+        number of devices that saved it.
+
+    Raises:
+      ValueError: when checkpoints exist and none fits, with what differs.
+    """
+    faults = []
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        state, data = self._read(step, template)
+      except Exception as fault:  # Orbax raises a different class for each kind of damage.
+        faults.append(f'step {step}: {_first_line(fault)}')
+        logging.warning('checkpoint %s', faults[-1])
+        continue
+      return step, state, data
+    if faults:
+      raise ValueError(f'no checkpoint in {self._manager.directory} can be read into this model '
+                       f'({"; ".join(faults)}): use the config that wrote them, or another workdir')
+    return None
+
+  def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+    metadata = self._manager.item_metadata(step)['state']
+    if metadata is not None:
+      check_shapes(template, metadata)
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(template),
+                               data=ocp.args.JsonRestore())
+    read = self._manager.restore(step, args=items)
+    return read['state'], read['data']
+
+  def best(self) -> int | None:
+    """Step of the best checkpoint, of the newest where none was measured."""
+    return self._manager.best_step() or self._manager.latest_step()
+
+  def read_part(self, step: int, part: str, template: Any) -> Any:
+    """One field of a saved state, without reading the others.
+
+    Args:
+      step: of the checkpoint.
+      part: the field's name.
+      template: that field as ShapeDtypeStructs with the shardings to restore into.
+
+    Raises:
+      ValueError: where it cannot be read or has other shapes, with what differs.
+    """
+    try:
+      found = self._manager.item_metadata(step)['state']
+      check_shapes(template, found[part])
+      skipped = jax.tree.map(lambda _: ocp.PLACEHOLDER, dict(found.tree) | {part: None})
+      items = ocp.args.Composite(state=ocp.args.StandardRestore({**skipped, part: template}))
+      return self._manager.restore(step, args=items)['state'][part]
+    except Exception as fault:
+      raise ValueError(f'checkpoint {step} in {self._manager.directory} cannot be read: '
+                       f'{_first_line(fault)}; use the config that wrote it, or another step of '
+                       f'{sorted(self._manager.all_steps())}') from fault
+
+  def close(self) -> None:
+    """Waits for what is still being written."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def check_shapes(template: Any, found: Any) -> None:
+  """Raises ValueError naming the first leaves that one tree has and the other lacks, or shapes."""
+  wanted, there = _shapes(template), _shapes(found)
+  missing, extra = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
+  if missing or extra:
+    raise ValueError(f'trees differ: the checkpoint lacks {missing[:3]} and has {extra[:3]} that '
+                     f'the model does not ({len(missing)} and {len(extra)} in all)')
+  for name, shape in wanted.items():
+    if shape != there[name]:
+      raise ValueError(f'{name} has shape {there[name]} in the checkpoint and {shape} in the model')
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  names = ('/'.join(str(getattr(p, 'key', getattr(p, 'name', getattr(p, 'idx', p))))
+                    for p in path) for path, _ in leaves)
+  return {name: tuple(leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def _first_line(fault: Exception) -> str:
+  return f'{type(fault).__name__}: {fault}'.splitlines()[0][:300]

@@ -1,0 +1,463 @@
+"""What a model costs under given cuts, without running anything.
+
+Counted exactly, layer by layer: tokens, multiply-accumulates of every matrix product, bytes of
+weights and activations. Papers disagree on what a FLOP is; `CONVENTIONS` names their ways, and
+lib/published.py holds their figures. lib/jaxpr_cost.py counts the same products in the traced
+program, and the tests hold the two equal.
+
+Not counted, as in the papers: softmax, norms, activations, and the method's own scores and matching
+(tools/explain.py shows those from the traced program).
+
+Axes: N tokens of a layer before a cut, M after it, C width, F MLP width, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.plan import SITES, make_method
+from models.vit import ViT
+from ops.schedule import Cut
+
+MAP_BYTES = 4  # A map that a method inside attention sees is float32.
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What the cost of a transformer depends on, beside its cuts.
+
+  Attributes:
+    width, depth, mlp, heads: of the blocks.
+    kv_heads: heads of keys and values; equals `heads` unless queries share them.
+    slots: tokens that enter layer 0, special ones included.
+    patches: tokens that are made of the image.
+    patch: side of a patch in pixels.
+    channels: of the image.
+    classes: outputs of a classifier, 0 for none.
+    classifiers: how many there are (2 with a distillation token).
+    loose_parameters: numbers in special tokens and learned positions.
+    parameter_bytes, activation_bytes: of one number.
+  """
+
+  width: int
+  depth: int
+  mlp: int
+  heads: int
+  kv_heads: int
+  slots: int
+  patches: int
+  patch: int
+  channels: int
+  classes: int
+  classifiers: int = 1
+  loose_parameters: int = 0
+  parameter_bytes: int = 4
+  activation_bytes: int = 4
+
+  @property
+  def kv_width(self) -> int:
+    """Features of the keys, and of the values."""
+    return self.width // self.heads * self.kv_heads
+
+  @property
+  def layer_parameters(self) -> int:
+    """Numbers in one block: products, their biases, and two norms."""
+    attention = 2 * (self.width + self.kv_width) * self.width
+    biases = 3 * self.width + 2 * self.kv_width + self.mlp
+    return attention + 2 * self.mlp * self.width + biases + 4 * self.width
+
+  @property
+  def parameters(self) -> int:
+    """Numbers in the whole model; those of learned reductions are not among them."""
+    embed = (self.channels * self.patch ** 2 + 1) * self.width + self.loose_parameters
+    head = self.classifiers * self.classes * (self.width + 1)
+    return embed + self.depth * self.layer_parameters + 2 * self.width + head
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """One layer, for one image.
+
+  Attributes:
+    index: which layer.
+    attention_in: N, tokens whose queries and keys are made.
+    keys: tokens whose values are made, and over which the rows of the map sum.
+    attention_out: tokens that attention returns.
+    mlp_in: tokens that enter the MLP.
+    left: tokens after the layer.
+    qkv, scores, values, out, mlp: MACs of the projections to queries, keys and values; of Q Kᵀ; of
+      the map times the values; of the output projection; of the MLP.
+    weight_bytes: of all parameters that the layer reads.
+    activation_bytes: of what its products read and write, each once. Attention is taken as fused,
+      except where a method sees its map.
+  """
+
+  index: int
+  attention_in: int
+  keys: int
+  attention_out: int
+  mlp_in: int
+  left: int
+  qkv: int
+  scores: int
+  values: int
+  out: int
+  mlp: int
+  weight_bytes: int
+  activation_bytes: int
+
+  @property
+  def macs(self) -> int:
+    """MACs of all its products."""
+    return self.qkv + self.scores + self.values + self.out + self.mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """A model's cost for one image.
+
+  Attributes:
+    architecture: of the model.
+    layers: one Layer each.
+  """
+
+  architecture: Architecture
+  layers: tuple[Layer, ...]
+
+  @property
+  def embed(self) -> int:
+    """MACs of the patch embedding."""
+    made = self.architecture
+    return made.patches * made.channels * made.patch ** 2 * made.width
+
+  @property
+  def head(self) -> int:
+    """MACs of the classifiers."""
+    made = self.architecture
+    return made.classifiers * made.classes * made.width
+
+  @property
+  def macs(self) -> int:
+    """MACs of one forward pass."""
+    return self.embed + sum(layer.macs for layer in self.layers) + self.head
+
+  @property
+  def training_macs(self) -> int:
+    """MACs of a forward and a backward pass, without recomputation.
+
+    Every product needs two more for its gradients, but images need none.
+    """
+    return 3 * self.macs - self.embed
+
+  @property
+  def weight_bytes(self) -> int:
+    """Bytes of all parameters, read once a batch."""
+    return self.architecture.parameters * self.architecture.parameter_bytes
+
+  @property
+  def activation_bytes(self) -> int:
+    """Bytes that the products read and write beside the parameters, for one image."""
+    made = self.architecture
+    ends = made.patches * (made.channels * made.patch ** 2 + made.width)
+    ends += made.classifiers * (made.width + made.classes)
+    return ends * made.activation_bytes + sum(layer.activation_bytes for layer in self.layers)
+
+  @property
+  def attention_mean(self) -> float:
+    """Tokens that enter attention, averaged over the layers."""
+    return sum(layer.attention_in for layer in self.layers) / len(self.layers)
+
+  @property
+  def mlp_mean(self) -> float:
+    """Tokens that enter the MLP, averaged over the layers."""
+    return sum(layer.mlp_in for layer in self.layers) / len(self.layers)
+
+
+def architecture(vit: ViT) -> Architecture:
+  """The architecture of a vision transformer, from its settings."""
+  rows, columns = vit.grid
+  positions = vit.class_token + vit.distilled + rows * columns
+  loose = vit.special * vit.width + (vit.positions == 'learned') * positions * vit.width
+  return Architecture(
+      width=vit.width, depth=vit.depth, mlp=vit.mlp, heads=vit.heads, kv_heads=vit.heads,
+      slots=vit.host.slots, patches=rows * columns, patch=vit.patch, channels=vit.channels,
+      classes=vit.num_classes, classifiers=1 + vit.distilled, loose_parameters=loose,
+      activation_bytes=jnp.dtype(vit.dtype).itemsize)
+
+
+def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'between',
+            joins: bool = True) -> Cost:
+  """The cost of an architecture under cuts.
+
+  A cut from N to M tokens leaves, in its layer, for each site:
+    before   attention at M, MLP at M
+    between  attention at N, MLP at M (ToMe, EViT, DiffRate)
+    after    attention at N, MLP at N
+    inside   queries and keys at N, the map N x N. Where slots are joined, values and output at M,
+             the map M x M (MCTF, arXiv:2403.10030); where they are picked, values at N, output at
+             M, the map M x N (ATS, arXiv:2111.15667). MLP at M. A method that joins and also asks
+             for the values of all N tokens pays NC² more, as its own cost.
+
+  Args:
+    made: the architecture.
+    cuts: in layer order, each starting from what the one before it left.
+    site: where in its layer each cut acts.
+    joins: whether the method joins slots or picks them (`Reducer.joins`); only 'inside' asks.
+
+  Raises:
+    ValueError: for an unknown site, or cuts that do not follow from each other.
+  """
+  if site not in SITES:
+    raise ValueError(f'site {site!r} is unknown: choose one of {", ".join(SITES)}')
+  by_layer = {cut.layer: cut for cut in cuts}
+  if len(by_layer) < len(cuts) or any(not 0 <= layer < made.depth for layer in by_layer):
+    raise ValueError(f'cuts in layers {[cut.layer for cut in cuts]} do not fit: each must be one '
+                     f'of 0 to {made.depth - 1}, once')
+  layers, slots = [], made.slots
+  for index in range(made.depth):
+    cut = by_layer.get(index)
+    if cut is not None and not (cut.slots == slots and 0 < cut.keep <= slots):
+      raise ValueError(f'the cut in layer {index} goes from {cut.slots} to {cut.keep} tokens, but '
+                       f'{slots} are there')
+    keep = slots if cut is None else cut.keep
+    counts = {
+        'before': (keep, keep, keep, keep),
+        'between': (slots, slots, slots, keep),
+        'after': (slots, slots, slots, slots),
+        'inside': (slots, keep if joins else slots, keep, keep),
+    }[site]
+    layers.append(_layer(made, index, *counts, keep, map_seen=cut is not None and site == 'inside'))
+    slots = keep
+  return Cost(made, tuple(layers))
+
+
+def _layer(made: Architecture, index: int, attention_in: int, keys: int, attention_out: int,
+           mlp_in: int, left: int, *, map_seen: bool) -> Layer:
+  width, kv_width = made.width, made.kv_width
+  project = attention_in * (width + kv_width) + keys * kv_width
+  moved = attention_in * width + project  # into and out of the projections
+  moved += project + attention_out * width  # attention
+  moved += 2 * attention_out * width + 2 * mlp_in * (width + made.mlp)
+  entries = made.heads * (attention_in ** 2 + attention_out * keys)
+  return Layer(
+      index, attention_in, keys, attention_out, mlp_in, left,
+      qkv=width * project, scores=attention_in ** 2 * width,
+      values=attention_out * keys * width, out=attention_out * width ** 2,
+      mlp=2 * mlp_in * width * made.mlp,
+      weight_bytes=made.layer_parameters * made.parameter_bytes,
+      activation_bytes=moved * made.activation_bytes + map_seen * 2 * entries * MAP_BYTES)
+
+
+def of(vit: ViT) -> Cost:
+  """The cost of a model under its plan.
+
+  A plan in mode 'mask' keeps every slot to the end, so it costs what no plan costs.
+  """
+  plan = vit.plan
+  if plan is None or plan.mode == 'mask':
+    return compute(architecture(vit))
+  return compute(architecture(vit), plan.cuts, site=plan.site, joins=plan.method.joins)
+
+
+def solver(vit: ViT, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut, ...]], int]:
+  """MACs as a function of the cuts: what `make_plan(macs=...)` solves budgets in FLOPs with.
+
+  Args:
+    vit: the model that will be reduced.
+    reduction: `config.reduce.<tower>`, for the method and its site.
+  """
+  method = make_method(reduction['method'], reduction.get('args') or {})
+  made, site = architecture(vit), reduction.get('site') or method.site
+  return lambda cuts: compute(made, cuts, site=site, joins=method.joins).macs
+
+
+# -- what papers count ---------------------------------------------------------------------------
+
+
+def macs(cost: Cost) -> int:
+  """Multiply-accumulates of all products; what papers on ViTs call FLOPs."""
+  return cost.macs
+
+
+def flops(cost: Cost) -> int:
+  """Two for each multiply-accumulate; what device peaks are given in."""
+  return 2 * cost.macs
+
+
+def fvcore(cost: Cost) -> int:
+  """MACs, and 5 for each value that a norm reads: fvcore's counter, used by many model tables."""
+  made, normed = cost.architecture, cost.layers[-1].left
+  for layer in cost.layers:
+    # Joined inside attention, tokens are normed again before their values are made.
+    again = layer.keys if layer.keys < layer.attention_in else 0
+    normed += layer.attention_in + again + layer.mlp_in
+  return cost.macs + 5 * normed * made.width
+
+
+def diffrate_paper(cost: Cost) -> int:
+  """4NC² + 2N²C + 8MC² a layer, N before the cut and M after it, wherever it acts.
+
+  DiffRate (arXiv:2305.17997), calculate_flop_inference of the release. It embeds [CLS] as if it
+  were a patch.
+  """
+  made = cost.architecture
+  embed = (made.patches + 1) * made.channels * made.patch ** 2 * made.width
+  blocks = sum(4 * layer.attention_in * made.width ** 2 + 2 * layer.attention_in ** 2 * made.width
+               + 8 * layer.mlp_in * made.width ** 2 for layer in cost.layers)
+  return embed + blocks + made.classes * made.width
+
+
+def pitome_repo(cost: Cost) -> int:
+  """12NC² + 2N²C a layer with N as it enters, blocks only: the MLP's saving shows a layer later.
+
+  PiToMe (arXiv:2405.16148), calculate_block_flop of the release.
+  """
+  width = cost.architecture.width
+  return sum(12 * layer.attention_in * width ** 2 + 2 * layer.attention_in ** 2 * width
+             for layer in cost.layers)
+
+
+CONVENTIONS: dict[str, Callable[[Cost], int]] = {
+    'macs': macs,
+    'flops': flops,
+    'fvcore': fvcore,
+    'diffrate_paper': diffrate_paper,
+    'pitome_repo': pitome_repo,
+}
+
+
+# -- devices -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a vendor says one chip can do.
+
+  Attributes:
+    flops: dense bfloat16 operations a second, two for each multiply-accumulate.
+    bandwidth: bytes a second between the chip and its memory.
+    source: where the vendor says so.
+  """
+
+  flops: float
+  bandwidth: float
+  source: str
+
+
+# Keyed by jax.Device.device_kind. NVIDIA prints 1,979 TFLOPS with sparsity, twice the dense rate.
+# Google's pages have given 800 and 819 GB/s for v5e, 1,600 and 1,640 for v6e: the later is here.
+_V5P = Device(459e12, 2.765e12, 'docs.cloud.google.com/tpu/docs/v5p')
+DEVICES: dict[str, Device] = {
+    'NVIDIA H100 80GB HBM3': Device(989.5e12, 3.35e12, 'NVIDIA H100 datasheet, SXM'),
+    'NVIDIA H200': Device(989.5e12, 4.8e12, 'NVIDIA H200 datasheet, SXM'),
+    'TPU v5 lite': Device(197e12, 0.8e12, 'docs.cloud.google.com/tpu/docs/v5e'),
+    'TPU v5': _V5P,
+    'TPU v5p': _V5P,
+    'TPU v6 lite': Device(918e12, 1.6e12, 'docs.cloud.google.com/tpu/docs/v6e'),
+}
+
+
+def floor_seconds(macs: float, num_bytes: float, *, peak_flops: float, bandwidth: float) -> float:
+  """The least time for so much work on a device: the longer of computing and moving bytes."""
+  return max(2 * macs / peak_flops, num_bytes / bandwidth)
+
+
+# -- on the screen -------------------------------------------------------------------------------
+
+
+def table(vit: ViT) -> str:
+  """A model's tokens, MACs and bytes, a line a layer, for one image."""
+  cost = of(vit)
+  lines = [describe(vit), '',
+           'layer  attention  keys   MLP  left      GMACs   so far  weights MB  activations MB']
+  done = cost.embed
+  lines.append(f'embed {"":27}{done / 1e9:11.3f} {done / cost.macs:8.1%}')
+  for layer in cost.layers:
+    done += layer.macs
+    lines.append(
+        f'{layer.index:5d} {layer.attention_in:10d} {layer.keys:5d} {layer.mlp_in:5d} '
+        f'{layer.left:5d}{layer.macs / 1e9:11.3f} {done / cost.macs:8.1%} '
+        f'{layer.weight_bytes / 1e6:11.2f} {layer.activation_bytes / 1e6:15.2f}')
+  done += cost.head
+  lines.append(f'head  {"":27}{cost.head / 1e9:11.3f} {done / cost.macs:8.1%}')
+  lines.append(
+      f'all   {cost.attention_mean:10.1f} {"":5} {cost.mlp_mean:5.1f} {cost.layers[-1].left:5d}'
+      f'{cost.macs / 1e9:11.3f} {"":8} {cost.weight_bytes / 1e6:11.2f} '
+      f'{cost.activation_bytes / 1e6:15.2f}')
+  return '\n'.join(lines)
+
+
+def describe(vit: ViT) -> str:
+  """One line: the model, and what its plan does to it."""
+  rows, columns = vit.grid
+  model = (f'ViT of {vit.depth} layers, width {vit.width}, {vit.heads} heads, {rows} x {columns} '
+           f'patches and {vit.special} special token{"s" * (vit.special != 1)}')
+  plan = vit.plan
+  if plan is None or not plan.cuts:
+    return f'{model}; nothing is reduced'
+  layers = ', '.join(str(cut.layer) for cut in plan.cuts)
+  where = 'every layer' if len(plan.cuts) == vit.depth else f'layers {layers}'
+  line = (f'{model}; {plan.name} ({plan.site}) in {where}: {plan.cuts[0].slots} to '
+          f'{plan.cuts[-1].keep} tokens')
+  if plan.mode == 'mask':
+    line += '; masked, so that every slot is still computed'
+  if plan.method.adaptive:
+    line += f'; at most, {plan.method.adaptive}'
+  return line
+
+
+# -- while training ------------------------------------------------------------------------------
+
+
+class Meter:
+  """Training speed, and how much of the devices' peak it uses."""
+
+  def __init__(self, vit: ViT, *, batch_size: int, device: jax.Device, devices: int,
+               clock: Callable[[], float] = time.perf_counter):
+    self._clock, self._start, self._idle = clock, clock(), 0.0
+    self._batch_size, self._slots = batch_size, vit.host.slots
+    self._flops = 2 * of(vit).training_macs * batch_size
+    peak = DEVICES.get(device.device_kind)
+    self._peak = None if peak is None else peak.flops * devices
+    self._last: tuple[int, float] | None = None
+
+  @property
+  def seconds(self) -> float:
+    """Wall-clock time since the meter was made, pauses left out."""
+    return self._clock() - self._start - self._idle
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves out what happens inside: evaluation, checkpoints."""
+    begin = self._clock()
+    yield
+    self._idle += self._clock() - begin
+
+  def lap(self, step: int, *, kept: float) -> dict[str, float]:
+    """Rates since the lap before; the first lap, which holds the compilation, gives none.
+
+    Args:
+      step: steps done.
+      kept: tokens that the model ends with, on average.
+
+    Returns:
+      'kept_ratio' of the tokens that it starts with; 'images_per_second'; and where the device's
+      peak is known 'mfu', the share of it that the model's own products take (recomputation, the
+      method's scores and the optimizer are not among them).
+    """
+    now, last = self.seconds, self._last
+    self._last = step, now
+    rates = {'kept_ratio': kept / self._slots}
+    if last is not None:
+      steps_per_second = (step - last[0]) / (now - last[1])
+      rates['images_per_second'] = steps_per_second * self._batch_size
+      if self._peak is not None:
+        rates['mfu'] = steps_per_second * self._flops / self._peak
+    return rates

@@ -1,0 +1,1 @@
+"""TFDS builders of data sets that come with a Python package, so that nothing is downloaded."""

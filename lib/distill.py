@@ -1,0 +1,59 @@
+"""Losses that hold a model with fewer tokens to its unreduced, frozen teacher.
+
+Axes: B batch, T original tokens, D features, C classes.
+
+All are one number a row, float32[B], and send no gradient to the teacher.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ops import tokens as tk
+from ops.tokens import SPECIAL, TokenSet
+
+Array = jax.Array
+
+
+def distill(logits: Array, tokens: TokenSet, teacher_logits: Array, teacher_tokens: TokenSet, *,
+            logit_weight: float = 0.5, token_weight: float = 0.5) -> dict[str, Array]:
+  """Both losses of DynamicViT (Rao et al., 2021), Sec. 3.4, arXiv:2106.02034, with its weights.
+
+  Args:
+    logits, teacher_logits: float[B, C].
+    tokens, teacher_tokens: final tokens of both models, of the same T original tokens.
+    logit_weight, token_weight: factors; the paper's are the defaults.
+
+  Returns:
+    'distill_logits' and 'distill_tokens', weighted, float32[B] each.
+  """
+  return {'distill_logits': logit_weight * logit_loss(logits, teacher_logits),
+          'distill_tokens': token_weight * token_loss(tokens, teacher_tokens)}
+
+
+def logit_loss(logits: Array, teacher: Array) -> Array:
+  """KL divergence of the student's classes from the teacher's, float32[B].
+
+  Args:
+    logits: float[B, C], the student's.
+    teacher: float[B, C].
+  """
+  ours = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  theirs = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32), axis=-1)
+  return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+
+
+def token_loss(tokens: TokenSet, teacher: TokenSet) -> Array:
+  """Mean squared error of the features of the original tokens that the student kept, float32[B].
+
+  A token counts if the slot that holds it is real, not special, and of size above zero (training
+  keeps dropped tokens at size 0). Each row divides by its own count, where the paper divides by the
+  batch's: a row's loss does not depend on its neighbours. A row that kept nothing gives 0.
+  """
+  counts = tokens.real & (tokens.kind != SPECIAL) & (tokens.sizes > 0)
+  weight = tk.restore(tokens, counts.astype(jnp.float32))
+  ours = tk.restore(tokens, tokens.x.astype(jnp.float32))
+  theirs = tk.restore(teacher, jax.lax.stop_gradient(teacher.x).astype(jnp.float32))
+  error = jnp.mean((ours - theirs) ** 2, axis=-1)
+  return jnp.sum(weight * error, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)

@@ -1,0 +1,55 @@
+"""Starting one process or many, and stopping them in good order."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, "host:port of process 0 for several processes; 'auto' on a pod or Slurm.")
+PROCESSES = flags.DEFINE_integer('processes', None, 'Processes in all, with --coordinator.')
+PROCESS = flags.DEFINE_integer('process', None, "This process's index, with --coordinator.")
+CACHE = flags.DEFINE_string(
+    'compile_cache', str(pathlib.Path.home() / '.cache' / 'winnow' / 'xla'),
+    'Where compiled programs are kept between runs; empty for nowhere.')
+
+
+def start() -> bool:
+  """Joins the other processes if there are any; True in the one that writes logs."""
+  if CACHE.value:
+    jax.config.update('jax_compilation_cache_dir', CACHE.value)
+  if COORDINATOR.value == 'auto':
+    jax.distributed.initialize()
+  elif COORDINATOR.value:
+    if PROCESSES.value is None or PROCESS.value is None:
+      raise ValueError(f'--coordinator={COORDINATOR.value} needs --processes and --process: how '
+                       'many there are, and which this is')
+    jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value,
+                               initialization_timeout=120)
+  return jax.process_index() == 0
+
+
+class Stop:
+  """Turns signals into an answer that the loop asks for between steps."""
+
+  def __init__(self, *signals: int) -> None:
+    self._asked = False
+    for number in signals:
+      signal.signal(number, self._ask)
+
+  def _ask(self, number: int, frame: Any) -> None:
+    del number, frame
+    self._asked = True
+
+  def agreed(self, exchange: bool) -> bool:
+    """Whether to stop now. Several processes must agree, which they do when `exchange` is true in
+    all of them: a signal may have reached only one."""
+    if jax.process_count() == 1:
+      return self._asked
+    return exchange and bool(np.any(multihost_utils.process_allgather(np.asarray(self._asked))))

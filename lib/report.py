@@ -1,0 +1,448 @@
+"""Results: one JSON line a measurement, and the tables and plots made of them.
+
+A row is a dict. Every key is optional; those known here:
+
+  method, budget      names, as shown
+  accuracy            share of images classified right, 0 to 1
+  tokens              tokens in each layer, a list
+  kept_mean           tokens kept, averaged as the writer of the row says
+  gmacs, gmacs_ratio  10^9 multiply-accumulates of one image; their share of the unreduced model's
+  median_ms, low_ms, high_ms
+                      latency: median and quartiles
+  speedup             unreduced latency over this one
+  compile_s           seconds to compile
+  note                what a reader must know, such as 'untrained: has learned parameters'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+Row = Mapping[str, Any]
+
+# -- rows in a file ------------------------------------------------------------------------------
+
+
+def append_jsonl(path: str | Path, row: Row) -> None:
+  """Adds a row to a file of JSON lines, whole or not at all, and makes the file if need be.
+
+  Rows already there are never touched, whoever else is writing. What a killed writer left of a
+  line is removed first. NumPy and JAX values become plain ones; NaN and infinity become null.
+  """
+  line = json.dumps(_plain(row), allow_nan=False).encode() + b'\n'
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('a+b') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    tail = _tail(file)
+    if tail and _row(tail) is None:
+      file.truncate(file.seek(0, os.SEEK_END) - len(tail))
+    elif tail:
+      line = b'\n' + line
+    file.write(line)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+  """All rows of a file of JSON lines; a last line that was cut off is left out.
+
+  Raises:
+    ValueError: another line is not a JSON object; says which.
+  """
+  *lines, last = Path(path).read_bytes().split(b'\n')
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    row = _row(line)
+    if row is None and line.strip():
+      raise ValueError(f'{path}, line {number} is not a JSON object: {_excerpt(line)!r}; '
+                       'repair or delete that line')
+    rows += [] if row is None else [row]
+  row = _row(last)
+  return rows if row is None else [*rows, row]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+  """The row in a line, None where there is no whole one."""
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  return row if isinstance(row, dict) else None
+
+
+def _excerpt(line: bytes) -> str:
+  return line[:40].decode(errors='replace')
+
+
+def _tail(file: Any) -> bytes:
+  """What follows the last newline of a binary file."""
+  end, tail = file.seek(0, os.SEEK_END), b''
+  while end and b'\n' not in tail:
+    start = max(0, end - 4096)
+    file.seek(start)
+    tail, end = file.read(end - start) + tail, start
+  return tail.rpartition(b'\n')[2]
+
+
+def _plain(value: Any) -> Any:
+  """Anything a row may hold, as what JSON knows."""
+  if isinstance(value, Mapping):
+    return {str(key): _plain(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(item) for item in value]
+  if hasattr(value, 'tolist'):
+    return _plain(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """How a table shows one thing.
+
+  Attributes:
+    title: above the column.
+    show: all rows -> one cell each, '' where a row has nothing to show.
+    right: whether cells end, rather than start, at the same place.
+  """
+
+  title: str
+  show: Callable[[Sequence[Row]], list[str]]
+  right: bool = True
+
+
+def _text(key: str) -> Callable[[Sequence[Row]], list[str]]:
+  return lambda rows: ['' if row.get(key) is None else str(row[key]) for row in rows]
+
+
+def _fixed(key: str, decimals: int, *, scale: float = 1.0,
+           unit: str = '') -> Callable[[Sequence[Row]], list[str]]:
+  return lambda rows: ['' if row.get(key) is None else f'{scale * row[key]:.{decimals}f}{unit}'
+                       for row in rows]
+
+
+def _number(key: str) -> Callable[[Sequence[Row]], list[str]]:
+  """Numbers with as many decimals as give the largest of the column four digits."""
+  return lambda rows: _fixed(key, _decimals(rows, key))(rows)
+
+
+def _decimals(rows: Sequence[Row], key: str) -> int:
+  largest = max((abs(row[key]) for row in rows if row.get(key) is not None), default=0)
+  return 2 if not largest else min(6, max(0, 3 - math.floor(math.log10(largest))))
+
+
+def _latency(rows: Sequence[Row]) -> list[str]:
+  """'median [low, high]', the median alone where quartiles are missing."""
+  decimals = _decimals(rows, 'median_ms')
+  parts = [_fixed(key, decimals)(rows) for key in ('median_ms', 'low_ms', 'high_ms')]
+  return [f'{median} [{low}, {high}]' if median and low and high else median
+          for median, low, high in zip(*parts, strict=True)]
+
+
+def _tokens(rows: Sequence[Row]) -> list[str]:
+  """Runs of equal counts, as '65x3 46x3'; of many runs the first two and the last two."""
+  cells = []
+  for row in rows:
+    runs = [(count, len(list(same))) for count, same in itertools.groupby(row.get('tokens') or ())]
+    words = [f'{count:.4g}' + (f'x{times}' if times > 1 else '') for count, times in runs]
+    cells.append(' '.join(words if len(words) <= 5 else [*words[:2], '...', *words[-2:]]))
+  return cells
+
+
+COLUMNS = {
+    'method': Column('method', _text('method'), right=False),
+    'budget': Column('budget', _text('budget'), right=False),
+    'accuracy': Column('accuracy %', _fixed('accuracy', 2, scale=100)),
+    'tokens': Column('tokens by layer', _tokens, right=False),
+    'kept_mean': Column('mean kept', _number('kept_mean')),
+    'gmacs': Column('GMACs', _number('gmacs')),
+    'gmacs_ratio': Column('GMACs %', _fixed('gmacs_ratio', 1, scale=100)),
+    'median_ms': Column('ms', _number('median_ms')),
+    'latency': Column('ms [quartiles]', _latency),
+    'speedup': Column('speed-up', _fixed('speedup', 2, unit='x')),
+    'compile_s': Column('compile s', _fixed('compile_s', 1)),
+    'note': Column('note', _text('note'), right=False),
+}
+USUAL = ('method', 'budget', 'accuracy', 'tokens', 'gmacs', 'gmacs_ratio', 'latency', 'speedup',
+         'compile_s', 'note')
+
+
+def table(rows: Sequence[Row], columns: Sequence[str] = USUAL, *, missing: str = '-') -> str:
+  """Rows as aligned plain text, with a rule under the titles.
+
+  Args:
+    rows: in the order to show.
+    columns: names in `COLUMNS`, or any other key of a row, shown as it is.
+    missing: stands where a row has nothing to show.
+
+  Raises:
+    ValueError: a column that is neither known nor in any row.
+  """
+  titles, cells, right = _layout(rows, columns, missing)
+  widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+  rule = ['-' * width for width in widths]
+  return '\n'.join(_line(line, widths, right) for line in (titles, rule, *cells))
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[str] = USUAL, *, missing: str = '') -> str:
+  """`table` as Markdown, aligned in the source too."""
+  titles, cells, right = _layout(rows, columns, missing)
+  cells = [[cell.replace('|', r'\|') for cell in line] for line in cells]
+  widths = [max(3, *map(len, column)) for column in zip(titles, *cells, strict=True)]
+  rule = ['-' * (width - 1) + ('-', ':')[end] for width, end in zip(widths, right, strict=True)]
+  lines = [_line(line, widths, right, gap=' | ', strip=False) for line in (titles, rule, *cells)]
+  return '\n'.join(f'| {line} |' for line in lines)
+
+
+def _layout(rows: Sequence[Row], columns: Sequence[str],
+            missing: str) -> tuple[list[str], list[list[str]], list[bool]]:
+  """Titles, cells by row, and which columns are right-aligned."""
+  there = {key for row in rows for key in row}
+  for name in columns:
+    if name not in COLUMNS and name not in there:
+      raise ValueError(f'no row has a column {name!r}: choose from '
+                       f'{", ".join([*COLUMNS, *sorted(there - set(COLUMNS))])}')
+  chosen = [COLUMNS.get(name) or Column(name, _text(name), right=False) for name in columns]
+  shown = [[' '.join(cell.split()) or missing for cell in column.show(rows)] for column in chosen]
+  return [c.title for c in chosen], [list(c) for c in zip(*shown, strict=True)], [
+      c.right for c in chosen]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], *, gap: str = '  ',
+          strip: bool = True) -> str:
+  padded = [cell.rjust(width) if end else cell.ljust(width)
+            for cell, width, end in zip(cells, widths, right, strict=True)]
+  return gap.join(padded).rstrip() if strip else gap.join(padded)
+
+
+# -- accuracy against cost -----------------------------------------------------------------------
+
+# Okabe and Ito's palette without black and yellow; with the markers, 42 pairs that differ for
+# every kind of sight.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00')
+MARKERS = {'o': 7, 's': 7, '^': 8, 'D': 6.5, 'v': 8, 'P': 9, 'X': 9}  # marker: size in points
+GREYS = ('#555555', '#777777', '#909090')
+COSTS = {'gmacs': 'GMACs per image', 'median_ms': 'latency, ms (bars: quartiles)'}
+ROUND = MaxNLocator(8, steps=[1, 2, 2.5, 5, 10])
+STARS = ('*', '†', '‡', '§')
+
+
+def plot_accuracy_cost(rows: Sequence[Row], path: str | Path, *, title: str = '',
+                       cost: str = 'gmacs', baselines: Sequence[str] = (),
+                       reference: str | None = None) -> Path:
+  """Draws accuracy against cost, a line a method, and writes a picture.
+
+  Each line is named at its cheapest point, and equal costs are read along the vertical lines:
+  shares of the reference's cost, on the upper axis. Rows without accuracy or cost are left out.
+  Methods with a note are marked and the note stands below.
+
+  Args:
+    rows: as above.
+    path: where to write; the ending picks the format, such as .png.
+    title: above the plot.
+    cost: 'gmacs' or 'median_ms', the horizontal axis.
+    baselines: methods to draw in grey dashes.
+    reference: the method whose dearest row is the unreduced model, drawn as a star.
+
+  Raises:
+    ValueError: an unknown cost, nothing to draw, or a reference that no row has.
+  """
+  if cost not in COSTS:
+    raise ValueError(f'cost={cost!r} is unknown: choose one of {", ".join(COSTS)}')
+  lines: dict[str, list[Row]] = {}
+  for row in rows:
+    if row.get('accuracy') is not None and row.get(cost) is not None:
+      lines.setdefault(row['method'], []).append(row)
+  if not lines:
+    raise ValueError(f'nothing to draw: no row has both accuracy and {cost}')
+  if reference is not None and reference not in lines:
+    raise ValueError(f'reference={reference!r} has no row with accuracy and {cost}: choose one of '
+                     f'{", ".join(lines)}')
+  full = max(lines.pop(reference), key=lambda row: row[cost]) if reference else None
+  lines = {name: sorted(line, key=lambda row: row[cost]) for name, line in lines.items()}
+
+  figure = Figure(figsize=(10, max(5.6, 0.27 * len(lines) + 1.6)), dpi=200, layout='constrained')
+  figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  if title:
+    axes.set_title(title, fontsize=15, fontweight='bold', loc='left', pad=12)
+  footnotes = [f'{star} {note}' for note, star in _stars(lines).items()]
+  if footnotes:
+    figure.supxlabel('\n'.join(footnotes), x=0.015, ha='left', fontsize=9, color='#444444')
+  _frame(axes, lines, full, cost)
+  styles = _styles(lines, baselines)
+  for name, line in lines.items():
+    _draw(axes, line, cost, styles[name])
+  if full is not None:
+    _draw_reference(axes, full, cost)
+  if lines:
+    _name_lines(figure, axes, lines, cost, styles)
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path)
+  return path
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+  """Moves numbers as little as need be, in their order, to lie `gap` apart within [low, high].
+
+  Least squares, by joining neighbours that are too close into blocks around their common centre.
+  Where they cannot fit they start at `low` and run over `high`.
+  """
+  order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+  blocks: list[list[float]] = []  # [sum of places with the gaps taken out, members]
+  for rank, i in enumerate(order):
+    blocks.append([wanted[i] - rank * gap, 1])
+    while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+      total, members = blocks.pop()
+      blocks[-1][0] += total
+      blocks[-1][1] += members
+  centres = [total / members for total, members in blocks for _ in range(int(members))]
+  ceiling = high - (len(order) - 1) * gap
+  places = [0.0] * len(order)
+  for rank, (i, centre) in enumerate(zip(order, centres, strict=True)):
+    places[i] = max(min(centre, ceiling), low) + rank * gap
+  return places
+
+
+def _stars(lines: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+  """Each note that a drawn row has, and its mark."""
+  notes = dict.fromkeys(row['note'] for line in lines.values() for row in line if row.get('note'))
+  return {note: STARS[i % len(STARS)] * (1 + i // len(STARS)) for i, note in enumerate(notes)}
+
+
+def _marked(lines: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+  """Methods' names with the marks of their notes."""
+  stars = _stars(lines)
+  return {name: name + ''.join(stars[note] for note in dict.fromkeys(
+      row['note'] for row in line if row.get('note'))) for name, line in lines.items()}
+
+
+def _styles(names: Iterable[str], baselines: Sequence[str]) -> dict[str, dict[str, Any]]:
+  """Colour, marker and dashes of each line; colours run before markers do."""
+  styles, plain, coloured, markers = {}, 0, 0, list(MARKERS)
+  for name in names:
+    if name in baselines:
+      marker = markers[plain % len(markers)]
+      styles[name] = {'color': GREYS[plain % len(GREYS)], 'linestyle': (0, (4, 2.5)),
+                      'linewidth': 1.5, 'marker': marker, 'markersize': 0.75 * MARKERS[marker],
+                      'zorder': 3}
+      plain += 1
+    else:
+      marker = markers[(coloured % len(COLOURS) + coloured // len(COLOURS)) % len(markers)]
+      styles[name] = {'color': COLOURS[coloured % len(COLOURS)], 'linestyle': '-',
+                      'linewidth': 2.2, 'marker': marker, 'markersize': MARKERS[marker],
+                      'zorder': 4}
+      coloured += 1
+  return styles
+
+
+def _low(row: Row, cost: str) -> float:
+  """Where a row's drawing begins: at its bar, if it has one."""
+  return row['low_ms'] if cost == 'median_ms' and row.get('low_ms') is not None else row[cost]
+
+
+def _frame(axes: Axes, lines: Mapping[str, Sequence[Row]], full: Row | None, cost: str) -> None:
+  """Limits, grids, and the upper axis of shares."""
+  drawn = [row for line in lines.values() for row in line] + ([full] if full else [])
+  costs, scores = (np.array([row[key] for row in drawn], float) for key in (cost, 'accuracy'))
+  left, right = min(_low(row, cost) for row in drawn), costs.max()
+  wide, tall = right - left or abs(right) or 1.0, np.ptp(scores) or 0.1
+  axes.set_xlim(left - 0.04 * wide, right + 0.05 * wide)
+  axes.set_ylim(scores.min() - 0.07 * tall, scores.max() + 0.1 * tall)
+  axes.set_xlabel(COSTS[cost], fontsize=13)
+  axes.set_ylabel('accuracy', fontsize=13)
+  low, high = axes.get_ylim()
+  axes.set_yticks([tick for tick in ROUND.tick_values(low, high)
+                   if max(low, 0) <= tick <= min(high, 1 + 1e-9)])
+  axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+  axes.tick_params(labelsize=11)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.grid(axis='y', color='#e6e6e6', linewidth=0.8)
+  axes.set_axisbelow(True)
+  # Names come to stand left of the data; a cost there would be one that nothing has.
+  axes.set_xticks([tick for tick in ROUND.tick_values(*axes.get_xlim())
+                   if left - 0.1 * wide <= tick <= right + 0.04 * wide])
+  if full is None:
+    axes.grid(axis='x', color='#d0d0d0', linewidth=0.8)
+    return
+  step = 0.1 if wide > 0.25 * full[cost] else 0.05
+  first, last = (math.ceil(left / full[cost] / step - 0.2),
+                 math.floor(right / full[cost] / step + 1e-9))
+  shares = [step * i for i in range(first, last + 1)]
+  whole = full[cost]
+  upper = axes.secondary_xaxis('top', functions=(lambda c: c / whole, lambda s: s * whole))
+  upper.set_xticks(shares)
+  upper.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+  upper.tick_params(labelsize=10, colors='#666666')
+  upper.spines['top'].set_visible(False)
+  upper.set_xlabel('of the unreduced model', fontsize=10, color='#666666', loc='right')
+  for share in shares:
+    axes.axvline(share * full[cost], color='#d0d0d0', linewidth=0.8, zorder=1)
+
+
+def _draw(axes: Axes, line: Sequence[Row], cost: str, style: dict[str, Any]) -> None:
+  x, y = [row[cost] for row in line], [row['accuracy'] for row in line]
+  axes.plot(x, y, markeredgecolor='white', markeredgewidth=0.9, **style)
+  spans = [row for row in line if row.get('low_ms') is not None and row.get('high_ms') is not None]
+  if cost == 'median_ms' and spans:
+    axes.hlines([row['accuracy'] for row in spans], [row['low_ms'] for row in spans],
+                [row['high_ms'] for row in spans], color=style['color'], linewidth=1.2, zorder=2)
+
+
+def _draw_reference(axes: Axes, full: Row, cost: str) -> None:
+  """The unreduced model: a star, and its accuracy as a level to measure losses from."""
+  axes.axhline(full['accuracy'], color='black', linewidth=1.0, linestyle=(0, (1, 2)), zorder=2)
+  axes.plot([full[cost]], [full['accuracy']], marker='*', markersize=17, color='black',
+            markeredgecolor='white', linestyle='none', zorder=6)
+  axes.annotate(f'unreduced  {full["accuracy"]:.1%}', (full[cost], full['accuracy']),
+                xytext=(8, 11), textcoords='offset points', ha='right', fontsize=11, zorder=7,
+                fontweight='bold', path_effects=[withStroke(linewidth=3, foreground='white')])
+
+
+def _name_lines(figure: Figure, axes: Axes, lines: Mapping[str, Sequence[Row]], cost: str,
+                styles: Mapping[str, Any]) -> None:
+  """Makes room left of the data for names, each joined to its line's cheapest point."""
+  size, names = 11, _marked(lines)
+  labels = {name: axes.text(0, 0, names[name], ha='right', va='center_baseline', fontsize=size,
+                            color=styles[name]['color'], in_layout=False,
+                            fontweight='bold' if styles[name]['linestyle'] == '-' else 'normal')
+            for name in lines}
+  figure.draw_without_rendering()
+  points = figure.dpi / 72
+  widest = max(label.get_window_extent().width for label in labels.values())
+  share = min(0.6, (widest + 44 * points) / axes.bbox.width)
+  left, right = axes.get_xlim()
+  axes.set_xlim(right - (right - left) / (1 - share), right)
+  start = axes.transData.inverted().transform((axes.bbox.x0 + widest + 10 * points, 0))[0]
+  gap = axes.transData.inverted().transform((0, axes.bbox.y0 + 1.32 * size * points))[1]
+  bottom, top = axes.get_ylim()
+  gap -= bottom
+  heights = spread([line[0]['accuracy'] for line in lines.values()], gap, bottom + gap / 2,
+                   top - gap / 2)
+  leader = axes.transData.inverted().transform((axes.bbox.x0 + widest + 13 * points, 0))[0]
+  for (name, line), height in zip(lines.items(), heights, strict=True):
+    labels[name].set_position((start, height))
+    axes.plot([leader, _low(line[0], cost)], [height, line[0]['accuracy']], zorder=2.5,
+              color=styles[name]['color'], linewidth=0.8, alpha=0.6)

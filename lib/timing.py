@@ -1,0 +1,158 @@
+"""Latency measured fairly: candidates take turns, and compiling is timed apart.
+
+A machine's speed drifts (clocks, heat, neighbours). Timing one candidate after the other blames the
+drift on whoever ran last; taking turns spreads it over all, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib
+import numpy as np
+
+Clock = Callable[[], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Wall-clock times of one candidate, in milliseconds.
+
+  Attributes:
+    median_ms: median of the runs.
+    low_ms, high_ms: first and third quartile of the runs, interpolated linearly.
+    runs: every run, in the order of the rounds.
+  """
+
+  median_ms: float
+  low_ms: float
+  high_ms: float
+  runs: tuple[float, ...]
+
+  @classmethod
+  def of(cls, runs: Sequence[float]) -> Timing:
+    """Summarises runs given in milliseconds."""
+    low, median, high = np.quantile(runs, (0.25, 0.5, 0.75)).tolist()
+    return cls(median, low, high, tuple(runs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Speedup:
+  """How many times as fast one candidate is as another.
+
+  Attributes:
+    ratio: of the two medians; above 1 the other is faster than the base.
+    median, low, high: median and quartiles of the ratios of runs in the same round.
+  """
+
+  ratio: float
+  median: float
+  low: float
+  high: float
+
+
+class Compiled(NamedTuple):
+  """A compiled function, and the seconds that compiling it took."""
+
+  run: jax.stages.Compiled
+  seconds: float
+
+
+def interleave(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2,
+               clock: Clock = time.perf_counter) -> dict[str, Timing]:
+  """Times candidates in rounds: each runs once a round, and the order rotates by one each round.
+
+  Args:
+    candidates: functions without arguments that return JAX arrays, in any tree. Each run lasts
+      until its arrays are computed.
+    rounds: timed rounds; a multiple of the number of candidates puts each in every place equally
+      often.
+    warmup: rounds before them that do not count. With functions that compile when first called, at
+      least one.
+    clock: seconds, ever rising.
+
+  Raises:
+    ValueError: no candidates, or fewer than one round.
+  """
+  if not candidates:
+    raise ValueError('nothing to time: give at least one candidate')
+  if rounds < 1 or warmup < 0:
+    raise ValueError(f'rounds={rounds} must be at least 1 and warmup={warmup} at least 0')
+  names = list(candidates)
+  runs: dict[str, list[float]] = {name: [] for name in names}
+  for turn in range(-warmup, rounds):
+    first = turn % len(names)
+    for name in names[first:] + names[:first]:
+      start = clock()
+      jax.block_until_ready(candidates[name]())
+      elapsed = clock() - start
+      if turn >= 0:
+        runs[name].append(1e3 * elapsed)
+  return {name: Timing.of(times) for name, times in runs.items()}
+
+
+def speedup(base: Timing, other: Timing) -> Speedup:
+  """How many times as fast as `base` is `other`, both from one call of `interleave`.
+
+  Raises:
+    ValueError: the two have different numbers of runs, or a run took no time at all.
+  """
+  if len(base.runs) != len(other.runs):
+    raise ValueError(f'runs pair up by round, but there are {len(base.runs)} and '
+                     f'{len(other.runs)}: time both in one call of interleave')
+  if min(other.runs) <= 0:
+    raise ValueError('a run took 0 ms, too short for this clock: do more work in each run')
+  ratios = np.asarray(base.runs) / np.asarray(other.runs)
+  low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+  return Speedup(base.median_ms / other.median_ms, median, low, high)
+
+
+def compile_seconds(lowered: jax.stages.Lowered, *, clock: Clock = time.perf_counter) -> Compiled:
+  """Compiles `jitted.lower(args)`; tracing, done by then, is not in the time.
+
+  With a persistent compilation cache a second call reads from it, and the time says so.
+  """
+  start = clock()
+  compiled = lowered.compile()
+  return Compiled(compiled, clock() - start)
+
+
+def machine() -> dict[str, Any]:
+  """What every timing should carry: device, versions, processor and date, ready for JSON."""
+  devices = jax.devices()
+  return {
+      'platform': devices[0].platform,
+      'device': devices[0].device_kind,
+      'devices': len(devices),
+      'jax': jax.__version__,
+      'jaxlib': jaxlib.__version__,
+      'python': platform.python_version(),
+      'cpu': _cpu(),
+      'cores': _cores(),
+      'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+  }
+
+
+def _cores() -> int:
+  """Cores that this process may use: fewer than the machine has, in many containers."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _cpu(info: Path = Path('/proc/cpuinfo')) -> str:
+  """The processor's name; Linux tells it only there."""
+  if info.exists():
+    for line in info.read_text().splitlines():
+      key, _, value = line.partition(':')
+      if key.strip() == 'model name' and value.strip():
+        return value.strip()
+  return platform.processor() or platform.machine()

@@ -1,0 +1,46 @@
+"""CTM: clusters around density peaks, averaged by a learned token score.
+
+Axes: B batch, N slots now, M slots after, D features.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ops.reducers.base import Reducer
+from ops.reducers.vision.dpcknn import density_clusters
+from ops.signals import Signals
+from ops.tokens import Assignment, Merge, TokenSet
+
+Array = jax.Array
+
+
+class CTM(Reducer, nn.Module):
+  """DPC-KNN whose groups are averaged with the weight exp(w . x + b) of each token.
+
+  Clustering-based token merging of TCFormer (Zeng et al., 2022), Sec. 3.2, arXiv:2204.08680, in the
+  plain form of Which Tokens to Use? (Haurum et al., 2023), arXiv:2308.04657: without TCFormer's
+  convolution and norm before the score, its bias on attention, and its random tie-breaks. As in the
+  release, 1e-6 is added to the sum of a group's weights, so that a group of low scores shrinks.
+
+  Attributes:
+    neighbours: nearest tokens that make up the density.
+  """
+
+  neighbours: int = 5
+  site = 'before'
+
+  @nn.compact
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    del signals
+    src, dst = density_clusters(tokens, keep=keep, neighbours=self.neighbours)
+    score = nn.Dense(1, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02),
+                     name='score')(tokens.x)[..., 0]
+    # Before the exponential: what padding and protected tokens hold may overflow it.
+    weight = jnp.exp(jnp.where(tokens.free, score, 0.0))
+    return weighted_mean(src, dst, weight)
+
+
+def weighted_mean(src: Array, dst: Array, weight: Array) -> Merge:
+  """The groups of `density_clusters` as means by float32[B, N]."""
+  return Merge.mean(src, dst, weight)

@@ -1,0 +1,445 @@
+"""Attention by fused kernels, and exact rows of its score map beside them.
+
+Axes: B batch, N queries, S keys, R named queries, H heads, K kv heads (H a multiple of K), d
+features a head.
+
+A fused kernel never forms the N x S map. It does know the log-sum-exp of every row of logits, and
+with it any row is exp(q . k * scale + bias - lse): exact, and as large as the rows asked for.
+
+A per-key bias (log(size) of proportional attention, padding) reaches the fused kernels as a few
+extra columns of q and k, because the bias they accept themselves is an N x S buffer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+Array = jax.Array
+
+IMPLEMENTATIONS = ('xla', 'cudnn', 'splash')
+# A lower bias counts as this. It hides a key from any row that has another one, while a row with
+# hidden keys only keeps finite logits whose differences float32 still resolves.
+LOWEST_BIAS = -3e4
+# Added to a weight before its logarithm: a weight of 0 keeps a finite bias and a finite gradient.
+TINY = 1e-20
+_LANES = 128  # Block lengths on a TPU are multiples of this.
+_GROUP_ROWS = 2 ** 15  # Heads times queries that one call of a TPU kernel takes, or one row of it.
+
+
+@struct.dataclass
+class Attended:
+  """What attention gives.
+
+  Attributes:
+    out: float[B, N, H, d], in the dtype of the queries.
+    lse: float32[B, N, H], log-sum-exp over the keys of the scaled and biased logits.
+  """
+
+  out: Array
+  lse: Array
+
+
+def pick(platform: str, dtype: Any) -> str:
+  """The implementation for a platform ('cpu', 'gpu', 'cuda', 'tpu', ...) and a dtype.
+
+  cuDNN takes half precision only. XLA elsewhere: it forms the whole map, and is exact in float32.
+  """
+  half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+  if platform in ('gpu', 'cuda') and half:
+    return 'cudnn'
+  return 'splash' if platform == 'tpu' else 'xla'
+
+
+def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: bool = False,
+           scale: float | None = None, implementation: str = 'xla') -> Attended:
+  """Softmax attention with the log-sum-exp of its rows.
+
+  Gradients flow through both results. That of `lse` costs the fused kernels one more forward and
+  one more backward pass, and nothing where it is not used.
+
+  Args:
+    q: float[B, N, H, d].
+    k, v: float[B, S, K, d].
+    bias: float32[B, S] added to the logits of each key, shared by heads and queries; -inf is fine.
+    causal: query i sees the keys 0 to i.
+    scale: of the logits, a Python number; d ** -0.5 when None.
+    implementation: one of `IMPLEMENTATIONS`; see `pick`. 'cudnn' needs a GPU and half precision,
+      'splash' a TPU. Over several TPU chips 'splash' must run inside `jax.shard_map`. It scales the
+      queries in their own dtype, which rounds them unless scale is a power of two. A bias widens a
+      head by 8 columns in half precision: little at d = 64, a second tile of 128 lanes at d = 128.
+
+  Raises:
+    ValueError: an unknown implementation, or shapes or dtypes that do not fit.
+  """
+  _check(q, k, v, bias)
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  implementations = {'xla': _xla, 'cudnn': _cudnn, 'splash': _splash}
+  if implementation not in implementations:
+    raise ValueError(f'unknown attention implementation {implementation!r}; pick one of '
+                     f'{", ".join(IMPLEMENTATIONS)}')
+  return Attended(*implementations[implementation](causal, scale, q, k, v, bias))
+
+
+def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
+         scale: float | None = None, last: Array | None = None) -> Array:
+  """Exact rows of the attention map, float32[B, H, R, S], for the named queries only.
+
+  Args:
+    q: float[B, R, H, d], the queries of those rows.
+    k: float[B, S, K, d].
+    lse: float32[B, R, H] from `attend`; None makes every row sum to one by itself, which also fits
+      queries that never attended.
+    bias, scale: what `attend` had.
+    last: int32[R], the last key each row sees in causal attention; None when it sees all.
+  """
+  logits = _logits(q, k, bias, scale, last)
+  if lse is None:
+    return jax.nn.softmax(logits, axis=-1)
+  return jnp.exp(logits - jnp.swapaxes(lse, 1, 2)[..., None])
+
+
+def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
+             query_valid: Array | None = None, scale: float | None = None, causal: bool = False,
+             chunk: int = 128) -> Array:
+  """Mean over queries of the attention each key receives, float32[B, H, S].
+
+  Queries are taken `chunk` at a time, forwards and backwards, so the largest buffer is
+  float32[B, H, chunk, S].
+
+  Args:
+    q: float[B, N, H, d].
+    k: float[B, S, K, d].
+    lse: float32[B, N, H] from `attend`, or None as in `rows`.
+    bias, scale, causal: what `attend` had.
+    query_valid: bool[B, N], the queries that count; all when None. A row without any gives zeros.
+    chunk: queries at a time.
+  """
+  batch, length, heads, _ = q.shape
+  counts = jnp.ones((batch, length), bool) if query_valid is None else query_valid
+  chunk = min(chunk, length)
+  steps = -(-length // chunk)
+
+  def cut(x: Array) -> Array:
+    x = jnp.pad(x, ((0, 0), (0, steps * chunk - length)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(batch, steps, chunk, *x.shape[2:]), 1, 0)
+
+  # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
+  @jax.checkpoint
+  def step(total: Array, item: Any) -> tuple[Array, None]:
+    index, q, lse, counts = item
+    last = index * chunk + jnp.arange(chunk) if causal else None
+    found = rows(q, k, lse, bias=bias, scale=scale, last=last)
+    return total + jnp.sum(jnp.where(counts[:, None, :, None], found, 0.0), axis=2), None
+
+  items = (jnp.arange(steps), cut(q), None if lse is None else cut(lse), cut(counts))
+  # The zeros depend on q so that they vary over the same mesh axes inside a shard_map.
+  start = jnp.zeros((batch, heads, k.shape[1]), jnp.float32) + 0.0 * jnp.sum(q[:0])
+  total, _ = jax.lax.scan(step, start, items)
+  return total / jnp.maximum(jnp.sum(counts, axis=1, dtype=jnp.float32), 1.0)[:, None, None]
+
+
+def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None = None,
+          causal: bool = False) -> Array:
+  """The whole attention map, float32[B, H, N, S], for methods that act inside attention."""
+  last = jnp.arange(q.shape[1]) if causal else None
+  return rows(q, k, None, bias=bias, scale=scale, last=last)
+
+
+def policy_attend(q: Array, k: Array, v: Array, policy: Array, *, bias: Array | None = None,
+                  scale: float | None = None, implementation: str = 'xla') -> Attended:
+  """Attention where key j counts `policy_j` times, and every query sees itself in full.
+
+  DynamicViT (Rao et al., 2021), Sec. 3.3, arXiv:2106.02034. The released code also adds 1e-6 / N to
+  every weight, which moves a result by at most about 1e-6 and is left out.
+
+  Args:
+    q, k, v: float[B, N, H, d], float[B, N, K, d].
+    policy: float[B, N] in 0 to 1; differentiable, also where it is 0.
+    bias: float32[B, N] or None, a further per-key bias, which holds for a query's own key too.
+    scale, implementation: as in `attend`.
+  """
+  policy = policy.astype(jnp.float32)
+  weight = jnp.log(policy + TINY)
+  attended = attend(q, k, v, bias=weight if bias is None else weight + bias, scale=scale,
+                    implementation=implementation)
+  return self_term(attended, q, k, v, policy, bias=bias, scale=scale)
+
+
+def self_term(attended: Attended, q: Array, k: Array, v: Array, policy: Array, *,
+              bias: Array | None = None, scale: float | None = None) -> Attended:
+  """Raises each query's weight on its own key from `policy` to 1, in O(N).
+
+  Args:
+    attended: of q, k, v with log(policy + TINY) (+ `bias`) as per-key bias.
+    q, k, v: float[B, N, H, d], float[B, N, K, d].
+    policy: float[B, N] in 0 to 1.
+    bias, scale: as in `policy_attend`.
+  """
+  if q.shape[1] != k.shape[1]:
+    raise ValueError(f'a query sees itself only where queries and keys are the same tokens, got '
+                     f'{q.shape[1]} queries and {k.shape[1]} keys')
+  group = q.shape[2] // k.shape[2]
+  own_key = jnp.repeat(k, group, axis=2).astype(jnp.float32)
+  own_value = jnp.repeat(v, group, axis=2).astype(jnp.float32)
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  logit = jnp.sum(q.astype(jnp.float32) * own_key, axis=-1) * scale
+  if bias is not None:
+    logit = logit + jnp.maximum(bias, LOWEST_BIAS)[..., None]
+  extra = (1.0 - policy.astype(jnp.float32))[..., None] * jnp.exp(logit - attended.lse)
+  out = attended.out.astype(jnp.float32) + extra[..., None] * own_value
+  out = out / (1.0 + extra)[..., None]
+  return Attended(out.astype(attended.out.dtype), attended.lse + jnp.log1p(extra))
+
+
+def augment(q: Array, k: Array, bias: Array, *, scale: float) -> tuple[Array, Array]:
+  """A per-key bias as extra columns: the new q . k * scale is the old one plus the bias.
+
+  Half precision takes three columns, whose sum holds the bias to all 24 bits of a float32. The
+  queries' side is a power of two, exact in every dtype; the odd rest of 1 / scale is in the keys'.
+
+  Args:
+    q: float[B, N, H, d].
+    k: float[B, S, K, d].
+    bias: float32[B, S].
+    scale: of the logits.
+
+  Returns:
+    q, k: float[B, N, H, d + c], float[B, S, K, d + c]; c is 1 in float32, else 3.
+  """
+  power = 2.0 ** math.ceil(-math.log2(scale))
+  rest = jnp.maximum(bias.astype(jnp.float32), LOWEST_BIAS) / (scale * power)
+  parts = []
+  for _ in range(1 if k.dtype == jnp.float32 else 3):
+    part = rest.astype(k.dtype)
+    parts.append(part)
+    # The first column alone carries the gradient: all columns get the same one.
+    rest = jax.lax.stop_gradient(rest - part.astype(jnp.float32))
+  columns = jnp.broadcast_to(jnp.stack(parts, axis=-1)[:, :, None], (*k.shape[:3], len(parts)))
+  powers = jnp.full((*q.shape[:3], len(parts)), power, q.dtype)
+  return jnp.concatenate([q, powers], axis=-1), jnp.concatenate([k, columns], axis=-1)
+
+
+def _check(q: Array, k: Array, v: Array, bias: Array | None) -> None:
+  fits = (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0]
+          and q.shape[3] == k.shape[3] and q.shape[2] % k.shape[2] == 0)
+  if not fits:
+    raise ValueError('attention takes q [B, N, H, d] and k, v [B, S, K, d] with H a multiple of '
+                     f'K, got {q.shape}, {k.shape}, {v.shape}')
+  if not q.dtype == k.dtype == v.dtype:
+    raise ValueError(f'q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
+  if bias is not None and bias.shape != k.shape[:2]:
+    raise ValueError(f'the bias is one number a key, {k.shape[:2]}, got {bias.shape}')
+
+
+def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
+            last: Array | None) -> Array:
+  """float32[B, H, N, S]; keys after `last` [N] are hidden."""
+  batch, length, heads, features = q.shape
+  kv_heads = k.shape[2]
+  grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, features)
+  logits = jnp.einsum('bnkgd,bskd->bkgns', grouped, k, precision='highest',
+                      preferred_element_type=jnp.float32)
+  logits = logits.reshape(batch, heads, length, -1)
+  logits = logits * (features ** -0.5 if scale is None else scale)
+  if bias is not None:
+    logits = logits + jnp.maximum(bias.astype(jnp.float32), LOWEST_BIAS)[:, None, None]
+  if last is not None:
+    logits = jnp.where(jnp.arange(k.shape[1])[None] <= last[:, None], logits, -jnp.inf)
+  return logits
+
+
+# Implementations: (causal, scale, q, k, v, bias) -> out, lse.
+
+
+def _xla(causal: bool, scale: float, q: Array, k: Array, v: Array,
+         bias: Array | None) -> tuple[Array, Array]:
+  # Not jax.nn.dot_product_attention: it rounds the log-sum-exp to the dtype of the keys, which puts
+  # bfloat16 rows wrong by percents, and cuts its gradient.
+  logits = _logits(q, k, bias, scale, jnp.arange(q.shape[1]) if causal else None)
+  lse = jax.nn.logsumexp(logits, axis=-1)
+  weights = jnp.exp(logits - lse[..., None]).astype(v.dtype)
+  batch, heads, length, keys = weights.shape
+  kv_heads = v.shape[2]
+  out = jnp.einsum('bkgns,bskd->bnkgd',
+                   weights.reshape(batch, kv_heads, heads // kv_heads, length, keys), v)
+  return out.reshape(q.shape).astype(q.dtype), jnp.swapaxes(lse, 1, 2)
+
+
+def _cudnn(causal: bool, scale: float, q: Array, k: Array, v: Array,
+           bias: Array | None) -> tuple[Array, Array]:
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    raise ValueError(f"implementation 'cudnn' takes bfloat16 or float16, got {q.dtype}; use 'xla'")
+  return _fused(_cudnn_kernel, causal, scale, q, k, v, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _splash(causal: bool, scale: float, q: Array, k: Array, v: Array,
+            bias: Array | None) -> tuple[Array, Array]:
+  # The kernel has no scale. It goes in before the bias, which it would round.
+  run = functools.partial(_fused, _splash_residuals, causal, 1.0)
+  return _in_groups(lambda q, *rest: run(_scaled(q, scale), *rest), q, k, v, bias)
+
+
+def _splash_forward(causal: bool, scale: float, *args: Any) -> Any:
+  args = jax.tree.map(lambda arg: arg.value, args,
+                      is_leaf=lambda arg: isinstance(arg, CustomVJPPrimal))
+  return _splash(causal, scale, *args), args
+
+
+def _splash_backward(causal: bool, scale: float, saved: Any, grads: Any) -> Any:
+  grad_out, grad_lse = (None if isinstance(grad, SymbolicZero) else grad for grad in grads)
+
+  def run(q: Array, *rest: Array | None) -> tuple[Array | None, Array | None]:
+    out, lse = _fused(_splash_gradients, causal, 1.0, _scaled(q, scale), *rest)
+    return None if grad_out is None else out, None if grad_lse is None else lse
+
+  # The shipped kernel gives either its log-sum-exp or its gradient, so the forward pass runs again.
+  return _in_groups(lambda *args: jax.vjp(run, *args[:4])[1](args[4]), *saved, (grad_out, grad_lse))
+
+
+_splash.defvjp(_splash_forward, _splash_backward, symbolic_zeros=True)
+
+
+def _scaled(q: Array, scale: float) -> Array:
+  return (q.astype(jnp.float32) * scale).astype(q.dtype)
+
+
+def _in_groups(function: Any, q: Array, *args: Any) -> Any:
+  """Runs over a few rows of the batch at a time.
+
+  A TPU kernel wants heads first, lengths padded and heads widened, and returns the log-sum-exp 128
+  times over. Such copies of a whole batch would cost a tenth of the score map; a core takes the
+  heads one by one anyway.
+  """
+  batch, length, heads, _ = q.shape
+  sizes = [size for size in range(1, batch + 1)
+           if batch % size == 0 and size * heads * length <= _GROUP_ROWS]
+  size = max(sizes, default=1)
+  items = jax.tree.map(lambda x: x.reshape(batch // size, size, *x.shape[1:]), (q, *args))
+  with jax.default_matmul_precision('highest' if q.dtype == jnp.float32 else None):
+    found = jax.lax.map(lambda item: function(*item), items)
+  return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), found)
+
+
+def _fused(kernel: Any, causal: bool, scale: float, q: Array, k: Array, v: Array,
+           bias: Array | None) -> tuple[Array, Array]:
+  """A kernel with what kernels lack: a per-key bias, any head width, a gradient of the lse."""
+  if bias is not None:
+    q, k = augment(q, k, bias, scale=scale)
+  width = -(-q.shape[-1] // 8) * 8
+  q, k = _widen(q, width), _widen(k, width)
+  out, lse = kernel(causal, scale, q, k, v)
+  return out, _give_gradient(kernel, causal, scale, jax.lax.stop_gradient(lse), q, k)
+
+
+def _widen(x: Array, features: int) -> Array:
+  """Zero columns up to `features`; they change no logit, and are cut off the output."""
+  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _give_gradient(kernel: Any, causal: bool, scale: float, lse: Array, q: Array,
+                   k: Array) -> Array:
+  """The log-sum-exp as it is, with the gradient that the kernel does not give."""
+  del kernel, causal, scale, q, k
+  return lse
+
+
+def _give_gradient_forward(kernel: Any, causal: bool, scale: float, lse: Array, q: Array,
+                           k: Array) -> Any:
+  del kernel, causal, scale
+  return lse, (q, k)
+
+
+def _give_gradient_backward(kernel: Any, causal: bool, scale: float, saved: Any,
+                            grad: Array) -> Any:
+  # d lse_i = sum_j p_ij d logit_ij: for q this is attention over the keys as values, for k what
+  # such attention sends back to its values.
+  q, k = saved
+  keys, pull = jax.vjp(lambda values: kernel(causal, scale, q, k, values)[0], k)
+  grad = scale * grad[..., None]
+  grad_q = (grad * keys.astype(jnp.float32)).astype(q.dtype)
+  grad_k, = pull((grad * q.astype(jnp.float32)).astype(keys.dtype))
+  return None, grad_q, grad_k
+
+
+_give_gradient.defvjp(_give_gradient_forward, _give_gradient_backward)
+
+
+# Kernels: (causal, scale, q, k, v) -> out, lse. Gradients reach q, k and v from `out` alone.
+
+
+def _cudnn_kernel(causal: bool, scale: float, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+  # The public jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of the output.
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+  mask = cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
+  out, lse = cudnn.dot_product_attention(q, k, _widen(v, q.shape[-1]), scale=scale,
+                                         mask_type=mask, return_residual=True)
+  return out[..., :v.shape[-1]], jnp.swapaxes(lse, 1, 2)
+
+
+def _splash_residuals(causal: bool, scale: float, q: Array, k: Array,
+                      v: Array) -> tuple[Array, Array]:
+  """One kernel for both results; it has no gradient."""
+  assert scale == 1.0
+  return _run_splash(causal, q, k, v, residuals=True)
+
+
+def _splash_gradients(causal: bool, scale: float, q: Array, k: Array,
+                      v: Array) -> tuple[Array, Array]:
+  """One kernel a result, for a caller who needs gradients and so neither value."""
+  assert scale == 1.0
+  out = _run_splash(causal, q, k, v, residuals=False)
+  return out, _run_splash(causal, *jax.lax.stop_gradient((q, k, v)), residuals=True)[1]
+
+
+def _run_splash(causal: bool, q: Array, k: Array, v: Array, *, residuals: bool) -> Any:
+  """out [B, N, H, d], or out and lse [B, N, H] with `residuals`."""
+  # Imported here: Pallas takes a second to load, and only TPU runs need it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+  batch, length, heads, _ = q.shape
+  keys = k.shape[1]
+  (block_q, total_q), (block_kv, total_kv) = _blocks(length), _blocks(keys)
+  mask = splash.CausalMask if causal else splash.FullMask
+  kernel = splash.make_splash_mha_single_device(
+      splash.MultiHeadMask([mask((total_q, total_kv))] * (batch * heads)),
+      block_sizes=splash.BlockSizes(
+          block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
+          block_q_dq=block_q, block_kv_dq=block_kv),
+      save_residuals=residuals)
+
+  def lay(x: Array, total: int) -> Array:
+    """[B, N, H, d] -> [B * H, total, d]: the kernel has no batch, and heads are as independent."""
+    x = jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
+    return jnp.pad(x, ((0, 0), (0, total - x.shape[1]), (0, 0)))
+
+  def unlay(x: Array) -> Array:
+    return jnp.swapaxes(x[:, :length].reshape(batch, heads, length, *x.shape[2:]), 1, 2)
+
+  segments = None
+  if total_kv > keys:
+    # A query sees keys of its own segment: those that pad the length form another.
+    padding = (jnp.arange(total_kv) >= keys).astype(jnp.int32)
+    segments = splash.SegmentIds(jnp.zeros(total_q, jnp.int32), padding)
+  found = kernel(lay(q, total_q), lay(k, total_kv), lay(v, total_kv), segments)
+  if not residuals:
+    return unlay(found)
+  out, (lse,) = found
+  return unlay(out), unlay(lse)
+
+
+def _blocks(length: int) -> tuple[int, int]:
+  """(block, padded length): the least padding, then the largest block of 256 to 1,024 rows."""
+  options = []
+  for count in range(-(-length // 1024), -(-length // 256) + 1):
+    block = -(-length // (count * _LANES)) * _LANES
+    options.append((count * block, -block))
+  padded, block = min(options)
+  return -block, padded

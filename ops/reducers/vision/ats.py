@@ -1,0 +1,91 @@
+"""ATS: as many tokens as an image needs, by inverse transform sampling of their significance.
+
+Axes: B batch, N slots now, M slots after, P sample points, H heads, d features a head.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops.match import put
+from ops.reducers.base import Reducer
+from ops.select import top
+from ops.signals import Signals
+from ops.tokens import Assignment, Gather, TokenSet, take
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ATS(Reducer):
+  """Keeps the tokens that evenly spaced quantiles of significance fall on; repeats are padding.
+
+  Adaptive Token Sampling (Fayyaz et al., 2022), Sec. 3.2, arXiv:2111.15667, as released by its
+  authors. A sampled token keeps its row of attention over all tokens, dropped ones included.
+  Protected tokens lead, the others follow, the least significant first. `keep` is a capacity. Two
+  things differ from the release: there, padding left by an earlier cut saves the least significant
+  token, and 1e-6 smooths the softmax, which moves a result by about as much.
+
+  Attributes:
+    points: sample points; None for as many as slots are to be filled. The release takes the
+      number of tokens of the whole image in every layer. Where more tokens are sampled than fit,
+      the least significant are dropped.
+  """
+
+  points: int | None = None
+  needs = frozenset({'cls_attention', 'values'})
+  site = 'inside'
+  conserves = 'pruning drops tokens'
+  adaptive = 'a token that is sampled twice fills one slot'
+
+  def __post_init__(self) -> None:
+    if self.points is not None and self.points < 1:
+      raise ValueError(f'points={self.points} must be at least 1, or None for as many as fit')
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    scores = significance(signals)
+    points = max(keep - tokens.protected, 1) if self.points is None else self.points
+    return keep_sampled(tokens, scores, sample(scores, tokens.free, points=points), keep=keep)
+
+
+def significance(signals: Signals) -> Array:
+  """float32[B, N]: [CLS] attention over all heads, times the length of the values of all heads."""
+  values = signals.values.astype(jnp.float32)
+  length = jnp.sqrt(jnp.sum(values * values, axis=(2, 3)))
+  return jax.lax.stop_gradient(signals.cls_attention.sum(axis=1) * length)
+
+
+def sample(scores: Array, among: Array, *, points: int) -> Array:
+  """Inverse transform sampling without chance: the tokens nearest to evenly spaced quantiles.
+
+  The distribution runs over tokens of rising score and is stretched to [0, 1], so the lowest has
+  no share and is picked only where it is alone. The quantiles run from the lowest share to 1.
+
+  Args:
+    scores: float32[B, N], not negative.
+    among: bool[B, N], tokens to sample.
+    points: P, quantiles; float32[B, P, N] is formed, less than the attention map of one head.
+
+  Returns:
+    bool[B, N], sampled at least once.
+  """
+  order = jnp.argsort(jnp.where(among, scores, jnp.inf), axis=1)
+  there = take(among, order)
+  share = jnp.cumsum(jnp.where(there, take(scores, order), 0.0), axis=1)
+  share = share / jnp.maximum(share[:, -1:], 1e-20)
+  share = (share - share[:, :1]) / jnp.maximum(share[:, -1:] - share[:, :1], 1e-20)
+  lowest = jnp.min(share, axis=1, keepdims=True, initial=1.0, where=there & (share > 0))
+  step = jnp.arange(points, dtype=jnp.float32)[None] / max(points - 1, 1)
+  quantiles = lowest + (1 - lowest) * step
+  gap = jnp.abs(quantiles[:, :, None] - jnp.where(there, share, jnp.inf)[:, None])
+  nearest = take(order, jnp.argmin(gap, axis=2))
+  return put(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among
+
+
+def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, keep: int) -> Gather:
+  """Protected tokens, then those that were hit, the lowest score first, then padding."""
+  picked = top(scores, keep, forced=tokens.kept, excluded=~(tokens.kept | hit))
+  rank = jnp.where(tokens.kept, -jnp.inf, jnp.where(hit, scores, jnp.inf))
+  src = take(picked, jnp.argsort(take(rank, picked), axis=1))
+  return Gather(src, tokens.slots, valid=take(tokens.kept | hit, src))

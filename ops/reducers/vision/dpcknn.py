@@ -1,0 +1,60 @@
+"""DPC-KNN: clusters around density peaks, each averaged into one token.
+
+Axes: B batch, N slots now, M slots after.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops import cluster
+from ops.reducers.base import Reducer
+from ops.select import top
+from ops.signals import Signals
+from ops.tokens import Assignment, Merge, TokenSet, take
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DPCKNN(Reducer):
+  """Averages the tokens around each of the keep best density peaks.
+
+  Which Tokens to Use? (Haurum et al., 2023), Sec. 3.2, arXiv:2308.04657, with equal weights: each
+  slot counts once, however many tokens it stands for. TCFormer (Zeng et al., 2022), Sec. 3.2,
+  arXiv:2204.08680, learns the weights: see `ctm`. Clusters stand in the order of their centres'
+  scores. The release breaks ties by random noise of 1e-6, which is left out, and adds 1e-6 to the
+  sum of the weights, which moves a result by one part in a million at most.
+
+  Attributes:
+    neighbours: nearest tokens that make up the density.
+  """
+
+  neighbours: int = 5
+  site = 'before'
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    del signals
+    src, dst = density_clusters(tokens, keep=keep, neighbours=self.neighbours)
+    return Merge.mean(src, dst, tokens.real)
+
+
+def density_clusters(tokens: TokenSet, *, keep: int, neighbours: int,
+                     noise: Array | None = None) -> tuple[Array, Array]:
+  """Groups the free tokens around density peaks.
+
+  Args:
+    tokens: N slots.
+    keep: M, groups wanted; protected tokens are groups of their own and lead.
+    neighbours, noise: see `ops.cluster.peaks`.
+
+  Returns:
+    (src, dst): int32[B, M] the centre of each group, the best first, and int32[B, N] the group of
+    each slot, M for padding.
+  """
+  distance = cluster.distances(tokens.x) * tokens.x.shape[2] ** -0.5
+  scores = cluster.peaks(distance, tokens.free, neighbours=neighbours, noise=noise)
+  centres = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
+  group = cluster.nearest(distance, centres, take(tokens.free, centres))
+  return centres, jnp.where(tokens.real, group, keep)

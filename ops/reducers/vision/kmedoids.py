@@ -1,0 +1,60 @@
+"""K-medoids: prunes to one representative token of each cluster.
+
+Axes: B batch, N slots now, M slots after, H heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops import cluster
+from ops.reducers.base import Reducer
+from ops.select import top
+from ops.signals import Signals
+from ops.tokens import Assignment, Gather, TokenSet
+
+Array = jax.Array
+WEIGHTS = ('attention', 'equal')
+
+
+@dataclasses.dataclass(frozen=True)
+class KMedoids(Reducer):
+  """Keeps the medoids of clusters of features, in the order of their seeds.
+
+  The K-medoids baseline of Which Tokens to Use? (Haurum et al., 2023), Sec. 3.2, arXiv:2308.04657,
+  as released. There a token's weight multiplies its own distances, so the least attended member
+  of a cluster is preferred. Two things differ, in ties only: a centre always stays in its own
+  cluster, and a token is never picked twice.
+
+  Attributes:
+    weights: 'attention' seeds with the tokens that receive most attention in the layer before and
+      weights by it; 'equal' seeds farthest-first and weights all alike.
+    start: for 'equal', the first seed, counted among the free tokens; the release draws it.
+    iterations: rounds of assigning tokens and moving centres.
+  """
+
+  weights: str = 'attention'
+  start: int = 0
+  iterations: int = 3
+  site = 'before'
+  conserves = 'pruning drops tokens'
+
+  def __post_init__(self) -> None:
+    if self.weights not in WEIGHTS:
+      raise ValueError(f'weights={self.weights!r} is unknown: choose one of {", ".join(WEIGHTS)}')
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return frozenset({'received_attention'} if self.weights == 'attention' else ())
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    distance = cluster.distances(tokens.x)
+    if self.weights == 'attention':
+      weight = scores = jax.lax.stop_gradient(signals.received_attention.mean(axis=1))
+    else:
+      weight = jnp.ones(tokens.x.shape[:2])
+      scores = cluster.farthest_first(distance, tokens.free, start=self.start, count=keep)
+    seeds = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
+    picked = cluster.medoids(distance, seeds, weight, tokens.free, iterations=self.iterations)
+    return Gather(picked, tokens.slots)

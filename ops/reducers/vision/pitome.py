@@ -1,0 +1,101 @@
+"""PiToMe: merges tokens that resemble many others, and leaves rare ones alone.
+
+Axes: B batch, N slots now, M slots after, H heads, d features a head.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ops.match import bipartite, cosine, join, nearest, put, spare
+from ops.reducers.base import Reducer
+from ops.select import ranks, top
+from ops.signals import Signals
+from ops.tokens import Assignment, Merge, TokenSet, take
+
+Array = jax.Array
+PAIRINGS = ('deit', 'mae', 'energy', 'bipartite', 'text')
+
+
+@dataclasses.dataclass(frozen=True)
+class PiToMe(Reducer):
+  """Merges the tokens of highest energy, which have many similar ones, by size-weighted mean.
+
+  Accelerating Transformers with Spectrum-Preserving Token Merging (Tran et al., 2024), Sec. 3,
+  arXiv:2405.16148, as released. At most half of the free tokens can go at once. Keys are compared,
+  averaged over heads, all with all: float32[B, N, N] once a cut.
+
+  Attributes:
+    pairing: who meets whom.
+      'energy': of the 2 r tokens of highest energy, every second one merges into the others; the
+        paper's algorithm.
+      'bipartite': of all tokens in order of energy, every second one may merge into the others,
+        and the r most similar pairs do.
+      'text': the r tokens of highest energy merge into the next r; energy is a Gaussian of the
+        distance.
+      'deit': 'bipartite' in the first half of the layers, then 'energy'; 'mae': the reverse.
+    margin: similarity above which a token adds to another's energy, at layer 0.
+    last_margin: what it falls to, linearly, one layer after the last.
+    proportional: whether attention counts a slot as often as it has tokens.
+  """
+
+  pairing: str = 'deit'
+  margin: float = 0.75
+  last_margin: float = 0.0
+  proportional: bool = False
+  needs = frozenset({'keys', 'layer', 'depth'})
+
+  def __post_init__(self) -> None:
+    if self.pairing not in PAIRINGS:
+      raise ValueError(f'pairing={self.pairing!r} is unknown: choose one of {", ".join(PAIRINGS)}')
+
+  def fewest(self, slots: int, protected: int) -> int:
+    return slots - (slots - protected) // 2
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    pairing, early = self.pairing, 2 * signals.layer < signals.depth
+    if pairing in ('deit', 'mae'):
+      pairing = 'bipartite' if early == (pairing == 'deit') else 'energy'
+    metric = signals.keys.astype(jnp.float32).mean(axis=2)
+    margin = self.margin + (self.last_margin - self.margin) * signals.layer / signals.depth
+    similarity = cosine(metric, metric)
+    energy = (gaussian_energy if pairing == 'text' else elu_energy)(similarity, tokens.free, margin)
+    order = top(energy, tokens.slots, excluded=~tokens.free)
+    if pairing == 'bipartite':
+      return bipartite(tokens, metric, order[:, ::2], order[:, 1::2], keep=keep, order='score')
+    return _pairs(tokens, metric, order, pairing, keep)
+
+
+def elu_energy(similarity: Array, free: Array, margin: float) -> Array:
+  """float32[B, N]: how much lies above the margin, on average over the free tokens."""
+  return _mean(jax.nn.elu(similarity - margin), free)
+
+
+def gaussian_energy(similarity: Array, free: Array, margin: float) -> Array:
+  """float32[B, N]: mean density of a Gaussian of deviation 1 - margin around similarity 1."""
+  deviation = 1 - margin
+  peak = 1 / (deviation * math.sqrt(2 * math.pi))
+  return _mean(peak * jnp.exp(-0.5 * ((1 - similarity) / deviation) ** 2), free)
+
+
+def _mean(values: Array, free: Array) -> Array:
+  total = jnp.sum(jnp.where(free[:, None], values, 0.0), axis=2)
+  return total / jnp.maximum(jnp.sum(free, axis=1, keepdims=True), 1)
+
+
+def _pairs(tokens: TokenSet, metric: Array, order: Array, pairing: str, keep: int) -> Merge:
+  """Merges r of the 2 r first slots in the order into the others."""
+  number = jnp.arange(max(tokens.slots - keep, 1), dtype=jnp.int32)[None]
+  removed = spare(tokens, keep)
+  first, second = (number, number + removed) if pairing == 'text' else (2 * number, 2 * number + 1)
+  a, b = (take(order, jnp.broadcast_to(jnp.minimum(i, tokens.slots - 1),
+                                       (len(order), number.size))) for i in (first, second))
+  use = number < removed
+  _, match = nearest(metric, a, b, use_a=use, use_b=use)
+  own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), order.shape)
+  partner = put(own, a, jnp.where(use, match, a))
+  rank = ranks(order, tokens.slots)
+  turn = jnp.where(rank < 2 * removed, tokens.slots + rank, rank)
+  return join(tokens, partner, turn, keep=keep)

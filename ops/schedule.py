@@ -1,0 +1,250 @@
+"""Budgets to counts: the one place where a ratio or a FLOPs target becomes static integers.
+
+A budget is written for the tokens that a reduction may touch; protected ones ([CLS] and its like)
+and the slots that a method adds (EViT's fused token) come on top. The forms:
+
+  remove=13                 so many fewer in every listed layer, clamped where a method cannot
+  remove=(13, -1.0)         the same number in all, falling (negative) or rising over the layers:
+                            layer i removes int(lo + (hi - lo) i / (L - 1)), lo = int(r (1 - c)),
+                            hi = 2 r - lo (ToMe, arXiv:2210.09461, released code)
+  keep_ratio=0.7            in every listed layer, of what is there (ratio_of='current') or
+                            0.7, 0.49, … of what the model started with (ratio_of='start')
+  keep_ratio=(0.7, 0.5)     one a listed layer, of either
+  keep=(48, 32, 16)         counts, one for all or one a listed layer
+  flops_ratio=0.6           of the unreduced model's MACs, solved to counts: at most this, as close
+  gmacs=2.9                 as integers come
+
+Rounding is done once, on exact fractions: 0.7 means 7/10. `rounding` is 'ceil' (EViT, PiToMe, MCTF:
+removing floor(n (1 - ratio))), 'floor' (DynamicViT and the Haurum benchmark: int(n ratio)) or
+'round' (half to even).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
+ROUNDING = {'ceil': math.ceil, 'floor': math.floor, 'round': round}
+RATIO_OF = ('current', 'start')
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """One reduction: in `layer`, from `slots` to `keep` slots, protected ones included."""
+
+  layer: int
+  slots: int
+  keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What a host and a method allow.
+
+  Attributes:
+    depth: number of layers.
+    slots: tokens at the start, protected ones included.
+    protected: tokens that are never touched.
+    extra: slots that the method adds beside those it keeps.
+    fewest: slots -> fewest slots that the method can leave of them, protected included.
+  """
+
+  depth: int
+  slots: int
+  protected: int = 0
+  extra: int = 0
+  fewest: Callable[[int], int] = lambda slots: 1
+
+
+def resolve(budget: Mapping[str, Any], limits: Limits, *,
+            macs: Callable[[tuple[Cut, ...]], float] | None = None) -> tuple[Cut, ...]:
+  """Turns a budget into cuts.
+
+  Args:
+    budget: one of the forms above under its name, beside `layers` ('all', an int or ints), and
+      optionally `rounding` and `ratio_of`.
+    limits: what the host and the method allow.
+    macs: the model's MACs under given cuts; needed by flops_ratio and gmacs.
+
+  Returns:
+    One Cut for each listed layer that loses tokens, in layer order.
+
+  Raises:
+    ValueError: naming the value, what is possible, and what to change.
+  """
+  layers = parse_layers(budget.get('layers', 'all'), limits.depth)
+  named = [name for name in BUDGETS if budget.get(name) is not None]
+  if len(named) != 1:
+    raise ValueError(f'a reduction needs exactly one budget, got {named or "none"}: '
+                     f'choose one of {", ".join(BUDGETS)}')
+  form, value = named[0], budget[named[0]]
+  rounding, base = budget.get('rounding', 'ceil'), budget.get('ratio_of', 'current')
+  if rounding not in ROUNDING:
+    raise ValueError(f'rounding={rounding!r} is unknown: choose one of {", ".join(ROUNDING)}')
+  if base not in RATIO_OF:
+    raise ValueError(f'ratio_of={base!r} is unknown: choose one of {", ".join(RATIO_OF)}')
+  if form == 'remove':
+    return _remove(constant_or_inflected(value, len(layers)), layers, limits)
+  if form == 'keep_ratio':
+    return _keep_ratio(value, layers, limits, rounding, base)
+  if form == 'keep':
+    return _keep(value, layers, limits)
+  if macs is None:
+    raise ValueError(f'{form}={value} needs a cost model to solve for: none was given')
+  target = value * macs(()) if form == 'flops_ratio' else value * 1e9
+  return _solve(target, f'{form}={value}', layers, limits, macs, rounding)
+
+
+def parse_layers(layers: Any, depth: int) -> tuple[int, ...]:
+  """'all', one index or several, checked against the depth and sorted."""
+  if layers == 'all':
+    return tuple(range(depth))
+  if isinstance(layers, str):
+    raise ValueError(f"layers={layers!r} is unknown: give 'all', a layer index or several")
+  chosen = (layers,) if isinstance(layers, int) else tuple(layers)
+  for layer in chosen:
+    if not 0 <= layer < depth:
+      raise ValueError(f'layer {layer} is out of range: the model has layers 0 to {depth - 1}')
+  if len(set(chosen)) != len(chosen) or not chosen:
+    raise ValueError(f'layers={chosen} must name at least one layer, each once')
+  return tuple(sorted(chosen))
+
+
+def constant_or_inflected(remove: int | Sequence[float], count: int) -> tuple[int, ...]:
+  """`remove` to one number a layer; (r, inflection) as ToMe's released parse_r."""
+  if isinstance(remove, int):
+    if remove < 0:
+      raise ValueError(f'remove={remove} must not be negative')
+    return (remove,) * count
+  if len(remove) != 2 or not -1 <= remove[1] <= 1:
+    raise ValueError(f'remove={tuple(remove)} must be a count or (count, inflection in [-1, 1])')
+  rate, inflection = Fraction(str(remove[0])), Fraction(str(remove[1]))
+  low = int(rate * (1 - inflection))
+  high = 2 * rate - low
+  step = (high - low) / (count - 1) if count > 1 else Fraction(0)
+  return tuple(int(low + step * i) for i in range(count))
+
+
+def per_layer(value: Any, layers: Sequence[int], name: str) -> tuple[Any, ...]:
+  """One value for all layers, or one each."""
+  if not isinstance(value, Sequence):
+    return (value,) * len(layers)
+  if len(value) != len(layers):
+    raise ValueError(f'{name}={tuple(value)} has {len(value)} values for {len(layers)} layers '
+                     f'{tuple(layers)}: give one, or one a layer')
+  return tuple(value)
+
+
+def _remove(counts: Sequence[int], layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
+  cuts, slots = [], limits.slots
+  for layer, count in zip(layers, counts, strict=True):
+    keep = max(slots - count, limits.fewest(slots))
+    if keep < slots:
+      cuts.append(Cut(layer, slots, keep))
+      slots = keep
+  return tuple(cuts)
+
+
+def _keep_ratio(value: Any, layers: Sequence[int], limits: Limits, rounding: str,
+                base: str) -> tuple[Cut, ...]:
+  ratios = [Fraction(str(ratio)) for ratio in per_layer(value, layers, 'keep_ratio')]
+  for ratio in ratios:
+    if not 0 < ratio <= 1:
+      raise ValueError(f'keep_ratio={float(ratio)} is outside (0, 1]: it is the share of tokens '
+                       'that stays')
+  cuts, slots, start = [], limits.slots, limits.slots - limits.protected
+  for i, (layer, ratio) in enumerate(zip(layers, ratios, strict=True)):
+    there = slots - limits.protected
+    if base == 'start':
+      share = ratio if isinstance(value, Sequence) else ratio ** (i + 1)
+      left = ROUNDING[rounding](share * start)
+    else:
+      left = ROUNDING[rounding](ratio * there)
+    if left >= there:
+      continue
+    keep = limits.protected + limits.extra + left
+    if keep < slots:
+      cuts.append(_checked(Cut(layer, slots, keep), f'keep_ratio={float(ratio)}', limits))
+      slots = keep
+  return tuple(cuts)
+
+
+def _keep(value: Any, layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
+  cuts, slots = [], limits.slots
+  for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
+    there = slots - limits.protected
+    if not isinstance(count, int) or not 0 < count <= there:
+      raise ValueError(f'keep={count} in layer {layer} is impossible: {there} tokens are there '
+                       f'to keep, so give 1 to {there}')
+    keep = limits.protected + limits.extra + count
+    if keep < slots:
+      cuts.append(_checked(Cut(layer, slots, keep), f'keep={count}', limits))
+      slots = keep
+  return tuple(cuts)
+
+
+def _checked(cut: Cut, budget: str, limits: Limits) -> Cut:
+  fewest = limits.fewest(cut.slots)
+  least = max(fewest, limits.protected + 1)
+  if cut.keep < least:
+    raise ValueError(f'{budget} leaves {cut.keep} of {cut.slots} slots in layer {cut.layer}, but '
+                     f'this method can leave no fewer than {least} ({limits.protected} protected): '
+                     'raise the budget or cut in more layers')
+  return cut
+
+
+def _solve(target: float, budget: str, layers: Sequence[int], limits: Limits,
+           macs: Callable[[tuple[Cut, ...]], float], rounding: str) -> tuple[Cut, ...]:
+  """The gentlest schedule within the target: even removal over all layers, else one ratio."""
+  if target <= 0:
+    raise ValueError(f'{budget} must be positive')
+  free = limits.slots - limits.protected
+
+  def spread(total: int) -> tuple[Cut, ...]:
+    ends = [total * (i + 1) // len(layers) for i in range(len(layers))]
+    counts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    return _remove(counts, layers, limits)
+
+  def ratio(removed: int) -> tuple[Cut, ...]:
+    return _keep_ratio((1000 - removed) / 1000, layers, limits, rounding, 'current')
+
+  every_layer = len(layers) == limits.depth
+  make, low, high = (spread, 0, free) if every_layer else (ratio, 0, 999)
+  if every_layer is False:
+    high = max(step for step in range(1000) if _possible(ratio, step))
+  if macs(make(high)) > target:
+    raise ValueError(f'{budget} cannot be met: cutting all that this method can cut leaves '
+                     f'{macs(make(high)) / 1e9:.3f} of {macs(()) / 1e9:.3f} GMACs; '
+                     'raise the target or list earlier layers')
+  while low < high:
+    middle = (low + high) // 2
+    low, high = (low, middle) if macs(make(middle)) <= target else (middle + 1, high)
+  return make(low)
+
+
+def _possible(make: Callable[[int], tuple[Cut, ...]], step: int) -> bool:
+  try:
+    make(step)
+  except ValueError:
+    return False
+  return True
+
+
+def annealed_keep_ratio(keep_ratio: float, *, step: int, start_step: int, stop_step: int) -> float:
+  """The keep ratio while a model learns to do with fewer tokens: from 1 down along a cosine.
+
+  EViT (arXiv:2202.07800, released code): 1 up to `start_step`, `keep_ratio` from `stop_step` on.
+  Every new count compiles anew, so ask once in many steps.
+
+  Raises:
+    ValueError: if the steps are not in order.
+  """
+  if not 0 <= start_step < stop_step:
+    raise ValueError(f'start_step={start_step} and stop_step={stop_step} must be in order, and not '
+                     'negative')
+  done = min(max((step - start_step) / (stop_step - start_step), 0.0), 1.0)
+  return keep_ratio + (1 - keep_ratio) * (1 + math.cos(math.pi * done)) / 2

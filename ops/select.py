@@ -1,0 +1,73 @@
+"""Selection: which slots stay, given a score a slot. One selection a reduction.
+
+Axes: B batch, N slots now, M slots after.
+
+Scores are float32 and ties go to the lowest slot, on every device: `lax.top_k` promises both.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ops.tokens import Gather, TokenSet
+
+Array = jax.Array
+
+
+def top(scores: Array, keep: int, *, forced: Array | None = None,
+        excluded: Array | None = None) -> Array:
+  """The `keep` best slots, best first.
+
+  Args:
+    scores: float[B, N], higher is better; NaN counts as worst.
+    keep: M, slots to pick, at most N.
+    forced: bool[B, N], slots that come first whatever their score, in slot order.
+    excluded: bool[B, N], slots that come last whatever their score.
+
+  Returns:
+    int32[B, M]. Excluded slots are picked only when nothing else is left.
+  """
+  scores = scores.astype(jnp.float32)
+  # Finite limits keep the three classes apart even from scores that are infinite themselves.
+  limit = jnp.finfo(jnp.float32).max / 4
+  scores = jnp.clip(jnp.where(jnp.isnan(scores), -limit, scores), -limit, limit)
+  if forced is not None:
+    scores = jnp.where(forced, 2 * limit, scores)
+  if excluded is not None:
+    scores = jnp.where(excluded, -2 * limit, scores)
+  return jax.lax.top_k(scores, keep)[1].astype(jnp.int32)
+
+
+def ranks(order: Array, slots: int) -> Array:
+  """Inverts a selection: int32[B, M] picked slots -> int32[B, N], the place of each, M if none."""
+  batch, picked = order.shape
+  start = jnp.full((batch, slots), picked, jnp.int32)
+  place = jnp.broadcast_to(jnp.arange(picked, dtype=jnp.int32), (batch, picked))
+  return jax.vmap(lambda s, o, p: s.at[o].set(p))(start, order, place)
+
+
+def keep_top(tokens: TokenSet, scores: Array, *, keep: int, order: str = 'slot') -> Gather:
+  """Prunes to the `keep` best tokens; those that may not be touched always stay.
+
+  Args:
+    tokens: N slots. Protected and other-kind tokens stay; padding goes first.
+    scores: float[B, N], higher stays.
+    keep: M, slots left, protected ones included.
+    order: 'slot' keeps the tokens in their order, 'score' puts the best first (protected ones
+      lead, in slot order).
+
+  Raises:
+    ValueError: for another `order`.
+  """
+  if order not in ('slot', 'score'):
+    raise ValueError(f"order={order!r} is unknown: choose 'slot' or 'score'")
+  picked = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
+  if order == 'slot':
+    picked = jnp.sort(picked, axis=1)
+  return Gather(picked, tokens.slots)
+
+
+def place(flags: Array) -> Array:
+  """bool[B, N] -> int32[B, N]: how many True come before each slot."""
+  return jnp.cumsum(flags, axis=1, dtype=jnp.int32) - flags.astype(jnp.int32)

@@ -1,0 +1,36 @@
+"""Every test runs on CPU, under strict shapes; warnings are errors (pyproject.toml)."""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Prints the contract (tests/test_contract.py): methods by invariants, and why not."""
+  cells, reasons = {}, {}
+  for outcome in ('passed', 'failed'):
+    for report in terminalreporter.stats.get(outcome, []):
+      noted = dict(report.user_properties)
+      if 'contract' not in noted:
+        continue
+      reason, mark = noted.get('reason', ''), 'ok'
+      if outcome == 'failed':
+        mark = 'FAIL'
+      elif reason:
+        mark = f'({reasons.setdefault(reason, len(reasons) + 1)})'
+      cells[tuple(noted['contract'])] = mark
+  if not cells:
+    return
+  columns, rows = (dict.fromkeys(part) for part in zip(*cells, strict=True))
+  left = max(map(len, rows)) + 1
+  write = terminalreporter.write_line
+  write('contract'.ljust(left) + ' '.join(columns))
+  for name in rows:
+    write(name.ljust(left) + ' '.join(
+        cells.get((column, name), '').ljust(len(column)) for column in columns).rstrip())
+  for reason, number in reasons.items():
+    write(f'({number}) {reason}')

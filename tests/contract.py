@@ -1,0 +1,318 @@
+"""Synthetic tokens and signals, and one compiled run of a method, for the contract's invariants.
+
+Axes: B batch, N slots now, M slots after, T original tokens, D features, H heads, d features a
+head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from models import plan
+from ops import tokens as tk
+from ops.signals import Signals
+from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
+
+BATCH, GRID, WIDTH, HEADS, HEAD = 3, (4, 5), 16, 2, 8
+PROTECTED = 1
+SLOTS = PROTECTED + GRID[0] * GRID[1]
+ORIGINALS = 40
+# Slots of a row with padding, or with text, around the same tokens.
+WIDE = 24
+TEXTS = WIDE - SLOTS
+KEEP, KEEP_AGAIN, KEEP_TEXT = 13, 8, 13 + TEXTS
+GARBAGE = 1e3
+# Compiling is most of the time these tests take; half of it is optimising what runs once.
+FAST = {'xla_backend_optimization_level': 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What a host would give a method, in numpy: everything that a test may want to change.
+
+  Attributes:
+    x: float32[B, N, D].
+    q, k, v: float32[B, N, H, d].
+    hidden: float32[B, N, D].
+    ahead: float32[B, H, N], logits of the next layer's received attention.
+    pos, kind: int[B, N].
+    owner: int32[B, T].
+    size: float32[B, N] or None.
+    valid: bool[B, N] or None.
+    protected: kept slots in every row.
+  """
+
+  x: np.ndarray
+  q: np.ndarray
+  k: np.ndarray
+  v: np.ndarray
+  hidden: np.ndarray
+  ahead: np.ndarray
+  pos: np.ndarray
+  kind: np.ndarray
+  owner: np.ndarray
+  size: np.ndarray | None
+  valid: np.ndarray | None = None
+  protected: int = PROTECTED
+
+  def change(self, **fields: Any) -> Case:
+    return dataclasses.replace(self, **fields)
+
+  def rows(self, index: Any) -> Case:
+    """Some rows of the batch, or all in another order."""
+    arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return self.change(**{name: value[index] for name, value in arrays.items()
+                          if isinstance(value, np.ndarray)})
+
+  @property
+  def real(self) -> np.ndarray:
+    return np.ones(self.x.shape[:2], bool) if self.valid is None else self.valid
+
+  def tokens(self, dtype: Any = np.float32) -> TokenSet:
+    pos = self.pos.astype(np.int32)
+    stats = {'memo': pos.astype(np.float32), 'pair': np.stack([pos, -pos], axis=-1)}
+    return TokenSet(
+        x=self.x.astype(dtype), pos=pos, kind=self.kind.astype(np.int8),
+        owner=self.owner.astype(np.int32), valid=self.valid, size=self.size, stats=stats,
+        protected=self.protected)
+
+  def signals(self, needs: frozenset[str], dtype: Any = np.float32) -> Signals:
+    """The named signals; attention is softmaxed over real keys, so padding gets none."""
+    real = self.real[:, None, None]
+    logits = np.einsum('bnhd,bmhd->bhnm', self.q, self.k) / np.sqrt(HEAD)
+    attention = _softmax(np.where(real, logits, -np.inf))
+    queries = self.real[:, None, :, None]
+    known = {
+        'queries': self.q.astype(dtype), 'keys': self.k.astype(dtype),
+        'values': self.v.astype(dtype), 'hidden': self.hidden.astype(dtype),
+        'attention': attention, 'cls_attention': attention[np.arange(len(self.x)), :, self.cls],
+        'received_attention': np.where(queries, attention, 0).sum(2) / queries.sum(2),
+        'next_received_attention': _softmax(np.where(real[:, 0], self.ahead, -np.inf))}
+    return Signals(**{name: known[name] for name in needs & known.keys()},
+                   grid=GRID, layer=1, depth=4)
+
+  @property
+  def cls(self) -> np.ndarray:
+    """int[B], where the first special token sits."""
+    return np.argmax(self.real & (self.kind == SPECIAL), axis=1)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def random_case(seed: int = 0, *, slots: int = SLOTS) -> Case:
+  """A [CLS] token and a grid of patches; sizes count owners, and every slot has at least one."""
+  rng = np.random.default_rng(seed)
+
+  def normal(*shape: int) -> np.ndarray:
+    return rng.normal(size=(BATCH, *shape)).astype(np.float32)
+
+  extra = rng.integers(PROTECTED, slots, size=(BATCH, ORIGINALS - slots))
+  owner = np.concatenate([np.tile(np.arange(slots), (BATCH, 1)), extra], axis=1)
+  size = np.stack([np.bincount(row, minlength=slots) for row in owner]).astype(np.float32)
+  pos = np.concatenate([np.full(PROTECTED, -1), np.arange(slots - PROTECTED)])
+  kind = np.where(np.arange(slots) < PROTECTED, SPECIAL, VISUAL)
+  return Case(
+      x=normal(slots, WIDTH), q=2 * normal(slots, HEADS, HEAD), k=normal(slots, HEADS, HEAD),
+      v=normal(slots, HEADS, HEAD), hidden=normal(slots, WIDTH), ahead=normal(HEADS, slots),
+      pos=np.tile(pos, (BATCH, 1)), kind=np.tile(kind, (BATCH, 1)), owner=owner, size=size)
+
+
+def spread(case: Case, places: list[np.ndarray], *, slots: int = WIDE) -> Case:
+  """Rows among padding: row b's first tokens sit in slots places[b], the rest holds garbage."""
+
+  def move(values: np.ndarray, fill: float) -> np.ndarray:
+    out = np.full((BATCH, slots, *values.shape[2:]), fill, values.dtype)
+    for row, place in enumerate(places):
+      out[row, place] = values[row, :len(place)]
+    return out
+
+  owner = np.full_like(case.owner, -1)
+  for row, place in enumerate(places):
+    there = case.owner[row] < len(place)
+    owner[row, there] = place[case.owner[row, there]]
+  ahead = np.swapaxes(move(np.swapaxes(case.ahead, 1, 2), GARBAGE), 1, 2)
+  return Case(
+      x=move(case.x, GARBAGE), q=move(case.q, GARBAGE), k=move(case.k, GARBAGE),
+      v=move(case.v, GARBAGE), hidden=move(case.hidden, GARBAGE), ahead=ahead,
+      pos=move(case.pos, 3), kind=move(case.kind, VISUAL), owner=owner,
+      size=move(case.size, GARBAGE), valid=move(np.ones(case.x.shape[:2], bool), False),
+      protected=case.protected)
+
+
+def with_text(case: Case, places: list[np.ndarray]) -> Case:
+  """The same tokens with text between them: row b's text sits in slots places[b]."""
+  inverse = [np.setdiff1d(np.arange(WIDE), place) for place in places]
+  wide, other = spread(case, inverse), random_case(99, slots=WIDE)
+  text = ~wide.real
+
+  def fill(name: str) -> np.ndarray:
+    mask = text.reshape(text.shape + (1,) * (getattr(wide, name).ndim - 2))
+    return np.where(mask, getattr(other, name), getattr(wide, name))
+
+  owner = np.concatenate([wide.owner, np.stack(places)], axis=1)
+  ahead = np.where(text[:, None], other.ahead, wide.ahead)
+  return wide.change(
+      **{name: fill(name) for name in ('x', 'q', 'k', 'v', 'hidden')}, ahead=ahead, owner=owner,
+      kind=np.where(text, TEXT, wide.kind), pos=np.where(text, 100 + np.arange(WIDE), wide.pos),
+      size=np.where(text, 1, wide.size).astype(np.float32), valid=None,
+      protected=PROTECTED + TEXTS)
+
+
+def alike(case: Case, value: float) -> Case:
+  """All tokens the same: features of one value, equal attention for all, one token a slot."""
+  same = {name: np.full_like(getattr(case, name), value) for name in ('x', 'q', 'k', 'v', 'hidden')}
+  return case.change(**same, ahead=np.zeros_like(case.ahead), size=np.ones_like(case.size))
+
+
+@struct.dataclass
+class Outcome:
+  """All that a method's answer leads to; leaves are numpy arrays.
+
+  Attributes:
+    assignment: the answer itself.
+    src, dst: as in Assignment.
+    matrix: float32[B, M, N].
+    applied: float[B, M, D], the assignment applied to the features.
+    totals: float32[B, M], the sizes added up.
+    restored: float[B, N], a constant 2.5 applied, then restored.
+    reduced, masked: the tokens after `reduce` and `mask_only`.
+  """
+
+  assignment: Any
+  src: Any
+  dst: Any
+  matrix: Any
+  applied: Any
+  totals: Any
+  restored: Any
+  reduced: TokenSet
+  masked: TokenSet
+
+
+def outcome(tokens: TokenSet, assignment: tk.Assignment) -> Outcome:
+  const = jnp.full(tokens.x.shape[:2], 2.5)
+  return Outcome(
+      assignment=assignment, src=assignment.src, dst=assignment.dst, matrix=assignment.matrix(),
+      applied=assignment.apply(tokens.x), totals=assignment.totals(tokens.sizes),
+      restored=assignment.restore(assignment.apply(const)), reduced=tk.reduce(tokens, assignment),
+      masked=tk.mask_only(tokens, assignment))
+
+
+@functools.cache
+def method(name: str) -> Any:
+  return plan.make_method(name, {})
+
+
+def names() -> list[str]:
+  return list(plan.methods())
+
+
+def budget(name: str, slots: int, keep: int, protected: int = PROTECTED) -> int:
+  """`keep`, or the fewest that the method can leave."""
+  return max(keep, method(name).fewest(slots, protected))
+
+
+def learned(name: str) -> bool:
+  """Whether a method has parameters."""
+  return isinstance(method(name), nn.Module)
+
+
+def ask(name: str, params: Any, tokens: TokenSet, signals: Signals, *, keep: int,
+        rng: Any = None) -> tuple[tk.Assignment, dict[str, Any]]:
+  """A method's own answer, and its losses; with a key, as in training."""
+  made = method(name)
+  if not learned(name):
+    return made(tokens, signals, keep=keep), {}
+  answer, sown = made.apply({'params': params}, tokens, signals, keep=keep, mutable=['losses'],
+                            rngs=None if rng is None else {'dropout': rng})
+  return answer, {key: value for key, (value,) in sown.get('losses', {}).items()}
+
+
+def parameters(name: str, tokens: TokenSet, signals: Signals, *, keep: int,
+               scale: float = 0.3) -> Any:
+  """Random parameters of a learned method ({} of others): none is zero, as after training."""
+  if not learned(name):
+    return {}
+  shapes = jax.eval_shape(functools.partial(method(name).init, keep=keep), jax.random.key(0),
+                          tokens, signals).get('params', {})
+  rng = np.random.default_rng(7)
+  return jax.tree.map(lambda s: (scale * rng.normal(size=s.shape)).astype(s.dtype), shapes)
+
+
+TRACES: dict[tuple[Any, ...], int] = {}
+
+
+@functools.cache
+def compiled(name: str, keep: int) -> Any:
+  """(params, tokens, signals) -> the method's answer, compiled once a shape."""
+
+  def answer(params: Any, tokens: TokenSet, signals: Signals) -> tk.Assignment:
+    shape = (name, keep, *tokens.x.shape, tokens.valid is None, tokens.size is None,
+             tokens.protected)
+    TRACES[shape] = TRACES.get(shape, 0) + 1
+    return ask(name, params, tokens, signals, keep=keep)[0]
+
+  return jax.jit(answer, compiler_options=FAST)
+
+
+# Apart from the methods, so that all methods share what is compiled here.
+follow = jax.jit(outcome, compiler_options=FAST)
+
+
+def run(name: str, case: Case, keep: int, *, scale: float = 0.3) -> Outcome:
+  """Runs a method on a case, as the stack does; `scale` is of a learned method's parameters."""
+  keep = budget(name, case.x.shape[1], keep, case.protected)
+  tokens, signals = case.tokens(), case.signals(method(name).needs)
+
+  def asked(tokens: TokenSet, signals: Signals, *, keep: int) -> tk.Assignment:
+    params = parameters(name, tokens, signals, keep=keep, scale=scale)
+    return compiled(name, keep)(params, tokens, signals)
+
+  answer = tk.decide(asked, tokens, signals, keep=keep)
+  return jax.tree.map(np.asarray, follow(tokens, answer))
+
+
+@functools.cache
+def base(name: str, seed: int = 0) -> Outcome:
+  """The run that most invariants look at: no padding, sizes above one."""
+  return run(name, random_case(seed), KEEP)
+
+
+@functools.cache
+def gradients(name: str, dtype: Any) -> Any:
+  """case -> (reduced tokens, gradients of a sum over them), compiled once."""
+  keep = budget(name, WIDE, KEEP)
+  weights = np.random.default_rng(3).normal(size=(BATCH, 1, WIDTH)).astype(np.float32)
+
+  def loss(inputs: Any, tokens: TokenSet, signals: Signals, rng: Any) -> Any:
+    params, x, floats = inputs
+    answer, losses = ask(name, params, tokens.replace(x=x), signals.replace(**floats), keep=keep,
+                         rng=rng)
+    reduced = tk.reduce(tokens.replace(x=x), answer)
+    real = jnp.where(reduced.real[..., None], reduced.x.astype(jnp.float32), 0.0)
+    total = jnp.sum(real * weights) + jnp.sum(jnp.where(reduced.real, reduced.sizes, 0.0))
+    return total + sum(jnp.sum(value) for value in losses.values()), reduced
+
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+
+  def call(case: Case) -> tuple[Any, Any]:
+    needs = method(name).needs
+    tokens, signals = case.tokens(dtype), case.signals(needs, dtype)
+    params = parameters(name, tokens, signals, keep=keep)
+    floats = {key: getattr(signals, key) for key in needs if key not in ('grid', 'layer', 'depth')}
+    rng = jax.random.key(5) if learned(name) else None
+    (value, reduced), grads = step((params, tokens.x, floats), tokens, signals, rng)
+    return (value, reduced.x, reduced.sizes), grads
+
+  return call

@@ -1,0 +1,192 @@
+"""Meshes of fake CPU devices: the same losses, no collective in a reduction, no extra bytes.
+
+What needs a number of devices of its own runs in a process of its own.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from models.plan import methods
+
+ROOT = pathlib.Path(__file__).parent.parent
+COLLECTIVE = r'\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
+REDUCTIONS = sorted(set(methods()) - {'none'})
+
+
+def on_devices(count, code, *args):
+  """Runs code on fake devices; what it prints last is JSON."""
+  environment = os.environ | {
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}', 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run([sys.executable, '-c', PRELUDE + code, *map(str, args)], cwd=ROOT,
+                        env=environment, text=True, capture_output=True, check=False, timeout=900)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+PRELUDE = '''
+import functools, json, re, sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from configs import digits
+from configs.common import VIT_SHARDING
+from lib import cost, sharding
+from models.build import build
+from models.stack import unstack
+from models.vit import make_vit
+from models.plan import make_plan
+import train
+
+def small(mesh, reduce=None, **settings):
+  model = dict(variant='Ti/8', width=64, heads=4, mlp=128, depth=3, image_size=32, channels=1,
+               num_classes=10) | settings
+  return build(model, reduce, macs=cost.solver, mesh=mesh)
+
+def init(vit, key):
+  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+  return vit.clone(mesh=None).init(key, images)['params']
+'''
+
+TRAIN = '''
+def losses(axes, reduce):
+  mesh = sharding.make_mesh(axes, jax.devices()[:8] if axes else jax.devices()[:1])
+  vit = small(mesh, reduce)
+  settings = digits.get_config().optimizer
+  settings.accumulate = 2
+  schedule = optax.constant_schedule(1e-3)
+  optimizer = optax.adamw(schedule)
+  def start(key):
+    params = init(vit, key)
+    return train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+  key = jax.random.key(0)
+  places = sharding.place(jax.eval_shape(start, key), VIT_SHARDING, mesh, min_size_to_shard=0)
+  state = jax.jit(start, out_shardings=places)(key)
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  step = jax.jit(functools.partial(train.update, vit, optimizer, settings, schedule),
+                 in_shardings=(places, rows, whole), out_shardings=(places, whole))
+  random = np.random.default_rng(0)
+  batch = {'image': random.normal(size=(32, 32, 32, 1)).astype(np.float32),
+           'label': random.integers(0, 10, 32).astype(np.int32)}
+  found = []
+  for _ in range(4):
+    state, scalars = step(state, sharding.put(batch, mesh), key)
+    found.append(float(scalars['loss']))
+  sizes = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.size / leaf.size, state.params)
+  return found, sizes['stack']['blocks']['fc1']['kernel']
+
+reduce = {'method': sys.argv[1], 'layers': (1,), 'keep_ratio': 0.6}
+meshes = {'one': {}, 'data': dict(data=8), 'fsdp': dict(fsdp=8),
+          'tensor': dict(data=2, tensor=4), 'mixed': dict(data=2, fsdp=2, tensor=2)}
+print(json.dumps({name: losses(axes, reduce) for name, axes in meshes.items()}))
+'''
+
+
+@pytest.mark.parametrize('method', ['tome', 'dynamicvit'])
+def test_every_mesh_trains_as_one_device_does(method):
+  found = on_devices(8, TRAIN, method)
+  expected, _ = found.pop('one')
+  assert expected[-1] < expected[0]
+  for name, (losses, part) in found.items():
+    assert losses == pytest.approx(expected, abs=1e-5), name
+    assert part == {'data': 1, 'fsdp': 1 / 8, 'tensor': 1 / 4, 'mixed': 1 / 4}[name]
+
+
+COLLECTIVES = '''
+mesh = sharding.make_mesh(dict(data=8))
+found = {}
+for method in sys.argv[1].split(','):
+  vit = small(mesh, {'method': method, 'layers': (1,), 'keep_ratio': 0.6})
+  abstract = jax.eval_shape(functools.partial(init, vit), jax.random.key(0))
+  run = jax.jit(lambda p, x: vit.apply({'params': p}, x)[0],
+                in_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh)),
+                out_shardings=sharding.batch_sharding(mesh))
+  program = run.lower(abstract, jax.ShapeDtypeStruct((16, 32, 32, 1), jnp.float32)).compile()
+  found[method] = re.findall(sys.argv[2], program.as_text())
+print(json.dumps(found))
+'''
+
+
+def test_no_reduction_communicates_when_the_batch_is_divided():
+  found = on_devices(8, COLLECTIVES, ','.join(REDUCTIONS), COLLECTIVE)
+  assert found == {method: [] for method in REDUCTIONS}
+
+
+BYTES = '''
+def measure(mesh, reduce):
+  vit = small(mesh, reduce, image_size=64, patch=4)
+  abstract = jax.eval_shape(functools.partial(init, vit), jax.random.key(0))
+  abstract['stack']['blocks'] = jax.eval_shape(
+      functools.partial(unstack, depth=vit.depth), abstract['stack']['blocks'])
+  rows = sharding.batch_sharding(mesh)
+  def run(params, images):
+    logits, out = vit.apply({'params': params}, images)
+    return logits, out['tokens'].x, out['tokens'].pos
+  run = jax.jit(run, in_shardings=(sharding.replicated(mesh), rows))
+  images = jax.ShapeDtypeStruct((2 * mesh.size, 64, 64, 1), jnp.float32)
+  memory = run.lower(abstract, images).compile().memory_analysis()
+  return memory.temp_size_in_bytes, memory.output_size_in_bytes
+
+found = {}
+for count in (8, 64, 512):
+  mesh = sharding.make_mesh(dict(data=count), jax.devices()[:count])
+  full = measure(mesh, None)
+  wanted = sys.argv[1].split(',') if count == 8 else sys.argv[2].split(',')
+  for method in wanted:
+    found[f'{method} on {count}'] = [full, measure(mesh, {
+        'method': method, 'layers': (1,), 'keep_ratio': 0.6})]
+print(json.dumps(found))
+'''
+
+
+def test_a_reduction_never_needs_more_bytes_a_device():
+  found = on_devices(512, BYTES, ','.join(REDUCTIONS), 'tome,topk,evit')
+  for name, (full, reduced) in found.items():
+    assert reduced[0] <= full[0], f'{name}: temporaries {reduced[0]} above {full[0]}'
+    assert reduced[1] <= full[1], f'{name}: outputs {reduced[1]} above {full[1]}'
+
+
+SAVE = '''
+from lib import checkpoint
+mesh = sharding.make_mesh(dict(data=2, fsdp=-1))
+params = {'stack': {'blocks': {'fc1': {'kernel': jnp.arange(4096.0).reshape(2, 32, 64)}}}}
+places = sharding.place(params, VIT_SHARDING, mesh, min_size_to_shard=0)
+template = jax.tree.map(lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p),
+                        params, places)
+store = checkpoint.Checkpoints(sys.argv[1])
+if sys.argv[2] == 'save':
+  store.save(1, jax.device_put(params, places), {'place': 3})
+  print(json.dumps('saved'))
+else:
+  step, state, data = store.restore(template)
+  kernel = state['stack']['blocks']['fc1']['kernel']
+  equal = bool((kernel == params['stack']['blocks']['fc1']['kernel']).all())
+  print(json.dumps([step, data, equal, len(kernel.sharding.device_set)]))
+store.close()
+'''
+
+
+def test_a_checkpoint_of_eight_devices_restores_on_fewer(tmp_path):
+  assert on_devices(8, SAVE, tmp_path / 'run', 'save') == 'saved'
+  for count in (2, 4):
+    assert on_devices(count, SAVE, tmp_path / 'run', 'restore') == [1, {'place': 3}, True, count]
+  one = SAVE.replace('data=2, fsdp=-1', 'data=1')
+  assert on_devices(1, one, tmp_path / 'run', 'restore') == [1, {'place': 3}, True, 1]
+
+
+def test_placement_errors_name_the_parameter():
+  import jax
+  import jax.numpy as jnp
+
+  from lib import sharding
+  mesh = sharding.make_mesh({'data': 1})
+  leaf = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+  with pytest.raises(ValueError, match=r"'odd/kernel' .* matches no sharding rule"):
+    sharding.place({'odd': {'kernel': leaf}}, (('bias', ()),), mesh)
+  for sizes, message in [({'data': 1000}, 'needs 1000 devices'), ({'date': 1}, "'date' is unknown"),
+                         ({'data': -1, 'fsdp': -1}, 'one may be -1'), ({'data': 0}, 'positive')]:
+    with pytest.raises(ValueError, match=re.escape(message)):
+      sharding.make_mesh(sizes)

@@ -1,0 +1,152 @@
+"""Compiles ViT-B/16 for TPUs and GPUs that are not attached, with their real compilers.
+
+  python -m tools.targets                        (results/targets.json and a table)
+  python -m tools.targets --targets=v5e:2x4 --methods=tome,topk
+
+For each target: the training step unreduced and reduced, and the evaluation step under every
+method. Prints bytes a device, collectives and compile time, and fails where a reduction adds a
+collective or raises bytes above those of the unreduced step.
+"""
+
+import collections
+import functools
+import json
+import pathlib
+import re
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+from tqdm import tqdm
+
+import train
+from configs import digits
+from lib import cli, cost, report, sharding, timing
+from lib.topology import EXAMPLES, missing, topology_mesh
+from models.build import build
+from models.plan import methods
+
+TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.')
+METHODS = flags.DEFINE_list('methods', None, 'Which methods; all by default.')
+OUT = flags.DEFINE_string('out', 'results/targets.json', 'Where the rows go.')
+
+ROWS_A_DEVICE = 32
+REDUCE = {'layers': (4, 8), 'keep_ratio': 0.6}
+COLLECTIVE = re.compile(
+    r'\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(')
+COLUMNS = ('target', 'step', 'method', 'temporary_mb', 'output_mb', 'collectives', 'compile_s',
+           'fault')
+
+
+def main(argv):
+  del argv
+  rows = []
+  for target in TARGETS.value:
+    reason = missing(target)
+    if reason:
+      raise ValueError(reason)
+  for target in TARGETS.value:
+    wanted = [('train', None), ('train', 'tome'), ('eval', None)]
+    wanted += [('eval', name) for name in METHODS.value or sorted(set(methods()) - {'none'})]
+    first = {}
+    for step, method in tqdm(wanted, desc=target, disable=not sys.stderr.isatty()):
+      row = {'target': target, 'step': step, 'method': method or 'none'}
+      row |= compiled(target, step, method)
+      first.setdefault(step, row)
+      row['fault'] = fault(row, first[step])
+      rows.append(row)
+      print(json.dumps(row), flush=True)
+  print(report.table(rows, COLUMNS))
+  path = pathlib.Path(OUT.value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps({'machine': timing.machine(), 'model': 'ViT-B/16, bfloat16, 224 px',
+                              'rows_a_device': ROWS_A_DEVICE, 'rows': rows}, indent=1) + '\n')
+  faults = [row for row in rows if row['fault']]
+  if faults:
+    raise ValueError(f'{len(faults)} programs are worse than the unreduced one: '
+                     + ', '.join(f"{r['target']} {r['step']} {r['method']}" for r in faults))
+
+
+def fault(row, unreduced):
+  """What a reduction made worse, '' for nothing. Training may gather weights in another order."""
+  found = []
+  if row['step'] == 'eval' and row['collectives'] != unreduced['collectives']:
+    found.append('adds a collective')
+  for kind in ('temporary_mb', 'output_mb'):
+    if row[kind] > unreduced[kind]:
+      found.append(f'raises {kind}')
+  return '; '.join(found)
+
+
+def compiled(target, step, method):
+  """Compiles one step of one method for one target: bytes, collectives and seconds."""
+  devices = int(jnp.prod(jnp.asarray([int(n) for n in re.findall(r'\d+', target.split(':')[1])])))
+  sliced = min(8, devices) if step == 'train' else 1
+  mesh = topology_mesh(target, {'data': devices // sliced, 'fsdp': sliced, 'tensor': 1,
+                                'sequence': 1})
+  model = {'variant': 'B/16', 'dtype': 'bfloat16', 'remat': 'none'}
+  reduce = method and {'method': method, **REDUCE}
+  vit = build(model, reduce, macs=cost.solver, mesh=mesh, platform=mesh.devices.flat[0].platform)
+  batch = ROWS_A_DEVICE * devices
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32, sharding=rows)
+  run, arguments = (training if step == 'train' else evaluation)(vit, mesh, images, rows, whole)
+  start = time.perf_counter()
+  program = run.lower(*arguments).compile()
+  seconds = time.perf_counter() - start
+  memory = program.memory_analysis()
+  counts = collections.Counter(COLLECTIVE.findall(program.as_text()))
+  return {'temporary_mb': round(memory.temp_size_in_bytes / 2 ** 20, 1),
+          'output_mb': round(memory.output_size_in_bytes / 2 ** 20, 3),
+          'argument_mb': round(memory.argument_size_in_bytes / 2 ** 20, 1),
+          'collectives': ' '.join(f'{name} {count}' for name, count in sorted(counts.items()))
+                         or 'none',
+          'compile_s': round(seconds, 1)}
+
+
+def abstract(tree, places):
+  """Shapes with places, to compile for."""
+  return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      tree, places)
+
+
+def evaluation(vit, mesh, images, rows, whole):
+  """Logits of a batch; parameters whole on every device, so that nothing need be gathered."""
+  shapes = jax.eval_shape(functools.partial(start, vit), jax.random.key(0))
+  places = jax.tree.map(lambda _: whole, shapes)
+  run = jax.jit(lambda params, images: vit.apply({'params': params}, images)[0],
+                out_shardings=rows)
+  return run, (abstract(shapes, places), images)
+
+
+def training(vit, mesh, images, rows, whole):
+  """A step of train.py, parameters and optimizer sliced over fsdp."""
+  settings = digits.get_config().optimizer
+  schedule = optax.constant_schedule(1e-3)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+  def state(key):
+    params = start(vit, key)
+    return train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+
+  shapes = jax.eval_shape(state, jax.random.key(0))
+  places = sharding.place(shapes, digits.get_config().sharding, mesh)
+  run = jax.jit(functools.partial(train.update, vit, optimizer, settings, schedule),
+                out_shardings=(places, whole), donate_argnums=0)
+  labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32, sharding=rows)
+  key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
+  return run, (abstract(shapes, places), {'image': images, 'label': labels}, key)
+
+
+def start(vit, key):
+  """Fresh parameters; their shapes do not depend on the mesh or on the kernel."""
+  plain = vit.clone(mesh=None, implementation='xla')
+  return plain.init(key, jnp.zeros((1, vit.image_size, vit.image_size, vit.channels)))['params']
+
+
+if __name__ == '__main__':
+  cli.run(main)
