@@ -17,7 +17,7 @@ from absl import flags, logging
 from flax import struct
 from ml_collections import config_flags
 
-from lib import checkpoint, cli, cost, data, launch, metrics, sharding
+from lib import checkpoint, cli, cost, data, distill, launch, metrics, sharding
 from models.build import build
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'What to train.', lock_config=True)
@@ -76,19 +76,30 @@ def main(argv):
   # Resume: 1. the newest checkpoint that can be read, 2. its state, 3. its place in the data,
   # 4. else a fresh state.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
-  found = checkpoints.restore(template)
+  found = checkpoints.restore(parts(template))
   if found:
-    start, state, position = found
+    start, saved, position = found
+    state = saved['state'].replace(ema=saved['ema'])
     iterator.set_state(position)
-    print(f'resumed at step {start} of {config.total_steps}', flush=first)
+    if first:
+      print(f'resumed at step {start} of {config.total_steps}', flush=True)
   else:
     start, state = 0, jax.jit(init, out_shardings=places)(key)
+
+  teacher = None
+  if config.optimizer.distill.teacher:
+    others = checkpoint.Checkpoints(pathlib.Path(config.optimizer.distill.teacher) / 'checkpoints')
+    # The teacher is unreduced: it has the blocks, and no parameters of a learned method.
+    plain = template.ema | {'stack': {'blocks': template.ema['stack']['blocks']}}
+    teacher = others.read(others.best(), 'ema', plain)
+    others.close()
 
   # The two compiled functions.
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   train_step = jax.jit(
       functools.partial(update, vit, optimizer, config.optimizer, schedule),
-      in_shardings=(places, rows, whole), out_shardings=(places, whole), donate_argnums=0)
+      in_shardings=(places, rows, whole, None),
+      out_shardings=(places, whole), donate_argnums=0)
   count_right = jax.jit(functools.partial(count, vit), in_shardings=(places.ema, rows),
                         out_shardings=whole)
 
@@ -100,7 +111,7 @@ def main(argv):
   accuracy = None
   for step in range(start + 1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)
-    state, measured = train_step(state, batch, key)
+    state, measured = train_step(state, batch, key, teacher)
     writer.advance(step)
     stopping = stop.agreed(step % config.log_steps == 0)
     last = step == config.total_steps or stopping
@@ -116,7 +127,7 @@ def main(argv):
       with meter.paused():
         check_finite({'loss': float(measured['loss'])}, step, config, workdir)
         scores = None if accuracy is None else {'accuracy': accuracy}
-        checkpoints.save(step, state, iterator.get_state(), metrics=scores)
+        checkpoints.save(step, parts(state), iterator.get_state(), metrics=scores)
     if stopping:
       logging.warning('stopped by a signal at step %d; the same command goes on from there', step)
       break
@@ -127,8 +138,11 @@ def main(argv):
                       'train_seconds': round(meter.seconds, 1)}))
 
 
-def update(vit, optimizer, settings, schedule, state, batch, key):
-  """One step: State, batch {image: [B, S, S, C], label: int[B]} -> State, scalars."""
+def update(vit, optimizer, settings, schedule, state, batch, key, teacher):
+  """One step: State, batch {image: [B, S, S, C], label: int[B]} -> State, scalars.
+
+  `teacher` holds the parameters of the unreduced model to hold on to, or is None.
+  """
   key = jax.random.fold_in(key, state.step)
 
   def loss_of(params, part, key):
@@ -138,9 +152,20 @@ def update(vit, optimizer, settings, schedule, state, batch, key):
     loss = optax.softmax_cross_entropy(logits, wanted).mean()
     extra = {name: value.mean() for name, value in out['losses'].items()}
     right = (logits.argmax(-1) == part['label']).mean()
-    kept = out['tokens'].real.sum(axis=1).mean()
+    # While it learns, a soft decision keeps a dropped token's slot, at size 0.
+    kept = (out['tokens'].real & (out['tokens'].sizes > 0)).sum(axis=1).mean()
     scalars = {'loss': loss, 'train_accuracy': right, 'kept_tokens': kept, **extra}
-    return loss + sum(extra.values()), scalars
+    # A method's losses are its mean over cuts; the teacher's are one each.
+    total = loss + sum(extra.values()) / max(1, len(vit.plan.cuts) if vit.plan else 0)
+    if teacher is not None:
+      whole = vit.clone(plan=None)
+      taught, its = whole.apply({'params': teacher}, part['image'])
+      held = distill.distill(logits, out['tokens'], taught, its['tokens'],
+                             logit_weight=settings.distill.logit_weight,
+                             token_weight=settings.distill.token_weight)
+      held = {name: value.mean() for name, value in held.items()}
+      scalars, total = scalars | held, total + sum(held.values())
+    return total, scalars
 
   def gradient(carry, item):
     part, index = item
@@ -148,17 +173,17 @@ def update(vit, optimizer, settings, schedule, state, batch, key):
         state.params, part, jax.random.fold_in(key, index))
     return jax.tree.map(jnp.add, carry, grads), scalars
 
-  parts = settings.accumulate
+  pieces = settings.accumulate
   # Microbatches are taken across, not along, so that each stays divided over all devices.
   split = jax.tree.map(
-      lambda rows: rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1), batch)
-  if parts == 1:
+      lambda rows: rows.reshape(-1, pieces, *rows.shape[1:]).swapaxes(0, 1), batch)
+  if pieces == 1:
     grads, scalars = gradient(jax.tree.map(jnp.zeros_like, state.params),
                               (batch, jnp.zeros((), jnp.int32)))
   else:
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, scalars = jax.lax.scan(gradient, zeros, (split, jnp.arange(parts)))
-    grads = jax.tree.map(lambda g: g / parts, grads)
+    grads, scalars = jax.lax.scan(gradient, zeros, (split, jnp.arange(pieces)))
+    grads = jax.tree.map(lambda g: g / pieces, grads)
     scalars = jax.tree.map(lambda s: s.mean(axis=0), scalars)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -183,6 +208,11 @@ def evaluate(count_right, params, config, mesh):
   return right / total
 
 
+def parts(state):
+  """What a checkpoint holds: evaluation reads the averaged parameters alone."""
+  return {'state': state.replace(ema=None), 'ema': state.ema}
+
+
 def decayed(params):
   """Weight decay is for matrices: not for biases, norms, or single tokens."""
   plain = ('bias', 'scale', 'cls', 'dist', 'pos', 'registers')
@@ -194,11 +224,11 @@ def check_fits(vit, info, config, mesh):
   if vit.num_classes != info.num_classes:
     raise ValueError(f'model.num_classes={vit.num_classes}, but {config.data.name} has '
                      f'{info.num_classes} classes: set it to that')
-  batch, parts = config.data.batch_size, config.optimizer.accumulate
+  batch, pieces = config.data.batch_size, config.optimizer.accumulate
   devices = mesh.shape['data'] * mesh.shape['fsdp']
-  if batch % (devices * parts):
+  if batch % (devices * pieces):
     raise ValueError(f'data.batch_size={batch} cannot be divided over {devices} devices in '
-                     f'{parts} microbatches: make it a multiple of {devices * parts}')
+                     f'{pieces} microbatches: make it a multiple of {devices * pieces}')
 
 
 def check_finite(measured, step, config, workdir):

@@ -20,19 +20,21 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint_steps = 100
 
   config.data = dict(
-      name='digits', data_dir='data', image_size=32, channels=1, batch_size=128,
+      name='digits', data_dir='data', image_size=32, channels=1, batch_size=64,
       train_split='train', test_split='test', mean=(0.5,), std=(0.5,),
       augment=dict(method='affine', shift=0.08, degrees=10.0, scale=(0.9, 1.1)),
   )
   config.model = dict(
       variant='Ti/4', width=96, depth=6, heads=3, mlp=192, image_size=32, channels=1,
-      num_classes=10, dropout=0.0, dtype='float32', remat='none',
+      num_classes=10, positions='sincos', dropout=0.0, dtype='float32', remat='none',
   )
   config.reduce = dict(vision=reduction())
 
   config.optimizer = dict(
-      peak_lr=2e-3, warmup_steps=40, weight_decay=0.05, clip_norm=1.0, label_smoothing=0.1,
+      peak_lr=2e-3, warmup_steps=60, weight_decay=0.05, clip_norm=1.0, label_smoothing=0.1,
       ema_decay=0.98, accumulate=1,
+      # The workdir of a trained, unreduced model to hold a reduced one to; empty for none.
+      distill=dict(teacher='', logit_weight=0.5, token_weight=0.5),
   )
   config.mesh = dict(data=-1)
   config.sharding = VIT_SHARDING

@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.sweep = dict(
       title='Digits, ViT of depth 6: cuts in layers 1 and 3, no training',
       methods=(),  # All there are.
-      form='flops_ratio', budgets=(0.8, 0.65, 0.5), layers=(1, 3), overrides=dict(),
+      form='flops_ratio', budgets=(0.85, 0.7, 0.55), layers=(1, 3), overrides=dict(),
       rounds=10, baselines=('random', 'stride', 'pool'),
       pictured=('topk', 'evit', 'tome', 'pitome', 'ats'), pictured_images=4,
   )

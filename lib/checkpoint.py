@@ -7,6 +7,7 @@ the earlier ones untouched. The newest two and the best one are kept.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,30 +21,37 @@ class Checkpoints:
 
   Args:
     folder: where they live; made if missing.
+    parts: names of the trees that a checkpoint is made of, so that one can be read alone.
     metric: the name in `metrics` that decides which is best (higher is better).
   """
 
-  def __init__(self, folder: str | pathlib.Path, *, metric: str = 'accuracy') -> None:
+  def __init__(self, folder: str | pathlib.Path, *, parts: Sequence[str] = ('state', 'ema'),
+               metric: str = 'accuracy') -> None:
     best = BestN(get_metric_fn=lambda metrics: metrics[metric], n=1,
                  keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
         best_fn=lambda metrics: metrics[metric], best_mode='max',
         cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
+    handlers = {name: ocp.StandardCheckpointHandler() for name in parts}
+    handlers['data'] = ocp.JsonCheckpointHandler()
+    self._parts = parts
+    self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options,
+                                          item_handlers=handlers)
 
-  def save(self, step: int, state: Any, data: dict[str, Any], *,
+  def save(self, step: int, parts: Mapping[str, Any], data: dict[str, Any], *,
            metrics: dict[str, float] | None = None) -> None:
     """Saves in the background; `data` is the iterator's state, JSON-like."""
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-    self._manager.save(step, args=items, metrics=metrics, force=True)
+    items = {name: ocp.args.StandardSave(parts[name]) for name in self._parts}
+    items['data'] = ocp.args.JsonSave(data)
+    self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
-  def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
-    """The newest checkpoint that can be read: (step, state, data), or None if there is none.
+  def restore(self, template: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]] | None:
+    """The newest checkpoint that can be read: (step, parts, data), or None if there is none.
 
     Args:
-      template: the state as ShapeDtypeStructs with the shardings to restore into, whatever the
-        number of devices that saved it.
+      template: the parts as ShapeDtypeStructs with the shardings to restore into, whatever the
+        number of devices that saved them.
 
     Raises:
       ValueError: when checkpoints exist and none fits, with what differs.
@@ -51,47 +59,34 @@ class Checkpoints:
     faults = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        state, data = self._read(step, template)
+        parts = {name: self._read(step, name, template[name]) for name in self._parts}
+        items = ocp.args.Composite(data=ocp.args.JsonRestore())
+        return step, parts, self._manager.restore(step, args=items)['data']
       except Exception as fault:  # Orbax raises a different class for each kind of damage.
         faults.append(f'step {step}: {_first_line(fault)}')
         logging.warning('checkpoint %s', faults[-1])
-        continue
-      return step, state, data
     if faults:
       raise ValueError(f'no checkpoint in {self._manager.directory} can be read into this model '
                        f'({"; ".join(faults)}): use the config that wrote them, or another workdir')
     return None
 
-  def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
-    metadata = self._manager.item_metadata(step)['state']
-    if metadata is not None:
-      check_shapes(template, metadata)
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(template),
-                               data=ocp.args.JsonRestore())
-    read = self._manager.restore(step, args=items)
-    return read['state'], read['data']
+  def _read(self, step: int, part: str, template: Any) -> Any:
+    check_shapes(template, self._manager.item_metadata(step)[part].tree)
+    items = ocp.args.Composite(**{part: ocp.args.StandardRestore(template)})
+    return self._manager.restore(step, args=items)[part]
 
   def best(self) -> int | None:
     """Step of the best checkpoint, of the newest where none was measured."""
     return self._manager.best_step() or self._manager.latest_step()
 
-  def read_part(self, step: int, part: str, template: Any) -> Any:
-    """One field of a saved state, without reading the others.
-
-    Args:
-      step: of the checkpoint.
-      part: the field's name.
-      template: that field as ShapeDtypeStructs with the shardings to restore into.
+  def read(self, step: int, part: str, template: Any) -> Any:
+    """One part of a checkpoint, without reading the others.
 
     Raises:
       ValueError: where it cannot be read or has other shapes, with what differs.
     """
     try:
-      found = self._manager.item_metadata(step)['state']
-      check_shapes(template, found[part])
-      skipped = jax.tree.map(lambda _: ocp.PLACEHOLDER, dict(found.tree) | {part: None})
-      items = ocp.args.Composite(state=ocp.args.StandardRestore({**skipped, part: template}))
-      return self._manager.restore(step, args=items)['state'][part]
+      return self._read(step, part, template)
     except Exception as fault:
       raise ValueError(f'checkpoint {step} in {self._manager.directory} cannot be read: '
                        f'{_first_line(fault)}; use the config that wrote it, or another step of '

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 # What the libraries underneath and our own checks raise for wrong settings, files and values.
-USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError, flags.Error)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -305,7 +305,7 @@ def diffrate_paper(cost: Cost) -> int:
   """4NC² + 2N²C + 8MC² a layer, N before the cut and M after it, wherever it acts.
 
   DiffRate (arXiv:2305.17997), calculate_flop_inference of the release. It embeds [CLS] as if it
-  were a patch.
+  were a patch, and takes the MLP to be 4C wide.
   """
   made = cost.architecture
   embed = (made.patches + 1) * made.channels * made.patch ** 2 * made.width
@@ -317,7 +317,7 @@ def diffrate_paper(cost: Cost) -> int:
 def pitome_repo(cost: Cost) -> int:
   """12NC² + 2N²C a layer with N as it enters, blocks only: the MLP's saving shows a layer later.
 
-  PiToMe (arXiv:2405.16148), calculate_block_flop of the release.
+  PiToMe (arXiv:2405.16148), calculate_block_flop of the release. It takes the MLP to be 4C wide.
   """
   width = cost.architecture.width
   return sum(12 * layer.attention_in * width ** 2 + 2 * layer.attention_in ** 2 * width
@@ -372,24 +372,35 @@ def floor_seconds(macs: float, num_bytes: float, *, peak_flops: float, bandwidth
 # -- on the screen -------------------------------------------------------------------------------
 
 
+def unit(macs: float) -> tuple[str, float]:
+  """The prefix that suits a number of MACs, and what it stands for."""
+  return ('G', 1e9) if macs >= 1e9 else ('M', 1e6)
+
+
 def table(vit: ViT) -> str:
   """A model's tokens, MACs and bytes, a line a layer, for one image."""
   cost = of(vit)
+  prefix, scale = unit(cost.macs)
   lines = [describe(vit), '',
-           'layer  attention  keys   MLP  left      GMACs   so far  weights MB  activations MB']
+           f'layer  attention  keys    MLP  left      {prefix}MACs   so far  weights MB  '
+           'activations MB']
+
+  def end(name: str, macs: int) -> None:
+    lines.append(f'{name:33}{macs / scale:11.3f} {done / cost.macs:8.1%}')
+
   done = cost.embed
-  lines.append(f'embed {"":27}{done / 1e9:11.3f} {done / cost.macs:8.1%}')
+  end('embed', cost.embed)
   for layer in cost.layers:
     done += layer.macs
     lines.append(
-        f'{layer.index:5d} {layer.attention_in:10d} {layer.keys:5d} {layer.mlp_in:5d} '
-        f'{layer.left:5d}{layer.macs / 1e9:11.3f} {done / cost.macs:8.1%} '
+        f'{layer.index:5d} {layer.attention_in:10d} {layer.keys:5d} {layer.mlp_in:6d} '
+        f'{layer.left:5d}{layer.macs / scale:10.3f} {done / cost.macs:8.1%} '
         f'{layer.weight_bytes / 1e6:11.2f} {layer.activation_bytes / 1e6:15.2f}')
   done += cost.head
-  lines.append(f'head  {"":27}{cost.head / 1e9:11.3f} {done / cost.macs:8.1%}')
+  end('head', cost.head)
   lines.append(
-      f'all   {cost.attention_mean:10.1f} {"":5} {cost.mlp_mean:5.1f} {cost.layers[-1].left:5d}'
-      f'{cost.macs / 1e9:11.3f} {"":8} {cost.weight_bytes / 1e6:11.2f} '
+      f'all   {cost.attention_mean:10.1f} {"":5} {cost.mlp_mean:6.1f} {cost.layers[-1].left:5d}'
+      f'{cost.macs / scale:10.3f} {"":8} {cost.weight_bytes / 1e6:11.2f} '
       f'{cost.activation_bytes / 1e6:15.2f}')
   return '\n'.join(lines)
 
@@ -449,8 +460,8 @@ class Meter:
 
     Returns:
       'kept_ratio' of the tokens that it starts with; 'images_per_second'; and where the device's
-      peak is known 'mfu', the share of it that the model's own products take (recomputation, the
-      method's scores and the optimizer are not among them).
+      bfloat16 peak is known 'mfu', the share of it that the model's own products take (not among
+      them: recomputation, the method's scores, the optimizer).
     """
     now, last = self.seconds, self._last
     self._last = step, now

@@ -328,7 +328,7 @@ def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.P
   builder = _find(name, data_dir)
   final = pathlib.Path(builder.data_dir)
   if _is_prepared(builder):
-    _check_format(builder)
+    _check_format(name, builder)
     return final
   if name in BUNDLED:
     _prepare_bundled(name, builder)
@@ -453,13 +453,13 @@ def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
   return (builder.data_path / 'dataset_info.json').exists()
 
 
-def _check_format(builder: tfds.core.DatasetBuilder) -> None:
+def _check_format(name: str, builder: tfds.core.DatasetBuilder) -> None:
   formats = {entry.value for entry in builder.info.available_file_formats()}
   if 'array_record' not in formats:
     raise ValueError(
-        f'{builder.name} in {builder.data_dir} is stored as {", ".join(sorted(formats))}, but '
-        'random access needs array_record: write it into another data_dir with '
-        f'`python -m tools.prepare --name={builder.name} --data_dir=...`')
+        f'{name} in {builder.data_dir} is stored as {", ".join(sorted(formats))}, but random '
+        'access needs array_record: write it into another data_dir with '
+        f'`python -m tools.prepare --name={name} --data_dir=...`')
 
 
 @contextlib.contextmanager
@@ -481,11 +481,15 @@ def _builder(settings: Settings) -> tfds.core.DatasetBuilder:
   if not _is_prepared(builder):
     if name not in BUNDLED:
       where = f' --data_dir={settings.data_dir}' if settings.data_dir else ''
+      others = sorted(builder.data_path.parent.glob('*/dataset_info.json'))
+      other = ''
+      if others:
+        other = f', or set data.name={name}:{others[-1].parent.name}, which is there'
       raise FileNotFoundError(f'{name} is not prepared in {builder.data_dir}: run '
-                              f'`python -m tools.prepare --name={name}{where}`')
+                              f'`python -m tools.prepare --name={name}{where}`{other}')
     _prepare_bundled(name, builder)
     builder = _find(name, settings.data_dir)
-  _check_format(builder)
+  _check_format(name, builder)
   feature = builder.info.features[_keys(builder)[0]]
   if feature.np_dtype != np.uint8 or len(feature.shape) != 3:
     raise ValueError(f'{name} has images of {np.dtype(feature.np_dtype).name}'
@@ -571,8 +575,12 @@ class _Reader:
       record = self._source[example] if record is None else record
       return self._picture(record[self._image_key]), int(record[self._label_key])
     except Exception as error:  # ArrayRecord, protobuf and Pillow raise a dozen types between them.
+      file, record = self._place(example)
+      if not tfds.core.as_path(file).exists():
+        raise FileNotFoundError(f'{file} is missing, and {self._settings.name} '
+                                f'{self._split!r} needs it: prepare the set again') from error
       message = (f'example {example} of {self._settings.name} {self._split!r} cannot be read '
-                 f'({self._place(example)}): {" ".join(str(error).split())}')
+                 f'({file}, record {record}): {" ".join(str(error).split())}')
       if self._settings.on_corrupt == 'raise':
         raise CorruptRecordError(f'{message}; prepare the set again, or set '
                                  "data.on_corrupt='skip'") from error
@@ -588,10 +596,10 @@ class _Reader:
         return image.convert(MODES[self._settings.channels])
     return Image.fromarray(stored[..., 0] if self._settings.channels == 1 else stored)
 
-  def _place(self, example: int) -> str:
+  def _place(self, example: int) -> tuple[str, int]:
     for file in self._files:
       if example < file.take:
-        return f'{file.filename}, record {file.skip + example}'
+        return file.filename, file.skip + example
       example -= file.take
     raise AssertionError(example)
 

@@ -25,7 +25,7 @@ from jax.interpreters import partial_eval
 
 from models.vit import ViT
 
-# What models/stack.py and ops/signals.py name: a method's own work, and score rows beside attention.
+# Names given in models/stack.py and ops/signals.py: a method's own work, and score rows for it.
 SCOPES = ('reduction', 'signals')
 # Work that is neither a product nor made of primitives that are.
 OPAQUE = frozenset({

@@ -45,7 +45,7 @@ def topology_mesh(name: str, axis_sizes: Mapping[str, int]) -> Mesh:
     raise ValueError(f'{name} has {len(devices)} devices, the axes {dict(axis_sizes)} need '
                      f'{math.prod(sizes)}')
   from jax.experimental import mesh_utils
-  grid = mesh_utils.create_device_mesh(sizes, devices)
+  grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   return Mesh(grid, tuple(axis_sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 

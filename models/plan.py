@@ -97,18 +97,23 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
     if key not in KEYS:
       raise ValueError(f'a reduction has no key {key!r}{_near(key, KEYS)}: choose from '
                        f'{", ".join(KEYS)}')
-  name = config['method']
+  name = config.get('method')
   method = make_method(name, config.get('args') or {})
   site, mode = config.get('site') or method.site, config.get('mode') or 'gather'
   if site not in SITES:
-    raise ValueError(f'site {site!r} is unknown: choose one of {", ".join(SITES)}')
+    raise ValueError(f'site {site!r} is unknown{_near(site, SITES)}: choose one of '
+                     f'{", ".join(SITES)}')
   if mode not in MODES:
-    raise ValueError(f'mode {mode!r} is unknown: choose one of {", ".join(MODES)}')
+    raise ValueError(f'mode {mode!r} is unknown{_near(mode, MODES)}: choose one of '
+                     f'{", ".join(MODES)}')
+  if (mode, site) == ('mask', 'inside'):
+    raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
+                     f"use mode='gather', or {name} at another site")
   check_needs(name, method, host, site)
   limits = Limits(host.depth, host.slots, host.protected, method.extra_slots,
                   functools.partial(method.fewest, protected=host.protected))
   cuts = resolve(config, limits, macs=macs)
-  check_layers(name, method, cuts, site)
+  check_layers(name, method, host, cuts, site)
   return Plan(name, method, site, cuts, mode)
 
 
@@ -130,11 +135,15 @@ def check_needs(name: str, method: Any, host: Host, site: str) -> None:
                      f"site='before' or 'after' (got {site!r})")
 
 
-def check_layers(name: str, method: Any, cuts: tuple[Cut, ...], site: str) -> None:
-  """Raises if a cut before layer 0 asks for an attention that has not happened."""
+def check_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], site: str) -> None:
+  """Raises if a cut asks for a layer before the first or after the last."""
   if site == 'before' and cuts and cuts[0].layer == 0 and method.needs - FREE_OF_ATTENTION:
     raise ValueError(f'{name} before layer 0 has no earlier layer to read '
                      f'{", ".join(sorted(method.needs))} from: start at layer 1')
+  ahead = site == 'after' and 'next_received_attention' in method.needs
+  if ahead and cuts and cuts[-1].layer == host.depth - 1:
+    raise ValueError(f'{name} after layer {host.depth - 1} has no next layer to look at: end at '
+                     f'layer {host.depth - 2}')
 
 
 def _near(word: str, words: Any) -> str:

@@ -107,7 +107,7 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
 
 def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
              query_valid: Array | None = None, scale: float | None = None, causal: bool = False,
-             chunk: int = 128) -> Array:
+             chunk: int = 64) -> Array:
   """Mean over queries of the attention each key receives, float32[B, H, S].
 
   Queries are taken `chunk` at a time, forwards and backwards, so the largest buffer is
@@ -124,11 +124,6 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
   batch, length, heads, _ = q.shape
   counts = jnp.ones((batch, length), bool) if query_valid is None else query_valid
   chunk = min(chunk, length)
-  steps = -(-length // chunk)
-
-  def cut(x: Array) -> Array:
-    x = jnp.pad(x, ((0, 0), (0, steps * chunk - length)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(batch, steps, chunk, *x.shape[2:]), 1, 0)
 
   # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
   @jax.checkpoint
@@ -138,10 +133,10 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
     found = rows(q, k, lse, bias=bias, scale=scale, last=last)
     return total + jnp.sum(jnp.where(counts[:, None, :, None], found, 0.0), axis=2), None
 
-  items = (jnp.arange(steps), cut(q), None if lse is None else cut(lse), cut(counts))
+  chunks = jax.tree.map(lambda x: _cut(x, chunk), (q, lse, counts))
   # The zeros depend on q so that they vary over the same mesh axes inside a shard_map.
   start = jnp.zeros((batch, heads, k.shape[1]), jnp.float32) + 0.0 * jnp.sum(q[:0])
-  total, _ = jax.lax.scan(step, start, items)
+  total, _ = jax.lax.scan(step, start, (jnp.arange(-(-length // chunk)), *chunks))
   return total / jnp.maximum(jnp.sum(counts, axis=1, dtype=jnp.float32), 1.0)[:, None, None]
 
 
@@ -153,23 +148,34 @@ def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None 
 
 
 def policy_attend(q: Array, k: Array, v: Array, policy: Array, *, bias: Array | None = None,
-                  scale: float | None = None, implementation: str = 'xla') -> Attended:
+                  scale: float | None = None, implementation: str = 'xla',
+                  smoothing: float = 0.0) -> Attended:
   """Attention where key j counts `policy_j` times, and every query sees itself in full.
 
-  DynamicViT (Rao et al., 2021), Sec. 3.3, arXiv:2106.02034. The released code also adds 1e-6 / N to
-  every weight, which moves a result by at most about 1e-6 and is left out.
+  DynamicViT (Rao et al., 2021), Sec. 3.3, arXiv:2106.02034.
 
   Args:
     q, k, v: float[B, N, H, d], float[B, N, K, d].
     policy: float[B, N] in 0 to 1; differentiable, also where it is 0.
     bias: float32[B, N] or None, a further per-key bias, which holds for a query's own key too.
     scale, implementation: as in `attend`.
+    smoothing: spread evenly over the keys of a row, as a share of the exponential of its largest
+      logit, dropped keys included. The released code has 1e-6, the paper none. It is felt only by
+      rows whose largest logits were dropped, and costs one more pass over q . k in chunks.
   """
   policy = policy.astype(jnp.float32)
   weight = jnp.log(policy + TINY)
   attended = attend(q, k, v, bias=weight if bias is None else weight + bias, scale=scale,
                     implementation=implementation)
-  return self_term(attended, q, k, v, policy, bias=bias, scale=scale)
+  attended = self_term(attended, q, k, v, policy, bias=bias, scale=scale)
+  if not smoothing:
+    return attended
+  real = jnp.ones(policy.shape) if bias is None else (bias > LOWEST_BIAS).astype(jnp.float32)
+  real = real / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1.0)
+  mean = jnp.einsum('bs,bskd->bkd', real, v.astype(jnp.float32), precision='highest')
+  mean = jnp.repeat(mean, q.shape[2] // k.shape[2], axis=1)[:, None]
+  extra = smoothing * jnp.exp(_highest(q, k, bias, scale) - attended.lse)
+  return _mix_in(attended, extra, mean)
 
 
 def self_term(attended: Attended, q: Array, k: Array, v: Array, policy: Array, *,
@@ -193,9 +199,7 @@ def self_term(attended: Attended, q: Array, k: Array, v: Array, policy: Array, *
   if bias is not None:
     logit = logit + jnp.maximum(bias, LOWEST_BIAS)[..., None]
   extra = (1.0 - policy.astype(jnp.float32))[..., None] * jnp.exp(logit - attended.lse)
-  out = attended.out.astype(jnp.float32) + extra[..., None] * own_value
-  out = out / (1.0 + extra)[..., None]
-  return Attended(out.astype(attended.out.dtype), attended.lse + jnp.log1p(extra))
+  return _mix_in(attended, extra, own_value)
 
 
 def augment(q: Array, k: Array, bias: Array, *, scale: float) -> tuple[Array, Array]:
@@ -253,6 +257,30 @@ def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
   if last is not None:
     logits = jnp.where(jnp.arange(k.shape[1])[None] <= last[:, None], logits, -jnp.inf)
   return logits
+
+
+def _mix_in(attended: Attended, extra: Array, value: Array) -> Attended:
+  """Gives every row one more key, of `extra` [B, N, H] times the row's total weight so far."""
+  out = attended.out.astype(jnp.float32) + extra[..., None] * value
+  out = out / (1.0 + extra)[..., None]
+  return Attended(out.astype(attended.out.dtype), attended.lse + jnp.log1p(extra))
+
+
+def _cut(x: Array, chunk: int) -> Array:
+  """[B, N, ...] in chunks [C, B, chunk, ...], the last one padded with zeros."""
+  steps = -(-x.shape[1] // chunk)
+  x = jnp.pad(x, ((0, 0), (0, steps * chunk - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+  return jnp.moveaxis(x.reshape(x.shape[0], steps, chunk, *x.shape[2:]), 1, 0)
+
+
+def _highest(q: Array, k: Array, bias: Array | None, scale: float | None,
+             chunk: int = 64) -> Array:
+  """The largest logit of every row, float32[B, N, H]; a constant to gradients."""
+  q, k, bias = jax.lax.stop_gradient((q, k, bias))
+  found = jax.lax.map(lambda q: jnp.max(_logits(q, k, bias, scale, None), axis=-1),
+                      _cut(q, min(chunk, q.shape[1])))
+  found = jnp.moveaxis(found, 0, 2).reshape(q.shape[0], q.shape[2], -1)
+  return jnp.swapaxes(found[..., :q.shape[1]], 1, 2)
 
 
 # Implementations: (causal, scale, q, k, v, bias) -> out, lse.
@@ -436,9 +464,12 @@ def _run_splash(causal: bool, q: Array, k: Array, v: Array, *, residuals: bool) 
 
 
 def _blocks(length: int) -> tuple[int, int]:
-  """(block, padded length): the least padding, then the largest block of 256 to 1,024 rows."""
+  """(block, padded length): the least padding, then the largest block of 256 to 640 rows.
+
+  Larger blocks of wide heads overflow the vector memory of a TPU v5p in the backward pass.
+  """
   options = []
-  for count in range(-(-length // 1024), -(-length // 256) + 1):
+  for count in range(-(-length // 640), -(-length // 256) + 1):
     block = -(-length // (count * _LANES)) * _LANES
     options.append((count * block, -block))
   padded, block = min(options)

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
@@ -66,7 +67,7 @@ def resolve(budget: Mapping[str, Any], limits: Limits, *,
 
   Args:
     budget: one of the forms above under its name, beside `layers` ('all', an int or ints), and
-      optionally `rounding` and `ratio_of`.
+      optionally `rounding` and `ratio_of`. None stands for the default of each.
     limits: what the host and the method allow.
     macs: the model's MACs under given cuts; needed by flops_ratio and gmacs.
 
@@ -76,13 +77,13 @@ def resolve(budget: Mapping[str, Any], limits: Limits, *,
   Raises:
     ValueError: naming the value, what is possible, and what to change.
   """
-  layers = parse_layers(budget.get('layers', 'all'), limits.depth)
+  layers = parse_layers(budget.get('layers'), limits.depth)
   named = [name for name in BUDGETS if budget.get(name) is not None]
   if len(named) != 1:
     raise ValueError(f'a reduction needs exactly one budget, got {named or "none"}: '
                      f'choose one of {", ".join(BUDGETS)}')
   form, value = named[0], budget[named[0]]
-  rounding, base = budget.get('rounding', 'ceil'), budget.get('ratio_of', 'current')
+  rounding, base = budget.get('rounding') or 'ceil', budget.get('ratio_of') or 'current'
   if rounding not in ROUNDING:
     raise ValueError(f'rounding={rounding!r} is unknown: choose one of {", ".join(ROUNDING)}')
   if base not in RATIO_OF:
@@ -93,6 +94,8 @@ def resolve(budget: Mapping[str, Any], limits: Limits, *,
     return _keep_ratio(value, layers, limits, rounding, base)
   if form == 'keep':
     return _keep(value, layers, limits)
+  if not _is_number(value) or not 0 < value < math.inf:
+    raise ValueError(f'{form}={value!r} must be a positive number')
   if macs is None:
     raise ValueError(f'{form}={value} needs a cost model to solve for: none was given')
   target = value * macs(()) if form == 'flops_ratio' else value * 1e9
@@ -100,33 +103,39 @@ def resolve(budget: Mapping[str, Any], limits: Limits, *,
 
 
 def parse_layers(layers: Any, depth: int) -> tuple[int, ...]:
-  """'all', one index or several, checked against the depth and sorted."""
-  if layers == 'all':
+  """'all' (or None), one index or several, checked against the depth and sorted."""
+  if layers is None or layers == 'all':
     return tuple(range(depth))
   if isinstance(layers, str):
     raise ValueError(f"layers={layers!r} is unknown: give 'all', a layer index or several")
-  chosen = (layers,) if isinstance(layers, int) else tuple(layers)
+  chosen = tuple(layers) if isinstance(layers, Iterable) else (layers,)
   for layer in chosen:
-    if not 0 <= layer < depth:
-      raise ValueError(f'layer {layer} is out of range: the model has layers 0 to {depth - 1}')
+    if not isinstance(layer, Integral) or not 0 <= layer < depth:
+      raise ValueError(f'layer {layer!r} is out of range: the model has layers 0 to {depth - 1}')
   if len(set(chosen)) != len(chosen) or not chosen:
     raise ValueError(f'layers={chosen} must name at least one layer, each once')
   return tuple(sorted(chosen))
 
 
 def constant_or_inflected(remove: int | Sequence[float], count: int) -> tuple[int, ...]:
-  """`remove` to one number a layer; (r, inflection) as ToMe's released parse_r."""
-  if isinstance(remove, int):
-    if remove < 0:
-      raise ValueError(f'remove={remove} must not be negative')
-    return (remove,) * count
-  if len(remove) != 2 or not -1 <= remove[1] <= 1:
-    raise ValueError(f'remove={tuple(remove)} must be a count or (count, inflection in [-1, 1])')
+  """`remove` to one number a layer; (r, inflection) as ToMe's released parse_r.
+
+  In exact fractions, where the release's floats may fall one short: its int(10 (1 - 0.9)) is 0.
+  """
+  if isinstance(remove, Integral) and remove >= 0:
+    return (int(remove),) * count
+  pair = isinstance(remove, Sequence) and len(remove) == 2 and all(map(_is_number, remove))
+  if not pair or not remove[0] >= 0 or not -1 <= remove[1] <= 1:
+    raise ValueError(f'remove={remove!r} must be a count from 0 or (count, inflection in [-1, 1])')
   rate, inflection = Fraction(str(remove[0])), Fraction(str(remove[1]))
   low = int(rate * (1 - inflection))
   high = 2 * rate - low
   step = (high - low) / (count - 1) if count > 1 else Fraction(0)
   return tuple(int(low + step * i) for i in range(count))
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def per_layer(value: Any, layers: Sequence[int], name: str) -> tuple[Any, ...]:
@@ -151,11 +160,12 @@ def _remove(counts: Sequence[int], layers: Sequence[int], limits: Limits) -> tup
 
 def _keep_ratio(value: Any, layers: Sequence[int], limits: Limits, rounding: str,
                 base: str) -> tuple[Cut, ...]:
-  ratios = [Fraction(str(ratio)) for ratio in per_layer(value, layers, 'keep_ratio')]
-  for ratio in ratios:
-    if not 0 < ratio <= 1:
-      raise ValueError(f'keep_ratio={float(ratio)} is outside (0, 1]: it is the share of tokens '
-                       'that stays')
+  given = per_layer(value, layers, 'keep_ratio')
+  for ratio in given:
+    if not _is_number(ratio) or not 0 < ratio <= 1:
+      raise ValueError(f'keep_ratio={ratio!r} is outside (0, 1]: it is the share of tokens that '
+                       'stays')
+  ratios = [Fraction(str(ratio)) for ratio in given]
   cuts, slots, start = [], limits.slots, limits.slots - limits.protected
   for i, (layer, ratio) in enumerate(zip(layers, ratios, strict=True)):
     there = slots - limits.protected
@@ -177,10 +187,10 @@ def _keep(value: Any, layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
   cuts, slots = [], limits.slots
   for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
     there = slots - limits.protected
-    if not isinstance(count, int) or not 0 < count <= there:
-      raise ValueError(f'keep={count} in layer {layer} is impossible: {there} tokens are there '
+    if not isinstance(count, Integral) or not 0 < count <= there:
+      raise ValueError(f'keep={count!r} in layer {layer} is impossible: {there} tokens are there '
                        f'to keep, so give 1 to {there}')
-    keep = limits.protected + limits.extra + count
+    keep = limits.protected + limits.extra + int(count)
     if keep < slots:
       cuts.append(_checked(Cut(layer, slots, keep), f'keep={count}', limits))
       slots = keep
@@ -200,8 +210,6 @@ def _checked(cut: Cut, budget: str, limits: Limits) -> Cut:
 def _solve(target: float, budget: str, layers: Sequence[int], limits: Limits,
            macs: Callable[[tuple[Cut, ...]], float], rounding: str) -> tuple[Cut, ...]:
   """The gentlest schedule within the target: even removal over all layers, else one ratio."""
-  if target <= 0:
-    raise ValueError(f'{budget} must be positive')
   free = limits.slots - limits.protected
 
   def spread(total: int) -> tuple[Cut, ...]:
@@ -212,9 +220,11 @@ def _solve(target: float, budget: str, layers: Sequence[int], limits: Limits,
   def ratio(removed: int) -> tuple[Cut, ...]:
     return _keep_ratio((1000 - removed) / 1000, layers, limits, rounding, 'current')
 
-  every_layer = len(layers) == limits.depth
-  make, low, high = (spread, 0, free) if every_layer else (ratio, 0, 999)
-  if every_layer is False:
+  if len(layers) == limits.depth:
+    # More in all than there is: the first layers give what they can, as ToMe with a large r.
+    make, low, high = spread, 0, free * len(layers)
+  else:
+    make, low = ratio, 0
     high = max(step for step in range(1000) if _possible(ratio, step))
   if macs(make(high)) > target:
     raise ValueError(f'{budget} cannot be met: cutting all that this method can cut leaves '

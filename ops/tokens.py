@@ -74,8 +74,9 @@ class TokenSet:
 
   @property
   def sizes(self) -> Array:
-    """float32[B, N], original tokens a slot stands for."""
-    return jnp.ones(self.x.shape[:2], jnp.float32) if self.size is None else self.size
+    """float32[B, N], original tokens a slot stands for, none where it is padding."""
+    size = jnp.ones(self.x.shape[:2], jnp.float32) if self.size is None else self.size
+    return size if self.valid is None else jnp.where(self.valid, size, 0.0)
 
   @property
   def free(self) -> Array:
@@ -225,6 +226,8 @@ class Merge:
     if self.op == 'max':
       merged = jax.vmap(lambda v, d: jax.ops.segment_max(v, d, num_segments=outputs))(
           values, self.dst)
+      # The maximum of no members is -inf, which attention would turn into NaN.
+      merged = _hide(merged, self.totals(jnp.ones_like(self.weight)) > 0)
     else:
       # float32 sums: a group of hundreds of bf16 terms would lose its small members.
       weighted = values.astype(jnp.float32) * _expand(self.weight, values)
@@ -328,7 +331,10 @@ def reduce(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   x = assignment.apply(tokens.x if features is None else features)
   # Token t sat in slot owner[t]; it follows that slot, or is gone if the slot is.
   moved = take(dst, jnp.maximum(tokens.owner, 0))
-  owner = jnp.where((tokens.owner >= 0) & (moved < outputs), moved, -1)
+  there = (tokens.owner >= 0) & (moved < outputs)
+  if valid is not None:
+    there &= take(valid, jnp.minimum(moved, outputs - 1))
+  owner = jnp.where(there, moved, -1)
   return tokens.replace(
       x=x.astype(tokens.x.dtype), pos=take(tokens.pos, src), kind=take(tokens.kind, src),
       owner=owner, valid=valid, size=size,
@@ -366,22 +372,42 @@ def mask_only(tokens: TokenSet, assignment: Assignment) -> TokenSet:
 
 
 def compose(first: Assignment, second: Assignment) -> Assignment:
-  """One assignment that equals `first`, then `second` (M slots in, K out)."""
+  """One assignment that equals `first`, then `second` (M slots in, K out).
+
+  Raises:
+    ValueError: where no single assignment does: a maximum beside a sum, a `policy` beside anything
+      but a Gather, or a second Mix with `features` of its own.
+  """
   valid = None if first.valid is None else take(first.valid, second.src)
   if second.valid is not None:
     valid = second.valid if valid is None else valid & second.valid
-  if isinstance(first, Mix) or isinstance(second, Mix):
-    weights = jnp.einsum('bkm,bmn->bkn', second.matrix(), first.matrix())
-    return Mix(weights, valid=valid)
   src = take(first.src, second.src)
+  policies = [getattr(part, 'policy', None) for part in (first, second)]
   if isinstance(first, Gather) and isinstance(second, Gather):
-    return Gather(src, first.slots, valid=valid)
+    policy = policies[1]
+    if policies[0] is not None:
+      policy = take(policies[0], second.src) * (1.0 if policy is None else policy)
+    return Gather(src, first.slots, valid=valid, policy=policy)
+  if any(policy is not None for policy in policies):
+    raise ValueError('a soft decision composes only with another Gather: apply them one by one')
+  if isinstance(first, Mix) or isinstance(second, Mix):
+    if getattr(second, 'features', None) is not None:
+      raise ValueError('the second Mix has features of its own, which no matrix on the first '
+                       "one's input gives: apply them one by one")
+    weights = jnp.einsum('bkm,bmn->bkn', second.matrix(), first.matrix())
+    return Mix(weights, valid=valid, features=getattr(first, 'features', None))
+  ops = {part.op for part in (first, second) if isinstance(part, Merge)}
+  if len(ops) > 1:
+    raise ValueError("a merge with op='max' and one with op='sum' are no single merge: apply them "
+                     'one by one')
   outputs = second.src.shape[1]
   joined = first.dst < first.src.shape[1]
   middle = jnp.minimum(first.dst, first.src.shape[1] - 1)
+  if first.valid is not None:
+    joined &= take(first.valid, middle)
   dst = jnp.where(joined, take(second.dst, middle), outputs)
   weight = _weight(first) * take(_weight(second), middle)
-  return Merge(src, dst, weight, valid=valid)
+  return Merge(src, dst, weight, valid=valid, op=ops.pop())
 
 
 def _weight(assignment: Gather | Merge) -> Array:
@@ -394,7 +420,7 @@ def _weight(assignment: Gather | Merge) -> Array:
 def restore(tokens: TokenSet, values: Array, *, fill: float = 0.0) -> Array:
   """Back to the original tokens: values [B, N, ...] -> [B, T, ...], dropped ones hold `fill`."""
   picked = take(values, jnp.maximum(tokens.owner, 0))
-  return jnp.where(_expand(tokens.owner >= 0, picked), picked, fill)
+  return jnp.where(_expand(tokens.owner >= 0, picked), picked, jnp.asarray(fill, picked.dtype))
 
 
 def regroup(assignment: Assignment, attention: Array) -> Array:

@@ -4,9 +4,13 @@ import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+import hypothesis
 import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# The same examples every time; compiling makes the first one slow.
+hypothesis.settings.register_profile('here', derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.load_profile('here')
 
 
 def pytest_terminal_summary(terminalreporter):

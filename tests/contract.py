@@ -270,6 +270,17 @@ def compiled(name: str, keep: int) -> Any:
 follow = jax.jit(outcome, compiler_options=FAST)
 
 
+@functools.partial(jax.jit, compiler_options=FAST)
+def _composed(tokens: TokenSet, first: tk.Assignment, second: tk.Assignment) -> tuple[Any, ...]:
+  both = tk.compose(first, second)
+  return both, both.matrix(), both.apply(tokens.x), tk.reduce(tokens, both)
+
+
+def composed(tokens: TokenSet, first: tk.Assignment, second: tk.Assignment) -> tuple[Any, ...]:
+  """The composition of two answers, its matrix, what it makes of the features, and of tokens."""
+  return jax.tree.map(np.asarray, _composed(tokens, first, second))
+
+
 def run(name: str, case: Case, keep: int, *, scale: float = 0.3) -> Outcome:
   """Runs a method on a case, as the stack does; `scale` is of a learned method's parameters."""
   keep = budget(name, case.x.shape[1], keep, case.protected)

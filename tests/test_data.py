@@ -6,7 +6,6 @@ import importlib.util
 import io
 import itertools
 import json
-import pathlib
 
 import ml_collections
 import numpy as np
@@ -312,6 +311,15 @@ def test_enlarging_by_a_matrix_is_enlarging(place):
   np.testing.assert_allclose(np.asarray(same).astype(int), np.asarray(whole).astype(int), atol=2)
 
 
+@pytest.mark.parametrize(('method', 'arguments'), [
+    ('none', {}), ('affine', {}), ('crop', {'area': (1.0, 1.0), 'aspect': (1.0, 1.0)})])
+def test_shrinking_antialiases(method, arguments):
+  """Black and white noise of spread 127 turns grey: 8 x 8 pixels fall on one, and not 4 of them."""
+  noise = Image.fromarray(np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8) * 255)
+  found = data.AUGMENTS[method](noise, 8, Extreme(), filter='bilinear', **arguments)
+  assert np.asarray(found).std() < 127 / 8
+
+
 def test_the_centre_crop_of_evaluation():
   image = Image.fromarray(np.arange(10 * 6, dtype=np.uint8).reshape(6, 10))
   np.testing.assert_array_equal(data.whole(image, 6, filter='bilinear'), np.asarray(image)[:, 2:8])
@@ -348,19 +356,19 @@ def test_a_damaged_picture_is_skipped_and_counted(place):
   assert 'pictures-damaged.array_record' in iterator.corrupt[DAMAGED]
 
 
-def damage(folder, name, index, *, changed=4):
-  """Flips bytes in the middle of one stored picture; returns how many records it is among."""
-  (file,) = pathlib.Path(folder).rglob(f'{name}.array_record*')
+def damage(folder, split, indices):
+  """Flips bytes in the middle of stored pictures."""
+  (file,) = folder.rglob(f'pictures-{split}.array_record*')
   content = bytearray(file.read_bytes())
-  start = content.index(png(picture(index)))
-  for offset in range(start, start + changed):
-    content[offset] ^= 0xff
+  for index in indices:
+    start = content.index(png(picture(index)))
+    content[start:start + 4] = bytes(255 - byte for byte in content[start:start + 4])
   file.write_bytes(content)
 
 
 def test_a_damaged_file_names_the_record_and_spares_the_others(tmp_path):
   Pictures(data_dir=tmp_path, file_format='array_record').download_and_prepare()
-  damage(tmp_path, 'pictures-test', 2)
+  damage(tmp_path, 'test', [2])
   with pytest.raises(data.CorruptRecordError, match=r'example 2 of pictures .*, record 2\)'):
     list(data.eval_batches(pictures(tmp_path)))
   batches = data.eval_batches(pictures(tmp_path, on_corrupt='skip', batch_size=8))
@@ -371,10 +379,21 @@ def test_a_damaged_file_names_the_record_and_spares_the_others(tmp_path):
 
 def test_skipping_ends_where_nothing_can_be_read(tmp_path):
   Pictures(data_dir=tmp_path, file_format='array_record').download_and_prepare()
-  (file,) = tmp_path.rglob('pictures-train.array_record*')
+  damage(tmp_path, 'train', range(1, TRAIN))
+  config = pictures(tmp_path, on_corrupt='skip')
+  assert labels_of(take(data.train_iterator(config, seed=0), 6)) == [0] * 24
+  damage(tmp_path, 'train', [0])
+  with pytest.raises(data.CorruptRecordError, match=r'100 records in a row cannot be read'):
+    next(data.train_iterator(config, seed=0))
+
+
+@pytest.mark.parametrize('on_corrupt', data.ON_CORRUPT)
+def test_a_missing_file_is_never_skipped(tmp_path, on_corrupt):
+  Pictures(data_dir=tmp_path, file_format='array_record').download_and_prepare()
+  (file,) = tmp_path.rglob('pictures-test.array_record*')
   file.unlink()
-  with pytest.raises(data.CorruptRecordError, match='records in a row cannot be read'):
-    next(data.train_iterator(pictures(tmp_path, on_corrupt='skip'), seed=0))
+  with pytest.raises(FileNotFoundError, match=f'{file} is missing.*prepare the set again'):
+    list(data.eval_batches(pictures(tmp_path, on_corrupt=on_corrupt)))
 
 
 # What people get wrong.
@@ -431,6 +450,14 @@ def test_the_place_of_another_stream_is_refused(place, seed, changes, text):
     data.train_iterator(pictures(place, **changes), seed=seed).set_state(state)
 
 
+def test_another_version_on_disk_is_offered(tmp_path):
+  older = tmp_path / 'cifar10' / '3.0.0' / 'dataset_info.json'
+  older.parent.mkdir(parents=True)
+  older.touch()
+  with pytest.raises(FileNotFoundError, match=r'or set data.name=cifar10:3\.0\.0, which is there'):
+    data.info(config_of('cifar10', tmp_path))
+
+
 def test_preparing_says_what_a_person_must_download(tmp_path):
   with pytest.raises(ValueError, match=r'imagenet2012 has files that you must download yourself.*'
                                        r'downloads/manual has none.*ILSVRC2012_img_train.tar'):
@@ -445,10 +472,8 @@ def test_preparing_says_that_a_set_needs_tensorflow(tmp_path):
 
 
 def test_other_formats_are_refused(tmp_path):
-  Pictures(data_dir=tmp_path, file_format='riegeli').info.write_to_directory(tmp_path)
-  folder = tmp_path / 'pictures' / '1.2.0'
   Pictures(data_dir=tmp_path, file_format='array_record').download_and_prepare()
-  info = folder / 'dataset_info.json'
+  (info,) = tmp_path.rglob('dataset_info.json')
   info.write_text(info.read_text().replace('array_record', 'tfrecord'))
   with pytest.raises(ValueError, match=r'stored as tfrecord, but random access needs array_record'):
     data.info(pictures(tmp_path))

@@ -21,8 +21,6 @@ from lib import cli, cost, jaxpr_cost, published
 from models.build import build
 from models.vit import ViT
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'What to explain.', lock_config=True)
-_TRACE = flags.DEFINE_bool('trace', True, "Whether to count the method's own products.")
 TOWERS = ('vision',)
 
 
@@ -30,9 +28,9 @@ def main(argv: Sequence[str]) -> None:
   """Prints the explanation of --config."""
   if len(argv) > 1:
     raise ValueError(f'{argv[1]!r} is not understood: everything is set with --config')
-  if _CONFIG.value is None:
+  if flags.FLAGS.config is None:
     raise ValueError('nothing to explain: give a config, as --config=configs/vit_s16_tome.py')
-  print(explain(_CONFIG.value, trace=_TRACE.value))
+  print(explain(flags.FLAGS.config, trace=flags.FLAGS.trace))
 
 
 def explain(config: Mapping[str, Any], *, trace: bool = True) -> str:
@@ -66,10 +64,12 @@ def model(config: Mapping[str, Any]) -> ViT:
 def totals(vit: ViT) -> str:
   """Totals under every convention, and what a training step takes, beside the unreduced model."""
   ours, full = cost.of(vit), cost.compute(cost.architecture(vit))
-  rows = [(f'{name} (G)', convention(ours) / 1e9, convention(full) / 1e9)
+  prefix, scale = cost.unit(ours.macs)
+  rows = [(f'{name} ({prefix})', convention(ours) / scale, convention(full) / scale)
           for name, convention in cost.CONVENTIONS.items()]
   rows += [
-      ('macs of a training step (G)', ours.training_macs / 1e9, full.training_macs / 1e9),
+      (f'macs of a training step ({prefix})', ours.training_macs / scale,
+       full.training_macs / scale),
       ('tokens into attention, layer mean', ours.attention_mean, full.attention_mean),
       ('tokens into the MLP, layer mean', ours.mlp_mean, full.mlp_mean),
       ('activations read and written (MB)', ours.activation_bytes / 1e6,
@@ -79,6 +79,9 @@ def totals(vit: ViT) -> str:
   for name, less, all_of_it in rows:
     lines.append(f'{name:<36}{less:12.3f}{all_of_it:12.3f}{less / all_of_it:8.3f}'
                  f'{all_of_it / less:8.2f}x')
+  if vit.mlp != 4 * vit.width:
+    lines.append('(diffrate_paper and pitome_repo take the MLP to be 4 times as wide as the model; '
+                 f'here it is {vit.mlp / vit.width:g})')
   return '\n'.join(lines)
 
 
@@ -86,12 +89,12 @@ def traced(vit: ViT) -> str:
   """What the traced program multiplies, and how much of it is the method's own work."""
   found, ours = jaxpr_cost.of_vit(vit), cost.of(vit).macs
   backbone = found.macs.get('', 0)
-  words = 'as above' if backbone == ours else f'{(backbone - ours) / 1e9:+.6f} from above'
-  lines = [f'traced program: {backbone / 1e9:.3f} GMACs in the backbone, {words}']
+  words = 'as above' if backbone == ours else f'{backbone - ours:+,} from above'
+  lines = [f'traced program: {backbone:,} MACs in the backbone, {words}']
   names = {'signals': 'score rows beside attention', 'reduction': "the method's own products"}
   for scope, name in names.items():
     share = found.macs.get(scope, 0)
-    lines.append(f'  {name}: {share / 1e9:.6f} GMACs, {share / found.total:.2%}')
+    lines.append(f'  {name}: {share:,} MACs, {share / found.total:.2%}')
   if found.uncounted:
     left = ', '.join(sorted(f'{primitive} in {scope or "the backbone"}'
                             for scope, primitive in found.uncounted))
@@ -117,4 +120,6 @@ def papers(vit: ViT) -> str:
 
 
 if __name__ == '__main__':
+  config_flags.DEFINE_config_file('config', None, 'What to explain.', lock_config=True)
+  flags.DEFINE_bool('trace', True, "Whether to count the method's own products.")
   cli.run(main)

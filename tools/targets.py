@@ -139,7 +139,7 @@ def training(vit, mesh, images, rows, whole):
                 out_shardings=(places, whole), donate_argnums=0)
   labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32, sharding=rows)
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
-  return run, (abstract(shapes, places), {'image': images, 'label': labels}, key)
+  return run, (abstract(shapes, places), {'image': images, 'label': labels}, key, None)
 
 
 def start(vit, key):

@@ -4,15 +4,12 @@ Axes: B batch, N slots now, M slots after, D features.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from ops.reducers.base import Reducer
-from ops.reducers.vision.dpcknn import density_clusters
+from ops.reducers.vision.dpcknn import average, density_clusters
 from ops.signals import Signals
-from ops.tokens import Assignment, Merge, TokenSet
-
-Array = jax.Array
+from ops.tokens import Assignment, TokenSet
 
 
 class CTM(Reducer, nn.Module):
@@ -20,14 +17,16 @@ class CTM(Reducer, nn.Module):
 
   Clustering-based token merging of TCFormer (Zeng et al., 2022), Sec. 3.2, arXiv:2204.08680, in the
   plain form of Which Tokens to Use? (Haurum et al., 2023), arXiv:2308.04657: without TCFormer's
-  convolution and norm before the score, its bias on attention, and its random tie-breaks. As in the
-  release, 1e-6 is added to the sum of a group's weights, so that a group of low scores shrinks.
+  convolution and norm before the score, its bias on attention, and its random tie-breaks.
 
   Attributes:
     neighbours: nearest tokens that make up the density.
+    smoothing: added to the weights of each group. The release has 1e-6, which shrinks groups of
+      low weight; with 0, a token alone in its group stays exactly as it is.
   """
 
   neighbours: int = 5
+  smoothing: float = 0.0
   site = 'before'
 
   @nn.compact
@@ -38,9 +37,4 @@ class CTM(Reducer, nn.Module):
                      name='score')(tokens.x)[..., 0]
     # Before the exponential: what padding and protected tokens hold may overflow it.
     weight = jnp.exp(jnp.where(tokens.free, score, 0.0))
-    return weighted_mean(src, dst, weight)
-
-
-def weighted_mean(src: Array, dst: Array, weight: Array) -> Merge:
-  """The groups of `density_clusters` as means by float32[B, N]."""
-  return Merge.mean(src, dst, weight)
+    return average(tokens, src, dst, weight, smoothing=self.smoothing)

@@ -24,20 +24,22 @@ class DPCKNN(Reducer):
   Which Tokens to Use? (Haurum et al., 2023), Sec. 3.2, arXiv:2308.04657, with equal weights: each
   slot counts once, however many tokens it stands for. TCFormer (Zeng et al., 2022), Sec. 3.2,
   arXiv:2204.08680, learns the weights: see `ctm`. Clusters stand in the order of their centres'
-  scores. The release breaks ties by random noise of 1e-6, which is left out, and adds 1e-6 to the
-  sum of the weights, which moves a result by one part in a million at most.
+  scores. The release breaks ties by random noise of 1e-6; here the lowest slot wins.
 
   Attributes:
     neighbours: nearest tokens that make up the density.
+    smoothing: added to the weights of each group. The release has 1e-6, which shrinks every token
+      by as much; with 0, a token alone in its group stays exactly as it is.
   """
 
   neighbours: int = 5
+  smoothing: float = 0.0
   site = 'before'
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
     del signals
     src, dst = density_clusters(tokens, keep=keep, neighbours=self.neighbours)
-    return Merge.mean(src, dst, tokens.real)
+    return average(tokens, src, dst, tokens.real, smoothing=self.smoothing)
 
 
 def density_clusters(tokens: TokenSet, *, keep: int, neighbours: int,
@@ -58,3 +60,14 @@ def density_clusters(tokens: TokenSet, *, keep: int, neighbours: int,
   centres = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
   group = cluster.nearest(distance, centres, take(tokens.free, centres))
   return centres, jnp.where(tokens.real, group, keep)
+
+
+def average(tokens: TokenSet, src: Array, dst: Array, weight: Array, *, smoothing: float) -> Merge:
+  """The groups of `density_clusters` as means by float[B, N]; protected tokens stay as they are."""
+  weight = jnp.where(tokens.free, weight, tokens.kept).astype(jnp.float32)
+  merge = Merge.mean(src, dst, weight)
+  if not smoothing:
+    return merge
+  total = merge.totals(weight)
+  shrink = take(total / (total + smoothing), jnp.minimum(dst, src.shape[1] - 1))
+  return merge.replace(weight=jnp.where(tokens.free, merge.weight * shrink, merge.weight))

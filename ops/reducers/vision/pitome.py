@@ -54,10 +54,15 @@ class PiToMe(Reducer):
   def fewest(self, slots: int, protected: int) -> int:
     return slots - (slots - protected) // 2
 
+  def pairing_at(self, layer: int, depth: int) -> str:
+    """'energy', 'bipartite' or 'text': who meets whom in one of `depth` layers."""
+    if self.pairing not in ('deit', 'mae'):
+      return self.pairing
+    early = 2 * layer < depth
+    return 'bipartite' if early == (self.pairing == 'deit') else 'energy'
+
   def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    pairing, early = self.pairing, 2 * signals.layer < signals.depth
-    if pairing in ('deit', 'mae'):
-      pairing = 'bipartite' if early == (pairing == 'deit') else 'energy'
+    pairing = self.pairing_at(signals.layer, signals.depth)
     metric = signals.keys.astype(jnp.float32).mean(axis=2)
     margin = self.margin + (self.last_margin - self.margin) * signals.layer / signals.depth
     similarity = cosine(metric, metric)

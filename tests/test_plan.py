@@ -1,0 +1,138 @@
+"""Plans: what a config may say, and what a wrong one is told."""
+
+import dataclasses
+
+import ml_collections
+import pytest
+
+from models.compressors import COMPRESSORS
+from models.plan import Plan, make_plan, methods
+from models.vit import make_vit
+from ops.reducers import REDUCERS
+from ops.reducers.base import Reducer
+from ops.schedule import Cut
+from ops.tokens import identity
+
+HOST = make_vit('S/16').host
+
+
+def plan(host=HOST, **config):
+  return make_plan(config, host)
+
+
+@pytest.mark.parametrize('name', methods())
+def test_every_method_can_be_planned_on_a_vit(name):
+  made = plan(method=name, remove=5, layers=(2, 4))
+  assert made.method == methods()[name]()
+  assert made.site == made.method.site
+  for cut in made.cuts:
+    assert made.method.fewest(cut.slots, HOST.protected) <= cut.keep == cut.slots - 5
+    assert made.cut(cut.layer) == cut
+  assert made.cut(3) is None
+  assert hash(made) == hash(plan(method=name, remove=5, layers=(2, 4)))
+
+
+def test_none_keeps_everything():
+  assert plan(method='none', remove=8).cuts == ()
+
+
+def test_a_plan_from_a_config_of_lists_and_unset_keys():
+  config = ml_collections.ConfigDict({
+      'method': 'topk', 'args': {'order': 'slot'}, 'site': None, 'mode': None, 'layers': [6, 3],
+      'keep_ratio': [0.7, 0.5], 'rounding': None, 'ratio_of': None, 'gmacs': None})
+  made = make_plan(config, HOST)
+  assert made == Plan('topk', REDUCERS['topk'](order='slot'), 'between',
+                      (Cut(3, 197, 139), Cut(6, 139, 70)))
+  assert make_plan(ml_collections.FrozenConfigDict(config), HOST) == made
+
+
+def test_the_site_is_the_methods_unless_the_config_says():
+  assert plan(method='tome', remove=8).site == 'between'
+  assert plan(method='tome', remove=8, layers=(1,), site='before').site == 'before'
+
+
+def test_budgets_in_macs_get_the_hosts_cost():
+  made = make_plan({'method': 'tome', 'gmacs': 1.0}, HOST, macs=lambda cuts: 2e9 - 2e7 * sum(
+      cut.slots - cut.keep for cut in cuts))
+  assert sum(cut.slots - cut.keep for cut in made.cuts) == 50
+
+
+@pytest.mark.parametrize(('config', 'message'), [
+    ({'methd': 'tome'}, "a reduction has no key 'methd' (did you mean 'method'?): choose from "
+                        'method, args, site, layers'),
+    ({'method': 'tom'}, "method 'tom' is unknown (did you mean 'tome'?): choose one of "
+                        f'{", ".join(sorted(methods()))}'),
+    ({'method': 'zzz'}, "method 'zzz' is unknown: choose one of"),
+    ({'remove': 8}, "method None is unknown (did you mean 'none'?): choose one of"),
+    ({'method': 'topk', 'args': {'ordr': 'slot'}},
+     "topk has no argument 'ordr' (did you mean 'order'?): it takes order"),
+    ({'method': 'evit', 'args': {'zzz': 1}}, "evit has no argument 'zzz': it takes none"),
+    ({'method': 'tome', 'site': 'betwen'},
+     "site 'betwen' is unknown (did you mean 'between'?): choose one of before, inside, between, "
+     'after'),
+    ({'method': 'tome', 'mode': 'maks'},
+     "mode 'maks' is unknown (did you mean 'mask'?): choose one of gather, mask"),
+    ({'method': 'tome', 'remove': 8, 'layers': 12}, 'layer 12 is out of range: the model has '
+                                                    'layers 0 to 11'),
+    ({'method': 'tome'}, 'exactly one budget, got none'),
+    ({'method': 'topk', 'keep': 0}, 'keep=0 in layer 0 is impossible: 196 tokens are there'),
+    ({'method': 'topk', 'keep': 300}, 'keep=300 in layer 0 is impossible: 196 tokens are there'),
+    ({'method': 'topk', 'keep_ratio': 0.001, 'rounding': 'floor'}, 'leaves 1 of 197 slots'),
+    ({'method': 'tome', 'keep_ratio': 0.3}, 'can leave no fewer than 99 (1 protected)'),
+    ({'method': 'topk', 'gmacs': 2.0}, 'gmacs=2.0 needs a cost model'),
+    ({'method': 'topk', 'site': 'before', 'remove': 8},
+     'topk before layer 0 has no earlier layer to read cls_attention from: start at layer 1'),
+    ({'method': 'topk', 'site': 'inside', 'mode': 'mask', 'remove': 8},
+     "use mode='gather', or topk at another site"),
+], ids=str)
+def test_errors_name_the_value_the_choices_and_the_nearest(config, message):
+  with pytest.raises(ValueError) as caught:  # noqa: PT011
+    make_plan(config, HOST)
+  assert message in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def test_a_method_that_needs_what_the_host_lacks():
+  host = make_vit('S/16', class_token=False, pool='mean').host
+  with pytest.raises(ValueError, match=r'topk needs cls_attention, which this host does not offer: '
+                                       r'it offers attention, depth, grid, hidden'):
+    plan(host, method='topk', remove=8)
+  assert plan(host, method='tome', remove=8).cuts[0] == Cut(0, 196, 188)
+  with pytest.raises(ValueError, match='it offers nothing'):
+    plan(dataclasses.replace(host, offers=frozenset()), method='tome', remove=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanting(Reducer):
+  """Needs whatever a test says."""
+
+  def __call__(self, tokens, signals, *, keep):
+    return identity(tokens)
+
+
+@pytest.mark.parametrize(('needs', 'site', 'layers', 'message'), [
+    ('attention', 'between', 'all', "the whole attention map, which exists only inside attention: "
+                                    "set site='inside' (got 'between')"),
+    ('attention', 'inside', 'all', ''),
+    ('next_received_attention', 'between', 'all', "needs site='before' or 'after' (got 'between')"),
+    ('next_received_attention', 'before', 'all', ''),
+    ('next_received_attention', 'after', (3, 11), 'after layer 11 has no next layer to look at: '
+                                                  'end at layer 10'),
+    ('next_received_attention', 'after', (3, 10), ''),
+    ('grid', 'before', 'all', ''),
+])
+def test_signals_exist_only_at_some_sites(needs, site, layers, message, monkeypatch):
+  wanting = type('Asks', (Wanting,), {'needs': frozenset({needs})})
+  monkeypatch.setitem(REDUCERS, 'asks', wanting)
+  if not message:
+    assert plan(method='asks', site=site, layers=layers, remove=2).site == site
+    return
+  with pytest.raises(ValueError) as caught:  # noqa: PT011
+    plan(method='asks', site=site, layers=layers, remove=2)
+  assert message in str(caught.value)
+
+
+def test_two_methods_of_one_name(monkeypatch):
+  monkeypatch.setitem(COMPRESSORS, 'tome', Wanting)
+  with pytest.raises(ValueError, match=r"methods named twice: \['tome'\]; rename one"):
+    methods()
