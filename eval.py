@@ -48,6 +48,7 @@ class Candidate:
 
 
 def main(argv):
+  """Loads, sweeps, shows."""
   del argv
   config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
   first = launch.start()
@@ -137,7 +138,7 @@ def prepare(config, method, budget, trained, mesh, batches):
 def measure(made, base, batches, sweep):
   """Accuracy, tokens, cost and latency of a candidate: the fields of its row."""
   right, total, kept = 0.0, 0.0, {}
-  for batch, placed in batches:
+  for _, placed in batches:
     logits, cuts = made.run(made.params, placed['image'])
     right += float(jnp.sum((jnp.argmax(logits, -1) == placed['label']) * placed['mask']))
     total += float(jnp.sum(placed['mask']))

@@ -7,6 +7,7 @@ Axes: B batch over all processes, A microbatches.
 
 import functools
 import json
+import math
 import pathlib
 import signal
 
@@ -35,6 +36,7 @@ class State:
 
 
 def main(argv):
+  """Trains, or goes on training."""
   del argv
   config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
   first = launch.start()
@@ -233,7 +235,7 @@ def check_fits(vit, info, config, mesh):
 
 def check_finite(measured, step, config, workdir):
   """Raises before a bad state can be saved or reported."""
-  bad = sorted(name for name, value in measured.items() if value != value or abs(value) == float('inf'))
+  bad = sorted(name for name, value in measured.items() if not math.isfinite(value))
   if bad:
     raise FloatingPointError(
         f'{", ".join(bad)} is not finite in steps {step - config.log_steps + 1} to {step}: the last '

@@ -1,8 +1,8 @@
 """A small ViT on scikit-learn's handwritten digits (1,797 real 8 x 8 images), on a laptop.
 
   python -m train --config=configs/digits.py --workdir=runs/digits
-  python -m train --config=configs/digits.py --workdir=runs/tome --config.reduce.vision.method=tome \\
-      --config.reduce.vision.remove=8
+  python -m train --config=configs/digits.py --workdir=runs/tome \\
+      --config.reduce.vision.method=tome --config.reduce.vision.remove=8
 """
 
 import ml_collections

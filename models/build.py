@@ -13,11 +13,12 @@ from models.vit import ViT, make_vit
 from ops.attention import pick
 from ops.schedule import Cut
 
+Macs = Callable[[tuple[Cut, ...]], float]
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
 def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
-          macs: Callable[[ViT, Mapping[str, Any]], Callable[[tuple[Cut, ...]], float]] | None = None,
+          macs: Callable[[ViT, Mapping[str, Any]], Macs] | None = None,
           mesh: Mesh | None = None, platform: str = 'cpu') -> ViT:
   """Builds the vision transformer that a config describes.
 

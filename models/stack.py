@@ -69,7 +69,8 @@ class Stack(nn.Module):
     depth: L.
     plan: what to reduce where, or None.
     grid: (rows, columns) of the patch grid, told to methods, or None.
-    remat: 'none', 'full' (recompute each block in the backward pass) or 'dots' (keep products).
+    remat: 'none', 'full' (the backward pass recomputes each half of a block) or 'dots' (keeps its
+      products).
     mesh: the device mesh; with it, reductions run batch-local inside shard_map.
     capture: whether to return every layer's features (for parity tests and pictures).
   """
@@ -158,7 +159,14 @@ class Stack(nn.Module):
     if method != 'feed':
       kwargs['proportional'] = bool(self.plan and self.plan.method.proportional)
     rngs = None if key is None else {'dropout': jax.random.fold_in(key, index)}
-    return self.block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
+
+    def call(params: Any, tokens: TokenSet) -> Any:
+      return self.block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
+
+    if self.remat != 'none' and method != 'inside':  # A decision must be taken once.
+      dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      call = jax.checkpoint(call, policy=dots if self.remat == 'dots' else None)
+    return call(params, tokens)
 
   def _run(self, tokens: TokenSet, weights: Any, start: int, stop: int,
            key: Array | None) -> tuple[TokenSet, list[Array]]:
@@ -171,10 +179,6 @@ class Stack(nn.Module):
       tokens = layer('feed', tokens)
       return tokens, tokens.x if self.capture else None
 
-    if self.remat != 'none':
-      dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-      body = jax.checkpoint(body, policy=dots if self.remat == 'dots' else None,
-                            prevent_cse=False)
     # Slices as scan inputs, not a closure indexed inside: the gradient of such an index would add
     # a whole stack of zeros in every step.
     items = (jnp.arange(start, stop), jax.tree.map(lambda leaf: leaf[start:stop], weights))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,9 +99,17 @@ class Block(nn.Module):
     hidden = self.norm1(tokens.x)
     q, k, v = self.qkv(hidden)
     bias = key_bias(tokens, proportional=proportional)
-    mixed = self._attend(q, k, v, bias)
-    signals = measure(needs, q=q, k=k, v=v, lse=mixed.lse, bias=bias, hidden=hidden,
-                      query_valid=tokens.valid)
+    read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
+                             query_valid=tokens.valid)
+    if self.implementation == 'xla':
+      # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
+      # the keys beside that map for whoever reads them later.
+      signals = read(q=q, k=k, lse=None)
+      q, k, signals = jax.lax.optimization_barrier((q, k, signals))
+      mixed = self._attend(q, k, v, bias)
+    else:
+      mixed = self._attend(q, k, v, bias)
+      signals = read(q=q, k=k, lse=mixed.lse)
     return self._add(tokens, self.out(mixed.out)), signals
 
   def _attend(self, q: Array, k: Array, v: Array, bias: Array | None) -> attention.Attended:

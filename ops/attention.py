@@ -27,7 +27,7 @@ IMPLEMENTATIONS = ('xla', 'cudnn', 'splash')
 # A lower bias counts as this. It hides a key from any row that has another one, while a row with
 # hidden keys only keeps finite logits whose differences float32 still resolves.
 LOWEST_BIAS = -3e4
-# Added to a weight before its logarithm: a weight of 0 keeps a finite bias and a finite gradient.
+# The least weight of a key: a weight of 0 keeps a finite bias and a finite gradient.
 TINY = 1e-20
 _LANES = 128  # Block lengths on a TPU are multiples of this.
 _GROUP_ROWS = 2 ** 15  # Heads times queries that one call of a TPU kernel takes, or one row of it.
@@ -164,7 +164,7 @@ def policy_attend(q: Array, k: Array, v: Array, policy: Array, *, bias: Array | 
       rows whose largest logits were dropped, and costs one more pass over q . k in chunks.
   """
   policy = policy.astype(jnp.float32)
-  weight = jnp.log(policy + TINY)
+  weight = log_weight(policy)
   attended = attend(q, k, v, bias=weight if bias is None else weight + bias, scale=scale,
                     implementation=implementation)
   attended = self_term(attended, q, k, v, policy, bias=bias, scale=scale)
@@ -174,8 +174,7 @@ def policy_attend(q: Array, k: Array, v: Array, policy: Array, *, bias: Array | 
   real = real / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1.0)
   mean = jnp.einsum('bs,bskd->bkd', real, v.astype(jnp.float32), precision='highest')
   mean = jnp.repeat(mean, q.shape[2] // k.shape[2], axis=1)[:, None]
-  extra = smoothing * jnp.exp(_highest(q, k, bias, scale) - attended.lse)
-  return _mix_in(attended, extra, mean)
+  return _mix_in(attended, math.log(smoothing) + _highest(q, k, bias, scale), mean)
 
 
 def self_term(attended: Attended, q: Array, k: Array, v: Array, policy: Array, *,
@@ -183,7 +182,7 @@ def self_term(attended: Attended, q: Array, k: Array, v: Array, policy: Array, *
   """Raises each query's weight on its own key from `policy` to 1, in O(N).
 
   Args:
-    attended: of q, k, v with log(policy + TINY) (+ `bias`) as per-key bias.
+    attended: of q, k, v with `log_weight(policy)` (+ `bias`) as per-key bias.
     q, k, v: float[B, N, H, d], float[B, N, K, d].
     policy: float[B, N] in 0 to 1.
     bias, scale: as in `policy_attend`.
@@ -198,8 +197,19 @@ def self_term(attended: Attended, q: Array, k: Array, v: Array, policy: Array, *
   logit = jnp.sum(q.astype(jnp.float32) * own_key, axis=-1) * scale
   if bias is not None:
     logit = logit + jnp.maximum(bias, LOWEST_BIAS)[..., None]
-  extra = (1.0 - policy.astype(jnp.float32))[..., None] * jnp.exp(logit - attended.lse)
-  return _mix_in(attended, extra, own_value)
+  missing = log_weight(1.0 - policy.astype(jnp.float32))[..., None]
+  return _mix_in(attended, logit + missing, own_value)
+
+
+def log_weight(weight: Array) -> Array:
+  """The bias that makes a key count `weight` times; at 0 it hides the key, and has a gradient.
+
+  The gradient there is what straight-through estimators need: how the output would change if the
+  key came back.
+  """
+  # Not log(weight + TINY): the compiler turns 1 - x + TINY into (1 + TINY) - x, which is 1 - x.
+  lift = jnp.maximum(weight, TINY) - weight
+  return jnp.log(weight + jax.lax.stop_gradient(lift))
 
 
 def augment(q: Array, k: Array, bias: Array, *, scale: float) -> tuple[Array, Array]:
@@ -259,11 +269,13 @@ def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
   return logits
 
 
-def _mix_in(attended: Attended, extra: Array, value: Array) -> Attended:
-  """Gives every row one more key, of `extra` [B, N, H] times the row's total weight so far."""
-  out = attended.out.astype(jnp.float32) + extra[..., None] * value
-  out = out / (1.0 + extra)[..., None]
-  return Attended(out.astype(attended.out.dtype), attended.lse + jnp.log1p(extra))
+def _mix_in(attended: Attended, logit: Array, value: Array) -> Attended:
+  """Gives every row one more key, with its logit [B, N, H] and value."""
+  # Shares of old and new. Not a sigmoid, whose gradient is 0 where a share rounds to 1.
+  old = jnp.exp(-jnp.logaddexp(0.0, logit - attended.lse))[..., None]
+  new = jnp.exp(-jnp.logaddexp(0.0, attended.lse - logit))[..., None]
+  out = old * attended.out.astype(jnp.float32) + new * value
+  return Attended(out.astype(attended.out.dtype), jnp.logaddexp(attended.lse, logit))
 
 
 def _cut(x: Array, chunk: int) -> Array:
@@ -407,10 +419,20 @@ _give_gradient.defvjp(_give_gradient_forward, _give_gradient_backward)
 def _cudnn_kernel(causal: bool, scale: float, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
   # The public jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of the output.
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
-  mask = cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
-  out, lse = cudnn.dot_product_attention(q, k, _widen(v, q.shape[-1]), scale=scale,
-                                         mask_type=mask, return_residual=True)
-  return out[..., :v.shape[-1]], jnp.swapaxes(lse, 1, 2)
+  batch, length, keys, features = *q.shape[:2], k.shape[1], v.shape[3]
+  masks = {(False, False): 'NO_MASK', (True, False): 'CAUSAL',
+           (False, True): 'PADDING', (True, True): 'PADDING_CAUSAL'}
+  lengths = {}
+  odd = bool(length % 2 or keys % 2)
+  if odd:
+    # Its gradient refuses odd lengths, such as 196 patches and a class token.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = {'q_seqlen': jnp.full((batch,), length, jnp.int32),
+               'kv_seqlen': jnp.full((batch,), keys, jnp.int32)}
+  out, lse = cudnn.dot_product_attention(
+      q, k, _widen(v, q.shape[3]), scale=scale, mask_type=cudnn.MaskType[masks[causal, odd]],
+      return_residual=True, **lengths)
+  return out[:, :length, :, :features], jnp.swapaxes(lse, 1, 2)[:, :length]
 
 
 def _splash_residuals(causal: bool, scale: float, q: Array, k: Array,

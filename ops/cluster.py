@@ -27,7 +27,7 @@ def distances(x: Array) -> Array:
 
 
 def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None = None) -> Array:
-  """How well each slot would do as the centre of a cluster: DPC-KNN, arXiv:2204.08680, Sec. 3.2.
+  """How well each slot would do as the centre of a cluster: DPC-KNN, arXiv:2204.08680, Sec. 3.
 
   Density is exp(-mean squared distance to the nearest neighbours, the slot itself included). A
   good centre is dense and far from any denser slot: the score is the product of the two, here as
@@ -78,7 +78,7 @@ def nearest(distance: Array, centres: Array, is_open: Array) -> Array:
 
 def medoids(distance: Array, seeds: Array, weight: Array, among: Array, *,
             iterations: int) -> Array:
-  """Moves cluster centres to medoids: the K-medoids of arXiv:2308.04657, Sec. 3.2.
+  """Moves cluster centres to medoids: the K-medoids of arXiv:2308.04657, Sec. 3.
 
   In the released code, followed here, the medoid of a cluster is the member with the least weighted
   distance to all slots, not to its cluster alone.

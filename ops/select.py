@@ -23,7 +23,7 @@ def top(scores: Array, keep: int, *, forced: Array | None = None,
     scores: float[B, N], higher is better; NaN counts as worst.
     keep: M, slots to pick, at most N.
     forced: bool[B, N], slots that come first whatever their score, in slot order.
-    excluded: bool[B, N], slots that come last whatever their score.
+    excluded: bool[B, N], slots that come last whatever their score, even where forced.
 
   Returns:
     int32[B, M]. Excluded slots are picked only when nothing else is left.

@@ -47,7 +47,7 @@ NAMES = tuple(Signals.__dataclass_fields__)
 
 
 @jax.named_scope('signals')
-def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array,
+def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array | None,
             bias: Array | None = None, hidden: Array | None = None,
             query_valid: Array | None = None, cls_slot: int = 0) -> Signals:
   """Computes the named signals of one attention layer, beside fused attention.
@@ -55,7 +55,8 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array,
   Args:
     needs: names of `Signals` fields.
     q, k, v: float[B, N, H, d].
-    lse: float32[B, N, H], log-sum-exp of the scaled and biased logits (`attention.attend`).
+    lse: float32[B, N, H], log-sum-exp of the scaled and biased logits (`attention.attend`), or None
+      to normalise each row by itself.
     bias: float32[B, N] or None, what was added to the logits of each key.
     hidden: float[B, N, D], the layer's normed input.
     query_valid: bool[B, N] or None, queries that count in received attention.
@@ -65,7 +66,8 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array,
   found = {name: value for name, value in given.items() if name in needs}
   if 'cls_attention' in needs:
     row = slice(cls_slot, cls_slot + 1)
-    found['cls_attention'] = attention.rows(q[:, row], k, lse[:, row], bias=bias)[:, :, 0]
+    found['cls_attention'] = attention.rows(
+        q[:, row], k, None if lse is None else lse[:, row], bias=bias)[:, :, 0]
   if 'received_attention' in needs:
     found['received_attention'] = attention.received(q, k, lse, bias=bias,
                                                      query_valid=query_valid)

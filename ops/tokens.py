@@ -431,7 +431,10 @@ def regroup(assignment: Assignment, attention: Array) -> Array:
   picked, the dropped ones are still keys of this layer (K = N; ATS, arXiv:2111.15667, Sec. 3.2).
   """
   if isinstance(assignment, Gather):
-    return jnp.swapaxes(assignment.apply(jnp.swapaxes(attention, 1, 2)), 1, 2)
+    # Picked where they lie: a transposed copy would be the largest buffer of the layer.
+    rows = jnp.take_along_axis(attention, assignment.src[:, None, :, None], axis=2)
+    valid = assignment.valid
+    return rows if valid is None else jnp.where(valid[:, None, :, None], rows, 0)
   # Keys first: under op='max' the order matters.
   keys = assignment.totals(attention.transpose(0, 3, 2, 1).astype(jnp.float32))
   return assignment.apply(keys.transpose(0, 2, 1, 3)).transpose(0, 3, 1, 2)

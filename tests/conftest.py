@@ -15,20 +15,20 @@ hypothesis.settings.load_profile('here')
 
 def pytest_terminal_summary(terminalreporter):
   """Prints the contract (tests/test_contract.py): methods by invariants, and why not."""
-  cells, reasons = {}, {}
+  found, cells, reasons = [], {}, {}
   for outcome in ('passed', 'failed'):
     for report in terminalreporter.stats.get(outcome, []):
       noted = dict(report.user_properties)
-      if 'contract' not in noted:
-        continue
-      reason, mark = noted.get('reason', ''), 'ok'
-      if outcome == 'failed':
-        mark = 'FAIL'
-      elif reason:
-        mark = f'({reasons.setdefault(reason, len(reasons) + 1)})'
-      cells[tuple(noted['contract'])] = mark
-  if not cells:
+      if 'contract' in noted:
+        found.append((*noted['contract'], outcome, noted.get('reason', '')))
+  if not found:
     return
+  # Several workers report in any order; each pair carries its number.
+  for _, invariant, name, outcome, reason in sorted(found):
+    mark = 'ok' if outcome == 'passed' else 'FAIL'
+    if reason:
+      mark = f'({reasons.setdefault(reason, len(reasons) + 1)})'
+    cells[invariant, name] = mark
   columns, rows = (dict.fromkeys(part) for part in zip(*cells, strict=True))
   left = max(map(len, rows)) + 1
   write = terminalreporter.write_line

@@ -202,7 +202,8 @@ def test_augmented_columns_carry_the_gradient_of_the_bias():
 
   def loss(bias):
     wide = attention.augment(q, k, bias, scale=24 ** -0.5)
-    return jnp.sum(jnp.einsum('bnhd,bshd->bhns', *wide, preferred_element_type='float32')) / 24 ** 0.5
+    logits = jnp.einsum('bnhd,bshd->bhns', *wide, preferred_element_type=jnp.float32)
+    return jnp.sum(logits) * 24 ** -0.5
 
   # Each bias is added to the logits of 12 queries in 4 heads.
   close(jax.grad(loss)(bias), 48.0, 1e-2)

@@ -417,7 +417,7 @@ PAIRS = [(invariant, name) for name in contract.names() for invariant in INVARIA
 
 @pytest.mark.parametrize(('invariant', 'name'), PAIRS, ids=map('-'.join, PAIRS))
 def test_contract(invariant, name, record_property):
-  record_property('contract', (invariant, name))
+  record_property('contract', (PAIRS.index((invariant, name)), invariant, name))
   record_property('reason', INVARIANTS[invariant](name))
 
 

@@ -175,7 +175,7 @@ def test_ratio_loss_counts_free_tokens_only():
   answer, sown = module.apply(params, tokens, Signals(), keep=3, rngs={'dropout': KEY},
                               mutable=['losses'])
   # Everything is wanted, but two of the four were dropped before: a share of 1/2, on target.
-  np.testing.assert_array_equal(tk.reduce(tokens, answer).size, size)
+  np.testing.assert_array_equal(tk.reduce(tokens, answer).size, jnp.where(valid, size, 0.0))
   np.testing.assert_array_equal(sown['losses']['ratio'][0], [0.0])
   _, sown = module.apply(params, tokens.replace(size=jnp.ones((1, 7))), Signals(), keep=3,
                          rngs={'dropout': KEY}, mutable=['losses'])

@@ -1,11 +1,13 @@
 """MCTF against the outputs of released code: exact indices, floats within 1e-5."""
 
 import golden_vit
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from models.plan import make_plan
+from models.vit import Block
 from ops import tokens as tk
 from ops.reducers.vision.mctf import MCTF
 from ops.signals import Signals
@@ -133,6 +135,27 @@ def test_model(case, config):
   np.testing.assert_allclose(logits, raw[f'{case}_logits'], **CLOSE)
   np.testing.assert_allclose(out['tokens'].size, raw[f'{case}_size'][..., 0], **CLOSE)
   np.testing.assert_array_equal(members(out['tokens'].owner, 41), raw[f'{case}_source'])
+
+
+def test_precise_form():
+  """Looking ahead merges what one-step-ahead attention merges, and then attends again."""
+  raw, model = golden_vit.load('mctf_vit'), golden_vit.model()
+  plan = make_plan({'method': 'mctf', 'args': {'attention': 'next_received_attention'},
+                    'site': 'before', 'remove': 8, 'layers': 1}, model.host)
+  _, out = model.clone(plan=plan).apply({'params': golden_vit.params()}, golden_vit.images())
+  inside = model.clone(plan=make_plan({'method': 'mctf', 'remove': 8, 'layers': 1}, model.host))
+  _, ahead = inside.apply({'params': golden_vit.params()}, golden_vit.images())
+  cut, same = out['cuts'][1], ahead['cuts'][1]
+  np.testing.assert_array_equal(cut.owner, same.owner)
+  np.testing.assert_allclose(cut.x, same.x, **CLOSE)
+  np.testing.assert_array_equal(cut.size, same.size)
+  np.testing.assert_allclose(ahead['hidden'][1], raw['r8_block1'], **CLOSE)
+  block = Block(golden_vit.WIDTH, golden_vit.HEADS, 128)
+  weights = {'params': jax.tree.map(lambda leaf: leaf[1], golden_vit.params()['stack']['blocks'])}
+  attended, _ = block.apply(weights, cut, needs=frozenset(), proportional=True, method='attend')
+  plain = block.apply(weights, attended, method='feed')
+  np.testing.assert_allclose(out['hidden'][1], plain.x, **CLOSE)
+  assert np.abs(np.asarray(out['hidden'][1]) - raw['r8_block1']).max() > 1e-3
 
 
 @pytest.mark.parametrize(('field', 'value'), [

@@ -21,7 +21,7 @@ Array = jax.Array
 class ATS(Reducer):
   """Keeps the tokens that evenly spaced quantiles of significance fall on; repeats are padding.
 
-  Adaptive Token Sampling (Fayyaz et al., 2022), Sec. 3.2, arXiv:2111.15667, as released by its
+  Adaptive Token Sampling (Fayyaz et al., 2022), Sec. 3, arXiv:2111.15667, as released by its
   authors. A sampled token keeps its row of attention over all tokens, dropped ones included.
   Protected tokens lead, the others follow, the least significant first. `keep` is a capacity. Two
   things differ from the release: there, padding left by an earlier cut saves the least significant
@@ -65,7 +65,7 @@ def sample(scores: Array, among: Array, *, points: int) -> Array:
   Args:
     scores: float32[B, N], not negative.
     among: bool[B, N], tokens to sample.
-    points: P, quantiles; float32[B, P, N] is formed, less than the attention map of one head.
+    points: P, quantiles.
 
   Returns:
     bool[B, N], sampled at least once.
@@ -78,9 +78,17 @@ def sample(scores: Array, among: Array, *, points: int) -> Array:
   lowest = jnp.min(share, axis=1, keepdims=True, initial=1.0, where=there & (share > 0))
   step = jnp.arange(points, dtype=jnp.float32)[None] / max(points - 1, 1)
   quantiles = lowest + (1 - lowest) * step
-  gap = jnp.abs(quantiles[:, :, None] - jnp.where(there, share, jnp.inf)[:, None])
-  nearest = take(order, jnp.argmin(gap, axis=2))
+  share = jnp.where(there, share, jnp.inf)
+  nearest = take(order, jax.vmap(_nearest)(share, quantiles))
   return put(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among
+
+
+def _nearest(share: Array, quantiles: Array) -> Array:
+  """int32[P]: where float32[N], rising, is nearest to float32[P]; the first of equals."""
+  above = jnp.minimum(jnp.searchsorted(share, quantiles), share.shape[0] - 1)
+  below = jnp.searchsorted(share, share[jnp.maximum(above - 1, 0)])
+  lower = jnp.abs(quantiles - share[below]) <= jnp.abs(share[above] - quantiles)
+  return jnp.where(lower, below, above).astype(jnp.int32)
 
 
 def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, keep: int) -> Gather:

@@ -21,8 +21,8 @@ Array = jax.Array
 class DPCKNN(Reducer):
   """Averages the tokens around each of the keep best density peaks.
 
-  Which Tokens to Use? (Haurum et al., 2023), Sec. 3.2, arXiv:2308.04657, with equal weights: each
-  slot counts once, however many tokens it stands for. TCFormer (Zeng et al., 2022), Sec. 3.2,
+  Which Tokens to Use? (Haurum et al., 2023), Sec. 3, arXiv:2308.04657, with equal weights: each
+  slot counts once, however many tokens it stands for. TCFormer (Zeng et al., 2022), Sec. 3,
   arXiv:2204.08680, learns the weights: see `ctm`. Clusters stand in the order of their centres'
   scores. The release breaks ties by random noise of 1e-6; here the lowest slot wins.
 

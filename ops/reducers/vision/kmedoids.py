@@ -22,7 +22,7 @@ WEIGHTS = ('attention', 'equal')
 class KMedoids(Reducer):
   """Keeps the medoids of clusters of features, in the order of their seeds.
 
-  The K-medoids baseline of Which Tokens to Use? (Haurum et al., 2023), Sec. 3.2, arXiv:2308.04657,
+  The K-medoids baseline of Which Tokens to Use? (Haurum et al., 2023), Sec. 3, arXiv:2308.04657,
   as released. There a token's weight multiplies its own distances, so the least attended member
   of a cluster is preferred. Two things differ, in ties only: a centre always stays in its own
   cluster, and a token is never picked twice.
