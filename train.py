@@ -238,8 +238,9 @@ def check_finite(measured, step, config, workdir):
   bad = sorted(name for name, value in measured.items() if not math.isfinite(value))
   if bad:
     raise FloatingPointError(
-        f'{", ".join(bad)} is not finite in steps {step - config.log_steps + 1} to {step}: the last '
-        f'good checkpoint is in {workdir / "checkpoints"}; lower optimizer.peak_lr or clip_norm')
+        f'{", ".join(bad)} is not finite in steps {step - config.log_steps + 1} to {step}: the '
+        f'last good checkpoint is in {workdir / "checkpoints"}; lower optimizer.peak_lr or '
+        'clip_norm')
 
 
 if __name__ == '__main__':

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ops.attention import log_weight
+
 Array = jax.Array
 
 # Kinds of slots. SPECIAL covers [CLS], registers, distillation, newline and similar tokens.
@@ -444,12 +446,12 @@ def key_bias(tokens: TokenSet, *, proportional: bool) -> Array | None:
   """float32[B, N] to add to attention logits, or None where there is nothing to add.
 
   log(size) makes a slot count as many times as it has tokens (ToMe, arXiv:2210.09461, Sec. 3).
-  The tiny term keeps a slot of size 0 finite and its gradient right. Padding is pushed out by a
+  A slot of size 0 keeps a finite bias and its gradient. Padding is pushed out by a
   finite amount, so that a row of padding alone stays finite.
   """
   bias = None
   if proportional and tokens.size is not None:
-    bias = jnp.log(tokens.size + 1e-20)
+    bias = log_weight(tokens.size)
   if tokens.valid is not None:
     bias = jnp.where(tokens.valid, 0.0 if bias is None else bias, PADDING_BIAS)
   return bias

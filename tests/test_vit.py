@@ -36,8 +36,8 @@ def parameters(vit):
 
 @pytest.mark.parametrize(('variant', 'settings'), PUBLISHED, ids=str)
 def test_parameter_counts_are_the_published_ones(variant, settings):
-  count = sum(leaf.size for leaf in jax.tree.leaves(parameters(make_vit(variant, **dict(settings)))))
-  assert count == PUBLISHED[variant, settings]
+  leaves = jax.tree.leaves(parameters(make_vit(variant, **dict(settings))))
+  assert sum(leaf.size for leaf in leaves) == PUBLISHED[variant, settings]
 
 
 def test_every_size_has_a_published_count():
@@ -144,7 +144,7 @@ def test_sincos_positions_are_two_dimensional():
     ({'variant': 'S/16', 'remat': 'some'}, 'none, full, dots'),
 ])
 def test_wrong_settings_are_one_line_errors(settings, message):
-  with pytest.raises(ValueError, match='(?s).*') as caught:
+  with pytest.raises(ValueError, match=r'(?s).*') as caught:
     parameters(make_vit(**settings))
   assert message in str(caught.value)
   assert '\n' not in str(caught.value)
