@@ -59,15 +59,19 @@ def main(argv):
 
   path = workdir / 'sweep.jsonl'
   before = {name(row): row for row in report.read_jsonl(path)} if path.exists() else {}
+  how = {'step': step, 'form': config.sweep.form, 'layers': list(config.sweep.layers)}
   base, rows = None, []
   wanted = list(candidates(config.sweep))
   for method, budget in tqdm(wanted, disable=not sys.stderr.isatty(), unit='candidate'):
-    known = before.get((step, method, str(budget)))
+    known = before.get(name({**how, 'method': method, 'budget': str(budget)}))
     if known is None:
       base = base or prepare(config, 'none', 1.0, trained, mesh, batches)
-      made = base if method == 'none' else prepare(config, method, budget, trained, mesh, batches)
-      known = {'step': step, 'method': method, 'budget': str(budget)}
-      known |= measure(made, base, batches, config.sweep) | timing.machine()
+      known = {**how, 'method': method, 'budget': str(budget), **timing.machine()}
+      try:
+        made = base if method == 'none' else prepare(config, method, budget, trained, mesh, batches)
+        known |= measure(made, base, batches, config.sweep)
+      except ValueError as reason:  # A budget that this method cannot meet ends only its own row.
+        known['note'] = str(reason)
       if first:
         report.append_jsonl(path, known)
     rows.append(known)
@@ -78,7 +82,7 @@ def main(argv):
 
 def name(row):
   """What makes a row of sweep.jsonl the same measurement."""
-  return row['step'], row['method'], row['budget']
+  return row['step'], row['form'], tuple(row['layers']), row['method'], row['budget']
 
 
 def candidates(sweep):
@@ -167,15 +171,16 @@ def measure(made, base, batches, sweep):
 
 
 def show(rows, workdir, sweep):
-  """Prints the table and writes the plots."""
+  """Prints the table, and writes the plots of those that are ready to be judged."""
   print(report.table(rows))
   baselines = tuple(sweep.baselines)
   # Each method ran beside the unreduced model, at another time than the other methods: its speed-up
   # is free of the machine's drift, its milliseconds are not.
   full = rows[0]['median_ms']
+  ready = [row for row in rows if not row['note']]
   steady = [row | {'median_ms': full / row['speedup'], 'low_ms': full / row['speedup_high'],
-                   'high_ms': full / row['speedup_low']} for row in rows]
-  for axis, drawn, file in (('gmacs', rows, 'accuracy_cost.png'),
+                   'high_ms': full / row['speedup_low']} for row in ready]
+  for axis, drawn, file in (('gmacs', ready, 'accuracy_cost.png'),
                             ('median_ms', steady, 'accuracy_latency.png')):
     print(report.plot_accuracy_cost(drawn, workdir / file, title=sweep.title, cost=axis,
                                     baselines=baselines, reference='none'))

@@ -56,18 +56,23 @@ class Checkpoints:
     Raises:
       ValueError: when checkpoints exist and none fits, with what differs.
     """
-    faults = []
+    faults = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         parts = {name: self._read(step, name, template[name]) for name in self._parts}
         items = ocp.args.Composite(data=ocp.args.JsonRestore())
-        return step, parts, self._manager.restore(step, args=items)['data']
+        data = self._manager.restore(step, args=items)['data']
       except Exception as fault:  # Orbax raises a different class for each kind of damage.
-        faults.append(f'step {step}: {_first_line(fault)}')
-        logging.warning('checkpoint %s', faults[-1])
+        faults[step] = f'step {step}: {_first_line(fault)}'
+        continue
+      for damaged, fault in faults.items():
+        # An older one fits, so these are broken, and the run will come to their steps again.
+        logging.warning('deleting the checkpoint of %s; going on from step %d', fault, step)
+        self._manager.delete(damaged)
+      return step, parts, data
     if faults:
       raise ValueError(f'no checkpoint in {self._manager.directory} can be read into this model '
-                       f'({"; ".join(faults)}): use the config that wrote them, or another workdir')
+                       f'({"; ".join(faults.values())}): use the config that wrote them, or another workdir')
     return None
 
   def _read(self, step: int, part: str, template: Any) -> Any:

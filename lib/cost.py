@@ -427,6 +427,19 @@ def describe(vit: ViT) -> str:
 # -- while training ------------------------------------------------------------------------------
 
 
+def measured_flops(device: jax.Device, *, side: int = 1024) -> float:
+  """Operations a second of a float32 product of side x side matrices, the best of five."""
+  square = jax.device_put(jnp.ones((side, side), jnp.float32), device)
+  product = jax.jit(jnp.matmul)
+  product(square, square).block_until_ready()
+  seconds = []
+  for _ in range(5):
+    start = time.perf_counter()
+    product(square, square).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2 * side ** 3 / min(seconds)
+
+
 class Meter:
   """Training speed, and how much of the devices' peak it uses."""
 
@@ -435,8 +448,8 @@ class Meter:
     self._clock, self._start, self._idle = clock, clock(), 0.0
     self._batch_size, self._slots = batch_size, vit.host.slots
     self._flops = 2 * of(vit).training_macs * batch_size
-    peak = DEVICES.get(device.device_kind)
-    self._peak = None if peak is None else peak.flops * devices
+    known = DEVICES.get(device.device_kind)
+    self._peak = devices * (known.flops if known else measured_flops(device))
     self._last: tuple[int, float] | None = None
 
   @property
@@ -459,16 +472,19 @@ class Meter:
       kept: tokens that the model ends with, on average.
 
     Returns:
-      'kept_ratio' of the tokens that it starts with; 'images_per_second'; and where the device's
-      bfloat16 peak is known 'mfu', the share of it that the model's own products take (not among
-      them: recomputation, the method's scores, the optimizer).
+      'kept_ratio' of the tokens that it starts with; 'steps_per_second', 'images_per_second',
+      'tokens_per_second' (of those that it starts with); and 'mfu', the share of the peak that the
+      model's own products take (not among them: recomputation, the method's scores, the
+      optimizer). The peak is the vendor's for bfloat16, or where `DEVICES` has none (a CPU), the
+      speed of a large float32 product, measured when the meter was made.
     """
     now, last = self.seconds, self._last
     self._last = step, now
     rates = {'kept_ratio': kept / self._slots}
     if last is not None:
       steps_per_second = (step - last[0]) / (now - last[1])
-      rates['images_per_second'] = steps_per_second * self._batch_size
-      if self._peak is not None:
-        rates['mfu'] = steps_per_second * self._flops / self._peak
+      images_per_second = steps_per_second * self._batch_size
+      rates |= {'steps_per_second': steps_per_second, 'images_per_second': images_per_second,
+                'tokens_per_second': images_per_second * self._slots,
+                'mfu': steps_per_second * self._flops / self._peak}
     return rates

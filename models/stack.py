@@ -173,16 +173,17 @@ class Stack(nn.Module):
     """Layers start to stop - 1 as one loop."""
 
     def body(tokens: TokenSet, item: Any) -> tuple[TokenSet, Array | None]:
+      index, params = item
       tokens = self._rows(tokens)
-      layer = functools.partial(self._layer, item[1], item[0], key)
+      layer = functools.partial(self._layer, params or _pick(weights, index), index, key)
       tokens, _ = layer('attend', tokens, needs=frozenset())
       tokens = layer('feed', tokens)
       return tokens, tokens.x if self.capture else None
 
-    # Slices as scan inputs, not a closure indexed inside: the gradient of such an index would add
-    # a whole stack of zeros in every step.
-    items = (jnp.arange(start, stop), jax.tree.map(lambda leaf: leaf[start:stop], weights))
-    tokens, hidden = jax.lax.scan(body, tokens, items)
+    # In training slices of the stack are inputs of the loop: the gradient of an index taken inside
+    # would add a whole stack of zeros in every step. Otherwise the index saves copying the slices.
+    run = None if key is None else jax.tree.map(lambda leaf: leaf[start:stop], weights)
+    tokens, hidden = jax.lax.scan(body, tokens, (jnp.arange(start, stop), run))
     return tokens, list(hidden) if self.capture else []
 
   def _rows(self, tokens: TokenSet) -> TokenSet:

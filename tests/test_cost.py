@@ -432,8 +432,16 @@ def test_meter_leaves_out_compilation_and_pauses():
   used = 2 * cost.of(TINY).training_macs * 8 * 5 / (4 * 459e12)
   assert rates['mfu'] == pytest.approx(used, rel=1e-12)
   assert meter.seconds == 102.0
-  unknown = cost.Meter(TINY, batch_size=8, device=FakeDevice('cpu'), devices=1,
-                       clock=lambda: now[0])
-  unknown.lap(1, kept=1.0)
+  slots = cost.of(TINY).layers[0].attention_in
+  assert rates['tokens_per_second'] == rates['images_per_second'] * slots
+
+
+def test_meter_measures_the_peak_of_a_device_that_nobody_published():
+  now = [0.0]
+  device = jax.devices()[0]
+  meter = cost.Meter(TINY, batch_size=8, device=device, devices=1, clock=lambda: now[0])
+  meter.lap(1, kept=1.0)
   now[0] += 1
-  assert 'mfu' not in unknown.lap(2, kept=1.0)
+  share = meter.lap(2, kept=1.0)['mfu']
+  peak = 2 * cost.of(TINY).training_macs * 8 / share
+  assert 1e9 < peak < 1e13

@@ -3,6 +3,7 @@
 import dataclasses
 
 import golden_vit
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,7 +58,8 @@ def run(method, keep):
   plan = make_plan({'method': 'ats', 'args': {'points': 64}, 'layers': (1, 2), 'keep': keep},
                    model.host)
   plan = dataclasses.replace(plan, method=method)
-  _, out = model.clone(plan=plan).apply({'params': golden_vit.params()}, golden_vit.images())
+  _, out = model.clone(plan=plan).apply(
+      {'params': golden_vit.params()}, golden_vit.images())
   first, second = (np.asarray(out['cuts'][layer].valid) for layer in (1, 2))
   return out['hidden'], (np.ones((2, 65), bool), first, second, second)
 

@@ -129,7 +129,8 @@ def test_criteria(off):
 def test_model(case, config):
   raw, model = golden_vit.load('mctf_vit'), golden_vit.model()
   plan = make_plan({'method': 'mctf', 'remove': 8, 'layers': (1, 2, 3), **config}, model.host)
-  logits, out = model.clone(plan=plan).apply({'params': golden_vit.params()}, golden_vit.images())
+  logits, out = jax.jit(model.clone(plan=plan).apply)(
+      {'params': golden_vit.params()}, golden_vit.images())
   for layer in range(golden_vit.DEPTH):
     np.testing.assert_allclose(out['hidden'][layer], raw[f'{case}_block{layer}'], **CLOSE)
   np.testing.assert_allclose(logits, raw[f'{case}_logits'], **CLOSE)
@@ -142,9 +143,10 @@ def test_precise_form():
   raw, model = golden_vit.load('mctf_vit'), golden_vit.model()
   plan = make_plan({'method': 'mctf', 'args': {'attention': 'next_received_attention'},
                     'site': 'before', 'remove': 8, 'layers': 1}, model.host)
-  _, out = model.clone(plan=plan).apply({'params': golden_vit.params()}, golden_vit.images())
+  _, out = jax.jit(model.clone(plan=plan).apply)(
+      {'params': golden_vit.params()}, golden_vit.images())
   inside = model.clone(plan=make_plan({'method': 'mctf', 'remove': 8, 'layers': 1}, model.host))
-  _, ahead = inside.apply({'params': golden_vit.params()}, golden_vit.images())
+  _, ahead = jax.jit(inside.apply)({'params': golden_vit.params()}, golden_vit.images())
   cut, same = out['cuts'][1], ahead['cuts'][1]
   np.testing.assert_array_equal(cut.owner, same.owner)
   np.testing.assert_allclose(cut.x, same.x, **CLOSE)

@@ -59,15 +59,17 @@ def test_both_forms_of_storage_and_remat_give_the_same(method):
   params = golden_vit.params()
   loose = {**params, 'stack': {'blocks': unstack(params['stack']['blocks'], vit.depth)}}
   images = golden_vit.images()
-  expected = vit.apply({'params': params}, images)[0]
-  np.testing.assert_allclose(vit.apply({'params': loose}, images)[0], expected, atol=1e-5)
+  apply = jax.jit(vit.apply)
+  expected = apply({'params': params}, images)[0]
+  np.testing.assert_allclose(apply({'params': loose}, images)[0], expected, atol=1e-5)
 
-  def loss(params, vit):
-    return jnp.sum(jnp.square(vit.apply({'params': params}, images)[0]))
+  def gradient(vit):
+    return jax.jit(jax.grad(
+        lambda params: jnp.sum(jnp.square(vit.apply({'params': params}, images)[0]))))(params)
 
-  plain = jax.grad(loss)(params, vit)
+  plain = gradient(vit)
   for remat in ('full', 'dots'):
-    again = jax.grad(loss)(params, vit.clone(remat=remat))
+    again = gradient(vit.clone(remat=remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain, again)
 
 
@@ -106,8 +108,8 @@ def test_settings_run_with_a_reduction_and_keep_their_shapes(settings):
   assert vit.host.slots == 16 + vit.special
   vit = vit.clone(plan=make_plan({'method': 'tome', 'layers': (1,), 'remove': 3}, vit.host))
   images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-  params = vit.init(jax.random.key(1), images)
-  logits, out = vit.apply(params, images)
+  params = jax.jit(vit.init)(jax.random.key(1), images)
+  logits, out = jax.jit(vit.apply)(params, images)
   assert logits.shape == (2, settings.get('num_classes', 5) or 32)
   assert logits.dtype == jnp.float32
   assert bool(jnp.isfinite(logits).all())
@@ -121,7 +123,7 @@ def test_mean_pool_counts_original_tokens():
                  pool='mean')
   vit = vit.clone(plan=make_plan({'method': 'tome', 'layers': (1,), 'remove': 6}, vit.host))
   images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-  pooled, out = vit.apply(vit.init(jax.random.key(1), images), images)
+  pooled, out = jax.jit(vit.apply)(jax.jit(vit.init)(jax.random.key(1), images), images)
   tokens = out['tokens']
   expected = np.einsum('bn,bnd->bd', tokens.sizes[:, 1:], tokens.x[:, 1:]) / 16
   np.testing.assert_allclose(pooled, expected, atol=1e-5)

@@ -28,13 +28,14 @@ from lib import cli, cost, report, sharding, timing
 from lib.topology import EXAMPLES, count, missing, topology_mesh
 from models.build import build
 from models.plan import methods
+from models.stack import best_form, unstack
 
 TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.')
 METHODS = flags.DEFINE_list('methods', None, 'Which methods; all by default.')
 OUT = flags.DEFINE_string('out', 'results/targets.json', 'Where the rows go.')
 
 ROWS_A_DEVICE = 32
-REDUCE = {'layers': (4, 8), 'keep_ratio': 0.6}
+REDUCE = {'layers': (6,), 'keep_ratio': 0.6}
 COLLECTIVE = re.compile(
     r'\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(')
 COLUMNS = ('target', 'step', 'method', 'temporary_mb', 'output_mb', 'collectives', 'compile_s',
@@ -118,6 +119,9 @@ def abstract(tree, places):
 def evaluation(vit, mesh, images, rows, whole):
   """Logits of a batch; parameters whole on every device, so that nothing need be gathered."""
   shapes = jax.eval_shape(functools.partial(start, vit), jax.random.key(0))
+  if best_form(vit.plan, platform=mesh.devices.flat[0].platform) == 'unstacked':
+    blocks = jax.eval_shape(functools.partial(unstack, depth=vit.depth), shapes['stack']['blocks'])
+    shapes['stack'] = {**shapes['stack'], 'blocks': blocks}
   places = jax.tree.map(lambda _: whole, shapes)
   run = jax.jit(lambda params, images: vit.apply({'params': params}, images)[0],
                 out_shardings=rows)
