@@ -72,7 +72,8 @@ class Checkpoints:
       return step, parts, data
     if faults:
       raise ValueError(f'no checkpoint in {self._manager.directory} can be read into this model '
-                       f'({"; ".join(faults.values())}): use the config that wrote them, or another workdir')
+                       f'({"; ".join(faults.values())}): use the config that wrote them, or '
+                       'another workdir')
     return None
 
   def _read(self, step: int, part: str, template: Any) -> Any:

@@ -109,6 +109,9 @@ class Stack(nn.Module):
         out['hidden'] += hidden
         continue
       tokens = self._rows(tokens)
+      if key is None:
+        # Else a compiler may slice and convert this layer's weights early, and hold them meanwhile.
+        tokens, weights = jax.lax.optimization_barrier((tokens, weights))
       layer = functools.partial(self._layer, _pick(weights, start), start, key)
       needs = self._needs(start)
       if cut and self.plan.site == 'inside':

@@ -107,7 +107,7 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
 
 def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
              query_valid: Array | None = None, scale: float | None = None, causal: bool = False,
-             chunk: int = 64) -> Array:
+             chunk: int = 32) -> Array:
   """Mean over queries of the attention each key receives, float32[B, H, S].
 
   Queries are taken `chunk` at a time, forwards and backwards, so the largest buffer is
@@ -258,7 +258,9 @@ def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
   batch, length, heads, features = q.shape
   kv_heads = k.shape[2]
   grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, features)
-  logits = jnp.einsum('bnkgd,bskd->bkgns', grouped, k, precision='highest',
+  # Products of half-precision numbers are exact in float32 as they are; 'highest' would widen q, k.
+  precision = 'highest' if q.dtype == jnp.float32 else 'default'
+  logits = jnp.einsum('bnkgd,bskd->bkgns', grouped, k, precision=precision,
                       preferred_element_type=jnp.float32)
   logits = logits.reshape(batch, heads, length, -1)
   logits = logits * (features ** -0.5 if scale is None else scale)

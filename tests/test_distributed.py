@@ -13,10 +13,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def command(workdir, shared, *flags):
   return [sys.executable, '-m', 'train', '--config=configs/digits.py', f'--workdir={workdir}',
-          f'--config.data.data_dir={shared / "data"}', '--compile_cache=', '--config.total_steps=6', '--config.model.width=32', '--config.model.heads=2',
-          '--config.model.mlp=32', '--config.model.depth=4',
-          '--config.log_steps=1', '--config.eval_steps=6', '--config.checkpoint_steps=3',
-          '--config.optimizer.warmup_steps=2', '--config.reduce.vision.method=tome',
+          f'--config.data.data_dir={shared / "data"}', '--compile_cache=',
+          '--config.total_steps=6', '--config.log_steps=1', '--config.eval_steps=6',
+          '--config.checkpoint_steps=3', '--config.optimizer.warmup_steps=2',
+          '--config.model.width=32', '--config.model.heads=2', '--config.model.mlp=32',
+          '--config.model.depth=4', '--config.reduce.vision.method=tome',
           '--config.reduce.vision.layers=(1,3)', '--config.reduce.vision.keep_ratio=0.7', *flags]
 
 

@@ -1,7 +1,6 @@
 """DPC-KNN, CTM and K-medoids against the outputs of released code: exact indices, floats 1e-5."""
 
 import golden_vit
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

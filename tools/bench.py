@@ -72,15 +72,15 @@ def main(argv):
   jax.config.update('jax_enable_compilation_cache', False)
   on_cpu = jax.default_backend() == 'cpu'
   dtype = jnp.float32 if on_cpu else jnp.bfloat16
-  batches = [int(b) for b in BATCHES.value or (('1', '8', '32') if on_cpu else ('1', '32', '256'))]
+  batches = [int(b) for b in BATCHES.value or (('1', '8') if on_cpu else ('1', '32', '256'))]
   variants = VARIANTS.value or (['S/16'] if on_cpu else ['S/16', 'B/16', 'L/16'])
   speed = measured_speed(dtype)
   result = {'machine': timing.machine(), 'dtype': jnp.dtype(dtype).name, 'rounds': ROUNDS.value,
             'measured_gflops': speed[0] / 1e9, 'measured_gbytes': speed[1] / 1e9}
   if 'primitives' in ONLY.value:
-    result['primitives'] = primitives(batches[-2] if on_cpu else batches[-1], dtype, speed)
+    result['primitives'] = primitives(batches[-1], dtype, speed)
   if 'reducers' in ONLY.value:
-    result['reducers'] = reducers(batches[1], dtype, speed)
+    result['reducers'] = reducers(batches[-1], dtype, speed)
   if 'models' in ONLY.value:
     result['models'] = [row for variant in variants for batch in batches
                         for row in models(variant, batch, dtype, speed)]
@@ -92,26 +92,33 @@ def main(argv):
 
 
 def measured_speed(dtype):
-  """(FLOPs a second of a large product, bytes a second of a large copy) of this device."""
+  """(FLOPs a second of a large product, bytes a second of the fastest copy) of this device.
+
+  Copies of several sizes: what a small batch moves may never leave a processor's cache.
+  """
   side = 2048 if jax.default_backend() == 'cpu' else 8192
-  a = jnp.ones((side, side), dtype)
-  big = jnp.ones((2 ** 26,), jnp.float32)
-  times = timing.interleave({'product': functools.partial(jax.jit(jnp.matmul), a, a),
-                             'copy': functools.partial(jax.jit(lambda x: x + 1), big)}, rounds=5)
-  return (2 * side ** 3 / (min(times['product'].runs) / 1e3),
-          2 * big.nbytes / (min(times['copy'].runs) / 1e3))
+  square = jnp.ones((side, side), dtype)
+  copies = {elements: jnp.ones((elements,), jnp.float32) for elements in (2**18, 2**22, 2**26)}
+  runs = {n: functools.partial(jax.jit(lambda x: x + 1), x) for n, x in copies.items()}
+  runs['product'] = functools.partial(jax.jit(jnp.matmul), square, square)
+  times = timing.interleave(runs, rounds=20)
+  return (2e3 * side ** 3 / min(times['product'].runs),
+          max(2e3 * x.nbytes / min(times[n].runs) for n, x in copies.items()))
+
+
+def ready(function, args):
+  """Compiles: (a call without arguments, compile seconds)."""
+  compiled = timing.compile_seconds(jax.jit(function).lower(*args))
+  return functools.partial(compiled.run, *args), compiled.seconds
 
 
 def timed(candidates, title):
   """{name: (function, args)} -> {name: (Timing, compile seconds)}, all interleaved."""
-  compiled = {}
-  for name, (function, args) in tqdm(candidates.items(), desc=title,
-                                     disable=not sys.stderr.isatty()):
-    compiled[name] = timing.compile_seconds(jax.jit(function).lower(*args))
-  runs = {name: functools.partial(compiled[name].run, *args)
-          for name, (_, args) in candidates.items()}
-  times = timing.interleave(runs, rounds=ROUNDS.value)
-  return {name: (times[name], compiled[name].seconds) for name in candidates}
+  calls = {name: ready(*candidate) for name, candidate in tqdm(
+      candidates.items(), desc=title, disable=not sys.stderr.isatty())}
+  times = timing.interleave({name: call for name, (call, _) in calls.items()},
+                            rounds=ROUNDS.value)
+  return {name: (times[name], seconds) for name, (_, seconds) in calls.items()}
 
 
 def row(timing_, compile_s, **fields):
@@ -220,7 +227,9 @@ def models(variant, batch, dtype, speed):
   vit = make_vit(variant, dtype=dtype, implementation=attention.pick(platform, dtype))
   images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3), dtype)
   trained = jax.jit(vit.init)(jax.random.key(1), images[:1])['params']
-  rows = []
+  rows, full = [], cost.of(vit)
+  base_call, base_seconds = ready(*candidate(vit, trained, images, None, platform))
+  oracles = {}  # Methods with the same counts share one.
   for name in tqdm(chosen(), desc=f'{variant} batch {batch}', disable=not sys.stderr.isatty()):
     for label, budget in (('3 cuts', THREE), ('every layer', EVERY)):
       if label == 'every layer' and name not in EVERY_LAYER.value:
@@ -229,20 +238,21 @@ def models(variant, batch, dtype, speed):
       # Deciding inside attention has no counterpart that is free; slicing after it is closest.
       site = 'between' if plan.site == 'inside' else plan.site
       oracle = Plan('oracle', Oracle(), site, plan.cuts)
-      found = timed({key: candidate(vit, trained, images, chosen_plan, platform)
-                     for key, chosen_plan in (('base', None), ('made', plan), ('oracle', oracle))},
-                    name)
-      made, base, best = (found[key][0] for key in ('made', 'base', 'oracle'))
+      if oracle not in oracles:
+        oracles[oracle], _ = ready(*candidate(vit, trained, images, oracle, platform))
+      call, seconds = ready(*candidate(vit, trained, images, plan, platform))
+      times = timing.interleave({'base': base_call, 'made': call, 'oracle': oracles[oracle]},
+                                rounds=ROUNDS.value)
+      made, base, best = (times[key] for key in ('made', 'base', 'oracle'))
       reduced = cost.of(vit.clone(plan=plan))
-      full = cost.of(vit)
       floor = cost.floor_seconds(batch * reduced.macs,
                                  reduced.weight_bytes + batch * reduced.activation_bytes,
                                  peak_flops=speed[0], bandwidth=speed[1])
       faster, possible = timing.speedup(base, made), timing.speedup(base, best)
       rows.append(row(
-          *found['made'], variant=variant, batch=batch, name=name, schedule=label,
+          made, seconds, variant=variant, batch=batch, name=name, schedule=label,
           floor_ms=round(1e3 * floor, 3), base_ms=round(base.median_ms, 3),
-          oracle_ms=round(best.median_ms, 3), base_compile_s=round(found['base'][1], 3),
+          oracle_ms=round(best.median_ms, 3), base_compile_s=round(base_seconds, 3),
           macs_ratio=round(full.macs / reduced.macs, 4), speedup=round(faster.ratio, 4),
           speedup_low=round(faster.low, 4), speedup_high=round(faster.high, 4),
           oracle_speedup=round(possible.ratio, 4),
