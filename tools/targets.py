@@ -6,12 +6,14 @@
 For each target: the training step unreduced and reduced, and the evaluation step under every
 method. Prints bytes a device, collectives and compile time, and fails where a reduction adds a
 collective or raises bytes above those of the unreduced step. A method that acts inside attention
-sees its map, so it is held to the unreduced step with XLA's attention, which has that map too.
+sees its map, so it is held to the unreduced step with XLA's attention, which has that map too. A
+step may hold what its method asks for: `allowance`.
 """
 
 import collections
 import functools
 import json
+import math
 import pathlib
 import re
 import sys
@@ -28,7 +30,7 @@ from configs import digits
 from lib import cli, cost, report, sharding, timing
 from lib.topology import EXAMPLES, count, missing, topology_mesh
 from models.build import build
-from models.plan import methods
+from models.plan import make_method, methods
 from models.stack import best_form, unstack
 
 TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.')
@@ -36,8 +38,6 @@ METHODS = flags.DEFINE_list('methods', None, 'Which methods; all by default.')
 OUT = flags.DEFINE_string('out', 'results/targets.json', 'Where the rows go.')
 
 ROWS_A_DEVICE = 32
-# Positions, kinds, owners, sizes, scores and indices: 256 bytes a token, as tiled memory lays them.
-BOOKKEEPING_MB = ROWS_A_DEVICE * 197 * 256 / 2 ** 20
 REDUCE = {'layers': (6,), 'keep_ratio': 0.6}
 COLLECTIVE = re.compile(
     r'\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(')
@@ -66,8 +66,7 @@ def main(argv):
       row |= compiled(target, step, method)
       if method is None:
         unreduced[step] = row
-      inside = method is not None and methods()[method].site == 'inside'
-      row['fault'] = fault(row, unreduced['eval with a map' if inside else step])
+      row['fault'] = fault(row, unreduced)
       rows.append(row)
       print(json.dumps(row), flush=True)
   print(report.table(rows, COLUMNS))
@@ -83,13 +82,34 @@ def main(argv):
 
 def fault(row, unreduced):
   """What a reduction made worse, '' for nothing. Training may gather weights in another order."""
+  if row['method'] == 'none':
+    return ''
+  inside = methods()[row['method']].site == 'inside'
+  before = unreduced['eval with a map' if inside else row['step']]
   found = []
-  if row['step'] == 'eval' and row['collectives'] != unreduced['collectives']:
+  if row['step'] == 'eval' and row['collectives'] != before['collectives']:
     found.append('adds a collective')
-  for kind, allowed in (('temporary_mb', BOOKKEEPING_MB), ('output_mb', 0)):
-    if row[kind] > unreduced[kind] + allowed:
+  for kind, allowed in (('temporary_mb', allowance(row['method'])), ('output_mb', 0)):
+    if row[kind] > before[kind] + allowed:
       found.append(f'raises {kind}')
   return '; '.join(found)
+
+
+def allowance(method):
+  """MB that a device may hold beside the unreduced step's peak, for what a method asks.
+
+  Bookkeeping for all: positions, kinds, owners, sizes, scores and indices, 256 bytes a token as
+  tiled memory lays them. Inside attention, the map after the cut beside the map before it. For
+  received attention, two chunks of its rows (logits and shares).
+  """
+  chosen = make_method(method, {})
+  slots, heads = 197, 12
+  held = 256 * slots
+  if chosen.site == 'inside':
+    held += 4 * heads * slots * math.ceil(REDUCE['keep_ratio'] * slots)
+  elif 'received_attention' in chosen.needs:
+    held += 4 * heads * slots * 2 * 32
+  return ROWS_A_DEVICE * held / 2 ** 20
 
 
 def compiled(target, step, method):
