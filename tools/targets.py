@@ -98,17 +98,17 @@ def fault(row, unreduced):
 def allowance(method):
   """MB that a device may hold beside the unreduced step's peak, for what a method asks.
 
-  Bookkeeping for all: positions, kinds, owners, sizes, scores and indices, 256 bytes a token as
-  tiled memory lays them. Inside attention, the map after the cut beside the map before it. For
-  received attention, two chunks of its rows (logits and shares).
+  Bookkeeping for all: positions, kinds, owners, sizes, scores and indices, 256 bytes a token.
+  Inside attention, the map after the cut beside the map before it. For received attention, two
+  chunks of its rows (logits and shares). Rows of a map fill whole tiles of 128 numbers.
   """
   chosen = make_method(method, {})
-  slots, heads = 197, 12
+  slots, heads, tiled = 197, 12, 256
   held = 256 * slots
   if chosen.site == 'inside':
-    held += 4 * heads * slots * math.ceil(REDUCE['keep_ratio'] * slots)
+    held += 4 * heads * tiled * math.ceil(REDUCE['keep_ratio'] * slots)
   elif 'received_attention' in chosen.needs:
-    held += 4 * heads * slots * 2 * 32
+    held += 4 * heads * tiled * 2 * 32
   return ROWS_A_DEVICE * held / 2 ** 20
 
 
