@@ -9,6 +9,8 @@ UNSET = ('args', 'site', 'rounding', 'ratio_of', 'mode', *BUDGETS)
 
 # Tensor parallelism of a ViT by its last dimensions; fsdp slices what is left (lib/sharding.py).
 VIT_SHARDING = (
+    # First: a learned reduction may name its layers as the blocks do.
+    (r'(^|/)reducer_\d+/', ()),
     (r'qkv/kernel$', ('tensor', None)),
     (r'qkv/bias$', ('tensor', None)),
     (r'/out/kernel$', ('tensor', None, None)),
@@ -19,7 +21,6 @@ VIT_SHARDING = (
     (r'(out|fc2|patch|head|head_dist)/bias$', ()),
     (r'(patch|head|head_dist)/kernel$', ()),
     (r'(^|/)(cls|dist|pos|registers)$', ()),
-    (r'(^|/)reducer_\d+/', ()),
 )
 
 
