@@ -14,11 +14,15 @@ from ops.tokens import Merge, TokenSet, take
 Array = jax.Array
 
 
+def inverse_norm(x: Array, *, eps: float = 1e-12) -> Array:
+  """float[..., D] -> float32[...], one over the length; finite, with finite gradients, at zero."""
+  x = x.astype(jnp.float32)
+  return jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1), eps * eps))
+
+
 def unit(x: Array, *, eps: float = 1e-12) -> Array:
   """Vectors of length one along the last axis; zero vectors stay zero and keep finite gradients."""
-  x = x.astype(jnp.float32)
-  square = jnp.sum(x * x, axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
+  return x.astype(jnp.float32) * inverse_norm(x, eps=eps)[..., None]
 
 
 def cosine(a: Array, b: Array) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from models.compressors.mixing import HIDDEN, mixtures
-from ops.match import unit
+from ops.match import inverse_norm, unit
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet
@@ -35,13 +35,16 @@ class Sinkhorn(Reducer, nn.Module):
   @nn.compact
   def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
     del signals
-    hidden = unit(tokens.x)
     centres = self.param('v', nn.initializers.normal(1.0),
                          (keep - tokens.protected, tokens.x.shape[-1]))
-    scores = jnp.einsum('kd,bnd->bkn', unit(centres), hidden, precision='highest') / self.eps
+    # Lengths apart from directions: unit vectors in float32 would be a second copy of the tokens.
+    inverse = inverse_norm(tokens.x)
+    scores = jnp.einsum('kd,bnd->bkn', unit(centres), tokens.x.astype(jnp.float32),
+                        precision='highest') * inverse[:, None] / self.eps
     free = tokens.free
     used = jnp.arange(scores.shape[1])[None] < jnp.sum(free, axis=1, keepdims=True)
-    return mixtures(tokens, plan(scores, used, free, iterations=self.iterations), hidden)
+    weights = plan(scores, used, free, iterations=self.iterations)
+    return mixtures(tokens, weights, tokens.x * inverse[..., None].astype(tokens.x.dtype))
 
 
 def plan(scores: Array, rows: Array, columns: Array, *, iterations: int) -> Array:
