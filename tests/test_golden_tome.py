@@ -148,7 +148,7 @@ def run(method, args=(), **budget):
 def check_model(raw, case, logits, out):
   close(logits, raw[f'{case}_logits'])
   for layer in range(golden_vit.DEPTH):
-    close(out['hidden'][layer], raw[f'{case}_block{layer}'])
+    golden_vit.close(out['hidden'][layer], raw[f'{case}_block{layer}'])
   tokens = out['tokens']
   close(tokens.size, raw[f'{case}_size'][..., 0])
   same(tokens.owner[:, None] == np.arange(tokens.slots)[None, :, None], raw[f'{case}_source'] > 0)
@@ -167,7 +167,7 @@ def test_tome_in_the_benchmark():
   assert (first.slots, second.slots) == (65 - 20, 65 - 20 - 13)
   close(logits, raw['k70_logits'])
   for layer in (1, 2, 3):
-    close(out['hidden'][layer], raw[f'k70_Features_block{layer}'])
+    golden_vit.close(out['hidden'][layer], raw[f'k70_Features_block{layer}'])
   # Maps are numbered without [CLS], and the second from the first one's outputs.
   ends = np.asarray(first.owner)[:, 1:] - 1
   same(ends, raw['k70_Assignment_Maps_block1'])
