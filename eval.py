@@ -9,6 +9,7 @@ Axes: B batch, N slots.
 """
 
 import functools
+import json
 import pathlib
 import sys
 
@@ -77,7 +78,7 @@ def main(argv):
     rows.append(known)
   if first:
     show(rows, workdir, config.sweep)
-    pictures(config, trained, mesh, batches, workdir)
+    pictures(config, step, trained, mesh, batches, workdir)
 
 
 def name(row):
@@ -186,11 +187,13 @@ def show(rows, workdir, sweep):
                                     baselines=baselines, reference='none'))
 
 
-def pictures(config, trained, mesh, batches, workdir):
+def pictures(config, step, trained, mesh, batches, workdir):
   """Draws what the named methods keep, merge and drop on the first test images."""
   sweep = config.sweep
   folder = workdir / 'overlays'
-  if folder.exists():
+  drawn = folder / 'drawn.json'
+  settings = json.dumps({'step': step, 'sweep': sweep.to_dict()}, sort_keys=True) + '\n'
+  if drawn.exists() and drawn.read_text() == settings:
     return
   batch, placed = batches[0]
   count = min(sweep.pictured_images, len(batch['label']))
@@ -207,6 +210,7 @@ def pictures(config, trained, mesh, batches, workdir):
                           title=method))
   print(overlay.compare(shown[0], by_method, made.vit.grid, folder / 'compare.png',
                         title=sweep.title))
+  drawn.write_text(settings)
 
 
 if __name__ == '__main__':

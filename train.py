@@ -190,7 +190,7 @@ def update(vit, optimizer, settings, schedule, state, batch, key, teacher):
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   ema = optax.incremental_update(params, state.ema, 1 - settings.ema_decay)
-  scalars |= {'grad_norm': optax.global_norm(grads), 'learning_rate': schedule(state.step)}
+  scalars |= {'grad_norm': optax.tree.norm(grads), 'learning_rate': schedule(state.step)}
   return State(state.step + 1, params, opt_state, ema), scalars
 
 

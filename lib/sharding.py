@@ -79,7 +79,8 @@ def place(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Me
     The tree with a NamedSharding in place of each leaf.
 
   Raises:
-    ValueError: for a leaf that no rule matches, and one that a rule's axis does not divide.
+    ValueError: for a leaf that no rule matches, one that has fewer dimensions than its rule, and
+      one that a rule's axis does not divide.
   """
   compiled = [(re.compile(pattern), tuple(axes)) for pattern, axes in rules]
 
@@ -92,6 +93,10 @@ def place(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Me
       raise ValueError(f'parameter {name!r} of shape {leaf.shape} matches no sharding rule: add '
                        f'one to config.sharding; the patterns are '
                        f'{", ".join(pattern.pattern for pattern, _ in compiled)}')
+    if len(axes) > leaf.ndim:
+      raise ValueError(f'parameter {name!r} of shape {leaf.shape} has fewer dimensions than the '
+                       f'rule that it matches names axes, {axes}: put a rule for it before that '
+                       'one in config.sharding')
     spec = [None] * (leaf.ndim - len(axes)) + list(axes)
     for size, axis in zip(leaf.shape, spec, strict=True):
       if axis is not None and size % mesh.shape[axis]:

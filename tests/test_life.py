@@ -110,6 +110,18 @@ def test_the_newest_two_and_the_best_checkpoints_are_kept(whole):
   assert len(kept) <= 3
 
 
+def test_a_teacher_is_read_from_another_run(shared, whole, tmp_path):
+  """A learned reduction, its own losses, and those that hold it to the unreduced run."""
+  code, text = run(shared, tmp_path, '--config.reduce.vision.method=dynamicvit',
+                   '--config.reduce.vision.layers=(1,)', '--config.reduce.vision.keep_ratio=0.5',
+                   f'--config.optimizer.distill.teacher={whole}', '--config.total_steps=3')
+  assert code == 0, text
+  rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  measured = next(row for row in rows if 'distill_tokens' in row)
+  assert measured['distill_tokens'] > 0
+  assert measured['ratio_01'] > 0
+
+
 def test_a_truncated_checkpoint_is_passed_over(shared, whole, tmp_path):
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
   for path in (tmp_path / 'checkpoints' / str(STEPS) / 'state').rglob('*'):
