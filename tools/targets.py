@@ -97,7 +97,8 @@ def fault(row, unreduced):
   found = []
   if row['step'] == 'eval' and row['collectives'] != before['collectives']:
     found.append('adds a collective')
-  for kind, allowed in (('peak_mb', allowance(row['method'])), ('output_mb', 0)):
+  own = row['argument_mb'] - before['argument_mb']  # Parameters of a learned method.
+  for kind, allowed in (('peak_mb', own + allowance(row['method'])), ('output_mb', 0)):
     if row[kind] > before[kind] + allowed:
       found.append(f'raises {kind}')
   return '; '.join(found)
