@@ -3,6 +3,10 @@
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Compiling is most of the time these tests take; a good part of it is optimising what runs once.
+os.environ['XLA_FLAGS'] = ' '.join((
+    os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true'))
 
 import hypothesis
 import jax

@@ -30,8 +30,6 @@ WIDE = 24
 TEXTS = WIDE - SLOTS
 KEEP, KEEP_AGAIN, KEEP_TEXT = 13, 8, 13 + TEXTS
 GARBAGE = 1e3
-# Compiling is most of the time these tests take; half of it is optimising what runs once.
-FAST = {'xla_backend_optimization_level': 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,14 +261,14 @@ def compiled(name: str, keep: int) -> Any:
     TRACES[shape] = TRACES.get(shape, 0) + 1
     return ask(name, params, tokens, signals, keep=keep)[0]
 
-  return jax.jit(answer, compiler_options=FAST)
+  return jax.jit(answer)
 
 
 # Apart from the methods, so that all methods share what is compiled here.
-follow = jax.jit(outcome, compiler_options=FAST)
+follow = jax.jit(outcome)
 
 
-@functools.partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def _composed(tokens: TokenSet, first: tk.Assignment, second: tk.Assignment) -> tuple[Any, ...]:
   both = tk.compose(first, second)
   return both, both.matrix(), both.apply(tokens.x), tk.reduce(tokens, both)
@@ -315,7 +313,7 @@ def gradients(name: str, dtype: Any) -> Any:
     total = jnp.sum(real * weights) + jnp.sum(jnp.where(reduced.real, reduced.sizes, 0.0))
     return total + sum(jnp.sum(value) for value in losses.values()), reduced
 
-  step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
   def call(case: Case) -> tuple[Any, Any]:
     needs = method(name).needs

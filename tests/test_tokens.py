@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import FAST
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,7 +58,7 @@ def fresh(slots, seed, **fields):
 @functools.cache
 def jitted(function, **static):
   """The function compiled, with numpy results: indexing those costs nothing."""
-  compiled = jax.jit(functools.partial(function, **static), compiler_options=FAST)
+  compiled = jax.jit(functools.partial(function, **static))
   return lambda *args: jax.tree.map(np.asarray, compiled(*args))
 
 
