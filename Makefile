@@ -1,6 +1,6 @@
 # make demo     train a ViT on real digits, then see what every method does to it
 # make test     lint, then all tests
-# make bench    time primitives, reducers and ViTs on this device
+# make bench    time primitives, methods alone, and ViTs under every method on this device
 # make targets  compile for TPUs and GPUs that nobody here owns
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +22,7 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(PY) -m tools.bench
+	$(PY) -m tools.speed
 
 targets: $(VENV)/.installed-targets
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PY) -m tools.targets

@@ -1,9 +1,10 @@
 """Loads a trained model once, and sweeps methods and budgets over it.
 
   python -m eval --config=configs/digits_sweep.py --workdir=runs/digits
+  python -m eval --config=configs/digit_segments_sweep.py --workdir=runs/segments
 
 Writes sweep.jsonl (a row a method and budget; rows that are there are not made again), a table,
-plots of accuracy against cost and latency, and pictures of what was kept, merged and dropped.
+plots of the score against cost and latency, and pictures of what was kept, merged and dropped.
 
 Axes: B batch, N slots.
 """
@@ -18,17 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import struct
-from ml_collections import config_flags
 from tqdm import tqdm
 
-from lib import checkpoint, cli, cost, data, launch, overlay, report, sharding, timing
-from models.build import build
+from lib import (
+    checkpoint,
+    cli,
+    cost,
+    data,
+    launch,
+    overlay,
+    report,
+    sharding,
+    tasks,
+    timing,
+)
+from models import weights
+from models.build import build, pretrained
 from models.compressors import COMPRESSORS
 from models.plan import methods
 from models.stack import best_form, unstack
-
-CONFIG = config_flags.DEFINE_config_file('config', None, 'What to evaluate.', lock_config=True)
-WORKDIR = flags.DEFINE_string('workdir', None, 'The training run; results go there too.')
 
 
 @struct.dataclass
@@ -51,18 +60,20 @@ class Candidate:
 def main(argv):
   """Loads, sweeps, shows."""
   del argv
-  config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
+  config, workdir = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value)
   first = launch.start()
-  mesh = sharding.make_mesh(config.mesh)
+  mesh, task = sharding.make_mesh(config.mesh), tasks.of(config)
   step, trained = load(config, workdir, mesh)
   batches = [(batch, sharding.put(batch, mesh)) for batch in data.eval_batches(
       config.data, process_index=jax.process_index(), process_count=jax.process_count())]
 
   path = workdir / 'sweep.jsonl'
   before = {name(row): row for row in report.read_jsonl(path)} if path.exists() else {}
-  how = {'step': step, 'form': config.sweep.form, 'layers': list(config.sweep.layers)}
+  how = {'step': step, 'form': config.sweep.form, 'layers': list(config.sweep.layers),
+         'way': config.get('task', {}).get('way', '')}
   base, rows = None, []
-  wanted = list(candidates(config.sweep))
+  host = build(config.model, task=config.get('task')).host
+  wanted = list(candidates(config.sweep, host))
   for method, budget in tqdm(wanted, disable=not sys.stderr.isatty(), unit='candidate'):
     known = before.get(name({**how, 'method': method, 'budget': str(budget)}))
     if known is None:
@@ -70,44 +81,52 @@ def main(argv):
       known = {**how, 'method': method, 'budget': str(budget), **timing.machine()}
       try:
         made = base if method == 'none' else prepare(config, method, budget, trained, mesh, batches)
-        known |= measure(made, base, batches, config.sweep)
+        known |= measure(made, base, task, batches, config.sweep)
       except ValueError as reason:  # A budget that this method cannot meet ends only its own row.
         known['note'] = str(reason)
       if first:
         report.append_jsonl(path, known)
     rows.append(known)
   if first:
-    show(rows, workdir, config.sweep)
+    show(rows, task, workdir, config.sweep)
     pictures(config, step, trained, mesh, batches, workdir)
 
 
 def name(row):
   """What makes a row of sweep.jsonl the same measurement."""
-  return row['step'], row['form'], tuple(row['layers']), row['method'], row['budget']
+  return (row['step'], row['form'], tuple(row['layers']), row.get('way', ''), row['method'],
+          row['budget'])
 
 
-def candidates(sweep):
-  """(method, budget) pairs, the unreduced model first; all methods unless the config names some."""
+def candidates(sweep, host):
+  """(method, budget) pairs, the unreduced model first; all that a host can run by default."""
   yield 'none', 1.0
-  for method in sweep.methods or [known for known in methods() if known != 'none']:
+  for method in sweep.methods or [known for known in methods(host) if known != 'none']:
     for budget in sweep.budgets:
       yield method, budget
 
 
 def load(config, workdir, mesh):
-  """The best checkpoint's step and its averaged parameters, placed on the mesh."""
-  vit = build(config.model)
+  """The best checkpoint's step and its averaged parameters, placed on the mesh.
+
+  A workdir without any starts from the weights that the config names, as step 0.
+  """
+  vit = build(config.model, task=config.get('task'))
   images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
   abstract = jax.eval_shape(vit.init, jax.random.key(0), images)['params']
   places = sharding.place(abstract, config.sharding, mesh)
   template = jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
       abstract, places)
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=tasks.of(config).score)
   step = checkpoints.best()
+  loaded = step is None and pretrained({**config.model, 'fresh': ()}, vit)
+  if loaded:
+    return 0, weights.overlay(template, loaded)
   if step is None:
     raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
-                            f'python -m train --config=configs/digits.py --workdir={workdir}')
+                            f'python -m train --config=configs/digits.py --workdir={workdir}, or '
+                            'name pretrained ones in config.model.weights')
   params = checkpoints.read(step, 'ema', template)
   checkpoints.close()
   return step, params
@@ -119,33 +138,54 @@ def prepare(config, method, budget, trained, mesh, batches):
   reduce = {'method': method, 'layers': tuple(config.sweep.layers), config.sweep.form: budget,
             **config.sweep.overrides.get(method, {})}
   vit = build(config.model, reduce, macs=cost.solver, mesh=mesh if mesh.size > 1 else None,
-              platform=platform)
-  params = dict(trained)
-  if method in COMPRESSORS:
-    images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
-    fresh = jax.jit(vit.clone(mesh=None).init)(jax.random.key(config.seed), images)['params']
-    # The backbone is the trained one; only what it lacks is fresh.
-    params['stack'] = {**fresh['stack'], **trained['stack']}
-  if best_form(vit.plan, platform=platform) == 'unstacked':
-    params['stack'] = {**params['stack'],
-                       'blocks': unstack(params['stack']['blocks'], vit.depth)}
+              platform=platform, task=config.get('task'))
+  params = fastest(vit, complete(vit, trained, seed=config.seed), platform)
+  return Candidate(vit, params, *compiled(vit, params, batches[0][1]['image']))
+
+
+def complete(vit, trained, *, seed):
+  """Parameters that lack nothing: the trained ones, and fresh ones of a learned method."""
+  plan = vit.plan
+  if plan is None or plan.name not in COMPRESSORS:
+    return trained
+  learned = {f'reducer_{cut.layer:02d}' for cut in plan.cuts}
+  if learned <= trained['stack'].keys():
+    return trained
+  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+
+  def fresh(key):
+    stack = vit.clone(mesh=None).init(key, images)['params']['stack']
+    return {name: stack[name] for name in learned}
+
+  return trained | {'stack': jax.jit(fresh)(jax.random.key(seed)) | trained['stack']}
+
+
+def fastest(vit, params, platform):
+  """Parameters in the form that runs fastest on a platform."""
+  if best_form(vit.plan, platform=platform) == 'stacked':
+    return params
+  blocks = unstack(params['stack']['blocks'], vit.depth)
+  return params | {'stack': params['stack'] | {'blocks': blocks}}
+
+
+def compiled(vit, params, images):
+  """(params, images) -> (logits, cuts without features), compiled, and the seconds it took."""
 
   def forward(params, images):
     logits, out = vit.apply({'params': params}, images)
     cuts = {layer: cut.replace(x=cut.x[..., :0], stats={}) for layer, cut in out['cuts'].items()}
     return logits, cuts
 
-  lowered = jax.jit(forward).lower(params, batches[0][1]['image'])
-  compiled = timing.compile_seconds(lowered)
-  return Candidate(vit, params, compiled.run, compiled.seconds)
+  made = timing.compile_seconds(jax.jit(forward).lower(params, images))
+  return made.run, made.seconds
 
 
-def measure(made, base, batches, sweep):
-  """Accuracy, tokens, cost and latency of a candidate: the fields of its row."""
-  right, total, kept = 0.0, 0.0, {}
+def measure(made, base, task, batches, sweep):
+  """Score, tokens, cost and latency of a candidate: the fields of its row."""
+  counts, total, kept = [], 0.0, {}
   for _, placed in batches:
     logits, cuts = made.run(made.params, placed['image'])
-    right += float(jnp.sum((jnp.argmax(logits, -1) == placed['label']) * placed['mask']))
+    counts.append(task.counts(logits, placed['label'], placed['mask']))
     total += float(jnp.sum(placed['mask']))
     for layer, cut in cuts.items():
       kept[layer] = kept.get(layer, 0.0) + float(jnp.sum(cut.real.sum(1) * placed['mask']))
@@ -162,7 +202,8 @@ def measure(made, base, batches, sweep):
   own, full = cost.of(made.vit).macs, cost.of(base.vit).macs
   learned = made.vit.plan is not None and made.vit.plan.name in COMPRESSORS
   return {
-      'accuracy': right / total, 'tokens': tokens, 'kept_mean': sum(tokens) / len(tokens),
+      task.score: task.total(tasks.add_up(counts)),
+      'tokens': tokens, 'kept_mean': sum(tokens) / len(tokens),
       'gmacs': own / 1e9, 'gmacs_ratio': own / full, 'batch': images.shape[0],
       'dtype': str(jnp.dtype(made.vit.dtype)), 'median_ms': times['made'].median_ms,
       'low_ms': times['made'].low_ms, 'high_ms': times['made'].high_ms, 'speedup': faster.ratio,
@@ -171,9 +212,10 @@ def measure(made, base, batches, sweep):
   }
 
 
-def show(rows, workdir, sweep):
+def show(rows, task, workdir, sweep):
   """Prints the table, and writes the plots of those that are ready to be judged."""
-  print(report.table(rows))
+  columns = [task.score if name == 'accuracy' else name for name in report.USUAL]
+  print(report.table(rows, columns))
   baselines = tuple(sweep.baselines)
   # Each method ran beside the unreduced model, at another time than the other methods: its speed-up
   # is free of the machine's drift, its milliseconds are not.
@@ -181,10 +223,10 @@ def show(rows, workdir, sweep):
   ready = [row for row in rows if not row['note']]
   steady = [row | {'median_ms': full / row['speedup'], 'low_ms': full / row['speedup_high'],
                    'high_ms': full / row['speedup_low']} for row in ready]
-  for axis, drawn, file in (('gmacs', ready, 'accuracy_cost.png'),
-                            ('median_ms', steady, 'accuracy_latency.png')):
+  for axis, drawn, file in (('gmacs', ready, f'{task.score}_cost.png'),
+                            ('median_ms', steady, f'{task.score}_latency.png')):
     print(report.plot_accuracy_cost(drawn, workdir / file, title=sweep.title, cost=axis,
-                                    baselines=baselines, reference='none'))
+                                    score=task.score, baselines=baselines, reference='none'))
 
 
 def pictures(config, step, trained, mesh, batches, workdir):
@@ -204,6 +246,10 @@ def pictures(config, step, trained, mesh, batches, workdir):
     made = prepare(config, method, sweep.budgets[len(sweep.budgets) // 2], trained, mesh, batches)
     logits, cuts = jax.device_get(made.run(made.params, placed['image']))
     by_method[method] = cuts
+    if batch['label'].ndim > 1:
+      print(overlay.segments(shown, batch['label'][:count], logits[:count].argmax(-1), cuts,
+                             made.vit.grid, folder / f'{method}.png', title=method))
+      continue
     names = [f'{label}, read as {read}' for label, read in
              zip(batch['label'][:count], logits[:count].argmax(-1), strict=True)]
     print(overlay.overlay(shown, cuts, made.vit.grid, folder / f'{method}.png', names=names,

@@ -3,6 +3,12 @@
   python -m train --config=configs/digits.py --workdir=runs/digits
   python -m train --config=configs/digits.py --workdir=runs/tome \\
       --config.reduce.vision.method=tome --config.reduce.vision.remove=8
+  python -m train --config=configs/digits.py --workdir=runs/evit \\
+      --config.reduce.vision.method=evit --config.reduce.vision.layers='(1, 2)' \\
+      --config.reduce.vision.keep_ratio=0.7 --config.anneal.start_step=60 \\
+      --config.anneal.stop_step=300 --config.anneal.phases=4
+  python -m train --config=configs/digits.py --workdir=runs/dropped \\
+      --config.model.training_patches=32
 """
 
 import ml_collections
@@ -27,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = dict(
       variant='Ti/4', width=96, depth=6, heads=3, mlp=192, image_size=32, channels=1,
       num_classes=10, positions='sincos', dropout=0.0, dtype='float32', remat='none',
+      training_patches=0,
   )
   config.reduce = dict(vision=reduction())
 
@@ -35,7 +42,11 @@ def get_config() -> ml_collections.ConfigDict:
       ema_decay=0.98, accumulate=1,
       # The workdir of a trained, unreduced model to hold a reduced one to; empty for none.
       distill=dict(teacher='', logit_weight=0.5, token_weight=0.5),
+      # How many plans that remove less a second one is drawn from in each step, 0 for none.
+      consistency=dict(levels=0, weight=3.0),
   )
+  # From no reduction at start_step to all of it at stop_step, in so many phases; 0 for at once.
+  config.anneal = dict(start_step=0, stop_step=0, phases=0)
   config.mesh = dict(data=-1)
   config.sharding = VIT_SHARDING
   return config

@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from models.plan import SITES, make_method
+from models.text import Text
 from models.vit import ViT
+from models.windows import Windows
 from ops.schedule import Cut
 
 MAP_BYTES = 4  # A map that a method inside attention sees is float32.
@@ -42,7 +44,15 @@ class Architecture:
     channels: of the image.
     classes: outputs of a classifier, 0 for none.
     classifiers: how many there are (2 with a distillation token).
-    loose_parameters: numbers in special tokens and learned positions.
+    pooled: features that a classifier or the projection reads.
+    projection: features that a product after pooling makes, 0 for none.
+    attention_pool: whether a learned query pools the last tokens, with an MLP behind it.
+    mlp_products: of width x mlp in an MLP: 2, or 3 where one half gates the other.
+    loose_parameters: numbers in special tokens, learned positions and what else stands alone.
+    layer_extra: numbers in a block beside its products and norms (layer scales).
+    windows: of an image, in which its patches attend (models/windows.py); 1 for none.
+    special: tokens that join every window.
+    whole_layers: layers whose attention sees all windows together.
     parameter_bytes, activation_bytes: of one number.
   """
 
@@ -57,7 +67,15 @@ class Architecture:
   channels: int
   classes: int
   classifiers: int = 1
+  pooled: int = 0
+  projection: int = 0
+  attention_pool: bool = False
+  mlp_products: int = 2
   loose_parameters: int = 0
+  layer_extra: int = 0
+  windows: int = 1
+  special: int = 0
+  whole_layers: tuple[int, ...] = ()
   parameter_bytes: int = 4
   activation_bytes: int = 4
 
@@ -70,15 +88,28 @@ class Architecture:
   def layer_parameters(self) -> int:
     """Numbers in one block: products, their biases, and two norms."""
     attention = 2 * (self.width + self.kv_width) * self.width
-    biases = 3 * self.width + 2 * self.kv_width + self.mlp
-    return attention + 2 * self.mlp * self.width + biases + 4 * self.width
+    mlp = self.mlp_products * self.mlp * self.width
+    biases = 3 * self.width + 2 * self.kv_width + (self.mlp_products - 1) * self.mlp
+    return attention + mlp + biases + 4 * self.width + self.layer_extra
+
+  @property
+  def pooling_parameters(self) -> int:
+    """Numbers of the learned query's attention and MLP: a block without its first norm."""
+    block = self.layer_parameters - self.layer_extra - 2 * self.width
+    return self.attention_pool * (block + self.width)
 
   @property
   def parameters(self) -> int:
     """Numbers in the whole model; those of learned reductions are not among them."""
-    embed = (self.channels * self.patch ** 2 + 1) * self.width + self.loose_parameters
-    head = self.classifiers * self.classes * (self.width + 1)
-    return embed + self.depth * self.layer_parameters + 2 * self.width + head
+    embed = self.channels * self.patch ** 2 * self.width + self.loose_parameters
+    ends = self.pooling_parameters + self.pooled * self.projection
+    ends += self.classifiers * self.classes * (self.classified + 1)
+    return embed + self.depth * self.layer_parameters + 2 * self.width + ends
+
+  @property
+  def classified(self) -> int:
+    """Features that a classifier reads."""
+    return self.projection or self.pooled or self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +169,18 @@ class Cost:
     return made.patches * made.channels * made.patch ** 2 * made.width
 
   @property
+  def pooling(self) -> int:
+    """MACs of a learned query over the last tokens, and of the MLP behind it."""
+    made, slots = self.architecture, self.layers[-1].left
+    products = (2 + 2 * slots) * made.width ** 2 + 2 * slots * made.width
+    return made.attention_pool * (products + made.mlp_products * made.width * made.mlp)
+
+  @property
   def head(self) -> int:
-    """MACs of the classifiers."""
+    """MACs of what follows the blocks: pooling by attention, projection, classifiers."""
     made = self.architecture
-    return made.classifiers * made.classes * made.width
+    classes = made.classifiers * made.classes * made.classified
+    return self.pooling + made.pooled * made.projection + classes
 
   @property
   def macs(self) -> int:
@@ -166,7 +205,11 @@ class Cost:
     """Bytes that the products read and write beside the parameters, for one image."""
     made = self.architecture
     ends = made.patches * (made.channels * made.patch ** 2 + made.width)
-    ends += made.classifiers * (made.width + made.classes)
+    ends += made.classifiers * (made.classified + made.classes)
+    ends += bool(made.projection) * (made.pooled + made.projection)
+    if made.attention_pool:
+      slots = self.layers[-1].left
+      ends += (5 * slots + 8) * made.width + made.mlp_products * made.mlp
     return ends * made.activation_bytes + sum(layer.activation_bytes for layer in self.layers)
 
   @property
@@ -180,15 +223,36 @@ class Cost:
     return sum(layer.mlp_in for layer in self.layers) / len(self.layers)
 
 
-def architecture(vit: ViT) -> Architecture:
-  """The architecture of a vision transformer, from its settings."""
+def architecture(vit: ViT | Text) -> Architecture:
+  """The architecture of a vision transformer, or of a text tower, from its settings.
+
+  Causal attention counts as whole: that is what runs, whatever the mask hides.
+  """
+  if isinstance(vit, Text):
+    loose = (vit.vocabulary + vit.context) * vit.width
+    return Architecture(
+        width=vit.width, depth=vit.depth, mlp=vit.mlp, heads=vit.heads, kv_heads=vit.heads,
+        slots=vit.context, patches=0, patch=0, channels=0, classes=0, pooled=vit.width,
+        projection=vit.projection, mlp_products=2 + (vit.activation == 'swiglu'),
+        loose_parameters=loose + (vit.projection_bias and vit.projection),
+        activation_bytes=jnp.dtype(vit.dtype).itemsize)
   rows, columns = vit.grid
-  positions = vit.class_token + vit.distilled + rows * columns
-  loose = vit.special * vit.width + (vit.positions == 'learned') * positions * vit.width
+  leading = vit.class_token + vit.distilled
+  positions = vit.special_positions * leading + rows * columns
+  pooled = (1 + (vit.pool == 'cls_mean')) * vit.width
+  loose = vit.special + (vit.positions == 'learned') * positions + vit.patch_bias
+  loose = (loose + 2 * vit.pre_norm) * vit.width
+  if vit.last_norm == 'pooled':
+    loose += 2 * (pooled - vit.width)
   return Architecture(
       width=vit.width, depth=vit.depth, mlp=vit.mlp, heads=vit.heads, kv_heads=vit.heads,
       slots=vit.host.slots, patches=rows * columns, patch=vit.patch, channels=vit.channels,
-      classes=vit.num_classes, classifiers=1 + vit.distilled, loose_parameters=loose,
+      classes=vit.num_classes, classifiers=1 + vit.distilled, pooled=pooled,
+      projection=vit.projection, attention_pool=vit.pool == 'map',
+      mlp_products=2 + (vit.activation == 'swiglu'), loose_parameters=loose,
+      layer_extra=2 * vit.width * (vit.layer_scale is not None),
+      windows=Windows(vit.grid, vit.window).count if vit.window else 1, special=vit.special,
+      whole_layers=vit.whole_layers,
       activation_bytes=jnp.dtype(vit.dtype).itemsize)
 
 
@@ -233,9 +297,30 @@ def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'betw
         'after': (slots, slots, slots, slots),
         'inside': (slots, keep if joins else slots, keep, keep),
     }[site]
-    layers.append(_layer(made, index, *counts, keep, map_seen=cut is not None and site == 'inside'))
+    seen = cut is not None and site == 'inside'
+    layers.append(_in_windows(made, index, (*counts, keep), map_seen=seen))
     slots = keep
   return Cost(made, tuple(layers))
+
+
+def _in_windows(made: Architecture, index: int, counts: tuple[int, ...], *,
+                map_seen: bool) -> Layer:
+  """A layer of an image, attention in windows where there are any.
+
+  Each window has the special tokens beside its patches, and its MLP runs on both.
+  """
+  whole = _layer(made, index, *counts, map_seen=map_seen)
+  if made.windows == 1:
+    return whole
+  each = [made.special + (count - made.special) // made.windows for count in counts]
+  part = _layer(made, index, *each, map_seen=map_seen)
+  if index in made.whole_layers:
+    return dataclasses.replace(whole, mlp_in=made.windows * part.mlp_in,
+                               mlp=made.windows * part.mlp)
+  once = ('index', 'weight_bytes')
+  return dataclasses.replace(part, **{
+      field.name: made.windows * getattr(part, field.name)
+      for field in dataclasses.fields(Layer) if field.name not in once})
 
 
 def _layer(made: Architecture, index: int, attention_in: int, keys: int, attention_out: int,
@@ -244,18 +329,18 @@ def _layer(made: Architecture, index: int, attention_in: int, keys: int, attenti
   project = attention_in * (width + kv_width) + keys * kv_width
   moved = attention_in * width + project  # into and out of the projections
   moved += project + attention_out * width  # attention
-  moved += 2 * attention_out * width + 2 * mlp_in * (width + made.mlp)
+  moved += 2 * attention_out * width + mlp_in * (2 * width + made.mlp_products * made.mlp)
   entries = made.heads * (attention_in ** 2 + attention_out * keys)
   return Layer(
       index, attention_in, keys, attention_out, mlp_in, left,
       qkv=width * project, scores=attention_in ** 2 * width,
       values=attention_out * keys * width, out=attention_out * width ** 2,
-      mlp=2 * mlp_in * width * made.mlp,
+      mlp=made.mlp_products * mlp_in * width * made.mlp,
       weight_bytes=made.layer_parameters * made.parameter_bytes,
       activation_bytes=moved * made.activation_bytes + map_seen * 2 * entries * MAP_BYTES)
 
 
-def of(vit: ViT) -> Cost:
+def of(vit: ViT | Text) -> Cost:
   """The cost of a model under its plan.
 
   A plan in mode 'mask' keeps every slot to the end, so it costs what no plan costs.
@@ -266,7 +351,26 @@ def of(vit: ViT) -> Cost:
   return compute(architecture(vit), plan.cuts, site=plan.site, joins=plan.method.joins)
 
 
-def solver(vit: ViT, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut, ...]], int]:
+def in_training(vit: ViT) -> Cost:
+  """The cost of an image in training, where patch dropout may leave fewer patches than there are.
+
+  Cuts that would leave more than those are not made.
+  """
+  if not vit.training_patches:
+    return of(vit)
+  made = dataclasses.replace(architecture(vit), slots=vit.special + vit.training_patches)
+  plan = vit.plan
+  if plan is None or plan.mode == 'mask':
+    return compute(made)
+  cuts, slots = [], made.slots
+  for cut in plan.cuts:
+    if cut.keep < slots:
+      cuts.append(Cut(cut.layer, slots, cut.keep))
+      slots = cut.keep
+  return compute(made, tuple(cuts), site=plan.site, joins=plan.method.joins)
+
+
+def solver(vit: ViT | Text, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut, ...]], int]:
   """MACs as a function of the cuts: what `make_plan(macs=...)` solves budgets in FLOPs with.
 
   Args:
@@ -377,7 +481,7 @@ def unit(macs: float) -> tuple[str, float]:
   return ('G', 1e9) if macs >= 1e9 else ('M', 1e6)
 
 
-def table(vit: ViT) -> str:
+def table(vit: ViT | Text) -> str:
   """A model's tokens, MACs and bytes, a line a layer, for one image."""
   cost = of(vit)
   prefix, scale = unit(cost.macs)
@@ -405,11 +509,15 @@ def table(vit: ViT) -> str:
   return '\n'.join(lines)
 
 
-def describe(vit: ViT) -> str:
+def describe(vit: ViT | Text) -> str:
   """One line: the model, and what its plan does to it."""
-  rows, columns = vit.grid
-  model = (f'ViT of {vit.depth} layers, width {vit.width}, {vit.heads} heads, {rows} x {columns} '
-           f'patches and {vit.special} special token{"s" * (vit.special != 1)}')
+  sizes = f'{vit.depth} layers, width {vit.width}, {vit.heads} heads'
+  if isinstance(vit, Text):
+    model = f'text tower of {sizes}, {vit.context} tokens'
+  else:
+    rows, columns = vit.grid
+    model = (f'ViT of {sizes}, {rows} x {columns} patches and {vit.special} special '
+             f'token{"s" * (vit.special != 1)}')
   plan = vit.plan
   if plan is None or not plan.cuts:
     return f'{model}; nothing is reduced'
@@ -446,11 +554,16 @@ class Meter:
   def __init__(self, vit: ViT, *, batch_size: int, device: jax.Device, devices: int,
                clock: Callable[[], float] = time.perf_counter):
     self._clock, self._start, self._idle = clock, clock(), 0.0
-    self._batch_size, self._slots = batch_size, vit.host.slots
-    self._flops = 2 * of(vit).training_macs * batch_size
+    self._batch_size, self._slots, self._vit = batch_size, vit.host.slots, None
+    self.counts(vit)
     known = DEVICES.get(device.device_kind)
     self._peak = devices * (known.flops if known else measured_flops(device))
     self._last: tuple[int, float] | None = None
+
+  def counts(self, vit: ViT) -> None:
+    """From now on a step costs what this model does."""
+    if vit is not self._vit:
+      self._vit, self._flops = vit, 2 * in_training(vit).training_macs * self._batch_size
 
   @property
   def seconds(self) -> float:

@@ -1,5 +1,7 @@
-"""Image classification sets by TFDS name: read by grain from ArrayRecord, without TensorFlow.
+"""Image sets by TFDS name: read by grain from ArrayRecord, without TensorFlow.
 
+A label is the class of the image, or of every pixel: a map of the image's size, stored as a uint8
+Tensor, with the names of its classes under 'label_names' in the set's metadata.
 A data config has the fields of `Settings`; `config.data` of an experiment is one.
 
 Axes: B batch of this process, S image side, C channels.
@@ -19,7 +21,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import ml_collections
@@ -28,11 +30,14 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from lib.datasets import digits
+from lib.datasets import digit_scenes, digit_segments, digits, stdlib_needle
 
 # Sets that are prepared on first use: nothing is downloaded and it takes seconds.
-BUNDLED = {'digits': digits.Digits}
-FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+# Some come in several configs, named behind a slash; lib/questions.py reads those with questions.
+BUNDLED = {'digits': digits.Digits, 'digit_segments': digit_segments.DigitSegments,
+           'digit_scenes': digit_scenes.DigitScenes, 'stdlib_needle': stdlib_needle.StdlibNeedle}
+FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC,
+           'nearest': Image.Resampling.NEAREST}
 MODES = {1: 'L', 3: 'RGB'}
 ON_CORRUPT = ('raise', 'skip')
 # A damaged file has many bad records in a row; a run should not go on without all of them.
@@ -100,13 +105,13 @@ def info(config: ml_collections.ConfigDict) -> DataInfo:
   settings = _settings(config)
   builder = _builder(settings)
   image_key, label_key = _keys(builder)
-  label = builder.info.features[label_key]
+  names = _class_names(builder, label_key)
   return DataInfo(
-      num_classes=label.num_classes,
+      num_classes=len(names),
       num_train=len(_source(builder, settings, 'train_split')),
       num_test=len(_source(builder, settings, 'test_split')),
       image_shape=tuple(builder.info.features[image_key].shape),
-      class_names=tuple(label.names))
+      class_names=names)
 
 
 def train_iterator(config: ml_collections.ConfigDict, *, seed: int, process_index: int = 0,
@@ -119,13 +124,16 @@ def train_iterator(config: ml_collections.ConfigDict, *, seed: int, process_inde
   full. Augmentation draws from (seed, place in the stream).
 
   Returns:
-    An iterator of dict(image float32[B, S, S, C], label int32[B]) with get_state and set_state.
+    An iterator of dict(image float32[B, S, S, C], label int32[B] or [B, S, S]) with get_state and
+    set_state.
 
   Raises:
     ValueError, FileNotFoundError: as `info`; batches that cannot be divided over processes.
     CorruptRecordError: from next(), under on_corrupt='raise'.
   """
-  return TrainIterator(_settings(config), seed, process_index, process_count)
+  settings = _settings(config)
+  reader = _Reader(settings, 'train_split')
+  return TrainIterator(reader, settings, seed, process_index, process_count)
 
 
 def eval_batches(config: ml_collections.ConfigDict, *, process_index: int = 0,
@@ -133,36 +141,50 @@ def eval_batches(config: ml_collections.ConfigDict, *, process_index: int = 0,
   """The test split once, in order, in batches of one shape; every process has equally many.
 
   Returns:
-    A sized iterable of dict(image float32[B, S, S, C], label int32[B], mask float32[B]). Rows of
-    mask 0 are padding (zeros, label 0): summing over mask 1 counts each example once.
+    A sized iterable of dict(image float32[B, S, S, C], label int32[B] or [B, S, S], mask
+    float32[B]). Rows of mask 0 are padding (zeros, label 0): summing over mask 1 counts each
+    example once.
 
   Raises:
     As `train_iterator`.
   """
-  return EvalBatches(_settings(config), process_index, process_count)
+  settings = _settings(config)
+  return EvalBatches(_Reader(settings, 'test_split'), settings, process_index, process_count)
+
+
+class Stored(Protocol):
+  """What the two streams read: the examples of one split.
+
+  Attributes:
+    corrupt: examples that could not be read so far, and why.
+  """
+
+  corrupt: dict[int, str]
+
+  def __len__(self) -> int:
+    """How many examples there are."""
+
+  def train_batch(self, examples: np.ndarray, places: np.ndarray,
+                  seed: int) -> dict[str, np.ndarray]:
+    """A batch of these examples, which stand at these places of a stream of this seed."""
+
+  def eval_batch(self, examples: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+    """These examples as a batch of so many rows, with the 'mask' of `eval_batches`."""
 
 
 class TrainIterator:
   """What `train_iterator` returns."""
 
-  def __init__(self, settings: Settings, seed: int, process_index: int, process_count: int):
+  def __init__(self, reader: Stored, settings: Any, seed: int, process_index: int,
+               process_count: int):
     rows = _rows(settings, process_index, process_count)
-    self._reader = _Reader(settings, 'train_split')
+    self._reader = reader
     self._identity = {'name': settings.name, 'split': settings.train_split, 'seed': seed,
-                      'batch_size': settings.batch_size, 'examples': len(self._reader)}
-    augment = _augment(settings)
+                      'batch_size': settings.batch_size, 'examples': len(reader)}
 
     def batch(step: int, examples: np.ndarray) -> dict[str, np.ndarray]:
       places = (step * rows + np.arange(rows)) * process_count + process_index
-      images = self._reader.empty(rows)
-      labels = np.zeros(rows, np.int32)
-      loaded = self._reader.load(examples)
-      for row, (example, found) in enumerate(zip(examples, loaded, strict=True)):
-        picture, labels[row] = found or self._reader.next_after(example)
-        # The counter, not the key, holds the place: streams of different places never overlap.
-        random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, places[row]]))
-        images[row] = _array(augment(picture, settings.image_size, random))
-      return {'image': self._reader.normalise(images), 'label': labels}
+      return reader.train_batch(examples, places, seed)
 
     order = grain.MapDataset.range(len(self._reader)).seed(seed).shuffle().repeat()
     # Exact lengths need drop_remainder (else grain rounds through a float); nothing is dropped.
@@ -204,26 +226,15 @@ class TrainIterator:
 class EvalBatches:
   """What `eval_batches` returns."""
 
-  def __init__(self, settings: Settings, process_index: int, process_count: int):
+  def __init__(self, reader: Stored, settings: Any, process_index: int, process_count: int):
     rows = _rows(settings, process_index, process_count)
     self._settings = settings
-    self._reader = _Reader(settings, 'test_split')
-    self._count = math.ceil(len(self._reader) / settings.batch_size)
+    self._reader = reader
+    self._count = math.ceil(len(reader) / settings.batch_size)
 
     def batch(step: int) -> dict[str, np.ndarray]:
       places = step * settings.batch_size + np.arange(rows) * process_count + process_index
-      images = self._reader.empty(rows)
-      labels = np.zeros(rows, np.int32)
-      mask = np.zeros(rows, np.float32)
-      loaded = self._reader.load(places[places < len(self._reader)])
-      for row, found in enumerate(loaded):
-        if found:
-          picture, labels[row] = found
-          images[row] = _array(whole(picture, settings.image_size, filter=settings.filter,
-                                     fraction=settings.test_crop))
-          mask[row] = 1
-      images = self._reader.normalise(images) * mask[:, None, None, None]
-      return {'image': images, 'label': labels, 'mask': mask}
+      return reader.eval_batch(places[places < len(reader)], rows)
 
     self._batches = grain.MapDataset.range(self._count).map(batch)
 
@@ -330,7 +341,7 @@ def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.P
   if _is_prepared(builder):
     _check_format(name, builder)
     return final
-  if name in BUNDLED:
+  if _is_bundled(name):
     _prepare_bundled(name, builder)
     return final
   manual = pathlib.Path(manual_dir or builder.data_dir_root / 'downloads' / 'manual').expanduser()
@@ -360,7 +371,7 @@ def _prepare_bundled(name: str, builder: tfds.core.DatasetBuilder) -> None:
   final.parent.mkdir(parents=True, exist_ok=True)
   tfds.display_progress_bar(sys.stderr.isatty())
   with tempfile.TemporaryDirectory(prefix='.incomplete-', dir=final.parent) as scratch:
-    writer = BUNDLED[name](data_dir=scratch, file_format='array_record')
+    writer = _bundled(name, scratch)
     with _quiet():
       writer.download_and_prepare()
     try:
@@ -371,10 +382,14 @@ def _prepare_bundled(name: str, builder: tfds.core.DatasetBuilder) -> None:
         raise
 
 
-def _settings(config: ml_collections.ConfigDict) -> Settings:
-  """Reads and checks a config."""
+def read_settings(config: ml_collections.ConfigDict, kind: type) -> Any:
+  """A data config as the dataclass `kind`.
+
+  Raises:
+    ValueError: a field that it does not have, or lacks.
+  """
   given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-  fields = {field.name: field for field in dataclasses.fields(Settings)}
+  fields = {field.name: field for field in dataclasses.fields(kind)}
   for key in given:
     if key not in fields:
       raise ValueError(f'data has no field {key!r}: it has {", ".join(fields)}')
@@ -382,7 +397,12 @@ def _settings(config: ml_collections.ConfigDict) -> Settings:
              and field.default is field.default_factory is dataclasses.MISSING]
   if missing:
     raise ValueError(f'data lacks {", ".join(missing)}: set them in the config')
-  settings = Settings(**given)
+  return kind(**given)
+
+
+def _settings(config: ml_collections.ConfigDict) -> Settings:
+  """Reads and checks a config."""
+  settings = read_settings(config, Settings)
   _one_of('data.filter', settings.filter, FILTERS)
   _one_of('data.on_corrupt', settings.on_corrupt, ON_CORRUPT)
   _one_of('data.channels', settings.channels, MODES)
@@ -392,7 +412,7 @@ def _settings(config: ml_collections.ConfigDict) -> Settings:
                        f'{settings.channels} channels: give one a channel')
   if not 0 < settings.test_crop <= 1:
     raise ValueError(f'data.test_crop={settings.test_crop} must be above 0 and at most 1')
-  _augment(settings)
+  _augment(settings, settings.filter)
   return settings
 
 
@@ -401,7 +421,7 @@ def _one_of(what: str, value: Any, options: Sequence | dict) -> None:
     raise ValueError(f'{what}={value!r} is not known: choose from {", ".join(map(str, options))}')
 
 
-def _augment(settings: Settings) -> Callable[..., Image.Image]:
+def _augment(settings: Settings, filter: str) -> Callable[..., Image.Image]:
   """The augmentation with its keywords filled in."""
   arguments = {'method': 'none', **settings.augment}
   method = arguments.pop('method')
@@ -414,7 +434,7 @@ def _augment(settings: Settings) -> Callable[..., Image.Image]:
                        f'{", ".join(known) or "nothing"}')
 
   def run(image: Image.Image, size: int, random: np.random.Generator) -> Image.Image:
-    return AUGMENTS[method](image, size, random, filter=settings.filter, **arguments)
+    return AUGMENTS[method](image, size, random, filter=filter, **arguments)
 
   return run
 
@@ -435,8 +455,8 @@ def _ahead(batches: grain.MapDataset, settings: Settings) -> grain.IterDataset:
 def _find(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
   """The builder of a name, prepared or not."""
   place = os.path.expanduser(data_dir) or None
-  if name in BUNDLED:
-    return BUNDLED[name](data_dir=place, file_format='array_record')
+  if _is_bundled(name):
+    return _bundled(name, place)
   try:
     with _quiet():
       return tfds.builder(name, data_dir=place)
@@ -446,6 +466,19 @@ def _find(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     raise ValueError(
         f'data set {name!r} is not known to TFDS and not under {data_dir or "its data_dir"}: did '
         f'you mean {", ".join(close)}? tfds.list_builders() lists all {len(known)}') from None
+
+
+def _is_bundled(name: str) -> bool:
+  return name.partition('/')[0] in BUNDLED
+
+
+def _bundled(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+  base, _, config = name.partition('/')
+  known = [known.name for known in BUNDLED[base].BUILDER_CONFIGS]
+  if config not in known and (known or config):
+    raise ValueError(f'data set {name!r} is not known: choose one of '
+                     f'{", ".join(f"{base}/{each}" for each in known) or base}')
+  return BUNDLED[base](data_dir=data_dir, file_format='array_record', config=config or None)
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
@@ -474,13 +507,17 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity(before)
 
 
-def _builder(settings: Settings) -> tfds.core.DatasetBuilder:
-  """The builder of a prepared set that has the images `settings` asks for."""
-  name = settings.name
-  builder = _find(name, settings.data_dir)
+def prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+  """The builder of a set that is stored; a bundled one is stored now where it is not.
+
+  Raises:
+    ValueError: an unknown name, or stored in another format than ArrayRecord.
+    FileNotFoundError: the set is not prepared.
+  """
+  builder = _find(name, data_dir)
   if not _is_prepared(builder):
-    if name not in BUNDLED:
-      where = f' --data_dir={settings.data_dir}' if settings.data_dir else ''
+    if not _is_bundled(name):
+      where = f' --data_dir={data_dir}' if data_dir else ''
       others = sorted(builder.data_path.parent.glob('*/dataset_info.json'))
       other = ''
       if others:
@@ -488,8 +525,15 @@ def _builder(settings: Settings) -> tfds.core.DatasetBuilder:
       raise FileNotFoundError(f'{name} is not prepared in {builder.data_dir}: run '
                               f'`python -m tools.prepare --name={name}{where}`{other}')
     _prepare_bundled(name, builder)
-    builder = _find(name, settings.data_dir)
+    builder = _find(name, data_dir)
   _check_format(name, builder)
+  return builder
+
+
+def _builder(settings: Settings) -> tfds.core.DatasetBuilder:
+  """The builder of a prepared set that has the images `settings` asks for."""
+  name = settings.name
+  builder = prepared(name, settings.data_dir)
   feature = builder.info.features[_keys(builder)[0]]
   if feature.np_dtype != np.uint8 or len(feature.shape) != 3:
     raise ValueError(f'{name} has images of {np.dtype(feature.np_dtype).name}'
@@ -505,11 +549,19 @@ def _keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
   keys = builder.info.supervised_keys
   features = builder.info.features
   if (keys is None or len(keys) != 2 or any(key not in features for key in keys)
-      or not isinstance(features[keys[1]], tfds.features.ClassLabel)
+      or not _class_names(builder, keys[1])
       or not isinstance(features[keys[0]], (tfds.features.Image, tfds.features.Tensor))):
-    raise ValueError(f'{builder.name} is no image classification set: its supervised_keys are '
-                     f'{keys}, and an (Image or Tensor, ClassLabel) pair is needed')
+    raise ValueError(f'{builder.name} has no classes of images or of pixels: its supervised_keys '
+                     f'are {keys}, and an (Image or Tensor, ClassLabel or map) pair is needed')
   return keys
+
+
+def _class_names(builder: tfds.core.DatasetBuilder, label_key: str) -> tuple[str, ...]:
+  """What the labels of a set mean, () where they are no classes."""
+  feature = builder.info.features[label_key]
+  if isinstance(feature, tfds.features.ClassLabel):
+    return tuple(feature.names)
+  return tuple((builder.info.metadata or {}).get('label_names', ()))
 
 
 def _source(builder: tfds.core.DatasetBuilder, settings: Settings,
@@ -538,22 +590,60 @@ class _Reader:
     self._settings = settings
     self._split = getattr(settings, field)
     self._image_key, self._label_key = _keys(builder)
+    label = builder.info.features[self._label_key]
+    self._has_maps = not isinstance(label, tfds.features.ClassLabel)
     self._source = _source(builder, settings, field)
     self._files = builder.info.splits[self._split].file_instructions
     mean, std = (np.asarray(values, np.float32) for values in (settings.mean, settings.std))
     self._gain, self._bias = 1 / (255 * std), -mean / std
+    self._augment = _augment(settings, settings.filter)
+    self._augment_label = _augment(settings, 'nearest')
 
   def __len__(self) -> int:
     return len(self._source)
 
-  def empty(self, rows: int) -> np.ndarray:
+  def train_batch(self, examples: np.ndarray, places: np.ndarray,
+                  seed: int) -> dict[str, np.ndarray]:
+    """Augmented images and labels; an example that cannot be read is the next one that can."""
+    images, labels = self._empty(len(examples))
     size = self._settings.image_size
-    return np.zeros((rows, size, size, self._settings.channels), np.uint8)
+    loaded = self.load(examples)
+    for row, (example, found) in enumerate(zip(examples, loaded, strict=True)):
+      picture, label = found or self.next_after(example)
+      images[row] = _array(self._augment(picture, size, _random(seed, places[row])))
+      if isinstance(label, Image.Image):  # The same draws move the labels as the picture.
+        label = np.asarray(self._augment_label(label, size, _random(seed, places[row])))
+      labels[row] = label
+    return {'image': self._normalise(images), 'label': labels}
 
-  def normalise(self, images: np.ndarray) -> np.ndarray:
+  def eval_batch(self, examples: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+    """Whole images and labels; rows beyond the examples, or that cannot be read, have mask 0."""
+    images, labels = self._empty(rows)
+    settings, mask = self._settings, np.zeros(rows, np.float32)
+    for row, found in enumerate(self.load(examples)):
+      if found:
+        picture, label = found
+        images[row] = _array(whole(picture, settings.image_size, filter=settings.filter,
+                                   fraction=settings.test_crop))
+        if isinstance(label, Image.Image):
+          label = np.asarray(whole(label, settings.image_size, filter='nearest',
+                                   fraction=settings.test_crop))
+        labels[row] = label
+        mask[row] = 1
+    images = self._normalise(images) * mask[:, None, None, None]
+    return {'image': images, 'label': labels, 'mask': mask}
+
+  def _empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a batch, all zero."""
+    size = self._settings.image_size
+    labels = (rows, size, size) if self._has_maps else (rows,)
+    return (np.zeros((rows, size, size, self._settings.channels), np.uint8),
+            np.zeros(labels, np.int32))
+
+  def _normalise(self, images: np.ndarray) -> np.ndarray:
     return images * self._gain + self._bias
 
-  def load(self, examples: np.ndarray) -> list[tuple[Image.Image, int] | None]:
+  def load(self, examples: np.ndarray) -> list[tuple[Image.Image, int | Image.Image] | None]:
     """Image and label of each example; None for those skipped."""
     examples = [int(example) for example in examples]
     try:
@@ -562,7 +652,7 @@ class _Reader:
       records = [None] * len(examples)
     return [self._load(*pair) for pair in zip(examples, records, strict=True)]
 
-  def next_after(self, example: int) -> tuple[Image.Image, int]:
+  def next_after(self, example: int) -> tuple[Image.Image, int | Image.Image]:
     """The first example after one that cannot be read."""
     for step in range(1, MAX_CORRUPT_IN_A_ROW):
       if found := self._load((int(example) + step) % len(self)):
@@ -573,7 +663,9 @@ class _Reader:
   def _load(self, example: int, record: dict[str, Any] | None = None):
     try:
       record = self._source[example] if record is None else record
-      return self._picture(record[self._image_key]), int(record[self._label_key])
+      label = record[self._label_key]
+      label = Image.fromarray(label[..., 0]) if self._has_maps else int(label)
+      return self._picture(record[self._image_key]), label
     except Exception as error:  # ArrayRecord, protobuf and Pillow raise a dozen types between them.
       file, record = self._place(example)
       if not tfds.core.as_path(file).exists():
@@ -602,6 +694,11 @@ class _Reader:
         return file.filename, file.skip + example
       example -= file.take
     raise AssertionError(example)
+
+
+def _random(seed: int, place: int) -> np.random.Generator:
+  # The counter, not the key, holds the place: streams of different places never overlap.
+  return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, place]))
 
 
 def _array(image: Image.Image) -> np.ndarray:

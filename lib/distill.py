@@ -1,8 +1,8 @@
-"""Losses that hold a model with fewer tokens to its unreduced, frozen teacher.
+"""Losses that hold a model with fewer tokens to one with more: a frozen teacher, or itself.
 
 Axes: B batch, T original tokens, D features, C classes.
 
-All are one number a row, float32[B], and send no gradient to the teacher.
+All are one number a row, float32[B], and send no gradient to the model with more tokens.
 """
 
 from __future__ import annotations
@@ -57,3 +57,16 @@ def token_loss(tokens: TokenSet, teacher: TokenSet) -> Array:
   theirs = tk.restore(teacher, jax.lax.stop_gradient(teacher.x).astype(jnp.float32))
   error = jnp.mean((ours - theirs) ** 2, axis=-1)
   return jnp.sum(weight * error, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+
+
+def consistency_loss(features: Array, gentler: Array) -> Array:
+  """Mean squared error of what two reduction levels of one model classify by, float32[B].
+
+  MCTF (Lee et al., 2024), Sec. 3.4, arXiv:2403.10030, on the class token's features.
+
+  Args:
+    features: float[B, D], under the plan that learns.
+    gentler: float[B, D], under the plan that removes less; gets no gradient.
+  """
+  theirs = jax.lax.stop_gradient(gentler).astype(jnp.float32)
+  return jnp.mean((features.astype(jnp.float32) - theirs) ** 2, axis=-1)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
 
+from models.text import Text
 from models.vit import ViT
 
 # Names given in models/stack.py and ops/signals.py: a method's own work, and score rows for it.
@@ -69,10 +70,13 @@ def count(function: Callable[..., Any], *args: Any, scopes: Sequence[str] = SCOP
   return _walk(used, '', tuple(scopes))
 
 
-def of_vit(vit: ViT, *, batch: int = 1) -> Products:
-  """The products of a model's forward pass, from its shapes alone, for `batch` images."""
-  shape = (batch, vit.image_size, vit.image_size, vit.channels)
-  images = jax.ShapeDtypeStruct(shape, jnp.float32)
+def of_vit(vit: ViT | Text, *, batch: int = 1) -> Products:
+  """The products of a model's forward pass, from its shapes alone, for `batch` images or texts."""
+  if isinstance(vit, Text):
+    images = jax.ShapeDtypeStruct((batch, vit.context), jnp.int32)
+  else:
+    shape = (batch, vit.image_size, vit.image_size, vit.channels)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
   learned = vit.plan is not None and isinstance(vit.plan.method, nn.Module)
   # Without cuts the layers are one loop, which is traced once.
   bare = vit if learned else vit.clone(plan=None)

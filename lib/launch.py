@@ -1,4 +1,4 @@
-"""Starting one process or many, and stopping them in good order."""
+"""The command line of a run; starting one process or many, and stopping them in good order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+from ml_collections import config_flags
 
+CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'The experiment, a file of configs/.', lock_config=True)
+WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Where checkpoints, logs and results are; a run goes on from what is there.')
 COORDINATOR = flags.DEFINE_string(
     'coordinator', None, "host:port of process 0 for several processes; 'auto' on a pod or Slurm.")
 PROCESSES = flags.DEFINE_integer('processes', None, 'Processes in all, with --coordinator.')
@@ -40,8 +45,12 @@ class Stop:
 
   def __init__(self, *signals: int) -> None:
     self._asked = False
-    for number in signals:
-      signal.signal(number, self._ask)
+    self._before = {number: signal.signal(number, self._ask) for number in signals}
+
+  def close(self) -> None:
+    """Gives the signals back to whoever had them."""
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
   def _ask(self, number: int, frame: Any) -> None:
     del number, frame

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -138,6 +139,47 @@ def outline(labels: Array, merged: Array, *, cell: tuple[int, int], line: int = 
   return border & _enlarge(merged, *cell)
 
 
+def paint(image: Array, classes: Array, *, strength: float = 0.7) -> Array:
+  """Tints every pixel by its class; those of class 0, the background, stay as they are.
+
+  Args:
+    image: [height, width] or [height, width, C], as for `composite`.
+    classes: int[height, width]; colours repeat after ten classes.
+    strength: share of the class's colour in the result.
+
+  Returns:
+    uint8[height, width, 3].
+  """
+  pixels, classes = _rgb(image), np.asarray(classes)
+  if pixels.shape[:2] != classes.shape:
+    raise ValueError(f'classes of {classes.shape} pixels do not lie on an image of '
+                     f'{pixels.shape[:2]}: give one a pixel')
+  colours = np.asarray(colormaps['tab10'].colors)[(classes - 1) % 10]
+  tinted = np.where((classes > 0)[..., None], (1 - strength) * pixels + strength * colours, pixels)
+  return np.round(255 * tinted).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of a figure.
+
+  Attributes:
+    name: written left of it.
+    image: the input, [height, width] or [height, width, C].
+    cuts: {layer: tokens after the cut}.
+    index: which row of the cuts' batch the image is.
+    beside: {heading: picture}, shown after the input.
+    ground: what the groups are drawn on; None for the input.
+  """
+
+  name: str
+  image: Array
+  cuts: Mapping[int, TokenSet]
+  index: int
+  beside: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+  ground: Array | None = None
+
+
 def overlay(images: Array, cuts: Mapping[int, TokenSet], grid: tuple[int, int], path: str | Path, *,
             names: Sequence[str] = (), layers: Sequence[int] | None = None,
             title: str = '') -> Path:
@@ -160,7 +202,7 @@ def overlay(images: Array, cuts: Mapping[int, TokenSet], grid: tuple[int, int], 
   if names and len(names) != len(images):
     raise ValueError(f'{len(names)} names for {len(images)} images: give one each, or none')
   names = list(names) or [''] * len(images)
-  rows = [(name, image, cuts, index) for index, (name, image) in
+  rows = [Row(name, image, cuts, index) for index, (name, image) in
           enumerate(zip(names, images, strict=True))]
   return _draw(rows, _columns(cuts, layers), grid, path, title)
 
@@ -179,8 +221,30 @@ def compare(image: Array, cuts: Mapping[str, Mapping[int, TokenSet]], grid: tupl
     index: which row of the batch the image is.
   """
   where = sorted({layer for method in cuts.values() for layer in method})
-  rows = [(name, np.asarray(image), method, index) for name, method in cuts.items()]
+  rows = [Row(name, np.asarray(image), method, index) for name, method in cuts.items()]
   return _draw(rows, _columns(dict.fromkeys(where), layers), grid, path, title)
+
+
+def segments(images: Array, truth: Array, predicted: Array, cuts: Mapping[int, TokenSet],
+             grid: tuple[int, int], path: str | Path, *, names: Sequence[str] = (),
+             layers: Sequence[int] | None = None, title: str = '') -> Path:
+  """Draws a row an image: input, true and predicted classes, then the groups as outlined regions.
+
+  The groups after each cut lie on the predicted classes: a region of mixed colour joined pixels of
+  several.
+
+  Args:
+    images, cuts, grid, path, names, layers, title: as in `overlay`.
+    truth, predicted: int[B, height, width], classes as in `paint`.
+  """
+  images = np.asarray(images)
+  names = list(names) or [''] * len(images)
+  rows = []
+  for index, (name, image) in enumerate(zip(names, images, strict=True)):
+    found = paint(image, predicted[index])
+    beside = {'true': paint(image, truth[index]), 'predicted': found}
+    rows.append(Row(name, image, cuts, index, beside, found))
+  return _draw(rows, _columns(cuts, layers), grid, path, title)
 
 
 def _rgb(image: Array) -> Array:
@@ -226,19 +290,19 @@ def _after(cuts: Mapping[int, TokenSet], layer: int, index: int,
   return groups(cuts[max(done)], index, grid) if done else None
 
 
-def _draw(rows: Sequence[tuple[str, Array, Mapping[int, TokenSet], int]], layers: Sequence[int],
-          grid: tuple[int, int], path: str | Path, title: str) -> Path:
-  """Lays out rows of (name, image, cuts, index) in pixels, so that every cell is the same and
-  nothing is resampled or cut off."""
+def _draw(rows: Sequence[Row], layers: Sequence[int], grid: tuple[int, int], path: str | Path,
+          title: str) -> Path:
+  """Lays out rows in pixels, so that every cell is the same and nothing is resampled or cut off."""
   if not rows:
     raise ValueError('nothing to draw: give at least one image and one method')
   figure = Figure(dpi=DPI)
   FigureCanvasAgg(figure)
-  start = next((tokens.owner.shape[1] for _, _, cuts, _ in rows for tokens in cuts.values()),
+  start = next((tokens.owner.shape[1] for row in rows for tokens in row.cuts.values()),
                grid[0] * grid[1])
-  table = [[_after(cuts, layer, index, grid) or untouched(start, grid) for layer in (-1, *layers)]
-           for _, _, cuts, index in rows]
-  shapes = {row[1].shape[:2] for row in rows}
+  before = untouched(start, grid)
+  table = [[_after(row.cuts, layer, row.index, grid) or before for layer in layers]
+           for row in rows]
+  shapes = {row.image.shape[:2] for row in rows}
   if len(shapes) > 1:
     raise ValueError(f'images of different sizes {sorted(shapes)} cannot share a figure')
   height, width = shapes.pop()
@@ -246,11 +310,12 @@ def _draw(rows: Sequence[tuple[str, Array, Mapping[int, TokenSet], int]], layers
   high, wide = height * scale, width * scale
 
   head = figure.text(0, 0, title, fontsize=TITLE, fontweight='bold', va='top')
-  names = [figure.text(0, 0, row[0], fontsize=HEADER, fontweight='bold', ha='right', va='center')
+  names = [figure.text(0, 0, row.name, fontsize=HEADER, fontweight='bold', ha='right', va='center')
            for row in rows]
-  left = GAP + (max(map(_width, names)) + GAP if any(row[0] for row in rows) else 0)
-  seen = _seen(table)
-  total_wide = max(left + (len(layers) + 1) * (wide + GAP), left + _width(head) + GAP,
+  left = GAP + (max(map(_width, names)) + GAP if any(row.name for row in rows) else 0)
+  seen = _seen([*table, [before]])
+  headings = ('input', *rows[0].beside, *(f'layer {layer}' for layer in layers))
+  total_wide = max(left + len(headings) * (wide + GAP), left + _width(head) + GAP,
                    left + _legend_width(figure, seen))
   top = GAP + (_points(TITLE) + GAP if title else 0)
   header, caption, legend = _points(HEADER + 4), _points(CAPTION + 6), 48 + 2 * GAP
@@ -261,18 +326,22 @@ def _draw(rows: Sequence[tuple[str, Array, Mapping[int, TokenSet], int]], layers
     return x / total_wide, 1 - y / total_high
 
   head.set_position(place(left, GAP))
-  for column, words in enumerate(('input', *(f'layer {layer}' for layer in layers))):
+  for column, words in enumerate(headings):
     figure.text(*place(left + column * (wide + GAP), top), words, fontsize=HEADER,
                 fontweight='bold', va='top')
   for number, (row, states) in enumerate(zip(rows, table, strict=True)):
     y = top + header + number * (caption + high + GAP)
     names[number].set_position(place(left - GAP, y + caption + high / 2))
-    for column, state in enumerate(states):
+    ground = row.image if row.ground is None else row.ground
+    cells = [(f'{start} tokens', composite(row.image, before.labels, before.merged, scale=scale))]
+    cells += [('', composite(picture, before.labels, before.merged, scale=scale))
+              for picture in row.beside.values()]
+    cells += [(f'{state.tokens} tokens',
+               composite(ground, state.labels, state.merged, scale=scale, line=LINE))
+              for state in states]
+    for column, (words, picture) in enumerate(cells):
       x = left + column * (wide + GAP)
-      figure.text(*place(x, y + caption - _points(5)), f'{state.tokens} tokens', fontsize=CAPTION,
-                  color='#444444')
-      picture = composite(row[1], state.labels, state.merged, scale=scale,
-                          line=LINE)
+      figure.text(*place(x, y + caption - _points(5)), words, fontsize=CAPTION, color='#444444')
       _show(figure, picture, x / total_wide, 1 - (y + caption + high) / total_high,
             wide / total_wide, high / total_high)
   _legend(figure, seen, left, total_wide, total_high)

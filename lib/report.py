@@ -4,6 +4,7 @@ A row is a dict. Every key is optional; those known here:
 
   method, budget      names, as shown
   accuracy            share of images classified right, 0 to 1
+  miou                mean over classes of intersection over union of pixels, 0 to 1
   tokens              tokens in each layer, a list
   kept_mean           tokens kept, averaged as the writer of the row says
   gmacs, gmacs_ratio  10^9 multiply-accumulates of one image; their share of the unreduced model's
@@ -173,6 +174,7 @@ COLUMNS = {
     'method': Column('method', _text('method'), right=False),
     'budget': Column('budget', _text('budget'), right=False),
     'accuracy': Column('accuracy %', _fixed('accuracy', 2, scale=100)),
+    'miou': Column('mIoU %', _fixed('miou', 2, scale=100)),
     'tokens': Column('tokens by layer', _tokens, right=False),
     'kept_mean': Column('mean kept', _number('kept_mean')),
     'gmacs': Column('GMACs', _number('gmacs')),
@@ -243,17 +245,18 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00')
 MARKERS = {'o': 7, 's': 7, '^': 8, 'D': 6.5, 'v': 8, 'P': 9, 'X': 9}  # marker: size in points
 GREYS = ('#555555', '#777777', '#909090')
 COSTS = {'gmacs': 'GMACs per image', 'median_ms': 'latency, ms (bars: quartiles)'}
+SCORES = {'accuracy': 'accuracy', 'miou': 'mIoU'}
 ROUND = MaxNLocator(8, steps=[1, 2, 2.5, 5, 10])
 STARS = ('*', '†', '‡', '§')
 
 
 def plot_accuracy_cost(rows: Sequence[Row], path: str | Path, *, title: str = '',
-                       cost: str = 'gmacs', baselines: Sequence[str] = (),
-                       reference: str | None = None) -> Path:
-  """Draws accuracy against cost, a line a method, and writes a picture.
+                       cost: str = 'gmacs', score: str = 'accuracy',
+                       baselines: Sequence[str] = (), reference: str | None = None) -> Path:
+  """Draws a score against cost, a line a method, and writes a picture.
 
   Each line is named at its cheapest point, and equal costs are read along the vertical lines:
-  shares of the reference's cost, on the upper axis. Rows without accuracy or cost are left out.
+  shares of the reference's cost, on the upper axis. Rows without score or cost are left out.
   Methods with a note are marked and the note stands below.
 
   Args:
@@ -261,22 +264,25 @@ def plot_accuracy_cost(rows: Sequence[Row], path: str | Path, *, title: str = ''
     path: where to write; the ending picks the format, such as .png.
     title: above the plot.
     cost: 'gmacs' or 'median_ms', the horizontal axis.
+    score: a name in `SCORES`, the vertical axis.
     baselines: methods to draw in grey dashes.
     reference: the method whose dearest row is the unreduced model, drawn as a star.
 
   Raises:
-    ValueError: an unknown cost, nothing to draw, or a reference that no row has.
+    ValueError: an unknown cost or score, nothing to draw, or a reference that no row has.
   """
   if cost not in COSTS:
     raise ValueError(f'cost={cost!r} is unknown: choose one of {", ".join(COSTS)}')
+  if score not in SCORES:
+    raise ValueError(f'score={score!r} is unknown: choose one of {", ".join(SCORES)}')
   lines: dict[str, list[Row]] = {}
   for row in rows:
-    if row.get('accuracy') is not None and row.get(cost) is not None:
-      lines.setdefault(row['method'], []).append(row)
+    if row.get(score) is not None and row.get(cost) is not None:
+      lines.setdefault(row['method'], []).append({**row, 'height': row[score]})
   if not lines:
-    raise ValueError(f'nothing to draw: no row has both accuracy and {cost}')
+    raise ValueError(f'nothing to draw: no row has both {score} and {cost}')
   if reference is not None and reference not in lines:
-    raise ValueError(f'reference={reference!r} has no row with accuracy and {cost}: choose one of '
+    raise ValueError(f'reference={reference!r} has no row with {score} and {cost}: choose one of '
                      f'{", ".join(lines)}')
   full = max(lines.pop(reference), key=lambda row: row[cost]) if reference else None
   lines = {name: sorted(line, key=lambda row: row[cost]) for name, line in lines.items()}
@@ -291,6 +297,7 @@ def plot_accuracy_cost(rows: Sequence[Row], path: str | Path, *, title: str = ''
   if footnotes:
     figure.supxlabel('\n'.join(footnotes), x=0.015, ha='left', fontsize=9, color='#444444')
   _frame(axes, lines, full, cost)
+  axes.set_ylabel(SCORES[score], fontsize=13)
   styles = _styles(lines, baselines)
   for name, line in lines.items():
     _draw(axes, line, cost, styles[name])
@@ -366,13 +373,12 @@ def _low(row: Row, cost: str) -> float:
 def _frame(axes: Axes, lines: Mapping[str, Sequence[Row]], full: Row | None, cost: str) -> None:
   """Limits, grids, and the upper axis of shares."""
   drawn = [row for line in lines.values() for row in line] + ([full] if full else [])
-  costs, scores = (np.array([row[key] for row in drawn], float) for key in (cost, 'accuracy'))
+  costs, scores = (np.array([row[key] for row in drawn], float) for key in (cost, 'height'))
   left, right = min(_low(row, cost) for row in drawn), costs.max()
   wide, tall = right - left or abs(right) or 1.0, np.ptp(scores) or 0.1
   axes.set_xlim(left - 0.04 * wide, right + 0.05 * wide)
   axes.set_ylim(scores.min() - 0.07 * tall, scores.max() + 0.1 * tall)
   axes.set_xlabel(COSTS[cost], fontsize=13)
-  axes.set_ylabel('accuracy', fontsize=13)
   low, high = axes.get_ylim()
   axes.set_yticks([tick for tick in ROUND.tick_values(low, high)
                    if max(low, 0) <= tick <= min(high, 1 + 1e-9)])
@@ -403,20 +409,20 @@ def _frame(axes: Axes, lines: Mapping[str, Sequence[Row]], full: Row | None, cos
 
 
 def _draw(axes: Axes, line: Sequence[Row], cost: str, style: dict[str, Any]) -> None:
-  x, y = [row[cost] for row in line], [row['accuracy'] for row in line]
+  x, y = [row[cost] for row in line], [row['height'] for row in line]
   axes.plot(x, y, markeredgecolor='white', markeredgewidth=0.9, **style)
   spans = [row for row in line if row.get('low_ms') is not None and row.get('high_ms') is not None]
   if cost == 'median_ms' and spans:
-    axes.hlines([row['accuracy'] for row in spans], [row['low_ms'] for row in spans],
+    axes.hlines([row['height'] for row in spans], [row['low_ms'] for row in spans],
                 [row['high_ms'] for row in spans], color=style['color'], linewidth=1.2, zorder=2)
 
 
 def _draw_reference(axes: Axes, full: Row, cost: str) -> None:
-  """The unreduced model: a star, and its accuracy as a level to measure losses from."""
-  axes.axhline(full['accuracy'], color='black', linewidth=1.0, linestyle=(0, (1, 2)), zorder=2)
-  axes.plot([full[cost]], [full['accuracy']], marker='*', markersize=17, color='black',
+  """The unreduced model: a star, and its score as a level to measure losses from."""
+  axes.axhline(full['height'], color='black', linewidth=1.0, linestyle=(0, (1, 2)), zorder=2)
+  axes.plot([full[cost]], [full['height']], marker='*', markersize=17, color='black',
             markeredgecolor='white', linestyle='none', zorder=6)
-  axes.annotate(f'unreduced  {full["accuracy"]:.1%}', (full[cost], full['accuracy']),
+  axes.annotate(f'unreduced  {full["height"]:.1%}', (full[cost], full['height']),
                 xytext=(8, 11), textcoords='offset points', ha='right', fontsize=11, zorder=7,
                 fontweight='bold', path_effects=[withStroke(linewidth=3, foreground='white')])
 
@@ -439,10 +445,10 @@ def _name_lines(figure: Figure, axes: Axes, lines: Mapping[str, Sequence[Row]], 
   gap = axes.transData.inverted().transform((0, axes.bbox.y0 + 1.32 * size * points))[1]
   bottom, top = axes.get_ylim()
   gap -= bottom
-  heights = spread([line[0]['accuracy'] for line in lines.values()], gap, bottom + gap / 2,
+  heights = spread([line[0]['height'] for line in lines.values()], gap, bottom + gap / 2,
                    top - gap / 2)
   leader = axes.transData.inverted().transform((axes.bbox.x0 + widest + 13 * points, 0))[0]
   for (name, line), height in zip(lines.items(), heights, strict=True):
     labels[name].set_position((start, height))
-    axes.plot([leader, _low(line[0], cost)], [height, line[0]['accuracy']], zorder=2.5,
+    axes.plot([leader, _low(line[0], cost)], [height, line[0]['height']], zorder=2.5,
               color=styles[name]['color'], linewidth=0.8, alpha=0.6)

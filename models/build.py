@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from models import weights
+from models.dense import segmenter
 from models.plan import make_plan
 from models.vit import ViT, make_vit
 from ops.attention import pick
@@ -15,30 +17,62 @@ from ops.schedule import Cut
 
 Macs = Callable[[tuple[Cut, ...]], float]
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+# Fields of `config.model` that say where parameters come from, not what the model is.
+PRETRAINED = ('weights', 'weights_image_size', 'fresh', 'unused')
 
 
 def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
           macs: Callable[[ViT, Mapping[str, Any]], Macs] | None = None,
-          mesh: Mesh | None = None, platform: str = 'cpu') -> ViT:
+          mesh: Mesh | None = None, platform: str = 'cpu',
+          task: Mapping[str, Any] | None = None) -> ViT:
   """Builds the vision transformer that a config describes.
 
   Args:
-    model: `config.model`: a variant, and fields of ViT that differ from it; dtype by name.
+    model: `config.model`: a variant, and fields of ViT that differ from it; dtype by name. What
+      `pretrained` reads of it is left alone.
     reduce: `config.reduce.vision`, or None for an unreduced model. Keys that are None are unset.
     macs: (model, reduction) -> MACs as a function of cuts, for budgets in FLOPs (lib/cost.py).
     mesh: where the model will run, None for a single device.
     platform: of its devices; decides the attention kernel.
+    task: `config.task`; under the name 'segment' with the fields that a SegmentViT adds.
 
   Raises:
     ValueError: for anything in the config that cannot be; one line, naming what to change.
   """
-  settings = {name: value for name, value in model.items() if value is not None}
+  settings = {name: value for name, value in model.items()
+              if value is not None and name not in PRETRAINED}
   dtype = settings.pop('dtype', 'float32')
   if dtype not in DTYPES:
     raise ValueError(f'dtype {dtype!r} is unknown: choose one of {", ".join(DTYPES)}')
   settings.setdefault('implementation', pick(platform, DTYPES[dtype]))
   vit = make_vit(settings.pop('variant'), dtype=DTYPES[dtype], mesh=mesh, **settings)
+  head = dict(task or {'name': 'classify'})
+  if head.pop('name') == 'segment':
+    vit = segmenter(vit, **head)
   if reduce is None or reduce['method'] == 'none':
     return vit
   chosen = {name: value for name, value in reduce.items() if value is not None}
   return vit.clone(plan=make_plan(chosen, vit.host, macs=macs and macs(vit, chosen)))
+
+
+def pretrained(model: Mapping[str, Any], vit: ViT) -> dict[str, Any] | None:
+  """The parameters that a config starts from, or None where it names no weights.
+
+  Args:
+    model: `config.model`. Of it: `weights`, a safetensors file, a folder or a name on the hub;
+      `weights_image_size`, the size of images that they are for where it is not the model's own
+      (position embeddings are then resized); `fresh`, parameters to start anew, as ('head',);
+      `unused`, patterns of names in the checkpoint to leave out.
+    vit: the model, from `build`.
+
+  Raises:
+    ValueError: as models/weights does.
+  """
+  if not model.get('weights'):
+    return None
+  theirs = vit.clone(plan=None, image_size=model.get('weights_image_size') or vit.image_size)
+  params = weights.load(theirs, model['weights'], fresh=tuple(model.get('fresh') or ()),
+                        unused=tuple(model.get('unused') or ()))
+  if theirs.image_size != vit.image_size:
+    params = weights.resize_positions(params, theirs, image_size=vit.image_size)
+  return params

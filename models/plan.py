@@ -10,11 +10,21 @@ from typing import Any
 
 from models.compressors import COMPRESSORS
 from ops.reducers import REDUCERS
-from ops.schedule import BUDGETS, Cut, Limits, resolve
+from ops.reducers.cache import CACHE_REDUCERS
+from ops.schedule import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
+from ops.signals import AHEAD, FED, STATIC
+from ops.tokens import KINDS
 
 SITES = ('before', 'inside', 'between', 'after')
 MODES = ('gather', 'mask')
-KEYS = ('method', 'args', 'site', 'layers', 'rounding', 'ratio_of', 'mode', *BUDGETS)
+# What positions the tokens after a cut, and those that are decoded, have: their own ('keep'), their
+# rank among those that are left ('compact'), or those of a prompt of which only they were ever
+# part: the whole model then runs again on them ('restart').
+POSITIONS = ('keep', 'compact', 'restart')
+KEYS = ('method', 'args', 'site', 'layers', 'watch', 'rounding', 'ratio_of', 'mode', 'of',
+        'positions', *BUDGETS)
+CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
+CACHE_KEYS = ('method', 'args', 'layers', 'rounding', 'positions', *CACHE_BUDGETS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +36,19 @@ class Host:
     slots: tokens at the start, protected ones included.
     protected: tokens at the start of every row that are never touched.
     offers: names of the `Signals` fields that it can measure.
+    sites: where in a layer it lets methods act.
+    counts: (kind, slots) pairs, where a reduction may say by `of` which kinds it is about. All
+      other slots are then protected, padding included.
+    positions: the position policies that it knows, the usual one first.
   """
 
   depth: int
   slots: int
   protected: int
   offers: frozenset[str]
+  sites: tuple[str, ...] = SITES
+  counts: tuple[tuple[str, int], ...] = ()
+  positions: tuple[str, ...] = ('keep',)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +61,10 @@ class Plan:
     site: 'before', 'inside', 'between' or 'after'.
     cuts: one Cut a layer that loses tokens.
     mode: 'gather' really removes slots; 'mask' keeps them as padding (to train hard decisions).
+    watch: layers that the method looks at, beside those it cuts in.
+    of: kinds that it may touch (ops/tokens.py), None for what the host says.
+    protected: slots of other kinds, padding included; None for what the host says.
+    positions: one of `POSITIONS`.
   """
 
   name: str
@@ -51,23 +72,34 @@ class Plan:
   site: str
   cuts: tuple[Cut, ...]
   mode: str = 'gather'
+  watch: tuple[int, ...] = ()
+  of: tuple[int, ...] | None = None
+  protected: int | None = None
+  positions: str = 'keep'
 
   def cut(self, layer: int) -> Cut | None:
     """The cut in a layer, if there is one."""
     return next((cut for cut in self.cuts if cut.layer == layer), None)
 
 
-def methods() -> dict[str, type]:
-  """Every method by name, those with parameters included."""
+def methods(host: Host | None = None) -> dict[str, type]:
+  """Every method by name, those with parameters included; with a host, those that it can run."""
   twice = REDUCERS.keys() & COMPRESSORS.keys()
   if twice:
     raise ValueError(f'methods named twice: {sorted(twice)}; rename one in its __init__')
-  return {**REDUCERS, **COMPRESSORS}
+  known = {**REDUCERS, **COMPRESSORS}
+  if host is None:
+    return known
+  made = {name: method() for name, method in known.items()}
+  return {name: known[name] for name, method in made.items()
+          if method.needs | method.watch_needs <= host.offers
+          and method.positions in ('', *host.positions)}
 
 
-def make_method(name: str, args: Mapping[str, Any]) -> Any:
+def make_method(name: str, args: Mapping[str, Any],
+                known: Mapping[str, type] | None = None) -> Any:
   """Builds a method; unknown names and arguments are errors that list what there is."""
-  known = methods()
+  known = methods() if known is None else known
   if name not in known:
     raise ValueError(f'method {name!r} is unknown{_near(name, known)}: choose one of '
                      f'{", ".join(sorted(known))}')
@@ -85,13 +117,17 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
   """Resolves `config.reduce.<tower>` for a host.
 
   Args:
-    config: method, args, site, layers, mode and one budget (ops/schedule.py lists the forms).
+    config: method, args, site, layers, watch, mode and one budget (ops/schedule.py lists the
+      forms). `watch` names layers as `layers` does, or none: (); by default the method chooses.
+      Where the host has several kinds of tokens, `of` names one or more ('visual', 'text'), all
+      by default; `positions` is one of `POSITIONS`, by default the method's own.
     host: the backbone's depth, tokens and signals.
     macs: the backbone's MACs under given cuts, for budgets in FLOPs.
 
   Raises:
-    ValueError: for an unknown key, method, argument, site or layer, an impossible budget, or a
-      method that needs what the host does not offer; each names the value and the choices.
+    ValueError: for an unknown key, method, argument, site or layer, an impossible budget, a watch
+      that no cut can use, or a method that needs what the host does not offer; each names the value
+      and the choices.
   """
   for key in config:
     if key not in KEYS:
@@ -100,9 +136,9 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
   name = config.get('method')
   method = make_method(name, config.get('args') or {})
   site, mode = config.get('site') or method.site, config.get('mode') or 'gather'
-  if site not in SITES:
-    raise ValueError(f'site {site!r} is unknown{_near(site, SITES)}: choose one of '
-                     f'{", ".join(SITES)}')
+  if site not in host.sites:
+    raise ValueError(f'site {site!r} is unknown{_near(site, host.sites)}: choose one of '
+                     f'{", ".join(host.sites)}')
   if mode not in MODES:
     raise ValueError(f'mode {mode!r} is unknown{_near(mode, MODES)}: choose one of '
                      f'{", ".join(MODES)}')
@@ -110,29 +146,179 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")
   check_needs(name, method, host, site)
-  limits = Limits(host.depth, host.slots, host.protected, method.extra_slots,
-                  functools.partial(method.fewest, protected=host.protected))
-  cuts = resolve(config, limits, macs=macs)
+  of, protected = touched(config.get('of'), host)
+  cuts = resolve(config, limits_of(method, host, protected), macs=macs)
   check_layers(name, method, host, cuts, site)
-  return Plan(name, method, site, cuts, mode)
+  return Plan(name, method, site, cuts, mode,
+              watched_layers(name, method, host, cuts, site, config.get('watch')), of,
+              protected if host.counts else None, policy(config.get('positions'), method, host))
+
+
+def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None = None) -> Plan:
+  """Resolves `config.reduce.cache`: what each layer keeps of its keys and values after the prompt.
+
+  Layers are cut one by one, each from the slots that its own attention saw.
+
+  Args:
+    config: method (one of ops/reducers/cache), args, layers, rounding, positions and one of the
+      budgets keep_ratio (a share of what a layer has, one for all or one a listed layer), keep or
+      remove.
+    host: of the model.
+    plan: what already reduces the tokens between layers, or None.
+
+  Raises:
+    ValueError: as `make_plan` does.
+  """
+  for key in config:
+    if key not in CACHE_KEYS:
+      raise ValueError(f'a reduction of the cache has no key {key!r}{_near(key, CACHE_KEYS)}: '
+                       f'choose from {", ".join(CACHE_KEYS)}')
+  name = config.get('method')
+  method = make_method(name, config.get('args') or {}, CACHE_REDUCERS)
+  offers = host.offers - AHEAD - {'attention'}
+  check_needs(name, method, dataclasses.replace(host, offers=offers), 'cache')
+  layers = parse_layers(config.get('layers'), host.depth)
+  budgets = [key for key in BUDGETS if config.get(key) is not None]
+  if len(budgets) != 1 or budgets[0] not in CACHE_BUDGETS:
+    raise ValueError(f'a reduction of the cache needs one budget, got {budgets or "none"}: choose '
+                     f'one of {", ".join(CACHE_BUDGETS)}')
+  counts = slots_seen(host, plan)
+  values = per_layer(config[budgets[0]], layers, budgets[0])
+  cuts: list[Cut] = []
+  for layer, value in zip(layers, values, strict=True):
+    limits = Limits(host.depth, counts[layer], 0, method.extra_slots,
+                    functools.partial(method.fewest, protected=0))
+    if budgets[0] == 'keep':
+      value = min(value, counts[layer])  # A capacity: what a shorter prompt has, it keeps.
+    budget = {budgets[0]: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
+    cuts += resolve(budget, limits)
+  policies = dataclasses.replace(host, positions=('keep', 'compact'))
+  return Plan(name, method, 'cache', tuple(cuts),
+              positions=policy(config.get('positions'), method, policies))
+
+
+def slots_seen(host: Host, plan: Plan | None) -> tuple[int, ...]:
+  """Slots that each layer's attention sees under a plan: those that its cache holds."""
+  if plan and plan.cuts and plan.positions == 'restart':
+    return (plan.cuts[-1].keep,) * host.depth
+  slots, found = host.slots, []
+  for layer in range(host.depth):
+    cut = plan.cut(layer) if plan and plan.mode == 'gather' else None
+    after = cut.keep if cut else slots
+    found.append(after if cut and plan.site == 'before' else slots)
+    slots = after
+  return tuple(found)
+
+
+def touched(of: Any, host: Host) -> tuple[tuple[int, ...] | None, int]:
+  """The kinds that a reduction may touch, and how many slots it may not.
+
+  Raises:
+    ValueError: for a kind that is unknown or not there, or any where the host has one alone.
+  """
+  counts = dict(host.counts)
+  if of is None:
+    return (tuple(KINDS[kind] for kind in counts) or None), host.protected
+  names = (of,) if isinstance(of, str) else tuple(of)
+  for name in names:
+    if not counts.get(name):
+      there = [f'{kind} ({count})' for kind, count in counts.items() if count]
+      raise ValueError(f'of={name!r} names no tokens of this host: it has '
+                       f'{", ".join(there) or "one kind alone, so leave it out"}')
+  others = sum(count for kind, count in counts.items() if kind not in names)
+  return tuple(KINDS[name] for name in names), host.protected + others
+
+
+def policy(positions: str | None, method: Any, host: Host) -> str:
+  """The position policy of a reduction: what a config says, else the method, else the host.
+
+  Raises:
+    ValueError: for one that the host does not know.
+  """
+  chosen = positions or getattr(method, 'positions', '') or host.positions[0]
+  if chosen not in host.positions:
+    raise ValueError(f'positions={chosen!r} is unknown here{_near(chosen, host.positions)}: choose '
+                     f'one of {", ".join(host.positions)}')
+  return chosen
+
+
+def limits_of(method: Any, host: Host, protected: int) -> Limits:
+  """What a host and a method allow, where so many slots are not to be touched."""
+  return Limits(host.depth, host.slots, protected, method.extra_slots,
+                functools.partial(method.fewest, protected=protected))
+
+
+def gentler(plan: Plan, host: Host, share: float) -> Plan:
+  """A plan that removes only a share of what another does in each of its layers.
+
+  Args:
+    plan: the other.
+    host: the host that it was made for.
+    share: 0 removes nothing, 1 as much as `plan`.
+  """
+  protected = host.protected if plan.protected is None else plan.protected
+  cuts = part_of(plan.cuts, share, limits_of(plan.method, host, protected))
+  last = cuts[-1].layer if cuts else -1
+  return dataclasses.replace(plan, cuts=cuts,
+                             watch=tuple(layer for layer in plan.watch if layer <= last))
 
 
 # What a layer can still tell before its own attention ran: only what is known without it.
-FREE_OF_ATTENTION = frozenset({'grid', 'next_received_attention'})
+FREE_OF_ATTENTION = STATIC | AHEAD
+# What is measured for a cut alone, never for a layer that is only watched.
+ONLY_CUTS = AHEAD | {'attention'}
 
 
 def check_needs(name: str, method: Any, host: Host, site: str) -> None:
   """Raises if a method asks for a signal that its host, or its site, cannot give."""
-  missing = sorted(method.needs - host.offers)
+  missing = sorted((method.needs | method.watch_needs) - host.offers)
   if missing:
+    hint = '; choose a method that reads one of these'
+    if getattr(method, 'by', None) in missing and 'received_attention' in host.offers:
+      hint = "; set args.by='received_attention'"
     raise ValueError(f'{name} needs {", ".join(missing)}, which this host does not offer: it '
-                     f'offers {", ".join(sorted(host.offers)) or "nothing"}')
+                     f'offers {", ".join(sorted(host.offers)) or "nothing"}{hint}')
+  if method.positions not in ('', *host.positions):
+    raise ValueError(f'{name} numbers positions by {method.positions!r}, which this host does not: '
+                     f'it knows {", ".join(host.positions)}; choose another method')
   if 'attention' in method.needs and site != 'inside':
     raise ValueError(f'{name} needs the whole attention map, which exists only inside attention: '
                      f"set site='inside' (got {site!r})")
-  if 'next_received_attention' in method.needs and site not in ('before', 'after'):
+  if FED & method.needs and site not in ('before', 'after'):
+    raise ValueError(f"{name} looks at the MLP of a layer, which needs site='before' or 'after' "
+                     f'(got {site!r})')
+  if AHEAD & method.needs and site not in ('before', 'after'):
     raise ValueError(f"{name} looks ahead to the next layer's attention, which needs "
                      f"site='before' or 'after' (got {site!r})")
+
+
+def watched_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], site: str,
+                   watch: Any) -> tuple[int, ...]:
+  """The layers that a method watches, from `config.watch` or the method's own choice.
+
+  Raises:
+    ValueError: for layers that are not there, or that no cut comes after; a method that watches
+      none; or one whose watch asks for what a layer beside a cut cannot tell.
+  """
+  if not hasattr(method, 'watch'):
+    if watch:
+      raise ValueError(f'{name} watches no layers, so watch={watch!r} is of no use: leave it out')
+    return ()
+  beyond = sorted(method.watch_needs & ONLY_CUTS)
+  if beyond:
+    raise ValueError(f'{name} cannot watch {", ".join(beyond)}: a watched layer tells '
+                     f'{", ".join(sorted(host.offers - ONLY_CUTS))}')
+  last = cuts[-1].layer - (site == 'before') if cuts else -1
+  if watch is None:
+    watch = tuple(layer for layer in method.watched(tuple(cut.layer for cut in cuts))
+                  if layer <= last)
+  elif watch == 'all':
+    watch = tuple(range(last + 1))
+  layers = () if watch in ((), []) else parse_layers(watch, host.depth)
+  if layers and layers[-1] > last:
+    raise ValueError(f'layer {layers[-1]} is watched in vain, as {name} cuts nothing after it: '
+                     f'watch layers below {last + 1}')
+  return layers
 
 
 def check_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], site: str) -> None:
@@ -140,7 +326,7 @@ def check_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], site
   if site == 'before' and cuts and cuts[0].layer == 0 and method.needs - FREE_OF_ATTENTION:
     raise ValueError(f'{name} before layer 0 has no earlier layer to read '
                      f'{", ".join(sorted(method.needs))} from: start at layer 1')
-  ahead = site == 'after' and 'next_received_attention' in method.needs
+  ahead = site == 'after' and AHEAD & method.needs
   if ahead and cuts and cuts[-1].layer == host.depth - 1:
     raise ValueError(f'{name} after layer {host.depth - 1} has no next layer to look at: end at '
                      f'layer {host.depth - 2}')

@@ -10,8 +10,9 @@ of its weights on CPU, a run of equal layers as one `lax.scan` compiles once; `b
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -21,16 +22,35 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.plan import Plan
 from ops import tokens as tk
+from ops.positions import Rope, order
 from ops.schedule import Cut
-from ops.signals import Signals
-from ops.tokens import Assignment, Gather, TokenSet
+from ops.select import ranks
+from ops.signals import AHEAD, FED, STATIC, Signals
+from ops.tokens import FILLER, Assignment, Gather, Mix, TokenSet
 
 Array = jax.Array
 REMAT = ('none', 'full', 'dots')
 BATCH_AXES = ('data', 'fsdp')
-# Signals that are known without a layer, and those that the next layer gives.
-STATIC = frozenset({'grid', 'layer', 'depth'})
-AHEAD = frozenset({'next_received_attention'})
+# Those of them that a method names rows for.
+ROWS = frozenset({'row_attention', 'next_row_attention'})
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+  """What a host takes out of every layer as it runs (a cache of keys and values).
+
+  Attributes:
+    needs: names of `Signals` fields.
+    read: (first, tokens, signals) -> a tree of arrays, with the tokens and signals of a layer's
+      attention; `first` is static, the first layer of the run that the layer is in.
+    starts: layers from which on `read` may answer in other shapes: no run crosses them.
+    method: whose `span` and `rows` the needs are about, or None.
+  """
+
+  needs: frozenset[str]
+  read: Callable[[int, TokenSet, Signals], Any]
+  starts: tuple[int, ...] = ()
+  method: Any = None
 
 
 def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
@@ -73,6 +93,11 @@ class Stack(nn.Module):
       products).
     mesh: the device mesh; with it, reductions run batch-local inside shard_map.
     capture: whether to return every layer's features (for parity tests and pictures).
+    layers: (start, stop) to run layers start to stop - 1 alone, None for all.
+    causal: whether the blocks are; then a slot takes the latest position of what is joined in it,
+      so that no token sees a later one through a group, and slots stand in the order of their
+      positions, padding last (in mode 'mask' they stay where they are).
+    rope: how positions become rotations, told to methods, or None.
   """
 
   block: nn.Module
@@ -82,14 +107,23 @@ class Stack(nn.Module):
   remat: str = 'none'
   mesh: Mesh | None = None
   capture: bool = False
+  layers: tuple[int, int] | None = None
+  causal: bool = False
+  rope: Rope | None = None
 
   @nn.compact
-  def __call__(self, tokens: TokenSet) -> tuple[TokenSet, dict[str, Any]]:
+  def __call__(self, tokens: TokenSet, tap: Tap | None = None) -> tuple[TokenSet, dict[str, Any]]:
     """Runs all layers.
 
+    Args:
+      tokens: as the blocks take them.
+      tap: what to take out of every layer, or None.
+
     Returns:
-      The final tokens, and a dict: 'cuts' {layer: TokenSet after the cut}, 'losses' {name:
-      float32[B]} of learned methods, and with `capture` 'hidden', the features after each layer.
+      The final tokens, and a dict: 'before' and 'cuts' {layer: TokenSet before, and after, the
+      cut}, 'overflow' {layer: int32[B], the tokens that an adaptive method wanted to keep beyond
+      its capacity}, 'losses' {name: float32[B]} of learned methods, with `capture` 'hidden', the
+      features after each layer, and with a tap 'taps', what it read in each.
 
     Raises:
       ValueError: for an unknown `remat`, or a learned method whose parameters are missing.
@@ -97,31 +131,48 @@ class Stack(nn.Module):
     if self.remat not in REMAT:
       raise ValueError(f'remat={self.remat!r} is unknown: choose one of {", ".join(REMAT)}')
     weights = self._weights(tokens)
+    if self.plan and self.plan.of is not None:
+      tokens = tokens.replace(of=self.plan.of, protected=self.plan.protected)
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
-    out: dict[str, Any] = {'cuts': {}, 'losses': {}, 'hidden': []}
+    out: dict[str, Any] = {'before': {}, 'cuts': {}, 'overflow': {}, 'losses': {}, 'hidden': [],
+                           'taps': []}
     signals = Signals()
-    for start, stop in self._stages(weights):
+    for start, stop in self._stages(weights, tap):
       cut = self.plan.cut(start) if self.plan else None
       if cut and self.plan.site == 'before':
         tokens = self._reduce(tokens, signals, cut, weights, key, out)
       if stop - start > 1:
-        tokens, hidden = self._run(tokens, weights, start, stop, key)
+        tokens, hidden, taps = self._run(tokens, weights, start, stop, key, tap)
         out['hidden'] += hidden
+        out['taps'] += taps
         continue
       tokens = self._rows(tokens)
       if key is None:
         # Else a compiler may slice and convert this layer's weights early, and hold them meanwhile.
         tokens, weights = jax.lax.optimization_barrier((tokens, weights))
       layer = functools.partial(self._layer, _pick(weights, start), start, key)
-      needs = self._needs(start)
+      needs = self._needs(start) | (tap.needs if tap else frozenset())
+      fed = needs & FED
       if cut and self.plan.site == 'inside':
         tokens = layer('inside', tokens, functools.partial(self._inside, cut, key, out),
-                       needs=needs)
+                       **self._asked(needs, tokens))
       else:
-        tokens, signals = layer('attend', tokens, needs=needs)
+        entered = tokens.x if 'hidden_in' in needs else None
+        tokens, signals = layer('attend', tokens, **self._asked(needs - fed, tokens, tap))
+        signals = signals.replace(hidden_in=entered)
+        if not fed:
+          tokens = self._watch(start, tokens, signals)
+      attended = tokens
       if cut and self.plan.site == 'between':
         tokens = self._reduce(tokens, signals, cut, weights, key, out)
-      tokens = layer('feed', tokens)
+      if fed:
+        tokens, seen = layer('feed', tokens, needs=fed)
+        signals = signals.replace(**{name: getattr(seen, name) for name in fed})
+        tokens = self._watch(start, tokens, signals)
+      else:
+        tokens = layer('feed', tokens)
+      if tap:
+        out['taps'].append(tap.read(start, attended, signals))
       if cut and self.plan.site == 'after':
         tokens = self._reduce(tokens, signals, cut, weights, key, out)
       out['hidden'] += [tokens.x] if self.capture else []
@@ -138,23 +189,56 @@ class Stack(nn.Module):
 
     return self.param('blocks', init)
 
-  def _stages(self, weights: Any) -> Iterator[tuple[int, int]]:
-    """(start, stop) of runs of layers with one token count; a layer with a cut runs alone."""
+  def step(self, carry: Any, states: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Runs the blocks' own `step` on a carry and a state a layer: what decoding does.
+
+    Layer by layer, so that no state is copied into a loop. Give weights as a tuple (`unstack`): a
+    layer of the stack may be copied first.
+    """
+    weights, made = self._weights(carry), []
+    for layer, state in enumerate(states):
+      carry, state = self.block.apply({'params': _pick(weights, layer)}, carry, state,
+                                      method='step')
+      made.append(state)
+    return carry, tuple(made)
+
+  def _stages(self, weights: Any, tap: Tap | None) -> Iterator[tuple[int, int]]:
+    """(start, stop) of runs of equal layers; one that is cut in, or looked at, runs alone."""
+    begins = tap.starts if tap else ()
     alone = {layer for layer in range(self.depth)
              if isinstance(weights, tuple) or self._needs(layer)
-             or (self.plan and self.plan.cut(layer))}
-    start = 0
-    while start < self.depth:
+             or (self.plan and (self.plan.cut(layer) or layer in self.plan.watch))}
+    start, end = self.layers or (0, self.depth)
+    while start < end:
       stop = start + 1
-      while start not in alone and stop < self.depth and stop not in alone:
+      while start not in alone and stop < end and stop not in alone and stop not in begins:
         stop += 1
       yield start, stop
       start = stop
 
   def _needs(self, layer: int) -> frozenset[str]:
     """What the plan's method wants to know of a layer: a cut before a layer reads the one above."""
-    cut = self.plan and self.plan.cut(layer + 1 if self.plan.site == 'before' else layer)
-    return self.plan.method.needs - AHEAD if cut else frozenset()
+    if self.plan is None:
+      return frozenset()
+    cut = self.plan.cut(layer + 1 if self.plan.site == 'before' else layer)
+    seen = self.plan.method.watch_needs if layer in self.plan.watch else frozenset()
+    return seen | (self.plan.method.needs - AHEAD if cut else frozenset())
+
+  def _asked(self, needs: frozenset[str], tokens: TokenSet,
+             tap: Tap | None = None) -> dict[str, Any]:
+    """What a block is told to measure: the names, and the rows that some of them are about."""
+    asked: dict[str, Any] = {'needs': needs}
+    methods = [part.method for part in (self.plan, tap) if part and part.method]
+    if 'window_attention' in needs:
+      asked['span'] = min(tokens.slots, max(method.span for method in methods))
+    if needs & ROWS:
+      owners = [method for method in methods if (method.needs | method.watch_needs) & ROWS]
+      if len(owners) > 1:
+        raise ValueError(f'{" and ".join(type(owner).__name__ for owner in owners)} both ask for '
+                         'attention rows of their own choice, which a layer measures for one: run '
+                         'one of them')
+      asked |= {'rows': owners[0].rows(tokens), 'most_rows': owners[0].most_rows(tokens)}
+    return asked
 
   def _layer(self, params: Any, index: Any, key: Array | None, method: str, tokens: TokenSet,
              *args: Any, **kwargs: Any) -> Any:
@@ -171,23 +255,32 @@ class Stack(nn.Module):
       call = jax.checkpoint(call, policy=dots if self.remat == 'dots' else None)
     return call(params, tokens)
 
-  def _run(self, tokens: TokenSet, weights: Any, start: int, stop: int,
-           key: Array | None) -> tuple[TokenSet, list[Array]]:
+  def _run(self, tokens: TokenSet, weights: Any, start: int, stop: int, key: Array | None,
+           tap: Tap | None) -> tuple[TokenSet, list[Array], list[Any]]:
     """Layers start to stop - 1 as one loop."""
+    needs = tap.needs if tap else frozenset()
 
-    def body(tokens: TokenSet, item: Any) -> tuple[TokenSet, Array | None]:
+    def body(tokens: TokenSet, item: Any) -> tuple[TokenSet, Any]:
       index, params = item
       tokens = self._rows(tokens)
+      entered = tokens.x if 'hidden_in' in needs else None
       layer = functools.partial(self._layer, params or _pick(weights, index), index, key)
-      tokens, _ = layer('attend', tokens, needs=frozenset())
-      tokens = layer('feed', tokens)
-      return tokens, tokens.x if self.capture else None
+      tokens, signals = layer('attend', tokens, **self._asked(needs - FED, tokens, tap))
+      attended = tokens
+      if needs & FED:
+        tokens, seen = layer('feed', tokens, needs=needs & FED)
+        signals = signals.replace(**{name: getattr(seen, name) for name in needs & FED})
+      else:
+        tokens = layer('feed', tokens)
+      read = tap and tap.read(start, attended, signals.replace(hidden_in=entered))
+      return tokens, (tokens.x if self.capture else None, read)
 
     # In training slices of the stack are inputs of the loop: the gradient of an index taken inside
     # would add a whole stack of zeros in every step. Otherwise the index saves copying the slices.
     run = None if key is None else jax.tree.map(lambda leaf: leaf[start:stop], weights)
-    tokens, hidden = jax.lax.scan(body, tokens, (jnp.arange(start, stop), run))
-    return tokens, list(hidden) if self.capture else []
+    tokens, (hidden, read) = jax.lax.scan(body, tokens, (jnp.arange(start, stop), run))
+    taps = unstack(read, stop - start) if tap else ()
+    return tokens, list(hidden) if self.capture else [], list(taps)
 
   def _rows(self, tokens: TokenSet) -> TokenSet:
     """Keeps tokens divided by rows: left alone, the partitioner may divide features instead."""
@@ -203,24 +296,54 @@ class Stack(nn.Module):
     if ahead:
       following = cut.layer + (self.plan.site == 'after')
       with jax.named_scope('signals'):
-        seen = self._layer(_pick(weights, following), following, key, 'look', tokens, needs=ahead)
+        seen = self._layer(_pick(weights, following), following, key, 'look', tokens,
+                           **self._asked(ahead, tokens))
       signals = signals.replace(**{name: getattr(seen, name) for name in ahead})
     return self._decide(cut, key, out, tokens, signals)[0]
 
   def _inside(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
               signals: Signals, attention: Array) -> tuple[TokenSet, Array, bool]:
     """A cut between QK and AV: the attention map shrinks with the tokens."""
+    tokens = self._watch(cut.layer, tokens, signals)
     reduced, assignment = self._decide(cut, key, out, tokens, signals)
+    if self.causal and not isinstance(assignment, Gather):
+      raise ValueError(f'{self.plan.name} joins tokens inside attention, where causal rows would '
+                       "see later tokens through a group: set site='between'")
     with jax.named_scope('reduction'):
       attention = tk.regroup(assignment, attention)
     return reduced, attention, not isinstance(assignment, Gather)
 
+  def _watch(self, layer: int, tokens: TokenSet, signals: Signals) -> TokenSet:
+    """What the method remembers of a layer joins the stats, which travel with the tokens."""
+    if self.plan is None or layer not in self.plan.watch:
+      return tokens
+    method = self.plan.method
+    with jax.named_scope('reduction'):
+      stats = self.by_rows(method.watch)(
+          tokens, self._told(signals, method.watch_needs, layer))
+    return tokens.replace(stats=tokens.stats | stats)
+
+  def _told(self, signals: Signals, needs: frozenset[str], layer: int,
+            slots: int | None = None) -> Signals:
+    """The named signals alone, and what is known without a layer."""
+    wanted = {name: getattr(signals, name) for name in needs - STATIC}
+    return Signals(**wanted, grid=self.grid, rope=self.rope, layer=layer, depth=self.depth,
+                   slots=slots)
+
+  def by_rows(self, function: Any, whole: int = 0) -> Any:
+    """A function of `whole` trees, tokens and signals: on rows of one device if there is a mesh."""
+    if self.mesh is None:
+      return function
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        function, mesh=self.mesh, axis_names=set(BATCH_AXES), check_vma=False, out_specs=rows,
+        in_specs=(PartitionSpec(),) * whole + (rows, rows))
+
   def _decide(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
               signals: Signals) -> tuple[TokenSet, Assignment]:
     """Runs the method on the rows at hand, batch-local when there is a mesh."""
-    wanted = {name: getattr(signals, name) for name in self.plan.method.needs - STATIC}
-    signals = Signals(**wanted, grid=self.grid, layer=cut.layer, depth=self.depth)
     method = self.plan.method
+    signals = self._told(signals, method.needs, cut.layer, cut.slots)
     params, rng = None, None
     if isinstance(method, nn.Module):
       params = self._learned(cut, tokens, signals)
@@ -240,18 +363,28 @@ class Stack(nn.Module):
         losses.update({name: value for name, (value,) in sown.get('losses', {}).items()})
         return assignment
 
-      assignment = tk.decide(method if params is None else learned, tokens, signals, keep=cut.keep)
+      assignment = tk.decide(method if params is None else learned, _filled(tokens), signals,
+                             keep=cut.keep)
       return apply(tokens, assignment), assignment, losses
 
-    if self.mesh is not None:
-      rows = PartitionSpec(BATCH_AXES)
-      decide = jax.shard_map(decide, mesh=self.mesh, axis_names=set(BATCH_AXES), check_vma=False,
-                             in_specs=(PartitionSpec(), PartitionSpec(), rows, rows),
-                             out_specs=rows)
     # The names let lib/jaxpr_cost.py tell the method's own products from the backbone's.
     with jax.named_scope('reduction'):
-      reduced, assignment, losses = decide(params, rng, tokens, signals)
-    out['cuts'][cut.layer] = reduced
+      reduced, assignment, losses = self.by_rows(decide, whole=2)(params, rng, tokens, signals)
+    if self.causal:
+      if isinstance(assignment, Mix) or getattr(assignment, 'features', None) is not None:
+        raise ValueError(f'{self.plan.name} mixes all tokens into each, so causal attention would '
+                         'see later ones: choose a method that picks or joins tokens')
+      reduced = reduced.replace(pos=_latest(tokens, reduced))
+      by_place = _by_place(reduced)
+      if self.plan.mode == 'gather':
+        sort = Gather(by_place, reduced.slots)
+        reduced, assignment = tk.reduce(reduced, sort), tk.compose(assignment, sort)
+        by_place = tk.identity(reduced).src
+      if self.plan.positions == 'compact':
+        reduced = reduced.replace(pos=ranks(by_place, reduced.slots))
+    out['before'][cut.layer], out['cuts'][cut.layer] = tokens, reduced
+    if getattr(assignment, 'wanted', None) is not None:
+      out['overflow'][cut.layer] = jnp.maximum(assignment.wanted - cut.keep, 0)
     out['losses'].update({f'{name}_{cut.layer:02d}': value for name, value in losses.items()})
     return reduced, assignment
 
@@ -269,8 +402,41 @@ class Stack(nn.Module):
     return self.get_variable('params', name)
 
 
+def _filled(tokens: TokenSet) -> TokenSet:
+  """What a method is shown: padding among what it may not touch stands there as a kind of its own.
+
+  Such slots then keep their place in every row, and the tokens that it may touch are as many as
+  the schedule says, however much text a row has.
+  """
+  if tokens.valid is None or not tokens.protected:
+    return tokens
+  free = tokens.replace(valid=None).free
+  kind = jnp.where(tokens.valid | free, tokens.kind, FILLER)
+  return tokens.replace(kind=kind.astype(tokens.kind.dtype), valid=tokens.valid | ~free)
+
+
+def _by_place(tokens: TokenSet) -> Array:
+  """int32[B, N]: slots in the order of their positions, padding last."""
+  place = jnp.where(tokens.real, order(tokens.pos), jnp.iinfo(jnp.int32).max)
+  return jnp.argsort(place, axis=1, stable=True).astype(jnp.int32)
+
+
+def _latest(tokens: TokenSet, reduced: TokenSet) -> Array:
+  """int32[B, M(, P)]: position of the latest of the tokens of each slot; its own if it has none."""
+  place = tk.take(order(tokens.pos), jnp.maximum(tokens.owner, 0))
+  slot = jnp.where(reduced.owner >= 0, reduced.owner, reduced.slots)
+  found = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=reduced.slots))(place, slot)
+  found = jnp.maximum(found, order(reduced.pos))
+  if reduced.pos.ndim == 2:
+    return found
+  # Positions of several numbers follow the first one, from the slot that had it.
+  own = jnp.argmax(found[:, :, None] == order(tokens.pos)[:, None], axis=2)
+  return tk.take(tokens.pos, own)
+
+
 def _pick(weights: Any, layer: int) -> Any:
   """One layer's parameters from either form."""
   if isinstance(weights, tuple):
     return weights[layer]
-  return jax.tree.map(lambda leaf: leaf[layer], weights)
+  # Outside jit the leaves may be numpy's, which no traced index can read.
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[layer], weights)

@@ -1,8 +1,9 @@
-"""Vision transformers: one file for ViT and DeiT at every size.
+"""Vision transformers: one file for ViT, DeiT, MAE, DINOv2 and the image towers of CLIP and SigLIP.
 
 An Image is Worth 16x16 Words (Dosovitskiy et al., 2021), arXiv:2010.11929; distillation token from
 DeiT (Touvron et al., 2021), arXiv:2012.12877; registers from Darcet et al. (2024),
-arXiv:2309.16588.
+arXiv:2309.16588; layer scale from CaiT (Touvron et al., 2021), arXiv:2103.17239; attention pooling
+from Zhai et al. (2022), arXiv:2106.04560. What a family sets is data, in models/families.py.
 
 Axes: B batch, N slots, D width, H heads, d width of a head, P patch side in pixels.
 """
@@ -21,26 +22,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from models.families import NAMED, SIZES
 from models.plan import Host, Plan
 from models.stack import BATCH_AXES, Stack
+from models.windows import Windows, WindowStack
 from ops import attention
+from ops.select import keep_top
 from ops.signals import Signals, measure, measure_map
-from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias
+from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias, reduce
 
 Array = jax.Array
 
-# name: (width, depth, MLP width, heads). ViT (arXiv:2010.11929, Table 1), Ti and S from DeiT.
-SIZES = {
-    'Ti': (192, 12, 768, 3),
-    'S': (384, 12, 1536, 6),
-    'B': (768, 12, 3072, 12),
-    'L': (1024, 24, 4096, 16),
-    'H': (1280, 32, 5120, 16),
-}
 POSITIONS = ('learned', 'sincos')
-POOLS = ('cls', 'mean')
+POOLS = ('cls', 'mean', 'cls_mean', 'map')
+LAST_NORMS = ('tokens', 'pooled')
+# 'swiglu' gates: silu of one half of a twice as wide fc1, times the other (arXiv:2002.05202).
+ACTIVATIONS = {
+    'gelu': functools.partial(nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+    'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
+    'swiglu': lambda x: nn.silu(x[..., 0, :]) * x[..., 1, :],
+}
 OFFERS = frozenset({'keys', 'queries', 'values', 'received_attention', 'attention',
-                    'next_received_attention', 'hidden', 'grid', 'layer', 'depth'})
+                    'next_received_attention', 'hidden', 'grid', 'layer', 'depth', 'slots'})
 
 
 class Heads(nn.Module):
@@ -62,8 +66,31 @@ class Heads(nn.Module):
     return tuple(out[:, :, i] for i in range(last - first))
 
 
+def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
+  """The norm of every backbone here: in float32, with the variance as defined."""
+  return nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+def dense(features: int | tuple[int, ...], dtype: Any, *, axis: int | tuple[int, ...] = -1,
+          name: str | None = None) -> nn.DenseGeneral:
+  """A product as the blocks have it."""
+  return nn.DenseGeneral(features, axis=axis, dtype=dtype, name=name,
+                         kernel_init=nn.initializers.xavier_uniform())
+
+
+def hidden_features(mlp: int, activation: str) -> int | tuple[int, int]:
+  """What an MLP's first product makes: two halves where the activation gates."""
+  return (2, mlp) if activation == 'swiglu' else mlp
+
+
 class Block(nn.Module):
-  """Pre-norm transformer block; norms and softmax in float32, products in `dtype`."""
+  """Pre-norm transformer block; norms and softmax in float32, products in `dtype`.
+
+  Attributes:
+    activation: of the MLP, a name in `ACTIVATIONS`; 'swiglu' makes fc1 two products.
+    layer_scale: what a learned factor a feature starts from, on each branch; None for none.
+    causal: whether a token sees only tokens whose `pos` is not after its own, whatever their slots.
+  """
 
   width: int
   heads: int
@@ -73,21 +100,32 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
   implementation: str = 'xla'
   mesh: Mesh | None = None
+  activation: str = 'gelu'
+  layer_scale: float | None = None
+  causal: bool = False
 
   def setup(self) -> None:
     """Two norms, attention's projections and the MLP's."""
-    def dense(features: int, axis: int | tuple[int, ...] = -1) -> nn.DenseGeneral:
-      return nn.DenseGeneral(features, axis=axis, dtype=self.dtype,
-                             kernel_init=nn.initializers.xavier_uniform())
-
-    def norm() -> nn.LayerNorm:
-      return nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, use_fast_variance=False)
-
-    self.norm1, self.norm2 = norm(), norm()
+    self.norm1, self.norm2 = self.make_norm(), self.make_norm()
     self.qkv = Heads(self.heads, self.dtype)
-    self.out = dense(self.width, axis=(-2, -1))
-    self.fc1, self.fc2 = dense(self.mlp), dense(self.width)
+    self.out = dense(self.width, self.dtype, axis=(-2, -1))
+    self.fc1 = dense(hidden_features(self.mlp, self.activation), self.dtype)
+    self.fc2 = dense(self.width, self.dtype)
     self.drop = nn.Dropout(self.dropout)
+    scales = [None, None]
+    if self.layer_scale is not None:
+      start = nn.initializers.constant(self.layer_scale)
+      scales = [self.param(name, start, (self.width,)) for name in ('ls1', 'ls2')]
+    self.scale1, self.scale2 = scales
+
+  def make_norm(self) -> nn.Module:
+    """The norm that stands before attention, and before the MLP."""
+    return layer_norm(self.norm_eps)
+
+  def turn(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
+    """Queries and keys as attention takes them: a block with rotary positions turns them."""
+    del tokens
+    return q, k
 
   def __call__(self, tokens: TokenSet) -> TokenSet:
     """The plain block; it makes the parameters."""
@@ -98,32 +136,40 @@ class Block(nn.Module):
     """Attention and its residual, and what `needs` names of it."""
     hidden = self.norm1(tokens.x)
     q, k, v = self.qkv(hidden)
-    bias = key_bias(tokens, proportional=proportional)
+    q, k = self.turn(tokens, q, k)
+    bias, places = key_bias(tokens, proportional=proportional), self._places(tokens)
     read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
-                             query_valid=tokens.valid)
+                             query_valid=tokens.valid, positions=places)
     if self.implementation == 'xla':
       # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
       # the keys beside that map for whoever reads them later.
       signals = read(q=q, k=k, lse=None)
       q, k, signals = jax.lax.optimization_barrier((q, k, signals))
-      mixed = self._attend(q, k, v, bias)
+      mixed = self._attend(q, k, v, bias, places)
     else:
-      mixed = self._attend(q, k, v, bias)
+      mixed = self._attend(q, k, v, bias, places)
       signals = read(q=q, k=k, lse=mixed.lse)
-    return self._add(tokens, self.out(mixed.out)), signals
+    return self._add(tokens, self.out(mixed.out), self.scale1), signals
 
-  def _attend(self, q: Array, k: Array, v: Array, bias: Array | None) -> attention.Attended:
+  def _places(self, tokens: TokenSet) -> Array | None:
+    """What attention is causal by, None where it sees everything."""
+    return tokens.pos if self.causal else None
+
+  def _attend(self, q: Array, k: Array, v: Array, bias: Array | None,
+              places: Array | None) -> attention.Attended:
     """Attention; a fused kernel on a mesh gets the rows and heads of its own device."""
 
-    def attend(q: Array, k: Array, v: Array, bias: Array | None) -> attention.Attended:
-      return attention.attend(q, k, v, bias=bias, implementation=self.implementation)
+    def attend(q: Array, k: Array, v: Array, bias: Array | None,
+               places: Array | None) -> attention.Attended:
+      return attention.attend(q, k, v, bias=bias, positions=places,
+                              implementation=self.implementation)
 
     if self.mesh is not None and self.implementation != 'xla':
-      heads = PartitionSpec(BATCH_AXES, None, 'tensor')
+      heads, rows = PartitionSpec(BATCH_AXES, None, 'tensor'), PartitionSpec(BATCH_AXES)
       attend = jax.shard_map(
           attend, mesh=self.mesh, check_vma=False, out_specs=heads,
-          in_specs=(heads, heads, heads, PartitionSpec(BATCH_AXES)))
-    return attend(q, k, v, bias)
+          in_specs=(heads, heads, heads, rows, rows))
+    return attend(q, k, v, bias, places)
 
   def inside(self, tokens: TokenSet,
              decide: Callable[[TokenSet, Signals, Array], tuple[TokenSet, Array, bool]], *,
@@ -134,34 +180,66 @@ class Block(nn.Module):
     their map, and whether the values are to be those of the new tokens.
     """
     hidden = self.norm1(tokens.x)
-    q, k = self.qkv(hidden, last=2)
+    q, k = self.turn(tokens, *self.qkv(hidden, last=2))
     bias = key_bias(tokens, proportional=proportional)
-    scores = attention.eager(q, k, bias=bias)
+    scores = attention.eager(q, k, bias=bias, positions=self._places(tokens))
     v, = self.qkv(hidden, first=2)
     signals = measure_map(needs, scores, q=q, k=k, v=v, hidden=hidden, query_valid=tokens.valid)
     tokens, scores, renewed = decide(tokens, signals, scores)
     if renewed:
       v, = self.qkv(self.norm1(tokens.x), first=2)
     mixed = jnp.einsum('bhnm,bmhd->bnhd', scores.astype(self.dtype), v)
-    return self._add(tokens, self.out(mixed))
+    return self._add(tokens, self.out(mixed), self.scale1)
 
   def look(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool) -> Signals:
     """What this layer's attention would be on today's tokens, without running the layer."""
-    q, k = self.qkv(self.norm1(tokens.x), last=2)
+    q, k = self.turn(tokens, *self.qkv(self.norm1(tokens.x), last=2))
     bias = key_bias(tokens, proportional=proportional)
     assert needs == {'next_received_attention'}, needs
-    received = attention.received(q, k, None, bias=bias, query_valid=tokens.valid)
+    received = attention.received(q, k, None, bias=bias, query_valid=tokens.valid,
+                                  positions=self._places(tokens))
     return Signals(next_received_attention=received)
 
   def feed(self, tokens: TokenSet, **unused: Any) -> TokenSet:
     """MLP and its residual."""
     del unused
-    hidden = nn.gelu(self.fc1(self.norm2(tokens.x)), approximate=False)
-    return self._add(tokens, self.fc2(hidden))
+    hidden = ACTIVATIONS[self.activation](self.fc1(self.norm2(tokens.x)))
+    return self._add(tokens, self.fc2(hidden), self.scale2)
 
-  def _add(self, tokens: TokenSet, change: Array) -> TokenSet:
+  def _add(self, tokens: TokenSet, change: Array, scale: Array | None) -> TokenSet:
+    if scale is not None:
+      change = change * scale.astype(change.dtype)[None, None]
     change = self.drop(change, deterministic=not self.has_rng('dropout'))
     return tokens.replace(x=tokens.x + change.astype(tokens.x.dtype))
+
+
+class AttentionPool(nn.Module):
+  """One learned query attends to all tokens, then an MLP: a head for a model without [CLS].
+
+  Scaling Vision Transformers (Zhai et al., 2022), arXiv:2106.04560; SigLIP, arXiv:2303.15343.
+  """
+
+  heads: int
+  mlp: int
+  activation: str
+  norm_eps: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, tokens: TokenSet, *, proportional: bool) -> Array:
+    """The pooled features float[B, D]; `proportional` as in the blocks."""
+    batch, _, width = tokens.x.shape
+    probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, width))
+    qkv = Heads(self.heads, self.dtype, name='qkv')
+    q, = qkv(jnp.broadcast_to(probe, (batch, 1, width)), last=1)
+    k, v = qkv(tokens.x, first=1)
+    # One row: no kernel gains anything on it.
+    mixed = attention.attend(q, k, v, bias=key_bias(tokens, proportional=proportional))
+    pooled = dense(width, self.dtype, axis=(-2, -1), name='out')(mixed.out)
+    hidden = layer_norm(self.norm_eps, name='norm')(pooled)
+    hidden = dense(hidden_features(self.mlp, self.activation), self.dtype, name='fc1')(hidden)
+    change = dense(width, self.dtype, name='fc2')(ACTIVATIONS[self.activation](hidden))
+    return (pooled + change)[:, 0].astype(jnp.float32)
 
 
 class ViT(nn.Module):
@@ -173,14 +251,27 @@ class ViT(nn.Module):
     image_size: side of the square input in pixels.
     num_classes: logits; 0 for features only.
     registers: register tokens after [CLS]; they get no position.
+    special_positions: whether [CLS] and distillation tokens get one.
     distilled: adds DeiT's distillation token and its own head; the logits are the heads' mean.
     positions: 'learned' or 'sincos' (fixed, 2-D, zero for special tokens; MAE, arXiv:2111.06377).
-    pool: 'cls', or 'mean' over the patch tokens, each as often as it has original tokens.
+    pool: 'cls'; 'mean' over the patch tokens, each as often as it has original tokens; 'cls_mean',
+      one after the other; or 'map', an `AttentionPool`.
+    last_norm: of 'tokens', or of what was 'pooled' from them.
+    projection: features after pooling by a product without bias (CLIP), 0 for none.
     class_token: whether there is a [CLS] token.
+    patch_bias: whether the patch embedding has a bias.
+    pre_norm: whether a norm stands before the first block (CLIP).
+    activation, layer_scale: see `Block`.
     dtype: of the products; parameters, norms, softmax and logits stay float32.
     plan: what to reduce where (models/plan.py), or None.
     implementation: of attention: 'xla', 'cudnn' or a TPU kernel (ops/attention.py picks).
     mesh, remat, capture: see models/stack.py.
+    window: (rows, columns) of windows that attention and reductions stay in (models/windows.py),
+      None for none.
+    whole_layers: with a window, the layers whose attention sees the whole image all the same.
+    layers: (start, stop) to run a part of the model (models/buckets.py), None for all of it.
+    training_patches: patches that each image keeps in training, drawn anew in every step; 0 for
+      all. PatchDropout (Liu et al., 2023), arXiv:2208.07220; evaluation sees every patch.
   """
 
   width: int
@@ -192,10 +283,17 @@ class ViT(nn.Module):
   num_classes: int
   channels: int = 3
   registers: int = 0
+  special_positions: bool = True
   distilled: bool = False
   class_token: bool = True
   positions: str = 'learned'
   pool: str = 'cls'
+  last_norm: str = 'tokens'
+  projection: int = 0
+  patch_bias: bool = True
+  pre_norm: bool = False
+  activation: str = 'gelu'
+  layer_scale: float | None = None
   dropout: float = 0.0
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32
@@ -204,11 +302,20 @@ class ViT(nn.Module):
   mesh: Mesh | None = None
   remat: str = 'none'
   capture: bool = False
+  window: tuple[int, int] | None = None
+  whole_layers: tuple[int, ...] = ()
+  layers: tuple[int, int] | None = None
+  training_patches: int = 0
 
   @property
   def grid(self) -> tuple[int, int]:
     """(rows, columns) of patches."""
     return (self.image_size // self.patch,) * 2
+
+  @property
+  def classes(self) -> int:
+    """What the logits tell apart."""
+    return self.num_classes
 
   @property
   def special(self) -> int:
@@ -223,30 +330,44 @@ class ViT(nn.Module):
     return Host(self.depth, slots, self.special, offers)
 
   @nn.compact
-  def __call__(self, images: Array) -> tuple[Array, dict[str, Any]]:
+  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, dict[str, Any]]:
     """Classifies images.
 
     Args:
-      images: float[B, S, S, C], normalised, S = image_size.
+      images: float[B, S, S, C], normalised, S = image_size; or, where `layers` starts after layer
+        0, the TokenSet that the part before returned. All parts but the last return one.
 
     Returns:
-      Logits float32[B, num_classes] (features float32[B, D] where num_classes is 0), and a dict:
-      'tokens' (the final TokenSet, normed), 'pre_logits' float32[B, D], with a distillation token
-      'heads' (both heads' logits), and what models/stack.py adds.
+      Logits float32[B, num_classes] (features float32[B, D'] where num_classes is 0, with D' the
+      projection, 2 D under pool='cls_mean', else D), and a dict: 'tokens' (the final TokenSet,
+      normed under last_norm='tokens'), 'pre_logits' float32[B, D'], with a distillation token
+      'heads' (both heads' logits), with `capture` 'embedded' float[B, N, D], what enters the first
+      block, and what models/stack.py adds.
 
     Raises:
       ValueError: for images of another size, or settings that contradict each other.
     """
-    self._check(images)
-    tokens = self._embed(images)
-    block = Block(self.width, self.heads, self.mlp, self.dropout, self.norm_eps, self.dtype,
-                  self.implementation, self.mesh, parent=None)
-    tokens, out = Stack(block, self.depth, self.plan, self.grid, self.remat, self.mesh,
-                        self.capture, name='stack')(tokens)
-    norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, use_fast_variance=False,
-                        name='norm')
-    tokens = tokens.replace(x=norm(tokens.x))
-    pooled = tokens.x[:, 0] if self.pool == 'cls' else _mean(tokens)
+    tokens = images
+    if not isinstance(images, TokenSet):
+      self._check(images)
+      tokens = self._embed(images)
+      if self.training_patches and self.has_rng('dropout'):
+        tokens = self._drop_patches(tokens)
+    embedded = tokens.x
+    tokens, out = self._stack()(tokens)
+    if self.capture:
+      out['embedded'] = embedded
+    if self.layers and self.layers[1] < self.depth:
+      return tokens, out
+    norm = layer_norm(self.norm_eps, name='norm')
+    if self.last_norm == 'tokens':
+      tokens = tokens.replace(x=norm(tokens.x))
+    pooled = self._pool(tokens)
+    if self.last_norm == 'pooled':
+      pooled = norm(pooled)
+    if self.projection:
+      pooled = nn.Dense(self.projection, use_bias=False, dtype=jnp.float32, name='projection',
+                        kernel_init=nn.initializers.lecun_normal())(pooled)
     out |= {'tokens': tokens, 'pre_logits': pooled}
     if not self.num_classes:
       return pooled, out
@@ -261,6 +382,28 @@ class ViT(nn.Module):
       logits = sum(out['heads']) / 2
     return logits, out
 
+  def _stack(self) -> Stack:
+    """The blocks, in windows or not."""
+    block = Block(self.width, self.heads, self.mlp, self.dropout, self.norm_eps, self.dtype,
+                  self.implementation, self.mesh, self.activation, self.layer_scale, parent=None)
+    settings = {'block': block, 'depth': self.depth, 'plan': self.plan, 'remat': self.remat,
+                'mesh': self.mesh, 'capture': self.capture, 'name': 'stack'}
+    if self.window is None:
+      return Stack(**settings, grid=self.grid, layers=self.layers)
+    windows = Windows(self.grid, self.window, self.special)
+    return WindowStack(**settings, grid=self.window, windows=windows, whole=self.whole_layers)
+
+  def _pool(self, tokens: TokenSet) -> Array:
+    """float[B, D]; [B, 2 D] for 'cls_mean'."""
+    if self.pool == 'map':
+      proportional = bool(self.plan and self.plan.method.proportional)
+      return AttentionPool(self.heads, self.mlp, self.activation, self.norm_eps, self.dtype,
+                           name='pool')(tokens, proportional=proportional)
+    if self.pool == 'cls':
+      return tokens.x[:, 0]
+    mean = _mean(tokens)
+    return mean if self.pool == 'mean' else jnp.concatenate([tokens.x[:, 0], mean], axis=1)
+
   def _check(self, images: Array) -> None:
     wanted = (self.image_size, self.image_size, self.channels)
     if images.ndim != 4 or images.shape[1:] != wanted:
@@ -270,20 +413,34 @@ class ViT(nn.Module):
     if self.image_size % self.patch:
       raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
                        'change one of them')
-    if self.positions not in POSITIONS or self.pool not in POOLS:
-      raise ValueError(f'positions={self.positions!r} must be one of {", ".join(POSITIONS)} and '
-                       f'pool={self.pool!r} one of {", ".join(POOLS)}')
-    if not self.class_token and (self.pool == 'cls' or self.distilled):
+    for name, known in (('positions', POSITIONS), ('pool', POOLS), ('last_norm', LAST_NORMS),
+                        ('activation', ACTIVATIONS)):
+      if getattr(self, name) not in known:
+        raise ValueError(f'{name}={getattr(self, name)!r} is unknown: choose one of '
+                         f'{", ".join(known)}')
+    patches = self.host.slots - self.special
+    if not 0 <= self.training_patches <= patches or (self.training_patches and self.window):
+      raise ValueError(f'training_patches={self.training_patches} is impossible: give 1 to '
+                       f'{patches}, or 0 for all of them, and window=None')
+    if self.window and self.layers:
+      raise ValueError(f'layers={self.layers} cannot be run alone in windows: set window=None, or '
+                       'layers=None')
+    if not self.class_token and ('cls' in self.pool or self.distilled):
       raise ValueError("without a [CLS] token there is nothing to pool by 'cls' or to distil "
-                       "beside: set pool='mean' and distilled=False")
+                       "beside: set pool='mean' or 'map' and distilled=False")
+
+  def _drop_patches(self, tokens: TokenSet) -> TokenSet:
+    scores = jax.random.uniform(self.make_rng('dropout'), (tokens.x.shape[0], tokens.slots))
+    return reduce(tokens, keep_top(tokens, scores, keep=self.special + self.training_patches))
 
   def _embed(self, images: Array) -> TokenSet:
     batch, (rows, columns), side = images.shape[0], self.grid, self.patch
     patches = images.reshape(batch, rows, side, columns, side, self.channels)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
-    x = nn.Dense(self.width, dtype=self.dtype, name='patch',
+    x = nn.Dense(self.width, dtype=self.dtype, name='patch', use_bias=self.patch_bias,
                  kernel_init=nn.initializers.lecun_normal())(patches)
-    placed = self.class_token + self.distilled
+    leading = self.class_token + self.distilled
+    placed = leading if self.special_positions else 0
     normal = nn.initializers.normal(0.02)
     lead = [self.param(name, normal, (1, 1, self.width))
             for name, wanted in (('cls', self.class_token), ('dist', self.distilled)) if wanted]
@@ -294,12 +451,16 @@ class ViT(nn.Module):
     else:
       table = sincos(self.grid, self.width)
       places = jnp.asarray(np.pad(table, ((placed, 0), (0, 0))))[None]
+    if placed < leading:
+      places = jnp.pad(places, ((0, 0), (leading, 0), (0, 0)))
     x = x + places.astype(x.dtype)
     if self.registers:
       extra = self.param('registers', normal, (1, self.registers, self.width)).astype(x.dtype)
       extra = jnp.broadcast_to(extra, (batch, self.registers, self.width))
-      x = jnp.concatenate([x[:, :placed], extra, x[:, placed:]], axis=1)
+      x = jnp.concatenate([x[:, :leading], extra, x[:, leading:]], axis=1)
     x = nn.Dropout(self.dropout)(x, deterministic=not self.has_rng('dropout'))
+    if self.pre_norm:
+      x = layer_norm(self.norm_eps, name='norm_pre')(x).astype(x.dtype)
     return TokenSet.create(x, protected=self.special, **self._layout(batch))
 
   def _layout(self, batch: int) -> dict[str, Array]:
@@ -336,15 +497,26 @@ def sincos(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def make_vit(variant: str, **overrides: Any) -> ViT:
-  """A ViT by name: size/patch, as 'S/16'; overrides are fields of ViT.
+  """A ViT by name: size/patch, as 'S/16', or one of models/families.py, as 'dinov2_s14'.
+
+  Args:
+    variant: the name.
+    **overrides: fields of ViT that differ.
 
   Raises:
-    ValueError: for an unknown size or a field that ViT does not have.
+    ValueError: for an unknown size or name, or a field that ViT does not have.
   """
   size, _, patch = variant.partition('/')
-  if size not in SIZES or not patch.isdigit():
-    raise ValueError(f'variant {variant!r} is unknown: write size/patch, as S/16, with a size of '
-                     f'{", ".join(SIZES)}')
+  if variant in NAMED:
+    named = dict(NAMED[variant])
+    size, patch = named.pop('size'), named.pop('patch')
+  elif size in SIZES and patch.isdigit():
+    named = {}
+  else:
+    near = difflib.get_close_matches(variant, NAMED, n=1)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    raise ValueError(f'variant {variant!r} is unknown{hint}: write size/patch, as S/16, with a '
+                     f'size of {", ".join(SIZES)}, or one of {", ".join(NAMED)}')
   fields = [f.name for f in dataclasses.fields(ViT) if f.name not in ('parent', 'name')]
   for key in overrides:
     if key not in fields:
@@ -354,4 +526,4 @@ def make_vit(variant: str, **overrides: Any) -> ViT:
   width, depth, mlp, heads = SIZES[size]
   settings = {'width': width, 'depth': depth, 'mlp': mlp, 'heads': heads, 'patch': int(patch),
               'image_size': 224, 'num_classes': 1000}
-  return ViT(**(settings | overrides))
+  return ViT(**(settings | named | overrides))

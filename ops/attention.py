@@ -58,7 +58,8 @@ def pick(platform: str, dtype: Any) -> str:
 
 
 def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: bool = False,
-           scale: float | None = None, implementation: str = 'xla') -> Attended:
+           positions: Array | None = None, window: int | None = None, scale: float | None = None,
+           implementation: str = 'xla') -> Attended:
   """Softmax attention with the log-sum-exp of its rows.
 
   Gradients flow through both results. That of `lse` costs the fused kernels one more forward and
@@ -69,6 +70,10 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
     k, v: float[B, S, K, d].
     bias: float32[B, S] added to the logits of each key, shared by heads and queries; -inf is fine.
     causal: query i sees the keys 0 to i.
+    positions: int32[B, N] of queries and keys: causal attention by these, whatever the slot, so
+      that query i sees the keys whose position is not after its own. None where slots are in order.
+    window: with causal attention, how many positions back from its own a query sees, its own among
+      them; None for all. Only 'xla' has it.
     scale: of the logits, a Python number; d ** -0.5 when None.
     implementation: one of `IMPLEMENTATIONS`; see `pick`. 'cudnn' needs a GPU and half precision,
       'splash' a TPU. Over several TPU chips 'splash' must run inside `jax.shard_map`. It scales the
@@ -84,11 +89,25 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
   if implementation not in implementations:
     raise ValueError(f'unknown attention implementation {implementation!r}; pick one of '
                      f'{", ".join(IMPLEMENTATIONS)}')
-  return Attended(*implementations[implementation](causal, scale, q, k, v, bias))
+  if window is not None and implementation != 'xla':
+    raise ValueError(f'implementation {implementation!r} has no window of {window} positions: use '
+                     "implementation='xla', or shorter inputs, which need no window")
+  if implementation == 'xla' and (causal or positions is not None):
+    last = jnp.arange(q.shape[1]) if positions is None else positions
+    return Attended(*_weigh(_logits(q, k, bias, scale, last, positions, window), q, v))
+  if positions is None:
+    return Attended(*implementations[implementation](causal, scale, q, k, v, bias))
+  # Kernels mask by slot, so the slots take the order of their positions, and go back.
+  order = jnp.argsort(positions, axis=1)
+  q, k, v, bias = (x if x is None else _rearranged(x, order) for x in (q, k, v, bias))
+  found = implementations[implementation](True, scale, q, k, v, bias)
+  back = jnp.argsort(order, axis=1)
+  return Attended(*(_rearranged(x, back) for x in found))
 
 
 def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
-         scale: float | None = None, last: Array | None = None) -> Array:
+         scale: float | None = None, last: Array | None = None,
+         positions: Array | None = None, window: int | None = None) -> Array:
   """Exact rows of the attention map, float32[B, H, R, S], for the named queries only.
 
   Args:
@@ -97,9 +116,11 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
     lse: float32[B, R, H] from `attend`; None makes every row sum to one by itself, which also fits
       queries that never attended.
     bias, scale: what `attend` had.
-    last: int32[R], the last key each row sees in causal attention; None when it sees all.
+    last: int32[R] or [B, R], the last key each row sees in causal attention; None when it sees all.
+    positions: int32[B, S], the positions of the keys that `last` speaks of; None for their slots.
+    window: how many positions back from its last one a row sees, None for all.
   """
-  logits = _logits(q, k, bias, scale, last)
+  logits = _logits(q, k, bias, scale, last, positions, window)
   if lse is None:
     return jax.nn.softmax(logits, axis=-1)
   return jnp.exp(logits - jnp.swapaxes(lse, 1, 2)[..., None])
@@ -107,7 +128,8 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
 
 def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
              query_valid: Array | None = None, scale: float | None = None, causal: bool = False,
-             chunk: int = 32) -> Array:
+             positions: Array | None = None, last: Array | None = None,
+             window: int | None = None, chunk: int = 32) -> Array:
   """Mean over queries of the attention each key receives, float32[B, H, S].
 
   Queries are taken `chunk` at a time, forwards and backwards, so the largest buffer is
@@ -117,7 +139,8 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
     q: float[B, N, H, d].
     k: float[B, S, K, d].
     lse: float32[B, N, H] from `attend`, or None as in `rows`.
-    bias, scale, causal: what `attend` had.
+    bias, scale, causal, positions, window: what `attend` had.
+    last: int32[B, N], the positions of the queries where these are not all the tokens.
     query_valid: bool[B, N], the queries that count; all when None. A row without any gives zeros.
     chunk: queries at a time.
   """
@@ -128,12 +151,14 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
   # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
   @jax.checkpoint
   def step(total: Array, item: Any) -> tuple[Array, None]:
-    index, q, lse, counts = item
-    last = index * chunk + jnp.arange(chunk) if causal else None
-    found = rows(q, k, lse, bias=bias, scale=scale, last=last)
+    index, q, lse, counts, last = item
+    if causal and last is None:
+      last = index * chunk + jnp.arange(chunk)
+    found = rows(q, k, lse, bias=bias, scale=scale, last=last, positions=positions, window=window)
     return total + jnp.sum(jnp.where(counts[:, None, :, None], found, 0.0), axis=2), None
 
-  chunks = jax.tree.map(lambda x: _cut(x, chunk), (q, lse, counts))
+  last = positions if last is None else last
+  chunks = jax.tree.map(lambda x: _cut(x, chunk), (q, lse, counts, last))
   # The zeros depend on q so that they vary over the same mesh axes inside a shard_map.
   start = jnp.zeros((batch, heads, k.shape[1]), jnp.float32) + 0.0 * jnp.sum(q[:0])
   total, _ = jax.lax.scan(step, start, (jnp.arange(-(-length // chunk)), *chunks))
@@ -141,10 +166,39 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
 
 
 def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None = None,
-          causal: bool = False) -> Array:
+          causal: bool = False, positions: Array | None = None) -> Array:
   """The whole attention map, float32[B, H, N, S], for methods that act inside attention."""
-  last = jnp.arange(q.shape[1]) if causal else None
-  return rows(q, k, None, bias=bias, scale=scale, last=last)
+  last = positions
+  if causal and last is None:
+    last = jnp.arange(q.shape[1])
+  return rows(q, k, None, bias=bias, scale=scale, last=last, positions=positions)
+
+
+def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = None,
+         scale: float | None = None) -> Array:
+  """One query a row over a cache of keys and values, float[B, H, d].
+
+  Args:
+    q: float[B, H, d].
+    k, v: float[B, K, S, d].
+    visible: bool[B, S], or [B, K, S] where the kv heads hold different tokens; one at least.
+    bias: float32 of the same shape, added to the logits of each key, or None.
+    scale: of the logits; d ** -0.5 when None.
+  """
+  batch, heads, features = q.shape
+  kv_heads = k.shape[1]
+  grouped = q.reshape(batch, kv_heads, heads // kv_heads, features)
+  precision = 'highest' if q.dtype == jnp.float32 else 'default'
+  logits = jnp.einsum('bkgd,bksd->bkgs', grouped, k, precision=precision,
+                      preferred_element_type=jnp.float32)
+  logits = logits * (features ** -0.5 if scale is None else scale)
+  if visible.ndim == 2:
+    visible, bias = visible[:, None], bias if bias is None else bias[:, None]
+  if bias is not None:
+    logits = logits + bias[:, :, None]
+  visible = visible[:, :, None]
+  weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+  return jnp.einsum('bkgs,bksd->bkgd', weights.astype(v.dtype), v).reshape(q.shape)
 
 
 def policy_attend(q: Array, k: Array, v: Array, policy: Array, *, bias: Array | None = None,
@@ -253,8 +307,9 @@ def _check(q: Array, k: Array, v: Array, bias: Array | None) -> None:
 
 
 def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
-            last: Array | None) -> Array:
-  """float32[B, H, N, S]; keys after `last` [N] are hidden."""
+            last: Array | None, positions: Array | None = None,
+            window: int | None = None) -> Array:
+  """float32[B, H, N, S]; keys after `last`, or `window` or more before it, are hidden."""
   batch, length, heads, features = q.shape
   kv_heads = k.shape[2]
   grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, features)
@@ -267,8 +322,18 @@ def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
   if bias is not None:
     logits = logits + jnp.maximum(bias.astype(jnp.float32), LOWEST_BIAS)[:, None, None]
   if last is not None:
-    logits = jnp.where(jnp.arange(k.shape[1])[None] <= last[:, None], logits, -jnp.inf)
+    keys = jnp.arange(k.shape[1])[None] if positions is None else positions
+    last = jnp.atleast_2d(last)[:, None, :, None]
+    seen = keys[:, None, None] <= last
+    if window is not None:
+      seen &= keys[:, None, None] > last - window
+    logits = jnp.where(seen, logits, -jnp.inf)
   return logits
+
+
+def _rearranged(x: Array, order: Array) -> Array:
+  """[B, N, ...] with slots in the order int[B, N]."""
+  return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
 def _mix_in(attended: Attended, logit: Array, value: Array) -> Attended:
@@ -304,7 +369,11 @@ def _xla(causal: bool, scale: float, q: Array, k: Array, v: Array,
          bias: Array | None) -> tuple[Array, Array]:
   # Not jax.nn.dot_product_attention: it rounds the log-sum-exp to the dtype of the keys, which puts
   # bfloat16 rows wrong by percents, and cuts its gradient.
-  logits = _logits(q, k, bias, scale, jnp.arange(q.shape[1]) if causal else None)
+  return _weigh(_logits(q, k, bias, scale, jnp.arange(q.shape[1]) if causal else None), q, v)
+
+
+def _weigh(logits: Array, q: Array, v: Array) -> tuple[Array, Array]:
+  """out and lse of whole logits float32[B, H, N, S]."""
   lse = jax.nn.logsumexp(logits, axis=-1)
   weights = jnp.exp(logits - lse[..., None]).astype(v.dtype)
   batch, heads, length, keys = weights.shape

@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ops.extremes import lowest
 from ops.select import place, ranks
 from ops.tokens import take
 
@@ -70,7 +71,7 @@ def nearest(distance: Array, centres: Array, is_open: Array) -> Array:
   """
   slots, clusters = distance.shape[1], centres.shape[1]
   reach = jnp.where(is_open[:, :, None], take(distance, centres), jnp.inf)
-  joined = jnp.argmin(reach, axis=1).astype(jnp.int32)
+  joined = lowest(reach, axis=1).index
   joined = jnp.where(jnp.any(is_open, axis=1, keepdims=True), joined, clusters)
   own = ranks(centres, slots)
   return jnp.where(own < clusters, own, joined)
@@ -100,7 +101,7 @@ def medoids(distance: Array, seeds: Array, weight: Array, among: Array, *,
 
   def move(_: int, centres: Array) -> Array:
     member = nearest(distance, centres, is_open)[:, None, :] == cluster
-    best = jnp.argmin(jnp.where(member, cost, jnp.inf), axis=2).astype(jnp.int32)
+    best = lowest(jnp.where(member, cost, jnp.inf), axis=2).index
     return jnp.where(is_open, best, centres)
 
   return jax.lax.fori_loop(0, iterations, move, seeds)

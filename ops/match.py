@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ops.extremes import highest
 from ops.select import ranks, top
 from ops.tokens import Merge, TokenSet, take
 
@@ -48,9 +49,11 @@ def spare(tokens: TokenSet, keep: int) -> Array:
   return jnp.clip(real - keep, 0, free // 2)
 
 
-def evenly(rank: Array, count: Array, picks: Array) -> Array:
-  """bool[B, N], True where rank is floor(i * count / picks) for some whole i."""
-  return (-rank * picks) % jnp.maximum(count, 1) < picks
+def evenly(rank: Array, count: Array, picks: Array, *, late: int = 0) -> Array:
+  """bool[B, N], True where rank is floor((i + late / 2) * count / picks) for some whole i."""
+  if not late:
+    return (-rank * picks) % jnp.maximum(count, 1) < picks
+  return (late * count - 2 * rank * picks) % (2 * jnp.maximum(count, 1)) < 2 * picks
 
 
 def put(values: Array, index: Array, new: Array) -> Array:
@@ -72,7 +75,27 @@ def nearest(metric: Array, a: Array, b: Array, *, use_a: Array,
   """
   scores = cosine(take(metric, a), take(metric, b))
   scores = jnp.where(use_a[:, :, None] & use_b[:, None], scores, -jnp.inf)
-  return jnp.max(scores, axis=2), take(b, jnp.argmax(scores, axis=2))
+  best, index = highest(scores, axis=2)
+  return best, take(b, index)
+
+
+def pairs(metric: Array, among: Array) -> Array:
+  """Cosines of all pairs of slots, -inf outside `among` and between a slot and itself.
+
+  Exactly symmetric, as a product of matrices need not be: methods that look at whole graphs meet a
+  pair from both sides, and the two must tie.
+
+  Args:
+    metric: float[B, N, D].
+    among: bool[B, N].
+
+  Returns:
+    float32[B, N, N].
+  """
+  scores = cosine(metric, metric)
+  scores = jnp.minimum(scores, scores.swapaxes(1, 2))
+  other = ~jnp.eye(metric.shape[1], dtype=bool)[None]
+  return jnp.where(among[:, :, None] & among[:, None] & other, scores, -jnp.inf)
 
 
 def bipartite(tokens: TokenSet, metric: Array, a: Array, b: Array, *, keep: int,

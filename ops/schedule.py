@@ -22,6 +22,7 @@ removing floor(n (1 - ratio))), 'floor' (DynamicViT and the Haurum benchmark: in
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -244,11 +245,57 @@ def _possible(make: Callable[[int], tuple[Cut, ...]], step: int) -> bool:
   return True
 
 
-def annealed_keep_ratio(keep_ratio: float, *, step: int, start_step: int, stop_step: int) -> float:
+def part_of(cuts: Sequence[Cut], share: float, limits: Limits) -> tuple[Cut, ...]:
+  """Cuts in the same layers that remove only a share of the tokens.
+
+  Where a cut keeps the part p of the free slots, this keeps 1 - share (1 - p) of those that are
+  there now, rounded up: EViT's way to a keep ratio (`annealed_keep_ratio`), for any budget. At
+  share 1 the cuts are the same ones.
+
+  Raises:
+    ValueError: a share outside [0, 1].
+  """
+  if not 0 <= share <= 1:
+    raise ValueError(f'share={share!r} is outside [0, 1]: it is the part of the removal to do')
+  made, slots = [], limits.slots
+  for cut in cuts:
+    kept = Fraction(cut.keep - limits.protected, cut.slots - limits.protected)
+    part = 1 - Fraction(str(share)) * (1 - kept)
+    left = limits.protected + math.ceil(part * (slots - limits.protected))
+    keep = max(left, limits.fewest(slots))
+    if keep < slots:
+      made.append(Cut(cut.layer, slots, keep))
+      slots = keep
+  return tuple(made)
+
+
+def phases(start_step: int, stop_step: int, count: int) -> tuple[tuple[int, float], ...]:
+  """(first step, share of the removal) while a model learns to do with fewer tokens.
+
+  Nothing is removed up to `start_step`, everything from `stop_step` on; between are `count` phases
+  of equal length, to a step, each with the share of the cosine at its middle.
+
+  Raises:
+    ValueError: steps that are not in order, or not enough of them for so many phases.
+  """
+  if not isinstance(count, Integral) or not 1 <= count <= stop_step - start_step:
+    raise ValueError(f'phases={count!r} must be 1 to the {stop_step - start_step} steps between '
+                     f'start_step={start_step} and stop_step={stop_step}')
+  edges = [start_step + (stop_step - start_step) * i // count for i in range(count + 1)]
+  found = [(0, 0.0)] if start_step > 0 else []
+  for first, end in itertools.pairwise(edges):
+    # The part of all tokens that goes, when all of them were to go.
+    found.append((first, 1 - annealed_keep_ratio(0.0, step=(first + end) / 2,
+                                                 start_step=start_step, stop_step=stop_step)))
+  return (*found, (stop_step, 1.0))
+
+
+def annealed_keep_ratio(keep_ratio: float, *, step: float, start_step: int,
+                        stop_step: int) -> float:
   """The keep ratio while a model learns to do with fewer tokens: from 1 down along a cosine.
 
   EViT (arXiv:2202.07800, released code): 1 up to `start_step`, `keep_ratio` from `stop_step` on.
-  Every new count compiles anew, so ask once in many steps.
+  Every new count compiles anew: `phases` asks once in many steps.
 
   Raises:
     ValueError: if the steps are not in order.

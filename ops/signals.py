@@ -1,6 +1,7 @@
 """Signals: what a host can tell a method about the tokens, computed only when asked for.
 
-Axes: B batch, N slots now, D features, H heads, d features a head.
+Axes: B batch, N slots now, D features, H heads, K kv heads, d features a head, W last rows, F MLP
+width.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops import attention
+from ops.positions import Rope
 
 Array = jax.Array
 
@@ -18,16 +20,32 @@ Array = jax.Array
 class Signals:
   """What a host measured in the layer where a reduction acts. None: nobody asked for it.
 
+  In a language model attention is causal by position, keys and queries are rotated, and keys and
+  values have K heads, each for H / K of the queries' in order.
+
   Attributes:
     keys, queries, values: float[B, N, H, d], per head.
+    plain_queries: float[B, N, H, d], queries before they are rotated.
     cls_attention: float32[B, H, N], the attention row of the [CLS] token.
     received_attention: float32[B, H, N], mean over real queries of the attention each key gets.
     attention: float32[B, H, N, N], the whole map; only a method that acts inside attention may ask.
-    next_received_attention: as received_attention, by the next layer's queries and keys.
+    last_attention: float32[B, H, N], the attention row of the last real token.
+    window_attention: float32[B, H, W, N], rows of the last W real tokens in the order of their
+      positions, zeros (first) where a row has fewer; W is the method's `span`.
+    row_attention: float32[B, H, N], mean over the rows that the method's `rows` names.
+    next_received_attention, next_last_attention, next_row_attention, next_keys: the same by the
+      next layer's queries and keys, on today's tokens.
     hidden: float[B, N, D], the features that entered the layer, after its first norm.
+    hidden_in: float[B, N, D], the features that entered the layer, as they came.
+    attention_out: float[B, N, D], what attention adds to them.
+    mlp_in, mlp_out: float[B, N, D], what enters the MLP (normed), and what it adds.
+    mlp_hidden: float[B, N, F], the inner activations of the MLP.
+    rope: how positions become rotations (ops/positions.py). Static.
     grid: (rows, columns) of the patch grid. Static.
     layer: index of the layer at hand. Static.
     depth: number of layers. Static.
+    slots: tokens that the schedule has here, before the cut (in training a soft method may hold
+      more); None where there is no schedule. Static.
   """
 
   keys: Array | None = None
@@ -38,18 +56,39 @@ class Signals:
   attention: Array | None = None
   next_received_attention: Array | None = None
   hidden: Array | None = None
+  plain_queries: Array | None = None
+  last_attention: Array | None = None
+  window_attention: Array | None = None
+  row_attention: Array | None = None
+  next_last_attention: Array | None = None
+  next_row_attention: Array | None = None
+  next_keys: Array | None = None
+  hidden_in: Array | None = None
+  attention_out: Array | None = None
+  mlp_in: Array | None = None
+  mlp_out: Array | None = None
+  mlp_hidden: Array | None = None
+  rope: Rope | None = struct.field(pytree_node=False, default=None)
   grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
   layer: int = struct.field(pytree_node=False, default=0)
   depth: int = struct.field(pytree_node=False, default=1)
+  slots: int | None = struct.field(pytree_node=False, default=None)
 
 
 NAMES = tuple(Signals.__dataclass_fields__)
+# Known without a layer; given by the next layer; and given by a layer's MLP.
+STATIC = frozenset({'grid', 'layer', 'depth', 'slots', 'rope'})
+AHEAD = frozenset({'next_received_attention', 'next_last_attention', 'next_row_attention',
+                   'next_keys'})
+FED = frozenset({'mlp_in', 'mlp_out', 'mlp_hidden'})
 
 
 @jax.named_scope('signals')
 def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array | None,
             bias: Array | None = None, hidden: Array | None = None,
-            query_valid: Array | None = None, cls_slot: int = 0) -> Signals:
+            query_valid: Array | None = None, cls_slot: int = 0,
+            positions: Array | None = None, window: int | None = None, rows: Array | None = None,
+            most_rows: int | None = None, span: int = 0) -> Signals:
   """Computes the named signals of one attention layer, beside fused attention.
 
   Args:
@@ -61,17 +100,59 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     hidden: float[B, N, D], the layer's normed input.
     query_valid: bool[B, N] or None, queries that count in received attention.
     cls_slot: where the [CLS] token sits.
+    positions: int32[B, N] where attention is causal by them (`attention.attend`), else None.
+    window: of causal attention, as `attention.attend` has it.
+    rows: bool[B, N], the queries of row_attention.
+    most_rows: how many there are at most, None for N.
+    span: W, rows of window_attention.
   """
   given = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden}
   found = {name: value for name, value in given.items() if name in needs}
   if 'cls_attention' in needs:
     row = slice(cls_slot, cls_slot + 1)
     found['cls_attention'] = attention.rows(
-        q[:, row], k, None if lse is None else lse[:, row], bias=bias)[:, :, 0]
+        q[:, row], k, None if lse is None else lse[:, row], bias=bias, positions=positions,
+        last=None if positions is None else positions[:, row])[:, :, 0]
   if 'received_attention' in needs:
-    found['received_attention'] = attention.received(q, k, lse, bias=bias,
-                                                     query_valid=query_valid)
+    found['received_attention'] = attention.received(q, k, lse, bias=bias, positions=positions,
+                                                     query_valid=query_valid, window=window)
+  seen = {'k': k, 'bias': bias, 'positions': positions, 'window': window}
+
+  def pick(values: Array | None, index: Array) -> Array | None:
+    """The rows at int[B, R] of [B, N, ...]."""
+    if values is None:
+      return None
+    return jnp.take_along_axis(values, index.reshape(index.shape + (1,) * (values.ndim - 2)), 1)
+
+  def these(index: Array) -> Array:
+    """float32[B, H, R, N], the attention rows of the queries at int[B, R]."""
+    return attention.rows(pick(q, index), lse=pick(lse, index), last=pick(positions, index), **seen)
+
+  if needs & {'last_attention', 'window_attention'}:
+    ranked = latest(positions, query_valid, q.shape[:2])
+    if 'last_attention' in needs:
+      found['last_attention'] = these(ranked[:, -1:])[:, :, 0]
+    if 'window_attention' in needs:
+      index = ranked[:, -span:]
+      real = jnp.ones(index.shape, bool) if query_valid is None else pick(query_valid, index)
+      found['window_attention'] = jnp.where(real[:, None, :, None], these(index), 0.0)
+  if 'row_attention' in needs:
+    if query_valid is not None:
+      rows = rows & query_valid
+    index = jnp.argsort(~rows, axis=1, stable=True)[:, :most_rows]
+    found['row_attention'] = attention.received(
+        pick(q, index), lse=pick(lse, index), query_valid=pick(rows, index),
+        last=pick(positions, index), **seen)
   return Signals(**found)
+
+
+def latest(positions: Array | None, valid: Array | None, shape: tuple[int, int]) -> Array:
+  """int32[B, N]: slots in the order of their positions, padding first, so that the last is last."""
+  if positions is None:
+    positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+  if valid is not None:
+    positions = jnp.where(valid, positions, jnp.iinfo(jnp.int32).min)
+  return jnp.argsort(positions, axis=1, stable=True)
 
 
 @jax.named_scope('signals')

@@ -17,11 +17,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops.attention import log_weight
+from ops.extremes import highest
 
 Array = jax.Array
 
 # Kinds of slots. SPECIAL covers [CLS], registers, distillation, newline and similar tokens.
 SPECIAL, VISUAL, TEXT = 0, 1, 2
+KINDS = {'special': SPECIAL, 'visual': VISUAL, 'text': TEXT}
+# What a reduction sees padding of a kind as that it may not touch: such slots keep their place, so
+# that a row with less text keeps no more of its other tokens.
+FILLER = 3
 
 PADDING_BIAS = -1e9
 
@@ -157,12 +162,18 @@ class Gather:
     valid: bool[B, M] or None, False where an output is padding.
     policy: float32[B, M] or None, a soft decision (1 keep, 0 drop) that scales the size of each
       output: where attention is proportional to size, gradients reach the decision through it.
+    features: float[B, N, D] or None, what `reduce` keeps in place of the tokens' own features
+      (methods that refine what they keep).
+    wanted: int32[B] or None, the outputs that an adaptive method would have filled, had it had
+      room: what exceeds M is overflow.
   """
 
   src: Array
   slots: int = struct.field(pytree_node=False)
   valid: Array | None = None
   policy: Array | None = None
+  features: Array | None = None
+  wanted: Array | None = None
 
   @property
   def dst(self) -> Array:
@@ -205,6 +216,9 @@ class Merge:
     dst: int32[B, N], the output that each slot joins, M for none.
     weight: float32[B, N], the slot's factor in its output.
     valid: bool[B, M] or None, False where an output is padding.
+    share: float32[B, N] or None, the part of each slot's size that its output gets; all of it
+      where None.
+    wanted: int32[B] or None, as in `Gather`.
     op: 'sum', or 'max' for the elementwise maximum of the members (weights unused). Static.
   """
 
@@ -212,6 +226,8 @@ class Merge:
   dst: Array
   weight: Array
   valid: Array | None = None
+  share: Array | None = None
+  wanted: Array | None = None
   op: str = struct.field(pytree_node=False, default='sum')
 
   @classmethod
@@ -248,9 +264,30 @@ class Merge:
     return _take_or_zero(values, self.dst)
 
   def totals(self, sizes: Array) -> Array:
-    """float32[B, N, ...] -> [B, M, ...]: plain sums of each output's members."""
-    ones = jnp.ones_like(self.weight)
-    return self.replace(weight=ones, op='sum').apply(sizes)
+    """float32[B, N, ...] -> [B, M, ...]: sums of each output's members, by `share` if given."""
+    return self._by_share().apply(sizes)
+
+  def totals_by_key(self, attention: Array) -> Array:
+    """`totals` along the last axis: float32[B, H, N, N] -> [B, H, N, M]."""
+    # A product takes the map as it lies; sums of segments would need it transposed, and back.
+    return jnp.einsum('bhnk,bmk->bhnm', attention, self._by_share().matrix(), precision='highest')
+
+  def apply_by_head(self, values: Array) -> Array:
+    """`apply` for every head: float[B, H, N, K] -> [B, H, M, K]."""
+    batch, heads, _, width = values.shape
+    outputs = self.src.shape[1]
+    # The heads' slots in a row, as one segment sum: one a head takes three times as long on CPU.
+    number = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
+    dst = self.dst[:, None]
+    dst = jnp.where(dst < outputs, dst + outputs * number, heads * outputs)
+    flat = Merge(jnp.zeros((batch, heads * outputs), jnp.int32), dst.reshape(batch, -1),
+                 jnp.tile(self.weight, (1, heads)), op=self.op,
+                 valid=None if self.valid is None else jnp.tile(self.valid, (1, heads)))
+    return flat.apply(values.reshape(batch, -1, width)).reshape(batch, heads, outputs, width)
+
+  def _by_share(self) -> Merge:
+    share = jnp.ones_like(self.weight) if self.share is None else self.share
+    return self.replace(weight=share, op='sum')
 
 
 @struct.dataclass
@@ -262,29 +299,36 @@ class Mix:
     valid: bool[B, M] or None, False where an output is padding.
     features: float[B, N, D] or None, what `reduce` mixes in place of the tokens' own features
       (methods that normalise first).
+    share: float32[B, M, N] or None, the part of each slot's size that each output gets; in
+      proportion to the weights where None.
   """
 
   weights: Array
   valid: Array | None = None
   features: Array | None = None
+  share: Array | None = None
 
   @property
   def src(self) -> Array:
     """int32[B, M], the slot that weighs most in each output."""
-    return jnp.argmax(jnp.abs(self.weights), axis=2).astype(jnp.int32)
+    return highest(jnp.abs(self.weights), axis=2).index
 
   @property
   def dst(self) -> Array:
-    """int32[B, N], the output in which each slot weighs most, M where it weighs nothing."""
-    shares = jnp.abs(self.matrix())
-    heaviest = jnp.argmax(shares, axis=1).astype(jnp.int32)
-    return jnp.where(jnp.max(shares, axis=1) > 0, heaviest, self.weights.shape[1])
+    """int32[B, N], the output in which each slot weighs most, M where it weighs nothing.
+
+    With a `share`, the output that gets most of its size.
+    """
+    shares = jnp.abs(self.matrix()) if self.share is None else self.shares()
+    most, heaviest = highest(shares, axis=1)
+    return jnp.where(most > 0, heaviest, self.weights.shape[1])
 
   def apply(self, values: Array) -> Array:
     """[B, N, ...] -> [B, M, ...]: W times values."""
     flat = values.reshape((*values.shape[:2], -1))
-    mixed = jnp.einsum('bmn,bnd->bmd', self.weights.astype(flat.dtype), flat,
-                       preferred_element_type=jnp.float32).astype(values.dtype)
+    # Adding bf16 up in float32 is what backends do anyway. Asked for by name, XLA's on CPU refuses
+    # where the weights are a transpose.
+    mixed = jnp.einsum('bmn,bnd->bmd', self.weights.astype(flat.dtype), flat)
     return _hide(mixed.reshape(mixed.shape[:2] + values.shape[2:]), self.valid)
 
   def matrix(self) -> Array:
@@ -292,7 +336,12 @@ class Mix:
     return _hide(self.weights, self.valid)
 
   def shares(self) -> Array:
-    """float32[B, M, N]: how each input divides itself among the outputs; columns add up to 1."""
+    """float32[B, M, N]: how each input divides itself among the outputs.
+
+    Columns add up to 1, unless a `share` of its own says otherwise.
+    """
+    if self.share is not None:
+      return _hide(self.share, self.valid)
     size = jnp.abs(self.matrix())
     return size / jnp.maximum(jnp.sum(size, axis=1, keepdims=True), 1e-20)
 
@@ -301,6 +350,15 @@ class Mix:
     flat = values.reshape((*values.shape[:2], -1))
     out = jnp.einsum('bmn,bmd->bnd', self.shares().astype(flat.dtype), flat)
     return out.reshape(out.shape[:2] + values.shape[2:])
+
+  def apply_by_head(self, values: Array) -> Array:
+    """`apply` for every head: float[B, H, N, K] -> [B, H, M, K]."""
+    mixed = jnp.einsum('bmn,bhnk->bhmk', self.weights.astype(values.dtype), values)
+    return mixed if self.valid is None else jnp.where(self.valid[:, None, :, None], mixed, 0)
+
+  def totals_by_key(self, attention: Array) -> Array:
+    """`totals` along the last axis: float32[B, H, N, N] -> [B, H, N, M]."""
+    return jnp.einsum('bhnk,bmk->bhnm', attention, self.shares(), precision='highest')
 
   def totals(self, sizes: Array) -> Array:
     """float32[B, N, ...] -> [B, M, ...]: values divided among the outputs by `shares`."""
@@ -378,26 +436,33 @@ def compose(first: Assignment, second: Assignment) -> Assignment:
 
   Raises:
     ValueError: where no single assignment does: a maximum beside a sum, a `policy` beside anything
-      but a Gather, or a second Mix with `features` of its own.
+      but a Gather, a `share` beside a Mix, or `features` of the second's own or before a Merge.
   """
   valid = None if first.valid is None else take(first.valid, second.src)
   if second.valid is not None:
     valid = second.valid if valid is None else valid & second.valid
   src = take(first.src, second.src)
+  features = getattr(first, 'features', None)
+  if getattr(second, 'features', None) is not None:
+    raise ValueError("the second has features of its own, which no matrix on the first one's input "
+                     'gives: apply them one by one')
   policies = [getattr(part, 'policy', None) for part in (first, second)]
   if isinstance(first, Gather) and isinstance(second, Gather):
     policy = policies[1]
     if policies[0] is not None:
       policy = take(policies[0], second.src) * (1.0 if policy is None else policy)
-    return Gather(src, first.slots, valid=valid, policy=policy)
+    return Gather(src, first.slots, valid=valid, policy=policy, features=features)
   if any(policy is not None for policy in policies):
     raise ValueError('a soft decision composes only with another Gather: apply them one by one')
+  shares = [getattr(part, 'share', None) for part in (first, second)]
   if isinstance(first, Mix) or isinstance(second, Mix):
-    if getattr(second, 'features', None) is not None:
-      raise ValueError('the second Mix has features of its own, which no matrix on the first '
-                       "one's input gives: apply them one by one")
+    if any(share is not None for share in shares):
+      raise ValueError('sizes shared out otherwise than features are no single Mix: apply them one '
+                       'by one')
     weights = jnp.einsum('bkm,bmn->bkn', second.matrix(), first.matrix())
-    return Mix(weights, valid=valid, features=getattr(first, 'features', None))
+    return Mix(weights, valid=valid, features=features)
+  if features is not None:
+    raise ValueError('a Merge cannot start from other features than it gets: apply them one by one')
   ops = {part.op for part in (first, second) if isinstance(part, Merge)}
   if len(ops) > 1:
     raise ValueError("a merge with op='max' and one with op='sum' are no single merge: apply them "
@@ -409,7 +474,10 @@ def compose(first: Assignment, second: Assignment) -> Assignment:
     joined &= take(first.valid, middle)
   dst = jnp.where(joined, take(second.dst, middle), outputs)
   weight = _weight(first) * take(_weight(second), middle)
-  return Merge(src, dst, weight, valid=valid, op=ops.pop())
+  share = shares[0]
+  if shares[1] is not None:
+    share = take(shares[1], middle) * (1.0 if share is None else share)
+  return Merge(src, dst, weight, valid=valid, share=share, op=ops.pop())
 
 
 def _weight(assignment: Gather | Merge) -> Array:
@@ -438,8 +506,7 @@ def regroup(assignment: Assignment, attention: Array) -> Array:
     valid = assignment.valid
     return rows if valid is None else jnp.where(valid[:, None, :, None], rows, 0)
   # Keys first: under op='max' the order matters.
-  keys = assignment.totals(attention.transpose(0, 3, 2, 1).astype(jnp.float32))
-  return assignment.apply(keys.transpose(0, 2, 1, 3)).transpose(0, 3, 1, 2)
+  return assignment.apply_by_head(assignment.totals_by_key(attention.astype(jnp.float32)))
 
 
 def key_bias(tokens: TokenSet, *, proportional: bool) -> Array | None:

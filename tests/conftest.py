@@ -18,25 +18,42 @@ hypothesis.settings.load_profile('here')
 
 
 def pytest_terminal_summary(terminalreporter):
-  """Prints the contract (tests/test_contract.py): methods by invariants, and why not."""
+  """Prints methods by invariants (tests/test_contract.py) and by backbones, and why not."""
+  for title in ('contract', 'backbones'):
+    _print_table(terminalreporter, title)
+  _print_parity(terminalreporter)
+
+
+def _print_parity(terminalreporter):
+  rows = [dict(report.user_properties)['parity'] for outcome in ('passed', 'failed')
+          for report in terminalreporter.stats.get(outcome, [])
+          if 'parity' in dict(report.user_properties)]
+  if rows:
+    head = f'{"parity, max error":24}{"layout":22}{"layers":>10}{"outputs":>10}'
+    terminalreporter.write_line(head)
+  for name, layout, hidden, ends in sorted(rows):
+    terminalreporter.write_line(f'{name:24}{layout:22}{hidden:10.1e}{ends:10.1e}')
+
+
+def _print_table(terminalreporter, title):
   found, cells, reasons = [], {}, {}
   for outcome in ('passed', 'failed'):
     for report in terminalreporter.stats.get(outcome, []):
       noted = dict(report.user_properties)
-      if 'contract' in noted:
-        found.append((*noted['contract'], outcome, noted.get('reason', '')))
+      if title in noted:
+        found.append((*noted[title], outcome, noted.get('reason', '')))
   if not found:
     return
   # Several workers report in any order; each pair carries its number.
-  for _, invariant, name, outcome, reason in sorted(found):
+  for _, column, name, outcome, reason in sorted(found):
     mark = 'ok' if outcome == 'passed' else 'FAIL'
     if reason:
       mark = f'({reasons.setdefault(reason, len(reasons) + 1)})'
-    cells[invariant, name] = mark
+    cells[column, name] = mark
   columns, rows = (dict.fromkeys(part) for part in zip(*cells, strict=True))
-  left = max(map(len, rows)) + 1
+  left = max(map(len, (title, *rows))) + 1
   write = terminalreporter.write_line
-  write('contract'.ljust(left) + ' '.join(columns))
+  write(title.ljust(left) + ' '.join(columns))
   for name in rows:
     write(name.ljust(left) + ' '.join(
         cells.get((column, name), '').ljust(len(column)) for column in columns).rstrip())

@@ -9,6 +9,7 @@ import pytest
 
 from ops import tokens as tk
 from ops.reducers.vision.pool import Pool
+from ops.reducers.vision.radial import Radial
 from ops.reducers.vision.random import Random
 from ops.reducers.vision.stride import Stride
 from ops.signals import Signals
@@ -100,3 +101,17 @@ def test_pool_after_a_cut():
     assert out.valid is None
     assert (np.asarray(out.size) >= 1).all()
     same(out.size.sum(axis=1), np.full(2, 24.0))
+
+
+@pytest.mark.parametrize(('count', 'kept'), [(16, 8), (16, 5), (17, 16), (13, 1), (18, 6)])
+def test_stride_by_the_middle(count, kept):
+  out = reduced(Stride(phase='middle'), patches(count), 1 + kept)
+  expected = [-1] + [(2 * i + 1) * count // (2 * kept) for i in range(kept)]
+  same(out.pos, [expected] * 2)
+  with pytest.raises(ValueError, match="phase='last' is unknown: choose one of first, middle"):
+    Stride(phase='last')
+
+
+def test_radial_keeps_the_centre_of_an_oblong_grid():
+  out = reduced(Radial(), patches(15, shuffle=True), 1 + 5, grid=(3, 5))
+  same(np.sort(out.pos, axis=1), [[-1, 2, 6, 7, 8, 12]] * 2)

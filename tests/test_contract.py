@@ -61,12 +61,14 @@ def same_tokens(a, b, *, exact=False, skip=()):
 def declares(name):
   """Its attributes make sense, and its docstring starts with a sentence."""
   method = contract.method(name)
-  assert method.needs <= set(NAMES)
+  assert method.needs | method.watch_needs <= set(NAMES)
+  assert hasattr(method, 'watch') or not method.watch_needs
   assert method.site in SITES
   assert 'attention' not in method.needs or method.site == 'inside'
   assert (type(method).__doc__ or '').split('\n')[0].endswith('.')
   if not contract.learned(name):
-    assert hash(method) == hash(type(method)()), 'equal settings must be equal methods'
+    again = type(method)(**contract.SETTINGS.get(name, {}))
+    assert hash(method) == hash(again), 'equal settings must be equal methods'
   for slots in (SLOTS, WIDE, 60):
     fewest = method.fewest(slots, 1)
     assert 1 + method.extra_slots < fewest <= slots
@@ -133,14 +135,18 @@ def matrix(name):
 
 
 def mass(name):
-  """Sizes count the original tokens a slot owns, and add up to all of them."""
+  """Sizes count the original tokens a slot owns, by share if given, and add up to all of them."""
   case, out = random_case(), base(name)
   reason, reduced = contract.method(name).conserves, out.reduced
   real = np.ones(reduced.x.shape[:2], bool) if reduced.valid is None else reduced.valid
   before, after = case.size.sum(1), np.where(real, reduced.size, 0).sum(1)
   if not isinstance(out.assignment, Mix):
-    for owner, size in zip(reduced.owner, np.where(real, reduced.size, 0), strict=True):
-      same(np.bincount(owner[owner >= 0], minlength=len(size)), size)
+    share = getattr(out.assignment, 'share', None)
+    share = np.ones(case.x.shape[:2]) if share is None else share
+    for row, size in enumerate(np.where(real, reduced.size, 0)):
+      owner, part = reduced.owner[row], share[row][case.owner[row]]
+      count = np.bincount(owner[owner >= 0], weights=part[owner >= 0], minlength=len(size))
+      (same if (share == 1).all() else close)(count, size)
   if reason:
     if contract.learned(name):
       # What a softmax leaves out it leaves out for certain only where parameters are extreme.
@@ -160,6 +166,9 @@ def bits(name):
     assert ((inner > 0).sum(2) > 1).all(), 'mixes nothing: should be a Gather or a Merge'
     return 'mixes all tokens'
   valid = np.ones(out.src.shape, bool) if out.reduced.valid is None else out.reduced.valid
+  if getattr(out.assignment, 'features', None) is not None:
+    assert (out.reduced.x[:, 1:] != tk.take(case.x, out.src)[:, 1:]).any(axis=2).all()
+    return 'refines what it keeps'
   count = 0
   for row, col in zip(*np.nonzero(valid), strict=True):
     if (out.dst[row] == col).sum() == 1:
@@ -243,7 +252,11 @@ def short(name):
       assert 1 <= len(after['pos']) <= len(place)
       continue
     assert len(after['pos']) == len(place)
-    if not isinstance(out.assignment, Mix):
+    if isinstance(out.assignment, Mix):
+      continue
+    if getattr(out.assignment, 'features', None) is not None:
+      same(np.sort(after['pos']), np.sort(before['pos']))
+    else:
       order_after, order_before = np.argsort(after['pos']), np.argsort(before['pos'])
       for field in after.keys() - {'owner'}:
         same(after[field][order_after], before[field][order_before])
@@ -315,16 +328,21 @@ def ties(name):
   if method.adaptive:
     return method.adaptive
   keep = out.src.shape[1]
+  counts = [np.bincount(dst, minlength=keep + 1)[:keep] for run in runs for dst in run.dst]
+  taking = min((np.flatnonzero(count > 1).min() for count in counts if (count > 1).any()),
+               default=keep)
   for row in range(contract.BATCH):
     anchors, members = np.sort(out.src[row]), np.bincount(out.dst[row], minlength=keep + 1)[:keep]
     if isinstance(out.assignment, Gather) or method.extra_slots:
-      same(anchors, np.arange(keep))
+      # Whoever keeps the last slot whatever its content takes it for no equal of the others.
+      last = [SLOTS - 1] * all((r.src == SLOTS - 1).any(axis=1).all() for r in runs)
+      same(anchors, [*range(keep - len(last)), *last])
       continue
     # Everything that moves joins the first of the equally good targets: the lowest slot that
-    # stays, of all or of one side of a bipartite matching.
+    # stays, of all or of one side of a bipartite matching, or the first output that ever takes in.
     groups = np.flatnonzero(members > 1)
     assert len(groups) == 1
-    assert out.src[row][groups[0]] in anchors[1:3]
+    assert out.src[row][groups[0]] in anchors[1:3] or groups[0] == taking
   return ''
 
 

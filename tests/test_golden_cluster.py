@@ -33,6 +33,12 @@ def test_dpcknn_op(case):
 
   # The release adds padding to the first cluster all the same; the others compare.
   first = 0 if valid is None else 1
+  # Which group a token went to, and its share of it.
+  np.testing.assert_array_equal(np.asarray(dst)[real], raw[f'{case}_idx_token'][real])
+  share = average(tokens, src, dst, jnp.asarray(raw[f'{case}_token_weight'][..., 0]),
+                  smoothing=1e-6).weight
+  alone = real & (np.asarray(dst) >= first)
+  np.testing.assert_allclose(share[alone], raw[f'{case}_agg_weight'][..., 0][alone], **CLOSE)
   for name, weight in (('merged', jnp.asarray(raw[f'{case}_token_weight'][..., 0])),
                        ('merged_equal', tokens.real)):
     merged = average(tokens, src, dst, weight, smoothing=1e-6).apply(tokens.x)
@@ -115,6 +121,12 @@ def test_kmedoids_model():
   np.testing.assert_array_equal(pos, raw['k70_Kept_Tokens_block1'])
   np.testing.assert_array_equal(np.asarray(out['cuts'][2].pos)[:, 1:], np.take_along_axis(
       pos, raw['k70_Kept_Tokens_block2'], axis=1))
+  # Which medoid a token was nearest to; only the medoids stay.
+  for layer in LAYERS:
+    before = out['before'][layer].x[:, 1:]
+    medoids = jnp.asarray(raw[f'k70_Kept_Tokens_block{layer}'])
+    groups = cluster.nearest(cluster.distances(before), medoids, jnp.ones(medoids.shape, bool))
+    np.testing.assert_array_equal(groups, raw[f'k70_Assignment_Maps_block{layer}'])
 
 
 def test_farthest_first_visits_each_slot_once():

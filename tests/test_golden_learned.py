@@ -11,11 +11,14 @@ import pytest
 from models.compressors.dynamicvit import Predictor
 from models.compressors.patchmerger import PatchMerger
 from models.compressors.sinkhorn import Sinkhorn
+from models.compressors.sit import SiT
 from models.plan import make_plan
 from models.stack import unstack
+from models.vit import Block
 from ops import tokens as tk
+from ops.match import unit
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, key_bias
 
 CLOSE = {'atol': 1e-5, 'rtol': 0}
 LAYERS = (1, 2)
@@ -35,6 +38,11 @@ def predictor(raw, name):
           'out': linear(raw, f'{name}.out_conv.4')}
 
 
+def slimming(raw, prefix):
+  return {'norm': norm(raw, f'{prefix}weight.0'), 'fc1': linear(raw, f'{prefix}weight.1'),
+          'fc2': linear(raw, f'{prefix}weight.3'), 'scale': raw[f'{prefix}scale'].reshape(())}
+
+
 def reducer_params(method, raw, index):
   """Released parameters of one cut as our tree."""
   if method == 'dynamicvit':
@@ -42,6 +50,8 @@ def reducer_params(method, raw, index):
   name = f'param_cluster_layers.{index}'
   if method == 'sinkhorn':
     return {'v': raw[f'{name}.v']}
+  if method == 'sit':
+    return slimming(raw, f'{name}.')
   return {'queries': raw[f'{name}.queries'], 'norm': norm(raw, f'{name}.norm')}
 
 
@@ -60,10 +70,9 @@ def run(method, *, unstacked=False):
   return raw, logits, out
 
 
-def operate(module, params, x):
+def operate(module, params, x, *, keep):
   """A method on unprotected tokens: its assignment and the reduced tokens."""
   tokens = TokenSet.create(jnp.asarray(x))
-  keep = next(iter(params.values())).shape[0]
   assignment = module.apply({'params': params}, tokens, Signals(), keep=keep)
   return assignment, tk.reduce(tokens, assignment)
 
@@ -73,7 +82,7 @@ def test_patchmerger_op():
   width = raw['a_x'].shape[-1]
   params = {'queries': raw['a_queries'], 'norm': {'scale': np.ones(width, np.float32),
                                                   'bias': np.zeros(width, np.float32)}}
-  assignment, reduced = operate(PatchMerger(), params, raw['a_x'])
+  assignment, reduced = operate(PatchMerger(), params, raw['a_x'], keep=4)
   np.testing.assert_allclose(assignment.matrix(), raw['a_weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['a_out'], **CLOSE)
 
@@ -84,9 +93,17 @@ def test_sinkhorn_op(case, centres):
   raw = {key[2:]: value for key, value in golden_vit.load('sinkhorn').items()
          if key.startswith(f'{case}_')}
   module = Sinkhorn(eps=float(raw['eps']), iterations=int(raw['iters']))
-  assignment, reduced = operate(module, {'v': raw[centres]}, raw['x'])
+  np.testing.assert_allclose(unit(jnp.asarray(raw['v'])), raw['v_after'], **CLOSE)
+  assignment, reduced = operate(module, {'v': raw[centres]}, raw['x'], keep=len(raw['v']))
   np.testing.assert_allclose(assignment.matrix(), raw['weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['out'], **CLOSE)
+
+
+def test_sit_op():
+  raw = golden_vit.load('sit')
+  assignment, reduced = operate(SiT(), slimming(raw, 'a_param_'), raw['a_x'], keep=4)
+  np.testing.assert_allclose(assignment.matrix(), raw['a_weights'], **CLOSE)
+  np.testing.assert_allclose(reduced.x, raw['a_out'], **CLOSE)
 
 
 def test_dynamicvit_predictor():
@@ -96,8 +113,42 @@ def test_dynamicvit_predictor():
   np.testing.assert_allclose(scores, raw['pred_out'], **CLOSE)
 
 
+def test_dynamicvit_attention_in_training():
+  """Under a decision, for the tokens kept; those dropped, here no keys even for themselves, differ.
+
+  The release adds 1e-6 to the exponentials and to their sum, which counts where the largest of them
+  was dropped: with that it is what plain numpy makes, and without what we make.
+  """
+  raw = golden_vit.load('dynamicvit')
+  block = Block(golden_vit.WIDTH, golden_vit.HEADS, 128, parent=None)
+  params = jax.tree.map(lambda leaf: leaf[1], golden_vit.params()['stack']['blocks'])
+  policy = raw['policy_attn_policy'][..., 0]
+  tokens = TokenSet.create(jnp.asarray(raw['policy_attn_x']), size=jnp.asarray(policy))
+
+  def attention(block, tokens):
+    q, k, v = block.qkv(tokens.x)
+    mixed = block._attend(q, k, v, key_bias(tokens, proportional=True), None)
+    return q, k, v, block.out(mixed.out)
+
+  q, k, v, found = (np.asarray(part, np.float64) for part in block.apply(
+      {'params': params}, tokens, method=attention))
+  scores = np.einsum('bnhd,bmhd->bhnm', q, k) / np.sqrt(q.shape[-1])
+  weights = np.exp(scores - scores.max(-1, keepdims=True)) * policy[:, None, None]
+  kernel, bias = (np.asarray(params['out'][name], np.float64) for name in ('kernel', 'bias'))
+
+  def plain(smooth):
+    shares = (weights + smooth / policy.shape[1]) / (weights.sum(-1, keepdims=True) + smooth)
+    return np.einsum('bhnm,bmhd,hde->bne', shares, v, kernel) + bias
+
+  kept = policy == 1
+  assert kept.any()
+  assert not kept.all()
+  np.testing.assert_allclose(plain(1e-6)[kept], raw['policy_attn_out'][kept], **CLOSE)
+  np.testing.assert_allclose(found[kept], plain(0)[kept], **CLOSE)
+
+
 @pytest.mark.parametrize('unstacked', [False, True])
-@pytest.mark.parametrize('method', ['patchmerger', 'sinkhorn', 'dynamicvit'])
+@pytest.mark.parametrize('method', ['patchmerger', 'sinkhorn', 'dynamicvit', 'sit'])
 def test_model(method, unstacked):
   raw, logits, out = run(method, unstacked=unstacked)
   for layer in range(golden_vit.DEPTH):
@@ -106,7 +157,7 @@ def test_model(method, unstacked):
   np.testing.assert_allclose(logits, raw['k70_logits'], **CLOSE)
 
 
-@pytest.mark.parametrize('method', ['patchmerger', 'sinkhorn'])
+@pytest.mark.parametrize('method', ['patchmerger', 'sinkhorn', 'sit'])
 def test_model_owners_are_the_heaviest_cluster(method):
   raw, _, out = run(method)
   first = raw['k70_Assignment_Maps_block1']

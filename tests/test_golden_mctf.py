@@ -56,6 +56,17 @@ def test_op(case):
   np.testing.assert_allclose(reduced.size, raw[f'{case}_out_size'][..., 0], **CLOSE)
   np.testing.assert_allclose(attention, raw[f'{case}_out_attn'], **CLOSE)
 
+  # Who joined whom: even slots odd ones, then what is left of the odd slots even ones.
+  owner, gone = np.asarray(reduced.owner), {k: raw.get(f'{case}_{k}') for k in (
+      'unm_idx', 'src_idx', 'dst_idx', 'src_idx2', 'dst_idx2')}
+  def ends(slots):
+    return np.take_along_axis(owner, slots, axis=1)
+
+  np.testing.assert_array_equal(ends(2 * gone['src_idx']), ends(2 * gone['dst_idx'] + 1))
+  if gone['src_idx2'] is not None:
+    left = np.take_along_axis(gone['unm_idx'], gone['dst_idx2'], axis=1)
+    np.testing.assert_array_equal(ends(2 * gone['src_idx2'] + 1), ends(2 * left))
+
   # Who stood for whom: survivors of both sides, in the release's order and numbering.
   even = 2 * raw[f'{case}_unm_idx']
   side = f'{case}_unm_idx2'

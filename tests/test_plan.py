@@ -10,6 +10,7 @@ from models.plan import Plan, make_plan, methods
 from models.vit import make_vit
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
+from ops.reducers.cache import CACHE_REDUCERS
 from ops.schedule import Cut
 from ops.tokens import identity
 
@@ -20,7 +21,7 @@ def plan(host=HOST, **config):
   return make_plan(config, host)
 
 
-@pytest.mark.parametrize('name', methods())
+@pytest.mark.parametrize('name', methods(HOST))
 def test_every_method_can_be_planned_on_a_vit(name):
   made = plan(method=name, remove=5, layers=(2, 4))
   assert made.method == methods()[name]()
@@ -30,6 +31,17 @@ def test_every_method_can_be_planned_on_a_vit(name):
     assert made.cut(cut.layer) == cut
   assert made.cut(3) is None
   assert hash(made) == hash(plan(method=name, remove=5, layers=(2, 4)))
+
+
+def test_methods_of_a_host_are_those_that_it_has_signals_for():
+  missing = {name: sorted(methods()[name]().needs - HOST.offers)
+             for name in methods().keys() - methods(HOST).keys()}
+  assert missing == {'fastv': ['last_attention'], 'pyramiddrop': ['next_last_attention'],
+                     'duet_vlm': ['next_row_attention'], 'transprune': ['next_row_attention'],
+                     'gemfilter': []}  # It runs the model again, which only a language model can.
+  assert not set(methods()) & set(CACHE_REDUCERS), 'names are unique'
+  assert {name: method.site for name, method in CACHE_REDUCERS.items()} == dict.fromkeys(
+      CACHE_REDUCERS, 'cache')
 
 
 def test_none_keeps_everything():
@@ -65,8 +77,10 @@ def test_budgets_in_macs_get_the_hosts_cost():
     ({'method': 'zzz'}, "method 'zzz' is unknown: choose one of"),
     ({'remove': 8}, "method None is unknown (did you mean 'none'?): choose one of"),
     ({'method': 'topk', 'args': {'ordr': 'slot'}},
-     "topk has no argument 'ordr' (did you mean 'order'?): it takes order"),
-    ({'method': 'evit', 'args': {'zzz': 1}}, "evit has no argument 'zzz': it takes none"),
+     "topk has no argument 'ordr' (did you mean 'order'?): it takes by, order"),
+    ({'method': 'pool', 'args': {'zzz': 1}}, "pool has no argument 'zzz': it takes none"),
+    ({'method': 'evit', 'args': {'by': 'cls'}},
+     "by='cls' is unknown: choose one of cls_attention, received_attention"),
     ({'method': 'tome', 'site': 'betwen'},
      "site 'betwen' is unknown (did you mean 'between'?): choose one of before, inside, between, "
      'after'),
@@ -95,8 +109,10 @@ def test_errors_name_the_value_the_choices_and_the_nearest(config, message):
 def test_a_method_that_needs_what_the_host_lacks():
   host = make_vit('S/16', class_token=False, pool='mean').host
   with pytest.raises(ValueError, match=r'topk needs cls_attention, which this host does not offer: '
-                                       r'it offers attention, depth, grid, hidden'):
+                                       r'it offers attention, depth, grid, hidden.*values; set '
+                                       r"args\.by='received_attention'$"):
     plan(host, method='topk', remove=8)
+  assert plan(host, method='topk', args={'by': 'received_attention'}, remove=8).cuts
   assert plan(host, method='tome', remove=8).cuts[0] == Cut(0, 196, 188)
   with pytest.raises(ValueError, match='it offers nothing'):
     plan(dataclasses.replace(host, offers=frozenset()), method='tome', remove=8)

@@ -9,6 +9,7 @@ import re
 
 from models.compressors import COMPRESSORS
 from models.plan import methods
+from ops.reducers.cache import CACHE_REDUCERS
 
 README = pathlib.Path(__file__).parent.parent / 'README.md'
 BEGIN, END = '<!-- methods: begin -->', '<!-- methods: end -->'
@@ -17,7 +18,7 @@ BEGIN, END = '<!-- methods: begin -->', '<!-- methods: end -->'
 def table() -> str:
   """The table as Markdown: one row a method, in alphabetical order."""
   rows = ['| method | what it does | acts | reads | paper |', '|---|---|---|---|---|']
-  for name, method in sorted(methods().items()):
+  for name, method in sorted((methods() | CACHE_REDUCERS).items()):
     text = inspect.cleandoc(method.__doc__)
     what = ' '.join(text.split('\n\n')[0].split())
     paper = re.search(r'arXiv:(\d{4}\.\d{5})', text)

@@ -34,6 +34,7 @@ from lib.topology import EXAMPLES, count, missing, topology_mesh
 from models.build import build
 from models.plan import make_method, methods
 from models.stack import best_form, unstack
+from models.vit import make_vit
 
 TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.')
 METHODS = flags.DEFINE_list('methods', None, 'Which methods; all by default.')
@@ -62,10 +63,11 @@ def main(argv):
     reason = missing(target)
     if reason:
       raise ValueError(reason)
+  host = make_vit('B/16').host
   for target in TARGETS.value:
     rows = []
     wanted = [('train', None), ('train', 'tome'), ('eval', None)]
-    wanted += [('eval', name) for name in METHODS.value or sorted(set(methods()) - {'none'})]
+    wanted += [('eval', name) for name in METHODS.value or sorted(set(methods(host)) - {'none'})]
     wanted.insert(3, ('eval with a map', None))
     unreduced = {}
     for step, method in tqdm(wanted, desc=target, disable=not sys.stderr.isatty()):

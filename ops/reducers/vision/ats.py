@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.match import put
-from ops.reducers.base import Reducer
+from ops.reducers.base import ByAttention
 from ops.select import top
 from ops.signals import Signals
 from ops.tokens import Assignment, Gather, TokenSet, take
@@ -18,14 +18,16 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class ATS(Reducer):
+class ATS(ByAttention):
   """Keeps the tokens that evenly spaced quantiles of significance fall on; repeats are padding.
 
   Adaptive Token Sampling (Fayyaz et al., 2022), Sec. 3, arXiv:2111.15667, as released by its
-  authors. A sampled token keeps its row of attention over all tokens, dropped ones included.
-  Protected tokens lead, the others follow, the least significant first. `keep` is a capacity. Two
-  things differ from the release: there, padding left by an earlier cut saves the least significant
-  token, and 1e-6 smooths the softmax, which moves a result by about as much.
+  authors. Significance is [CLS] attention (on a backbone without, `by` the mean attention of all
+  tokens) times the length of the value. A sampled token keeps its row of attention over all tokens,
+  dropped ones included. Protected tokens lead, the others follow, the least significant first.
+  `keep` is a capacity. Two things differ from the release: there, padding left by an earlier cut
+  saves the least significant token, and 1e-6 smooths the softmax, which moves a result by about as
+  much.
 
   Attributes:
     points: sample points; None for as many as slots are to be filled. The release takes the
@@ -34,26 +36,30 @@ class ATS(Reducer):
   """
 
   points: int | None = None
-  needs = frozenset({'cls_attention', 'values'})
   site = 'inside'
   conserves = 'pruning drops tokens'
   adaptive = 'a token that is sampled twice fills one slot'
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.points is not None and self.points < 1:
       raise ValueError(f'points={self.points} must be at least 1, or None for as many as fit')
 
+  @property
+  def needs(self) -> frozenset[str]:
+    return super().needs | {'values'}
+
   def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    scores = significance(signals)
+    scores = significance(signals, by=self.by)
     points = max(keep - tokens.protected, 1) if self.points is None else self.points
     return keep_sampled(tokens, scores, sample(scores, tokens.free, points=points), keep=keep)
 
 
-def significance(signals: Signals) -> Array:
-  """float32[B, N]: [CLS] attention over all heads, times the length of the values of all heads."""
+def significance(signals: Signals, *, by: str = 'cls_attention') -> Array:
+  """float32[B, N]: attention over all heads, times the length of the values of all heads."""
   values = signals.values.astype(jnp.float32)
   length = jnp.sqrt(jnp.sum(values * values, axis=(2, 3)))
-  return jax.lax.stop_gradient(signals.cls_attention.sum(axis=1) * length)
+  return jax.lax.stop_gradient(getattr(signals, by).sum(axis=1) * length)
 
 
 def sample(scores: Array, among: Array, *, points: int) -> Array:
@@ -75,15 +81,18 @@ def sample(scores: Array, among: Array, *, points: int) -> Array:
   share = jnp.cumsum(jnp.where(there, take(scores, order), 0.0), axis=1)
   share = share / jnp.maximum(share[:, -1:], 1e-20)
   share = (share - share[:, :1]) / jnp.maximum(share[:, -1:] - share[:, :1], 1e-20)
-  lowest = jnp.min(share, axis=1, keepdims=True, initial=1.0, where=there & (share > 0))
-  step = jnp.arange(points, dtype=jnp.float32)[None] / max(points - 1, 1)
-  quantiles = lowest + (1 - lowest) * step
-  share = jnp.where(there, share, jnp.inf)
-  nearest = take(order, jax.vmap(_nearest)(share, quantiles))
+  wanted = quantiles(share, there, points=points)
+  nearest = take(order, jax.vmap(nearest_share)(jnp.where(there, share, jnp.inf), wanted))
   return put(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among
 
 
-def _nearest(share: Array, quantiles: Array) -> Array:
+def quantiles(share: Array, there: Array, *, points: int) -> Array:
+  """float32[B, P]: evenly spaced from the lowest share above 0 to 1; bool[B, N], which count."""
+  lowest = jnp.min(share, axis=1, keepdims=True, initial=1.0, where=there & (share > 0))
+  return lowest + (1 - lowest) * jnp.arange(points, dtype=jnp.float32)[None] / max(points - 1, 1)
+
+
+def nearest_share(share: Array, quantiles: Array) -> Array:
   """int32[P]: where float32[N], rising, is nearest to float32[P]; the first of equals."""
   above = jnp.minimum(jnp.searchsorted(share, quantiles), share.shape[0] - 1)
   below = jnp.searchsorted(share, share[jnp.maximum(above - 1, 0)])
@@ -91,9 +100,20 @@ def _nearest(share: Array, quantiles: Array) -> Array:
   return jnp.where(lower, below, above).astype(jnp.int32)
 
 
-def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, keep: int) -> Gather:
-  """Protected tokens, then those that were hit, the lowest score first, then padding."""
+def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, keep: int,
+                 turn: Array | None = None) -> Gather:
+  """Protected tokens, then those that were hit, then padding.
+
+  Args:
+    tokens: N slots.
+    scores: float32[B, N]; where more tokens were hit than fit, those of the highest stay.
+    hit: bool[B, N].
+    keep: M slots.
+    turn: float32[B, N], the order of those that were hit; None for the lowest score first.
+  """
   picked = top(scores, keep, forced=tokens.kept, excluded=~(tokens.kept | hit))
-  rank = jnp.where(tokens.kept, -jnp.inf, jnp.where(hit, scores, jnp.inf))
+  rank = jnp.where(tokens.kept, -jnp.inf, jnp.where(hit, scores if turn is None else turn, jnp.inf))
   src = take(picked, jnp.argsort(take(rank, picked), axis=1))
-  return Gather(src, tokens.slots, valid=take(tokens.kept | hit, src))
+  stays = tokens.kept | hit
+  return Gather(src, tokens.slots, valid=take(stays, src),
+                wanted=jnp.sum(stays, axis=1, dtype=jnp.int32))

@@ -1,4 +1,4 @@
-"""EViT: top-k by [CLS] attention, and one token made of the rest.
+"""EViT: top-k by attention, and one token made of the rest.
 
 Axes: B batch, N slots now, M slots after, H heads.
 """
@@ -7,26 +7,25 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ops.reducers.base import Reducer
+from ops.reducers.base import ByAttention
 from ops.select import ranks, top
 from ops.signals import Signals
 from ops.tokens import Assignment, Merge, TokenSet
 
 
 @dataclasses.dataclass(frozen=True)
-class EViT(Reducer):
-  """Keeps the tokens that [CLS] attends to most and fuses the others into one.
+class EViT(ByAttention):
+  """Keeps the tokens that [CLS], or all tokens, attend to most, and fuses the others into one.
 
   Not All Patches Are What You Need (Liang et al., 2022), Sec. 3, arXiv:2202.07800. The fused token
-  is the sum of the rest weighted by [CLS] attention, not renormalised, and stands last. It counts
-  as a patch in later layers.
+  is the sum of the rest weighted by that attention, not renormalised, and stands last. It counts as
+  a patch in later layers. On a backbone without [CLS], `by` the mean attention of all tokens.
   """
 
-  needs = frozenset({'cls_attention'})
   extra_slots = 1
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    scores = signals.cls_attention.mean(axis=1)
+    scores = self.attention(signals).mean(axis=1)
     order = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
     # The last slot belongs to the fused token, whose anchor is the best of the dropped.
     place = ranks(order, tokens.slots)

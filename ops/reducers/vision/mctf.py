@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.extremes import highest
 from ops.match import arranged, cosine, join, put, spare
 from ops.reducers.base import Reducer
 from ops.select import ranks, top
@@ -75,15 +76,17 @@ class MCTF(Reducer):
     scores = self._scores(tokens, received, a, b)
     removed = spare(tokens, keep)
 
-    rank_a = _rank(jnp.max(scores, axis=2), take(tokens.free, a))
+    best, index = highest(scores, axis=2)
+    rank_a = _rank(best, take(tokens.free, a))
     source_a = rank_a < (removed // 2 if self.direction == 'both' else removed)
-    source_a &= jnp.max(scores, axis=2) > -jnp.inf
-    match_a = take(b, jnp.argmax(scores, axis=2))
+    source_a &= best > -jnp.inf
+    match_a = take(b, index)
     back = jnp.where(source_a[:, :, None], -jnp.inf, scores)
-    rank_b = _rank(jnp.max(back, axis=1), take(tokens.free, b))
+    best, index = highest(back, axis=1)
+    rank_b = _rank(best, take(tokens.free, b))
     source_b = rank_b < removed - jnp.sum(source_a, axis=1, keepdims=True)
-    source_b &= (jnp.max(back, axis=1) > -jnp.inf) & (self.direction == 'both')
-    match_b = take(a, jnp.argmax(back, axis=1))
+    source_b &= (best > -jnp.inf) & (self.direction == 'both')
+    match_b = take(a, index)
 
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), order.shape)
     # An odd slot that moves on takes along the even slots that joined it.

@@ -1,30 +1,29 @@
-"""Top-k by [CLS] attention.
+"""Top-k by attention.
 
 Axes: B batch, N slots now, H heads.
 """
 
 import dataclasses
 
-from ops.reducers.base import Reducer
+from ops.reducers.base import ByAttention
 from ops.select import keep_top
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK(Reducer):
-  """Keeps the tokens that [CLS] attends to most.
+class TopK(ByAttention):
+  """Keeps the tokens that [CLS], or all tokens, attend to most.
 
   The Top-K baseline of Which Tokens to Use? (Haurum et al., 2023), Sec. 3.1, arXiv:2308.04657:
-  EViT without its fused token.
+  EViT without its fused token. On a backbone without [CLS], `by` the attention of all tokens.
 
   Attributes:
     order: 'score' puts the most attended first, as the released code; 'slot' keeps the order.
   """
 
   order: str = 'score'
-  needs = frozenset({'cls_attention'})
   conserves = 'pruning drops tokens'
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    return keep_top(tokens, signals.cls_attention.mean(axis=1), keep=keep, order=self.order)
+    return keep_top(tokens, self.attention(signals).mean(axis=1), keep=keep, order=self.order)

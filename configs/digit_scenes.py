@@ -1,0 +1,39 @@
+"""A small vision-language model that answers questions about digits on photographs.
+
+  python -m train_answers --config=configs/digit_scenes.py --workdir=runs/scenes
+  python -m train_answers --config=configs/digit_scenes.py --workdir=runs/scenes_half \\
+      --config.reduce.projector.method=topk --config.reduce.projector.keep=16
+"""
+
+import ml_collections
+
+from configs.common import LM_SHARDING, VIT_SHARDING, reduction
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """64 visual tokens of 8 x 8 pixels, four layers of each model."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.total_steps = 4000
+  config.log_steps = 50
+  config.eval_steps = 1000
+  config.checkpoint_steps = 1000
+
+  config.data = dict(
+      name='digit_scenes/64', data_dir='data', context=12, batch_size=64, train_split='train',
+      test_split='test', mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+  config.model = dict(
+      tower=dict(width=96, depth=4, heads=3, mlp=192, patch=8, positions='learned', dropout=0.0),
+      lm=dict(width=128, depth=4, mlp=256, heads=4, kv_heads=2, head_width=32, context=128),
+      projection='gelu', dtype='float32',
+      # 12 labels of a cell: nothing, ten digits, a distractor.
+      patch_labels=12)
+  config.reduce = dict(vision=reduction(),
+                       projector=reduction(across='image', order='raster'),
+                       language=reduction(of='visual'))
+
+  config.optimizer = dict(peak_lr=2e-3, warmup_steps=200, weight_decay=0.05, clip_norm=1.0,
+                          ema_decay=0.99, patch_weight=1.0)
+  config.mesh = dict(data=-1)
+  config.sharding = (*VIT_SHARDING, *LM_SHARDING, (r'(^|/)(newline|probe/(kernel|bias))$', ()))
+  return config

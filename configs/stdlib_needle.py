@@ -1,0 +1,31 @@
+"""A small language model on bytes that finds keys in the standard library's sources.
+
+  python -m train_answers --config=configs/stdlib_needle.py --workdir=runs/needle
+"""
+
+import ml_collections
+
+from configs.common import LM_SHARDING, reduction
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """256 bytes of text, four layers."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.total_steps = 8000
+  config.log_steps = 50
+  config.eval_steps = 1000
+  config.checkpoint_steps = 1000
+
+  config.data = dict(name='stdlib_needle/256', data_dir='data', context=258, batch_size=32,
+                     train_split='train', test_split='test')
+  config.model = dict(
+      lm=dict(width=128, depth=4, mlp=256, heads=4, kv_heads=4, head_width=32, context=512),
+      dtype='float32')
+  config.reduce = dict(language=reduction())
+
+  config.optimizer = dict(peak_lr=1e-3, warmup_steps=400, weight_decay=0.05, clip_norm=1.0,
+                          ema_decay=0.99, patch_weight=0.0)
+  config.mesh = dict(data=-1)
+  config.sharding = LM_SHARDING
+  return config

@@ -1,0 +1,157 @@
+"""Prompts as a checkpoint's authors wrote them: its chat template, and its tokenizer.
+
+A template gives each image one placeholder, which is what models/vlm.py wants.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FILES = ('chat_template.jinja', 'chat_template.json', 'tokenizer_config.json')
+
+
+class Chat:
+  """Messages to text, by a checkpoint's template.
+
+  Args:
+    source: the folder with chat_template.jinja, chat_template.json or tokenizer_config.json.
+    name: which of several templates.
+
+  Raises:
+    ValueError: no template there, none of that name, one that is no valid template, or the package
+      that reads it is missing.
+  """
+
+  def __init__(self, source: str | pathlib.Path, *, name: str = 'default'):
+    folder = pathlib.Path(source)
+    self._tokens = _special_tokens(folder)
+    template = _template(folder, name)
+    try:
+      import jinja2
+      from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+      raise ValueError('chat templates need a package that is not installed: `pip install -r '
+                       'requirements-hub.txt`') from error
+
+    def fail(message: str) -> None:
+      raise ValueError(f'the chat template refuses these messages: {message}')
+
+    # A template is a program from somewhere else: it gets nothing but what templates rely on.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+    environment.globals['raise_exception'] = fail
+    environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
+    # Jinja's own escapes for HTML.
+    environment.filters['tojson'] = _to_json
+    try:
+      self._template = environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+      raise ValueError(f'the chat template in {folder} is no valid template: {error}') from error
+
+  def __call__(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True,
+               **more: Any) -> str:
+    """The text of a conversation.
+
+    Args:
+      messages: each with a 'role' and a 'content', a string or a list of parts {'type': 'image'}
+        and {'type': 'text', 'text': '…'}.
+      answer: whether the text ends where the assistant begins to speak.
+      **more: what else a template reads, as tools=[…].
+    """
+    return self._template.render(messages=messages, add_generation_prompt=answer,
+                                 **(self._tokens | more))
+
+
+class Tokens:
+  """Text to token ids and back, by a checkpoint's tokenizer.json.
+
+  Args:
+    source: the folder with it.
+
+  Raises:
+    ValueError: no such file, or the package that reads it is missing.
+  """
+
+  def __init__(self, source: str | pathlib.Path):
+    try:
+      import tokenizers
+    except ImportError as error:
+      raise ValueError('reading tokenizer.json needs a package that is not installed: `pip install '
+                       '-r requirements-hub.txt`') from error
+    path = pathlib.Path(source) / 'tokenizer.json'
+    if not path.exists():
+      raise ValueError(f'there is no {path}: give the folder of a checkpoint that has one')
+    self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+
+  def encode(self, text: str, *, special: bool) -> list[int]:
+    """Ids of a text.
+
+    Args:
+      text: the text.
+      special: whether the tokenizer adds what starts (and ends) a text; False for text of a
+        template that writes it out.
+    """
+    return self._tokenizer.encode(text, add_special_tokens=special).ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids, without special tokens."""
+    return self._tokenizer.decode([int(each) for each in ids], skip_special_tokens=True)
+
+  def id_of(self, token: str) -> int:
+    """The id of one token.
+
+    Raises:
+      ValueError: it has none.
+    """
+    found = self._tokenizer.token_to_id(token)
+    if found is None:
+      raise ValueError(f'{token!r} is no token of this tokenizer')
+    return found
+
+
+def _template(folder: pathlib.Path, name: str) -> str:
+  """The text of a template, from the first file that has one."""
+  loose = folder / 'chat_templates' / f'{name}.jinja'
+  if loose.exists():
+    return loose.read_text()
+  for file in FILES:
+    path = folder / file
+    if not path.exists():
+      continue
+    if path.suffix == '.jinja' and name == 'default':
+      return path.read_text()
+    found = json.loads(path.read_text()).get('chat_template') if path.suffix == '.json' else None
+    if isinstance(found, str):
+      found = {'default': found}
+    elif isinstance(found, list):
+      found = {each['name']: each['template'] for each in found}
+    if found and name in found:
+      return found[name]
+    if found:
+      raise ValueError(f'{path} has no template {name!r}: it has {", ".join(found)}')
+  raise ValueError(f'there is no chat template in {folder}: {", ".join(FILES)} were looked for; '
+                   'write the prompt by hand')
+
+
+def _special_tokens(folder: pathlib.Path) -> dict[str, str]:
+  """What templates call bos_token, eos_token and so on."""
+  path = folder / 'tokenizer_config.json'
+  settings = json.loads(path.read_text()) if path.exists() else {}
+  found = {}
+  for key, value in settings.items():
+    value = value.get('content') if isinstance(value, Mapping) else value
+    if key.endswith('_token') and isinstance(value, str):
+      found[key] = value
+  return found
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                    sort_keys=sort_keys)

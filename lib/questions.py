@@ -1,0 +1,227 @@
+"""Sets of questions and answers, with or without an image: ragged rows padded to one length.
+
+The sets are those whose features hold 'question' and 'answer', integers up to a vocabulary that the
+set's metadata tells, with the ids of its padding, end and image tokens. A record may hold several
+questions ('kinds' in the metadata); each is an example of its own.
+
+Axes: B batch of this process, T tokens of a row, G cells a side, S image side, C channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from lib import data
+from lib.data import EvalBatches, TrainIterator
+
+SIDES = ('left', 'right')
+# Features of a record that are one a question, where a record holds several.
+PER_QUESTION = ('question', 'answer', 'evidence')
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What to read and how.
+
+  Attributes:
+    name: as 'digit_scenes/64' or 'stdlib_needle/4k'.
+    context: T, tokens of every row: question, answer and end token; shorter rows are padded.
+    batch_size: rows a step over all processes.
+    train_split, test_split: TFDS splits.
+    pad_side: 'left' or 'right'.
+    mean, std: one number a channel, for pixels in 0 to 1; of no use to text alone.
+    data_dir, threads, prefetch_batches: as in `lib.data.Settings`.
+  """
+
+  name: str
+  context: int
+  batch_size: int
+  train_split: str = 'train'
+  test_split: str = 'test'
+  pad_side: str = 'right'
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  data_dir: str = ''
+  threads: int = 2
+  prefetch_batches: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+  """What a set is.
+
+  Attributes:
+    vocabulary: number of ids.
+    pad, end, image: ids of those tokens; image is None for text alone.
+    kinds: names of the kinds of questions, () where there is one kind.
+    num_train, num_test: questions of the splits.
+    image_shape: (S, S, C), or None.
+    words: what the ids stand for, () where they are bytes.
+  """
+
+  vocabulary: int
+  pad: int
+  end: int
+  image: int | None
+  kinds: tuple[str, ...]
+  num_train: int
+  num_test: int
+  image_shape: tuple[int, int, int] | None
+  words: tuple[str, ...]
+
+
+def info(config: ml_collections.ConfigDict) -> Info:
+  """What the set that `config` names is, without reading a record.
+
+  Raises:
+    ValueError: an unknown field, name or split, or a set without questions.
+  """
+  settings = _settings(config)
+  train, test = (Reader(settings, field) for field in ('train_split', 'test_split'))
+  meta, features = train.meta, train.features
+  return Info(meta['vocabulary'], meta['pad'], meta['end'], meta.get('image'),
+              tuple(meta.get('kinds', ())), len(train), len(test),
+              tuple(features['image'].shape) if 'image' in features else None,
+              tuple(meta.get('words', ())))
+
+
+def train_iterator(config: ml_collections.ConfigDict, *, seed: int, process_index: int = 0,
+                   process_count: int = 1) -> TrainIterator:
+  """Endless batches, as `lib.data.train_iterator`.
+
+  Returns:
+    An iterator, with get_state and set_state, of dict(ids int32[B, T]: question, answer and end
+    token, padded; valid bool[B, T]: False for padding; answer bool[B, T]: the tokens of the answer
+    and the end token, which are to be predicted from those before them; kind int32[B]; and, where
+    the set has them, image float32[B, S, S, C], cells int32[B, G, G], evidence bool[B, G, G],
+    depth float32[B], place int32[B]: in `ids`).
+
+  Raises:
+    ValueError, FileNotFoundError: as `info`; batches that cannot be divided over processes; a row
+      longer than the context (from next()).
+  """
+  settings = _settings(config)
+  reader = Reader(settings, 'train_split')
+  return TrainIterator(reader, settings, seed, process_index, process_count)
+
+
+def eval_batches(config: ml_collections.ConfigDict, *, process_index: int = 0,
+                 process_count: int = 1) -> EvalBatches:
+  """The test split once, in order, as `lib.data.eval_batches`.
+
+  Returns:
+    A sized iterable of what `train_iterator` gives, and mask float32[B], 0 for rows of padding.
+  """
+  settings = _settings(config)
+  return EvalBatches(Reader(settings, 'test_split'), settings, process_index, process_count)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int, *, side: str,
+             fill: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of several lengths as ids int32[B, length] and valid bool[B, length].
+
+  Raises:
+    ValueError: a row is longer, or an unknown side.
+  """
+  if side not in SIDES:
+    raise ValueError(f'pad_side={side!r} is unknown: choose one of {", ".join(SIDES)}')
+  ids = np.full((len(rows), length), fill, np.int32)
+  valid = np.zeros(ids.shape, bool)
+  for number, row in enumerate(rows):
+    if len(row) > length:
+      raise ValueError(f'row {number} has {len(row)} tokens and a row of the batch {length}: raise '
+                       'data.context, or shorten it')
+    place = slice(length - len(row), None) if side == 'left' else slice(len(row))
+    ids[number, place], valid[number, place] = row, True
+  return ids, valid
+
+
+class Reader:
+  """The questions of one split by index (lib/data.py streams them)."""
+
+  def __init__(self, settings: Settings, field: str):
+    builder = data.prepared(settings.name, settings.data_dir)
+    self.features = builder.info.features
+    self.meta = dict(builder.info.metadata or {})
+    if not {'question', 'answer'} <= set(self.features) or 'vocabulary' not in self.meta:
+      raise ValueError(f'{settings.name} has no questions: its features are '
+                       f'{", ".join(self.features)}; lib/data.py reads classes of images')
+    self.corrupt: dict[int, str] = {}
+    self._settings = settings
+    self._kinds = max(1, len(self.meta.get('kinds', ())))
+    self._source = builder.as_data_source(getattr(settings, field), file_format='array_record')
+    mean, std = (np.asarray(values, np.float32) for values in (settings.mean, settings.std))
+    self._gain, self._bias = 1 / (255 * std), -mean / std
+
+  def __len__(self) -> int:
+    return len(self._source) * self._kinds
+
+  def train_batch(self, examples: np.ndarray, places: np.ndarray,
+                  seed: int) -> dict[str, np.ndarray]:
+    """See `train_iterator`."""
+    del places, seed
+    return self._batch(self._load(examples), len(examples))
+
+  def eval_batch(self, examples: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+    """See `eval_batches`."""
+    mask = (np.arange(rows) < len(examples)).astype(np.float32)
+    return self._batch(self._load(examples), rows) | {'mask': mask}
+
+  def _load(self, examples: np.ndarray) -> list[dict[str, Any]]:
+    """One question each, and what is beside it."""
+    found = []
+    records = self._source.__getitems__([int(each) // self._kinds for each in examples])
+    for record, example in zip(records, examples, strict=True):
+      kind = int(example) % self._kinds
+      if self._kinds > 1:
+        record = {name: value[kind] if name in PER_QUESTION else value
+                  for name, value in record.items()}
+      found.append(record | {'kind': kind})
+    return found
+
+  def _batch(self, records: list[dict[str, Any]], rows: int) -> dict[str, np.ndarray]:
+    pad, end, settings = self.meta['pad'], self.meta['end'], self._settings
+    questions = [[int(token) for token in record['question'] if token != pad] for record in records]
+    answers = [[*map(int, record['answer']), end] for record in records]
+    empty = [[]] * (rows - len(records))
+    both = [[*question, *answer] for question, answer in zip(questions, answers, strict=True)]
+    ids, valid = pad_rows(both + empty, settings.context, side=settings.pad_side, fill=pad)
+    answer = np.zeros(ids.shape, bool)
+    batch = {'ids': ids, 'valid': valid, 'answer': answer}
+    for name in ('kind', *self.features):
+      if name not in ('question', 'answer'):
+        batch[name] = self._column(name, [record[name] for record in records], rows)
+    for row, (question, whole) in enumerate(zip(questions, both, strict=True)):
+      first = settings.context - len(whole) if settings.pad_side == 'left' else 0
+      answer[row, first + len(question):first + len(whole)] = True
+      if 'place' in batch:
+        batch['place'][row] += first
+    return batch
+
+  def _column(self, name: str, values: list[Any], rows: int) -> np.ndarray:
+    """One feature of all rows; zeros where there is no record."""
+    # A batch of padding alone has no record to tell the shape.
+    shape = tuple(self.features[name].shape) if name in self.features else ()
+    shape = shape[1:] if self._kinds > 1 and name in PER_QUESTION else shape
+    given = np.zeros((rows, *shape), np.asarray(values).dtype if values else np.int32)
+    given[:len(values)] = values
+    if name == 'image':
+      images = given * self._gain + self._bias
+      images[len(values):] = 0
+      return images.astype(np.float32)
+    if name == 'evidence':
+      return given.astype(bool)
+    return given.astype(np.float32 if given.dtype.kind == 'f' else np.int32)
+
+
+def _settings(config: ml_collections.ConfigDict) -> Settings:
+  settings = data.read_settings(config, Settings)
+  if settings.pad_side not in SIDES:
+    raise ValueError(f'data.pad_side={settings.pad_side!r} is unknown: choose one of '
+                     f'{", ".join(SIDES)}')
+  return settings

@@ -1,0 +1,151 @@
+"""DTEM: learns, beside the model, which tokens to merge.
+
+Axes: B batch, N slots now, M slots after, A and C the odd and the even tokens that may merge, G
+candidates of each, D features, E features of the learned metric.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models.compressors.mixing import HIDDEN
+from ops.match import arranged, bipartite, cosine
+from ops.reducers.base import Reducer
+from ops.select import place, ranks, top
+from ops.signals import Signals
+from ops.tokens import Assignment, Mix, TokenSet, take
+
+Array = jax.Array
+
+
+class DTEM(Reducer, nn.Module):
+  """ToMe on a learned metric; in training a soft merge that keeps all N slots.
+
+  Learning to Merge Tokens via Decoupled Embedding (Lee and Hong, 2024), Sec. 3, arXiv:2412.10569,
+  as released. The metric is a linear map of the layer's normed input, from which no gradient flows
+  back. `soft_merge` says how training merges; attention counts a slot by its size, down to 0. Only
+  slots that the cuts before would have left take part.
+
+  Attributes:
+    features: E, width of the metric. The release takes that of a head, twice that from D = 1024 on.
+    candidates: G, most similar tokens that a token may share itself out among.
+    temperature: of the similarities.
+    choice_temperature: of the softmax that picks a pair.
+    proportional: whether attention counts a slot as often as it has tokens (the release: not in the
+      evaluation of MAE weights).
+  """
+
+  features: int = 64
+  candidates: int = 3
+  temperature: float = 0.1
+  choice_temperature: float = 0.1
+  proportional: bool = True
+  needs = frozenset({'hidden', 'slots'})
+
+  def fewest(self, slots: int, protected: int) -> int:
+    return slots - (slots - protected) // 2
+
+  @nn.compact
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    metric = nn.Dense(self.features, dtype=jnp.float32, name='metric')(
+        jax.lax.stop_gradient(signals.hidden))
+    if self.has_rng('dropout'):
+      count = tokens.slots if signals.slots is None else signals.slots
+      return soft_merge(tokens, metric, keep=keep, count=count, candidates=self.candidates,
+                        temperature=self.temperature, choice_temperature=self.choice_temperature)
+    order = arranged(tokens)
+    return bipartite(tokens, metric, order[:, ::2], order[:, 1::2], keep=keep,
+                     order='given' if tokens.protected else 'score')
+
+
+def soft_merge(tokens: TokenSet, metric: Array, *, keep: int, count: int, candidates: int,
+               temperature: float, choice_temperature: float) -> Mix:
+  """Shares every second free token out among those between, as far as a relaxed choice wants.
+
+  What a token gives away its size loses, its features stay. Slots come out protected ones first,
+  then those that took part by falling size, so that those emptied are last, then the others.
+
+  Args:
+    tokens: N slots.
+    metric: float[B, N, E], compared by cosine.
+    keep: M, tokens that a hard merge would leave.
+    count: slots, protected ones included, of which those that are free take part: the first so many
+      that are real.
+    candidates, temperature, choice_temperature: see `relaxed_choice`.
+  """
+  slots = tokens.slots
+  part = tokens.free & (place(tokens.real) < count)
+  # Those that take part first, in slot order: every second one gives.
+  order = jnp.argsort(~part, axis=1, stable=True).astype(jnp.int32)
+  a, c = order[:, ::2], order[:, 1::2]
+  among = take(part, a)[:, :, None] & take(part, c)[:, None]
+  scores = cosine(take(metric, a), take(metric, c))
+  there, free = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
+                 for flags in (tokens.real, part))
+  picks = jnp.clip(there - keep, 0, free // 2)
+  given = relaxed_choice(scores, among, picks, most=max(count - keep, 0), candidates=candidates,
+                         temperature=temperature, choice_temperature=choice_temperature)
+
+  # share[m, n], in the order above: what slot m has of slot n afterwards.
+  moved = given.swapaxes(1, 2)
+  moved = jnp.stack([moved, jnp.zeros_like(moved)], axis=3).reshape(*moved.shape[:2], -1)
+  moved = jnp.stack([jnp.zeros_like(moved), moved], axis=2).reshape(len(order), -1, moved.shape[2])
+  moved = jnp.pad(moved, ((0, 0), (0, slots % 2), (0, 0)))[:, :, :slots]
+  rest = 1 - jnp.sum(moved, axis=1)
+  rest += jax.lax.stop_gradient(jnp.clip(rest, 0.0, 1.0) - rest)
+  eye = jnp.eye(slots, dtype=jnp.float32)[None]
+  share = moved + eye * rest[:, None]
+
+  sizes = take(tokens.sizes, order)
+  held = share * sizes[:, None]
+  after = jnp.sum(held, axis=2)
+  gets = (jnp.arange(slots) % 2 == 1)[None] & take(part, order) & (after > 0)
+  weights = jnp.where(gets[:, :, None], held / jnp.where(gets, after, 1.0)[:, :, None], eye)
+
+  # Back to slots: columns as the tokens came, rows as they leave.
+  back = ranks(order, slots)
+  leaves = top(take(after, back), slots, forced=tokens.kept, excluded=~part & ~tokens.kept)
+  rows = take(back, leaves)
+  weights, share = (jnp.take_along_axis(take(matrix, rows), back[:, None], axis=2)
+                    for matrix in (weights, share))
+  return Mix(weights, share=share)
+
+
+def relaxed_choice(scores: Array, among: Array, picks: Array, *, most: int, candidates: int,
+                   temperature: float, choice_temperature: float) -> Array:
+  """How far each token of A gives itself to each of C when the best `picks` pairs are to merge.
+
+  One softmax over all pairs picks one; its token's other pairs are made less likely by as much, and
+  the next is picked. What a token was picked for beyond once is scaled back to once.
+
+  Args:
+    scores: float32[B, A, C].
+    among: bool[B, A, C], pairs that may merge.
+    picks: int32[B, 1].
+    most: picks that are made at most.
+    candidates: G, pairs of each token of A that count, the best ones.
+    temperature: of the scores.
+    choice_temperature: of the softmax over pairs.
+
+  Returns:
+    float32[B, A, C], rows adding up to 1 at most.
+  """
+  best, index = jax.lax.top_k(jnp.where(among, scores, -jnp.inf),
+                              min(candidates, scores.shape[2]))
+  there = best > -jnp.inf
+  eps = jnp.finfo(jnp.float32).eps
+
+  def pick(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    logits, chosen = state
+    flat = jnp.where(there, logits / choice_temperature, HIDDEN).reshape(len(logits), -1)
+    one = jnp.where(there, jax.nn.softmax(flat, axis=1).reshape(logits.shape), 0.0)
+    one = jnp.where((number < picks)[..., None], one, 0.0)
+    left = jnp.maximum(1 - jnp.sum(one, axis=2, keepdims=True), eps)
+    return logits + jnp.log(left), chosen + one
+
+  start = jnp.where(there, best, 0.0) / temperature, jnp.zeros_like(best)
+  chosen = jax.lax.fori_loop(0, most, pick, start)[1]
+  total = jax.lax.stop_gradient(jnp.sum(chosen, axis=2, keepdims=True))
+  chosen = chosen / jnp.maximum(total, 1.0)
+  hit = index[..., None] == jnp.arange(scores.shape[2])[None, None, None]
+  return jnp.sum(jnp.where(hit, chosen[..., None], 0.0), axis=2)

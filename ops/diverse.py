@@ -1,0 +1,69 @@
+"""Choosing tokens that differ: greedy selections that hold one row of similarities at a time.
+
+Axes: B batch, N slots, D features, C slots compared at once.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ops.tokens import take
+
+Array = jax.Array
+
+
+def largest_cosine(vectors: Array, among: Array, *, chunk: int = 64) -> Array:
+  """How like its nearest neighbour each slot is, C = `chunk` slots at a time.
+
+  Args:
+    vectors: float32[B, N, D], of length one.
+    among: bool[B, N], slots that count as neighbours.
+    chunk: how many slots are compared with all others at once.
+
+  Returns:
+    float32[B, N], the largest cosine with another slot, -2 where there is none.
+  """
+  places = jnp.arange(vectors.shape[1])
+
+  def largest(item: tuple[Array, Array]) -> Array:
+    place, row = item
+    scores = jnp.einsum('bd,bnd->bn', row, vectors, precision='highest')
+    return jnp.max(jnp.where(among & (places != place)[None], scores, -2.0), axis=1)
+
+  found = jax.lax.map(largest, (places, vectors.swapaxes(0, 1)),
+                      batch_size=min(chunk, vectors.shape[1]))
+  return found.swapaxes(0, 1)
+
+
+def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
+                   weight: Array | None = None) -> Array:
+  """Picks slots one by one, each the farthest from all picked so far.
+
+  Distance is 1 minus the cosine with the nearest of them, times a weight. Of equals the lowest slot
+  wins. It takes `count` steps, one after another, of a row of N cosines each.
+
+  Args:
+    vectors: float32[B, N, D], of length one.
+    among: bool[B, N], slots that may be picked.
+    first: int32[B], the one to start with.
+    count: how many to pick.
+    weight: float32[B, N], 0 or more, or None for 1.
+
+  Returns:
+    int32[B, N], at which step each slot was picked, `count` where it was not.
+  """
+  slots = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None]
+
+  def step(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    pick, nearest, turn = state
+    turn = jnp.where((slots == pick[:, None]) & among & (turn == count), number, turn)
+    row = jnp.einsum('bd,bnd->bn', take(vectors, pick[:, None])[:, 0], vectors,
+                     precision='highest')
+    nearest = jnp.maximum(nearest, row)
+    gain = 1 - nearest if weight is None else (1 - nearest) * weight
+    gain = jnp.where(among & (turn == count), gain, -jnp.inf)
+    return jnp.argmax(gain, axis=1).astype(jnp.int32), nearest, turn
+
+  start = (first, jnp.full(among.shape, -2.0), jnp.full(among.shape, count, jnp.int32))
+  return jax.lax.fori_loop(0, count, step, start)[2]

@@ -1,0 +1,93 @@
+"""Expected attention: the entries of a cache that coming queries will want, to judge by past ones.
+
+Axes: B batch, N entries now, M entries after, H heads, K kv heads, G heads that share one, d
+features a head, F coming positions.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops.cache import KVGather
+from ops.entries import by_kv_head, earliest, keep_best
+from ops.positions import Rope, order
+from ops.reducers.base import CacheReducer
+from ops.signals import Signals
+from ops.tokens import PADDING_BIAS, TokenSet
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedAttention(CacheReducer):
+  """Keeps the entries to expect most of: likely attention, times the length of the value.
+
+  Expected Attention (Devoto et al., 2025), arXiv:2510.00636, as in the kvpress library. Queries
+  to come are taken to be normal, with the mean and covariance of the prompt's before rotation,
+  turned by the mean rotation of the next positions; a key then expects exp of its mean logit plus
+  half of its variance.
+
+  Attributes:
+    future: F, coming positions.
+    sinks: first entries, which always stay and which the statistics leave out.
+    covariance: 'full', or 'none' for the mean alone.
+    epsilon: added to the attention before it is weighed by values.
+  """
+
+  future: int = 512
+  sinks: int = 4
+  covariance: str = 'full'
+  epsilon: float = 0.0
+  needs = frozenset({'keys', 'values', 'plain_queries', 'rope'})
+
+  def __post_init__(self) -> None:
+    if self.covariance not in ('full', 'none'):
+      raise ValueError(f"covariance={self.covariance!r} is unknown: choose 'full' or 'none'")
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
+    return keep_best(tokens, self.scores(tokens, signals), keep=keep,
+                     forced=earliest(tokens, self.sinks))
+
+  def scores(self, tokens: TokenSet, signals: Signals) -> Array:
+    """float32[B, K, N], expected attention times the length of the value."""
+    keys, values, queries = (x.astype(jnp.float32) for x in (
+        signals.keys, signals.values, signals.plain_queries))
+    heads, width = keys.shape[2:]
+    counts = tokens.real & ~earliest(tokens, self.sinks)
+    share = counts / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+    mean = jnp.einsum('bn,bnhd->bhd', share, queries, precision='highest')
+    after = jnp.max(jnp.where(tokens.real, order(tokens.pos), -1), axis=1) + 1
+    turn = mean_rotation(signals.rope, after, self.future)
+    ahead = by_kv_head(jnp.einsum('bij,bhj->bhi', turn, mean, precision='highest'), heads)
+    logits = jnp.einsum('bkgd,bnkd->bkgn', ahead, keys, precision='highest') / width ** 0.5
+    if self.covariance == 'full':
+      centred = jnp.where(counts[..., None, None], queries - mean[:, None], 0.0)
+      spread = jnp.einsum('bn,bnhi,bnhj->bhij', share, centred, centred, precision='highest')
+      spread = jnp.einsum('bij,bhjk,blk->bhil', turn, spread, turn, precision='highest')
+      logits += jnp.einsum('bnki,bkgij,bnkj->bkgn', keys, by_kv_head(spread, heads), keys,
+                           precision='highest') / (2 * width)
+    logits = jnp.where(counts[:, None, None], logits, PADDING_BIAS)
+    expected = jax.nn.softmax(logits, axis=3).mean(axis=2) + self.epsilon
+    return expected * jnp.sqrt(jnp.sum(values * values, axis=3)).swapaxes(1, 2)
+
+  def fewest(self, slots: int, protected: int) -> int:
+    del protected
+    return min(slots, self.sinks + 1)
+
+
+def mean_rotation(rope: Rope, first: Array, count: int) -> Array:
+  """The mean of the rotations of `count` positions from int32[B] on: float32[B, d, d].
+
+  With several numbers a position, as text has them: all equal.
+  """
+  pos = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+  if rope.sections:
+    pos = jnp.repeat(pos[..., None], 1 + len(rope.sections), axis=2)
+
+  # A vector of ones in the first half and zeros in the second turns into cosines and sines.
+  ones = jnp.concatenate([jnp.ones(rope.width // 2), jnp.zeros(rope.width // 2)])
+  turned = rope.rotate(jnp.broadcast_to(ones, (*pos.shape[:2], 1, rope.width)), pos)
+  cos, sin = (jax.vmap(jnp.diag)(half) for half in jnp.split(turned.mean(axis=1)[:, 0], 2, axis=1))
+  return jnp.concatenate([jnp.concatenate([cos, -sin], axis=2),
+                          jnp.concatenate([sin, cos], axis=2)], axis=1)

@@ -1,0 +1,76 @@
+"""H2O: heavy hitters, the entries of a cache that attention has added up on, and the latest.
+
+Axes: B batch, N entries now, M entries after, S entries of a full cache (M + 1), H heads, K kv
+heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops.cache import KVGather
+from ops.entries import by_kv_head, keep_best, latest
+from ops.reducers.base import CacheReducer
+from ops.signals import Signals
+from ops.tokens import TokenSet
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class H2O(CacheReducer):
+  """Keeps the latest entries and, of the others, those that got most attention in all.
+
+  H2O (Zhang et al., 2023), Algorithm 1, arXiv:2306.14048, as released. Attention is summed over
+  all queries so far and over the heads that share a key; the release also sums it over the batch,
+  whose rows are apart here. Entries keep their order. While a model decodes, `follow` adds up the
+  sums (`scores`) of what stays, and `evict` says what makes room.
+
+  Attributes:
+    recent: latest entries that always stay; half of those that stay where None, as in the paper.
+  """
+
+  recent: int | None = None
+  needs = frozenset({'keys', 'received_attention'})
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
+    recent = latest(tokens, keep // 2 if self.recent is None else self.recent)
+    return keep_best(tokens, self.scores(tokens, signals), keep=keep, forced=recent, order='slot')
+
+  def scores(self, tokens: TokenSet, signals: Signals) -> Array:
+    """float32[B, K, N], attention that each entry got from all queries."""
+    real = jnp.sum(tokens.real, axis=1, dtype=jnp.float32)[:, None, None]
+    received = by_kv_head(signals.received_attention, signals.keys.shape[2])
+    return received.sum(axis=2) * real
+
+  def fewest(self, slots: int, protected: int) -> int:
+    del protected
+    return min(slots, (self.recent or 1) + 1)
+
+
+def follow(heavy: Array, rows: Array) -> Array:
+  """Sums of attention after one more query: float32[B, K, S], its row [B, H, S] -> [B, K, S]."""
+  return heavy + by_kv_head(rows, heavy.shape[1]).sum(axis=2)
+
+
+def evict(heavy: Array, pos: Array, valid: Array, *, recent: int) -> Array:
+  """The place in a full cache that its next entry takes.
+
+  Args:
+    heavy: float32[B, K, S], sums of attention, the newest entry's included.
+    pos: int32[B, K, S], positions of the entries.
+    valid: bool[B, K, S], places that hold an entry.
+    recent: latest entries that stay.
+
+  Returns:
+    int32[B, K]: an empty place where there is one, the lowest; else that of the smallest sum
+    outside the latest entries, and the latest of equals.
+  """
+  place = jnp.where(valid, pos, jnp.iinfo(jnp.int32).min)
+  oldest = jnp.sort(place, axis=2)[:, :, -recent, None] if recent else jnp.max(
+      place, axis=2, keepdims=True) + 1
+  lightest = jnp.where(valid & (place < oldest), heavy, jnp.inf)
+  equal = lightest == jnp.min(lightest, axis=2, keepdims=True)
+  victim = jnp.argmax(jnp.where(equal, place, jnp.iinfo(jnp.int32).min), axis=2)
+  return jnp.where(jnp.all(valid, axis=2), victim, jnp.argmin(valid, axis=2)).astype(jnp.int32)

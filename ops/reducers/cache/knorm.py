@@ -1,0 +1,31 @@
+"""KNorm: the entries of a cache whose keys are shortest.
+
+Axes: B batch, N entries now, M entries after, K kv heads, d features a head.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from ops.cache import KVGather
+from ops.entries import keep_best
+from ops.reducers.base import CacheReducer
+from ops.signals import Signals
+from ops.tokens import TokenSet
+
+
+@dataclasses.dataclass(frozen=True)
+class KNorm(CacheReducer):
+  """Keeps the entries whose keys are shortest, head by head: they are attended to most.
+
+  A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (Devoto et al., 2024),
+  arXiv:2406.11430. Rotation leaves the length of a key as it is.
+  """
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
+    return keep_best(tokens, self.scores(signals), keep=keep)
+
+  def scores(self, signals: Signals) -> jnp.ndarray:
+    """float32[B, K, N], minus the length of each key."""
+    keys = signals.keys.astype(jnp.float32)
+    return -jnp.sqrt(jnp.sum(keys * keys, axis=3)).swapaxes(1, 2)

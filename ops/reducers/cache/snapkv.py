@@ -1,0 +1,72 @@
+"""SnapKV: the entries of a cache that the end of the prompt attends to, and their neighbours.
+
+Axes: B batch, N entries now, M entries after, H heads, K kv heads, W last queries.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops.cache import KVGather
+from ops.entries import by_kv_head, keep_best, latest, pool_neighbours
+from ops.reducers.base import CacheReducer
+from ops.signals import Signals
+from ops.tokens import TokenSet
+
+Array = jax.Array
+POOLS = ('avg', 'max')
+VARIANTS = ('release', 'kvpress')
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapKV(CacheReducer):
+  """Keeps the last entries and those that their attention, pooled over neighbours, falls on.
+
+  SnapKV (Li et al., 2024), arXiv:2404.14469. The scores of heads that share a key are averaged;
+  the release repeats keys instead, and so keeps as many caches as there are heads.
+
+  Attributes:
+    window: W, last queries that are asked, and entries that always stay.
+    kernel: neighbouring entries that are pooled, an odd number; the ends count as zeros.
+    pool: 'avg' or 'max'.
+    variant: 'release' puts the best entry first and the window last; 'kvpress', as that library
+      does, the window first.
+  """
+
+  window: int = 64
+  kernel: int = 5
+  pool: str = 'avg'
+  variant: str = 'release'
+  needs = frozenset({'keys', 'window_attention'})
+
+  def __post_init__(self) -> None:
+    for name, known in (('pool', POOLS), ('variant', VARIANTS)):
+      if getattr(self, name) not in known:
+        raise ValueError(f'{name}={getattr(self, name)!r} is unknown: choose one of '
+                         f'{", ".join(known)}')
+    if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+      raise ValueError(f'window={self.window} must be at least 1 and kernel={self.kernel} odd')
+
+  @property
+  def span(self) -> int:
+    return self.window
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
+    kept = keep_best(tokens, self.scores(tokens, signals), keep=keep,
+                     forced=latest(tokens, self.window))
+    if self.variant == 'kvpress':
+      return kept
+    return jax.tree.map(lambda x: jnp.roll(x, -self.window, axis=2), kept)
+
+  def scores(self, tokens: TokenSet, signals: Signals) -> Array:
+    """float32[B, K, N], mean over the window's queries and a key's heads, 0 in the window."""
+    before = tokens.real & ~latest(tokens, self.window)
+    rows = jnp.where(before[:, None], signals.window_attention.mean(axis=2), 0.0)
+    pooled = pool_neighbours(rows, tokens, kernel=self.kernel, pool=self.pool)
+    pooled = by_kv_head(pooled, signals.keys.shape[2]).mean(axis=2)
+    return jnp.where(before[:, None], pooled, 0.0)
+
+  def fewest(self, slots: int, protected: int) -> int:
+    del protected
+    return min(slots, self.window + 1)

@@ -1,0 +1,40 @@
+"""StreamingLLM.
+
+Axes: B batch, N slots now, M slots after, K kv heads, d features a head.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from ops.cache import KVGather
+from ops.reducers.base import Reducer
+from ops.select import place, top
+from ops.signals import Signals
+from ops.tokens import TokenSet
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamingLLM(Reducer):
+  """Keeps the first few tokens and the latest.
+
+  Efficient Streaming Language Models with Attention Sinks (Xiao et al., 2024), Sec. 3.2,
+  arXiv:2309.17453. The paper counts positions within the cache: positions='compact'.
+
+  Attributes:
+    sinks: first tokens that stay.
+  """
+
+  sinks: int = 4
+  site = 'cache'
+  needs = frozenset({'keys'})
+  conserves = 'pruning drops tokens'
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
+    real = tokens.real
+    rank, count = place(real), jnp.sum(real, axis=1, keepdims=True)
+    first = rank < min(self.sinks, keep)
+    # Of the others the latest: a later token scores higher.
+    src = jnp.sort(top(rank - count, keep, forced=first, excluded=~real), axis=1)
+    heads = signals.keys.shape[2]
+    return KVGather(jnp.broadcast_to(src[:, None], (src.shape[0], heads, keep)))

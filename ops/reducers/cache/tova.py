@@ -1,0 +1,27 @@
+"""TOVA: the entries of a cache that the last token attends to.
+
+Axes: B batch, N entries now, M entries after, H heads, K kv heads.
+"""
+
+import dataclasses
+
+from ops.cache import KVGather
+from ops.entries import everywhere, keep_best, latest
+from ops.reducers.base import CacheReducer
+from ops.signals import Signals
+from ops.tokens import TokenSet
+
+
+@dataclasses.dataclass(frozen=True)
+class TOVA(CacheReducer):
+  """Keeps the last entry and those that it attends to most, the same ones in every head.
+
+  Transformers are Multi-State RNNs (Oren et al., 2024), arXiv:2401.06104, applied once, after the
+  prompt. Scores are means over all heads.
+  """
+
+  needs = frozenset({'keys', 'last_attention'})
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
+    scores = everywhere(signals.last_attention.mean(axis=1), signals.keys.shape[2])
+    return keep_best(tokens, scores, keep=keep, forced=latest(tokens, 1))

@@ -1,0 +1,47 @@
+"""DUET-VLM's stage in the language model: what the text attends to.
+
+Axes: B batch, N slots now, H heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops.positions import order
+from ops.reducers.base import Reducer
+from ops.select import keep_top
+from ops.signals import Signals
+from ops.tokens import TEXT, VISUAL, Assignment, TokenSet
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DUETVLM(Reducer):
+  """Keeps the tokens that the text after the image would attend to most in the next layer.
+
+  The second stage of DUET-VLM (2026), arXiv:2602.18846, as released, where no words are singled
+  out: means over the rows of that text and over heads. (Its choice of salient words needs a
+  tagger.) The first stage, in the tower, is a form of `visionzip`. Otherwise as `pyramiddrop`.
+  """
+
+  needs = frozenset({'next_row_attention'})
+  site = 'before'
+  positions = 'compact'
+  conserves = 'pruning drops tokens'
+
+  def rows(self, tokens: TokenSet) -> Array:
+    """bool[B, N], text after the last visual token."""
+    return text_after_images(tokens)
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    return keep_top(tokens, signals.next_row_attention.mean(axis=1), keep=keep)
+
+
+def text_after_images(tokens: TokenSet) -> Array:
+  """bool[B, N], text after the last visual token of its row; all text where there is none."""
+  place = order(tokens.pos)
+  visual = tokens.real & (tokens.kind == VISUAL)
+  last = jnp.max(jnp.where(visual, place, -1), axis=1, keepdims=True)
+  return tokens.real & (tokens.kind == TEXT) & (place > last)

@@ -1,0 +1,29 @@
+"""FastV: early in a language model, most visual tokens have said what they had to say.
+
+Axes: B batch, N slots now, H heads.
+"""
+
+import dataclasses
+
+from ops.reducers.base import Reducer
+from ops.select import keep_top
+from ops.signals import Signals
+from ops.tokens import Assignment, TokenSet
+
+
+@dataclasses.dataclass(frozen=True)
+class FastV(Reducer):
+  """Keeps the tokens that the last token of the prompt attends to most, by the layer before.
+
+  An Image is Worth 1/2 Tokens After Layer 2 (Chen et al., 2024), arXiv:2403.06764. Scores are
+  means over heads. Its K is the layer that the cut stands before; its R is the share of visual
+  tokens removed. Tokens keep their order and their positions.
+  """
+
+  needs = frozenset({'last_attention'})
+  site = 'before'
+  positions = 'keep'
+  conserves = 'pruning drops tokens'
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    return keep_top(tokens, signals.last_attention.mean(axis=1), keep=keep)

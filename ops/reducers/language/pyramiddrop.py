@@ -1,0 +1,31 @@
+"""PyramidDrop: the deeper the layer, the fewer visual tokens.
+
+Axes: B batch, N slots now, H heads.
+"""
+
+import dataclasses
+
+from ops.reducers.base import Reducer
+from ops.select import keep_top
+from ops.signals import Signals
+from ops.tokens import Assignment, TokenSet
+
+
+@dataclasses.dataclass(frozen=True)
+class PyramidDrop(Reducer):
+  """Keeps the tokens that the last token of the prompt would attend to most in the next layer.
+
+  PyramidDrop (Xing et al., 2024), arXiv:2410.17247. Scores are means over heads, by the queries
+  and keys of the layer that the cut stands before. Its ratios are of the visual tokens that there
+  were at the start (ratio_of='start'), rounded down. Tokens keep their order; positions are
+  numbered anew after every cut, as released. In training the release scores by the tokens before
+  each answer; here the last token of the row counts.
+  """
+
+  needs = frozenset({'next_last_attention'})
+  site = 'before'
+  positions = 'compact'
+  conserves = 'pruning drops tokens'
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    return keep_top(tokens, signals.next_last_attention.mean(axis=1), keep=keep)

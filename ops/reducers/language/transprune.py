@@ -1,0 +1,70 @@
+"""TransPrune: tokens that change a lot on their way through the layers.
+
+Axes: B batch, N slots now, D features, H heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops.reducers.base import Reducer
+from ops.reducers.language.duet_vlm import text_after_images
+from ops.select import keep_top
+from ops.signals import Signals
+from ops.tokens import PADDING_BIAS, Assignment, TokenSet
+
+Array = jax.Array
+TINY = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class TransPrune(Reducer):
+  """Keeps the tokens that change most, and that the text after the image attends to.
+
+  TransPrune (Li et al., 2025), arXiv:2507.20630, as released. How much a token changes is how
+  long what attention, and the MLP, add to it is beside what went in, times a softmax over all
+  tokens of 1 minus the cosine of the two (the paper takes the cosine's size), summed over the
+  layers watched: by default those from the layer before the first cut to the last cut. Attention
+  is that of the next layer's queries and keys. Both are divided by their sums over the tokens
+  that may go, and added. Otherwise as `pyramiddrop`.
+  """
+
+  needs = frozenset({'next_row_attention'})
+  watch_needs = frozenset({'hidden', 'attention_out', 'mlp_in', 'mlp_out'})
+  site = 'before'
+  positions = 'compact'
+  conserves = 'pruning drops tokens'
+
+  def rows(self, tokens: TokenSet) -> Array:
+    """bool[B, N], text after the last visual token."""
+    return text_after_images(tokens)
+
+  def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(max(cuts[0] - 1, 0), cuts[-1])) if cuts else ()
+
+  def watch(self, tokens: TokenSet, signals: Signals) -> dict[str, Array]:
+    """{'change': float32[B, N]}, the sum so far."""
+    change = (transition(tokens, signals.hidden, signals.attention_out)
+              + transition(tokens, signals.mlp_in, signals.mlp_out))
+    return {'change': tokens.stats.get('change', 0.0) + jax.lax.stop_gradient(change)}
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    scores = share(signals.next_row_attention.mean(axis=1), tokens.free)
+    if 'change' in tokens.stats:
+      scores += share(tokens.stats['change'], tokens.free)
+    return keep_top(tokens, scores, keep=keep)
+
+
+def transition(tokens: TokenSet, before: Array, added: Array) -> Array:
+  """How much a sublayer changes each token: float[B, N, D] twice -> float32[B, N]."""
+  before, added = before.astype(jnp.float32), added.astype(jnp.float32)
+  lengths = [jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=2), TINY ** 2)) for x in (before, added)]
+  turn = 1 - jnp.sum(before * added, axis=2) / (lengths[0] * lengths[1])
+  parts = jax.nn.softmax(jnp.where(tokens.real, turn, PADDING_BIAS), axis=1)
+  return lengths[1] / lengths[0] * parts
+
+
+def share(scores: Array, free: Array) -> Array:
+  """Scores float32[B, N] as parts of their sum over bool[B, N]."""
+  return scores / (jnp.sum(jnp.where(free, scores, 0.0), axis=1, keepdims=True) + TINY)

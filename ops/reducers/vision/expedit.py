@@ -1,0 +1,60 @@
+"""Expedit: soft clusters of the patch grid, from which every token can be reconstructed.
+
+Axes: B batch, N slots now, M slots after, P protected, K clusters.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from ops.mixing import mix
+from ops.reducers.base import Reducer
+from ops.signals import Signals
+from ops.superpixels import cells, soft_clusters
+from ops.tokens import Assignment, TokenSet
+
+
+@dataclasses.dataclass(frozen=True)
+class Expedit(Reducer):
+  """Mixes neighbouring tokens into soft clusters that stand on a coarser grid.
+
+  Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning (Liang et al.,
+  2022), Sec. 3, arXiv:2210.01035, as released. Clusters start from the mean of a cell of the grid.
+  A token shares itself out among the clusters around its cell by their distance in features, and
+  a cluster is the mean of its shares; each slot counts once. A row with no more tokens than
+  clusters keeps them. The K clusters stand in raster order behind the protected tokens.
+
+  The way back is `ops.superpixels.reconstruct(before, centres, deep, temperature=...)`: of a cut in
+  layer l, `before` is the x of out['before'][l], `centres` that of out['cuts'][l], and `deep` that
+  of the final tokens, all without the protected slots. In SAM every window is clustered by itself:
+  a host that keeps windows on the batch axis (models/windows.py) does so with any method.
+
+  Attributes:
+    temperature: of squared distances; 0.02 for Segmenter, 0.01 for SAM.
+    iterations: rounds of sharing out tokens and moving clusters.
+    reach: clusters so many cells away may be joined, in each direction.
+    bands: rows of clusters; None for cells as square as they come.
+  """
+
+  temperature: float = 0.02
+  iterations: int = 5
+  reach: int = 2
+  bands: int | None = None
+  needs = frozenset({'grid'})
+  site = 'before'
+
+  def __post_init__(self) -> None:
+    for field in ('temperature', 'iterations', 'bands'):
+      value = getattr(self, field)
+      if value is not None and value <= 0:
+        raise ValueError(f'{field}={value} must be positive')
+    if self.reach < 0:
+      raise ValueError(f'reach={self.reach} must not be negative')
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    made = cells(signals.grid, keep - tokens.protected, bands=self.bands, reach=self.reach)
+    pos = jnp.clip(tokens.pos, 0, made.near.shape[1] - 1)
+    inside, near = (jnp.asarray(mask.T)[pos].swapaxes(1, 2) for mask in (made.inside, made.near))
+    soft = soft_clusters(tokens.x, inside, near, tokens.free, iterations=self.iterations,
+                         temperature=self.temperature)
+    return mix(tokens, soft)

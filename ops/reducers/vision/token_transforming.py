@@ -1,0 +1,54 @@
+"""Token transforming: every token left is a mixture of all tokens like it.
+
+Axes: B batch, N slots now, M slots after, K tokens chosen, H heads, d features a head.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import nn
+
+from ops.attention import log_weight
+from ops.match import cosine
+from ops.mixing import mix
+from ops.reducers.base import ByAttention
+from ops.select import top
+from ops.signals import Signals
+from ops.tokens import PADDING_BIAS, Assignment, TokenSet, take
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTransforming(ByAttention):
+  """Mixes all tokens into those that are attended to most, by the similarity of their keys.
+
+  A variant of our own in the spirit of Token Transforming (Zeng et al., 2025), arXiv:2506.05709,
+  which sees pruning and merging as matrices and takes one of many inputs and many outputs, without
+  training. How that paper builds its matrix is not reproduced here, and its figures are not ours.
+  Here a row is exp(tau cos(key of the chosen token, keys of all)), each token counted as often as
+  it has originals, divided by its sum. Protected tokens lead, the chosen ones follow, the most
+  attended first; a row with no more tokens than there is room for keeps them as they are.
+
+  Attributes:
+    by: the attention by which tokens are chosen: 'cls_attention' or 'received_attention'.
+    tau: how sharply similarity counts; large values leave the chosen tokens as they are.
+  """
+
+  tau: float = 20.0
+  proportional = True
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.tau > 0:
+      raise ValueError(f'tau={self.tau} must be positive')
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return super().needs | {'keys'}
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    scores = self.attention(signals).mean(axis=1)
+    chosen = top(scores, keep - tokens.protected, excluded=~tokens.free)
+    keys = signals.keys.astype(jnp.float32).mean(axis=2)
+    logits = self.tau * cosine(take(keys, chosen), keys) + log_weight(tokens.sizes)[:, None]
+    logits = jnp.where(tokens.free[:, None], logits, PADDING_BIAS)
+    return mix(tokens, jnp.where(tokens.free[:, None], nn.softmax(logits), 0.0))

@@ -1,0 +1,84 @@
+"""vid-TLDR: merges early, and what lies in the background counts less for it.
+
+Axes: B batch, N slots now, M slots after, R query rows of a chunk, C chunks, H heads, d features a
+head.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops import attention
+from ops.match import arranged, bipartite
+from ops.reducers.base import Reducer
+from ops.signals import Signals
+from ops.tokens import Assignment, Merge, TokenSet, key_bias, take
+
+Array = jax.Array
+ROWS = 32  # Query rows of attention held at a time.
+
+
+@dataclasses.dataclass(frozen=True)
+class VidTLDR(Reducer):
+  """Merges the most similar pairs of one even and one odd slot, the first weighted by saliency.
+
+  vid-TLDR (Choi et al., 2024), Sec. 3, arXiv:2403.13347, as released. A token whose attention is
+  spread evenly is background: saliency is the negative entropy of its row of attention (mean over
+  heads, without a bias for size), zero below the mean over the tokens and rising to 1. The even
+  slot of a merged pair counts saliency times its size, in the mean and in the size that is left, so
+  sizes no longer count tokens. At most half of the free tokens go at once. The release protects
+  nothing; here protected tokens lead and stay, then the even slots left, then the odd ones.
+  """
+
+  needs = frozenset({'queries', 'keys'})
+  proportional = True
+  conserves = 'a token merged away counts only as far as it is salient'
+  joins = True
+
+  def fewest(self, slots: int, protected: int) -> int:
+    return slots - (slots - protected) // 2
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    entropy = negative_entropy(signals.queries, signals.keys,
+                               bias=key_bias(tokens, proportional=False))
+    salient = jax.lax.stop_gradient(saliency(entropy, tokens.free))
+    order = arranged(tokens)
+    merge = bipartite(tokens, tokens.x, order[:, ::2], order[:, 1::2], keep=keep, order='given')
+    anchor = take(merge.src, jnp.minimum(merge.dst, keep - 1))
+    own = jnp.arange(tokens.slots, dtype=jnp.int32)[None]
+    share = jnp.where(tokens.free & (anchor != own), salient, 1.0)
+    return Merge.mean(merge.src, merge.dst, share * tokens.sizes).replace(share=share)
+
+
+def negative_entropy(queries: Array, keys: Array, *, bias: Array | None) -> Array:
+  """float[B, N, H, d], twice -> float32[B, N]: sum of a log a over each row of mean attention.
+
+  Rows are taken a few at a time: the largest buffer is float32[B, H, R, N].
+  """
+  batch, slots = queries.shape[:2]
+  rows = min(ROWS, slots)
+  padded = jnp.pad(queries, ((0, 0), (0, -slots % rows), (0, 0), (0, 0)))
+  chunks = padded.reshape(batch, -1, rows, *queries.shape[2:]).swapaxes(0, 1)
+
+  def of(chunk: Array) -> Array:
+    mean = attention.rows(chunk, keys, None, bias=bias).mean(axis=1)
+    return jnp.sum(mean * jnp.log(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)), axis=2)
+
+  found = jax.lax.map(of, jax.lax.stop_gradient(chunks))
+  return found.swapaxes(0, 1).reshape(batch, -1)[:, :slots]
+
+
+def saliency(entropy: Array, among: Array) -> Array:
+  """float32[B, N] in 0 to 1: how far each token lies above the mean, by the largest such.
+
+  Zero where all are equal.
+
+  Args:
+    entropy: float32[B, N], negative entropies.
+    among: bool[B, N], the tokens that count.
+  """
+  count = jnp.maximum(jnp.sum(among, axis=1, keepdims=True), 1)
+  mean = jnp.sum(jnp.where(among, entropy, 0.0), axis=1, keepdims=True) / count
+  above = jnp.where(among, jnp.maximum(entropy - mean, 0.0), 0.0)
+  return above / jnp.maximum(jnp.max(above, axis=1, keepdims=True), 1e-12)

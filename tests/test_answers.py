@@ -1,0 +1,186 @@
+"""Training on questions: the loss is of answers alone, scores count whole answers, runs resume."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import train
+import train_answers
+from configs import digit_scenes as scenes_config
+from configs import stdlib_needle as needle_config
+from lib import answers, sharding
+from lib.datasets import digit_scenes
+from lib.questions import Info
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCENES = Info(len(digit_scenes.WORDS), 0, 1, 2, digit_scenes.KINDS, 6, 6, (64, 64, 3), ())
+NEEDLE = Info(258, 256, 257, None, (), 6, 6, None, ())
+ROWS = 4
+
+
+def small(config):
+  config = config.get_config()
+  config.model.lm.update(width=16, depth=2, mlp=16, heads=2, kv_heads=1, head_width=8)
+  if 'tower' in config.model:
+    config.model.tower.update(width=16, depth=2, mlp=16, heads=2, patch=16)
+  return config
+
+
+def batch_of(info, context, seed=0):
+  """Questions of several lengths, with answers of one token and an end token."""
+  random = np.random.default_rng(seed)
+  ids = np.full((ROWS, context), info.pad, np.int32)
+  valid, answer = np.zeros(ids.shape, bool), np.zeros(ids.shape, bool)
+  for row, length in enumerate((10, 7, 12, 9)):
+    ids[row, :length] = random.integers(3, 30, length)
+    ids[row, 0] = info.image or 5
+    ids[row, length - 1] = info.end
+    valid[row, :length], answer[row, length - 2:length] = True, True
+  batch = {'ids': ids, 'valid': valid, 'answer': answer, 'kind': np.array([0, 1, 1, 2]),
+           'mask': np.ones(ROWS, np.float32)}
+  if info.image_shape:
+    batch |= {'image': random.normal(size=(ROWS, 64, 64, 3)).astype(np.float32),
+              'cells': random.integers(0, 12, (ROWS, 4, 4))}
+  return batch
+
+
+def made(config, info, **reduce):
+  config.reduce.update(reduce)
+  model = answers.build(config.model, config.reduce, info, context=config.data.context)
+  initial = jax.jit(lambda key: train_answers.initial(model, info, config.data.context, key))
+  return model, initial(jax.random.key(0))
+
+
+CASES = {
+    'scenes': (scenes_config, SCENES, {}),
+    'vision': (scenes_config, SCENES, {'vision': {'method': 'tome', 'remove': 3}}),
+    'projector': (scenes_config, SCENES, {'projector': {'method': 'topk', 'keep': 5}}),
+    'language': (scenes_config, SCENES, {'language': {
+        'method': 'stride', 'of': 'visual', 'site': 'before', 'layers': (1,), 'keep_ratio': 0.5}}),
+    'needle': (needle_config, NEEDLE, {}),
+}
+
+
+@pytest.fixture(scope='module', params=CASES)
+def case(request):
+  config, info, reduce = CASES[request.param]
+  config = small(config)
+  config.data.context = 14
+  with config.unlocked():
+    model, params = made(config, info, **reduce)
+  run = jax.jit(functools.partial(answers.apply, model))
+  return request.param, config, info, model, params, run
+
+
+def test_a_step_is_taken_and_every_parameter_has_a_place(case):
+  name, config, info, model, params, _ = case
+  mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
+  optimizer = optax.adamw(1e-3)
+  state = train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+  sharding.place(state, config.sharding, mesh)
+  update = functools.partial(train_answers.update, model, optimizer, config.optimizer,
+                             optax.constant_schedule(1e-3))
+  batch, before = batch_of(info, 14), None
+  if name not in ('scenes', 'needle'):
+    after, measured = jax.eval_shape(update, state, batch, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, after.params) == jax.tree.map(jnp.shape, params)
+    assert 'patch_loss' in measured
+    return
+  step = jax.jit(lambda state, batch: update(state, batch, jax.random.key(0)))
+  for _ in range(3):
+    state, measured = step(state, batch)
+    assert before is None or measured['loss'] < before
+    before = measured['loss']
+  assert ('patch_loss' in measured) == (name != 'needle')
+  assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, params)
+
+
+def test_the_loss_is_that_of_the_answers_alone(case):
+  *_, info, _, params, run = case
+  batch = batch_of(info, 14)
+  logits, out = run(params, batch)
+  found = np.asarray(answers.predictions(logits, out))
+  wanted = 0.0
+  for row in range(ROWS):
+    for place in np.flatnonzero(batch['answer'][row]):
+      wanted -= jax.nn.log_softmax(found[row, place])[batch['ids'][row, place]]
+  loss = answers.losses(logits, out, batch)['loss']
+  np.testing.assert_allclose(loss, wanted / batch['answer'].sum(), rtol=1e-5)
+  # What stands in the answer or behind it does not change what predicts its first token.
+  other = {**batch, 'ids': np.where(batch['answer'], 29, batch['ids'])}
+  again = np.asarray(answers.predictions(*run(params, other)))
+  for row in range(ROWS):
+    first = np.flatnonzero(batch['answer'][row])[0]
+    np.testing.assert_allclose(again[row, first], found[row, first], atol=1e-5)
+
+
+def test_scores_count_whole_answers_by_kind(case):
+  *_, info, _, params, run = case
+  batch = batch_of(info, 14)
+  logits, out = run(params, batch)
+  # All tokens right in rows 0 and 1, one of two in row 2, none that counts in row 3.
+  likeliest = np.array(answers.predictions(logits, out).argmax(axis=-1))
+  ids = np.where(batch['answer'], likeliest, batch['ids'])
+  ids[2, np.flatnonzero(batch['answer'][2])[1]] += 1
+  batch = {**batch, 'mask': np.float32([1, 1, 1, 0])}
+  fixed = {**batch, 'ids': ids}
+  counts = answers.right_and_all(logits, out, fixed, 3)
+  assert counts.tolist() == [[1, 1], [1, 2], [0, 0]]
+  found = answers.scores(np.asarray(counts), ('a', 'b', 'c'))
+  assert found == {'accuracy': pytest.approx(2 / 3), 'accuracy_a': 1, 'accuracy_b': 0.5,
+                   'accuracy_c': 0}
+
+
+def test_patches_carry_the_label_of_their_cell():
+  config = small(scenes_config)
+  config.model.tower.patch = 8
+  with config.unlocked():
+    model, params = made(config, SCENES)
+  batch = batch_of(SCENES, 12)
+  _, out = jax.jit(lambda batch: answers.apply(model, params, batch))(batch)
+  _, tokens = out['patches']
+  labels = answers.patch_labels(batch['cells'], tokens).reshape(ROWS, 8, 8)
+  np.testing.assert_array_equal(labels, batch['cells'].repeat(2, axis=1).repeat(2, axis=2))
+
+
+@pytest.mark.parametrize(('reduce', 'message'), [
+    ({'cache': {'method': 'topk'}}, 'choose from vision, projector, language'),
+    ({'projector': {'method': 'topk', 'keep': 4}}, 'this set has none'),
+])
+def test_reductions_in_places_that_are_not_there(reduce, message):
+  config = small(needle_config)
+  with pytest.raises(ValueError, match=message):
+    answers.build(config.model, reduce, NEEDLE, context=14)
+
+
+def test_a_run_trains_scores_and_goes_on(tmp_path):
+  command = [
+      sys.executable, '-c',
+      'import sys, dataclasses; from lib.datasets import stdlib_needle as s;'
+      'B = s.StdlibNeedle; c = [dataclasses.replace(B.BUILDER_CONFIGS[0], train=24, test=6)];'
+      'B.BUILDER_CONFIGS = c; B.builder_configs = {"256": c[0]};'
+      'import train_answers; from lib import cli; cli.run(train_answers.main)',
+      '--config=configs/stdlib_needle.py', f'--workdir={tmp_path / "run"}', '--compile_cache=',
+      f'--config.data.data_dir={tmp_path}', '--config.data.batch_size=4', '--config.log_steps=1',
+      '--config.optimizer.warmup_steps=1', '--config.model.lm.width=16',
+      '--config.model.lm.depth=1', '--config.model.lm.mlp=16']
+  outputs = []
+  for steps in (2, 3):
+    done = subprocess.run([*command, f'--config.total_steps={steps}'], cwd=ROOT, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs.append(done.stdout)
+  assert 'resumed at step 2 of 3' in outputs[1]
+  last = json.loads(outputs[1].splitlines()[-1])
+  assert last['step'] == 3
+  assert 0 <= last['accuracy'] <= 1
+  assert dataclasses.asdict(NEEDLE)['vocabulary'] == 258

@@ -1,0 +1,270 @@
+"""Scenes of digits, keys in the standard library's sources, and the batches made of them."""
+
+import dataclasses
+import hashlib
+import itertools
+import re
+
+import ml_collections
+import numpy as np
+import pytest
+
+from lib import data, questions
+from lib.datasets import digit_scenes, digits, stdlib_needle
+
+SMALL, LARGE = digit_scenes.DigitScenes.BUILDER_CONFIGS
+NEEDLES = stdlib_needle.StdlibNeedle.BUILDER_CONFIGS
+COUNTS = {'train': 12, 'test': 5}
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A folder with the smallest config of each set, cut short."""
+  folder = tmp_path_factory.mktemp('sets')
+  with pytest.MonkeyPatch.context() as patch:
+    for builder in (digit_scenes.DigitScenes, stdlib_needle.StdlibNeedle):
+      short = [dataclasses.replace(config, **COUNTS) for config in builder.BUILDER_CONFIGS[:1]]
+      patch.setattr(builder, 'BUILDER_CONFIGS', short)
+      patch.setattr(builder, 'builder_configs', {config.name: config for config in short})
+    for name in ('digit_scenes/64', 'stdlib_needle/256'):
+      data.prepare(name, data_dir=str(folder))
+  return folder
+
+
+def config_of(name, place, **changes):
+  return ml_collections.ConfigDict(
+      {'name': name, 'data_dir': str(place), 'context': 12 if 'digit' in name else 260,
+       'batch_size': 8} | changes)
+
+
+@pytest.fixture(scope='module')
+def sources():
+  return {split: digit_scenes.Sources.load(split) for split in ('train', 'test')}
+
+
+# Scenes.
+
+
+def answer_to(text, cells):
+  """What a question's words ask of a grid of labels, worked out here once more."""
+  grid = [[None if label in (0, 11) else int(label) - 1 for label in row] for row in cells]
+  here = [digit for row in grid for digit in row if digit is not None]
+
+  def name(digit):
+    return 'none' if digit is None else str(digit)
+
+  if text == 'how many digits are there ?':
+    return str(len(here))
+  if found := re.fullmatch(r'is there a (\d) \?', text):
+    return 'yes' if int(found[1]) in here else 'no'
+  if found := re.fullmatch(r'which digit is at row (\d) column (\d) \?', text):
+    return name(grid[int(found[1]) - 1][int(found[2]) - 1])
+  if found := re.fullmatch(r'which digit is directly left of the (\d) \?', text):
+    (row, column), = [(r, c) for r, c in itertools.product(range(len(grid)), repeat=2)
+                      if grid[r][c] == int(found[1])]
+    return name(grid[row][column - 1] if column else None)
+  if text == 'what is the sum of the top row ?':
+    return str(sum(digit for digit in grid[0] if digit is not None))
+  found = re.fullmatch(r'what is in the (top|bottom) (left|right) corner \?', text)
+  return name(grid[-1 if found[1] == 'bottom' else 0][-1 if found[2] == 'right' else 0])
+
+
+@pytest.mark.parametrize('config', [SMALL, LARGE], ids=lambda config: config.name)
+def test_answers_follow_from_the_labels_and_need_the_evidence_alone(config, sources):
+  seen = {kind: set() for kind in digit_scenes.KINDS}
+  for index in range(60):
+    scene = digit_scenes.example(sources['test'], index, config)
+    for kind, question, answer, evidence in zip(
+        digit_scenes.KINDS, scene['question'], scene['answer'], scene['evidence'], strict=True):
+      text, answer = digit_scenes.decode(question), digit_scenes.decode(answer)
+      assert question[0] == digit_scenes.IMAGE
+      assert answer == answer_to(text, scene['cells']), (text, scene['cells'])
+      assert evidence.any()
+      # What is elsewhere may change as it likes; a digit elsewhere must not be a second anchor.
+      elsewhere = np.where(evidence == 1, scene['cells'], 0)
+      assert answer == answer_to(text, elsewhere), (text, scene['cells'])
+      seen[kind].add(answer)
+  assert seen['present'] == {'yes', 'no'}
+  assert min(len(answers) for kind, answers in seen.items() if kind != 'present') >= 4
+
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_pictures_show_what_the_labels_say(split, sources):
+  source = sources[split]
+  known = {image.tobytes(): label for image, label
+           in zip(source.images, source.labels, strict=True)}
+  for index in range(15):
+    scene = digit_scenes.example(source, index, SMALL)
+    for (row, column), label in np.ndenumerate(scene['cells']):
+      cell = scene['image'][16 * row:16 * row + 16, 16 * column:16 * column + 16]
+      if label == digit_scenes.EMPTY:
+        assert cell.max() < 128
+        continue
+      # Ink of every pixel, as strokes lie on a background of at most 127: full ink is white.
+      matches = [digit for image, digit in known.items() if _fits(cell, image)]
+      assert (label - 1 in matches) if label != digit_scenes.DISTRACTOR else not matches
+
+
+def _fits(cell, image):
+  ink = np.frombuffer(image, np.uint8).reshape(8, 8).repeat(2, 0).repeat(2, 1)[..., None]
+  low = ink.astype(int) * 255 // 255
+  return ((cell >= low - 1) & (cell <= low + (255 - ink.astype(int)) * 127 // 255 + 1)).all()
+
+
+def test_scenes_never_change(sources):
+  scene = digit_scenes.example(sources['train'], 7, SMALL)
+  again = digit_scenes.example(sources['train'], 7, SMALL)
+  other = digit_scenes.example(sources['train'], 8, SMALL)
+  digest = hashlib.sha256(b''.join(scene[name].tobytes() for name in sorted(scene))).hexdigest()
+  assert digest.startswith('edc3a7e75444270d')
+  assert all((scene[name] == again[name]).all() for name in scene)
+  assert (scene['image'] != other['image']).any()
+
+
+def test_splits_share_no_digit_and_no_pixel_of_a_photograph(sources):
+  train, test = sources['train'], sources['test']
+  assert len(train.images) + len(test.images) == 1797
+  own = {split: {image.tobytes() for image in source.images} for split, source in sources.items()}
+  assert not own['train'] & own['test']
+  assert (train.images.max(), train.images.dtype) == (16 * digits.SCALE, np.uint8)
+  for left, right in zip(train.photos, test.photos, strict=True):
+    assert left.shape[1] + right.shape[1] == 640
+    assert min(left.shape[1], right.shape[1]) >= 128
+
+
+# Keys.
+
+
+@pytest.fixture(scope='module')
+def texts():
+  return [stdlib_needle.corpus(files)
+          for files in stdlib_needle.split(stdlib_needle.sources())]
+
+
+@pytest.mark.parametrize('config', NEEDLES, ids=lambda config: config.name)
+def test_the_answer_is_there_once_at_the_stated_depth(config, texts):
+  depths = []
+  for index in range(20):
+    found = stdlib_needle.example(texts[1], index, 1, config)
+    question, answer = found['question'].tobytes(), found['answer'].tobytes()
+    assert len(question) + len(answer) <= config.context
+    assert question.count(answer) == 1
+    assert question.index(answer) == found['place']
+    body, _, last = question.rpartition(b'\n')
+    assert found['depth'] == np.float32(found['place'] / (len(body) + 1))
+    # The line asked for again is the one that holds the answer.
+    assert question[found['place'] - len(last):found['place']] == last
+    assert len(re.findall(rb'# The key of \w+ is \d{6}\.', question)) == config.keys
+    # What is left without the keys is real text.
+    rest = re.sub(rb'# The key of \w+ is \d{6}\.\n', b'', body + b'\n')
+    assert rest in texts[1]
+    depths.append(found['depth'])
+  if config.context > 1000:
+    assert np.ptp(depths) > 0.7
+    assert np.histogram(depths, bins=4, range=(0, 1))[0].min() >= 2
+
+
+def test_splits_share_no_module(texts):
+  modules = stdlib_needle.sources()
+  train, test = stdlib_needle.split(modules)
+  names = [{name for name, files in modules.items() if set(files) & set(part)}
+           for part in (train, test)]
+  assert not names[0] & names[1]
+  assert names[0] | names[1] == modules.keys()
+  assert {'json', 'ast'} <= modules.keys()
+  assert not {'test', 'idlelib'} & modules.keys()
+  assert 0.05 < len(texts[1]) / len(texts[0]) < 1
+
+
+def test_too_little_text_is_an_error(texts):
+  with pytest.raises(ValueError, match='choose a shorter context'):
+    stdlib_needle.example(texts[0][:300], 0, 0, NEEDLES[0])
+
+
+# Batches.
+
+
+def test_batches_of_scenes(place, sources):
+  config = config_of('digit_scenes/64', place)
+  found = questions.info(config)
+  assert (found.vocabulary, found.pad, found.end, found.image) == (len(digit_scenes.WORDS), 0, 1, 2)
+  assert (found.kinds, found.num_train, found.num_test) == (digit_scenes.KINDS, 72, 30)
+  assert found.image_shape == (64, 64, 3)
+  batches = list(questions.eval_batches(config))
+  rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+  assert rows['mask'].tolist() == [1] * 30 + [0] * 2
+  for row in range(30):
+    scene = digit_scenes.example(sources['test'], row // 6, SMALL)
+    kind = row % 6
+    asked = scene['question'][kind]
+    asked = asked[asked != 0]
+    wanted = [*asked, *scene['answer'][kind], 1]
+    assert rows['ids'][row, :len(wanted)].tolist() == wanted
+    assert rows['valid'][row].tolist() == [True] * len(wanted) + [False] * (12 - len(wanted))
+    assert np.flatnonzero(rows['answer'][row]).tolist() == [len(asked), len(asked) + 1]
+    assert rows['kind'][row] == kind
+    np.testing.assert_array_equal(rows['cells'][row], scene['cells'])
+    np.testing.assert_array_equal(rows['evidence'][row], scene['evidence'][kind] > 0)
+    np.testing.assert_allclose(rows['image'][row], scene['image'] / 127.5 - 1, atol=1e-6)
+  assert not rows['valid'][30:].any()
+  assert not rows['image'][30:].any()
+
+
+@pytest.mark.parametrize('name', ['digit_scenes/64', 'stdlib_needle/256'])
+def test_padding_on_the_left_moves_rows_and_nothing_else(name, place):
+  right = list(questions.eval_batches(config_of(name, place)))
+  left = list(questions.eval_batches(config_of(name, place, pad_side='left')))
+  ragged = set()
+  for one, other in zip(right, left, strict=True):
+    assert one.keys() == other.keys()
+    for row in range(8):
+      length = one['valid'][row].sum()
+      ragged.add(int(length))
+      for key in ('ids', 'valid', 'answer'):
+        moved = np.roll(one[key][row], one[key].shape[1] - length)
+        np.testing.assert_array_equal(moved, other[key][row])
+      assert other['valid'][row, other['valid'].shape[1] - length:].all()
+      if 'place' in one and one['mask'][row]:
+        answer = one['ids'][row][one['answer'][row]][:-1]
+        for batch in (one, other):
+          at = batch['place'][row]
+          np.testing.assert_array_equal(batch['ids'][row, at:at + 6], answer)
+  assert len(ragged) > 2
+
+
+def test_training_batches_go_on_where_they_were(place):
+  config = config_of('stdlib_needle/256', place)
+  whole = questions.train_iterator(config, seed=3)
+  batches = [next(whole) for _ in range(4)]
+  again = questions.train_iterator(config, seed=3)
+  for _ in range(2):
+    next(again)
+  state = again.get_state()
+  resumed = questions.train_iterator(config, seed=3)
+  resumed.set_state(state)
+  for batch in batches[2:]:
+    found = next(resumed)
+    for key, value in batch.items():
+      np.testing.assert_array_equal(found[key], value)
+  assert batches[0]['ids'].shape == (8, 260)
+  assert batches[0]['ids'].dtype == np.int32
+  assert batches[0]['valid'].any(axis=1).all()
+  for iterator in (whole, again, resumed):
+    iterator.close()
+
+
+@pytest.mark.parametrize(('name', 'changes', 'message'), [
+    ('digit_scenes', {}, 'digit_scenes/64, digit_scenes/128'),
+    ('stdlib_needle/2k', {}, 'stdlib_needle/16k'),
+    ('digits', {}, 'has no questions'),
+    ('digit_scenes/64', {'pad_side': 'top'}, 'choose one of left, right'),
+    ('digit_scenes/64', {'image_size': 64}, "has no field 'image_size'"),
+])
+def test_errors_say_what_to_choose(name, changes, message, place):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    questions.info(config_of(name, place, **changes))
+
+
+def test_a_row_longer_than_the_context_is_an_error(place):
+  with pytest.raises(ValueError, match=r'raise data\.context'):
+    list(questions.eval_batches(config_of('digit_scenes/64', place, context=8)))

@@ -1,0 +1,335 @@
+"""Towers, doors and sequences of vision-language models, with random parameters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lib import anyres
+from models import weights
+from models.plan import make_plan
+from models.qwen_vision import QwenVision
+from models.vlm import Images, at_door, from_config, make_vlm
+from ops.tokens import VISUAL
+
+IMAGE, SIDE = 30, 4
+TEXT = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
+        'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 2}
+CLIP = {'model_type': 'clip_vision_model', 'hidden_size': 16, 'intermediate_size': 24,
+        'num_hidden_layers': 3, 'num_attention_heads': 2, 'image_size': 16, 'patch_size': 4}
+LLAVA = {'model_type': 'llava', 'text_config': TEXT, 'vision_config': CLIP, 'image_token_id': IMAGE}
+NEXT = LLAVA | {'model_type': 'llava_next'}
+QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': IMAGE,
+        'text_config': {**TEXT, 'rope_scaling': {'type': 'mrope', 'mrope_section': [1, 1, 2]}},
+        'vision_config': {'hidden_size': 16, 'intermediate_size': 24, 'out_hidden_size': 16,
+                          'depth': 2, 'num_heads': 2, 'patch_size': 2, 'window_size': 8,
+                          'fullatt_block_indexes': [1]}}
+# An image in front, two images, text alone, padded on the right.
+IDS = np.array([[IMAGE, 1, 2, 3, 0], [4, IMAGE, IMAGE, 5, 6], [7, 8, 0, 0, 0]])
+VALID = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
+
+
+def squares(seed=0):
+  """Two images a row of 16 x 16 pixels."""
+  pixels = np.random.default_rng(seed).normal(size=(3, 2, 16, 16, 3)).astype(np.float32)
+  return Images(jnp.asarray(pixels))
+
+
+@functools.cache
+def llava(kind='llava'):
+  vlm = from_config(LLAVA if kind == 'llava' else NEXT)
+  images = squares() if kind == 'llava' else crops()
+  params = jax.jit(vlm.init)(jax.random.key(0), IDS, VALID, images)['params']
+  # So that attention tells patches apart.
+  params['tower'] = jax.tree.map(lambda x: 3 * x, params['tower'])
+  return vlm, params
+
+
+def crops():
+  """One image of 3 crops in the first row and one in the second, with padding around each."""
+  random = np.random.default_rng(1)
+
+  def picture(size):
+    pixels = random.normal(size=(3, 16, 16, 3)).astype(np.float32)
+    return anyres.Picture(pixels, *anyres.laid_out(size, (16, 32), tile=16, side=SIDE))
+
+  return anyres.batch([[picture((10, 40))], [picture((16, 20)), picture((16, 32))], []], patches=16)
+
+
+def run(vlm, params, images, ids=IDS, valid=VALID):
+  return jax.jit(vlm.apply)({'params': params}, ids, valid, images)
+
+
+def look(vlm, params, images):
+  """As `run`, up to where the language model begins."""
+  see = functools.partial(vlm.apply, method='sequence')
+  return jax.jit(see)({'params': params}, IDS, VALID, images)[1]
+
+
+def visual_of(out, row, image=0):
+  """Features of an image in the sequence."""
+  tokens = out['sequence']
+  here = np.asarray(tokens.valid[row] & (tokens.stats['group'][row] == image))
+  return np.asarray(tokens.x[row])[here]
+
+
+# The door.
+
+
+@pytest.mark.parametrize('by', ['cls_attention', 'received_attention'])
+def test_the_door_keeps_what_the_towers_last_layer_attends_to(by):
+  vlm, params = llava()
+  reduced = at_door(vlm, {'method': 'topk', 'args': {'by': by}, 'keep': 5}, slots=16)
+  out = look(reduced, params, squares())
+  plain = look(vlm, params, squares())
+  # The same attention by the tower alone, asked for by another way.
+  tower = vlm.tower.clone(plan=make_plan({'method': 'topk', 'args': {'by': by}, 'site': 'after',
+                                              'layers': (1,), 'keep': 5}, vlm.tower.host))
+  kept, _ = jax.jit(tower.apply)({'params': params['tower']},
+                                 squares().pixels.reshape(6, 16, 16, 3))
+  for row, image in ((0, 0), (1, 0), (1, 1)):
+    chosen = np.sort(kept.pos[2 * row + image, 1:])
+    np.testing.assert_allclose(visual_of(out, row, image),
+                               visual_of(plain, row, image)[chosen], atol=1e-6)
+  # Positions are those of a shorter prompt.
+  assert out['sequence'].valid.sum(axis=1).tolist() == [8, 13, 2]
+  assert out['sequence'].pos[1, :13].tolist() == list(range(13))
+  assert out['sequence'].slots == 5 + 2 * 5
+
+
+def test_a_pool_of_all_images_of_a_prompt():
+  vlm, params = llava()
+  reduced = at_door(vlm, {'method': 'topk', 'args': {'by': 'cls_attention'}, 'keep': 9,
+                              'across': 'prompt'}, slots=32)
+  out = look(reduced, params, squares())
+  plain = look(vlm, params, squares())
+  counts = [len(visual_of(out, 1, image)) for image in (0, 1)]
+  assert sum(counts) == 9
+  assert out['sequence'].slots == 5 + 9
+  for image, count in enumerate(counts):
+    every, left = visual_of(plain, 1, image), visual_of(out, 1, image)
+    places = [int(np.abs(every - one).sum(axis=1).argmin()) for one in left]
+    np.testing.assert_allclose(every[places], left, atol=1e-6)
+    assert places == sorted(set(places))
+    assert len(places) == count
+
+
+def test_a_door_that_keeps_everything_changes_nothing():
+  vlm, params = llava()
+  wanted, _ = run(vlm, params, squares())
+  door = at_door(vlm, {'method': 'tome', 'keep': 16}, slots=16)
+  found, _ = run(door, params, squares())
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+  assert at_door(door, {'method': 'none'}, slots=16).door is None
+
+
+@pytest.mark.parametrize('method', ['tome', 'pitome', 'stride'])
+def test_methods_that_join_or_read_keys_act_at_the_door(method):
+  vlm, params = llava()
+  door = at_door(vlm, {'method': method, 'keep': 10}, slots=16)
+  logits, out = run(door, params, squares())
+  assert len(visual_of(out, 0)) == 10
+  assert jnp.isfinite(logits).all()
+
+
+def test_a_reduction_in_the_tower_leaves_fewer_visual_tokens():
+  vlm, params = llava()
+  plan = make_plan({'method': 'tome', 'layers': (0, 1), 'remove': 4}, vlm.tower.host)
+  out = look(vlm.clone(tower=vlm.tower.clone(plan=plan)), params, squares())
+  assert [len(visual_of(out, 1, image)) for image in (0, 1)] == [8, 8]
+
+
+def test_crops_lose_tokens_in_their_places_and_newlines_go():
+  vlm, params = llava('next')
+  plain = look(vlm, params, crops())
+  plan = make_plan({'method': 'topk', 'args': {'by': 'cls_attention'}, 'site': 'after',
+                    'layers': (1,), 'keep': 7}, vlm.tower.host)
+  out = look(vlm.clone(tower=vlm.tower.clone(plan=plan)), params, crops())
+  every, left = visual_of(plain, 0), visual_of(out, 0)
+  # 16 in small, then two rows of 8 and a newline: the image is half as high as its crops.
+  assert every.shape[0] == 16 + 2 * 9
+  places = [int(np.abs(every - one).sum(axis=1).argmin()) for one in left]
+  np.testing.assert_allclose(every[places], left, atol=1e-5)
+  assert places == sorted(set(places))
+  assert not {24, 33} & set(places)
+  assert sum(place < 16 for place in places) == 7
+  assert 7 < len(places) <= 3 * 7
+
+
+def test_a_door_behind_crops_pools_patches_and_newlines():
+  vlm, params = llava('next')
+  images = crops()
+  slots = images.index.shape[2]
+  door = at_door(vlm, {'method': 'topk', 'args': {'by': 'cls_attention'}, 'keep': 12}, slots=slots)
+  out = look(door, params, images)
+  assert [len(visual_of(out, row, image)) for row, image in ((0, 0), (1, 0), (1, 1))] == [12] * 3
+  every = visual_of(look(vlm, params, images), 0)
+  left = visual_of(out, 0)
+  places = [int(np.abs(every - one).sum(axis=1).argmin()) for one in left]
+  np.testing.assert_allclose(every[places], left, atol=1e-5)
+  # No patch attends to a newline.
+  assert not {24, 33} & set(places)
+
+
+# Sequences.
+
+
+@pytest.mark.parametrize('config', [LLAVA, QWEN], ids=['llava', 'qwen'])
+def test_text_alone_needs_no_images(config):
+  vlm = from_config(config, grid=(8, 8))
+  example = squares() if config is LLAVA else qwen_images()[0]
+  params = jax.jit(vlm.init)(jax.random.key(0), IDS, VALID, example)['params']
+  logits, out = run(vlm, params, None, IDS[2:, :2], VALID[2:, :2])
+  both, beside = run(vlm, params, example)
+  np.testing.assert_allclose(logits[0], both[2, :2], atol=1e-5)
+  assert out['visual'] is None
+  assert (np.asarray(beside['sequence'].kind) == VISUAL).sum(axis=1).tolist() == [
+      example.index.shape[2] * 2 if example.index is not None else 32] * 3
+
+
+def test_rows_do_not_touch_each_other():
+  vlm, params = llava()
+  images = squares()
+  run_all = jax.jit(vlm.apply)
+  wanted, out = run_all({'params': params}, IDS, VALID, images)
+  real = out['sequence'].valid[0]
+  # Other rows' images, and one that no placeholder asks for.
+  for other in (images.pixels.at[1:].set(1e3), images.pixels.at[0, 1].set(1e3)):
+    found, _ = run_all({'params': params}, IDS, VALID, Images(other))
+    np.testing.assert_allclose(found[0][real], wanted[0][real], atol=1e-5)
+
+
+def qwen_images(grid=(8, 8), fill=0.0):
+  """An image of 6 x 4 patches; one of 4 x 8 and one of 2 x 2; none. And the pictures themselves."""
+  random = np.random.default_rng(2)
+  made = []
+  for rows, columns in ((6, 4), (4, 8), (2, 2)):
+    patches = np.full((1, *grid, 3 * 2 * 4), fill, np.float32)
+    patches[0, :rows, :columns] = random.normal(size=(rows, columns, 24))
+    index, axes, extent = anyres.cells(1, (rows // 2, columns // 2), grid[1] // 2,
+                                       grid[0] * grid[1] // 4)
+    made.append(anyres.Picture(patches, index, np.ones(index.shape, np.float32),
+                               np.int32([[rows, columns]]), axes, extent))
+  rows = [made[:1], made[1:], []]
+  return anyres.batch(rows, patches=grid[0] * grid[1] // 4), rows
+
+
+@functools.cache
+def qwen(grid=(8, 8)):
+  vlm = from_config(QWEN, grid=grid)
+  init = jax.jit(from_config(QWEN, grid=(8, 8)).init)
+  params = init(jax.random.key(1), IDS, VALID, qwen_images()[0])['params']
+  return vlm, params
+
+
+def test_an_images_grid_and_what_pads_it_do_not_matter():
+  vlm, params = qwen()
+  out = look(vlm, params, qwen_images()[0])['sequence']
+  for grid, fill in (((8, 8), 1e3), ((12, 16), 0.0)):
+    found = look(qwen(grid)[0], params, qwen_images(grid, fill)[0])['sequence']
+    np.testing.assert_array_equal(found.valid, out.valid)
+    np.testing.assert_array_equal(found.pos, out.pos)
+    np.testing.assert_allclose(found.x, out.x, atol=2e-5)
+
+
+def test_positions_survive_a_door_and_text_stays_where_it_was():
+  vlm, params = qwen()
+  images, _ = qwen_images()
+  plain = look(vlm, params, images)
+  door = at_door(vlm, {'method': 'topk', 'args': {'by': 'received_attention'}, 'keep': 3},
+                 slots=images.index.shape[2])
+  out = look(door, params, images)
+  for row, image, count in ((0, 0, 3), (1, 0, 3), (1, 1, 1)):
+    every, left = (visual_of(each, row, image) for each in (plain, out))
+    assert len(left) == min(count, len(every))
+    places = [int(np.abs(every - one).sum(axis=1).argmin()) for one in left]
+
+    def axes(each, row=row, image=image):
+      tokens = each['sequence']
+      here = np.asarray(tokens.valid[row] & (tokens.stats['group'][row] == image))
+      return np.asarray(tokens.pos[row])[here][:, 1:]
+
+    np.testing.assert_array_equal(axes(out), axes(plain)[places])
+  # The text behind the images.
+  for row in (0, 1):
+    last = [int(each['slot'][row][VALID[row]][-1]) for each in (plain, out)]
+    assert (plain['sequence'].pos[row, last[0], 1:] == out['sequence'].pos[row, last[1], 1:]).all()
+    assert last[0] > last[1]
+
+
+@pytest.mark.parametrize('window', [0, 4])
+def test_patches_may_be_merged_inside_a_qwen_tower(window):
+  vlm, params = qwen()
+  tower = vlm.tower.clone(window=window, whole_layers=(1,) if window else ())
+  plan = make_plan({'method': 'tome', 'layers': (0, 1), 'keep': (32, 16)}, tower.host)
+  images, _ = qwen_images()
+  pixels, sizes = (each.reshape(-1, *each.shape[2:]) for each in (images.pixels, images.sizes))
+  tokens, out = jax.jit(tower.clone(plan=plan).apply)({'params': params['tower']}, pixels, sizes)
+  assert out['tokens'].slots == 16
+  assert tokens.slots == 16
+  # Every cell keeps some patch of its own, for merging drops none.
+  assert tokens.valid.sum(axis=1).tolist()[:1] == [6]
+  assert jnp.isfinite(tokens.x).all()
+  whole, _ = jax.jit(tower.apply)({'params': params['tower']}, pixels, sizes)
+  assert jnp.abs(whole.x - tokens.x).max() > 1e-3
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(('config', 'message'), [
+    ({'method': 'topk', 'keep': 4, 'site': 'before'}, 'leave site and layers out'),
+    ({'method': 'topk', 'keep': 4, 'across': 'batch'}, 'choose one of image, prompt'),
+    ({'method': 'topk', 'keep': 4, 'order': 'random'}, 'choose one of raster, method'),
+    ({'method': 'pool', 'keep': 4}, 'which this host does not offer'),
+])
+def test_doors_that_cannot_be(config, message):
+  with pytest.raises(ValueError, match=message):
+    at_door(llava()[0], config, slots=16)
+
+
+def test_one_place_reads_the_tower_at_a_time():
+  vlm, params = llava()
+  plan = make_plan({'method': 'tome', 'remove': 2}, vlm.tower.host)
+  reduced = vlm.clone(tower=vlm.tower.clone(plan=plan))
+  with pytest.raises(ValueError, match='reduce at one of the two places'):
+    at_door(reduced, {'method': 'topk', 'keep': 4}, slots=16)
+  with pytest.raises(ValueError, match='made for 20 visual tokens and gets 16'):
+    run(at_door(vlm, {'method': 'tome', 'keep': 12}, slots=20), params, squares())
+
+
+def test_models_that_cannot_be():
+  with pytest.raises(ValueError, match='known are llava'):
+    from_config({'model_type': 'blip'})
+  with pytest.raises(ValueError, match='one layer, without its'):
+    from_config(LLAVA | {'vision_feature_layer': [-2, -1]})
+  tower = QwenVision(width=8, depth=1, mlp=8, heads=1, projection=8, grid=(6, 8), patch=2, window=4)
+  with pytest.raises(ValueError, match='must be a multiple of 4'):
+    tower.init(jax.random.key(0), jnp.zeros((1, 6, 8, 24)), jnp.zeros((1, 2), int))
+  with pytest.raises(ValueError, match='do not fit: expected'):
+    tower.init(jax.random.key(0), jnp.zeros((1, 8, 8, 24)), jnp.zeros((1, 2), int))
+
+
+def test_images_need_positions_along_the_models_axes():
+  vlm, params = qwen()
+  images = qwen_images()[0].replace(axes=None, extent=None)
+  with pytest.raises(ValueError, match='positions along 0 axes and the model takes 3'):
+    run(vlm, params, images)
+
+
+@pytest.mark.parametrize(('name', 'billions', 'tokens'), [
+    ('llava1.5_7b', 7.06, 576), ('llava_onevision_7b', 8.03, 729), ('qwen2_vl_2b', 2.21, 256),
+    ('qwen2.5_vl_7b', 8.29, 256)])
+def test_released_models_have_their_sizes(name, billions, tokens):
+  vlm = make_vlm(name)
+  count = sum(int(np.prod(shape)) for shape in weights._shapes(vlm).values())
+  assert count / 1e9 == pytest.approx(billions, abs=0.01)
+  side = vlm.tower.grid if vlm.projection else vlm.tower.cells
+  assert side[0] * side[1] == tokens
+
+
+def test_an_unknown_name_lists_what_there_is():
+  with pytest.raises(ValueError, match=r"did you mean 'llava1\.5_7b'"):
+    make_vlm('llava_1.5_7b')

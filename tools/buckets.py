@@ -1,0 +1,96 @@
+"""What an adaptive method saves when easy images may run in smaller programs, on real images.
+
+  python -m tools.buckets --config=configs/digit_segments.py --workdir=runs/segments \\
+      --config.reduce.vision.method=ats --config.reduce.vision.layers='(1,)' \\
+      --config.reduce.vision.keep=90
+
+Loads the best checkpoint of a training run, counts the tokens that each test image keeps behind the
+first cut, and times batches of the easiest images, of the hardest, and of all kinds. Each runs
+interleaved without reduction, at full capacity, in one bucket a batch, and sorted into buckets a
+few rows at a time. One JSON line a batch goes to --out.
+
+Axes: B batch, R rows that share a bucket.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import eval as evaluation
+from lib import cli, data, launch, report, sharding, timing
+from models.buckets import Buckets
+from models.build import build
+from models.stack import best_form, unstack
+
+SIZES = flags.DEFINE_list('sizes', None, 'Capacities in slots; four even steps if unset.')
+ROWS = flags.DEFINE_integer('rows', 8, 'Rows that share a bucket where a batch is sorted.')
+BATCH = flags.DEFINE_integer('batch', 32, 'Images a batch.')
+ROUNDS = flags.DEFINE_integer('rounds', 20, 'Interleaved rounds.')
+OUT = flags.DEFINE_string('out', 'results/buckets.jsonl', 'Where rows are added.')
+
+
+def main(argv):
+  """Counts, times, and prints a table."""
+  del argv
+  config = launch.CONFIG.value
+  mesh = sharding.make_mesh(config.mesh)
+  step, params = evaluation.load(config, pathlib.Path(launch.WORKDIR.value), mesh)
+  vit = build(config.model, config.reduce.vision, task=config.get('task'))
+  if best_form(vit.plan, platform=jax.default_backend()) == 'unstacked':
+    blocks = unstack(params['stack']['blocks'], vit.depth)
+    params = params | {'stack': params['stack'] | {'blocks': blocks}}
+  sizes = SIZES.value and [int(size) for size in SIZES.value]
+  whole = Buckets(vit, params, sizes=sizes)
+  sorted_ = Buckets(vit, params, sizes=sizes, rows=ROWS.value)
+
+  batches = list(data.eval_batches(config.data))
+  images = np.concatenate([batch['image'][batch['mask'] > 0] for batch in batches])
+  images = images[:len(images) // BATCH.value * BATCH.value]
+  counts = np.concatenate([whole(part).counts for part in np.split(
+      images, len(images) // BATCH.value)])
+  order = np.argsort(counts, kind='stable')
+  spread = np.linspace(0, len(order) - 1, BATCH.value).round().astype(int)
+  kinds = {'easy': order[:BATCH.value], 'hard': order[-BATCH.value:],
+           'mixed': np.random.default_rng(0).permutation(order[spread])}
+  plain = jax.jit(lambda p, x: vit.clone(plan=None).apply({'params': p}, x)[0])
+  full = jax.jit(lambda p, x: vit.apply({'params': p}, x)[0])
+  rows = [one(name, jnp.asarray(images[chosen]), params, plain, full, whole, sorted_) for
+          name, chosen in kinds.items()]
+  cuts = [[cut.layer, cut.keep] for cut in vit.plan.cuts]
+  about = {'step': step, 'method': vit.plan.name, 'cuts': cuts, 'sizes': whole.sizes,
+           'batch': BATCH.value, 'rows_a_bucket': ROWS.value,
+           'compilations': len(whole.compiled) + len(sorted_.compiled),
+           'overflow': whole.overflow, **timing.machine()}
+  for row in rows:
+    report.append_jsonl(OUT.value, about | row)
+  print(report.table(rows, list(rows[0])))
+  print(f'{about["compilations"]} programs for buckets {whole.sizes}, '
+        f'{sum(whole.compiled.values()) + sum(sorted_.compiled.values()):.1f} s of compiling; '
+        f'{whole.overflow} rows in no bucket')
+
+
+def one(name, images, params, plain, full, whole, sorted_):
+  """A row: one batch under every way of running it."""
+  answer, expected = sorted_(images), full(params, images)
+  runs = {'plain': functools.partial(plain, params, images),
+          'full': functools.partial(full, params, images),
+          'bucket': lambda: whole(images).logits, 'sorted': lambda: sorted_(images).logits}
+  times = timing.interleave(runs, rounds=ROUNDS.value)
+  row = {'images': name, 'tokens_mean': float(answer.counts.mean()),
+         'tokens_most': int(answer.counts.max()), 'capacity_mean': answer.capacity.mean(),
+         'largest_difference': float(jnp.abs(answer.logits - expected).max())}
+  for key, time in times.items():
+    row[f'{key}_ms'] = round(time.median_ms, 2)
+  for key in ('bucket', 'sorted'):
+    faster = timing.speedup(times['full'], times[key])
+    row[f'{key}_speedup'] = f'{faster.ratio:.2f} [{faster.low:.2f}, {faster.high:.2f}]'
+  return row
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  cli.run(main)

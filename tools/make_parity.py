@@ -1,0 +1,406 @@
+"""Writes what tests/test_parity.py compares with: checkpoints and outputs of other libraries.
+
+  python -m tools.make_parity --folder=tests/golden/parity [--part=language]
+
+Needs torch, timm and transformers, which nothing else here does: run it in an environment of its
+own. Every case is a tiny model whose parameters are all random, norms, biases and layer scales too,
+so that two of them exchanged would show. <case>.safetensors holds the checkpoint as the library
+saves it, <case>.npz inputs and outputs, <case>.json how our model is to be built.
+"""
+
+import argparse
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.layers import SwiGLUPacked
+from timm.models.vision_transformer import VisionTransformer
+
+SIDE, PATCH, WIDTH, DEPTH, HEADS, MLP = 24, 8, 32, 2, 2, 64
+CONTEXT, VOCABULARY, CLASSES, FEATURES = 12, 40, 5, 24
+OURS = {'width': WIDTH, 'depth': DEPTH, 'mlp': MLP, 'heads': HEADS, 'patch': PATCH,
+        'image_size': SIDE, 'num_classes': CLASSES}
+OURS_TEXT = {'width': WIDTH, 'depth': DEPTH, 'mlp': MLP, 'heads': HEADS, 'context': CONTEXT,
+             'vocabulary': VOCABULARY}
+THEIRS = {'hidden_size': WIDTH, 'num_hidden_layers': DEPTH, 'num_attention_heads': HEADS,
+          'intermediate_size': MLP}
+THEIRS_IMAGE = {**THEIRS, 'image_size': SIDE, 'patch_size': PATCH, 'num_labels': CLASSES}
+THEIRS_TEXT = {**THEIRS, 'vocab_size': VOCABULARY, 'max_position_embeddings': CONTEXT,
+               'bos_token_id': VOCABULARY - 2, 'eos_token_id': VOCABULARY - 1, 'pad_token_id': 1}
+
+
+def main():
+  """Writes every case."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--folder', type=pathlib.Path, required=True)
+  parser.add_argument('--part', choices=('all', 'language'), default='all')
+  args = parser.parse_args()
+  folder = args.folder
+  (folder / 'lm').mkdir(parents=True, exist_ok=True)
+  for number, (name, case) in enumerate(LANGUAGE.items()):
+    torch.manual_seed(100 + number)
+    write_language(folder / 'lm', name, case)
+  if args.part == 'language':
+    return
+  for number, (name, case) in enumerate({**TIMM, **HUB}.items()):
+    torch.manual_seed(number)
+    write(folder, name, *case())
+  write_preprocess(folder)
+  write_tokenizer(folder)
+  write_positions(folder)
+
+
+# -- timm ----------------------------------------------------------------------------------------
+
+
+def timm_vit(layout_settings=None, *, cls=VisionTransformer, **theirs):
+  """A timm ViT, and our settings beside the common ones."""
+  settings = {'img_size': SIDE, 'patch_size': PATCH, 'embed_dim': WIDTH, 'depth': DEPTH,
+              'num_heads': HEADS, 'mlp_ratio': MLP / WIDTH, 'num_classes': CLASSES}
+  model = cls(**(settings | theirs))
+  return model, {'layout': 'timm', 'image': OURS | (layout_settings or {})}
+
+
+def eps(value):
+  """A LayerNorm that adds `value` to the variance."""
+  return lambda width, **rest: torch.nn.LayerNorm(width, eps=value, **rest)
+
+
+TIMM = {
+    'timm_vit': timm_vit,
+    'timm_deit_distilled': lambda: timm_vit(
+        {'distilled': True}, cls=timm.models.deit.VisionTransformerDistilled),
+    'timm_mae_tuned': lambda: timm_vit(
+        {'pool': 'mean', 'last_norm': 'pooled'}, global_pool='avg'),
+    'timm_dinov2_reg4': lambda: timm_vit(
+        {'registers': 4, 'special_positions': False, 'layer_scale': 1.0},
+        reg_tokens=4, no_embed_class=True, init_values=0.1),
+    'timm_dinov2_swiglu': lambda: timm_vit(
+        {'layer_scale': 1.0, 'activation': 'swiglu'}, init_values=0.1, mlp_ratio=2 * MLP / WIDTH,
+        mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU),
+    'timm_clip': lambda: timm_vit(
+        {'pre_norm': True, 'patch_bias': False, 'activation': 'quick_gelu', 'norm_eps': 1e-5},
+        pre_norm=True, act_layer='quick_gelu', norm_layer=eps(1e-5)),
+    'timm_siglip': lambda: timm_vit(
+        {'class_token': False, 'pool': 'map', 'activation': 'gelu_tanh', 'num_classes': 0},
+        class_token=False, global_pool='map', act_layer='gelu_tanh', num_classes=0),
+}
+
+
+# -- transformers --------------------------------------------------------------------------------
+
+
+def hub(cls, config, layout, **settings):
+  """A model of the transformers library with its own image tower, and our settings."""
+  return cls(config), {'layout': layout, 'image': OURS | settings}
+
+
+def dinov2(*, registers, swiglu):
+  """DINOv2 with a linear head on [CLS] and the patches' mean."""
+  family = transformers.Dinov2WithRegistersConfig if registers else transformers.Dinov2Config
+  kind = (transformers.Dinov2WithRegistersForImageClassification if registers
+          else transformers.Dinov2ForImageClassification)
+  # The library derives the width of SwiGLU from the ratio: two thirds, a multiple of eight.
+  more = {'num_register_tokens': registers} if registers else {}
+  config = family(**{key: value for key, value in THEIRS_IMAGE.items()
+                     if key != 'intermediate_size'}, mlp_ratio=3 if swiglu else MLP // WIDTH,
+                  use_swiglu_ffn=swiglu, **more)
+  return hub(kind, config, 'transformers/dinov2', pool='cls_mean', registers=registers,
+             layer_scale=1.0, activation='swiglu' if swiglu else 'gelu')
+
+
+def pair(cls, config, layout, image, text, *, bias):
+  """Two towers."""
+  return cls(config), {'layout': layout, 'bias': bias,
+                       'image': OURS | {'num_classes': 0} | image, 'text': OURS_TEXT | text}
+
+
+def clip():
+  """CLIP with the activation of the first release."""
+  shared = {'hidden_act': 'quick_gelu', 'projection_dim': FEATURES}
+  config = transformers.CLIPConfig(
+      text_config=THEIRS_TEXT | shared, vision_config=THEIRS_IMAGE | shared,
+      projection_dim=FEATURES)
+  both = {'activation': 'quick_gelu', 'norm_eps': 1e-5, 'projection': FEATURES}
+  return pair(transformers.CLIPModel, config, 'transformers/clip',
+              both | {'pre_norm': True, 'patch_bias': False},
+              both | {'causal': True, 'pool': 'eot'}, bias=False)
+
+
+def siglip(cls, config, layout, **more):
+  """SigLIP, and SigLIP 2 with its own patch embedding."""
+  made = config(text_config=THEIRS_TEXT | {'projection_size': WIDTH},
+                vision_config=THEIRS_IMAGE | more)
+  return pair(cls, made, layout,
+              {'class_token': False, 'pool': 'map', 'activation': 'gelu_tanh'},
+              {'causal': False, 'pool': 'last', 'activation': 'gelu_tanh', 'projection': WIDTH,
+               'projection_bias': True}, bias=True)
+
+
+HUB = {
+    'hub_vit': lambda: hub(transformers.ViTForImageClassification,
+                           transformers.ViTConfig(**THEIRS_IMAGE), 'transformers/vit',
+                           norm_eps=1e-12),
+    'hub_deit_distilled': lambda: hub(
+        transformers.DeiTForImageClassificationWithTeacher,
+        transformers.DeiTConfig(**THEIRS_IMAGE), 'transformers/vit', distilled=True,
+        norm_eps=1e-12),
+    'hub_mae': lambda: hub(
+        transformers.ViTMAEForPreTraining,
+        transformers.ViTMAEConfig(
+            **THEIRS_IMAGE, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=2, decoder_intermediate_size=16, mask_ratio=0.0),
+        'transformers/vit', num_classes=0, norm_eps=1e-12),
+    'hub_dinov2': lambda: dinov2(registers=0, swiglu=False),
+    'hub_dinov2_reg4': lambda: dinov2(registers=4, swiglu=False),
+    'hub_dinov2_reg4_swiglu': lambda: dinov2(registers=4, swiglu=True),
+    'hub_clip': clip,
+    'hub_siglip': lambda: siglip(transformers.SiglipModel, transformers.SiglipConfig,
+                                 'transformers/siglip'),
+    'hub_siglip2': lambda: siglip(transformers.Siglip2Model, transformers.Siglip2Config,
+                                  'transformers/siglip2', num_patches=(SIDE // PATCH) ** 2),
+}
+
+
+# Language models: mlp and heads as small as tells them apart.
+THEIRS_LANGUAGE = {'hidden_size': WIDTH, 'num_hidden_layers': 3, 'intermediate_size': 24,
+                   'num_attention_heads': 4, 'num_key_value_heads': 2, 'vocab_size': 64,
+                   'max_position_embeddings': 128, 'bos_token_id': None, 'eos_token_id': None,
+                   'pad_token_id': 0, 'rms_norm_eps': 1e-5, 'attn_implementation': 'eager'}
+
+
+def rope(kind, theta=10000.0, **more):
+  """A config's rotations."""
+  return {'rope_parameters': {'rope_type': kind, 'rope_theta': theta, **more}}
+
+
+LANGUAGE = {
+    'llama2': (transformers.LlamaConfig, {'num_key_value_heads': 4}),
+    'llama3': (transformers.LlamaConfig, {
+        'tie_word_embeddings': True,
+        **rope('llama3', 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=64)}),
+    'vicuna': (transformers.LlamaConfig, {'num_key_value_heads': 4, **rope('linear', factor=4.0)}),
+    'mistral': (transformers.MistralConfig, {'sliding_window': 6}),
+    'qwen2': (transformers.Qwen2Config, {}),
+    'qwen2_yarn': (transformers.Qwen2Config, rope('yarn', factor=4.0,
+                                                  original_max_position_embeddings=32)),
+    'qwen3': (transformers.Qwen3Config, {'num_attention_heads': 3, 'num_key_value_heads': 1,
+                                         'head_dim': 16}),
+}
+PROMPT, LENGTHS, DECODED = 14, (14, 9, 5), 16
+
+
+# -- running and writing -------------------------------------------------------------------------
+
+
+def randomise(model):
+  """Every parameter from a normal distribution of a size that keeps activations near one."""
+  for name, value in model.named_parameters():
+    noise = torch.randn(value.shape)
+    if name == 'logit_scale':
+      value.data = torch.full(value.shape, 0.7)
+    elif value.ndim >= 2 and 'embed' not in name and 'token' not in name:
+      value.data = noise * 1.5 / value[0].numel() ** 0.5
+    elif value.ndim == 1 and (('norm' in name and name.endswith('weight'))
+                              or 'lambda' in name or 'gamma' in name):
+      value.data = 1 + 0.3 * noise
+    else:
+      value.data = 0.3 * noise
+
+
+def watch(layers, found, prefix):
+  """Hooks that store what enters the first layer and what leaves each."""
+  def before(module, args, kwargs):
+    found[f'{prefix}embedded'] = args[0] if args else kwargs['hidden_states']
+
+  def after(module, args, output):
+    found.setdefault(f'{prefix}hidden', []).append(
+        output[0] if isinstance(output, tuple) else output)
+
+  layers[0].register_forward_pre_hook(before, with_kwargs=True)
+  for layer in layers:
+    layer.register_forward_hook(after)
+
+
+def stacks(model):
+  """The lists of layers of a model, {prefix: layers}; decoders are left out."""
+  lists = {name: module for name, module in model.named_modules()
+           if isinstance(module, torch.nn.ModuleList) and len(module) == DEPTH}
+  if isinstance(model, VisionTransformer):
+    return {'image_': model.blocks}
+  return {'text_' if 'text' in name else 'image_': layers for name, layers in lists.items()
+          if 'decoder' not in name}
+
+
+def token_ids():
+  """int64[3, CONTEXT]: texts of three lengths, with a first and an end token, padded by 1."""
+  ids = torch.randint(2, VOCABULARY - 2, (3, CONTEXT))
+  ids[:, 0] = VOCABULARY - 2
+  for row, end in enumerate((CONTEXT - 1, 6, 3)):
+    ids[row, end] = VOCABULARY - 1
+    ids[row, end + 1:] = 1
+  return ids
+
+
+def run(model, images, made):
+  """Outputs of a model by name."""
+  found = {}
+  for prefix, layers in stacks(model).items():
+    watch(layers, found, prefix)
+  if isinstance(model, VisionTransformer):
+    found['image_out'] = model(images)
+  elif isinstance(model, transformers.ViTMAEForPreTraining):
+    # Patches are masked and shuffled by noise; in order and unmasked they stay as they are.
+    noise = torch.arange((SIDE // PATCH) ** 2)[None].expand(len(images), -1).float()
+    found['image_out'] = model.vit(images, noise=noise).last_hidden_state[:, 0]
+  elif 'text' not in made:
+    found['image_out'] = model(pixel_values=images).logits
+  else:
+    pairs(model, images, made, found)
+  return found
+
+
+def pairs(model, images, made, found):
+  """The towers one by one and together."""
+  ids = token_ids()
+  found['ids'] = ids
+  inputs = {'pixel_values': images}
+  if made['layout'] == 'transformers/siglip2':
+    side = SIDE // PATCH
+    patches = images.reshape(-1, 3, side, PATCH, side, PATCH).permute(0, 2, 4, 3, 5, 1)
+    inputs = {'pixel_values': patches.reshape(len(images), side * side, -1),
+              'pixel_attention_mask': torch.ones(len(images), side * side, dtype=torch.long),
+              'spatial_shapes': torch.full((len(images), 2), side)}
+  mask = {}
+  if made['text']['pool'] == 'eot':
+    end = (ids == VOCABULARY - 1).int().argmax(dim=1)
+    mask = {'attention_mask': (torch.arange(CONTEXT)[None] <= end[:, None]).long()}
+  out = model(input_ids=ids, **inputs, **mask)
+  found['logits'] = out.logits_per_image
+  # As the library normalises them.
+  found['image_features'], found['text_features'] = out.image_embeds, out.text_embeds
+
+
+@torch.no_grad()
+def write(folder, name, model, made):
+  """One case: checkpoint, inputs, outputs and settings."""
+  model = model.eval()
+  randomise(model)
+  images = torch.randn(2, 3, SIDE, SIDE)
+  found = run(model, images, made)
+  if isinstance(model, VisionTransformer):
+    save_file(model.state_dict(), folder / f'{name}.safetensors')
+  else:
+    with tempfile.TemporaryDirectory() as scratch:
+      model.save_pretrained(scratch)
+      tensors = load_file(f'{scratch}/model.safetensors')
+      made['config'] = json.loads(pathlib.Path(scratch, 'config.json').read_text())
+    save_file(tensors, folder / f'{name}.safetensors')
+  arrays = {key: torch.stack(value) if isinstance(value, list) else value
+            for key, value in found.items()}
+  arrays['images'] = images.permute(0, 2, 3, 1)
+  arrays = {key: value.contiguous().numpy() for key, value in arrays.items()}
+  np.savez_compressed(folder / f'{name}.npz', **arrays)
+  versions = {library.__name__: library.__version__ for library in (torch, timm, transformers)}
+  (folder / f'{name}.json').write_text(
+      json.dumps({**made, 'made_with': versions}, indent=1, sort_keys=True) + '\n')
+  print(name, {key: value.shape for key, value in arrays.items()})
+
+
+@torch.no_grad()
+def write_language(folder, name, case):
+  """One language model: three prompts padded on the left, and what is decoded after them."""
+  config, settings = case
+  config = config(**(THEIRS_LANGUAGE | settings))
+  model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  randomise(model)
+  model.tie_weights()
+  ids = torch.randint(1, 64, (len(LENGTHS), PROMPT))
+  valid = torch.arange(PROMPT)[None] >= PROMPT - torch.tensor(LENGTHS)[:, None]
+  ids = torch.where(valid, ids, 0)
+  inputs = {'input_ids': ids, 'attention_mask': valid.long(),
+            'position_ids': (valid.long().cumsum(1) - 1).clamp(min=0)}
+  found = {}
+  watch(model.model.layers, found, '')
+  found['logits'] = model(**inputs).logits
+  for hook in [layer._forward_hooks for layer in model.model.layers]:
+    hook.clear()
+  model.model.layers[0]._forward_pre_hooks.clear()
+  out = model.generate(input_ids=ids, attention_mask=valid.long(), do_sample=False,
+                       max_new_tokens=DECODED)
+  found |= {'ids': ids, 'valid': valid, 'decoded': out[:, PROMPT:]}
+  with tempfile.TemporaryDirectory() as scratch:
+    model.save_pretrained(scratch)
+    tensors = load_file(f'{scratch}/model.safetensors')
+    made = json.loads(pathlib.Path(scratch, 'config.json').read_text())
+  save_file(tensors, folder / f'{name}.safetensors')
+  arrays = {key: torch.stack(value) if isinstance(value, list) else value
+            for key, value in found.items()}
+  np.savez_compressed(folder / f'{name}.npz',
+                      **{key: value.contiguous().numpy() for key, value in arrays.items()})
+  (folder / f'{name}.json').write_text(json.dumps(made, indent=1, sort_keys=True) + '\n')
+  print(name, {key: tuple(value.shape) for key, value in arrays.items()})
+
+
+# -- beside the models ---------------------------------------------------------------------------
+
+
+def write_preprocess(folder):
+  """Images, and what the image processors make of them; .json holds their configs."""
+  random = np.random.default_rng(0)
+  images = {name: random.integers(0, 256, (*sides, 3), dtype=np.uint8)
+            for name, sides in {'wide': (37, 53), 'tall': (61, 40), 'small': (18, 20)}.items()}
+  small = {'height': 24, 'width': 24}
+  made = {
+      'clip': transformers.CLIPImageProcessorPil(size={'shortest_edge': 28}, crop_size=small),
+      'dinov2': transformers.BitImageProcessorPil(
+          size={'shortest_edge': 31}, crop_size=small, resample=3),
+      'deit': transformers.DeiTImageProcessorPil(
+          size={'height': 29, 'width': 29}, crop_size=small),
+      'vit': transformers.ViTImageProcessorPil(size=small),
+      'siglip': transformers.SiglipImageProcessorPil(size=small),
+      # Smaller than what is cut out of it.
+      'padded': transformers.CLIPImageProcessorPil(size={'shortest_edge': 19}, crop_size=small),
+  }
+  arrays, configs = dict(images), {}
+  for name, processor in made.items():
+    configs[name] = json.loads(processor.to_json_string())
+    for image, pixels in images.items():
+      out = processor(Image.fromarray(pixels), return_tensors='np')['pixel_values'][0]
+      arrays[f'{name}_{image}'] = out.transpose(1, 2, 0)
+  np.savez_compressed(folder / 'preprocess.npz', **arrays)
+  (folder / 'preprocess.json').write_text(json.dumps(configs, indent=1, sort_keys=True) + '\n')
+
+
+def write_tokenizer(folder):
+  """A CLIP tokenizer of a few tokens as the library saves it, and what it makes of texts."""
+  letters = 'acdefghimnoprst'
+  vocab = {token: place for place, token in enumerate(
+      [*letters, *(f'{letter}</w>' for letter in letters), 'ph', 'ca', 'cat</w>', '!</w>',
+       '<|startoftext|>', '<|endoftext|>'])}
+  merges = [('p', 'h'), ('c', 'a'), ('ca', 't</w>')]
+  tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=merges)
+  texts = ['a photo of a cat', 'CAT!', 'dog']
+  tokenizer.save_pretrained(folder / 'tokenizer')
+  ids = tokenizer(texts, padding='max_length', max_length=16)['input_ids']
+  (folder / 'tokenizer' / 'expected.json').write_text(json.dumps({'texts': texts, 'ids': ids}))
+
+
+def write_positions(folder):
+  """Position embeddings of 3 x 3 patches behind one special token, on larger and smaller grids."""
+  torch.manual_seed(0)
+  old = torch.randn(1, 10, 8)
+  arrays = {str(side): timm.layers.resample_abs_pos_embed(old, new_size=(side, side)).numpy()
+            for side in (2, 5, 7)}
+  np.savez_compressed(folder / 'positions.npz', old=old.numpy(), **arrays)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,174 @@
+"""Published rows beside ours: the cost of each always, its accuracy where weights and data are.
+
+  python -m tools.reproduce
+  python -m tools.reproduce --config=configs/reproduce/tome_deit_s16_r13.py
+
+Without --config every file in configs/reproduce. What a row lacks is said, and where to put it.
+Accuracies go to rows.jsonl in --workdir (runs/reproduce if unset); rows that are there are not
+measured again. `config.expected` of a row has `source` and, of these, what was printed:
+
+  top1, unreduced_top1   % of the images right, with and without the reduction
+  gmacs                  of one image, counted by `convention` (lib/cost.py; 'macs' if unset)
+  images_per_second      without and with the reduction: their ratio is held against that of MACs
+  mismatch               why our cost is another, and what it is
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pathlib
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+import eval as evaluation
+from lib import cli, cost, data, launch, report, sharding, tasks
+from models.build import build
+from models.compressors import COMPRESSORS
+from models.stack import best_form, unstack
+from models.vit import ViT
+
+FOLDER = pathlib.Path('configs/reproduce')
+WORKDIR = 'runs/reproduce'
+# Figures are printed to few digits; throughput follows MACs on a busy device only so far.
+WITHIN = {'GMACs': 0.01, 'speedup': 0.06}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A published figure of cost beside ours.
+
+  Attributes:
+    kind: 'GMACs', or 'speedup', which our ratio of MACs is held against.
+    published, ours: the figures.
+    mismatch: why they differ; empty where they should not.
+  """
+
+  kind: str
+  published: float
+  ours: float
+  mismatch: str
+
+  @property
+  def agrees(self) -> bool:
+    """Whether ours is within `WITHIN`, or prints as published."""
+    near = abs(self.ours - self.published) <= WITHIN[self.kind] * self.published
+    digits = len(f'{self.published:g}'.partition('.')[2])
+    return near or (self.kind == 'GMACs' and round(self.ours, digits) == self.published)
+
+
+def main(argv: list[str]) -> None:
+  """Prints the rows."""
+  del argv
+  workdir = pathlib.Path(launch.WORKDIR.value or WORKDIR)
+  given = flags.FLAGS['config']
+  named = [(pathlib.Path(given.config_filename).stem, given.value)] if given.value else rows()
+  for name, config in named:
+    print(describe(name, config, workdir), flush=True)
+
+
+def rows() -> Iterator[tuple[str, ConfigDict]]:
+  """Name and config of every row, in order of name."""
+  for path in sorted(FOLDER.glob('*.py')):
+    if path.stem != '__init__':
+      yield path.stem, importlib.import_module(f'configs.reproduce.{path.stem}').get_config()
+
+
+def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
+  """A row as text: costs, then accuracies or what they lack.
+
+  Raises:
+    ValueError: for a config that is no row, and as the loading of weights and data does.
+  """
+  if 'expected' not in config:
+    raise ValueError(f'{name} says not what was published: give a config in {FOLDER}, which have '
+                     'config.expected')
+  expected = config.expected
+  lines = [f'{name}: {expected.source}']
+  for figure in figures(config):
+    verdict = 'agrees' if figure.agrees else f'differs: {figure.mismatch}'
+    lines.append(f'  {figure.kind}: published {figure.published:.4g}, ours {figure.ours:.3f}, '
+                 f'{verdict}')
+  lacks = missing(name, config, workdir)
+  if lacks:
+    lines.append(f'  top-1: published {expected.top1} %, not measured')
+    return '\n'.join([*lines, *(f'    missing: {what}' for what in lacks)])
+  path = workdir / 'rows.jsonl'
+  settings = config.to_json_best_effort(sort_keys=True)
+  known = {row['settings']: row for row in report.read_jsonl(path)} if path.exists() else {}
+  found = known.get(settings)
+  if found is None:
+    found = {'name': name, **accuracies(name, config, workdir), 'settings': settings}
+    report.append_jsonl(path, found)
+  for key, measured in found.items():
+    if key in ('top1', 'unreduced_top1'):
+      printed = expected.get(key)
+      beside = f'published {printed} %, ' if printed else ''
+      off = f' ({measured - printed:+.2f})' if printed else ''
+      lines.append(f'  {key}: {beside}measured {measured:.2f} %{off}')
+  return '\n'.join(lines)
+
+
+def model(config: ConfigDict, **where: object) -> ViT:
+  """The reduced model of a row."""
+  return build(config.model, config.reduce.vision, macs=cost.solver, **where)
+
+
+def figures(config: ConfigDict) -> list[Figure]:
+  """The published costs of a row, beside ours."""
+  vit, expected, found = model(config), config.expected, []
+  ours, mismatch = cost.of(vit), expected.get('mismatch', '')
+  if 'gmacs' in expected:
+    convention = cost.CONVENTIONS[expected.get('convention', 'macs')]
+    found.append(Figure('GMACs', expected.gmacs, convention(ours) / 1e9, mismatch))
+  if 'images_per_second' in expected:
+    before, after = expected.images_per_second
+    ratio = cost.of(vit.clone(plan=None)).macs / ours.macs
+    found.append(Figure('speedup', after / before, ratio, mismatch))
+  return found
+
+
+def missing(name: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
+  """What has to be there before the accuracy of a row can be measured, one line each."""
+  lacks = []
+  method, trained = config.reduce.vision.method, workdir / name / 'checkpoints'
+  if method in COMPRESSORS:
+    lacks.append(f'trained parameters of {method} itself, which no file read here holds '
+                 f'({config.needs.made_by}): only its cost is compared')
+  elif not pathlib.Path(config.model.weights).expanduser().exists() and not trained.exists():
+    lacks.append(f'weights {config.needs.weights} ({config.needs.made_by}): put the file at '
+                 f'{config.model.weights}, or name it with --config.model.weights=...')
+  try:
+    data.info(config.data)
+  except FileNotFoundError as error:
+    lacks.append(f'data: {error}')
+  return lacks
+
+
+def accuracies(name: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
+  """Per cent of the test images that are right: 'top1', and 'unreduced_top1' with a reduction."""
+  mesh = sharding.make_mesh(config.mesh)
+  platform = mesh.devices.flat[0].platform
+  _, params = evaluation.load(config, workdir / name, mesh)
+  vit = model(config, mesh=mesh if mesh.size > 1 else None, platform=platform)
+  models = {'top1': vit} if vit.plan is None else {'top1': vit,
+                                                   'unreduced_top1': vit.clone(plan=None)}
+  task, found = tasks.of(config), {}
+  for key, made in models.items():
+    own = dict(params)
+    if best_form(made.plan, platform=platform) == 'unstacked':
+      own['stack'] = {**own['stack'], 'blocks': unstack(own['stack']['blocks'], made.depth)}
+    run = jax.jit(lambda p, x, made=made: made.apply({'params': p}, x)[0])
+    counts = []
+    for batch in data.eval_batches(config.data):
+      placed = sharding.put(batch, mesh)
+      counts.append(task.counts(run(own, placed['image']), placed['label'], placed['mask']))
+    found[key] = 100 * task.total(tasks.add_up(counts))
+  return found
+
+
+if __name__ == '__main__':
+  cli.run(main)
