@@ -88,7 +88,7 @@ ROWS = [
 
 def test_differences_are_taken_at_equal_cost_seed_by_seed():
   found = {(made['method'], made['steps']): made
-           for made in study.summaries(ROWS, reference='random')}
+           for made in study.summaries(ROWS, reference='random', score='accuracy')}
   good = found['good', 0]
   np.testing.assert_allclose(good['nll_apart'], [-0.5, -0.1])
   np.testing.assert_allclose(good['accuracy_apart'], [0.05, 0.01])

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import eval as evaluation
 import train
 from configs.common import reduction
-from lib import cli, cost, data, launch, report, sharding, timing
+from lib import cli, cost, data, launch, report, sharding, tasks, timing
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.plan import methods
@@ -187,7 +187,8 @@ def measured(entry, trained, mesh):
     row = {**about, 'seed': seed}
     start = time.perf_counter()
     try:
-      vit = build(entry.config.model, entry.config.reduce.vision, macs=cost.solver)
+      vit = build(entry.config.model, entry.config.reduce.vision, macs=cost.solver,
+                  task=entry.config.get('task'))
       if entry.training:
         made = made or train.setup(entry.training, mesh)
         params = tuned(made, entry, params, seed, mesh)
@@ -195,7 +196,7 @@ def measured(entry, trained, mesh):
       params = evaluation.fastest(vit, params, mesh.devices.flat[0].platform)
       batches = test_batches(entry.config)
       run = run or evaluation.compiled(vit, params, jnp.asarray(batches[0]['image']))[0]
-      row |= judged(functools.partial(run, params), vit, batches)
+      row |= judged(functools.partial(run, params), vit, batches, tasks.of(entry.config))
       learned = entry.config.reduce.vision.method in COMPRESSORS and not entry.training
       row['note'] = UNTRAINED if learned else ''
     except (ValueError, FloatingPointError) as reason:  # Ends only the rows of this entry.
@@ -229,25 +230,26 @@ def test_batches(config):
   return list(data.eval_batches(settings))
 
 
-def judged(run, vit, batches):
-  """Accuracy, mean cross-entropy, tokens and cost: fields of a row."""
-  logits, labels, left = [], [], []
+def judged(run, vit, batches, task):
+  """The task's score, mean cross-entropy, tokens and cost: fields of a row."""
+  counts, logits, labels, left = [], [], [], []
   for batch in batches:
     there = batch['mask'] > 0
     answer, cuts = jax.device_get(run(batch['image']))
+    counts.append(task.counts(jnp.asarray(answer), batch['label'], batch['mask']))
     logits.append(answer[there])
     labels.append(batch['label'][there])
     if cuts:
       left.append(cuts[max(cuts)].real.sum(1)[there])
   logits, labels = np.concatenate(logits), np.concatenate(labels)
   tokens = np.concatenate(left).mean() if left else vit.host.slots
-  return {'accuracy': float((logits.argmax(-1) == labels).mean()), 'nll': nll(logits, labels),
+  return {task.score: task.total(tasks.add_up(counts)), 'nll': nll(logits, labels),
           'tokens_left': float(tokens), 'gmacs': cost.of(vit).macs / 1e9}
 
 
 def nll(logits, labels):
-  """Mean negative log-likelihood of int[N] labels under float[N, C] logits."""
-  logits = logits.astype(np.float64)
+  """Mean negative log-likelihood of int[...] labels under float[..., C] logits."""
+  logits, labels = logits.reshape(-1, logits.shape[-1]).astype(np.float64), labels.reshape(-1)
   shifted = logits - logits.max(-1, keepdims=True)
   logs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
   return float(-logs[np.arange(len(labels)), labels].mean())
@@ -256,12 +258,13 @@ def nll(logits, labels):
 # -- reporting -----------------------------------------------------------------------------------
 
 
-def summaries(rows, *, reference):
+def summaries(rows, *, reference, score):
   """Rows of all seeds as one row a method and budget.
 
   Each seed is compared with the reference's own rows of that seed, of equal training and the same
   layers, at equal cost: linearly between its neighbours in MACs, the unreduced model included.
-  Outside of what the reference was measured at there is no difference to tell.
+  Outside of what the reference was measured at there is no difference to tell. `score` is what the
+  task's is called.
   """
   curves = {}
   for row in rows:
@@ -278,12 +281,12 @@ def summaries(rows, *, reference):
     good = [row for row in group if row.get('nll') is not None]
     if good:
       made |= {name: statistics.mean(row[name] for row in good)
-               for name in ('accuracy', 'nll', 'gmacs', 'tokens_left')}
+               for name in (score, 'nll', 'gmacs', 'tokens_left')}
       made |= {f'{name}_sd': statistics.stdev(row[name] for row in good) if len(good) > 1 else 0.0
-               for name in ('accuracy', 'nll')}
+               for name in (score, 'nll')}
       layers = next((row['layers'] for row in rows if row['budget'] == budget
                      and row['method'] == reference), first['layers'])
-      for name in ('accuracy', 'nll'):
+      for name in (score, 'nll'):
         apart = [row[name] - at_equal_cost(curves, row, layers, reference, name) for row in good]
         made[f'{name}_apart'] = apart
     yield made
@@ -316,8 +319,8 @@ def verdict(row, reference):
 
 def text(rows, config):
   """The report: one table for each budget without training, one for the trained ones."""
-  wanted = config.study
-  made = list(summaries(rows, reference=wanted.reference))
+  wanted, score = config.study, tasks.of(config).score
+  made = list(summaries(rows, reference=wanted.reference, score=score))
   machine = rows[0]
   seconds = sum(row['seconds'] for row in rows)
   lines = [
@@ -338,11 +341,11 @@ def text(rows, config):
     part = [row for row in made if row['budget'] == budget and not row['steps']]
     lines += [f'## Without training: {budget}', '', place(wanted, budget), '',
               *table(part + [row for row in whole if not row['steps'] and row not in part],
-                     wanted), '']
+                     wanted, score), '']
   tuned = [row for row in made if row['steps']]
   if tuned:
     lines += [f'## After {tuned[0]["steps"]} steps of training from the unreduced model', '',
-              *table(tuned, wanted), '']
+              *table(tuned, wanted, score), '']
   failed = [row for row in made if row.get('nll') is None]
   if failed:
     lines += ['## What could not be measured', '',
@@ -360,7 +363,7 @@ def place(wanted, budget):
   return 'Nothing is reduced.'
 
 
-def table(rows, wanted):
+def table(rows, wanted, score):
   """A Markdown table of summaries, best NLL first."""
   shown = []
   for row in sorted((row for row in rows if row.get('nll') is not None),
@@ -370,9 +373,9 @@ def table(rows, wanted):
         'method': name + (' (untrained)' if row['note'] == UNTRAINED else ''),
         'budget': row['budget'], 'tokens left': f'{row["tokens_left"]:.1f}',
         'MMACs': f'{1e3 * row["gmacs"]:.1f}',
-        'accuracy %': f'{100 * row["accuracy"]:.2f} ± {100 * row["accuracy_sd"]:.2f}',
+        f'{score} %': f'{100 * row[score]:.2f} ± {100 * row[f"{score}_sd"]:.2f}',
         'NLL': f'{row["nll"]:.3f} ± {row["nll_sd"]:.3f}',
-        'accuracy apart': signed(row['accuracy_apart'], 100, 2),
+        f'{score} apart': signed(row[f'{score}_apart'], 100, 2),
         'NLL apart': signed(row['nll_apart'], 1, 3),
         f'against {wanted.reference}': verdict(row, wanted.reference)})
   return [report.markdown(shown, list(shown[0]))] if shown else ['Nothing was measured.']
@@ -387,9 +390,10 @@ def signed(values, scale, decimals):
 
 
 def plot(rows, path, config):
-  """Accuracy and cross-entropy over MACs: curves without training, points after it."""
-  wanted = config.study
-  made = [row for row in summaries(rows, reference=wanted.reference) if row.get('nll') is not None]
+  """Score and cross-entropy over MACs: curves without training, points after it."""
+  wanted, own = config.study, tasks.of(config).score
+  made = [row for row in summaries(rows, reference=wanted.reference, score=own)
+          if row.get('nll') is not None]
   figure = Figure(figsize=(15, 12), dpi=130, layout='constrained')
   FigureCanvasAgg(figure)
   figure.suptitle(wanted.title, fontsize=15, fontweight='bold', x=0.02, ha='left')
@@ -399,18 +403,18 @@ def plot(rows, path, config):
   where = (str(tuple(wanted.budgets[0]['layers'])), 'all')
   plain = [row for row in made if not row['steps'] and row['note'] != UNTRAINED
            and row['layers'] in where]
-  for line, score in zip(panels, ('accuracy', 'nll'), strict=True):
+  for line, score in zip(panels, (own, 'nll'), strict=True):
     for axes, part, what in zip(line, (plain, tuned), ('without training', 'after training'),
                                 strict=True):
       draw(axes, part, score, wanted)
-      axes.set_title(f'{"accuracy" if score == "accuracy" else "cross-entropy"}, {what}',
-                     loc='left', fontsize=12)
+      axes.set_title(f'{"cross-entropy" if score == "nll" else score}, {what}', loc='left',
+                     fontsize=12)
   figure.savefig(path)
 
 
 def ordinate(row, score):
-  """Where a summary is drawn: accuracy as the error, whose logarithm spreads what is near 100 %."""
-  return row['nll'] if score == 'nll' else max(1 - row['accuracy'], 1e-4)
+  """Where a summary is drawn: a score as its error, whose logarithm spreads what is near 1."""
+  return row['nll'] if score == 'nll' else max(1 - row[score], 1e-4)
 
 
 def draw(axes, rows, score, wanted):
@@ -433,7 +437,7 @@ def draw(axes, rows, score, wanted):
   for row in whole:
     axes.plot([1e3 * row['gmacs']], [ordinate(row, score)], '*', color='black', markersize=14)
   axes.set_yscale('log')
-  if score == 'accuracy':
+  if score != 'nll':
     axes.invert_yaxis()
   for show in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
     show(FuncFormatter(lambda value, _: f'{value:.3g}' if score == 'nll'
