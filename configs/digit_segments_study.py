@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
       lower=(dict(budget='12 %', layers=(1, 2), keep=(35, 12)),),
       resolutions=(),
       tuned='50 %',
-      tune=dict(total_steps=150, batch_size=32, peak_lr=1e-3, warmup_steps=15, ema_decay=0.9),
+      tune=dict(total_steps=60, batch_size=32, peak_lr=1e-3, warmup_steps=6, ema_decay=0.9),
       recipes=(dict(name='random', method='random', budget='25 %'),),
   )
   return config
