@@ -115,9 +115,7 @@ def load(config, workdir, mesh):
   images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
   abstract = jax.eval_shape(vit.init, jax.random.key(0), images)['params']
   places = sharding.place(abstract, config.sharding, mesh)
-  template = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      abstract, places)
+  template = sharding.shapes(abstract, places)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=tasks.of(config).score)
   step = checkpoints.best()
   loaded = step is None and pretrained({**config.model, 'fresh': ()}, vit)

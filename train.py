@@ -129,9 +129,7 @@ def run(config, workdir, *, first):
 
   # State: shapes first, then placed where it will live.
   key = jax.random.key(config.seed)
-  template = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      jax.eval_shape(made.init, key), made.places)
+  template = sharding.shapes(jax.eval_shape(made.init, key), made.places)
 
   # Resume: 1. the newest checkpoint that can be read, 2. its state, 3. its place in the data,
   # 4. else a fresh state, 5. with pretrained parameters where the config names some.

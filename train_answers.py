@@ -54,9 +54,7 @@ def main(argv):
   key = jax.random.key(config.seed)
   abstract = jax.eval_shape(init, key)
   places = sharding.place(abstract, config.sharding, mesh)
-  template = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      abstract, places)
+  template = sharding.shapes(abstract, places)
 
   # Resume.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')

@@ -114,6 +114,13 @@ def place(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Me
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def shapes(tree: Any, places: Any) -> Any:
+  """ShapeDtypeStructs of a tree of arrays (or of such structs), each with its place."""
+  return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      tree, places)
+
+
 def put(batch: Any, mesh: Mesh) -> Any:
   """This process's rows of a batch as global arrays, divided over the batch axes."""
   sharding = batch_sharding(mesh)

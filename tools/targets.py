@@ -152,13 +152,6 @@ def compiled(target, step, method):
           'compile_s': round(seconds, 1)}
 
 
-def abstract(tree, places):
-  """Shapes with places, to compile for."""
-  return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      tree, places)
-
-
 def evaluation(vit, mesh, images, rows, whole):
   """Logits of a batch; parameters whole on every device, so that nothing need be gathered."""
   shapes = jax.eval_shape(functools.partial(start, vit), jax.random.key(0))
@@ -168,7 +161,7 @@ def evaluation(vit, mesh, images, rows, whole):
   places = jax.tree.map(lambda _: whole, shapes)
   run = jax.jit(lambda params, images: vit.apply({'params': params}, images)[0],
                 out_shardings=rows)
-  return run, (abstract(shapes, places), images)
+  return run, (sharding.shapes(shapes, places), images)
 
 
 def training(vit, mesh, images, rows, whole):
@@ -187,7 +180,7 @@ def training(vit, mesh, images, rows, whole):
                 out_shardings=(places, whole), donate_argnums=0)
   labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32, sharding=rows)
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
-  return run, (abstract(shapes, places), {'image': images, 'label': labels}, key, None)
+  return run, (sharding.shapes(shapes, places), {'image': images, 'label': labels}, key, None)
 
 
 def start(vit, key):
