@@ -1,9 +1,10 @@
-"""Trains a vision transformer, with or without token reduction.
+"""Trains a model, with or without token reduction: on classes, pixels, or questions and answers.
 
   python -m train --config=configs/digits.py --workdir=runs/digits
   python -m train --config=configs/digit_segments.py --workdir=runs/segments
+  python -m train --config=configs/digit_scenes.py --workdir=runs/scenes
 
-Axes: B batch over all processes, A microbatches.
+What a task learns from is lib/images.py's or lib/answers.py's. Axis: A microbatches.
 """
 
 import dataclasses
@@ -13,7 +14,6 @@ import math
 import pathlib
 import signal
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,8 @@ import optax
 from absl import flags, logging
 from flax import struct
 
-from lib import anneal, checkpoint, cli, cost, data, distill, launch, metrics, sharding, tasks
+from lib import anneal, checkpoint, cli, cost, launch, learners, metrics, sharding, tasks
 from models import weights
-from models.build import build, pretrained
 
 
 @struct.dataclass
@@ -41,20 +40,16 @@ class Setup:
   """All that training needs and that does not depend on the seed.
 
   Attributes:
-    vit: the model under its plan, as it is evaluated.
-    task: what it is trained for.
-    phases: what trains when (lib/anneal.py).
+    learner: the model, and what it is trained for.
     optimizer: of optax.
     init: key -> State.
     places: of a State's arrays on the mesh.
     train_steps: first step of each phase -> (State, batch, key, teacher) -> (State, scalars),
       compiled when first called.
-    count_batch: (parameters, batch) -> what the batch adds to the task's score, compiled likewise.
+    count_batch: (parameters, batch) -> what the batch adds to the scores, compiled likewise.
   """
 
-  vit: Any
-  task: tasks.Task
-  phases: tuple[anneal.Phase, ...]
+  learner: tasks.Learner
   optimizer: optax.GradientTransformation
   init: Callable[[jax.Array], State]
   places: State
@@ -63,7 +58,7 @@ class Setup:
 
   def train_step(self, done: int) -> Callable[..., tuple[State, dict]]:
     """The training step after so many are done."""
-    return self.train_steps[anneal.at(self.phases, done).start_step]
+    return self.train_steps[anneal.at(self.learner.phases, done).start_step]
 
 
 def main(argv):
@@ -74,33 +69,28 @@ def main(argv):
 
 def setup(config, mesh):
   """Model, optimizer and compiled functions of a config, on a mesh."""
-  task = tasks.of(config)
-  vit = build(config.model, config.reduce.vision, macs=cost.solver, mesh=mesh,
-              platform=mesh.devices.flat[0].platform, task=config.get('task'))
-  phases = anneal.phases(vit, config.get('anneal'))
+  learner = learners.of(config, mesh)
   schedule = optax.warmup_cosine_decay_schedule(
       0.0, config.optimizer.peak_lr, config.optimizer.warmup_steps, config.total_steps)
   optimizer = optax.chain(
       optax.clip_by_global_norm(config.optimizer.clip_norm),
       optax.adamw(schedule, weight_decay=config.optimizer.weight_decay, mask=decayed))
-  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
 
   def init(key):
-    # One image is too few to divide over a mesh, and shapes do not depend on it.
-    params = vit.clone(mesh=None).init(key, images)['params']
+    params = learner.init(key)
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   places = sharding.place(jax.eval_shape(init, jax.random.key(0)), config.sharding, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   train_steps = {
       phase.start_step: jax.jit(
-          functools.partial(update, phase.vit, optimizer, config.optimizer, schedule),
+          functools.partial(update, learner.loss(phase.model), optimizer, config.optimizer,
+                            schedule),
           in_shardings=(places, rows, whole, None), out_shardings=(places, whole),
           donate_argnums=0)
-      for phase in phases}
-  count_batch = jax.jit(functools.partial(count, vit, task), in_shardings=(places.ema, rows),
-                        out_shardings=whole)
-  return Setup(vit, task, phases, optimizer, init, places, train_steps, count_batch)
+      for phase in learner.phases}
+  count_batch = jax.jit(learner.count, in_shardings=(places.ema, rows), out_shardings=whole)
+  return Setup(learner, optimizer, init, places, train_steps, count_batch)
 
 
 def run(config, workdir, *, first):
@@ -113,19 +103,17 @@ def run(config, workdir, *, first):
   """
   workdir.mkdir(parents=True, exist_ok=True)
 
-  # Devices, data, task, model.
+  # Devices, task, model, data.
   mesh = sharding.make_mesh(config.mesh)
-  info = data.info(config.data)
-  iterator = data.train_iterator(
+  check_batch(config, mesh)
+  made = setup(config, mesh)
+  learner = made.learner
+  iterator = learner.train_iterator(
       config.data, seed=config.seed, process_index=jax.process_index(),
       process_count=jax.process_count())
-  made = setup(config, mesh)
-  vit, task = made.vit, made.task
-  check_fits(vit, info, config, mesh)
   if first:
     (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
-    print(cost.table(vit), flush=True)
-    print(anneal.describe(made.phases), end='', flush=True)
+    print(learner.about, end='', flush=True)
 
   # State: shapes first, then placed where it will live.
   key = jax.random.key(config.seed)
@@ -133,7 +121,7 @@ def run(config, workdir, *, first):
 
   # Resume: 1. the newest checkpoint that can be read, 2. its state, 3. its place in the data,
   # 4. else a fresh state, 5. with pretrained parameters where the config names some.
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=task.score)
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=learner.score)
   found = checkpoints.restore(parts(template))
   if found:
     start, saved, position = found
@@ -143,47 +131,48 @@ def run(config, workdir, *, first):
       print(f'resumed at step {start} of {config.total_steps}', flush=True)
   else:
     start, state = 0, jax.jit(made.init, out_shardings=made.places)(key)
-    loaded = pretrained(config.model, vit)
+    loaded = learner.loaded()
     if loaded:
       # Made twice: one of them is donated in every step.
       state = state.replace(params=weights.overlay(state.params, loaded),
                             ema=weights.overlay(state.ema, loaded))
 
   teacher = None
-  if config.optimizer.distill.teacher:
+  if 'distill' in config.optimizer and config.optimizer.distill.teacher:
     others = checkpoint.Checkpoints(pathlib.Path(config.optimizer.distill.teacher) / 'checkpoints',
-                                    metric=task.score)
-    # The teacher is unreduced: it has the blocks, and no parameters of a learned method.
-    plain = template.ema | {'stack': {'blocks': template.ema['stack']['blocks']}}
-    teacher = others.read(others.best(), 'ema', plain)
+                                    metric=learner.score)
+    # The teacher is unreduced: it has no parameters of a learned method.
+    teacher = others.read(others.best(), 'ema', learner.unreduced(template.ema))
     others.close()
 
   # The loop.
   stop = launch.Stop(signal.SIGTERM, signal.SIGINT)
   writer = metrics.Writer(workdir, total_steps=config.total_steps, start=start, active=first)
-  meter = cost.Meter(vit, batch_size=config.data.batch_size, device=mesh.devices.flat[0],
-                     devices=mesh.size)
-  score, stopping = None, False
+  macs = {phase.start_step: learner.macs(phase.model) for phase in learner.phases}
+  meter = cost.Meter(learner.slots, batch_size=config.data.batch_size,
+                     device=mesh.devices.flat[0], devices=mesh.size)
+  scores, stopping = {}, False
   for step in range(start + 1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)
-    meter.counts(anneal.at(made.phases, step - 1).vit)
-    state, measured = made.train_step(step - 1)(state, batch, key, teacher)
+    phase = anneal.at(learner.phases, step - 1).start_step
+    state, measured = made.train_steps[phase](state, batch, key, teacher)
     writer.advance(step)
     stopping = stop.agreed(step % config.log_steps == 0)
     last = step == config.total_steps or stopping
     if step % config.log_steps == 0 or last:
       measured = {name: float(value) for name, value in measured.items()}
       check_finite(measured, step, config, workdir)
-      writer.write(step, measured | meter.lap(step, kept=measured['kept_tokens']))
+      writer.write(step, measured | meter.lap(step, kept=measured['kept_tokens'],
+                                              macs=macs[phase]))
     if (step % config.eval_steps == 0 or last) and not stopping:
       with meter.paused():
-        score = evaluate(made.count_batch, task, state.ema, config.data, mesh)
-      writer.write(step, {task.score: score})
+        scores = evaluate(made, state.ema, config.data, mesh)
+      writer.write(step, scores)
     if step % config.checkpoint_steps == 0 or last:
       with meter.paused():
         check_finite({'loss': float(measured['loss'])}, step, config, workdir)
-        scores = None if score is None else {task.score: score}
-        checkpoints.save(step, parts(state), iterator.get_state(), metrics=scores)
+        best = {learner.score: scores[learner.score]} if scores else None
+        checkpoints.save(step, parts(state), iterator.get_state(), metrics=best)
     if stopping:
       logging.warning('stopped by a signal at step %d; the same command goes on from there', step)
       break
@@ -191,47 +180,27 @@ def run(config, workdir, *, first):
   writer.close()
   stop.close()
   iterator.close()
-  if first and score is not None:
-    print(json.dumps({'step': int(state.step), task.score: score,
+  if first and scores:
+    print(json.dumps({'step': int(state.step), **scores,
                       'train_seconds': round(meter.seconds, 1)}))
   return not stopping
 
 
-def update(vit, optimizer, settings, schedule, state, batch, key, teacher):
-  """One step: State, batch {image: [B, S, S, C], label: int[B] or [B, S, S]} -> State, scalars.
+def update(loss, optimizer, settings, schedule, state, batch, key, teacher):
+  """One step: State, batch -> State, scalars.
 
-  `teacher` holds the parameters of the unreduced model to hold on to, or is None.
+  Args:
+    loss: (parameters, batch, key, teacher) -> (what to lower, {name: scalar}).
+    optimizer, schedule: of optax.
+    settings: `config.optimizer`.
+    state, batch, key, teacher: arrays; teacher may be None.
   """
   key = jax.random.fold_in(key, state.step)
-  gentler = anneal.levels(vit, settings.get('consistency'))
-
-  def loss_of(params, part, key):
-    logits, out = vit.apply({'params': params}, part['image'], rngs={'dropout': key})
-    loss = tasks.cross_entropy(logits, part['label'], label_smoothing=settings.label_smoothing)
-    extra = {name: value.mean() for name, value in out['losses'].items()}
-    right = (logits.argmax(-1) == part['label']).mean()
-    # While it learns, a soft decision keeps a dropped token's slot, at size 0.
-    kept = (out['tokens'].real & (out['tokens'].sizes > 0)).sum(axis=1).mean()
-    scalars = {'loss': loss, 'train_accuracy': right, 'kept_tokens': kept, **extra}
-    # A method's losses are its mean over cuts; the teacher's are one each.
-    total = loss + sum(extra.values()) / max(1, len(vit.plan.cuts) if vit.plan else 0)
-    if teacher is not None:
-      whole = vit.clone(plan=None)
-      taught, its = whole.apply({'params': teacher}, part['image'])
-      held = distill.distill(logits, out['tokens'], taught, its['tokens'],
-                             logit_weight=settings.distill.logit_weight,
-                             token_weight=settings.distill.token_weight)
-      held = {name: value.mean() for name, value in held.items()}
-      scalars, total = scalars | held, total + sum(held.values())
-    if gentler:
-      held = at_another_level(gentler, settings, params, part, key, out['pre_logits'])
-      scalars, total = scalars | held, total + sum(held.values())
-    return total, scalars
 
   def gradient(carry, item):
     part, index = item
-    grads, scalars = jax.grad(loss_of, has_aux=True)(
-        state.params, part, jax.random.fold_in(key, index))
+    grads, scalars = jax.grad(loss, has_aux=True)(
+        state.params, part, jax.random.fold_in(key, index), teacher)
     return jax.tree.map(jnp.add, carry, grads), scalars
 
   pieces = settings.accumulate
@@ -253,51 +222,12 @@ def update(vit, optimizer, settings, schedule, state, batch, key, teacher):
   return State(state.step + 1, params, opt_state, ema), scalars
 
 
-def at_another_level(gentler, settings, params, part, key, features):
-  """The losses of the same images under a plan that removes less, drawn anew in every step.
-
-  Token reduction consistency of MCTF (Lee et al., 2024), Sec. 3.4, arXiv:2403.10030: that plan
-  learns the labels too, and the features of the plan proper are drawn to its own.
-
-  Args:
-    gentler: the models to draw from (`anneal.levels`).
-    settings: `config.optimizer`.
-    params: of all of them.
-    part: the batch.
-    key: of this step.
-    features: float32[B, D], what the plan proper classifies by.
-
-  Returns:
-    'gentler_loss' and 'consistency', scalars that add to the loss.
-  """
-
-  def branch(model):
-    def apply(params, images):
-      logits, out = model.apply({'params': params}, images, rngs={'dropout': key})
-      return logits, out['pre_logits']
-    return apply
-
-  which = jax.random.randint(jax.random.fold_in(key, len(gentler)), (), 0, len(gentler))
-  logits, whole = jax.lax.switch(which, [branch(model) for model in gentler], params,
-                                 part['image'])
-  apart = distill.consistency_loss(features, whole).mean()
-  return {'gentler_loss': tasks.cross_entropy(logits, part['label'],
-                                              label_smoothing=settings.label_smoothing),
-          'consistency': settings.consistency.weight * apart}
-
-
-def count(vit, task, params, batch):
-  """What a batch adds to the task's score; padding has mask 0."""
-  logits, _ = vit.apply({'params': params}, batch['image'])
-  return task.counts(logits, batch['label'], batch['mask'])
-
-
-def evaluate(count_batch, task, params, config, mesh):
-  """The task's score on the test split."""
-  batches = data.eval_batches(config, process_index=jax.process_index(),
-                              process_count=jax.process_count())
-  return task.total(tasks.add_up(
-      [count_batch(params, sharding.put(batch, mesh)) for batch in batches]))
+def evaluate(made, params, config, mesh):
+  """The scores on the test split."""
+  batches = made.learner.eval_batches(config, process_index=jax.process_index(),
+                                      process_count=jax.process_count())
+  return made.learner.scores(tasks.add_up(
+      [made.count_batch(params, sharding.put(batch, mesh)) for batch in batches]))
 
 
 def parts(state):
@@ -311,11 +241,8 @@ def decayed(params):
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in plain, params)
 
 
-def check_fits(vit, info, config, mesh):
-  """Raises where model, data and mesh contradict each other."""
-  if vit.classes != info.num_classes:
-    raise ValueError(f'model.num_classes (task.pixel_classes) is {vit.classes}, but '
-                     f'{config.data.name} has {info.num_classes} classes: set it to that')
+def check_batch(config, mesh):
+  """Raises where a batch cannot be divided over the mesh."""
   batch, pieces = config.data.batch_size, config.optimizer.accumulate
   devices = mesh.shape['data'] * mesh.shape['fsdp']
   if batch % (devices * pieces):

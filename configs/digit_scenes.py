@@ -1,7 +1,7 @@
 """A small vision-language model that answers questions about digits on photographs.
 
-  python -m train_answers --config=configs/digit_scenes.py --workdir=runs/scenes
-  python -m train_answers --config=configs/digit_scenes.py --workdir=runs/scenes_half \\
+  python -m train --config=configs/digit_scenes.py --workdir=runs/scenes
+  python -m train --config=configs/digit_scenes.py --workdir=runs/scenes_half \\
       --config.reduce.projector.method=topk --config.reduce.projector.keep=16
 """
 
@@ -32,8 +32,9 @@ def get_config() -> ml_collections.ConfigDict:
                        projector=reduction(across='image', order='raster'),
                        language=reduction(of='visual'))
 
+  config.task = dict(name='answers')
   config.optimizer = dict(peak_lr=2e-3, warmup_steps=200, weight_decay=0.05, clip_norm=1.0,
-                          ema_decay=0.99, patch_weight=1.0)
+                          ema_decay=0.99, accumulate=1, patch_weight=1.0, text_weight=0.0)
   config.mesh = dict(data=-1)
   config.sharding = (*VIT_SHARDING, *LM_SHARDING, (r'(^|/)(newline|probe/(kernel|bias))$', ()))
   return config

@@ -1,6 +1,6 @@
 """A small language model on bytes that finds keys in the standard library's sources.
 
-  python -m train_answers --config=configs/stdlib_needle.py --workdir=runs/needle
+  python -m train --config=configs/stdlib_needle.py --workdir=runs/needle
 """
 
 import ml_collections
@@ -24,8 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
       dtype='float32')
   config.reduce = dict(language=reduction())
 
+  config.task = dict(name='answers')
   config.optimizer = dict(peak_lr=1e-3, warmup_steps=400, weight_decay=0.05, clip_norm=1.0,
-                          ema_decay=0.99, patch_weight=0.0)
+                          ema_decay=0.99, accumulate=1, patch_weight=0.0, text_weight=0.5)
   config.mesh = dict(data=-1)
   config.sharding = LM_SHARDING
   return config

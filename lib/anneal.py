@@ -24,11 +24,11 @@ class Phase:
 
   Attributes:
     start_step: steps done when it begins.
-    vit: the model with the plan of this phase.
+    model: with the plan of this phase.
   """
 
   start_step: int
-  vit: ViT
+  model: Any
 
 
 def phases(vit: ViT, settings: Mapping[str, Any] | None) -> tuple[Phase, ...]:
@@ -51,9 +51,9 @@ def phases(vit: ViT, settings: Mapping[str, Any] | None) -> tuple[Phase, ...]:
   found: list[Phase] = []
   for first, share in steps:
     made = _with_share(vit, share)
-    if not found or made.plan.cuts != found[-1].vit.plan.cuts:
+    if not found or made.plan.cuts != found[-1].model.plan.cuts:
       found.append(Phase(first, made))
-  _check_parameters(vit, [phase.vit for phase in found])
+  _check_parameters(vit, [phase.model for phase in found])
   return tuple(found)
 
 
@@ -68,7 +68,7 @@ def describe(phases: tuple[Phase, ...]) -> str:
     return ''
   lines = []
   for phase in phases:
-    cuts = phase.vit.plan.cuts
+    cuts = phase.model.plan.cuts
     counts = ', '.join(f'{cut.keep} in layer {cut.layer}' for cut in cuts) or 'all'
     lines.append(f'from step {phase.start_step}: tokens left {counts}\n')
   return ''.join(lines)

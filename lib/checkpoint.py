@@ -104,6 +104,27 @@ class Checkpoints:
     self._manager.close()
 
 
+def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[int, Any] | None:
+  """Step and averaged parameters of a run's best checkpoint, None where there is no checkpoint.
+
+  Args:
+    workdir: of the run.
+    template: the parameters as ShapeDtypeStructs with the shardings to restore into.
+    metric: which score decided, as in `Checkpoints`.
+
+  Raises:
+    ValueError: it cannot be read into this model, with what differs.
+  """
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  if not folder.exists():
+    return None
+  checkpoints = Checkpoints(folder, metric=metric)
+  step = checkpoints.best()
+  found = None if step is None else (step, checkpoints.read(step, 'ema', template))
+  checkpoints.close()
+  return found
+
+
 def check_shapes(template: Any, found: Any) -> None:
   """Raises ValueError naming the first leaves that one tree has and the other lacks, or shapes."""
   wanted, there = _shapes(template), _shapes(found)

@@ -551,19 +551,21 @@ def measured_flops(device: jax.Device, *, side: int = 1024) -> float:
 class Meter:
   """Training speed, and how much of the devices' peak it uses."""
 
-  def __init__(self, vit: ViT, *, batch_size: int, device: jax.Device, devices: int,
+  def __init__(self, slots: int, *, batch_size: int, device: jax.Device, devices: int,
                clock: Callable[[], float] = time.perf_counter):
+    """Starts the clock.
+
+    Args:
+      slots: tokens that an example starts with.
+      batch_size: examples a step, over all devices.
+      device, devices: one of them, and how many there are.
+      clock: seconds.
+    """
     self._clock, self._start, self._idle = clock, clock(), 0.0
-    self._batch_size, self._slots, self._vit = batch_size, vit.host.slots, None
-    self.counts(vit)
+    self._batch_size, self._slots = batch_size, slots
     known = DEVICES.get(device.device_kind)
     self._peak = devices * (known.flops if known else measured_flops(device))
     self._last: tuple[int, float] | None = None
-
-  def counts(self, vit: ViT) -> None:
-    """From now on a step costs what this model does."""
-    if vit is not self._vit:
-      self._vit, self._flops = vit, 2 * in_training(vit).training_macs * self._batch_size
 
   @property
   def seconds(self) -> float:
@@ -577,15 +579,16 @@ class Meter:
     yield
     self._idle += self._clock() - begin
 
-  def lap(self, step: int, *, kept: float) -> dict[str, float]:
+  def lap(self, step: int, *, kept: float, macs: float) -> dict[str, float]:
     """Rates since the lap before; the first lap, which holds the compilation, gives none.
 
     Args:
       step: steps done.
       kept: tokens that the model ends with, on average.
+      macs: multiply-accumulates of an example in training, forward and backward.
 
     Returns:
-      'kept_ratio' of the tokens that it starts with; 'steps_per_second', 'images_per_second',
+      'kept_ratio' of the tokens that it starts with; 'steps_per_second', 'examples_per_second',
       'tokens_per_second' (of those that it starts with); and 'mfu', the share of the peak that the
       model's own products take (not among them: recomputation, the method's scores, the
       optimizer). The peak is the vendor's for bfloat16, or where `DEVICES` has none (a CPU), the
@@ -596,8 +599,8 @@ class Meter:
     rates = {'kept_ratio': kept / self._slots}
     if last is not None:
       steps_per_second = (step - last[0]) / (now - last[1])
-      images_per_second = steps_per_second * self._batch_size
-      rates |= {'steps_per_second': steps_per_second, 'images_per_second': images_per_second,
-                'tokens_per_second': images_per_second * self._slots,
-                'mfu': steps_per_second * self._flops / self._peak}
+      examples_per_second = steps_per_second * self._batch_size
+      rates |= {'steps_per_second': steps_per_second, 'examples_per_second': examples_per_second,
+                'tokens_per_second': examples_per_second * self._slots,
+                'mfu': 2 * macs * examples_per_second / self._peak}
     return rates

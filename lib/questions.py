@@ -62,6 +62,7 @@ class Info:
     num_train, num_test: questions of the splits.
     image_shape: (S, S, C), or None.
     words: what the ids stand for, () where they are bytes.
+    answer_length: tokens of the longest answer, its end not counted.
   """
 
   vocabulary: int
@@ -73,6 +74,7 @@ class Info:
   num_test: int
   image_shape: tuple[int, int, int] | None
   words: tuple[str, ...]
+  answer_length: int
 
 
 def info(config: ml_collections.ConfigDict) -> Info:
@@ -87,7 +89,7 @@ def info(config: ml_collections.ConfigDict) -> Info:
   return Info(meta['vocabulary'], meta['pad'], meta['end'], meta.get('image'),
               tuple(meta.get('kinds', ())), len(train), len(test),
               tuple(features['image'].shape) if 'image' in features else None,
-              tuple(meta.get('words', ())))
+              tuple(meta.get('words', ())), features['answer'].shape[-1])
 
 
 def train_iterator(config: ml_collections.ConfigDict, *, seed: int, process_index: int = 0,

@@ -7,6 +7,7 @@ A row is a dict. Every key is optional; those known here:
   miou                mean over classes of intersection over union of pixels, 0 to 1
   tokens              tokens in each layer, a list
   kept_mean           tokens kept, averaged as the writer of the row says
+  kv_mb               megabytes of keys and values after one prompt
   gmacs, gmacs_ratio  10^9 multiply-accumulates of one image; their share of the unreduced model's
   median_ms, low_ms, high_ms
                       latency: median and quartiles
@@ -179,6 +180,7 @@ COLUMNS = {
     'kept_mean': Column('mean kept', _number('kept_mean')),
     'gmacs': Column('GMACs', _number('gmacs')),
     'gmacs_ratio': Column('GMACs %', _fixed('gmacs_ratio', 1, scale=100)),
+    'kv_mb': Column('KV MB', _number('kv_mb')),
     'median_ms': Column('ms', _number('median_ms')),
     'latency': Column('ms [quartiles]', _latency),
     'speedup': Column('speed-up', _fixed('speedup', 2, unit='x')),
@@ -244,7 +246,8 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], *,
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00')
 MARKERS = {'o': 7, 's': 7, '^': 8, 'D': 6.5, 'v': 8, 'P': 9, 'X': 9}  # marker: size in points
 GREYS = ('#555555', '#777777', '#909090')
-COSTS = {'gmacs': 'GMACs per image', 'median_ms': 'latency, ms (bars: quartiles)'}
+COSTS = {'gmacs': 'GMACs per image', 'median_ms': 'latency, ms (bars: quartiles)',
+         'kept_mean': 'tokens that a layer keeps, on average'}
 SCORES = {'accuracy': 'accuracy', 'miou': 'mIoU'}
 ROUND = MaxNLocator(8, steps=[1, 2, 2.5, 5, 10])
 STARS = ('*', '†', '‡', '§')
@@ -263,7 +266,7 @@ def plot_accuracy_cost(rows: Sequence[Row], path: str | Path, *, title: str = ''
     rows: as above.
     path: where to write; the ending picks the format, such as .png.
     title: above the plot.
-    cost: 'gmacs' or 'median_ms', the horizontal axis.
+    cost: a name in `COSTS`, the horizontal axis.
     score: a name in `SCORES`, the vertical axis.
     baselines: methods to draw in grey dashes.
     reference: the method whose dearest row is the unreduced model, drawn as a star.
@@ -452,3 +455,53 @@ def _name_lines(figure: Figure, axes: Axes, lines: Mapping[str, Sequence[Row]], 
     labels[name].set_position((start, height))
     axes.plot([leader, _low(line[0], cost)], [height, line[0]['height']], zorder=2.5,
               color=styles[name]['color'], linewidth=0.8, alpha=0.6)
+
+
+# -- a value for every row and column -------------------------------------------------------------
+
+
+def heat_maps(values: Mapping[str, tuple[Sequence[str], Sequence[str], np.ndarray]],
+              path: str | Path, *, title: str = '', rows: str = 'depth',
+              columns: str = 'length') -> Path:
+  """Draws shares as coloured, numbered cells, one map a name, and writes a picture.
+
+  Args:
+    values: name -> (names of rows, names of columns, shares float[rows, columns], 0 to 1; NaN where
+      there is none).
+    path: where to write; the ending picks the format.
+    title: above all maps.
+    rows, columns: what the two axes are.
+
+  Raises:
+    ValueError: nothing to draw.
+  """
+  if not values:
+    raise ValueError('nothing to draw: give at least one map')
+  across = min(len(values), 6)
+  down = math.ceil(len(values) / across)
+  widest = max(len(names) for _, names, _ in values.values())
+  figure = Figure(figsize=((1.2 + 0.62 * widest) * across + 0.8, 3.4 * down + 0.7), dpi=160,
+                  layout='constrained')
+  FigureCanvasAgg(figure)
+  grid = figure.subplots(down, across, squeeze=False)
+  if title:
+    figure.suptitle(title, fontsize=14, fontweight='bold', x=0.01, ha='left')
+  for axes in grid.flat[len(values):]:
+    axes.set_axis_off()
+  for place, (axes, (name, (down_names, across_names, shares))) in enumerate(
+      zip(grid.flat, values.items(), strict=False)):
+    axes.imshow(shares, cmap='cividis', vmin=0, vmax=1, aspect='auto')
+    for row, column in np.argwhere(~np.isnan(shares)).tolist():
+      share = shares[row, column]
+      axes.text(column, row, f'{100 * share:.0f}', ha='center', va='center', fontsize=8,
+                color='black' if share > 0.55 else 'white')
+    axes.set_xticks(range(len(across_names)), across_names, fontsize=9)
+    axes.set_yticks(range(len(down_names)), down_names if place % across == 0 else [], fontsize=9)
+    axes.set_title(name, fontsize=10)
+    axes.set_xlabel(columns, fontsize=9)
+    if place % across == 0:
+      axes.set_ylabel(rows, fontsize=9)
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path)
+  return path

@@ -1,4 +1,4 @@
-"""What a model is trained for: the loss of its logits, and the score of a whole split.
+"""What a model is trained for: what the training loop must know of it, and the scores of images.
 
 Axes: B batch, S image side, C classes. Labels are int32[B], logits float32[B, C]; for every pixel
 int32[B, S, S] and float32[B, S, S, C].
@@ -18,7 +18,46 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lib import anneal
+
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+  """A config's task, made ready for the training loop; lib/images.py and lib/answers.py make them.
+
+  Attributes:
+    model: under its plans, as it is evaluated.
+    score: which of `scores` says how good a checkpoint is.
+    phases: what trains when.
+    init: key -> parameters.
+    loaded: parameters to start from where the config names some; they need not be complete.
+    unreduced: parameters -> those that the model has without its plans, to hold it to.
+    loss: model -> (parameters, batch, key, teacher) -> (what to lower, {name: scalar}). The teacher
+      is the parameters of an unreduced model, or None. 'kept_tokens' is among the scalars.
+    count: (parameters, batch) -> what the batch adds to the scores; rows of mask 0 add nothing.
+    scores: sum of the counts -> {name: between 0 and 1, higher is better}.
+    train_iterator, eval_batches: as in lib/data.py.
+    macs: model -> multiply-accumulates of an example in training, forward and backward.
+    slots: tokens of an example, before any reduction.
+    about: what to print before training.
+  """
+
+  model: Any
+  score: str
+  phases: tuple[anneal.Phase, ...]
+  init: Callable[[Array], dict[str, Any]]
+  loaded: Callable[[], dict[str, Any] | None]
+  unreduced: Callable[[dict[str, Any]], dict[str, Any]]
+  loss: Callable[[Any], Callable[..., tuple[Array, dict[str, Array]]]]
+  count: Callable[[dict[str, Any], Mapping[str, Array]], Array]
+  scores: Callable[[np.ndarray], dict[str, float]]
+  train_iterator: Callable[..., Any]
+  eval_batches: Callable[..., Any]
+  macs: Callable[[Any], float]
+  slots: int
+  about: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ import optax
 import pytest
 
 import train
-import train_answers
 from configs import digit_scenes as scenes_config
 from configs import stdlib_needle as needle_config
 from lib import answers, sharding
@@ -22,8 +21,8 @@ from lib.datasets import digit_scenes
 from lib.questions import Info
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCENES = Info(len(digit_scenes.WORDS), 0, 1, 2, digit_scenes.KINDS, 6, 6, (64, 64, 3), ())
-NEEDLE = Info(258, 256, 257, None, (), 6, 6, None, ())
+SCENES = Info(len(digit_scenes.WORDS), 0, 1, 2, digit_scenes.KINDS, 6, 6, (64, 64, 3), (), 1)
+NEEDLE = Info(258, 256, 257, None, (), 6, 6, None, (), 6)
 ROWS = 4
 
 
@@ -56,7 +55,7 @@ def batch_of(info, context, seed=0):
 def made(config, info, **reduce):
   config.reduce.update(reduce)
   model = answers.build(config.model, config.reduce, info, context=config.data.context)
-  initial = jax.jit(lambda key: train_answers.initial(model, info, config.data.context, key))
+  initial = jax.jit(lambda key: answers.init(model, info, config.data.context, key))
   return model, initial(jax.random.key(0))
 
 
@@ -87,15 +86,15 @@ def test_a_step_is_taken_and_every_parameter_has_a_place(case):
   optimizer = optax.adamw(1e-3)
   state = train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
   sharding.place(state, config.sharding, mesh)
-  update = functools.partial(train_answers.update, model, optimizer, config.optimizer,
-                             optax.constant_schedule(1e-3))
+  update = functools.partial(train.update, functools.partial(answers.loss, model, config.optimizer),
+                             optimizer, config.optimizer, optax.constant_schedule(1e-3))
   batch, before = batch_of(info, 14), None
   if name not in ('scenes', 'needle'):
-    after, measured = jax.eval_shape(update, state, batch, jax.random.key(0))
+    after, measured = jax.eval_shape(update, state, batch, jax.random.key(0), None)
     assert jax.tree.map(jnp.shape, after.params) == jax.tree.map(jnp.shape, params)
     assert 'patch_loss' in measured
     return
-  step = jax.jit(lambda state, batch: update(state, batch, jax.random.key(0)))
+  step = jax.jit(lambda state, batch: update(state, batch, jax.random.key(0), None))
   for _ in range(3):
     state, measured = step(state, batch)
     assert before is None or measured['loss'] < before
@@ -153,7 +152,7 @@ def test_patches_carry_the_label_of_their_cell():
 
 
 @pytest.mark.parametrize(('reduce', 'message'), [
-    ({'cache': {'method': 'topk'}}, 'choose from vision, projector, language'),
+    ({'prompt': {'method': 'topk'}}, 'choose from vision, projector, language, cache'),
     ({'projector': {'method': 'topk', 'keep': 4}}, 'this set has none'),
 ])
 def test_reductions_in_places_that_are_not_there(reduce, message):
@@ -168,7 +167,7 @@ def test_a_run_trains_scores_and_goes_on(tmp_path):
       'import sys, dataclasses; from lib.datasets import stdlib_needle as s;'
       'B = s.StdlibNeedle; c = [dataclasses.replace(B.BUILDER_CONFIGS[0], train=24, test=6)];'
       'B.BUILDER_CONFIGS = c; B.builder_configs = {"256": c[0]};'
-      'import train_answers; from lib import cli; cli.run(train_answers.main)',
+      'import train; from lib import cli; cli.run(train.main)',
       '--config=configs/stdlib_needle.py', f'--workdir={tmp_path / "run"}', '--compile_cache=',
       f'--config.data.data_dir={tmp_path}', '--config.data.batch_size=4', '--config.log_steps=1',
       '--config.optimizer.warmup_steps=1', '--config.model.lm.width=16',

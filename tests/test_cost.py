@@ -493,6 +493,9 @@ def test_devices_are_plausible():
     assert 150 < device.flops / device.bandwidth < 600, name
 
 
+SLOTS, TRAINING = cost.of(TINY).layers[0].attention_in, cost.of(TINY).training_macs
+
+
 @dataclasses.dataclass
 class FakeDevice:
   device_kind: str
@@ -500,29 +503,28 @@ class FakeDevice:
 
 def test_meter_leaves_out_compilation_and_pauses():
   now = [0.0]
-  meter = cost.Meter(TINY, batch_size=8, device=FakeDevice('TPU v5p'), devices=4,
+  meter = cost.Meter(SLOTS, batch_size=8, device=FakeDevice('TPU v5p'), devices=4,
                      clock=lambda: now[0])
   now[0] = 100.0
-  assert meter.lap(10, kept=13.0) == {'kept_ratio': 0.5}
+  assert meter.lap(10, kept=13.0, macs=TRAINING) == {'kept_ratio': 0.5}
   with meter.paused():
     now[0] = 150.0
   now[0] = 152.0
-  rates = meter.lap(20, kept=26.0)
+  rates = meter.lap(20, kept=26.0, macs=TRAINING)
   assert rates['kept_ratio'] == 1.0
-  assert rates['images_per_second'] == 10 * 8 / 2
-  used = 2 * cost.of(TINY).training_macs * 8 * 5 / (4 * 459e12)
+  assert rates['examples_per_second'] == 10 * 8 / 2
+  used = 2 * TRAINING * 8 * 5 / (4 * 459e12)
   assert rates['mfu'] == pytest.approx(used, rel=1e-12)
   assert meter.seconds == 102.0
-  slots = cost.of(TINY).layers[0].attention_in
-  assert rates['tokens_per_second'] == rates['images_per_second'] * slots
+  assert rates['tokens_per_second'] == rates['examples_per_second'] * SLOTS
 
 
 def test_meter_measures_the_peak_of_a_device_that_nobody_published():
   now = [0.0]
   device = jax.devices()[0]
-  meter = cost.Meter(TINY, batch_size=8, device=device, devices=1, clock=lambda: now[0])
-  meter.lap(1, kept=1.0)
+  meter = cost.Meter(SLOTS, batch_size=8, device=device, devices=1, clock=lambda: now[0])
+  meter.lap(1, kept=1.0, macs=TRAINING)
   now[0] += 1
-  share = meter.lap(2, kept=1.0)['mfu']
-  peak = 2 * cost.of(TINY).training_macs * 8 / share
+  share = meter.lap(2, kept=1.0, macs=TRAINING)['mfu']
+  peak = 2 * TRAINING * 8 / share
   assert 1e9 < peak < 1e13

@@ -38,6 +38,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from configs import digits
 from configs.common import VIT_SHARDING
 from lib import cost, sharding
+from lib.images import loss
 from models.build import build
 from models.stack import unstack
 from models.vit import make_vit
@@ -69,7 +70,8 @@ def losses(axes, reduce):
   places = sharding.place(jax.eval_shape(start, key), VIT_SHARDING, mesh, min_size_to_shard=0)
   state = jax.jit(start, out_shardings=places)(key)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  step = jax.jit(functools.partial(train.update, vit, optimizer, settings, schedule),
+  step = jax.jit(functools.partial(train.update, functools.partial(loss, vit, settings),
+                                   optimizer, settings, schedule),
                  in_shardings=(places, rows, whole, None), out_shardings=(places, whole))
   random = np.random.default_rng(0)
   batch = {'image': random.normal(size=(32, 32, 32, 1)).astype(np.float32),

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-import eval as evaluation
 from configs import digits_study
+from lib import image_sweep
 from models.build import build
 from tools import study
 
@@ -49,8 +49,8 @@ def test_rows_are_made_once_and_a_cut_off_study_goes_on(tmp_path, monkeypatch, c
   assert len({row['nll'] for row in good[4:]}) == 4
 
   made = []
-  compiled = evaluation.compiled
-  monkeypatch.setattr(evaluation, 'compiled', lambda *args: made.append(1) or compiled(*args))
+  compiled = image_sweep.compiled
+  monkeypatch.setattr(image_sweep, 'compiled', lambda *args: made.append(1) or compiled(*args))
   path.write_text('\n'.join(lines[:2] + lines[3:]) + '\n')
   study.study(config, tmp_path / 'runs')
   again = [json.loads(line) for line in path.read_text().splitlines()]

@@ -16,6 +16,7 @@ import pytest
 import train
 from configs import digits
 from lib import anneal, cost, distill, launch, sharding
+from lib.images import loss
 from models.build import build
 from models.compressors import COMPRESSORS
 from ops.schedule import Cut, Limits, annealed_keep_ratio, part_of, phases, resolve
@@ -43,7 +44,8 @@ def step(method, *, distil):
   batch = {'image': jax.ShapeDtypeStruct((ROWS, 32, 32, 1), np.float32),
            'label': jax.ShapeDtypeStruct((ROWS,), np.int32)}
   teacher = {**before.params, 'stack': {'blocks': before.params['stack']['blocks']}}
-  update = functools.partial(train.update, vit, optimizer, settings, optax.constant_schedule(1e-3))
+  update = functools.partial(train.update, functools.partial(loss, vit, settings), optimizer,
+                             settings, optax.constant_schedule(1e-3))
   key = jax.eval_shape(jax.random.key, 0)
   after, measured = jax.eval_shape(update, before, batch, key, teacher if distil else None)
   return before, places, after, measured
@@ -89,8 +91,8 @@ def learn(vit, settings, steps=3):
   head = jax.random.normal(jax.random.key(1), params['head']['kernel'].shape)
   params = params | {'head': params['head'] | {'kernel': 0.3 * head}}
   state = train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
-  update = jax.jit(functools.partial(train.update, vit, optimizer, settings,
-                                     optax.constant_schedule(3e-3)))
+  update = jax.jit(functools.partial(train.update, functools.partial(loss, vit, settings),
+                                     optimizer, settings, optax.constant_schedule(3e-3)))
   measured = []
   for _ in range(steps):
     state, scalars = update(state, batch, jax.random.key(2), None)
@@ -140,12 +142,12 @@ def test_a_share_of_cuts():
 def test_phases_of_a_model():
   vit = tiny('evit')
   found = anneal.phases(vit, {'start_step': 2, 'stop_step': 8, 'phases': 2})
-  kept = [[cut.keep for cut in phase.vit.plan.cuts] for phase in found]
+  kept = [[cut.keep for cut in phase.model.plan.cuts] for phase in found]
   # 9 of 16 free slots are to stay (8 and the fused one): 1 - share * 7 / 16 of them, rounded up.
   assert kept == [[], [16], [12], [10]]
   assert [anneal.at(found, done).start_step for done in (0, 1, 2, 4, 5, 7, 8, 99)] == [
       0, 0, 2, 2, 5, 5, 8, 8]
-  assert found[-1].vit.plan == vit.plan
+  assert found[-1].model.plan == vit.plan
   assert anneal.phases(vit, None) == (anneal.Phase(0, vit),)
   assert anneal.describe(found).splitlines()[1] == 'from step 2: tokens left 16 in layer 0'
   once = {'start_step': 0, 'stop_step': 8, 'phases': 2}

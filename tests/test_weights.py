@@ -15,10 +15,9 @@ import test_parity
 from safetensors.numpy import load_file, save_file
 from test_parity import CASES, FOLDER, build
 
-import eval as evaluation
 from configs import deit_s16_sweep
 from configs.common import PRETRAINED, VIT_SHARDING
-from lib import preprocess, sharding
+from lib import image_sweep, preprocess, sharding
 from models import weights
 from models.build import build as build_config
 from models.build import pretrained
@@ -353,7 +352,7 @@ def test_configs_without_weights_load_nothing():
 def test_evaluation_starts_from_named_weights(tmp_path):
   config = deit_s16_sweep.get_config()
   config.model = SETTINGS | {'image_size': 24}
-  step, params = evaluation.load(config, tmp_path, sharding.make_mesh({'data': 1}))
+  step, params = image_sweep.load(config, tmp_path, sharding.make_mesh({'data': 1}))
   assert step == 0
   jax.tree.map(np.testing.assert_array_equal, params, load(VIT))
   assert build_config(deit_s16_sweep.get_config().model).depth == 12

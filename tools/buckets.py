@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-import eval as evaluation
-from lib import cli, data, launch, report, sharding, timing
+from lib import cli, data, image_sweep, launch, report, sharding, timing
 from models.buckets import Buckets
 from models.build import build
 from models.stack import best_form, unstack
@@ -38,7 +37,7 @@ def main(argv):
   del argv
   config = launch.CONFIG.value
   mesh = sharding.make_mesh(config.mesh)
-  step, params = evaluation.load(config, pathlib.Path(launch.WORKDIR.value), mesh)
+  step, params = image_sweep.load(config, pathlib.Path(launch.WORKDIR.value), mesh)
   vit = build(config.model, config.reduce.vision, task=config.get('task'))
   if best_form(vit.plan, platform=jax.default_backend()) == 'unstacked':
     blocks = unstack(params['stack']['blocks'], vit.depth)

@@ -24,8 +24,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-import eval as evaluation
-from lib import cli, cost, data, launch, report, sharding, tasks
+from lib import cli, cost, data, image_sweep, launch, report, sharding, tasks
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.stack import best_form, unstack
@@ -152,7 +151,7 @@ def accuracies(name: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str
   """Per cent of the test images that are right: 'top1', and 'unreduced_top1' with a reduction."""
   mesh = sharding.make_mesh(config.mesh)
   platform = mesh.devices.flat[0].platform
-  _, params = evaluation.load(config, workdir / name, mesh)
+  _, params = image_sweep.load(config, workdir / name, mesh)
   vit = model(config, mesh=mesh if mesh.size > 1 else None, platform=platform)
   models = {'top1': vit} if vit.plan is None else {'top1': vit,
                                                    'unreduced_top1': vit.clone(plan=None)}

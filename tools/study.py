@@ -28,10 +28,9 @@ from matplotlib.ticker import FuncFormatter
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import eval as evaluation
 import train
 from configs.common import reduction
-from lib import cli, cost, data, launch, report, sharding, tasks, timing
+from lib import cli, cost, data, image_sweep, launch, report, sharding, tasks, timing
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.plan import methods
@@ -173,7 +172,7 @@ def unreduced(config, workdir, seed, mesh):
   config.seed = seed
   if not train.run(config, workdir, first=True):
     sys.exit('stopped; the same command goes on from there')
-  return evaluation.load(config, workdir, mesh)[1]
+  return image_sweep.load(config, workdir, mesh)[1]
 
 
 def measured(entry, trained, mesh):
@@ -192,10 +191,10 @@ def measured(entry, trained, mesh):
       if entry.training:
         made = made or train.setup(entry.training, mesh)
         params = tuned(made, entry, params, seed, mesh)
-      params = evaluation.complete(vit, params, seed=seed)
-      params = evaluation.fastest(vit, params, mesh.devices.flat[0].platform)
+      params = image_sweep.complete(vit, params, seed=seed)
+      params = image_sweep.fastest(vit, params, mesh.devices.flat[0].platform)
       batches = test_batches(entry.config)
-      run = run or evaluation.compiled(vit, params, jnp.asarray(batches[0]['image']))[0]
+      run = run or image_sweep.compiled(vit, params, jnp.asarray(batches[0]['image']))[0]
       row |= judged(functools.partial(run, params), vit, batches, tasks.of(entry.config))
       learned = entry.config.reduce.vision.method in COMPRESSORS and not entry.training
       row['note'] = UNTRAINED if learned else ''
@@ -207,7 +206,7 @@ def measured(entry, trained, mesh):
 def tuned(made, entry, params, seed, mesh):
   """The averaged parameters after the entry's training, from those of the unreduced model."""
   config, key = entry.training, jax.random.key(seed)
-  start = evaluation.complete(made.vit, params, seed=seed)
+  start = image_sweep.complete(made.learner.model, params, seed=seed)
   zero = jnp.zeros((), jnp.int32)
   # Copied: each step takes the state's memory, and the unreduced model is needed again.
   state = jax.tree.map(jnp.copy, train.State(zero, start, made.optimizer.init(start), start))

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import train
 from configs import digits
 from lib import cli, cost, report, sharding, timing
+from lib.images import loss
 from lib.topology import EXAMPLES, count, missing, topology_mesh
 from models.build import build
 from models.plan import make_method, methods
@@ -176,7 +177,8 @@ def training(vit, mesh, images, rows, whole):
 
   shapes = jax.eval_shape(state, jax.random.key(0))
   places = sharding.place(shapes, digits.get_config().sharding, mesh)
-  run = jax.jit(functools.partial(train.update, vit, optimizer, settings, schedule),
+  run = jax.jit(functools.partial(train.update, functools.partial(loss, vit, settings),
+                                  optimizer, settings, schedule),
                 out_shardings=(places, whole), donate_argnums=0)
   labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32, sharding=rows)
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)

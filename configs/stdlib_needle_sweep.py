@@ -1,0 +1,26 @@
+"""Reductions of the cache and of the prompt of the model that finds keys in source code.
+
+  python -m eval --config=configs/stdlib_needle_sweep.py --workdir=runs/needle
+"""
+
+import ml_collections
+
+from configs import stdlib_needle
+
+CANDIDATES = (
+    *({'name': name, 'place': 'cache', 'method': name} for name in (
+        'streaming_llm', 'knorm', 'tova', 'observed_attention', 'h2o', 'snapkv',
+        'expected_attention')),
+    {'name': 'gemfilter', 'place': 'language', 'method': 'gemfilter', 'layers': (1,)},
+    {'name': 'random', 'place': 'language', 'method': 'random', 'site': 'before', 'layers': (2,)},
+)
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The config of training with a sweep beside it."""
+  config = stdlib_needle.get_config()
+  config.sweep = dict(
+      title='Keys in source code: share found, no training',
+      sets=(('stdlib_needle/256', 258), ('stdlib_needle/1k', 1026)),
+      candidates=CANDIDATES, budgets=(0.5, 0.25, 0.125), rounds=4, baselines=('random',))
+  return config
