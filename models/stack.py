@@ -302,16 +302,16 @@ class Stack(nn.Module):
     return self._decide(cut, key, out, tokens, signals)[0]
 
   def _inside(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
-              signals: Signals, attention: Array) -> tuple[TokenSet, Array, bool]:
+              signals: Signals,
+              attention: Array) -> tuple[TokenSet, Callable[[Array], Array], bool]:
     """A cut between QK and AV: the attention map shrinks with the tokens."""
     tokens = self._watch(cut.layer, tokens, signals)
     reduced, assignment = self._decide(cut, key, out, tokens, signals)
     if self.causal and not isinstance(assignment, Gather):
       raise ValueError(f'{self.plan.name} joins tokens inside attention, where causal rows would '
                        "see later tokens through a group: set site='between'")
-    with jax.named_scope('reduction'):
-      attention = tk.regroup(assignment, attention)
-    return reduced, attention, not isinstance(assignment, Gather)
+    return (reduced, functools.partial(tk.attend, assignment, attention),
+            not isinstance(assignment, Gather))
 
   def _watch(self, layer: int, tokens: TokenSet, signals: Signals) -> TokenSet:
     """What the method remembers of a layer joins the stats, which travel with the tokens."""

@@ -32,6 +32,7 @@ from ops.signals import Signals, measure, measure_map
 from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias, reduce
 
 Array = jax.Array
+Mixer = Callable[[Array], Array]
 
 POSITIONS = ('learned', 'sincos')
 POOLS = ('cls', 'mean', 'cls_mean', 'map')
@@ -172,12 +173,12 @@ class Block(nn.Module):
     return attend(q, k, v, bias, places)
 
   def inside(self, tokens: TokenSet,
-             decide: Callable[[TokenSet, Signals, Array], tuple[TokenSet, Array, bool]], *,
+             decide: Callable[[TokenSet, Signals, Array], tuple[TokenSet, Mixer, bool]], *,
              needs: frozenset[str], proportional: bool) -> TokenSet:
     """Attention that something interrupts between its map and its values.
 
     `decide` gets the tokens, the signals and the map float32[B, H, N, N], and returns fewer tokens,
-    their map, and whether the values are to be those of the new tokens.
+    what they make of the values [B, S, H, d], and whether these are those of the new tokens.
     """
     hidden = self.norm1(tokens.x)
     q, k = self.turn(tokens, *self.qkv(hidden, last=2))
@@ -185,11 +186,10 @@ class Block(nn.Module):
     scores = attention.eager(q, k, bias=bias, positions=self._places(tokens))
     v, = self.qkv(hidden, first=2)
     signals = measure_map(needs, scores, q=q, k=k, v=v, hidden=hidden, query_valid=tokens.valid)
-    tokens, scores, renewed = decide(tokens, signals, scores)
+    tokens, mix, renewed = decide(tokens, signals, scores)
     if renewed:
       v, = self.qkv(self.norm1(tokens.x), first=2)
-    mixed = jnp.einsum('bhnm,bmhd->bnhd', scores.astype(self.dtype), v)
-    return self._add(tokens, self.out(mixed), self.scale1)
+    return self._add(tokens, self.out(mix(v)), self.scale1)
 
   def look(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool) -> Signals:
     """What this layer's attention would be on today's tokens, without running the layer."""

@@ -509,6 +509,32 @@ def regroup(assignment: Assignment, attention: Array) -> Array:
   return assignment.apply_by_head(assignment.totals_by_key(attention.astype(jnp.float32)))
 
 
+def attend(assignment: Assignment, attention: Array, values: Array) -> Array:
+  """What tokens read by the map of a cut inside attention: `regroup`'s map times their values.
+
+  Where slots are joined, every old key reads its group's value by the old map, and the rows are
+  joined after that: sums may be taken in any order, and a row of values is shorter than one of the
+  map.
+
+  Args:
+    assignment: the cut.
+    attention: float32[B, H, N, N], before it.
+    values: float[B, M, H, d] of the groups, or [B, N, H, d] where slots are only picked.
+
+  Returns:
+    float[B, M, H, d].
+  """
+  linear = not isinstance(assignment, Gather) and getattr(assignment, 'op', 'sum') == 'sum'
+  if linear:
+    values = assignment.restore(values)
+    if isinstance(assignment, Merge) and assignment.share is not None:
+      values = values * _expand(assignment.share, values).astype(values.dtype)
+  else:
+    attention = regroup(assignment, attention)
+  mixed = jnp.einsum('bhnm,bmhd->bnhd', attention.astype(values.dtype), values)
+  return assignment.apply(mixed) if linear else mixed
+
+
 def key_bias(tokens: TokenSet, *, proportional: bool) -> Array | None:
   """float32[B, N] to add to attention logits, or None where there is nothing to add.
 

@@ -340,6 +340,23 @@ def test_regrouping_an_attention_map(seed):
   close(regroup(mix, attention), np.einsum('bmn,bhnk,bjk->bhmj', matrix(mix), attention, shares))
 
 
+@given(seed=SEEDS)
+def test_attending_is_the_regrouped_map_times_values(seed):
+  rng = np.random.default_rng(seed)
+  attention = rng.random((BATCH, 2, 9, 9)).astype(np.float32)
+  for kind in KINDS:
+    assignment = make(kind, 9, 4, seed)
+    rows = 9 if kind == 'gather' else 4
+    values = rng.normal(size=(BATCH, rows, 2, 3)).astype(np.float32)
+    wanted = np.einsum('bhmk,bkhd->bmhd', tk.regroup(assignment, attention), values)
+    close(jitted(tk.attend)(assignment, attention, values), wanted)
+    if kind == 'merge':
+      for other in (assignment.replace(op='max'),
+                    assignment.replace(share=jnp.asarray(rng.random((BATCH, 9)), jnp.float32))):
+        wanted = np.einsum('bhmk,bkhd->bmhd', tk.regroup(other, attention), values)
+        close(jitted(tk.attend)(other, attention, values), wanted)
+
+
 def test_regrouped_means_are_still_attention():
   rng = np.random.default_rng(0)
   attention = rng.dirichlet(np.ones(9), size=(BATCH, 2, 9)).astype(np.float32)

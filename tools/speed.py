@@ -18,7 +18,8 @@ and, by themselves, on the tokens and signals that `made` has at its cuts, all c
             inside attention, the map are there anyway and count as free
   selection the method itself: its own scores, and whatever turns them into an assignment (top-k,
             matching, clustering); in watched layers too
-  applying  gathering, merging or mixing the tokens (inside attention: the map as well), sizes too
+  applying  gathering, merging or mixing the tokens, sizes too (inside attention: rows of the map,
+            or values and what was read of them, as well)
 
 The time of a program that takes the same arguments and computes nothing is taken off these three.
 The share of each is of `made`. What `made` takes beyond `slice` and the three is `rest_ms`: what
@@ -153,13 +154,10 @@ class Slice:
     """The same."""
     return self.apply(sizes)
 
-  def totals_by_key(self, attention):
-    """[B, H, N, N] -> [B, H, N, M]."""
-    return attention[..., :self.outputs]
-
-  def apply_by_head(self, values):
-    """[B, H, N, K] -> [B, H, M, K]."""
-    return values[:, :, :self.outputs]
+  def restore(self, values):
+    """[B, M, ...] -> [B, N, ...], zeros behind."""
+    room = ((0, 0), (0, self.slots - self.outputs), *((0, 0) for _ in values.shape[2:]))
+    return jnp.pad(values, room)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,8 +248,11 @@ def parts(plan, stack, asked):
       reduced = tk.reduce(one.tokens, one.answer)
       # Who owns what is for those who ask afterwards: the model's answer does not need it.
       made.append(reduced.replace(owner=None))
-      if inside:
+      if inside and isinstance(one.answer, tk.Gather):
         made.append(tk.regroup(one.answer, one.signals.attention))
+      elif inside:
+        # As tk.attend does around the product with the values, which counts as the block's.
+        made.append(one.answer.apply(one.answer.restore(reduced.x)))
     return made
 
   found = {}
