@@ -120,7 +120,8 @@ def run(config, workdir, *, first):
   template = sharding.shapes(jax.eval_shape(made.init, key), made.places)
 
   # Resume: 1. the newest checkpoint that can be read, 2. its state, 3. its place in the data,
-  # 4. else a fresh state, 5. with pretrained parameters where the config names some.
+  # 4. else a fresh state, 5. with another run's parameters or pretrained ones where the config
+  # names some.
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=learner.score)
   found = checkpoints.restore(parts(template))
   if found:
@@ -132,7 +133,13 @@ def run(config, workdir, *, first):
   else:
     start, state = 0, jax.jit(made.init, out_shardings=made.places)(key)
     loaded = learner.loaded()
-    if loaded:
+    if config.get('start'):
+      begun = checkpoint.best(config.start, template.ema, metric=learner.score)
+      if begun is None:
+        raise FileNotFoundError(f'start={config.start} has no checkpoint: name the workdir of a '
+                                'run that has one')
+      state = state.replace(params=begun[1], ema=jax.tree.map(jnp.copy, begun[1]))
+    elif loaded:
       # Made twice: one of them is donated in every step.
       state = state.replace(params=weights.overlay(state.params, loaded),
                             ema=weights.overlay(state.ema, loaded))

@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.log_steps = 50
   config.eval_steps = 1000
   config.checkpoint_steps = 1000
+  config.start = ''  # The workdir of a run to take parameters from.
 
   config.data = dict(
       name='digit_scenes/64', data_dir='data', context=12, batch_size=64, train_split='train',

@@ -1,6 +1,9 @@
 """A small language model on bytes that finds keys in the standard library's sources.
 
-  python -m train --config=configs/stdlib_needle.py --workdir=runs/needle
+  python -m train --config=configs/stdlib_needle.py --workdir=runs/needle_128 \\
+      --config.data.name=stdlib_needle/128 --config.data.context=130 --config.total_steps=2000
+  python -m train --config=configs/stdlib_needle.py --workdir=runs/needle \\
+      --config.start=runs/needle_128
 """
 
 import ml_collections
@@ -16,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.log_steps = 50
   config.eval_steps = 1000
   config.checkpoint_steps = 1000
+  config.start = ''  # The workdir of a run to take parameters from.
 
   config.data = dict(name='stdlib_needle/256', data_dir='data', context=258, batch_size=32,
                      train_split='train', test_split='test')

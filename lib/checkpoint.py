@@ -11,9 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from models.weights import overlay
+from models.weights.layout import flatten, nest
+
+PACKED = 'model.safetensors'
 
 
 class Checkpoints:
@@ -108,14 +116,20 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
   """Step and averaged parameters of a run's best checkpoint, None where there is no checkpoint.
 
   Args:
-    workdir: of the run.
+    workdir: of the run, or a folder that `pack` wrote.
     template: the parameters as ShapeDtypeStructs with the shardings to restore into.
     metric: which score decided, as in `Checkpoints`.
 
   Raises:
     ValueError: it cannot be read into this model, with what differs.
   """
-  folder = pathlib.Path(workdir) / 'checkpoints'
+  folder, packed = pathlib.Path(workdir) / 'checkpoints', pathlib.Path(workdir) / PACKED
+  if packed.exists():
+    with safe_open(packed, framework='numpy') as file:
+      step = int(file.metadata()['step'])
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    check_shapes(template, nest(arrays))
+    return step, overlay(template, nest(arrays))
   if not folder.exists():
     return None
   checkpoints = Checkpoints(folder, metric=metric)
@@ -123,6 +137,21 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
   found = None if step is None else (step, checkpoints.read(step, 'ema', template))
   checkpoints.close()
   return found
+
+
+def pack(params: Any, step: int, folder: str | pathlib.Path) -> pathlib.Path:
+  """Writes averaged parameters as one small file that `best` reads, in the form they have here.
+
+  Args:
+    params: a tree of dicts of arrays.
+    step: after which they were taken.
+    folder: where to; made if missing.
+  """
+  path = pathlib.Path(folder) / PACKED
+  path.parent.mkdir(parents=True, exist_ok=True)
+  arrays = {name: np.ascontiguousarray(value) for name, value in flatten(params).items()}
+  save_file(arrays, path, metadata={'step': str(step)})
+  return path
 
 
 def check_shapes(template: Any, found: Any) -> None:

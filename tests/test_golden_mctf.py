@@ -1,5 +1,7 @@
 """MCTF against the outputs of released code: exact indices, floats within 1e-5."""
 
+import functools
+
 import golden_vit
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ def tokens_of(x, size, protected):
                          protected=protected)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def operate(reducer, x, attention, size, protected, keep):
   """The assignment, the reduced tokens and the fused map."""
   tokens = tokens_of(x, size, protected)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from lib import data, overlay, report, tasks
+from lib import data, learners, overlay, report, tasks
 from lib.datasets import digit_segments, digits
 from models.build import build
 from ops import tokens as tk
@@ -149,6 +149,8 @@ def test_cross_entropy_of_pixels_is_their_mean():
 def test_unknown_tasks_and_settings_are_refused():
   with pytest.raises(ValueError, match='classify, segment'):
     tasks.of(ml_collections.ConfigDict({'task': {'name': 'detect'}}))
+  with pytest.raises(ValueError, match='classify, segment, answers'):
+    learners.of(ml_collections.ConfigDict({'task': {'name': 'detect'}}), None)
   assert tasks.of(ml_collections.ConfigDict()) is tasks.TASKS['classify']
   model = {'variant': 'Ti/4', 'image_size': 16, 'num_classes': 0}
   for given in ({'pixel_classes': 3, 'upsample': 2}, {'way': 'restore'}):

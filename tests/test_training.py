@@ -15,7 +15,7 @@ import pytest
 
 import train
 from configs import digits
-from lib import anneal, cost, distill, launch, sharding
+from lib import anneal, checkpoint, cost, distill, launch, sharding
 from lib.images import loss
 from models.build import build
 from models.compressors import COMPRESSORS
@@ -191,6 +191,31 @@ def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
   assert train.run(config, tmp_path / 'cut', first=True)
   assert losses(tmp_path / 'cut') == losses(tmp_path / 'whole')
   assert [kept for _, kept in losses(tmp_path / 'whole').values()] == [13] * 5 + [9]
+
+  # Another run begins with what this one ended with.
+  template = sharding.shapes(jax.eval_shape(made.init, jax.random.key(0)), made.places).ema
+  _, ended = checkpoint.best(tmp_path / 'whole', template, metric='accuracy')
+  begun, (first, run) = [], next(iter(made.train_steps.items()))
+  monkeypatch.setitem(made.train_steps, first, lambda state, *rest: (
+      begun.append(jax.device_get((state.params, state.ema))), run(state, *rest))[1])
+  with config.unlocked():
+    config.start = str(tmp_path / 'whole')
+  assert train.run(config, tmp_path / 'more', first=True)
+  for params in begun[0]:
+    jax.tree.map(np.testing.assert_array_equal, params, ended)
+  config.start = str(tmp_path / 'nothing')
+  with pytest.raises(FileNotFoundError, match='name the workdir of a run that has one'):
+    train.run(config, tmp_path / 'none', first=True)
+
+  # Packed, the same parameters are a few kilobytes.
+  packed = checkpoint.pack(ended, 6, tmp_path / 'packed')
+  assert packed.stat().st_size < 100_000
+  step, again = checkpoint.best(tmp_path / 'packed', template, metric='accuracy')
+  assert step == 6
+  jax.tree.map(np.testing.assert_array_equal, again, ended)
+  other = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 1), leaf.dtype), template)
+  with pytest.raises(ValueError, match='in the checkpoint and'):
+    checkpoint.best(tmp_path / 'packed', other, metric='accuracy')
 
 
 # -- consistency ---------------------------------------------------------------------------------

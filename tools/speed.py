@@ -8,9 +8,12 @@ has already are kept, so a run that was stopped goes on where it was; `--again` 
 one row all programs take turns (lib/timing.py), so ratios hold on a machine that others use too:
 
   base      the unreduced model
+  made      the model under the method
+
+and, at the batch size --apart,
+
   slice     the same token counts by slicing: no decision, nothing to gather. What no method of
             these counts can beat
-  made      the model under the method
 
 and, by themselves, on the tokens and signals that `made` has at its cuts, all cuts in one program:
 
@@ -66,6 +69,7 @@ EVERY_LAYER = flags.DEFINE_list(
     'Methods that are also timed with a cut in every layer.')
 ROUNDS = flags.DEFINE_integer('rounds', None, 'Interleaved rounds; by default 15, from batch 16 '
                               'on 5.')
+APART = flags.DEFINE_integer('apart', 8, 'Batch size at which passes are taken apart.')
 AGAIN = flags.DEFINE_bool('again', False, 'Measures rows anew that are there already.')
 OUT = flags.DEFINE_string('out', None, 'Where rows are added; results/speed_<device>.jsonl if '
                           'unset. The table goes beside it.')
@@ -290,15 +294,17 @@ def measured(vit, trained, name, schedule, batch, base, slices, speed):
   """
   call, images = base
   plan = make_plan({'method': name, 'args': ARGS.get(name, {}), **SCHEDULES[schedule]}, vit.host)
-  # What happens to slots that are joined or picked differs inside attention alone.
-  joins = plan.method.joins or plan.site != 'inside'
-  sliced = Plan('slice', Slicing(joins), plan.site, plan.cuts)
-  if sliced not in slices:
-    slices[sliced] = timing.ready(*forward(vit, sliced, trained, images)).call
   function, args = forward(vit, plan, trained, images)
   made = timing.ready(function, args)
-  pieces = parts(plan, args[0]['stack'], record(vit, plan, *args))
-  calls = {'base': call, 'slice': slices[sliced], 'made': made.call}
+  calls, pieces = {'base': call, 'made': made.call}, {}
+  if batch == APART.value:
+    # What happens to slots that are joined or picked differs inside attention alone.
+    joins = plan.method.joins or plan.site != 'inside'
+    sliced = Plan('slice', Slicing(joins), plan.site, plan.cuts)
+    if sliced not in slices:
+      slices[sliced] = timing.ready(*forward(vit, sliced, trained, images)).call
+    calls['slice'] = slices[sliced]
+    pieces = parts(plan, args[0]['stack'], record(vit, plan, *args))
   for part, (run, given) in pieces.items():
     calls[part] = timing.ready(run, given).call
     calls[f'{part} empty'] = timing.ready(lambda *given: (), given, keep_unused=True).call
@@ -306,29 +312,36 @@ def measured(vit, trained, name, schedule, batch, base, slices, speed):
   times = timing.interleave(calls, rounds=rounds, warmup=1)
 
   full, reduced = cost.of(vit), cost.of(vit.clone(plan=plan))
-  faster, possible = (timing.speedup(times['base'], times[key]) for key in ('made', 'slice'))
-  ratio = full.macs / reduced.macs
-  spent = {part: max(times[part].median_ms - times[f'{part} empty'].median_ms, 0.0)
-           if part in pieces else 0.0 for part in PARTS}
+  faster, ratio = timing.speedup(times['base'], times['made']), full.macs / reduced.macs
   whole = times['made'].median_ms
-  work = [floor(run, given) for run, given in pieces.values()]
-  macs, moved = (sum(column) for column in zip(*work, strict=True))
   row = {'method': name, 'schedule': schedule, 'variant': VARIANT.value, 'batch': batch,
          'site': plan.site, 'rounds': rounds, 'args': ARGS.get(name, {}),
          'tokens': [layer.left for layer in reduced.layers], 'macs_ratio': ratio,
-         'base_ms': times['base'].median_ms, 'slice_ms': times['slice'].median_ms,
-         'median_ms': whole, 'low_ms': times['made'].low_ms, 'high_ms': times['made'].high_ms,
+         'base_ms': times['base'].median_ms, 'median_ms': whole,
+         'low_ms': times['made'].low_ms, 'high_ms': times['made'].high_ms,
          'compile_s': made.seconds, 'speedup': faster.ratio, 'speedup_low': faster.low,
-         'speedup_high': faster.high, 'of_macs_ratio': faster.ratio / ratio,
-         'slice_of_macs_ratio': possible.ratio / ratio}
-  row |= {f'{part}_ms': value for part, value in spent.items()}
-  row |= {f'{part}_share': value / whole for part, value in spent.items()}
-  row |= {'rest_ms': whole - times['slice'].median_ms - sum(spent.values()),
-          'own_gflops': 2 * macs / 1e9, 'own_mbytes': moved / 1e6,
-          'floor_ms': 1e3 * cost.floor_seconds(macs, moved, peak_flops=speed[0],
-                                               bandwidth=speed[1])}
+         'speedup_high': faster.high, 'of_macs_ratio': faster.ratio / ratio}
+  if pieces:
+    row |= taken_apart(times, pieces, ratio, speed)
   return {key: round(value, 4) if isinstance(value, float) else value
           for key, value in row.items()} | timing.machine()
+
+
+def taken_apart(times, pieces, ratio, speed):
+  """Where the time of a pass goes, and the floor of the method's own work: keys of a row."""
+  whole = times['made'].median_ms
+  spent = {part: max(times[part].median_ms - times[f'{part} empty'].median_ms, 0.0)
+           if part in pieces else 0.0 for part in PARTS}
+  work = [floor(run, given) for run, given in pieces.values()]
+  macs, moved = (sum(column) for column in zip(*work, strict=True))
+  possible = timing.speedup(times['base'], times['slice']).ratio
+  row = {'slice_ms': times['slice'].median_ms, 'slice_of_macs_ratio': possible / ratio}
+  row |= {f'{part}_ms': value for part, value in spent.items()}
+  row |= {f'{part}_share': value / whole for part, value in spent.items()}
+  return row | {
+      'rest_ms': whole - times['slice'].median_ms - sum(spent.values()),
+      'own_gflops': 2 * macs / 1e9, 'own_mbytes': moved / 1e6,
+      'floor_ms': 1e3 * cost.floor_seconds(macs, moved, peak_flops=speed[0], bandwidth=speed[1])}
 
 
 def floor(function, args):
@@ -389,9 +402,10 @@ def newest(rows):
 
 
 def table(rows):
-  """Markdown: a line a method and schedule; speed by batch, shares and floors at batch 8."""
+  """Markdown: a line a method and schedule; speed by batch, shares where they were measured."""
   batches = sorted({row['batch'] for row in rows})
-  shown = 8 if 8 in batches else batches[-1]
+  shown = next((batch for batch in batches if any(
+      row['batch'] == batch and 'floor_ms' in row for row in rows)), batches[-1])
   lines = {}
   for row in rows:
     lines.setdefault((row['method'], row['schedule']), {})[row['batch']] = row
@@ -423,7 +437,7 @@ def _break_even(found):
 
 
 def _shares(row):
-  if row is None:
+  if row is None or 'floor_ms' not in row:
     return ['-'] * (len(PARTS) + 4)
   own = sum(row[f'{part}_ms'] for part in PARTS)
   return [*(f'{100 * row[f"{part}_share"]:.1f}' for part in PARTS), f'{row["own_gflops"]:.2f}',

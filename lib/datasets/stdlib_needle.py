@@ -62,6 +62,7 @@ class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('1.0.0')
   BUILDER_CONFIGS: ClassVar[list[Config]] = [
       Config(name='256', description='256 bytes', context=256, keys=2, train=20000, test=1000),
+      Config(name='128', description='128 bytes', context=128, keys=2, train=20000, test=1000),
       Config(name='1k', description='1,024 bytes', context=1024, keys=4, train=8000, test=500),
       Config(name='4k', description='4,096 bytes', context=4096, keys=4, train=2000, test=200),
       Config(name='16k', description='16,384 bytes', context=16384, keys=4, train=500, test=100),

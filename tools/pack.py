@@ -1,0 +1,40 @@
+"""Keeps a trained run in small: its config, its log, and its best averaged parameters in one file.
+
+  python -m tools.pack --config=configs/digit_scenes.py --workdir=runs/scenes \\
+      --out=results/digit_scenes
+
+What it writes serves as a --workdir of eval.py, and as `config.start` of train.py.
+"""
+
+import pathlib
+import shutil
+
+import jax
+from absl import flags
+
+from lib import checkpoint, cli, launch, learners, sharding
+
+OUT = flags.DEFINE_string('out', None, 'The folder to write.')
+
+
+def main(argv):
+  """Reads the run, and writes three files."""
+  del argv
+  config, workdir, out = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), OUT.value
+  mesh = sharding.make_mesh(config.mesh)
+  learner = learners.of(config, mesh)
+  abstract = jax.eval_shape(learner.init, jax.random.key(0))
+  template = sharding.shapes(abstract, sharding.place(abstract, config.sharding, mesh))
+  found = checkpoint.best(workdir, template, metric=learner.score)
+  if found is None:
+    raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
+                            f'python -m train --config=... --workdir={workdir}')
+  path = checkpoint.pack(found[1], found[0], out)
+  for name in ('config.json', 'metrics.jsonl'):
+    shutil.copy(workdir / name, out)
+  print(f'{path}: step {found[0]}, {path.stat().st_size / 1e6:.1f} MB')
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir', 'out'])
+  cli.run(main)
