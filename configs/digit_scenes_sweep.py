@@ -10,7 +10,9 @@ from configs import digit_scenes
 # Methods that see the question act in the language model, from its second layer on.
 CANDIDATES = (
     *({'name': name, 'place': 'projector', 'method': name}
-      for name in ('random', 'stride', 'pool', 'divprune', 'fastervlm', 'visionzip', 'tome')),
+      for name in ('random', 'stride', 'pool', 'divprune', 'fastervlm')),
+    {'name': 'tome in the tower', 'place': 'vision', 'method': 'tome', 'layers': (0, 1, 2)},
+    {'name': 'visionzip', 'place': 'projector', 'method': 'visionzip', 'args': {'contextual': 2}},
     {'name': 'random in layer 1', 'place': 'language', 'method': 'random', 'of': 'visual',
      'site': 'before', 'layers': (1,)},
     {'name': 'fastv', 'place': 'language', 'method': 'fastv', 'of': 'visual', 'layers': (1,)},
@@ -18,7 +20,7 @@ CANDIDATES = (
      'layers': (2,)},
     {'name': 'pyramiddrop', 'place': 'language', 'method': 'pyramiddrop', 'of': 'visual',
      'layers': (1, 2, 3)},
-    {'name': 'snapkv', 'place': 'cache', 'method': 'snapkv'},
+    {'name': 'snapkv', 'place': 'cache', 'method': 'snapkv', 'args': {'window': 2}},
     {'name': 'streaming_llm', 'place': 'cache', 'method': 'streaming_llm'},
 )
 

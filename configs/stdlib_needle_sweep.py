@@ -9,8 +9,8 @@ from configs import stdlib_needle
 
 CANDIDATES = (
     *({'name': name, 'place': 'cache', 'method': name} for name in (
-        'streaming_llm', 'knorm', 'tova', 'observed_attention', 'h2o', 'snapkv',
-        'expected_attention')),
+        'streaming_llm', 'knorm', 'tova', 'observed_attention', 'h2o', 'expected_attention')),
+    {'name': 'snapkv', 'place': 'cache', 'method': 'snapkv', 'args': {'window': 16}},
     {'name': 'gemfilter', 'place': 'language', 'method': 'gemfilter', 'layers': (1,)},
     {'name': 'random', 'place': 'language', 'method': 'random', 'site': 'before', 'layers': (2,)},
 )

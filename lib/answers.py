@@ -267,8 +267,9 @@ def decoded(model: LM | VLM, params: Any, batch: Mapping[str, Array], *, longest
   """
   ids, asked = batch['ids'], batch['answer']
   prompt = {**batch, 'valid': batch['valid'] & ~asked}
-  place = jnp.argmax(asked, axis=1)[:, None] + jnp.arange(longest)
-  there = jnp.arange(longest) < jnp.sum(asked, axis=1, keepdims=True)
+  number = jnp.arange(longest)[None]
+  place = jnp.argmax(asked, axis=1)[:, None] + number
+  there = number < jnp.sum(asked, axis=1, keepdims=True)
   right = jnp.take_along_axis(ids, jnp.minimum(place, ids.shape[1] - 1), axis=1)
   first, cache = model.apply({'params': params}, *inputs(model, prompt), room=longest,
                              method='prefill')

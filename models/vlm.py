@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,11 +105,13 @@ class Door:
     plan: with one cut, of 'layer' 0.
     across: 'image', every image for itself, or 'prompt', one pool of all images of a row.
     order: of what is left: 'raster', by the place of each token's anchor, or the 'method's own.
+    grid: (rows, columns) of the tokens, None where they are no grid.
   """
 
   plan: Plan
   across: str = 'image'
   order: str = 'raster'
+  grid: tuple[int, int] | None = None
 
 
 class Projector(nn.Module):
@@ -327,7 +330,7 @@ def _through(door: Door, visual: Visual) -> tuple[Visual, int | None]:
   tokens = TokenSet.create(pooled(visual.x), stats=stats | {'image': pooled(group)},
                            valid=None if visual.valid is None else pooled(visual.valid))
   method = door.plan.method
-  known = Signals(layer=0, depth=1, slots=slots, **told)
+  known = Signals(layer=0, depth=1, slots=slots, grid=door.grid, **told)
   with jax.named_scope('reduction'):
     assignment = tk.decide(method, tokens, known, keep=cut.keep)
     reduced = tk.reduce(tokens, assignment)
@@ -379,6 +382,10 @@ def at_door(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
     raise ValueError('the door has no layers and no sites: leave site and layers out of '
                      'reduce.projector')
   offers = frozenset(FROM_TOWER) & vlm.tower.host.offers | {'layer', 'depth', 'slots'}
+  grid = None
+  if isinstance(vlm.tower, ViT) and slots == math.prod(vlm.tower.grid) and not vlm.newline:
+    # One crop, unreduced, in raster order; several crops and rows that end are no grid.
+    offers, grid = offers | {'grid'}, vlm.tower.grid
   plan = make_plan(given | {'site': 'after', 'layers': (0,)}, Host(1, slots, 0, offers))
   wanted = plan.method.needs & set(FROM_TOWER)
   tower = vlm.tower
@@ -388,7 +395,7 @@ def at_door(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
                        f'which {tower.plan.name} reduces: reduce at one of the two places')
     last = ((getattr(tower, 'layers', None) or (0, tower.depth))[1]) - 1
     tower = tower.clone(plan=Plan('listen', Listen(frozenset(wanted)), 'after', (), watch=(last,)))
-  return vlm.clone(tower=tower, door=Door(plan, across, order))
+  return vlm.clone(tower=tower, door=Door(plan, across, order, grid))
 
 
 # Families.

@@ -34,7 +34,7 @@ def says(model, params, batch):
   ids = jnp.asarray(batch['ids'])
   for _ in range(2):
     ids = jnp.where(batch['answer'], run(ids), ids)
-  return {**batch, 'ids': np.asarray(ids)}
+  return {**batch, 'ids': np.array(ids)}
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -99,7 +99,7 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
   monkeypatch.setattr(answer_sweep.checkpoint, 'best', lambda *_, **__: (7, params))
   config = config.copy_and_resolve_references()
   config.data.batch_size = 4
-  chosen = CONFIGS[name][2].CANDIDATES[0], CONFIGS[name][2].CANDIDATES[-1]
+  chosen = CONFIGS[name][2].CANDIDATES[0], CONFIGS[name][2].CANDIDATES[-2]
   with config.unlocked():
     config.sweep = {'title': 'a title', 'sets': (), 'candidates': chosen, 'budgets': (0.5,),
                     'rounds': 2, 'baselines': ()}
