@@ -86,8 +86,8 @@ def test_every_candidate_of_the_configs_is_a_model():
                                          'settings': json.dumps(settings)})
         model = answers.build(config.model, reduce, info, context=config.data.context)
         lm = model.lm if info.image_shape else model
-        door = getattr(model, 'door', None)
-        assert any((door, lm.plan, lm.cache_plan)), candidate
+        tower = model.tower.plan if info.image_shape else None
+        assert any((tower, getattr(model, 'door', None), lm.plan, lm.cache_plan)), candidate
 
 
 @pytest.mark.parametrize('name', CONFIGS)
