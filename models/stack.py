@@ -379,6 +379,7 @@ class Stack(nn.Module):
       if self.plan.mode == 'gather':
         sort = Gather(by_place, reduced.slots)
         reduced, assignment = tk.reduce(reduced, sort), tk.compose(assignment, sort)
+        reduced = reduced.replace(padding='last')
         by_place = tk.identity(reduced).src
       if self.plan.positions == 'compact':
         reduced = reduced.replace(pos=ranks(by_place, reduced.slots))

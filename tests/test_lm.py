@@ -454,6 +454,26 @@ def test_padding_of_other_kinds_keeps_its_place_and_is_no_text():
   np.testing.assert_array_equal(visual, 2)
 
 
+@pytest.mark.parametrize('padding', ['anywhere', 'last'])
+def test_padding_at_the_end_needs_no_mask_in_a_kernel(padding, monkeypatch):
+  valid = jnp.asarray(np.arange(PROMPT) < np.array([[12], [9], [7]]))
+  tokens, lm = image_and_text(valid), planned(layers=(1,), keep=2)
+  expected, _ = lm.apply(variables(), tokens)
+  plain, masked = attention.attend, []
+
+  def kernel(*args, bias, **more):
+    masked.append(bias is not None)
+    return plain(*args, bias=bias, **{**more, 'implementation': 'xla'})
+
+  monkeypatch.setattr(attention, 'attend', kernel)
+  fused = lm.clone(implementation='splash')
+  logits, out = fused.apply(variables(), tokens.replace(padding=padding))
+  real = np.asarray(out['tokens'].real)
+  np.testing.assert_allclose(logits[real], expected[real], atol=1e-5)
+  # The cut, in layer 1 after its attention, leaves padding at the end anyway.
+  assert masked == [padding == 'anywhere'] * 2 + [False]
+
+
 # -- memory --------------------------------------------------------------------------------------
 
 
