@@ -506,6 +506,20 @@ def test_a_decode_step_copies_neither_cache_nor_weights(reduced):
   assert found.temp_size_in_bytes < 0.1 * held
 
 
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_training_reads_the_stack_and_its_gradient_is_whole(remat):
+  lm = planned(TINY.clone(depth=6, remat=remat), layers=(2,), keep=3)
+
+  def loss(variables, **training):
+    return jnp.mean(lm.apply(variables, image_and_text(), **training)[0] ** 2)
+
+  expected = jax.jit(jax.grad(loss))(variables(6))
+  train = jax.grad(functools.partial(loss, rngs={'dropout': jax.random.key(0)}))
+  found = jax.jit(train)(variables(6))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found['params']['stack']))
+
+
 def image_of(slots, visual):
   kind = jnp.broadcast_to(jnp.where(jnp.arange(slots) < visual, VISUAL, TEXT).astype(jnp.int8),
                           (2, slots))

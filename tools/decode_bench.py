@@ -45,7 +45,7 @@ TOKENS = flags.DEFINE_integer('tokens', 16, 'Tokens that are decoded in a round.
 OUT = flags.DEFINE_string('out', None, 'Where rows are added; results/decode_<device>.jsonl if '
                           'unset. The table goes beside it.')
 
-PROMPT, QUESTION, ROOM = 4096, 64, 64
+PROMPT, QUESTION, ROOM = 4096, 64, 32
 # model: {name of a plan: {place: reduction}}; a place is vision, projector, language or cache.
 PLANS = {
     'scenes': {
