@@ -1,6 +1,6 @@
 # make demo     train a ViT on real digits, then see what every method does to it
 # make test     lint, then all tests
-# make bench    time primitives, methods alone, and ViTs under every method on this device
+# make bench    time primitives, methods, ViTs under every method, and decoding on this device
 # make targets  compile for TPUs and GPUs that nobody here owns
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,9 +23,11 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(PY) -m tools.bench
 	$(PY) -m tools.speed
+	$(PY) -m tools.decode_bench
 
 targets: $(VENV)/.installed-targets
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PY) -m tools.targets
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PY) -m tools.targets_lm
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -35,6 +35,9 @@ LM_SHARDING = (
     (r'(^|/)head/kernel$', (None, 'tensor')),
     (r'(norm\d?|[qk]_norm)/scale$', ()),
 )
+# Both together, with what joins them. The language model's come first: what is named alike in both,
+# head and table, is large there.
+VLM_SHARDING = (*LM_SHARDING, *VIT_SHARDING, (r'(^|/)(newline|probe/(kernel|bias))$', ()))
 # Where `config.model` may start from (models/build.py, `pretrained`); empty for none.
 PRETRAINED = {'weights': '', 'weights_image_size': 0, 'fresh': (), 'unused': ()}
 

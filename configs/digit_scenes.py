@@ -7,7 +7,7 @@
 
 import ml_collections
 
-from configs.common import LM_SHARDING, VIT_SHARDING, reduction
+from configs.common import VLM_SHARDING, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -37,5 +37,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer = dict(peak_lr=2e-3, warmup_steps=200, weight_decay=0.05, clip_norm=1.0,
                           ema_decay=0.99, accumulate=1, patch_weight=1.0, text_weight=0.0)
   config.mesh = dict(data=-1)
-  config.sharding = (*VIT_SHARDING, *LM_SHARDING, (r'(^|/)(newline|probe/(kernel|bias))$', ()))
+  config.sharding = VLM_SHARDING
   return config

@@ -79,6 +79,14 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
   return rows if row is None else [*rows, row]
 
 
+def update_json(path: str | Path, entries: Mapping[str, Any]) -> None:
+  """Puts entries into a JSON file of named ones, in place of those that had their names."""
+  path = Path(path)
+  found = json.loads(path.read_text()) if path.exists() else {}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(found | _plain(entries), indent=1) + '\n')
+
+
 def _row(line: bytes) -> dict[str, Any] | None:
   """The row in a line, None where there is no whole one."""
   try:

@@ -117,13 +117,14 @@ def speedup(base: Timing, other: Timing) -> Speedup:
   return Speedup(base.median_ms / other.median_ms, median, low, high)
 
 
-def compile_seconds(lowered: jax.stages.Lowered, *, clock: Clock = time.perf_counter) -> Compiled:
-  """Compiles `jitted.lower(args)`; tracing, done by then, is not in the time.
+def compile_seconds(lowered: jax.stages.Lowered, *, clock: Clock = time.perf_counter,
+                    options: Mapping[str, Any] | None = None) -> Compiled:
+  """Compiles `jitted.lower(args)`, with compiler options; tracing, done by then, is not timed.
 
   With a persistent compilation cache a second call reads from it, and the time says so.
   """
   start = clock()
-  compiled = lowered.compile()
+  compiled = lowered.compile(compiler_options=options and dict(options))
   return Compiled(compiled, clock() - start)
 
 
@@ -161,6 +162,13 @@ def device_speed(dtype: Any) -> tuple[float, float]:
   times = interleave(runs, rounds=20)
   return (2e3 * side ** 3 / min(times['product'].runs),
           max(2e3 * x.nbytes / min(times[n].runs) for n, x in copies.items()))
+
+
+def read_speed(num_bytes: int) -> float:
+  """Bytes a second at which an array of so many bytes is read, at best (sums of its rows)."""
+  rows = jnp.ones((max(1, num_bytes // 2 ** 14), 2 ** 12), jnp.float32)
+  run = functools.partial(jax.jit(lambda x: jnp.sum(x, axis=1)), rows)
+  return 1e3 * rows.nbytes / min(interleave({'read': run}, rounds=10)['read'].runs)
 
 
 def machine() -> dict[str, Any]:

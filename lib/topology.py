@@ -19,6 +19,8 @@ from jax.sharding import AxisType, Mesh
 
 DESCRIPTIONS = pathlib.Path(__file__).parent / 'topologies'
 EXAMPLES = ('v5e:2x4', 'v6e:4x4', 'v5p:4x4x4', 'h100:1', 'h100:8')
+# GB (10^9 bytes) of memory a device, as its maker says.
+MEMORY_GB = {'v5e': 16, 'v6e': 32, 'v5p': 95, 'h100': 80}
 
 
 def topology_mesh(name: str, axis_sizes: Mapping[str, int]) -> Mesh:

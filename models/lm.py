@@ -52,7 +52,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.families import LM_FAMILIES, LMS
 from models.plan import POSITIONS, Host, Plan
@@ -148,7 +148,7 @@ class Block(nn.Module):
       q, k, signals = jax.lax.optimization_barrier((q, k, signals))
       mixed = self._attend(q, k, v, bias, places, window)
     else:
-      mixed = self._attend(q, k, v, bias, places, window)
+      mixed = self._attend(q, k, v, self._kernel_bias(tokens, bias, proportional), places, window)
       signals = read(q=q, k=k, lse=mixed.lse)
     change = self.out(mixed.out)
     beside = {'plain_queries': plain, 'attention_out': change}
@@ -203,6 +203,16 @@ class Block(nn.Module):
   def _window(self, tokens: TokenSet) -> int | None:
     """The window, None where all tokens that there ever were fit into it."""
     return self.window if 0 < self.window < tokens.owner.shape[1] else None
+
+  def _kernel_bias(self, tokens: TokenSet, bias: Array | None,
+                   proportional: bool) -> Array | None:
+    """The bias that a fused kernel needs: none where masking by slot hides all padding.
+
+    It would widen each head: at d = 128 beyond what some kernels take, and by a tile in others.
+    """
+    counts = proportional and tokens.size is not None
+    hidden = self.slots == 'ordered' and tokens.padding == 'last'
+    return None if hidden and not counts else bias
 
   def _attend(self, q: Array, k: Array, v: Array, bias: Array | None, places: Array,
               window: int | None) -> attention.Attended:
@@ -295,7 +305,7 @@ class LM(nn.Module):
     self.norm = rms_norm(self.norm_eps)
     if not self.tied:
       self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype,
-                           kernel_init=nn.initializers.normal(0.02), dot_general=_in_float32)
+                           kernel_init=nn.initializers.normal(0.02), dot_general=self._product)
 
   def embed(self, ids: Array, valid: Array | None = None) -> TokenSet:
     """Token ids as tokens.
@@ -320,7 +330,7 @@ class LM(nn.Module):
       # Text alone has its place on every axis.
       pos = jnp.broadcast_to(pos[..., None], (*pos.shape, 1 + len(self.rope.sections)))
     kind = jnp.full(ids.shape, TEXT, jnp.int8)
-    return TokenSet.create(self.table[ids].astype(self.dtype), pos=pos, kind=kind, valid=valid,
+    return TokenSet.create(self._embedded(ids), pos=pos, kind=kind, valid=valid,
                            of=(TEXT,))
 
   def __call__(self, tokens: Array | TokenSet,
@@ -410,7 +420,7 @@ class LM(nn.Module):
     Returns:
       Logits float32[B, V] after them, and the cache.
     """
-    x = self.table[ids].astype(self.dtype)
+    x = self._embedded(ids)
     (x, step), layers = self.stack.step((x, kvs.steps), kvs.layers)
     return self._logits(self.norm(x)), Cache(layers, step + 1)
 
@@ -447,20 +457,52 @@ class LM(nn.Module):
     pos = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), index.shape)
     valid = None if tokens.valid is None else take(left, index)
     return TokenSet.create(take(tokens.x, index), pos=pos, kind=take(tokens.kind, index),
-                           valid=valid, of=tokens.of)
+                           valid=valid, of=tokens.of, padding='last')
 
   def _logits(self, x: Array) -> Array:
     """float32[..., V] of normed features."""
     if not self.tied:
       return self.head(x)
-    return jnp.einsum('...d,vd->...v', x.astype(self.dtype), self.table.astype(self.dtype),
-                      preferred_element_type=jnp.float32)
+    table = self.table.astype(self.dtype)
+    return self._product(x.astype(self.dtype), table, (((x.ndim - 1,), (1,)), ((), ())))
+
+  def _embedded(self, ids: Array) -> Array:
+    """float[..., D] of ids int[...]."""
+    table = self._divided(self.table.astype(self.dtype), 'tensor', None)
+    return self._divided(table[ids], BATCH_AXES)
+
+  def _product(self, x: Array, weights: Array, dimensions: Any, **unused: Any) -> Array:
+    """Logits, not rounded to the dtype of the factors; `weights` are [D, V] or [V, D]."""
+    del unused
+    vocabulary = 1 - dimensions[0][1][0]
+    weights = self._gathered(weights, *('tensor' if d == vocabulary else None for d in (0, 1)))
+    logits = jax.lax.dot_general(x, weights, dimensions, preferred_element_type=jnp.float32)
+    return self._divided(logits, BATCH_AXES, *(None,) * (x.ndim - 2), 'tensor')
+
+  def _divided(self, x: Array, *axes: Any) -> Array:
+    """Keeps an array, and its gradient, divided along these axes of the mesh, if there is one."""
+    if self.mesh is None:
+      return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
+
+  def _gathered(self, weights: Array, *axes: Any) -> Array:
+    """Parameters divided along these axes alone, for a product with rows, or a lookup of them.
+
+    Where they are sliced over the axes that divide the batch, the partitioner would otherwise
+    gather the batch of all devices. Their gradient goes back to slices as it likes.
+    """
+    if self.mesh is None:
+      return weights
+    return _placed(weights, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
 
-def _in_float32(*args: Any, preferred_element_type: Any = None, **rest: Any) -> Array:
-  """A product whose result is not rounded to the dtype of its factors."""
-  del preferred_element_type
-  return jax.lax.dot_general(*args, preferred_element_type=jnp.float32, **rest)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _placed(x: Array, place: NamedSharding) -> Array:
+  """A sharding constraint that says nothing about the gradient."""
+  return jax.lax.with_sharding_constraint(x, place)
+
+
+_placed.defvjp(lambda x, place: (_placed(x, place), None), lambda place, _, grad: (grad,))
 
 
 def _next(tokens: TokenSet) -> Array:

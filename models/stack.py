@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.plan import Plan
@@ -248,6 +249,8 @@ class Stack(nn.Module):
     rngs = None if key is None else {'dropout': jax.random.fold_in(key, index)}
 
     def call(params: Any, tokens: TokenSet) -> Any:
+      # Here, so that the backward pass picks them anew instead of keeping them.
+      params = params.picked() if isinstance(params, _Slice) else params
       return self.block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
 
     if self.remat != 'none' and method != 'inside':  # A decision must be taken once.
@@ -264,7 +267,8 @@ class Stack(nn.Module):
       index, params = item
       tokens = self._rows(tokens)
       entered = tokens.x if 'hidden_in' in needs else None
-      layer = functools.partial(self._layer, params or _pick(weights, index), index, key)
+      picked = _pick(weights, index) if key is None else _Slice(weights, params, index)
+      layer = functools.partial(self._layer, picked, index, key)
       tokens, signals = layer('attend', tokens, **self._asked(needs - FED, tokens, tap))
       attended = tokens
       if needs & FED:
@@ -276,7 +280,7 @@ class Stack(nn.Module):
       return tokens, (tokens.x if self.capture else None, read)
 
     # In training slices of the stack are inputs of the loop: the gradient of an index taken inside
-    # would add a whole stack of zeros in every step. Otherwise the index saves copying the slices.
+    # would add a whole stack of zeros in every step. They are not read, or they would be copied.
     run = None if key is None else jax.tree.map(lambda leaf: leaf[start:stop], weights)
     tokens, (hidden, read) = jax.lax.scan(body, tokens, (jnp.arange(start, stop), run))
     taps = unstack(read, stop - start) if tap else ()
@@ -379,6 +383,7 @@ class Stack(nn.Module):
       if self.plan.mode == 'gather':
         sort = Gather(by_place, reduced.slots)
         reduced, assignment = tk.reduce(reduced, sort), tk.compose(assignment, sort)
+        reduced = reduced.replace(padding='last')
         by_place = tk.identity(reduced).src
       if self.plan.positions == 'compact':
         reduced = reduced.replace(pos=ranks(by_place, reduced.slots))
@@ -432,6 +437,38 @@ def _latest(tokens: TokenSet, reduced: TokenSet) -> Array:
   # Positions of several numbers follow the first one, from the slot that had it.
   own = jnp.argmax(found[:, :, None] == order(tokens.pos)[:, None], axis=2)
   return tk.take(tokens.pos, own)
+
+
+@struct.dataclass
+class _Slice:
+  """One layer's parameters, read from the stack, while their gradient goes to a slice of it.
+
+  Attributes:
+    stack: [L, ...].
+    own: the slice.
+    layer: index.
+  """
+
+  stack: Any
+  own: Any
+  layer: Any
+
+  def picked(self) -> Any:
+    """The layer's parameters."""
+    found = _pick(jax.lax.stop_gradient(self.stack), self.layer)
+    return jax.tree.map(_as_if, found, self.own)
+
+
+@jax.custom_jvp
+def _as_if(value: Array, own: Array) -> Array:
+  """A value, with the gradient of an equal one that is then never read."""
+  del own
+  return value
+
+
+@_as_if.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+  return _as_if(*primals), tangents[1]
 
 
 def _pick(weights: Any, layer: int) -> Any:

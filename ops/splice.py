@@ -140,7 +140,7 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
   stats = {'group': jnp.where(image, number_here, -1),
            **{name: beside(values) for name, values in visual.stats.items()}}
   tokens = TokenSet.create(hidden(mixed(embedded, visual.x)), pos=pos, kind=kind, valid=real,
-                           stats=stats)
+                           stats=stats, padding='last' if side == 'right' else 'anywhere')
   return tokens, jnp.where(count > 0, starts + shift, total)
 
 

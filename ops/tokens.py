@@ -47,6 +47,8 @@ class TokenSet:
     stats: a method's memory between layers, {name: [B, N, ...]}; follows the slot's anchor.
     of: the kinds that the reduction at hand may touch. Static.
     protected: slots in every row that may not be touched (the [CLS] token and its like). Static.
+    padding: where padding slots may be: 'anywhere', or 'last', behind all real ones of the row, so
+      that causal attention by slot hides them without a mask. Static.
   """
 
   x: Array
@@ -58,6 +60,7 @@ class TokenSet:
   stats: dict[str, Array] = struct.field(default_factory=dict)
   of: tuple[int, ...] = struct.field(pytree_node=False, default=(VISUAL,))
   protected: int = struct.field(pytree_node=False, default=0)
+  padding: str = struct.field(pytree_node=False, default='anywhere')
 
   @classmethod
   def create(cls, x: Array, *, pos: Array | None = None, kind: Array | None = None,
@@ -397,7 +400,7 @@ def reduce(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   owner = jnp.where(there, moved, -1)
   return tokens.replace(
       x=x.astype(tokens.x.dtype), pos=take(tokens.pos, src), kind=take(tokens.kind, src),
-      owner=owner, valid=valid, size=size,
+      owner=owner, valid=valid, size=size, padding='anywhere',
       stats={name: take(value, src) for name, value in tokens.stats.items()})
 
 
@@ -426,7 +429,7 @@ def mask_only(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   owner = jnp.where(reduced.owner >= 0, take(place, jnp.maximum(reduced.owner, 0)), -1)
   return tokens.replace(
       x=spread(reduced.x, jnp.zeros_like(tokens.x)), pos=spread(reduced.pos, tokens.pos),
-      kind=spread(reduced.kind, tokens.kind), owner=owner, valid=here,
+      kind=spread(reduced.kind, tokens.kind), owner=owner, valid=here, padding='anywhere',
       size=None if reduced.size is None else spread(reduced.size, jnp.zeros((batch, slots))),
       stats={name: spread(value, tokens.stats[name]) for name, value in reduced.stats.items()})
 

@@ -454,6 +454,26 @@ def test_padding_of_other_kinds_keeps_its_place_and_is_no_text():
   np.testing.assert_array_equal(visual, 2)
 
 
+@pytest.mark.parametrize('padding', ['anywhere', 'last'])
+def test_padding_at_the_end_needs_no_mask_in_a_kernel(padding, monkeypatch):
+  valid = jnp.asarray(np.arange(PROMPT) < np.array([[12], [9], [7]]))
+  tokens, lm = image_and_text(valid), planned(layers=(1,), keep=2)
+  expected, _ = lm.apply(variables(), tokens)
+  plain, masked = attention.attend, []
+
+  def kernel(*args, bias, **more):
+    masked.append(bias is not None)
+    return plain(*args, bias=bias, **{**more, 'implementation': 'xla'})
+
+  monkeypatch.setattr(attention, 'attend', kernel)
+  fused = lm.clone(implementation='splash')
+  logits, out = fused.apply(variables(), tokens.replace(padding=padding))
+  real = np.asarray(out['tokens'].real)
+  np.testing.assert_allclose(logits[real], expected[real], atol=1e-5)
+  # The cut, in layer 1 after its attention, leaves padding at the end anyway.
+  assert masked == [padding == 'anywhere'] * 2 + [False]
+
+
 # -- memory --------------------------------------------------------------------------------------
 
 
@@ -484,6 +504,20 @@ def test_a_decode_step_copies_neither_cache_nor_weights(reduced):
   assert (held > full) == (reduced == 'none')
   assert found.alias_size_in_bytes >= held
   assert found.temp_size_in_bytes < 0.1 * held
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_training_reads_the_stack_and_its_gradient_is_whole(remat):
+  lm = planned(TINY.clone(depth=6, remat=remat), layers=(2,), keep=3)
+
+  def loss(variables, **training):
+    return jnp.mean(lm.apply(variables, image_and_text(), **training)[0] ** 2)
+
+  expected = jax.jit(jax.grad(loss))(variables(6))
+  train = jax.grad(functools.partial(loss, rngs={'dropout': jax.random.key(0)}))
+  found = jax.jit(train)(variables(6))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found['params']['stack']))
 
 
 def image_of(slots, visual):

@@ -155,6 +155,39 @@ def test_a_reduction_adds_no_bytes_a_device_and_no_collective():
     assert found[f'{method} on 8'] == found[f'{method} on 64'] == found[f'{method} on 512']
 
 
+LANGUAGE = '''
+from configs.common import LM_SHARDING
+from lib import programs
+from models.lm import LM
+from ops.positions import Rope
+mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+rows = sharding.batch_sharding(mesh)
+
+def gathered(tied):
+  lm = LM(vocabulary=96, width=64, depth=2, mlp=80, heads=4, kv_heads=2, head_width=16, context=64,
+          rope=Rope(16), tied=tied, mesh=mesh)
+  ids = jax.ShapeDtypeStruct((16, 24), jnp.int32, sharding=rows)
+  shapes = jax.eval_shape(lm.clone(mesh=None).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+  places = sharding.place(shapes, LM_SHARDING, mesh, min_size_to_shard=0)
+  def loss(variables, ids):
+    return optax.softmax_cross_entropy_with_integer_labels(lm.apply(variables, ids)[0], ids).mean()
+  program = jax.jit(jax.grad(loss), out_shardings=places).lower(
+      sharding.shapes(shapes, places), ids).compile()
+  sizes = {leaf.size // (2 if leaf.shape[0] == 2 else 1) for leaf in jax.tree.leaves(shapes)}
+  sizes |= {size // 2 for size in sizes}
+  found = [one for one in programs.collectives(program.as_text()) if one.kind == 'all-gather']
+  return [len(found), [one.shape for one in found if one.size not in sizes]]
+
+print(json.dumps([gathered(tied) for tied in (False, True)]))
+'''
+
+
+def test_a_language_model_gathers_parameters_and_never_the_batch():
+  for count, others in on_devices(8, LANGUAGE):
+    assert count > 0
+    assert others == []
+
+
 SAVE = '''
 from lib import checkpoint
 mesh = sharding.make_mesh(dict(data=2, fsdp=-1))

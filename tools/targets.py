@@ -12,14 +12,11 @@ attention, which has that map too. A step may hold what its method asks for: `al
 A target's rows replace those that the file held for it; other targets keep theirs.
 """
 
-import collections
 import functools
 import json
 import math
 import pathlib
-import re
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +26,7 @@ from tqdm import tqdm
 
 import train
 from configs import digits
-from lib import cli, cost, report, sharding, timing
+from lib import cli, cost, programs, report, sharding, timing
 from lib.images import loss
 from lib.topology import EXAMPLES, count, missing, topology_mesh
 from models.build import build
@@ -43,23 +40,13 @@ OUT = flags.DEFINE_string('out', 'results/targets.json', 'Where the rows go.')
 
 ROWS_A_DEVICE = 32
 REDUCE = {'layers': (6,), 'keep_ratio': 0.6}
-COLLECTIVE = re.compile(
-    r'\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(')
-# Without a card to try tiles on, XLA's Triton products may find none that fit; cuBLAS needs none.
-# On a TPU all bytes are counted in one memory: by itself the compiler keeps what fits in the chip's
-# vector memory, which no figure counts, and what fits there changes with the stages.
-OPTIONS = {'gpu': {'xla_gpu_enable_triton_gemm': False},
-           'cuda': {'xla_gpu_enable_triton_gemm': False},
-           'tpu': {f'xla_{family}_vmem_memory_space_assignment': False
-                   for family in ('jf', 'vf', 'gf')}}
 COLUMNS = ('target', 'step', 'method', 'peak_mb', 'output_mb', 'collectives', 'compile_s', 'fault')
 
 
 def main(argv):
   """Compiles everything, shows it, and fails if a reduction made anything worse."""
   del argv
-  path = pathlib.Path(OUT.value)
-  found = json.loads(path.read_text()) if path.exists() else {}
+  found = {}
   for target in TARGETS.value:
     reason = missing(target)
     if reason:
@@ -81,8 +68,7 @@ def main(argv):
       print(json.dumps(row), flush=True)
     found[target] = {'machine': timing.machine(), 'model': 'ViT-B/16, bfloat16, 224 px',
                      'rows_a_device': ROWS_A_DEVICE, 'rows': rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + '\n')
+    report.update_json(pathlib.Path(OUT.value), found)
   rows = [row for target in TARGETS.value for row in found[target]['rows']]
   print(report.table(rows, COLUMNS))
   faults = [row for row in rows if row['fault']]
@@ -140,14 +126,10 @@ def compiled(target, step, method):
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32, sharding=rows)
   run, arguments = (training if step == 'train' else evaluation)(vit, mesh, images, rows, whole)
-  start = time.perf_counter()
-  program = run.lower(*arguments).compile(compiler_options=OPTIONS.get(platform))
-  seconds = time.perf_counter() - start
-  memory = program.memory_analysis()
-  counts = collections.Counter(COLLECTIVE.findall(program.as_text()))
-  return {'peak_mb': round(memory.peak_memory_in_bytes / 2 ** 20, 1),
-          'output_mb': round(memory.output_size_in_bytes / 2 ** 20, 3),
-          'argument_mb': round(memory.argument_size_in_bytes / 2 ** 20, 1),
+  program, seconds = timing.compile_seconds(run.lower(*arguments),
+                                            options=programs.OPTIONS[platform])
+  counts = programs.operations(program.as_text())
+  return {**programs.memory(program),
           'collectives': ' '.join(f'{name} {count}' for name, count in sorted(counts.items()))
                          or 'none',
           'compile_s': round(seconds, 1)}

@@ -1,0 +1,150 @@
+"""What a compiled program tells of itself: bytes a device, and what devices send each other.
+
+XLA writes a loop's body once, however often it runs, so collectives are counted with the trips of
+the loops around them: programs that cut a depth into stages otherwise cannot be compared.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+# Without a card to try tiles on, XLA's Triton products may find none that fit; cuBLAS needs none.
+# On a TPU all bytes are counted in one memory: by itself the compiler keeps what fits in the chip's
+# vector memory, which no figure counts, and what fits there changes with the stages.
+_GPU = {'xla_gpu_enable_triton_gemm': False}
+_TPU = {f'xla_{family}_vmem_memory_space_assignment': False for family in ('jf', 'vf', 'gf')}
+OPTIONS: dict[str, dict[str, Any]] = {'gpu': _GPU, 'cuda': _GPU, 'tpu': _TPU}
+
+KINDS = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter')
+_OPERATION = re.compile(
+    rf'^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>{"|".join(KINDS)})(?P<start>-start)?\(')
+_COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
+_CALLED = re.compile(r'(?:calls|body|condition|called_computations|branch_computations|'
+                     r'true_computation|false_computation)=(?:\{([^}]*)\}|%?([\w.-]+))')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LIMIT = re.compile(r's32\[\]\S* constant\((\d+)\)')
+_ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
+          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One result of one collective operation of a program.
+
+  Attributes:
+    kind: one of `KINDS`.
+    dtype: of the result, as XLA names it.
+    shape: of the result on each device.
+    times: how often a run of the program does it.
+    scope: where in the model it comes from, as JAX named it; '' where the compiler did not say.
+  """
+
+  kind: str
+  dtype: str
+  shape: tuple[int, ...]
+  times: int
+  scope: str
+
+  @property
+  def size(self) -> int:
+    """Elements of the result."""
+    return math.prod(self.shape)
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of the results of all times together."""
+    return self.times * self.size * _BYTES[self.dtype]
+
+
+def memory(program: jax.stages.Compiled) -> dict[str, float]:
+  """MB (2^20 bytes) a device: the most that live at once, results, arguments, and temporaries."""
+  found = program.memory_analysis()
+  return {'peak_mb': round(found.peak_memory_in_bytes / 2 ** 20, 1),
+          'output_mb': round(found.output_size_in_bytes / 2 ** 20, 3),
+          'argument_mb': round(found.argument_size_in_bytes / 2 ** 20, 1),
+          'temp_mb': round(found.temp_size_in_bytes / 2 ** 20, 1)}
+
+
+def operations(text: str) -> collections.Counter[str]:
+  """{kind: collective operations written in a program}, loops counted once."""
+  found = (_OPERATION.match(line) for line in text.splitlines())
+  return collections.Counter(match['kind'] for match in found if match)
+
+
+def collectives(text: str) -> list[Collective]:
+  """Every collective of a program, from `program.as_text()`."""
+  bodies, entry = _computations(text)
+  times = _times(bodies, entry)
+  found = []
+  for name, lines in bodies.items():
+    for line in lines if times[name] else ():
+      match = _OPERATION.match(line)
+      if match:
+        scope = re.search(r'op_name="([^"]*)"', line)
+        found += [Collective(match['kind'], dtype, shape, times[name], scope[1] if scope else '')
+                  for dtype, shape in _results(match)]
+  return found
+
+
+def _results(match: re.Match[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+  """(dtype, shape) of what an operation gives; one that only starts lists its operands before."""
+  arrays = [(dtype, tuple(map(int, filter(None, dims.split(',')))))
+            for dtype, dims in _ARRAY.findall(re.sub(r'\{[^{}]*\}', '', match['type']))]
+  if match['start'] and match['kind'] != 'all-reduce':
+    # Beside them a permutation may list what it waits by.
+    arrays = [array for array in arrays if array[0] in _BYTES and array != ('u32', ())]
+    arrays = arrays[len(arrays) // 2:]
+  yield from arrays
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """{name: lines} of each computation, and the name of the one that runs first."""
+  found: dict[str, list[str]] = {}
+  entry, lines = '', []
+  for line in text.splitlines():
+    match = _COMPUTATION.match(line)
+    if match:
+      lines = found.setdefault(match['name'], [])
+      entry = match['name'] if match['entry'] else entry
+    else:
+      lines.append(line)
+  return found, entry
+
+
+def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]:
+  """How often each computation runs in a run of the program."""
+  calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
+  for name, lines in bodies.items():
+    for line in lines:
+      called = [one.strip().lstrip('%') for group in _CALLED.findall(line)
+                for one in (group[0] or group[1]).split(',')]
+      trips = _trips(line, bodies) if ' while(' in line else 1
+      calls[name] += [(other, trips) for other in called if other in bodies]
+  times: collections.Counter[str] = collections.Counter()
+
+  def run(name: str, count: int) -> None:
+    times[name] += count
+    for other, trips in calls[name]:
+      run(other, count * trips)
+
+  run(entry, 1)
+  return times
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+  """Trips of a loop: as the compiler notes them, or the limit that its condition compares with."""
+  known = _TRIPS.search(line)
+  if known:
+    return int(known[1])
+  condition = re.search(r'condition=%?([\w.-]+)', line)[1]
+  limits = {int(limit) for inner in bodies[condition] for limit in _LIMIT.findall(inner)}
+  # A loop whose end is data: its collectives count once.
+  return limits.pop() if len(limits) == 1 else 1

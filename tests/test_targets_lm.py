@@ -1,0 +1,100 @@
+"""Language models compiled by the real TPU and GPU compilers, for devices that are not attached.
+
+Skipped where the compilers are missing (requirements-targets.txt); tools/targets_lm.py compiles a
+model of 7B.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_targets_attention import mesh_of
+
+from configs.common import LM_SHARDING
+from lib import lm_cost, programs, sharding, topology
+from models.lm import LM
+from models.plan import make_plan
+from models.stack import unstack
+from ops.attention import pick
+from ops.positions import Rope
+from ops.tokens import TEXT, VISUAL, TokenSet
+
+ROWS, SLOTS, VISUALS, ROOM = 2, 256, 192, 64
+
+
+def built(name, tensor, plan=None):
+  """A model whose heads are as wide as those of 7B models, its mesh and its platform."""
+  mesh = mesh_of(name, data=1, fsdp=topology.count(name) // tensor, tensor=tensor)
+  platform = mesh.devices.flat[0].platform
+  lm = LM(vocabulary=512, width=256, depth=4, mlp=512, heads=4, kv_heads=4, head_width=128,
+          context=1024, rope=Rope(128), dtype=jnp.bfloat16, mesh=mesh,
+          implementation=pick(platform, jnp.bfloat16))
+  if plan:
+    lm = lm.clone(plan=make_plan({'of': 'visual', **plan}, lm.host(SLOTS, visual=VISUALS)))
+  return lm, mesh, platform
+
+
+def shapes_of(lm, *, blocks):
+  plain = lm.clone(mesh=None, plan=None, implementation='xla')
+  found = jax.eval_shape(plain.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  if blocks == 'unstacked':
+    apart = jax.eval_shape(functools.partial(unstack, depth=lm.depth), found['stack']['blocks'])
+    found = found | {'stack': {'blocks': apart}}
+  return found
+
+
+def placed(lm, mesh, blocks):
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16),
+                        shapes_of(lm, blocks=blocks))
+  return {'params': sharding.shapes(shapes, sharding.place(shapes, LM_SHARDING, mesh))}
+
+
+def prompt(mesh, batch):
+  """A padded prompt, padding behind the text."""
+  rows = sharding.batch_sharding(mesh)
+  tokens = jax.eval_shape(lambda: TokenSet.create(
+      jnp.zeros((batch, SLOTS, 256), jnp.bfloat16), valid=jnp.ones((batch, SLOTS), bool),
+      kind=jnp.broadcast_to(jnp.where(jnp.arange(SLOTS) < VISUALS, VISUAL, TEXT).astype(jnp.int8),
+                            (batch, SLOTS)), padding='last'))
+  return sharding.shapes(tokens, jax.tree.map(lambda _: rows, tokens))
+
+
+@pytest.mark.parametrize('name', ['v5e:2x4', 'h100:8'])
+def test_cuts_of_a_padded_prompt_add_scores_alone(name):
+  found = []
+  for plan in (None, {'method': 'fastv', 'layers': 2, 'keep_ratio': 0.5}):
+    lm, mesh, platform = built(name, 4, plan)
+    run = functools.partial(lm.apply, room=ROOM, method='prefill')
+    program = jax.jit(run).lower(placed(lm, mesh, 'unstacked'), prompt(mesh, 4)).compile(
+        compiler_options=programs.OPTIONS[platform])
+    text = program.as_text()
+    assert 'tpu_custom_call' in text or 'fmha' in text
+    found.append((lm_cost.of(lm, SLOTS).kv_bytes, program.memory_analysis().output_size_in_bytes,
+                  [one for one in programs.collectives(text) if 'reduction' not in one.scope]))
+  (full_bytes, full_output, full), (bytes_, output, reduced) = found
+  assert len(reduced) <= len(full)
+  assert {one.kind for one in reduced} == {'all-reduce'}
+  # Two rows a device, heads over four.
+  assert full_output - output >= 0.9 * ROWS * (full_bytes - bytes_) / 4
+
+
+@pytest.mark.parametrize('name', ['v5e:2x4', 'h100:8'])
+def test_a_decode_step_copies_no_cache(name):
+  lm, mesh, platform = built(name, 4)
+  weights = placed(lm, mesh, 'unstacked')
+  _, cache = jax.eval_shape(functools.partial(lm.apply, room=ROOM, method='prefill'), weights,
+                            prompt(mesh, 4))
+  rows = sharding.batch_sharding(mesh)
+  places = jax.tree.map(lambda leaf: jax.NamedSharding(mesh, jax.P(
+      sharding.BATCH_AXES, *(('tensor',) if leaf.ndim == 4 else ()))) if leaf.ndim
+      else sharding.replicated(mesh), cache)
+  run = jax.jit(functools.partial(lm.apply, method='decode'), donate_argnums=2,
+                out_shardings=(rows, places))
+  program = run.lower(weights, jax.ShapeDtypeStruct((4,), jnp.int32, sharding=rows),
+                      sharding.shapes(cache, places)).compile(
+                          compiler_options=programs.OPTIONS[platform])
+  memory = program.memory_analysis()
+  held = ROWS * lm_cost.of(lm, SLOTS, room=ROOM).kv_bytes / 4
+  assert memory.alias_size_in_bytes >= held
+  assert memory.temp_size_in_bytes < 0.1 * held

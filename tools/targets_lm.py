@@ -1,0 +1,313 @@
+"""Compiles LLaVA-1.5-7B for TPUs and GPUs that are not attached, with their real compilers.
+
+  python -m tools.targets_lm                     (results/targets_lm.json and a table)
+  python -m tools.targets_lm --targets=h100:8 --steps=train
+
+For each target, in bfloat16: reading a prompt of 640 slots, 576 of them visual, unreduced, with one
+cut and with three; decoding over the caches that these leave; and a step of training, AdamW on
+float32 parameters, unreduced and with one cut. Nothing is allocated: a program is compiled from
+shapes. Parameters are divided over 'tensor' alone to read and decode, where they would otherwise be
+gathered for every token; to train they, their moments and their average are sliced over 'fsdp' too,
+and the blocks are computed again in the backward pass.
+
+Prints bytes a device and collectives, counted as often as they run, with what they carry:
+
+  parameters           one layer's, one of a lone product, or one of the tower's layers, gathered
+  stacked parameters   those of several layers at once
+  gradients            of parameters, as above
+  tokens               what heads or columns on several devices made, added up
+  scores               a method's, over heads on several devices: 4 bytes a slot and cut
+  slices               of parameters or gradients, handed from device to device while the product
+                       that needs them runs: what a TPU makes of some gathers
+  others
+
+and fails where a program does not fit; where it gathers stacked parameters, or the rows of other
+devices; where a cut adds collectives, or bytes to them (scores apart); or where it saves fewer
+bytes than what it cuts away holds (`saved`).
+"""
+
+import collections
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from configs.common import VLM_SHARDING
+from lib import answers, cli, lm_cost, programs, report, sharding, timing
+from lib.topology import MEMORY_GB, count, missing, topology_mesh
+from models.plan import make_plan
+from models.stack import best_form, unstack
+from models.vlm import Images, make_vlm
+from ops.attention import pick
+from train import State, decayed
+
+STEPS = ('prefill', 'decode', 'train')
+# How each target is divided, (data, fsdp, tensor), and the rows of a batch that each device, or the
+# devices of one 'tensor' axis together, have. v5e is for serving: 16 GB a chip.
+SERVING = {'v5e:4x4': ((4, 1, 4), 8), 'v5p:4x4x4': ((16, 1, 4), 16),
+           'v5p:8x8x8': ((128, 1, 4), 16), 'h100:8': ((2, 1, 4), 16)}
+TRAINING = {'v5p:4x4x4': ((1, 16, 4), 8), 'v5p:8x8x8': ((8, 64, 1), 4), 'h100:8': ((1, 8, 1), 8)}
+PLANS = {'none': None,
+         'fastv': {'method': 'fastv', 'of': 'visual', 'layers': 2, 'keep_ratio': 0.5},
+         'pyramiddrop': {'method': 'pyramiddrop', 'of': 'visual', 'layers': (8, 16, 24),
+                         'keep_ratio': 0.5}}
+WANTED = (('prefill', 'none'), ('prefill', 'fastv'), ('prefill', 'pyramiddrop'),
+          ('decode', 'none'), ('decode', 'pyramiddrop'), ('train', 'none'), ('train', 'fastv'))
+# XLA for GPUs merges the products for q, k and v where these are small, and puts the weights of all
+# layers side by side for it, as copies: what a cut makes small would need more memory.
+UNMERGED = {'xla_gpu_dot_merger_threshold_mb': 0}
+IDS, VISUAL, ROOM = 64, 576, 64
+SLOTS = IDS + VISUAL
+COLUMNS = ('target', 'step', 'plan', 'mesh', 'rows', 'peak_mb', 'argument_mb', 'output_mb',
+           'saved_mb', 'collectives', 'compile_s', 'fault')
+
+TARGETS = flags.DEFINE_list('targets', list(SERVING), 'Which devices.')
+STEPS_WANTED = flags.DEFINE_list('steps', list(STEPS), 'Which steps.')
+OUT = flags.DEFINE_string('out', 'results/targets_lm.json', 'Where the rows go.')
+
+
+def main(argv):
+  """Compiles everything, shows it, and fails if anything is not as it should be."""
+  del argv
+  for target in TARGETS.value:
+    reason = missing(target)
+    if reason:
+      raise ValueError(reason)
+  rows = []
+  for target in TARGETS.value:
+    unreduced, found = {}, []
+    wanted = [(step, plan) for step, plan in WANTED if step in STEPS_WANTED.value
+              and (step != 'train' or target in TRAINING)]
+    for step, plan in tqdm(wanted, desc=target, disable=not sys.stderr.isatty()):
+      row = {'target': target, 'step': step, 'plan': plan, **compiled(target, step, plan)}
+      full = unreduced.setdefault(step, row)
+      row['saved_mb'] = round(full['peak_mb'] - row['peak_mb'], 1)
+      row['fault'] = fault(row, full)
+      found.append(row)
+      print(json.dumps(row), flush=True)
+    rows += found
+    report.update_json(OUT.value, {target: {
+        'machine': timing.machine(), 'model': 'LLaVA-1.5-7B, bfloat16', 'slots': SLOTS,
+        'visual': VISUAL, 'room': ROOM, 'rows': found}})
+  print(report.table([row | {'collectives': _short(row['collectives'])} for row in rows], COLUMNS))
+  faults = [f'{row["target"]} {row["step"]} {row["plan"]} ({row["fault"]})' for row in rows
+            if row['fault']]
+  if faults:
+    raise ValueError(f'{len(faults)} programs are not as they should be: {", ".join(faults)}')
+
+
+def fault(row, full):
+  """What is wrong with a program, beside that of the unreduced model; '' for nothing."""
+  found = []
+  limit = 1e9 * MEMORY_GB[row['target'].partition(':')[0]] / 2 ** 20
+  if row['peak_mb'] > limit:
+    found.append(f'does not fit {limit:.0f} MB')
+  for name, (times, _) in row['collectives'].items():
+    if name == 'all-gather of stacked parameters':
+      found.append('gathers the parameters of several layers')
+    if name == 'all-gather of others':
+      found.append('gathers what are no parameters')
+    if name.endswith('of scores'):
+      continue
+    before = full['collectives'].get(name, (0, 0))
+    # Layers that run alone gather in an order of their own: of hundreds, a few more or less.
+    if times > before[0] * (1.01 if row['step'] == 'train' else 1):
+      found.append(f'adds {name}: {times} for {before[0]}')
+  sent, before = (sum(mb for name, (_, mb) in one['collectives'].items()
+                      if not name.endswith('of scores')) for one in (row, full))
+  if sent > before * 1.001:
+    found.append(f'sends {sent:.0f} MB for {before:.0f}')
+  for name, least in row['expected_mb'].items():
+    less = full[f'{name}_mb'] - row[f'{name}_mb']
+    if less < 0.98 * least:
+      found.append(f'saves {less:.1f} MB of {name}, not {least:.1f}')
+  return '; '.join(found)
+
+
+def compiled(target, step, plan):
+  """Compiles one step under one plan for one target: how it is divided, its bytes, its traffic."""
+  axes, rows = (TRAINING if step == 'train' else SERVING)[target]
+  mesh = topology_mesh(target, dict(zip(sharding.AXES, (*axes, 1), strict=True)))
+  assert mesh.size == count(target)
+  platform = mesh.devices.flat[0].platform
+  shared = {'dtype': jnp.bfloat16, 'mesh': mesh,
+            'implementation': pick(platform, jnp.bfloat16),
+            'remat': 'full' if step == 'train' else 'none'}
+  vlm = make_vlm('llava1.5_7b', tower=shared, lm=shared)
+  if PLANS[plan]:
+    reduced = make_plan(PLANS[plan], vlm.lm.host(SLOTS, visual=VISUAL))
+    vlm = vlm.clone(lm=vlm.lm.clone(plan=reduced))
+  run, arguments, weights = {'prefill': reading, 'decode': decoding, 'train': training}[step](
+      vlm, mesh, rows * axes[0] * axes[1])
+  options = programs.OPTIONS[platform] | (UNMERGED if platform != 'tpu' else {})
+  program, seconds = timing.compile_seconds(run.lower(*arguments), options=options)
+  sizes = parameter_sizes(weights, axes[2])
+  traffic = collections.defaultdict(lambda: [0, 0.0])
+  for one in programs.collectives(program.as_text()):
+    total = traffic[f'{one.kind} of {carried(one, sizes, rows, axes[1])}']
+    total[0] += one.times
+    total[1] += one.bytes / 2 ** 20
+  return {'mesh': 'data {} fsdp {} tensor {}'.format(*axes), 'rows': rows,
+          **programs.memory(program),
+          'expected_mb': {name: round(size / 2 ** 20, 1)
+                          for name, size in saved(vlm, step, rows, axes[2]).items()},
+          'collectives': {name: (times, round(mb, 1)) for name, (times, mb)
+                          in sorted(traffic.items())},
+          'compile_s': round(seconds, 1)}
+
+
+def saved(vlm, step, rows, tensor):
+  """{figure: bytes a device that it must be less than the unreduced model's, at least}.
+
+  Keys and values of the slots that are gone, where a cache is read or written; in training, the
+  features before each half of each block, which the backward pass starts from.
+  """
+  full, lm = lm_cost.of(vlm.lm.clone(plan=None), SLOTS), lm_cost.of(vlm.lm, SLOTS)
+  gone = rows * (full.kv_bytes - lm.kv_bytes) / tensor
+  if step == 'decode':
+    return {'argument': gone, 'peak': gone}
+  if step == 'prefill':
+    return {'output': gone, 'peak': gone}
+  slots = sum(one.attention + one.mlp - other.attention - other.mlp
+              for one, other in zip(full.layers, lm.layers, strict=True))
+  return {'peak': rows * slots * vlm.lm.width * jnp.dtype(vlm.lm.dtype).itemsize}
+
+
+def parameter_sizes(weights, tensor):
+  """{elements: layers}: of each parameter, whole or as 'tensor' divides it; of stacks too."""
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+    names = [getattr(part, 'key', None) for part in path]
+    stacked = 'blocks' in names and not any(hasattr(part, 'idx') for part in path)
+    layers = leaf.shape[0] if stacked else 1
+    for several in range(1, layers + 1):
+      for parts in {1, tensor}:
+        size = leaf.size // layers * several // parts
+        # What is one layer of a large parameter may be several of a small one.
+        found[size] = min(found.get(size, several), several)
+  return found
+
+
+def carried(one, sizes, rows, slices):
+  """What a collective carries, by the size of its result and by where it comes from."""
+  layers = sizes.get(one.size * (slices if one.kind == 'reduce-scatter' else 1))
+  if one.kind == 'collective-permute':
+    return 'slices'
+  if 'reduction' in one.scope.split('/') and one.size <= rows * SLOTS:
+    return 'scores'
+  if one.kind == 'all-gather' and layers:
+    return 'parameters' if layers == 1 else 'stacked parameters'
+  if layers and (one.kind == 'reduce-scatter' or 'transpose(' in one.scope):
+    return 'gradients'
+  if one.kind == 'all-reduce' and one.size % rows == 0 and one.size >= rows * 1024:
+    return 'tokens'
+  return 'others'
+
+
+def reading(vlm, mesh, batch):
+  """A prompt: logits after it, and the cache."""
+  weights = serving(vlm, mesh, best_form(vlm.lm.plan, platform=mesh.devices.flat[0].platform))
+  run = functools.partial(vlm.apply, room=ROOM, method='prefill')
+  arguments = ({'params': weights}, *prompt(mesh, batch))
+  return jax.jit(run, out_shardings=results(mesh, jax.eval_shape(run, *arguments))), arguments, (
+      weights)
+
+
+def decoding(vlm, mesh, batch):
+  """One more token, over the cache that a prompt left; the cache is given away."""
+  weights = serving(vlm, mesh, 'unstacked')
+  _, cache = jax.eval_shape(functools.partial(vlm.apply, room=ROOM, method='prefill'),
+                            {'params': weights}, *prompt(mesh, batch))
+  run = functools.partial(vlm.apply, method='decode')
+  places = results(mesh, cache)
+  ids = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(mesh))
+  arguments = ({'params': weights}, ids, sharding.shapes(cache, places))
+  return jax.jit(run, donate_argnums=2, out_shardings=results(
+      mesh, jax.eval_shape(run, *arguments))), arguments, weights
+
+
+def training(vlm, mesh, batch):
+  """A step of training on the answers' tokens."""
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0),
+                          optax.adamw(2e-5, weight_decay=0.1, mask=decayed))
+
+  def start(key):
+    params = fresh(vlm, key)
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+
+  def update(state, batch, key):
+    def loss_of(params):
+      logits, out = answers.apply(vlm, params, batch, rngs={'dropout': key})
+      return answers.losses(logits, out, batch)['loss']
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(params, state.ema, 0.01)
+    return State(state.step + 1, params, opt_state, ema), loss
+
+  shapes = jax.eval_shape(start, jax.random.key(0))
+  places = sharding.place(shapes, VLM_SHARDING, mesh)
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  ids, valid, images = prompt(mesh, batch)
+  batch = {'ids': ids, 'valid': valid, 'answer': valid,
+           'image': jax.ShapeDtypeStruct((batch, *images.pixels.shape[2:]), jnp.float32,
+                                         sharding=rows)}
+  key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
+  run = jax.jit(update, out_shardings=(places, whole), donate_argnums=0)
+  return run, (sharding.shapes(shapes, places), batch, key), shapes.params
+
+
+def prompt(mesh, batch):
+  """Ids, mask and one image a row, divided over the batch axes."""
+  rows = sharding.batch_sharding(mesh)
+  return (jax.ShapeDtypeStruct((batch, IDS), jnp.int32, sharding=rows),
+          jax.ShapeDtypeStruct((batch, IDS), bool, sharding=rows),
+          Images(jax.ShapeDtypeStruct((batch, 1, 336, 336, 3), jnp.float32, sharding=rows)))
+
+
+def fresh(vlm, key):
+  """Parameters, whose shapes do not depend on mesh, plan, kernel or batch."""
+  plain = {'mesh': None, 'plan': None, 'implementation': 'xla'}
+  vlm = vlm.clone(tower=vlm.tower.clone(**plain), lm=vlm.lm.clone(**plain))
+  ids = jnp.zeros((1, IDS), jnp.int32)
+  side = vlm.tower.image_size
+  return vlm.init(key, ids, ids == 0, Images(jnp.zeros((1, 1, side, side, 3))))['params']
+
+
+def serving(vlm, mesh, form):
+  """Shapes of bfloat16 parameters in one of the forms of models/stack.py, each with its place."""
+  shapes = jax.eval_shape(functools.partial(fresh, vlm), jax.random.key(0))
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, vlm.lm.dtype), shapes)
+  for name, part in (('tower', vlm.tower), ('lm', vlm.lm)):
+    if form == 'unstacked':
+      stack = shapes[name]['stack']
+      blocks = jax.eval_shape(functools.partial(unstack, depth=part.depth), stack['blocks'])
+      shapes = shapes | {name: shapes[name] | {'stack': stack | {'blocks': blocks}}}
+  return sharding.shapes(shapes, sharding.place(shapes, VLM_SHARDING, mesh))
+
+
+def results(mesh, shapes):
+  """Places of logits and caches: rows over the batch axes, heads and vocabulary over 'tensor'."""
+
+  def place(leaf):
+    if not leaf.ndim:
+      return sharding.replicated(mesh)
+    divided = ('tensor',) if jnp.issubdtype(leaf.dtype, jnp.floating) else ()
+    return NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, *divided))
+
+  return jax.tree.map(place, shapes)
+
+
+def _short(traffic):
+  return ', '.join(f'{name} {times} ({mb:.0f} MB)' for name, (times, mb) in traffic.items())
+
+
+if __name__ == '__main__':
+  cli.run(main)
