@@ -213,7 +213,7 @@ def scenes(**places):
   # Imported here: it takes TFDS with it.
   from lib.datasets.digit_scenes import END, IMAGE, PAD, WORDS
   config = digit_scenes.get_config()
-  info = Info(len(WORDS), PAD, END, IMAGE, (), 0, 0, (64, 64, 3), ())
+  info = Info(len(WORDS), PAD, END, IMAGE, (), 0, 0, (64, 64, 3), (), 1)
   context = config.data.context
   model = answers.build(config.model, places, info, context=context)
   ids = jnp.full((1, context), IMAGE + 1, jnp.int32).at[:, 0].set(IMAGE)
