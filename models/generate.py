@@ -394,7 +394,8 @@ class Generator:
     layout = None if images is None else images.layout
     following, _ = padded(answers, max(map(len, answers)), side='right')
     steps = following.shape[1]
-    slots, room = self.slots(max(map(len, prompts)), steps, visual=self.fit.visual(layout))
+    # Nothing follows the last token, so it need not be read.
+    slots, room = self.slots(max(map(len, prompts)), steps - 1, visual=self.fit.visual(layout))
     ids, valid = padded(prompts, slots, side=self._side)
     self._check(ids, valid, images)
     self._check_ids(following, following >= 0)

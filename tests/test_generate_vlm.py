@@ -254,6 +254,21 @@ def test_leaving_midway_breaks_nothing_and_shapes_share_programs():
       ('prefill', 3, SLOTS, 16): 1, ('decode', 3, SLOTS + 2 * 16, 16): 1}
 
 
+def test_scores_of_what_is_decoded_are_greedy():
+  prompts, images = given('llava')
+  # A row may end with its image.
+  prompts = [*prompts[:2], prompts[2][:max(np.flatnonzero(np.equal(prompts[2], 30))) + 1]]
+  answers = shared('llava')(prompts, images, new_tokens=3)
+  found = shared('llava').score(prompts, answers, images)
+  assert [score.greedy for score in found] == [True] * 3
+  forced = generator('llava', cache={'method': 'knorm', 'keep': 99})
+  for score, wanted in zip(forced.score(prompts, answers, images), found, strict=True):
+    assert score.log_likelihood == pytest.approx(wanted.log_likelihood, abs=1e-4)
+    assert score.greedy
+  others = [[(token + 1) % 40 for token in answer] for answer in answers]
+  assert not any(score.greedy for score in shared('llava').score(prompts, others, images))
+
+
 def test_the_context_is_for_visual_tokens_as_well():
   vlm, params = model('llava')
   short = vlm.clone(lm=vlm.lm.clone(context=64))
