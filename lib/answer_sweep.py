@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from lib import answers, checkpoint, cost, lm_cost, questions, report, sharding, tasks, timing
 from models.lm import LM
-from models.stack import unstack
 
 TENTHS = tuple(f'{10 * tenth} %' for tenth in range(10))
 
@@ -139,7 +138,7 @@ class Sweep:
     if found is None:
       raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
                               f'python -m train --config=configs/<task>.py --workdir={workdir}')
-    return found[0], unstacked(model, found[1])
+    return found[0], answers.unstacked(model, found[1])
 
   def _model(self, name, reduce):
     mesh = self.mesh if self.mesh.size > 1 else None
@@ -193,18 +192,6 @@ def count(model, groups, longest, params, batch):
     group = jnp.clip((batch['depth'] * groups).astype(jnp.int32), 0, groups - 1)
   member = jax.nn.one_hot(group, groups)
   return jnp.stack([right @ member, batch['mask'] @ member], axis=1)
-
-
-def unstacked(model, params):
-  """Blocks as tuples: decoding then copies no weights."""
-  def of(part, depth):
-    stack = part['stack']
-    return part | {'stack': stack | {'blocks': unstack(stack['blocks'], depth)}}
-
-  if isinstance(model, LM):
-    return of(params, model.depth)
-  return params | {'tower': of(params['tower'], model.tower.depth),
-                   'lm': of(params['lm'], model.lm.depth)}
 
 
 def recall(rows):

@@ -194,6 +194,10 @@ class Square:
   pad: bool = False
   used: int = 0
 
+  def shown(self, picture: Picture) -> np.ndarray:
+    """What it sees, for people: float[c, H, W, 3] in [0, 1]."""
+    return _restored(picture.pixels, self.steps)
+
   def __call__(self, image: Image.Image) -> Picture:
     """An image as a Picture."""
     image = image.convert('RGB')
@@ -225,6 +229,10 @@ class Anyres:
   unpad: bool = True
   newline: bool = True
   used: int = 0
+
+  def shown(self, picture: Picture) -> np.ndarray:
+    """What it sees, for people: float[c, H, W, 3] in [0, 1]."""
+    return _restored(picture.pixels, self.steps)
 
   def __call__(self, image: Image.Image) -> Picture:
     """An image as a Picture of 1 + rows * columns crops."""
@@ -264,6 +272,28 @@ class Patches:
   fewest: int = 56 * 56
   most: int = 28 * 28 * 1280
 
+  def shown(self, picture: Picture) -> np.ndarray:
+    """What it sees, for people: float[c, H, W, 3] in [0, 1], the first frame of each row."""
+    count, (rows, columns) = len(picture.pixels), picture.sizes[0]
+    pixels = picture.pixels[:, :rows, :columns].reshape(
+        count, rows, columns, -1, self.temporal, self.patch, self.patch)[:, :, :, :, 0]
+    pixels = pixels.transpose(0, 1, 4, 2, 5, 3)
+    return _restored(pixels.reshape(count, rows * self.patch, columns * self.patch, -1), self.steps)
+
+  def size(self, image: Image.Image) -> Size:
+    """The (height, width) that an image is resized to.
+
+    Raises:
+      ValueError: an image that is too long.
+    """
+    return smart_resize(image.size[::-1], factor=self.patch * self.merge, fewest=self.fewest,
+                        most=self.most)
+
+  def patches(self, image: Image.Image) -> Size:
+    """Rows and columns of patches that an image will have."""
+    high, wide = self.size(image)
+    return high // self.patch, wide // self.patch
+
   def __call__(self, image: Image.Image) -> Picture:
     """An image as a Picture of one row of the tower.
 
@@ -271,8 +301,7 @@ class Patches:
       ValueError: an image that is too long, or that does not fit into the grid.
     """
     image = image.convert('RGB')
-    high, wide = smart_resize(image.size[::-1], factor=self.patch * self.merge, fewest=self.fewest,
-                              most=self.most)
+    high, wide = self.size(image)
     image = image.resize((wide, high), RESAMPLE[self.steps.resample])
     pixels = dataclasses.replace(self.steps, size=None, crop=None)(image)
     return self.of_pixels(np.broadcast_to(pixels[None], (self.temporal, *pixels.shape)))
@@ -322,6 +351,12 @@ def smart_resize(size: Size, *, factor: int, fewest: int, most: int) -> Size:
     scale = math.sqrt(fewest / (height * width))
     high, wide = (math.ceil(side * scale / factor) * factor for side in size)
   return high, wide
+
+
+def _restored(pixels: np.ndarray, steps: Preprocess) -> np.ndarray:
+  """Pixels as they were before they were normalised."""
+  mean, std = ((0.0,), (1.0,)) if steps.mean is None else (steps.mean, steps.std)
+  return (pixels * np.asarray(std) + np.asarray(mean)).clip(0, 1)
 
 
 def _read(pixels: np.ndarray, used: int) -> np.ndarray:
@@ -436,9 +471,3 @@ def batch(rows: Sequence[Sequence[Picture]], *, patches: int, crops: int = 0, im
   has_axes = every[0].axes is not None
   return Images(pixels, sizes if every[0].sizes is not None else None, index, weight,
                 axes if has_axes else None, extent if has_axes else None)
-
-
-def counts(images: Images) -> np.ndarray:
-  """int[B, I], tokens of each image before any reduction, -1 where there is none (splice.check)."""
-  found = (np.asarray(images.weight) > 0).any(axis=-1).sum(axis=-1)
-  return np.where(found == 0, -1, found)

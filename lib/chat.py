@@ -1,11 +1,13 @@
-"""Prompts as a checkpoint's authors wrote them: its chat template, and its tokenizer.
+"""Texts as token ids and back: a checkpoint's chat template and tokenizer, words, bytes.
 
 A template gives each image one placeholder, which is what models/vlm.py wants.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import difflib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,10 @@ class Chat:
     source: the folder with chat_template.jinja, chat_template.json or tokenizer_config.json.
     name: which of several templates.
 
+  Attributes:
+    tokens: what templates call bos_token, eos_token and so on.
+    source: the template.
+
   Raises:
     ValueError: no template there, none of that name, one that is no valid template, or the package
       that reads it is missing.
@@ -28,8 +34,8 @@ class Chat:
 
   def __init__(self, source: str | pathlib.Path, *, name: str = 'default'):
     folder = pathlib.Path(source)
-    self._tokens = _special_tokens(folder)
-    template = _template(folder, name)
+    self.tokens = _special_tokens(folder)
+    self.source = _template(folder, name)
     try:
       import jinja2
       from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -48,7 +54,7 @@ class Chat:
     # Jinja's own escapes for HTML.
     environment.filters['tojson'] = _to_json
     try:
-      self._template = environment.from_string(template)
+      self._template = environment.from_string(self.source)
     except jinja2.TemplateSyntaxError as error:
       raise ValueError(f'the chat template in {folder} is no valid template: {error}') from error
 
@@ -63,7 +69,7 @@ class Chat:
       **more: what else a template reads, as tools=[…].
     """
     return self._template.render(messages=messages, add_generation_prompt=answer,
-                                 **(self._tokens | more))
+                                 **(self.tokens | more))
 
 
 class Tokens:
@@ -113,6 +119,69 @@ class Tokens:
     if found is None:
       raise ValueError(f'{token!r} is no token of this tokenizer')
     return found
+
+  @property
+  def size(self) -> int:
+    """One more than its largest id."""
+    return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+  """The words of a small set, each a token; the interface of `Tokens`.
+
+  Attributes:
+    words: what the ids stand for.
+    silent: ids that are left out of texts: padding, end, images.
+  """
+
+  words: tuple[str, ...]
+  silent: tuple[int, ...] = ()
+
+  def encode(self, text: str, *, special: bool = False) -> list[int]:
+    """Ids of the words of a text, which single spaces part; there is nothing special to add.
+
+    Raises:
+      ValueError: a word that is not there.
+    """
+    del special
+    found = []
+    for word in text.split():
+      if word not in self.words:
+        near = difflib.get_close_matches(word, self.words, n=1)
+        hint = f' (did you mean {near[0]!r}?)' if near else ''
+        raise ValueError(f'{word!r} is no word of this model{hint}: it has '
+                         f'{", ".join(self.words)}; put spaces around each')
+      found.append(self.words.index(word))
+    return found
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids."""
+    return ' '.join(self.words[each] for each in ids if each not in self.silent)
+
+  @property
+  def size(self) -> int:
+    """Number of words."""
+    return len(self.words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+  """Bytes of UTF-8, each a token; the interface of `Tokens`. Ids from 256 on have no text."""
+
+  def encode(self, text: str, *, special: bool = False) -> list[int]:
+    """Bytes of a text; there is nothing special to add."""
+    del special
+    return list(text.encode())
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids; what is no UTF-8 becomes U+FFFD."""
+    return bytes(each for each in map(int, ids) if each < 256).decode(errors='replace')
+
+  @property
+  def size(self) -> int:
+    """Number of bytes."""
+    return 256
 
 
 def _template(folder: pathlib.Path, name: str) -> str:

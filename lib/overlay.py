@@ -225,6 +225,29 @@ def compare(image: Array, cuts: Mapping[str, Mapping[int, TokenSet]], grid: tupl
   return _draw(rows, _columns(dict.fromkeys(where), layers), grid, path, title)
 
 
+def stages(images: Array, groups: Mapping[str, Sequence[Groups]], path: str | Path, *,
+           names: Sequence[str] = (), title: str = '') -> Path:
+  """Draws a row an image: the input, then its groups after each of several reductions.
+
+  Args:
+    images, path, names, title: as in `overlay`.
+    groups: {heading: groups of each image}, all of one grid.
+
+  Raises:
+    ValueError: numbers of images, names and groups that differ.
+  """
+  images = np.asarray(images)
+  counts = {len(images), len(names) or len(images), *map(len, groups.values())}
+  if len(counts) > 1 or not groups:
+    raise ValueError(f'{len(images)} images with {len(names)} names and groups of '
+                     f'{[len(each) for each in groups.values()]} cannot be drawn: give one each')
+  names = list(names) or [''] * len(images)
+  rows = [Row(name, image, {}, 0) for name, image in zip(names, images, strict=True)]
+  shape = next(iter(groups.values()))[0].labels.shape
+  table = [list(row) for row in zip(*groups.values(), strict=True)]
+  return _figure(rows, table, untouched(shape[0] * shape[1], shape), list(groups), path, title)
+
+
 def segments(images: Array, truth: Array, predicted: Array, cuts: Mapping[int, TokenSet],
              grid: tuple[int, int], path: str | Path, *, names: Sequence[str] = (),
              layers: Sequence[int] | None = None, title: str = '') -> Path:
@@ -292,16 +315,22 @@ def _after(cuts: Mapping[int, TokenSet], layer: int, index: int,
 
 def _draw(rows: Sequence[Row], layers: Sequence[int], grid: tuple[int, int], path: str | Path,
           title: str) -> Path:
-  """Lays out rows in pixels, so that every cell is the same and nothing is resampled or cut off."""
-  if not rows:
-    raise ValueError('nothing to draw: give at least one image and one method')
-  figure = Figure(dpi=DPI)
-  FigureCanvasAgg(figure)
+  """A figure of rows after cuts."""
   start = next((tokens.owner.shape[1] for row in rows for tokens in row.cuts.values()),
                grid[0] * grid[1])
   before = untouched(start, grid)
   table = [[_after(row.cuts, layer, row.index, grid) or before for layer in layers]
            for row in rows]
+  return _figure(rows, table, before, [f'layer {layer}' for layer in layers], path, title)
+
+
+def _figure(rows: Sequence[Row], table: Sequence[Sequence[Groups]], before: Groups,
+            headings: Sequence[str], path: str | Path, title: str) -> Path:
+  """Lays out rows in pixels, so that every cell is the same and nothing is resampled or cut off."""
+  if not rows:
+    raise ValueError('nothing to draw: give at least one image and one method')
+  figure = Figure(dpi=DPI)
+  FigureCanvasAgg(figure)
   shapes = {row.image.shape[:2] for row in rows}
   if len(shapes) > 1:
     raise ValueError(f'images of different sizes {sorted(shapes)} cannot share a figure')
@@ -314,7 +343,7 @@ def _draw(rows: Sequence[Row], layers: Sequence[int], grid: tuple[int, int], pat
            for row in rows]
   left = GAP + (max(map(_width, names)) + GAP if any(row.name for row in rows) else 0)
   seen = _seen([*table, [before]])
-  headings = ('input', *rows[0].beside, *(f'layer {layer}' for layer in layers))
+  headings = ('input', *rows[0].beside, *headings)
   total_wide = max(left + len(headings) * (wide + GAP), left + _width(head) + GAP,
                    left + _legend_width(figure, seen))
   top = GAP + (_points(TITLE) + GAP if title else 0)
@@ -333,7 +362,8 @@ def _draw(rows: Sequence[Row], layers: Sequence[int], grid: tuple[int, int], pat
     y = top + header + number * (caption + high + GAP)
     names[number].set_position(place(left - GAP, y + caption + high / 2))
     ground = row.image if row.ground is None else row.ground
-    cells = [(f'{start} tokens', composite(row.image, before.labels, before.merged, scale=scale))]
+    cells = [(f'{before.tokens} tokens',
+              composite(row.image, before.labels, before.merged, scale=scale))]
     cells += [('', composite(picture, before.labels, before.merged, scale=scale))
               for picture in row.beside.values()]
     cells += [(f'{state.tokens} tokens',

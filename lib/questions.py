@@ -123,6 +123,23 @@ def eval_batches(config: ml_collections.ConfigDict, *, process_index: int = 0,
   return EvalBatches(Reader(settings, 'test_split'), settings, process_index, process_count)
 
 
+def example(config: ml_collections.ConfigDict, number: int) -> dict[str, np.ndarray]:
+  """One question of the test split: a row of `eval_batches`, by itself.
+
+  Args:
+    config: as of the others.
+    number: from 0 on.
+
+  Raises:
+    ValueError, FileNotFoundError: as `info`; no such question.
+  """
+  reader = Reader(_settings(config), 'test_split')
+  if not 0 <= number < len(reader):
+    raise ValueError(f'example {number} is out of range: the test split has {len(reader)}, from 0 '
+                     'on')
+  return {name: value[0] for name, value in reader.eval_batch(np.asarray([number]), 1).items()}
+
+
 def pad_rows(rows: Sequence[Sequence[int]], length: int, *, side: str,
              fill: int) -> tuple[np.ndarray, np.ndarray]:
   """Rows of several lengths as ids int32[B, length] and valid bool[B, length].

@@ -30,6 +30,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from models import lm as language
@@ -72,6 +73,12 @@ class Images:
   weight: Array | None = None
   axes: Array | None = None
   extent: Array | None = None
+
+  @property
+  def layout(self) -> tuple[int, int, int]:
+    """C, I and V: all that shapes say of what reads them; V is 0 for one image a crop."""
+    crops = self.pixels.shape[1]
+    return (crops, *self.index.shape[1:3]) if self.index is not None else (crops, crops, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +169,32 @@ class VLM(nn.Module):
     if self.newline:
       self.end = self.param('newline', nn.initializers.normal(0.02), (self.lm.width,))
 
+  @property
+  def context(self) -> int:
+    """The longest sequence, visual tokens included."""
+    return self.lm.context
+
+  @property
+  def vocabulary(self) -> int:
+    """V of the language model."""
+    return self.lm.vocabulary
+
+  def each_image(self, layout: tuple[int, int, int]) -> int:
+    """Slots of an image behind the tower, before the door; of images laid out so (`Images`)."""
+    crops, _, tokens = layout
+    whole, left = passed_on(self.tower)
+    if not tokens:
+      return left
+    return min(tokens, crops * left) if left < whole else tokens
+
+  def visual_slots(self, layout: tuple[int, int, int]) -> int:
+    """Slots of a sequence that are not for its ids, behind tower and door."""
+    slots = layout[1] * self.each_image(layout)
+    cut = self.door.plan.cut(0) if self.door else None
+    if cut is None:
+      return slots
+    return cut.keep * (layout[1] if self.door.across == 'image' else 1)
+
   def __call__(self, ids: Array, valid: Array,
                images: Images | None) -> tuple[Array, dict[str, Any]]:
     """Scores the next token after every token that is left.
@@ -174,8 +207,9 @@ class VLM(nn.Module):
     Returns:
       Logits float32[B, N, V], and what LM tells, with 'sequence' (the TokenSet that it read),
       'slot' int32[B, T] (where each id went, ops/splice.py), 'visual', 'tower' (what the tower
-      tells), and with `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their
-      TokenSet).
+      tells), 'seen' (the TokenSet [B * C, n] that it passes on), 'laid' (index and weight of
+      `Images`, but of those), 'door' (the TokenSet behind the door), and with `patch_labels`
+      'patches' (logits float32[B * C, n, patch_labels] and their TokenSet).
     """
     tokens, beside = self.sequence(ids, valid, images)
     logits, out = self.lm(tokens)
@@ -221,17 +255,24 @@ class VLM(nn.Module):
       beside['patches'] = self.probe(tokens.x.astype(jnp.float32)), tokens
     x = self.projector(tokens.x) if self.projection else tokens.x
     tokens = tokens.replace(x=x)
-    visual = self._laid_out(tokens, images, batch, crops)
+    visual, beside['laid'] = self._laid_out(tokens, images, batch, crops)
+    beside['seen'] = tokens
     if images.axes is not None:
       visual = visual.replace(stats=visual.stats | {'axes': images.axes})
-    visual, slots = _through(self.door, visual) if self.door else (visual, None)
+    slots = None
+    if self.door:
+      visual, slots, beside['door'] = _through(self.door, visual)
     stats = {name: value for name, value in visual.stats.items() if not name.startswith('tower_')}
     axes = stats.pop('axes', None)
     stats.pop('cell', None)
     return visual.replace(stats=stats, axes=axes, extent=images.extent), slots, beside
 
-  def _laid_out(self, tokens: TokenSet, images: Images, batch: int, crops: int) -> Visual:
-    """The images' tokens in the order that they are read."""
+  def _laid_out(self, tokens: TokenSet, images: Images, batch: int,
+                crops: int) -> tuple[Visual, tuple[Array, Array] | None]:
+    """The images' tokens in the order that they are read; index and weight of what was passed on.
+
+    (As in `Images`, but of the slots that the tower left; None where each is one token.)
+    """
     each, index = tokens.slots, images.index
     whole = tokens.owner.shape[1]
     stats = {name: value.reshape(batch, crops, each, *value.shape[2:])
@@ -240,7 +281,7 @@ class VLM(nn.Module):
     x = tokens.x.reshape(batch, crops, each, -1)
     valid = None if tokens.valid is None else tokens.valid.reshape(batch, crops, each)
     if index is None:
-      return Visual(x, valid, stats=stats)
+      return Visual(x, valid, stats=stats), None
     limit = index.shape[2]
     weight = images.weight
     if each < whole:
@@ -264,7 +305,30 @@ class VLM(nn.Module):
     there = (weight > 0).any(axis=-1)
     if valid is not None:
       there &= mixed(valid.astype(jnp.float32), jnp.ones((batch, 1))) > 0
-    return Visual(mixed(x, end), there, stats=laid)
+    return Visual(mixed(x, end), there, stats=laid), (index, weight)
+
+
+def image_counts(images: Images) -> np.ndarray:
+  """int[B, I], tokens of each image before any reduction, -1 where there is none (splice.check).
+
+  On the host. Without an index every crop is an image.
+  """
+  if images.index is None:
+    return np.ones(images.pixels.shape[:2], np.int64)
+  found = (np.asarray(images.weight) > 0).any(axis=-1).sum(axis=-1)
+  return np.where(found == 0, -1, found)
+
+
+def passed_on(tower: ViT | QwenVision) -> tuple[int, int]:
+  """Tokens of a crop that a tower would pass on, and that it does under its plan."""
+  if isinstance(tower, QwenVision):
+    cells = tower.cells[0] * tower.cells[1]
+    return cells, cells
+  last = (tower.layers or (0, tower.depth))[1]
+  plan = tower.plan if tower.plan and tower.plan.mode == 'gather' else None
+  cuts = [cut for cut in plan.cuts if cut.layer < last] if plan else []
+  whole = tower.host.slots - tower.special
+  return whole, cuts[-1].keep - tower.special if cuts else whole
 
 
 def _patches(tokens: TokenSet, special: int) -> TokenSet:
@@ -304,14 +368,14 @@ def _left(tokens: TokenSet, index: Array, weight: Array, batch: int,
   return here.reshape(index.shape), weight
 
 
-def _through(door: Door, visual: Visual) -> tuple[Visual, int | None]:
-  """Visual tokens after the door."""
+def _through(door: Door, visual: Visual) -> tuple[Visual, int | None, TokenSet | None]:
+  """Visual tokens after the door, slots of a pool of all, and who was joined with whom."""
   batch, images, each = visual.x.shape[:3]
   across = images if door.across == 'prompt' else 1
   slots = across * each
   cut = door.plan.cut(0)
   if cut is None:
-    return visual, None
+    return visual, None, None
   if slots != cut.slots:
     raise ValueError(f'the door was made for {cut.slots} visual tokens and gets {slots}: make it '
                      'anew with at_door(..., slots=...)')
@@ -345,7 +409,7 @@ def _through(door: Door, visual: Visual) -> tuple[Visual, int | None]:
   valid = None if reduced.valid is None else reduced.valid.reshape(x.shape[:3])
   number = stats.pop('image')
   if across == 1:
-    return visual.replace(x=x, valid=valid, stats=stats), None
+    return visual.replace(x=x, valid=valid, stats=stats), None, reduced
   # Every image gets all slots of the pool, and holds those that are its own.
   own = number == jnp.arange(images, dtype=jnp.int32)[None, :, None]
   own = own if valid is None else own & valid
@@ -354,7 +418,7 @@ def _through(door: Door, visual: Visual) -> tuple[Visual, int | None]:
     return jnp.broadcast_to(values, (batch, images, *values.shape[2:]))
 
   return visual.replace(x=spread(x), valid=own,
-                        stats={name: spread(value) for name, value in stats.items()}), left
+                        stats={name: spread(value) for name, value in stats.items()}), left, reduced
 
 
 def at_door(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:

@@ -131,7 +131,7 @@ def test_slots_stay_within_the_context():
   assert made.slots(8, 56) == (8, 56)
   with pytest.raises(ValueError, match='a prompt of 61 tokens and 4 new ones are impossible'):
     made.slots(61, 4)
-  with pytest.raises(ValueError, match='a prompt of 8 tokens and 0 new ones'):
+  with pytest.raises(ValueError, match='new_tokens=0 leaves nothing to decode'):
     next(made.stream(PROMPTS, new_tokens=0))
 
 
@@ -147,6 +147,29 @@ def test_pruned_caches_answer_whatever_the_bucket():
               'site': 'before'}
   made = Generator(LM, unstacked(2)['params'], buckets=(16,), fit=fitted(LM, language=language))
   assert made(PROMPTS, new_tokens=6) == [greedy(tuple(prompt)) for prompt in PROMPTS]
+
+
+def test_scores_are_those_of_whole_forward_passes_token_by_token_or_not():
+  answers = ([3, 1], greedy(tuple(PROMPTS[1]), 3), [7])
+  whole = shared().score(PROMPTS, answers)
+  for prompt, answer, score in zip(PROMPTS, answers, whole, strict=True):
+    ids = jnp.asarray([*prompt, *answer])[None]
+    rows = jax.nn.log_softmax(jax.jit(LM.apply)(unstacked(2), ids)[0][0, len(prompt) - 1:-1])
+    wanted = float(rows[np.arange(len(answer)), np.asarray(answer)].sum())
+    assert score.log_likelihood == pytest.approx(wanted, abs=1e-4)
+    assert score.greedy == (rows.argmax(axis=-1) == np.asarray(answer)).all()
+  assert whole[1].greedy
+  # A reduction that keeps all is read token by token; one that drops some changes what is likely.
+  keeping, dropping = (generator(fit=fitted(LM, cache={
+      'method': 'streaming_llm', 'keep': keep, 'args': {'sinks': 1}})).score(PROMPTS, answers)
+      for keep in (8, 4))
+  for found, wanted in zip(keeping, whole, strict=True):
+    assert found.log_likelihood == pytest.approx(wanted.log_likelihood, abs=1e-4)
+    assert found.greedy == wanted.greedy
+  same = [abs(found.log_likelihood - wanted.log_likelihood) < 1e-4
+          for found, wanted in zip(dropping, whole, strict=True)]
+  # The first token is predicted by the prompt as it was read; the cut is seen from the next on.
+  assert same == [False, True, True]
 
 
 @pytest.mark.parametrize(('call', 'message'), [

@@ -14,7 +14,7 @@ import pytest
 
 from lib import anyres
 from models import weights
-from models.vlm import from_config
+from models.vlm import from_config, image_counts
 from models.weights import transformers
 from ops.splice import check, collapse
 
@@ -36,6 +36,11 @@ def expected(family, batch):
 @functools.cache
 def config_of(family):
   return json.loads((FOLDER / f'{family}.json').read_text())
+
+
+def image_token(family):
+  """The placeholder's id."""
+  return config_of(family).get('image_token_id') or config_of(family)['image_token_index']
 
 
 @functools.cache
@@ -90,11 +95,11 @@ def inputs(family, batch):
     rows.append([left.pop(0) for _ in range(number)])
     counts.append([int(lengths.pop(0)) for _ in range(number)])
   assert [[len(each.index) for each in row] for row in rows] == counts
-  image = config_of(family).get('image_token_id') or config_of(family)['image_token_index']
+  image = image_token(family)
   ids, valid = collapse(found['ids'], found['mask'] > 0, image=image, counts=counts)
   patches = GRID[0] * GRID[1] // 4 if 'image_grid_thw' in found else 16
   images = anyres.batch(rows, patches=patches)
-  check(ids, valid, anyres.counts(images), image=image)
+  check(ids, valid, image_counts(images), image=image)
   return ids, valid, images
 
 

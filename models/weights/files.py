@@ -105,7 +105,8 @@ def reading(files: list[pathlib.Path]) -> Iterator[Tensors]:
   """Opens files; nothing is read yet.
 
   Raises:
-    ValueError: a file is missing or is not what its name says.
+    ValueError: a file is missing, is not what its name says, or lacks what the index beside it says
+      that it holds.
   """
   with contextlib.ExitStack() as stack:
     handles = []
@@ -115,7 +116,22 @@ def reading(files: list[pathlib.Path]) -> Iterator[Tensors]:
       except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f'{file} cannot be read as safetensors ({error}): fetch it '
                          'again') from error
+    _check_index(files, handles)
     yield Tensors(handles)
+
+
+def _check_index(files: list[pathlib.Path], handles: list[Any]) -> None:
+  index = files[0].parent / INDEX
+  if not index.exists():
+    return
+  places = json.loads(index.read_text())['weight_map']
+  for file, handle in zip(files, handles, strict=True):
+    said = {name for name, place in places.items() if pathlib.Path(place).name == file.name}
+    missing = sorted(said - set(handle.keys()))
+    if missing:
+      more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
+      raise ValueError(f'{file} lacks {missing[0]}{more}, which {INDEX} says that it holds: fetch '
+                       'it again')
 
 
 def config(path: pathlib.Path) -> Mapping[str, Any]:

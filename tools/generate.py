@@ -1,0 +1,253 @@
+"""Asks a model something, and shows the answer as it is decoded.
+
+  python -m tools.generate --model=runs/scenes --example=3
+  python -m tools.generate --model=runs/scenes --image=photo.png \\
+      --prompt='which digit is at row 2 column 3 ?' \\
+      --reduce.language.method=fastv --reduce.language.layers=1 --reduce.language.keep_ratio=0.5 \\
+      --show=kept.png
+  python -m tools.generate --model=checkpoints/llava-1.5-7b-hf --dtype=bfloat16 \\
+      --image=photo.png --prompt='What is on the table?' --reduce.projector.method=divprune \\
+      --reduce.projector.keep=64
+  python -m tools.generate --model=runs/needle --prompt_file=question.txt
+
+A model is a run of configs/digit_scenes.py or configs/stdlib_needle.py, or a folder with a
+checkpoint: config.json, tokenizer.json, safetensors, and for images preprocessor_config.json.
+Reductions are those of --reduce, place by place; where it says nothing, those that a run was
+trained with. --reduce.PLACE.method=none is no reduction there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+from PIL import Image
+
+from configs.common import reduction
+from lib import anyres, assistant, cli, overlay, questions, sight
+from lib.anyres import Picture
+from lib.assistant import PLACES, Assistant
+from models.generate import Generator, Sampling, padded
+from models.lm import LM
+from models.vlm import VLM, Images, image_counts
+
+MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a checkpoint.")
+IMAGES = flags.DEFINE_multi_string('image', [], 'An image file; several in the order of the text.')
+PROMPT = flags.DEFINE_string('prompt', None, 'What to ask.')
+PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with what to ask.')
+EXAMPLE = flags.DEFINE_integer('example', None, "A question of a run's test split, instead.")
+TEMPLATE = flags.DEFINE_bool('template', True, "Whether to wrap the text in the checkpoint's "
+                             'chat template.')
+NEW_TOKENS = flags.DEFINE_integer('new_tokens', 64, 'The most to decode.')
+TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the likeliest token.')
+TOP_K = flags.DEFINE_integer('top_k', 0, 'Only among so many of the likeliest; 0 for all.')
+TOP_P = flags.DEFINE_float('top_p', 1.0, 'Only among the likeliest that reach this together.')
+SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
+BUCKETS = flags.DEFINE_list('buckets', ['16', '64', '256', '1024', '4096'],
+                            'Lengths that a prompt is padded to.')
+DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.")
+DATA_DIR = flags.DEFINE_string('data_dir', '', "Where a run's set is, if not where the run had it.")
+WARM = flags.DEFINE_bool('warm', False, 'Answer once before, unseen: times are then without '
+                         'compiling.')
+SHOW = flags.DEFINE_string('show', None, 'Where to draw what is left of the image, as kept.png.')
+
+
+# Reductions that act on patches, so that a picture shows them.
+DRAWN = ('vision', 'projector', 'language')
+MOST_LINES = 8
+
+
+def reductions() -> ConfigDict:
+  """What --reduce can set; a method '' leaves a place to the run's own config."""
+  unset = config_dict.placeholder
+  return ConfigDict({
+      'vision': reduction(''),
+      'projector': reduction('', across=unset(str), order=unset(str)),
+      'language': reduction('', of=unset(object), positions=unset(str)),
+      'cache': reduction('', positions=unset(str))})
+
+
+REDUCE = config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by place.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """What is asked.
+
+  Attributes:
+    images: to be looked at.
+    prompt: ids, with a placeholder an image.
+    answer: the true one, of a question from a set.
+  """
+
+  images: Sequence[Picture]
+  prompt: Sequence[int]
+  answer: str | None = None
+
+
+def main(argv: Sequence[str]) -> None:
+  """Loads, answers, tells what it took."""
+  if len(argv) > 1:
+    raise ValueError(f'{argv[1]!r} is not understood: put quotes around the prompt')
+  model = assistant.load(MODEL.value, dtype=DTYPE.value, data_dir=DATA_DIR.value)
+  model, question = asked(model) if EXAMPLE.value is None else (model, example(model))
+  reduce, images = chosen(model, REDUCE.value), model.see([question.images])
+  if SHOW.value and not (question.images and set(DRAWN) & reduce.keys()):
+    raise ValueError(f'--show={SHOW.value} has nothing to show: give an image, and a reduction of '
+                     f'one of {", ".join(DRAWN)}')
+  generator = model.generator(reduce, buckets=[int(size) for size in BUCKETS.value])
+  sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+
+  def stream() -> Iterator[np.ndarray]:
+    return generator.stream([question.prompt], images, new_tokens=NEW_TOKENS.value,
+                            sampling=sampling, seeds=SEED.value)
+
+  if WARM.value:
+    list(stream())
+  started, ids, times, shown = time.perf_counter(), [], [], ''
+  for tokens in stream():
+    ids.append(int(tokens[0]))
+    times.append(time.perf_counter() - started)
+    text = model.text(ids)
+    # A character may take several tokens.
+    if not text.endswith('\ufffd'):
+      print(text[len(shown):], end='', flush=True)
+      shown = text
+  print(model.text(ids)[len(shown):])
+  if question.answer is not None:
+    print(f'(the true answer: {question.answer})')
+  layout = None if images is None else images.layout
+  slots, _ = generator.slots(len(question.prompt), NEW_TOKENS.value,
+                             visual=generator.fit.visual(layout))
+  reduced = generator.fit(slots, layout)
+  print('\n'.join(took(generator, reduced, question, images, times)), file=sys.stderr)
+  if SHOW.value:
+    show(reduced, model, padded([question.prompt], slots), question.images, images,
+         pathlib.Path(SHOW.value))
+
+
+def asked(model: Assistant) -> tuple[Assistant, Question]:
+  """What the flags ask, and the model with a grid that fits the images."""
+  given = [flag.value for flag in (PROMPT, PROMPT_FILE) if flag.value is not None]
+  if len(given) != 1:
+    raise ValueError('nothing to ask: give --prompt, --prompt_file or --example, one of them')
+  text = PROMPT.value
+  if text is None:
+    text = pathlib.Path(PROMPT_FILE.value).read_text()
+  images = []
+  for path in IMAGES.value:
+    with Image.open(path) as image:
+      images.append(image.convert('RGB'))
+  prompt = model.prompt(text, images=len(images), template=TEMPLATE.value)
+  model = model.seeing(images)
+  return model, Question([model.look(image) for image in images], prompt)
+
+
+def example(model: Assistant) -> Question:
+  """A question of a run's test split, which is printed."""
+  if PROMPT.value or PROMPT_FILE.value or IMAGES.value:
+    raise ValueError('--example brings its own prompt and image: leave out --prompt, --prompt_file '
+                     'and --image')
+  if model.data is None:
+    raise ValueError('a checkpoint has no examples: give --prompt, and --image for images')
+  found = questions.example(model.data, EXAMPLE.value)
+  prompt = found['ids'][found['valid'] & ~found['answer']].tolist()
+  print(model.tokens.decode(prompt))
+  images = []
+  if 'image' in found:
+    images.append(Picture(found['image'][None], *anyres.plain(model.look.side ** 2)))
+  return Question(images, prompt, model.text(found['ids'][found['answer']].tolist()))
+
+
+def chosen(model: Assistant, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Reductions by place: of the flags, else those that the model was trained with."""
+  found = {}
+  for place in PLACES:
+    own = {name: value for name, value in given[place].items() if value is not None}
+    if not own['method']:
+      left = {name: value for name, value in own.items()
+              if name not in ('method', 'layers')} or own['layers'] != 'all'
+      if left:
+        raise ValueError(f'--reduce.{place} names no method: add --reduce.{place}.method=...')
+      own = dict(model.reduce.get(place, {}))
+    elif place == 'language' and own['method'] != 'none' and isinstance(model.model, VLM):
+      own.setdefault('of', 'visual')
+    if own:
+      found[place] = own
+  return found
+
+
+def took(generator: Generator, reduced: LM | VLM, question: Question, images: Images | None,
+         times: Sequence[float]) -> list[str]:
+  """What it took, in lines."""
+  lines = [f'{len(question.prompt)} ids in the prompt']
+  if images is not None:
+    lines[0] += f', {int(np.maximum(image_counts(images), 0).sum())} visual tokens'
+  lines += kept(reduced)
+  rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+  lines.append(f'first token after {times[0]:.3f} s' + (f', then {rate:.1f} a second' if rate else
+                                                        '') + f'; {len(times)} in all')
+  programs = sum(generator.compilations.values())
+  when = 'before' if WARM.value else 'meanwhile: --warm leaves that out'
+  return [*lines, f'{programs} programs compiled {when}']
+
+
+def kept(reduced: LM | VLM) -> list[str]:
+  """What each reduction keeps, in lines."""
+  sees = isinstance(reduced, VLM)
+  lm = reduced.lm if sees else reduced
+  plans = {'language': lm.plan, 'cache': lm.cache_plan}
+  if sees:
+    plans = {'vision': reduced.tower.plan, 'projector': reduced.door and reduced.door.plan} | plans
+  lines = []
+  for place, plan in plans.items():
+    # A plan that only listens cuts nothing.
+    for cut in plan.cuts if plan else ():
+      # Padding may be among what is protected.
+      held = plan.protected or 0
+      where = {'projector': '', 'cache': f' in layer {cut.layer}'}.get(
+          place, f' {plan.site} layer {cut.layer}')
+      lines.append(f'{place}: {plan.name} keeps {cut.keep - held} of {cut.slots - held}{where}')
+  if len(lines) > MOST_LINES:
+    lines = [*lines[:MOST_LINES - 1], f'… and {len(lines) - MOST_LINES + 1} cuts more']
+  return lines
+
+
+def show(reduced: VLM, model: Assistant, prompt: tuple[np.ndarray, np.ndarray],
+         pictures: Sequence[Picture], images: Images, path: pathlib.Path) -> None:
+  """Draws every image with what each reduction left of it."""
+  def look(params: Any, images: Images) -> dict[str, Any]:
+    _, out = reduced.apply({'params': params}, *prompt, images)
+    return {name: out.get(name) for name in ('seen', 'laid', 'door', 'visual', 'sequence', 'cuts')}
+
+  stages = sight.stages(reduced, jax.jit(look)(model.params, images))
+  first = 0
+  for number, picture in enumerate(pictures):
+    crops = slice(first, first + len(picture.pixels))
+    first = crops.stop
+    rows, columns = sight.grid(reduced)
+    if picture.sizes is not None:
+      rows, columns = (int(side) // reduced.tower.merge for side in picture.sizes[0])
+    groups = {stage.name: [
+        overlay.Groups(labels[:rows, :columns], merged[:rows, :columns],
+                       len(np.unique(labels[labels >= 0])))
+        for labels, merged in zip(stage.labels[crops], stage.merged[crops], strict=True)]
+        for stage in stages}
+    names = [f'crop {crop}' if crop else 'whole' for crop in range(len(picture.pixels))]
+    file = path if number == 0 else path.with_stem(f'{path.stem}_{number}')
+    overlay.stages(model.look.shown(picture), groups, file, names=names if len(names) > 1 else ())
+    print(f'{file}: ' + '; '.join(f'{stage.tokens[number]} tokens left after {stage.name}'
+                                  for stage in stages), file=sys.stderr)
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('model')
+  cli.run(main)
