@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from lib import assistant
-from lib.assistant import PLACES, Assistant
+from lib.answers import PLACES
+from lib.assistant import Assistant
 from models.generate import ENDED, Generator, Sampling, Score
 from models.vlm import Images
 

@@ -147,7 +147,8 @@ def unstacked(model: LM | VLM, params: Any) -> Any:
 
   def of(part: Any, depth: int) -> Any:
     stack = part['stack']
-    return {**part, 'stack': {**stack, 'blocks': unstack(stack['blocks'], depth)}}
+    blocks = jax.jit(unstack, static_argnums=1)(stack['blocks'], depth)
+    return {**part, 'stack': {**stack, 'blocks': blocks}}
 
   if isinstance(model, LM):
     return of(params, model.depth)

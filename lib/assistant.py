@@ -84,8 +84,8 @@ class Assistant:
     """What decodes.
 
     Args:
-      reduce: reductions by place, one of `PLACES`, as in `config.reduce`; those that it was trained
-        with where None.
+      reduce: reductions by place, one of `answers.PLACES`, as in `config.reduce`; those that it
+        was trained with where None.
       **settings: as of `Generator`.
 
     Raises:
@@ -215,7 +215,8 @@ def of_run(trained: runs.Trained) -> Assistant:
   side = info.image_shape[0]
   steps = Preprocess((side, side), Image.Resampling.BICUBIC.value, None, 1 / 255,
                      tuple(config.data.mean), tuple(config.data.std))
-  return made(plain, answers.unstacked(plain, trained.params), look=Square(steps, model.tower.grid[0]))
+  return made(plain, answers.unstacked(plain, trained.params),
+              look=Square(steps, model.tower.grid[0]))
 
 
 def build(config: Mapping[str, Any], **settings: Any) -> LM | VLM:

@@ -33,8 +33,9 @@ from PIL import Image
 
 from configs.common import reduction
 from lib import anyres, assistant, cli, overlay, questions, sight
+from lib.answers import PLACES
 from lib.anyres import Picture
-from lib.assistant import PLACES, Assistant
+from lib.assistant import Assistant
 from models.generate import Generator, Sampling, padded
 from models.lm import LM
 from models.vlm import VLM, Images, image_counts
