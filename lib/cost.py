@@ -266,8 +266,9 @@ def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'betw
     after    attention at N, MLP at N
     inside   queries and keys at N, the map N x N. Where slots are joined, values and output at M,
              the map M x M (MCTF, arXiv:2403.10030); where they are picked, values at N, output at
-             M, the map M x N (ATS, arXiv:2111.15667). MLP at M. A method that joins and also asks
-             for the values of all N tokens pays NC² more, as its own cost.
+             M, the map M x N (ATS, arXiv:2111.15667). MLP at M. As their own cost, methods that
+             join pay (N² - M²)C more, for rows that read before they are joined
+             (`ops.tokens.attend`), and NC² where they ask for the values of all N tokens.
 
   Args:
     made: the architecture.

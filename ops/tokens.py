@@ -528,14 +528,16 @@ def attend(assignment: Assignment, attention: Array, values: Array) -> Array:
     float[B, M, H, d].
   """
   linear = not isinstance(assignment, Gather) and getattr(assignment, 'op', 'sum') == 'sum'
-  if linear:
-    values = assignment.restore(values)
-    if isinstance(assignment, Merge) and assignment.share is not None:
-      values = values * _expand(assignment.share, values).astype(values.dtype)
-  else:
-    attention = regroup(assignment, attention)
+  with jax.named_scope('reduction'):
+    if linear:
+      values = assignment.restore(values)
+      if isinstance(assignment, Merge) and assignment.share is not None:
+        values = values * _expand(assignment.share, values).astype(values.dtype)
+    else:
+      attention = regroup(assignment, attention)
   mixed = jnp.einsum('bhnm,bmhd->bnhd', attention.astype(values.dtype), values)
-  return assignment.apply(mixed) if linear else mixed
+  with jax.named_scope('reduction'):
+    return assignment.apply(mixed) if linear else mixed
 
 
 def key_bias(tokens: TokenSet, *, proportional: bool) -> Array | None:

@@ -7,9 +7,6 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = ' '.join((
     os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0',
     '--xla_llvm_disable_expensive_passes=true'))
-# A second run finds its programs compiled: a third of the time.
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.abspath('.pytest_cache/xla'))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import hypothesis
 import jax

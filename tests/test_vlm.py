@@ -283,7 +283,7 @@ def test_patches_may_be_merged_inside_a_qwen_tower(window):
     ({'method': 'topk', 'keep': 4, 'site': 'before'}, 'leave site and layers out'),
     ({'method': 'topk', 'keep': 4, 'across': 'batch'}, 'choose one of image, prompt'),
     ({'method': 'topk', 'keep': 4, 'order': 'random'}, 'choose one of raster, method'),
-    ({'method': 'pool', 'keep': 4}, 'which this host does not offer'),
+    ({'method': 'fastv', 'keep': 4}, 'which this host does not offer'),
 ])
 def test_doors_that_cannot_be(config, message):
   with pytest.raises(ValueError, match=message):

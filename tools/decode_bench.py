@@ -39,11 +39,12 @@ from ops.positions import Rope
 from ops.tokens import SPECIAL, TEXT
 
 MODELS = flags.DEFINE_list('models', ['scenes', 'lm'], 'Which models.')
+# Tests import several tools at once, whose flags share their names.
 ROUNDS = flags.DEFINE_integer('rounds', None, 'Interleaved rounds; by default 15, and 3 of reading '
-                              'and 5 of decoding for lm.')
+                              'and 5 of decoding for lm.', allow_override=True)
 TOKENS = flags.DEFINE_integer('tokens', 16, 'Tokens that are decoded in a round.')
 OUT = flags.DEFINE_string('out', None, 'Where rows are added; results/decode_<device>.jsonl if '
-                          'unset. The table goes beside it.')
+                          'unset. The table goes beside it.', allow_override=True)
 
 PROMPT, QUESTION, ROOM = 4096, 64, 32
 # model: {name of a plan: {place: reduction}}; a place is vision, projector, language or cache.

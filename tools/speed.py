@@ -67,12 +67,13 @@ METHODS = flags.DEFINE_list('methods', None, 'Methods; all by default.')
 EVERY_LAYER = flags.DEFINE_list(
     'every_layer', ['tome', 'pitome', 'mctf', 'crossget', 'dymu', 'dtem'],
     'Methods that are also timed with a cut in every layer.')
+# Tests import several tools at once, whose flags share their names.
 ROUNDS = flags.DEFINE_integer('rounds', None, 'Interleaved rounds; by default 15, from batch 16 '
-                              'on 5.')
+                              'on 5.', allow_override=True)
 APART = flags.DEFINE_integer('apart', 8, 'Batch size at which passes are taken apart.')
 AGAIN = flags.DEFINE_bool('again', False, 'Measures rows anew that are there already.')
 OUT = flags.DEFINE_string('out', None, 'Where rows are added; results/speed_<device>.jsonl if '
-                          'unset. The table goes beside it.')
+                          'unset. The table goes beside it.', allow_override=True)
 
 # Three cuts as most papers place them, or one in every layer.
 SCHEDULES = {'3 cuts': {'layers': (3, 6, 9), 'keep_ratio': 0.7},
