@@ -7,7 +7,6 @@ numbers in a position.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -69,13 +68,8 @@ class KV:
     at = self.filled + step
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
-      new = jnp.expand_dims(new, axis).astype(buffer.dtype)
-      update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at)
-      if len(buffer) > 1:
-        return update(buffer, new, axis=axis)
-      # An axis of one would be taken off in front of attention's product, and XLA on CPU then
-      # writes twice: into a copy for the product, and in place.
-      return update(buffer[0], new[0], axis=axis - 1)[None]
+      return jax.lax.dynamic_update_slice_in_dim(
+          buffer, jnp.expand_dims(new, axis).astype(buffer.dtype), at, axis)
 
     heads = self.pos.shape[1:-1]
     place = jnp.broadcast_to(place.reshape(place.shape + (1,) * len(heads)),
