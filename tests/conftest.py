@@ -1,6 +1,7 @@
 """Every test runs on CPU, under strict shapes; warnings are errors (pyproject.toml)."""
 
 import os
+import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Compiling is most of the time these tests take; a good part of it is optimising what runs once.
@@ -10,11 +11,25 @@ os.environ['XLA_FLAGS'] = ' '.join((
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # The same examples every time; compiling makes the first one slow.
 hypothesis.settings.register_profile('here', derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile('here')
+
+MAPS, MANY_MAPS = pathlib.Path('/proc/self/maps'), 20_000
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_programs():
+  """Lets compiled programs go when they are many: Linux gives a process 65,530 pieces of memory.
+
+  A process that asks for more crashes; each program takes a few.
+  """
+  yield
+  if MAPS.exists() and MAPS.read_bytes().count(b'\n') > MANY_MAPS:
+    jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter):
