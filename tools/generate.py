@@ -47,7 +47,8 @@ PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with what to ask.
 EXAMPLE = flags.DEFINE_integer('example', None, "A question of a run's test split, instead.")
 TEMPLATE = flags.DEFINE_bool('template', True, "Whether to wrap the text in the checkpoint's "
                              'chat template.')
-NEW_TOKENS = flags.DEFINE_integer('new_tokens', 64, 'The most to decode.')
+NEW_TOKENS = flags.DEFINE_integer('new_tokens', None, 'The most to decode; by default 64, or what '
+                                  'the context has room for.')
 TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the likeliest token.')
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Only among so many of the likeliest; 0 for all.')
 TOP_P = flags.DEFINE_float('top_p', 1.0, 'Only among the likeliest that reach this together.')
@@ -106,9 +107,13 @@ def main(argv: Sequence[str]) -> None:
                      f'one of {", ".join(DRAWN)}')
   generator = model.generator(reduce, buckets=[int(size) for size in BUCKETS.value])
   sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+  layout = None if images is None else images.layout
+  visual = generator.fit.visual(layout)
+  room = model.model.context - visual - len(question.prompt)
+  new_tokens = NEW_TOKENS.value if NEW_TOKENS.value is not None else max(1, min(64, room))
 
   def stream() -> Iterator[np.ndarray]:
-    return generator.stream([question.prompt], images, new_tokens=NEW_TOKENS.value,
+    return generator.stream([question.prompt], images, new_tokens=new_tokens,
                             sampling=sampling, seeds=SEED.value)
 
   if WARM.value:
@@ -125,9 +130,7 @@ def main(argv: Sequence[str]) -> None:
   print(model.text(ids)[len(shown):])
   if question.answer is not None:
     print(f'(the true answer: {question.answer})')
-  layout = None if images is None else images.layout
-  slots, _ = generator.slots(len(question.prompt), NEW_TOKENS.value,
-                             visual=generator.fit.visual(layout))
+  slots, _ = generator.slots(len(question.prompt), new_tokens, visual=visual)
   reduced = generator.fit(slots, layout)
   print('\n'.join(took(generator, reduced, question, images, times)), file=sys.stderr)
   if SHOW.value:
