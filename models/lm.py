@@ -385,8 +385,8 @@ class LM(nn.Module):
     def read(first: int, tokens: TokenSet, signals: Signals) -> KV:
       k, v = (jnp.swapaxes(x, 1, 2) for x in (signals.keys, signals.values))
       bias = log_weight(tokens.size) if proportional and tokens.size is not None else None
-      kv = KV(k, v, order(tokens.pos), tokens.real, _next(tokens) if compact else after,
-              tokens.slots, bias)
+      kv = KV.create(k, v, pos=order(tokens.pos), valid=tokens.real, filled=tokens.slots, bias=bias,
+                     start=_next(tokens) if compact else after)
       cut = seen and seen.cut(first)
       if cut and cut.slots != tokens.slots:
         raise ValueError(f'the plan of the cache is for {cut.slots} slots in layer {first}, which '

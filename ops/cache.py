@@ -7,6 +7,7 @@ numbers in a position.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ class KV:
   """One layer's cache: what a prompt left, then room for what is decoded.
 
   Attributes:
-    k, v: float[B, K, S, d], keys rotated.
+    keys, values: as `create` takes them, but without axes of one before S: XLA takes those off in
+      front of a product, and on CPUs copies a buffer that is written with them and read without.
     pos: int32[B, S], or [B, K, S] where the heads hold different tokens: places in the sequence,
       which a sliding window goes by.
     valid: bool, of the same shape, False for padding and for room that is still empty.
@@ -50,18 +52,36 @@ class KV:
     filled: slots of the prompt; decoded token t goes to slot filled + t. Static.
   """
 
-  k: Array
-  v: Array
+  keys: Array
+  values: Array
   pos: Array
   valid: Array
   start: Array
   filled: int = struct.field(pytree_node=False)
   bias: Array | None = None
 
+  @classmethod
+  def create(cls, k: Array, v: Array, **fields: Any) -> KV:
+    """A cache of keys (rotated) and values float[B, K, S, d], and the other fields."""
+    return cls(_folded(k), _folded(v), **fields)
+
+  @property
+  def k(self) -> Array:
+    """Keys float[B, K, S, d], rotated."""
+    return self._unfolded(self.keys)
+
+  @property
+  def v(self) -> Array:
+    """Values float[B, K, S, d]."""
+    return self._unfolded(self.values)
+
   @property
   def room(self) -> int:
     """Tokens that can be decoded."""
-    return self.k.shape[2] - self.filled
+    return self.keys.shape[-2] - self.filled
+
+  def _unfolded(self, x: Array) -> Array:
+    return x.reshape(len(self.start), -1, *x.shape[-2:])
 
   def append(self, k: Array, v: Array, place: Array, step: Array) -> KV:
     """Writes keys and values float[B, K, d] of decoded token `step`, in place where donated."""
@@ -75,9 +95,17 @@ class KV:
     place = jnp.broadcast_to(place.reshape(place.shape + (1,) * len(heads)),
                              place.shape + heads)
     axis = self.pos.ndim - 1
+    row = self.keys.ndim - 2
     return self.replace(
-        k=write(self.k, k, 2), v=write(self.v, v, 2), pos=write(self.pos, place, axis),
+        keys=write(self.keys, k.reshape(*self.keys.shape[:row], -1), row),
+        values=write(self.values, v.reshape(*self.keys.shape[:row], -1), row),
+        pos=write(self.pos, place, axis),
         valid=write(self.valid, jnp.ones(place.shape, bool), axis))
+
+
+def _folded(x: Array) -> Array:
+  """[B, K, S, d] without axes of one before S."""
+  return x.reshape(*(n for n in x.shape[:2] if n > 1), *x.shape[2:])
 
 
 @struct.dataclass
@@ -134,7 +162,7 @@ def shrink(kv: KV, kept: KVGather, *, positions: str, rope: Rope) -> KV:
                                  jnp.swapaxes(rank - pos, 1, 2))[..., 0, :], 1, 2)
     # Where the heads keep different numbers, the fullest says where decoding goes on.
     pos, start = rank, jnp.max(jnp.sum(valid, axis=2, dtype=jnp.int32), axis=1)
-  return kv.replace(k=k, v=v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2])
+  return KV.create(k, v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2])
 
 
 def with_room(kv: KV, room: int) -> KV:
@@ -146,5 +174,6 @@ def with_room(kv: KV, room: int) -> KV:
   axis = kv.pos.ndim - 1
   # A token that is decoded stands for one: its bias is the zero that is padded here.
   bias = None if kv.bias is None else pad(kv.bias, axis)
-  return kv.replace(k=pad(kv.k, 2), v=pad(kv.v, 2), pos=pad(kv.pos, axis),
-                    valid=pad(kv.valid, axis), bias=bias)
+  keys, values = (pad(x, x.ndim - 2) for x in (kv.keys, kv.values))
+  return kv.replace(keys=keys, values=values, pos=pad(kv.pos, axis), valid=pad(kv.valid, axis),
+                    bias=bias)
