@@ -10,6 +10,7 @@ Axes: B batch of this process, T tokens of a row, G cells a side, S image side, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class Settings:
     batch_size: rows a step over all processes.
     train_split, test_split: TFDS splits.
     pad_side: 'left' or 'right'.
+    turns: questions of a record that a row of training asks, one after another, each seeing
+      those before it; of kinds that differ. The test split asks one.
     mean, std: one number a channel, for pixels in 0 to 1; of no use to text alone.
     data_dir, threads, prefetch_batches: as in `lib.data.Settings`.
   """
@@ -44,6 +47,7 @@ class Settings:
   train_split: str = 'train'
   test_split: str = 'test'
   pad_side: str = 'right'
+  turns: int = 1
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
   data_dir: str = ''
@@ -98,10 +102,11 @@ def train_iterator(config: ml_collections.ConfigDict, *, seed: int, process_inde
 
   Returns:
     An iterator, with get_state and set_state, of dict(ids int32[B, T]: question, answer and end
-    token, padded; valid bool[B, T]: False for padding; answer bool[B, T]: the tokens of the answer
-    and the end token, which are to be predicted from those before them; kind int32[B]; and, where
-    the set has them, image float32[B, S, S, C], cells int32[B, G, G], evidence bool[B, G, G],
-    depth float32[B], place int32[B]: in `ids`).
+    token of every turn, padded; valid bool[B, T]: False for padding; answer bool[B, T]: the tokens
+    of the answers and their end tokens, which are to be predicted from those before them; kind
+    int32[B], of the first question; and, where the set has them, image float32[B, S, S, C], cells
+    int32[B, G, G], evidence bool[B, G, G], of the first question, depth float32[B], place int32[B]:
+    in `ids`).
 
   Raises:
     ValueError, FileNotFoundError: as `info`; batches that cannot be divided over processes; a row
@@ -173,6 +178,9 @@ class Reader:
     self.corrupt: dict[int, str] = {}
     self._settings = settings
     self._kinds = max(1, len(self.meta.get('kinds', ())))
+    if not 1 <= settings.turns <= self._kinds:
+      raise ValueError(f'data.turns={settings.turns} is impossible: {settings.name} asks '
+                       f'{self._kinds} questions of a record')
     self._source = builder.as_data_source(getattr(settings, field), file_format='array_record')
     mean, std = (np.asarray(values, np.float32) for values in (settings.mean, settings.std))
     self._gain, self._bias = 1 / (255 * std), -mean / std
@@ -183,41 +191,50 @@ class Reader:
   def train_batch(self, examples: np.ndarray, places: np.ndarray,
                   seed: int) -> dict[str, np.ndarray]:
     """See `train_iterator`."""
-    del places, seed
-    return self._batch(self._load(examples), len(examples))
+    # The same rows whatever the number of processes.
+    others = [np.random.default_rng((seed, int(place))).permutation(self._kinds)
+              for place in places]
+    kinds = [[first, *(kind for kind in more.tolist() if kind != first)][:self._settings.turns]
+             for first, more in zip(examples % self._kinds, others, strict=True)]
+    return self._batch(self._load(examples, kinds), len(examples))
 
   def eval_batch(self, examples: np.ndarray, rows: int) -> dict[str, np.ndarray]:
     """See `eval_batches`."""
     mask = (np.arange(rows) < len(examples)).astype(np.float32)
-    return self._batch(self._load(examples), rows) | {'mask': mask}
+    kinds = (examples % self._kinds)[:, None].tolist()
+    return self._batch(self._load(examples, kinds), rows) | {'mask': mask}
 
-  def _load(self, examples: np.ndarray) -> list[dict[str, Any]]:
-    """One question each, and what is beside it."""
-    found = []
+  def _load(self, examples: np.ndarray, kinds: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """What is beside each row's first question, and 'turns': (question, answer) of all."""
+    found, pad = [], self.meta['pad']
     records = self._source.__getitems__([int(each) // self._kinds for each in examples])
-    for record, example in zip(records, examples, strict=True):
-      kind = int(example) % self._kinds
-      if self._kinds > 1:
-        record = {name: value[kind] if name in PER_QUESTION else value
-                  for name, value in record.items()}
-      found.append(record | {'kind': kind})
+    for record, asked in zip(records, kinds, strict=True):
+      each = [{name: record[name][kind] if self._kinds > 1 else record[name]
+               for name in PER_QUESTION if name in record} for kind in asked]
+      turns = [([int(token) for token in one['question'] if token != pad],
+                [*map(int, one['answer']), self.meta['end']]) for one in each]
+      # The image stands in front of the first.
+      turns[1:] = [([token for token in question if token != self.meta.get('image')], answer)
+                   for question, answer in turns[1:]]
+      found.append(record | each[0] | {'kind': asked[0], 'turns': turns})
     return found
 
   def _batch(self, records: list[dict[str, Any]], rows: int) -> dict[str, np.ndarray]:
-    pad, end, settings = self.meta['pad'], self.meta['end'], self._settings
-    questions = [[int(token) for token in record['question'] if token != pad] for record in records]
-    answers = [[*map(int, record['answer']), end] for record in records]
-    empty = [[]] * (rows - len(records))
-    both = [[*question, *answer] for question, answer in zip(questions, answers, strict=True)]
-    ids, valid = pad_rows(both + empty, settings.context, side=settings.pad_side, fill=pad)
+    settings = self._settings
+    parts = [[part for turn in record['turns'] for part in turn] for record in records]
+    whole = [list(itertools.chain(*row)) for row in parts]
+    ids, valid = pad_rows(whole + [[]] * (rows - len(records)), settings.context,
+                          side=settings.pad_side, fill=self.meta['pad'])
     answer = np.zeros(ids.shape, bool)
     batch = {'ids': ids, 'valid': valid, 'answer': answer}
     for name in ('kind', *self.features):
       if name not in ('question', 'answer'):
         batch[name] = self._column(name, [record[name] for record in records], rows)
-    for row, (question, whole) in enumerate(zip(questions, both, strict=True)):
-      first = settings.context - len(whole) if settings.pad_side == 'left' else 0
-      answer[row, first + len(question):first + len(whole)] = True
+    for row, row_parts in enumerate(parts):
+      first = settings.context - len(whole[row]) if settings.pad_side == 'left' else 0
+      edges = first + np.cumsum([0, *map(len, row_parts)])
+      for start, end in zip(edges[1::2], edges[2::2], strict=True):
+        answer[row, start:end] = True
       if 'place' in batch:
         batch['place'][row] += first
     return batch

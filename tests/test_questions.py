@@ -253,7 +253,41 @@ def test_training_batches_go_on_where_they_were(place):
     iterator.close()
 
 
+@pytest.mark.parametrize('side', ['right', 'left'])
+def test_a_row_of_training_may_ask_everything_about_its_image(side, place, sources):
+  config = config_of('digit_scenes/64', place, context=70, turns=6, pad_side=side)
+  iterator = questions.train_iterator(config, seed=3)
+  batch = next(iterator)
+  iterator.close()
+  orders = set()
+  scenes = [digit_scenes.example(sources['train'], index, SMALL) for index in range(12)]
+  images = [scene['image'] / 127.5 - 1 for scene in scenes]
+  for row in range(8):
+    scene, = [one for one, image in zip(scenes, images, strict=True)
+              if np.allclose(image, batch['image'][row], atol=1e-6)]
+    ids = batch['ids'][row][batch['valid'][row]].tolist()
+    assert ids.count(digit_scenes.IMAGE) == 1
+    assert ids[0] == digit_scenes.IMAGE
+    answers = batch['answer'][row][batch['valid'][row]]
+    order, first = [], 1
+    while first < len(ids):
+      kind, = [kind for kind, question in enumerate(scene['question'])
+               if ids[first:first + sum(question > 0) - 1] == question[question > 0][1:].tolist()]
+      last = first + sum(scene['question'][kind] > 0) - 1
+      assert ids[last:last + 2] == [*scene['answer'][kind], digit_scenes.END]
+      assert not answers[first:last].any()
+      assert answers[last:last + 2].all()
+      order, first = [*order, kind], last + 2
+    assert sorted(order) == list(range(6))
+    assert order[0] == batch['kind'][row]
+    np.testing.assert_array_equal(batch['evidence'][row], scene['evidence'][order[0]] > 0)
+    orders.add(tuple(order))
+  assert len(orders) > 4
+
+
 @pytest.mark.parametrize(('name', 'changes', 'message'), [
+    ('digit_scenes/64', {'turns': 7}, 'asks 6 questions'),
+    ('stdlib_needle/256', {'turns': 2}, 'asks 1 questions'),
     ('digit_scenes', {}, 'digit_scenes/64, digit_scenes/128'),
     ('stdlib_needle/2k', {}, 'stdlib_needle/16k'),
     ('digits', {}, 'has no questions'),
