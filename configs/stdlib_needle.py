@@ -12,7 +12,7 @@ from configs.common import LM_SHARDING, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """256 bytes of text, four layers."""
+  """256 bytes of text, three layers."""
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.total_steps = 8000
@@ -24,13 +24,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = dict(name='stdlib_needle/256', data_dir='data', context=258, batch_size=32,
                      train_split='train', test_split='test')
   config.model = dict(
-      lm=dict(width=128, depth=4, mlp=256, heads=4, kv_heads=4, head_width=32, context=512),
+      lm=dict(width=128, depth=3, mlp=256, heads=4, kv_heads=4, head_width=32, context=2048),
       dtype='float32')
   config.reduce = dict(language=reduction())
 
   config.task = dict(name='answers')
   config.optimizer = dict(peak_lr=1e-3, warmup_steps=400, weight_decay=0.05, clip_norm=1.0,
-                          ema_decay=0.99, accumulate=1, patch_weight=0.0, text_weight=0.5)
+                          ema_decay=0.99, accumulate=1, patch_weight=0.0, text_weight=0.1)
   config.mesh = dict(data=-1)
   config.sharding = LM_SHARDING
   return config

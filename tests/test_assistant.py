@@ -101,7 +101,7 @@ def test_runs_on_bytes_answer_texts(needle):
   row = questions.example(made.data, 1)
   assert row['answer'].sum() == 7
   text = made.text(row['ids'][row['valid']].tolist())
-  assert text.count('# The key of') == 3
+  assert text.count('# The key of') == 5
 
 
 @pytest.mark.parametrize('family', [*FAMILIES, 'qwen3'])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import string
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -24,10 +25,8 @@ SKIPPED = ('test', 'tests', 'idlelib', 'lib2to3', 'site-packages', 'dist-package
 TEST_SHARE = 5  # One module in five is for the test split.
 DEPTHS = 10  # Depths are spread evenly: example i is in tenth i % 10 of its text.
 DIGITS = 6  # Of a key.
-# Names of keys; common words, so that a name alone may well occur in the text.
-NAMES = ('anchor', 'bridge', 'copper', 'desert', 'engine', 'forest', 'garden', 'harbor', 'island',
-         'jungle', 'kettle', 'ladder', 'marble', 'needle', 'orange', 'pencil', 'quartz', 'ribbon',
-         'silver', 'timber', 'urchin', 'violet', 'walnut', 'yellow')
+# Names of keys: a letter, which may well stand elsewhere in the text.
+NAMES = string.ascii_uppercase
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -59,10 +58,10 @@ class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
   that of the Python that prepares the set, so figures hold for one version of it.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('2.0.0')
   BUILDER_CONFIGS: ClassVar[list[Config]] = [
-      Config(name='256', description='256 bytes', context=256, keys=2, train=20000, test=1000),
-      Config(name='128', description='128 bytes', context=128, keys=2, train=20000, test=1000),
+      Config(name='256', description='256 bytes', context=256, keys=4, train=40000, test=1000),
+      Config(name='128', description='128 bytes', context=128, keys=2, train=40000, test=1000),
       Config(name='1k', description='1,024 bytes', context=1024, keys=4, train=8000, test=500),
       Config(name='4k', description='4,096 bytes', context=4096, keys=4, train=2000, test=200),
       Config(name='16k', description='16,384 bytes', context=16384, keys=4, train=500, test=100),
