@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ops.extremes import highest
 from ops.select import ranks, top
-from ops.tokens import Merge, TokenSet, take
+from ops.tokens import FILLER, Merge, TokenSet, take
 
 Array = jax.Array
 
@@ -35,10 +35,10 @@ def cosine(a: Array, b: Array) -> Array:
 def arranged(tokens: TokenSet) -> Array:
   """int32[B, N], slots in the order kept, free, padding, each in slot order.
 
-  Methods that pair by parity number the slots so: neither padding nor tokens of another kind then
-  shift who meets whom.
+  Methods that pair by parity number the slots so: no padding then shifts who meets whom, nor does
+  the place where tokens of another kind stand.
   """
-  order = jnp.where(tokens.kept, 0, jnp.where(tokens.free, 1, 2))
+  order = jnp.where(tokens.free, 1, jnp.where(tokens.kept & (tokens.kind != FILLER), 0, 2))
   return jnp.argsort(order, axis=1, stable=True).astype(jnp.int32)
 
 

@@ -276,6 +276,24 @@ def test_each_head_keeps_its_own_tokens():
   np.testing.assert_array_equal(after.layers[2].pos[:, :, 4], PROMPT)
 
 
+@pytest.mark.parametrize('padding', [1, 2, 3])
+def test_padding_of_no_length_changes_which_pairs_merge(padding):
+  def merged(slots):
+    tokens = image_and_text()
+    place = jnp.arange(slots) % PROMPT  # Repeats what is there, as padding.
+    valid = jnp.broadcast_to(jnp.arange(slots) < PROMPT, (3, slots))
+    tokens = TokenSet.create(tokens.x[:, place], pos=tokens.pos[:, place], valid=valid,
+                             kind=jnp.where(valid, tokens.kind[:, place], TEXT))
+    lm = planned(slots=slots, method='tome', layers=1, keep=4)
+    logits, out = jax.jit(lm.apply)(variables(), tokens)
+    return out['tokens'].owner[:, :PROMPT], logits[:, :PROMPT - 2]
+
+  owner, logits = merged(PROMPT)
+  found, values = merged(PROMPT + padding)
+  np.testing.assert_array_equal(found, owner)
+  np.testing.assert_allclose(values, logits, atol=1e-5)
+
+
 # -- causality -----------------------------------------------------------------------------------
 
 
