@@ -164,6 +164,17 @@ def test_the_answer_is_there_once_at_the_stated_depth(config, texts):
     assert np.histogram(depths, bins=4, range=(0, 1))[0].min() >= 2
 
 
+@pytest.mark.parametrize('config', NEEDLES[:2], ids=lambda config: config.name)
+def test_the_place_among_the_keys_does_not_tell_which_is_asked(config, texts):
+  turns = []
+  for index in range(300):
+    found = stdlib_needle.example(texts[1], index, 1, config)
+    keys = re.findall(rb'is (\d{6})\.', found['question'].tobytes())
+    turns.append(keys.index(found['answer'].tobytes()))
+  shares = np.bincount(turns, minlength=config.keys) / len(turns)
+  np.testing.assert_allclose(shares, 1 / config.keys, atol=0.1)
+
+
 def test_splits_share_no_module(texts):
   modules = stdlib_needle.sources()
   train, test = stdlib_needle.split(modules)

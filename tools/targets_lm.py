@@ -42,7 +42,7 @@ from configs.common import VLM_SHARDING
 from lib import answers, cli, lm_cost, programs, report, sharding, timing
 from lib.topology import MEMORY_GB, count, missing, topology_mesh
 from models.plan import make_plan
-from models.stack import best_form, unstack
+from models.stack import unstack
 from models.vlm import Images, make_vlm
 from ops.attention import pick
 from train import State, decayed
@@ -212,7 +212,7 @@ def carried(one, sizes, rows, slices):
 
 def reading(vlm, mesh, batch):
   """A prompt: logits after it, and the cache."""
-  weights = serving(vlm, mesh, best_form(vlm.lm.plan, platform=mesh.devices.flat[0].platform))
+  weights = serving(vlm, mesh)
   run = functools.partial(vlm.apply, room=ROOM, method='prefill')
   arguments = ({'params': weights}, *prompt(mesh, batch))
   return jax.jit(run, out_shardings=results(mesh, jax.eval_shape(run, *arguments))), arguments, (
@@ -221,7 +221,7 @@ def reading(vlm, mesh, batch):
 
 def decoding(vlm, mesh, batch):
   """One more token, over the cache that a prompt left; the cache is given away."""
-  weights = serving(vlm, mesh, 'unstacked')
+  weights = serving(vlm, mesh)
   _, cache = jax.eval_shape(functools.partial(vlm.apply, room=ROOM, method='prefill'),
                             {'params': weights}, *prompt(mesh, batch))
   run = functools.partial(vlm.apply, method='decode')
@@ -281,15 +281,19 @@ def fresh(vlm, key):
   return vlm.init(key, ids, ids == 0, Images(jnp.zeros((1, 1, side, side, 3))))['params']
 
 
-def serving(vlm, mesh, form):
-  """Shapes of bfloat16 parameters in one of the forms of models/stack.py, each with its place."""
+def serving(vlm, mesh):
+  """Shapes of bfloat16 parameters, each with its place.
+
+  The blocks are a tuple, as for models/generate.py, which reads and decodes with the same ones: a
+  run of layers as one loop would hold its part of the cache twice, as the loop leaves it and layer
+  by layer.
+  """
   shapes = jax.eval_shape(functools.partial(fresh, vlm), jax.random.key(0))
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, vlm.lm.dtype), shapes)
   for name, part in (('tower', vlm.tower), ('lm', vlm.lm)):
-    if form == 'unstacked':
-      stack = shapes[name]['stack']
-      blocks = jax.eval_shape(functools.partial(unstack, depth=part.depth), stack['blocks'])
-      shapes = shapes | {name: shapes[name] | {'stack': stack | {'blocks': blocks}}}
+    stack = shapes[name]['stack']
+    blocks = jax.eval_shape(functools.partial(unstack, depth=part.depth), stack['blocks'])
+    shapes = shapes | {name: shapes[name] | {'stack': stack | {'blocks': blocks}}}
   return sharding.shapes(shapes, sharding.place(shapes, VLM_SHARDING, mesh))
 
 

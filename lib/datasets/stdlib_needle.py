@@ -61,7 +61,7 @@ class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('2.0.0')
   BUILDER_CONFIGS: ClassVar[list[Config]] = [
       Config(name='256', description='256 bytes', context=256, keys=4, train=40000, test=1000),
-      Config(name='128', description='128 bytes', context=128, keys=2, train=40000, test=1000),
+      Config(name='128', description='128 bytes', context=128, keys=3, train=40000, test=1000),
       Config(name='1k', description='1,024 bytes', context=1024, keys=4, train=8000, test=500),
       Config(name='4k', description='4,096 bytes', context=4096, keys=4, train=2000, test=200),
       Config(name='16k', description='16,384 bytes', context=16384, keys=4, train=500, test=100),
@@ -146,9 +146,11 @@ def example(text: bytes, index: int, stream: int, config: Config) -> dict[str, o
   depth = (index % DEPTHS + word() % 1000 / 1000) / DEPTHS
   at = [int(np.argmin(np.abs(edges - depth * edges[-1])))]
   at += [word() % len(edges) for _ in keys[1:]]
+  # Where several are at one edge, the asked one is anywhere among them.
+  turns = np.argsort(random.random_raw(config.keys)).tolist()
   filled, place = [], 0
   for line in range(len(edges)):
-    for number in range(config.keys):
+    for number in turns:
       if at[number] == line:
         filled.append(begins[number] + keys[number] + b'.\n')
         if number == 0:
