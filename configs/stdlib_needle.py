@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint_steps = 1000
   config.start = ''  # The workdir of a run to take parameters from.
 
-  config.data = dict(name='stdlib_needle/256', data_dir='data', context=258, batch_size=32,
+  config.data = dict(name='stdlib_needle/256', data_dir='data', context=320, turns=6, batch_size=32,
                      train_split='train', test_split='test')
   config.model = dict(
       lm=dict(width=128, depth=3, mlp=256, heads=4, kv_heads=4, head_width=32, context=2048),

@@ -23,7 +23,7 @@ from PIL import Image
 
 from lib import answers, anyres, runs
 from lib.anyres import Patches, Picture, Square
-from lib.chat import FILES, Bytes, Chat, Tokens, Words
+from lib.chat import FILES, Chat, Tokens, Words
 from lib.preprocess import Preprocess
 from models import lm as language
 from models import vlm as seeing
@@ -42,7 +42,7 @@ GRID_STEP = 8
 
 
 class Tokenizer(Protocol):
-  """What texts are made of; lib/chat.py has three."""
+  """What texts are made of; lib/chat.py has two."""
 
   @property
   def size(self) -> int:
@@ -205,7 +205,7 @@ def of_run(trained: runs.Trained) -> Assistant:
   reduce = {place: dict(given) for place, given in config.reduce.items()
             if given['method'] != 'none'}
   silent = tuple(each for each in (info.pad, info.end, info.image) if each is not None)
-  tokens = Words(info.words, silent) if info.words else Bytes()
+  tokens = Words(info.words, silent) if info.words else Tokens(info.tokenizer)
   made = functools.partial(Assistant, tokens=tokens, ends=(info.end,), reduce=reduce,
                            data=config.data)
   if isinstance(model, LM):
@@ -243,7 +243,7 @@ def _of_checkpoint(path: pathlib.Path, config: Mapping[str, Any], dtype: str) ->
     raise ValueError(f'dtype {dtype!r} is unknown: choose one of {", ".join(DTYPES)}')
   chosen = DTYPES[dtype]
   model = build(config, dtype=chosen, implementation=pick(jax.default_backend(), chosen))
-  tokens, ends = Tokens(path), _ends(path, config)
+  tokens, ends = Tokens.of(path), _ends(path, config)
   check_tokens(tokens, model, ends, path)
   look = anyres.read(path, config, grid=model.tower.grid) if isinstance(model, VLM) else None
   params = weights.load(model, path, dtype=chosen, form='unstacked')

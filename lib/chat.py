@@ -1,4 +1,4 @@
-"""Texts as token ids and back: a checkpoint's chat template and tokenizer, words, bytes.
+"""Texts as token ids and back: a checkpoint's chat template and tokenizer, or a set's words.
 
 A template gives each image one placeholder, which is what models/vlm.py wants.
 """
@@ -73,27 +73,39 @@ class Chat:
 
 
 class Tokens:
-  """Text to token ids and back, by a checkpoint's tokenizer.json.
+  """Text to token ids and back, by a tokenizer.json.
 
   Args:
-    source: the folder with it.
+    content: of the file.
 
   Raises:
-    ValueError: no such file, or the package that reads it is missing.
+    ValueError: the package that reads it is missing.
   """
 
-  def __init__(self, source: str | pathlib.Path):
+  def __init__(self, content: str):
     try:
       import tokenizers
     except ImportError as error:
       raise ValueError('reading tokenizer.json needs a package that is not installed: `pip install '
                        '-r requirements-hub.txt`') from error
+    self._tokenizer = tokenizers.Tokenizer.from_str(content)
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+
+  @classmethod
+  def of(cls, source: str | pathlib.Path) -> Tokens:
+    """Those of a checkpoint.
+
+    Args:
+      source: the folder with tokenizer.json.
+
+    Raises:
+      ValueError: no such file, or the package that reads it is missing.
+    """
     path = pathlib.Path(source) / 'tokenizer.json'
     if not path.exists():
       raise ValueError(f'there is no {path}: give the folder of a checkpoint that has one')
-    self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    self._tokenizer.no_truncation()
-    self._tokenizer.no_padding()
+    return cls(path.read_text())
 
   def encode(self, text: str, *, special: bool) -> list[int]:
     """Ids of a text.
@@ -163,25 +175,6 @@ class Words:
   def size(self) -> int:
     """Number of words."""
     return len(self.words)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-  """Bytes of UTF-8, each a token; the interface of `Tokens`. Ids from 256 on have no text."""
-
-  def encode(self, text: str, *, special: bool = False) -> list[int]:
-    """Bytes of a text; there is nothing special to add."""
-    del special
-    return list(text.encode())
-
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids; what is no UTF-8 becomes U+FFFD."""
-    return bytes(each for each in map(int, ids) if each < 256).decode(errors='replace')
-
-  @property
-  def size(self) -> int:
-    """Number of bytes."""
-    return 256
 
 
 def _template(folder: pathlib.Path, name: str) -> str:

@@ -1,8 +1,9 @@
 """Sets of questions and answers, with or without an image: ragged rows padded to one length.
 
 The sets are those whose features hold 'question' and 'answer', integers up to a vocabulary that the
-set's metadata tells, with the ids of its padding, end and image tokens. A record may hold several
-questions ('kinds' in the metadata); each is an example of its own.
+set's metadata tells, with the ids of its padding, end and image tokens. A record holds several
+questions, each an example of its own, about an image, or about a 'text' that stands in front; they
+are one of each kind, if the metadata name 'kinds'.
 
 Axes: B batch of this process, T tokens of a row, G cells a side, S image side, C channels.
 """
@@ -21,8 +22,8 @@ from lib import data
 from lib.data import EvalBatches, TrainIterator
 
 SIDES = ('left', 'right')
-# Features of a record that are one a question, where a record holds several.
-PER_QUESTION = ('question', 'answer', 'evidence')
+# Features of a record that are one a question.
+PER_QUESTION = ('question', 'answer', 'evidence', 'place', 'depth')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Settings:
     batch_size: rows a step over all processes.
     train_split, test_split: TFDS splits.
     pad_side: 'left' or 'right'.
-    turns: questions of a record that a row of training asks, one after another, each seeing
-      those before it; of kinds that differ. The test split asks one.
+    turns: questions of a record that a row of training asks, one after another, each seeing those
+      before it and their answers. The test split asks one.
     mean, std: one number a channel, for pixels in 0 to 1; of no use to text alone.
     data_dir, threads, prefetch_batches: as in `lib.data.Settings`.
   """
@@ -65,8 +66,9 @@ class Info:
     kinds: names of the kinds of questions, () where there is one kind.
     num_train, num_test: questions of the splits.
     image_shape: (S, S, C), or None.
-    words: what the ids stand for, () where they are bytes.
+    words: what the ids stand for, () where `tokenizer` says.
     answer_length: tokens of the longest answer, its end not counted.
+    tokenizer: the content of a tokenizer.json, '' where ids are words.
   """
 
   vocabulary: int
@@ -79,6 +81,7 @@ class Info:
   image_shape: tuple[int, int, int] | None
   words: tuple[str, ...]
   answer_length: int
+  tokenizer: str = ''
 
 
 def info(config: ml_collections.ConfigDict) -> Info:
@@ -93,7 +96,8 @@ def info(config: ml_collections.ConfigDict) -> Info:
   return Info(meta['vocabulary'], meta['pad'], meta['end'], meta.get('image'),
               tuple(meta.get('kinds', ())), len(train), len(test),
               tuple(features['image'].shape) if 'image' in features else None,
-              tuple(meta.get('words', ())), features['answer'].shape[-1])
+              tuple(meta.get('words', ())), features['answer'].shape[-1],
+              meta.get('tokenizer', ''))
 
 
 def train_iterator(config: ml_collections.ConfigDict, *, seed: int, process_index: int = 0,
@@ -177,46 +181,48 @@ class Reader:
                        f'{", ".join(self.features)}; lib/data.py reads classes of images')
     self.corrupt: dict[int, str] = {}
     self._settings = settings
-    self._kinds = max(1, len(self.meta.get('kinds', ())))
-    if not 1 <= settings.turns <= self._kinds:
-      raise ValueError(f'data.turns={settings.turns} is impossible: {settings.name} asks '
-                       f'{self._kinds} questions of a record')
+    self._each = self.features['answer'].shape[0]
+    if not 1 <= settings.turns <= self._each:
+      raise ValueError(f'data.turns={settings.turns} is impossible: {settings.name} has '
+                       f'{self._each} questions a record')
     self._source = builder.as_data_source(getattr(settings, field), file_format='array_record')
     mean, std = (np.asarray(values, np.float32) for values in (settings.mean, settings.std))
     self._gain, self._bias = 1 / (255 * std), -mean / std
 
   def __len__(self) -> int:
-    return len(self._source) * self._kinds
+    return len(self._source) * self._each
 
   def train_batch(self, examples: np.ndarray, places: np.ndarray,
                   seed: int) -> dict[str, np.ndarray]:
     """See `train_iterator`."""
     # The same rows whatever the number of processes.
-    others = [np.random.default_rng((seed, int(place))).permutation(self._kinds)
+    others = [np.random.default_rng((seed, int(place))).permutation(self._each)
               for place in places]
-    kinds = [[first, *(kind for kind in more.tolist() if kind != first)][:self._settings.turns]
-             for first, more in zip(examples % self._kinds, others, strict=True)]
-    return self._batch(self._load(examples, kinds), len(examples))
+    asked = [[first, *(other for other in more.tolist() if other != first)][:self._settings.turns]
+             for first, more in zip(examples % self._each, others, strict=True)]
+    return self._batch(self._load(examples, asked), len(examples))
 
   def eval_batch(self, examples: np.ndarray, rows: int) -> dict[str, np.ndarray]:
     """See `eval_batches`."""
     mask = (np.arange(rows) < len(examples)).astype(np.float32)
-    kinds = (examples % self._kinds)[:, None].tolist()
-    return self._batch(self._load(examples, kinds), rows) | {'mask': mask}
+    asked = (examples % self._each)[:, None].tolist()
+    return self._batch(self._load(examples, asked), rows) | {'mask': mask}
 
-  def _load(self, examples: np.ndarray, kinds: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+  def _load(self, examples: np.ndarray, asked: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """What is beside each row's first question, and 'turns': (question, answer) of all."""
     found, pad = [], self.meta['pad']
-    records = self._source.__getitems__([int(each) // self._kinds for each in examples])
-    for record, asked in zip(records, kinds, strict=True):
-      each = [{name: record[name][kind] if self._kinds > 1 else record[name]
-               for name in PER_QUESTION if name in record} for kind in asked]
-      turns = [([int(token) for token in one['question'] if token != pad],
-                [*map(int, one['answer']), self.meta['end']]) for one in each]
-      # The image stands in front of the first.
+    records = self._source.__getitems__([int(each) // self._each for each in examples])
+    for record, numbers in zip(records, asked, strict=True):
+      turns = [([int(token) for token in record['question'][number] if token != pad],
+                [*map(int, record['answer'][number]), self.meta['end']]) for number in numbers]
+      # The image stands in front of the first, as a text does.
       turns[1:] = [([token for token in question if token != self.meta.get('image')], answer)
                    for question, answer in turns[1:]]
-      found.append(record | each[0] | {'kind': asked[0], 'turns': turns})
+      if 'text' in record:
+        turns[0] = [*map(int, record['text']), *turns[0][0]], turns[0][1]
+      first = {name: record[name][numbers[0]] for name in PER_QUESTION if name in record}
+      kind = numbers[0] if self.meta.get('kinds') else 0
+      found.append(record | first | {'kind': kind, 'turns': turns})
     return found
 
   def _batch(self, records: list[dict[str, Any]], rows: int) -> dict[str, np.ndarray]:
@@ -228,7 +234,7 @@ class Reader:
     answer = np.zeros(ids.shape, bool)
     batch = {'ids': ids, 'valid': valid, 'answer': answer}
     for name in ('kind', *self.features):
-      if name not in ('question', 'answer'):
+      if name not in ('question', 'answer', 'text'):
         batch[name] = self._column(name, [record[name] for record in records], rows)
     for row, row_parts in enumerate(parts):
       first = settings.context - len(whole[row]) if settings.pad_side == 'left' else 0
@@ -243,7 +249,7 @@ class Reader:
     """One feature of all rows; zeros where there is no record."""
     # A batch of padding alone has no record to tell the shape.
     shape = tuple(self.features[name].shape) if name in self.features else ()
-    shape = shape[1:] if self._kinds > 1 and name in PER_QUESTION else shape
+    shape = shape[1:] if name in PER_QUESTION else shape
     given = np.zeros((rows, *shape), np.asarray(values).dtype if values else np.int32)
     given[:len(values)] = values
     if name == 'image':

@@ -20,7 +20,6 @@ from configs import digit_scenes as scenes_config
 from configs import stdlib_needle as needle_config
 from lib import answers, anyres, assistant, data, overlay, questions, sight
 from lib.anyres import Picture
-from lib.chat import Bytes
 from lib.datasets import digit_scenes, stdlib_needle
 from models.generate import fitted, padded
 
@@ -92,16 +91,19 @@ def test_runs_answer_as_they_were_scored(scenes):
   assert made.prompt('is there a 7 ?', images=1) == [2, *digit_scenes.encode('is there a 7 ?')]
 
 
-def test_runs_on_bytes_answer_texts(needle):
+def test_runs_on_text_answer_with_the_tokens_of_their_set(needle):
   made = assistant.load(needle[0])
-  assert made.tokens == Bytes()
-  assert made.text([*b'caf\xc3\xa9', 257]) == 'café'
-  assert made.prompt('é') == [0xc3, 0xa9]
+  assert made.tokens.size == made.model.vocabulary == stdlib_needle.VOCABULARY
+  text = "café = {'anchor': 1}\n    pass\n"
+  assert made.text([*made.prompt(text), stdlib_needle.END]) == text
   assert made.look is None
   row = questions.example(made.data, 1)
-  assert row['answer'].sum() == 7
-  text = made.text(row['ids'][row['valid']].tolist())
-  assert text.count('# The key of') == 5
+  assert row['answer'].sum() == stdlib_needle.LENGTH + 1
+  ids = row['ids'][row['valid']].tolist()
+  text = made.text(ids)
+  assert text.count('# The password of') == 7
+  # What somebody types is what the model was trained on.
+  assert made.prompt(text) == ids[:-1]
 
 
 @pytest.mark.parametrize('family', [*FAMILIES, 'qwen3'])

@@ -22,7 +22,7 @@ from test_bad_input import said
 from test_parity_lm import config
 
 from lib import assistant, runs
-from lib.chat import Bytes, Words
+from lib.chat import Words
 from models import weights
 from models.generate import Generator, fitted
 from models.lm import from_config
@@ -212,4 +212,3 @@ def test_words_that_are_not_there():
       "'colum' is no word of this model (did you mean 'column'?): it has <pad>, row, column; put "
       'spaces around each')
   assert words.decode([0, 2, 1]) == 'column row'
-  assert Bytes().size == 256

@@ -1,32 +1,45 @@
-"""Keys hidden in real text, the sources of Python's standard library, and asked for at its end.
+"""Passwords hidden in real text, Python's standard library, and asked for at its end.
 
-Axes: T bytes of an example.
+Axes: T tokens of a text, K passwords in it, Q tokens of a question.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import string
 import sysconfig
 import zlib
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+if TYPE_CHECKING:
+  import tokenizers
+
 SEED = 0
-BYTES = 256  # Tokens are bytes.
-PAD, END = BYTES, BYTES + 1
+VOCABULARY = 1024  # Byte pairs, learned from the training split's text.
+PAD, END = 0, 1
 # Files of these folders are tests, or no part of the language.
 SKIPPED = ('test', 'tests', 'idlelib', 'lib2to3', 'site-packages', 'dist-packages', 'turtledemo',
            '__pycache__', 'ensurepip')
 TEST_SHARE = 5  # One module in five is for the test split.
-DEPTHS = 10  # Depths are spread evenly: example i is in tenth i % 10 of its text.
-DIGITS = 6  # Of a key.
-# Names of keys: a letter, which may well stand elsewhere in the text.
-NAMES = string.ascii_uppercase
+DEPTHS = 10  # Depths are spread evenly: password n of the set is in tenth n % 10 of its text.
+LENGTH = 3  # Words of a password.
+LEARNED = 8  # Every eighth line is enough to learn tokens from.
+LONGEST = 16  # Characters of a token, on average, at most.
+# Each of these words is one token, and so is 'password'.
+NAMES = ('anchor', 'bridge', 'copper', 'desert', 'engine', 'forest', 'garden', 'harbor', 'island',
+         'jungle', 'kettle', 'ladder', 'marble', 'needle', 'orange', 'pencil', 'quartz', 'ribbon',
+         'silver', 'timber', 'urchin', 'violet', 'walnut', 'yellow')
+WORDS = ('apple', 'arrow', 'badge', 'basin', 'berry', 'bloom', 'brick', 'candle', 'canyon', 'cedar',
+         'chalk', 'cliff', 'cloud', 'comet', 'coral', 'crane', 'daisy', 'drift', 'eagle', 'ember',
+         'fable', 'falcon', 'fern', 'flint', 'frost', 'glade', 'grape', 'hazel', 'heron', 'honey',
+         'ivory', 'jewel', 'lemon', 'lilac', 'lotus', 'maple', 'meadow', 'melon', 'mint', 'moss',
+         'nectar', 'oasis', 'olive', 'onyx', 'otter', 'pearl', 'pebble', 'plum', 'poppy', 'raven',
+         'reef', 'river', 'robin', 'saddle', 'sage', 'shell', 'slate', 'spruce', 'storm', 'sugar',
+         'thorn', 'tulip', 'velvet', 'willow')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,9 +47,9 @@ class Config(tfds.core.BuilderConfig):
   """One length of text.
 
   Attributes:
-    context: most bytes of text, question and answer.
-    keys: keys hidden in a text; one is asked for.
-    train, test: number of examples.
+    context: most tokens of a text, one question and its answer.
+    keys: K, passwords hidden in a text.
+    train, test: number of texts.
   """
 
   context: int
@@ -46,38 +59,42 @@ class Config(tfds.core.BuilderConfig):
 
 
 class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
-  """Text with keys in it and the question for one of them.
+  """Texts with passwords in them, and the question for each.
 
-  question: uint8[T], bytes: whole lines of source with a line '# The key of NAME is DDDDDD.' for
-  every key, and as the last line the beginning of the asked one again.
-  answer: uint8[6], the digits of the key: they occur once in the text.
-  place: int32, where those digits begin in `question`.
-  depth: float32, that place as a share of the text before the last line.
+  text: uint16[T], tokens: whole lines of source with a line '# The password of NAME is WORD WORD
+  WORD.' for every password.
+  question: uint16[K, Q], the beginning of each of those lines again.
+  answer: uint16[K, 3], the words of the password: no other one in the text has them.
+  place: int32[K], where those words begin in `text`.
+  depth: float32[K], that place as a share of the text.
 
   The two splits take different modules (a module is a file or a folder of the library). The text is
-  that of the Python that prepares the set, so figures hold for one version of it.
+  that of the Python that prepares the set, so figures hold for one version of it. Tokens are byte
+  pairs, learned from the training split's text; 'tokenizer' in the metadata is the tokenizer.json.
   """
 
   VERSION = tfds.core.Version('2.0.0')
   BUILDER_CONFIGS: ClassVar[list[Config]] = [
-      Config(name='256', description='256 bytes', context=256, keys=4, train=40000, test=1000),
-      Config(name='128', description='128 bytes', context=128, keys=3, train=40000, test=1000),
-      Config(name='1k', description='1,024 bytes', context=1024, keys=4, train=8000, test=500),
-      Config(name='4k', description='4,096 bytes', context=4096, keys=4, train=2000, test=200),
-      Config(name='16k', description='16,384 bytes', context=16384, keys=4, train=500, test=100),
+      Config(name='256', description='256 tokens', context=256, keys=6, train=20000, test=200),
+      Config(name='128', description='128 tokens', context=128, keys=6, train=20000, test=200),
+      Config(name='1k', description='1,024 tokens', context=1024, keys=8, train=8000, test=100),
+      Config(name='4k', description='4,096 tokens', context=4096, keys=8, train=1000, test=30),
+      Config(name='16k', description='16,384 tokens', context=16384, keys=8, train=200, test=10),
   ]
   url_infos = None
 
   def _info(self) -> tfds.core.DatasetInfo:
+    keys = self.builder_config.keys
+    shapes = {'text': ((None,), np.uint16), 'question': ((keys, None), np.uint16),
+              'answer': ((keys, LENGTH), np.uint16), 'place': ((keys,), np.int32),
+              'depth': ((keys,), np.float32)}
     return tfds.core.DatasetInfo(
         builder=self,
         description=type(self).__doc__,
         features=tfds.features.FeaturesDict({
-            'question': tfds.features.Tensor(shape=(None,), dtype=np.uint8),
-            'answer': tfds.features.Tensor(shape=(DIGITS,), dtype=np.uint8),
-            'place': tfds.features.Scalar(dtype=np.int32),
-            'depth': tfds.features.Scalar(dtype=np.float32)}),
-        metadata=tfds.core.MetadataDict(vocabulary=END + 1, pad=PAD, end=END),
+            name: tfds.features.Tensor(shape=shape, dtype=dtype)
+            for name, (shape, dtype) in shapes.items()}),
+        metadata=tfds.core.MetadataDict(vocabulary=VOCABULARY, pad=PAD, end=END),
         homepage='https://docs.python.org/3/library',
         disable_shuffling=True)
 
@@ -85,11 +102,12 @@ class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
     del dl_manager
     config = self.builder_config
     train, test = (corpus(files) for files in split(sources()))
-    return {'train': self._generate_examples(train, 0, config.train),
-            'test': self._generate_examples(test, 1, config.test)}
+    tokens = tokenizer(train)
+    self.info.metadata['tokenizer'] = tokens.to_str()
+    return {'train': self._generate_examples(Text(train, tokens), 0, config.train),
+            'test': self._generate_examples(Text(test, tokens), 1, config.test)}
 
-  def _generate_examples(self, text: bytes, stream: int,
-                         count: int) -> Iterator[tuple[int, dict]]:
+  def _generate_examples(self, text: Text, stream: int, count: int) -> Iterator[tuple[int, dict]]:
     for key in range(count):
       yield key, example(text, key, stream, self.builder_config)
 
@@ -113,60 +131,113 @@ def split(modules: dict[str, list[pathlib.Path]]) -> tuple[list[pathlib.Path], l
   return train, test
 
 
-def corpus(files: list[pathlib.Path]) -> bytes:
-  """All files one after another, with plain line ends."""
-  return b''.join(path.read_bytes().replace(b'\r\n', b'\n') + b'\n' for path in files)
+def corpus(files: Sequence[pathlib.Path]) -> str:
+  """All files one after another, with plain line ends; what is no UTF-8 becomes U+FFFD."""
+  return ''.join(path.read_bytes().decode(errors='replace').replace('\r\n', '\n') + '\n'
+                 for path in files)
 
 
-def example(text: bytes, index: int, stream: int, config: Config) -> dict[str, object]:
-  """Example `index` of a split, made from its text: the features of `StdlibNeedle`.
+def tokenizer(text: str) -> tokenizers.Tokenizer:
+  """Byte pairs (arXiv:1508.07909) of a text, and every name and word of passwords as one token.
+
+  Lines are tokens of their own, so that a text is the tokens of its lines one after another.
+
+  Raises:
+    ValueError: the package that learns them is missing.
+  """
+  try:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+  except ImportError as error:
+    raise ValueError('learning tokens needs a package that is not installed: `pip install -r '
+                     'requirements-hub.txt`') from error
+  made = tokenizers.Tokenizer(models.BPE())
+  made.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split('\n', 'merged_with_previous'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False)])
+  made.decoder = decoders.ByteLevel()
+  whole = [f' {word}' for word in ('password', *NAMES, *WORDS)]
+  made.train_from_iterator(text.splitlines(keepends=True)[::LEARNED], trainers.BpeTrainer(
+      vocab_size=VOCABULARY - len(whole), special_tokens=['<pad>', '<end>'], show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  made.add_tokens(whole)
+  assert made.get_vocab_size() == VOCABULARY
+  return made
+
+
+class Text:
+  """Lines to take passages from.
+
+  Args:
+    text: all of them.
+    tokens: what they become.
+
+  Attributes:
+    words: {word of a password, or name: its token, with the space before it}.
+    parts: tokens of what stands before the name, before the words, and after them.
+  """
+
+  def __init__(self, text: str, tokens: tokenizers.Tokenizer):
+    self._lines = text.splitlines(keepends=True)
+    self._edges = np.cumsum([0, *map(len, self._lines)])
+    self._tokens = tokens
+    self.words = {word: tokens.token_to_id(f' {word}') for word in (*NAMES, *WORDS)}
+    self.parts = tuple(tokens.encode(part).ids for part in ('# The password of', ' is', '.\n'))
+
+  def passage(self, start: int, room: int) -> list[list[int]]:
+    """The tokens of whole lines from a line on, `room` at most.
+
+    Raises:
+      ValueError: the text is too short.
+    """
+    last = self._edges[-1] - LONGEST * room
+    if last <= 0:
+      raise ValueError(f'{self._edges[-1]} characters are too few for passages of {room} tokens: '
+                       'choose a shorter context')
+    found: list[list[int]] = []
+    first = start % int(np.searchsorted(self._edges, last))
+    for number in range(first, len(self._lines)):
+      ids = self._tokens.encode(self._lines[number]).ids
+      room -= len(ids)
+      if room < 0:
+        break
+      found.append(ids)
+    return found
+
+
+def example(text: Text, index: int, stream: int, config: Config) -> dict[str, Any]:
+  """Text `index` of a split, with its questions: the features of `StdlibNeedle`.
 
   All choices are raw Philox words of the split and the index, which numpy freezes.
 
   Raises:
-    ValueError: the text is shorter than an example.
+    ValueError: there is too little to take a text from.
   """
   random = np.random.Philox(key=SEED, counter=[0, 0, stream, index])
 
-  def word() -> int:
-    return int(random.random_raw())
+  def drawn(words: Sequence[str], count: int) -> list[int]:
+    places = np.argsort(random.random_raw(len(words)), stable=True)[:count]
+    return [text.words[words[place]] for place in places]
 
-  names = [NAMES[place] for place in np.argsort(random.random_raw(len(NAMES)))[:config.keys]]
-  begins = [f'# The key of {name} is '.encode() for name in names]
-  room = config.context - DIGITS - len(begins[0]) - sum(len(b) + DIGITS + 2 for b in begins)
-  passage = _passage(text, word(), room)
-  keys: list[bytes] = []
-  while len(keys) < config.keys:
-    key = f'{word() % 10 ** DIGITS:0{DIGITS}}'.encode()
-    if key not in passage and key not in keys:
-      keys.append(key)
-  lines = passage.splitlines(keepends=True)
-  edges = np.cumsum([0] + [len(line) for line in lines])
-  # The asked key at the edge of a line nearest to its depth, the others at any edge.
-  depth = (index % DEPTHS + word() % 1000 / 1000) / DEPTHS
-  at = [int(np.argmin(np.abs(edges - depth * edges[-1])))]
-  at += [word() % len(edges) for _ in keys[1:]]
-  # Where several are at one edge, the asked one is anywhere among them.
-  turns = np.argsort(random.random_raw(config.keys)).tolist()
-  filled, place = [], 0
-  for line in range(len(edges)):
-    for number in turns:
-      if at[number] == line:
-        filled.append(begins[number] + keys[number] + b'.\n')
-        if number == 0:
-          place = sum(map(len, filled)) - DIGITS - 2
-    filled += lines[line:line + 1]
-  body = b''.join(filled)
-  return {'question': np.frombuffer(body + begins[0], np.uint8),
-          'answer': np.frombuffer(keys[0], np.uint8),
-          'place': np.int32(place), 'depth': np.float32(place / len(body))}
-
-
-def _passage(text: bytes, start: int, room: int) -> bytes:
-  """Whole lines of the text, `room` bytes at most, that begin somewhere in it."""
-  if len(text) <= 2 * room:
-    raise ValueError(f'{len(text)} bytes of text are too few for passages of {room}: choose a '
-                     'shorter context')
-  start %= len(text) - 2 * room
-  start = text.index(b'\n', start) + 1
-  return text[start:text.rindex(b'\n', start - 1, start + room) + 1]
+  keys, (before, between, after) = config.keys, text.parts
+  names = drawn(NAMES, keys)
+  words = np.asarray(drawn(WORDS, LENGTH * keys)).reshape(keys, LENGTH)
+  asking = [[*before, name, *between] for name in names]
+  hidden = [[*begin, *own, *after] for begin, own in zip(asking, words.tolist(), strict=True)]
+  lines = text.passage(int(random.random_raw()),
+                       config.context - LENGTH - len(asking[0]) - sum(map(len, hidden)))
+  # Each at the edge of a line nearest to its depth, in any order where several are at one.
+  edges = np.cumsum([0, *map(len, lines)])
+  tenths = (index * keys + np.arange(keys)) % DEPTHS
+  depths = (tenths + random.random_raw(keys) % 1000 / 1000) / DEPTHS
+  at = np.abs(edges - depths[:, None] * edges[-1]).argmin(axis=1)
+  body: list[int] = []
+  place = np.zeros(keys, np.int32)
+  for number in range(len(edges)):
+    for key in np.flatnonzero(at == number).tolist():
+      place[key] = len(body) + len(asking[key])
+      body += hidden[key]
+    body += lines[number] if number < len(lines) else []
+  return {'text': np.asarray(body, np.uint16), 'question': np.asarray(asking, np.uint16),
+          'answer': words.astype(np.uint16), 'place': place,
+          'depth': (place / len(body)).astype(np.float32)}
