@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.start = ''  # The workdir of a run to take parameters from.
 
   config.data = dict(
-      name='digit_scenes/64', data_dir='data', context=60, turns=6, batch_size=32,
+      name='digit_scenes/64', data_dir='data', context=60, turns=6, kinds=(), batch_size=32,
       train_split='train', test_split='test', mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   config.model = dict(
       tower=dict(width=96, depth=4, heads=3, mlp=192, patch=8, positions='learned', dropout=0.0),

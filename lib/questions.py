@@ -38,6 +38,7 @@ class Settings:
     pad_side: 'left' or 'right'.
     turns: questions of a record that a row of training asks, one after another, each seeing those
       before it and their answers. The test split asks one.
+    kinds: names of the kinds of questions that are asked, () for all.
     mean, std: one number a channel, for pixels in 0 to 1; of no use to text alone.
     data_dir, threads, prefetch_batches: as in `lib.data.Settings`.
   """
@@ -49,6 +50,7 @@ class Settings:
   test_split: str = 'test'
   pad_side: str = 'right'
   turns: int = 1
+  kinds: tuple[str, ...] = ()
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
   data_dir: str = ''
@@ -181,9 +183,17 @@ class Reader:
                        f'{", ".join(self.features)}; lib/data.py reads classes of images')
     self.corrupt: dict[int, str] = {}
     self._settings = settings
-    self._each = self.features['answer'].shape[0]
+    known = self.meta.get('kinds', ())
+    for kind in settings.kinds:
+      if kind not in known:
+        raise ValueError(f'data.kinds has {kind!r}: {settings.name} has '
+                         f'{", ".join(known) or "one kind of question"}')
+    numbers = range(self.features['answer'].shape[0])
+    # Of a record's questions, those that are asked.
+    self._asked = [each for each in numbers if not settings.kinds or known[each] in settings.kinds]
+    self._each = len(self._asked)
     if not 1 <= settings.turns <= self._each:
-      raise ValueError(f'data.turns={settings.turns} is impossible: {settings.name} has '
+      raise ValueError(f'data.turns={settings.turns} is impossible: {settings.name} asks '
                        f'{self._each} questions a record')
     self._source = builder.as_data_source(getattr(settings, field), file_format='array_record')
     mean, std = (np.asarray(values, np.float32) for values in (settings.mean, settings.std))
@@ -212,7 +222,8 @@ class Reader:
     """What is beside each row's first question, and 'turns': (question, answer) of all."""
     found, pad = [], self.meta['pad']
     records = self._source.__getitems__([int(each) // self._each for each in examples])
-    for record, numbers in zip(records, asked, strict=True):
+    for record, places in zip(records, asked, strict=True):
+      numbers = [self._asked[place] for place in places]
       turns = [([int(token) for token in record['question'][number] if token != pad],
                 [*map(int, record['answer'][number]), self.meta['end']]) for number in numbers]
       # The image stands in front of the first, as a text does.

@@ -264,6 +264,17 @@ def test_training_batches_go_on_where_they_were(place):
     iterator.close()
 
 
+def test_some_kinds_of_questions_alone(place):
+  config = config_of('digit_scenes/64', place, kinds=('left', 'count'))
+  found = questions.info(config)
+  assert (found.kinds, found.num_train, found.num_test) == (digit_scenes.KINDS, 24, 10)
+  whole = [row for batch in questions.eval_batches(config_of('digit_scenes/64', place))
+           for row in zip(batch['kind'], batch['ids'].tolist(), strict=True)]
+  some = [row for batch in questions.eval_batches(config)
+          for row in zip(batch['kind'], batch['ids'].tolist(), strict=True)]
+  assert some[:10] == [row for row in whole[:30] if row[0] in (0, 3)]
+
+
 def test_a_row_of_training_may_ask_everything_about_its_text(place):
   iterator = questions.train_iterator(config_of('stdlib_needle/256', place, context=320, turns=6),
                                       seed=3)
@@ -313,8 +324,11 @@ def test_a_row_of_training_may_ask_everything_about_its_image(side, place, sourc
 
 
 @pytest.mark.parametrize(('name', 'changes', 'message'), [
-    ('digit_scenes/64', {'turns': 7}, 'has 6 questions'),
-    ('stdlib_needle/256', {'turns': 7}, 'has 6 questions'),
+    ('digit_scenes/64', {'turns': 7}, 'asks 6 questions'),
+    ('stdlib_needle/256', {'turns': 7}, 'asks 6 questions'),
+    ('digit_scenes/64', {'turns': 2, 'kinds': ('left',)}, 'asks 1 questions'),
+    ('digit_scenes/64', {'kinds': ('right',)}, 'count, present, cell, left, top_row, corner'),
+    ('stdlib_needle/256', {'kinds': ('left',)}, 'has one kind of question'),
     ('digit_scenes', {}, 'digit_scenes/64, digit_scenes/128'),
     ('stdlib_needle/2k', {}, 'stdlib_needle/16k'),
     ('digits', {}, 'has no questions'),

@@ -74,10 +74,10 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
   photographs ('china.jpg' and 'flower.jpg' of `sklearn.datasets.load_sample_images`).
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.1.0')
   BUILDER_CONFIGS: ClassVar[list[Config]] = [
       Config(name='64', description='4 x 4 cells', cells=4, digits=(3, 6), distractors=(1, 3),
-             train=8000, test=1000),
+             train=24000, test=1000),
       Config(name='128', description='8 x 8 cells', cells=8, digits=(5, 14), distractors=(3, 10),
              train=2000, test=400),
   ]
