@@ -24,7 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = dict(name='stdlib_needle/256', data_dir='data', context=320, turns=6, batch_size=32,
                      train_split='train', test_split='test')
   config.model = dict(
-      lm=dict(width=128, depth=3, mlp=256, heads=4, kv_heads=4, head_width=32, context=2048),
+      lm=dict(width=128, depth=3, mlp=256, heads=4, kv_heads=4, head_width=32, context=2048,
+              tied=True),
       dtype='float32')
   config.reduce = dict(language=reduction())
 

@@ -76,6 +76,7 @@ class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('2.0.0')
   BUILDER_CONFIGS: ClassVar[list[Config]] = [
       Config(name='256', description='256 tokens', context=256, keys=6, train=20000, test=200),
+      Config(name='64', description='64 tokens', context=64, keys=3, train=40000, test=300),
       Config(name='128', description='128 tokens', context=128, keys=6, train=20000, test=200),
       Config(name='1k', description='1,024 tokens', context=1024, keys=8, train=8000, test=100),
       Config(name='4k', description='4,096 tokens', context=4096, keys=8, train=1000, test=30),
