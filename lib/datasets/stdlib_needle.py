@@ -1,6 +1,6 @@
-"""Passwords hidden in real text, Python's standard library, and asked for at its end.
+"""Phrases hidden in real text, Python's standard library, and asked for at its end.
 
-Axes: T tokens of a text, K passwords in it, Q tokens of a question.
+Axes: T tokens of a text, K phrases in it, Q tokens of a question.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PAD, END = 0, 1
 SKIPPED = ('test', 'tests', 'idlelib', 'lib2to3', 'site-packages', 'dist-packages', 'turtledemo',
            '__pycache__', 'ensurepip')
 TEST_SHARE = 5  # One module in five is for the test split.
-DEPTHS = 10  # Depths are spread evenly: password n of the set is in tenth n % 10 of its text.
-LENGTH = 3  # Words of a password.
+DEPTHS = 10  # Depths are spread evenly: phrase n of the set is in tenth n % 10 of its text.
+LENGTH = 3  # Words of a phrase after its first.
 LEARNED = 8  # Every eighth line is enough to learn tokens from.
 LONGEST = 16  # Characters of a token, on average, at most.
-# Each of these words is one token, and so is 'password'.
-NAMES = ('anchor', 'bridge', 'copper', 'desert', 'engine', 'forest', 'garden', 'harbor', 'island',
+# Each of these words is one token, and so is 'Remember'. A phrase begins with one of the first.
+FIRST = ('anchor', 'bridge', 'copper', 'desert', 'engine', 'forest', 'garden', 'harbor', 'island',
          'jungle', 'kettle', 'ladder', 'marble', 'needle', 'orange', 'pencil', 'quartz', 'ribbon',
          'silver', 'timber', 'urchin', 'violet', 'walnut', 'yellow')
 WORDS = ('apple', 'arrow', 'badge', 'basin', 'berry', 'bloom', 'brick', 'candle', 'canyon', 'cedar',
@@ -48,7 +48,7 @@ class Config(tfds.core.BuilderConfig):
 
   Attributes:
     context: most tokens of a text, one question and its answer.
-    keys: K, passwords hidden in a text.
+    keys: K, phrases hidden in a text.
     train, test: number of texts.
   """
 
@@ -59,12 +59,12 @@ class Config(tfds.core.BuilderConfig):
 
 
 class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
-  """Texts with passwords in them, and the question for each.
+  """Texts with phrases in them, and the question for each.
 
-  text: uint16[T], tokens: whole lines of source with a line '# The password of NAME is WORD WORD
-  WORD.' for every password.
-  question: uint16[K, Q], the beginning of each of those lines again.
-  answer: uint16[K, 3], the words of the password: no other one in the text has them.
+  text: uint16[T], tokens: whole lines of source with a line '# Remember: FIRST WORD WORD WORD.' for
+  every phrase.
+  question: uint16[K, Q], the beginning of each of those lines again, with the phrase's first word.
+  answer: uint16[K, 3], the other words: no other phrase of the text has any of them.
   place: int32[K], where those words begin in `text`.
   depth: float32[K], that place as a share of the text.
 
@@ -75,9 +75,8 @@ class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
 
   VERSION = tfds.core.Version('2.0.0')
   BUILDER_CONFIGS: ClassVar[list[Config]] = [
-      Config(name='256', description='256 tokens', context=256, keys=6, train=20000, test=200),
       Config(name='64', description='64 tokens', context=64, keys=3, train=40000, test=300),
-      Config(name='128', description='128 tokens', context=128, keys=6, train=20000, test=200),
+      Config(name='256', description='256 tokens', context=256, keys=6, train=20000, test=200),
       Config(name='1k', description='1,024 tokens', context=1024, keys=8, train=8000, test=100),
       Config(name='4k', description='4,096 tokens', context=4096, keys=8, train=1000, test=30),
       Config(name='16k', description='16,384 tokens', context=16384, keys=8, train=200, test=10),
@@ -139,7 +138,7 @@ def corpus(files: Sequence[pathlib.Path]) -> str:
 
 
 def tokenizer(text: str) -> tokenizers.Tokenizer:
-  """Byte pairs (arXiv:1508.07909) of a text, and every name and word of passwords as one token.
+  """Byte pairs (arXiv:1508.07909) of a text, and every word of phrases as one token.
 
   Lines are tokens of their own, so that a text is the tokens of its lines one after another.
 
@@ -157,7 +156,7 @@ def tokenizer(text: str) -> tokenizers.Tokenizer:
       pre_tokenizers.Split('\n', 'merged_with_previous'),
       pre_tokenizers.ByteLevel(add_prefix_space=False)])
   made.decoder = decoders.ByteLevel()
-  whole = [f' {word}' for word in ('password', *NAMES, *WORDS)]
+  whole = [f' {word}' for word in ('Remember', *FIRST, *WORDS)]
   made.train_from_iterator(text.splitlines(keepends=True)[::LEARNED], trainers.BpeTrainer(
       vocab_size=VOCABULARY - len(whole), special_tokens=['<pad>', '<end>'], show_progress=False,
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -174,16 +173,16 @@ class Text:
     tokens: what they become.
 
   Attributes:
-    words: {word of a password, or name: its token, with the space before it}.
-    parts: tokens of what stands before the name, before the words, and after them.
+    words: {word of a phrase: its token, with the space before it}.
+    parts: tokens of what stands before a phrase and after it.
   """
 
   def __init__(self, text: str, tokens: tokenizers.Tokenizer):
     self._lines = text.splitlines(keepends=True)
     self._edges = np.cumsum([0, *map(len, self._lines)])
     self._tokens = tokens
-    self.words = {word: tokens.token_to_id(f' {word}') for word in (*NAMES, *WORDS)}
-    self.parts = tuple(tokens.encode(part).ids for part in ('# The password of', ' is', '.\n'))
+    self.words = {word: tokens.token_to_id(f' {word}') for word in (*FIRST, *WORDS)}
+    self.parts = tuple(tokens.encode(part).ids for part in ('# Remember:', '.\n'))
 
   def passage(self, start: int, room: int) -> list[list[int]]:
     """The tokens of whole lines from a line on, `room` at most.
@@ -220,10 +219,10 @@ def example(text: Text, index: int, stream: int, config: Config) -> dict[str, An
     places = np.argsort(random.random_raw(len(words)), stable=True)[:count]
     return [text.words[words[place]] for place in places]
 
-  keys, (before, between, after) = config.keys, text.parts
-  names = drawn(NAMES, keys)
+  keys, (before, after) = config.keys, text.parts
+  first = drawn(FIRST, keys)
   words = np.asarray(drawn(WORDS, LENGTH * keys)).reshape(keys, LENGTH)
-  asking = [[*before, name, *between] for name in names]
+  asking = [[*before, word] for word in first]
   hidden = [[*begin, *own, *after] for begin, own in zip(asking, words.tolist(), strict=True)]
   lines = text.passage(int(random.random_raw()),
                        config.context - LENGTH - len(asking[0]) - sum(map(len, hidden)))
