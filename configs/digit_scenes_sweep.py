@@ -30,7 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
   config = digit_scenes.get_config()
   config.data.batch_size = 250
   config.sweep = dict(
-      title='Digits on photographs, 64 visual tokens, no training', sets=(('digit_scenes/64', 12),),
+      title='Digits on photographs, 64 visual tokens and 12 of text, no training',
+      sets=(('digit_scenes/64', 12),),
       candidates=CANDIDATES, budgets=(0.5, 0.25, 0.125), rounds=6,
       baselines=('random', 'stride', 'pool', 'random in layer 1'))
   return config

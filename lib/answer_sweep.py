@@ -158,16 +158,14 @@ class Sweep:
     return self._info[name].kinds or TENTHS
 
   def _cost(self, name, model):
-    """Tokens a layer, mean over layers; products and cache of one prompt."""
+    """Tokens a layer, image and text, and their mean over layers; MACs and cache of a prompt."""
     context, seen, visual = self._sets[name].context, 0, 0
     lm = model
     if not isinstance(model, LM):
       seen, lm = cost.of(model.tower).macs, model.lm
       visual = answers.visual_tokens(model)
     read = lm_cost.of(lm, context + visual, room=1 + self._info[name].answer_length)
-    # Of a prompt with an image, what is counted is the image.
-    text = context if visual else 0
-    left = [layer.cached - text for layer in read.layers]
+    left = [layer.cached for layer in read.layers]
     return {'tokens': left, 'kept_mean': sum(left) / len(left), 'gmacs': (seen + read.macs) / 1e9,
             'kv_mb': read.kv_bytes / 1e6}
 

@@ -113,7 +113,7 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
     assert 0 <= row['accuracy'] <= 1
     assert set(row['by']) == set(info.kinds or answer_sweep.TENTHS)
   assert rows[0]['gmacs_ratio'] == 1
-  assert rows[0]['kept_mean'] == (16 if info.kinds else CONTEXT)
+  assert rows[0]['kept_mean'] == CONTEXT + (16 if info.kinds else 0)
   assert all(row['kept_mean'] < rows[0]['kept_mean'] for row in rows[1:])
   sweep.show(rows, tmp_path)
   drawn = sorted(path.name for path in tmp_path.glob('*.png'))
