@@ -289,11 +289,13 @@ def table(rows):
             f'{row["token_above_floor"]:.1f}x', f'{100 * row["temporaries_share"]:.1f}',
             f'{row["first_compile_s"]:.1f} + {row["token_compile_s"]:.1f}'] for row in rows]
   about = rows[-1]
+  rounds = {row['model']: f'{row["model"]} {row["reading_rounds"]} rounds of reading and '
+                          f'{row["decoding_rounds"]} of decoding {row["decoded"]} tokens'
+            for row in rows}
   head = (f'Batch 1, {about["dtype"]}, {about["cores"]} cores of {about["cpu"]}, jax '
-          f'{about["jax"]}, {about["date"]}; medians [quartiles] of {about["reading_rounds"]} '
-          f'rounds of reading and {about["decoding_rounds"]} of decoding '
-          f'{about["decoded"]} tokens (lm). MACs, bytes and KV are shares of the unreduced '
-          "model's; bytes are the weights and cache that a decode step reads. "
+          f'{about["jax"]}, {about["date"]}; medians [quartiles]: {"; ".join(rounds.values())}. '
+          "MACs, bytes and KV are shares of the unreduced model's; bytes are the weights and cache "
+          'that a decode step reads. '
           'tools/decode_bench.py says what the rest means.')
   body = [titles, ['---'] * len(titles), *cells]
   return head + '\n\n' + '\n'.join('| ' + ' | '.join(line) + ' |' for line in body) + '\n'
