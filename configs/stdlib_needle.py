@@ -10,7 +10,7 @@ results/stdlib_needle/ came of three runs, one after another; the second was sto
   python -m train --config=configs/stdlib_needle.py --workdir=runs/needle \\
       --config.start=runs/needle_2 --config.data.name=stdlib_needle/256 --config.data.turns=6 \\
       --config.data.context=320 --config.data.batch_size=16 --config.total_steps=300 \\
-      --config.optimizer.warmup_steps=50 --config.eval_steps=100
+      --config.optimizer.warmup_steps=50 --config.eval_steps=100 --config.checkpoint_steps=100
 """
 
 import ml_collections
