@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from lib import answers, checkpoint, cost, lm_cost, questions, report, sharding, tasks, timing
 from models.lm import LM
+from models.stack import to_form
 
 TENTHS = tuple(f'{10 * tenth} %' for tenth in range(10))
 
@@ -138,7 +139,7 @@ class Sweep:
     if found is None:
       raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
                               f'python -m train --config=configs/<task>.py --workdir={workdir}')
-    return found[0], answers.unstacked(model, found[1])
+    return found[0], to_form(found[1], 'unstacked')
 
   def _model(self, name, reduce):
     mesh = self.mesh if self.mesh.size > 1 else None

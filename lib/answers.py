@@ -23,7 +23,6 @@ from lib.tasks import Learner
 from models.build import DTYPES
 from models.lm import LM
 from models.plan import make_cache_plan, make_plan
-from models.stack import unstack
 from models.vit import ViT
 from models.vlm import VLM, Images, at_door
 from ops.attention import pick
@@ -140,20 +139,6 @@ def inputs(model: LM | VLM, batch: Mapping[str, Array]) -> tuple[Any, ...]:
   if isinstance(model, LM):
     return batch['ids'], batch['valid']
   return batch['ids'], batch['valid'], Images(batch['image'][:, None])
-
-
-def unstacked(model: LM | VLM, params: Any) -> Any:
-  """Parameters with the blocks as tuples: decoding then copies no weights."""
-
-  def of(part: Any, depth: int) -> Any:
-    stack = part['stack']
-    blocks = jax.jit(unstack, static_argnums=1)(stack['blocks'], depth)
-    return {**part, 'stack': {**stack, 'blocks': blocks}}
-
-  if isinstance(model, LM):
-    return of(params, model.depth)
-  return {**params, 'tower': of(params['tower'], model.tower.depth),
-          'lm': of(params['lm'], model.lm.depth)}
 
 
 def apply(model: LM | VLM, params: Any, batch: Mapping[str, Array],

@@ -32,6 +32,7 @@ from models.build import DTYPES
 from models.families import LM_FAMILIES
 from models.generate import Generator, fitted
 from models.lm import LM
+from models.stack import to_form
 from models.vlm import VLM, Images
 from models.weights import files
 from ops.attention import pick
@@ -209,13 +210,13 @@ def of_run(trained: runs.Trained) -> Assistant:
   made = functools.partial(Assistant, tokens=tokens, ends=(info.end,), reduce=reduce,
                            data=config.data)
   if isinstance(model, LM):
-    return made(model.clone(plan=None, cache_plan=None), answers.unstacked(model, trained.params))
+    return made(model.clone(plan=None, cache_plan=None), to_form(trained.params, 'unstacked'))
   plain = model.clone(tower=model.tower.clone(plan=None), door=None,
                       lm=model.lm.clone(plan=None, cache_plan=None))
   side = info.image_shape[0]
   steps = Preprocess((side, side), Image.Resampling.BICUBIC.value, None, 1 / 255,
                      tuple(config.data.mean), tuple(config.data.std))
-  return made(plain, answers.unstacked(plain, trained.params),
+  return made(plain, to_form(trained.params, 'unstacked'),
               look=Square(steps, model.tower.grid[0]))
 
 

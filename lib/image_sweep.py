@@ -16,7 +16,7 @@ from models import weights
 from models.build import build, pretrained
 from models.compressors import COMPRESSORS
 from models.plan import methods
-from models.stack import best_form, unstack
+from models.stack import best_form, to_form
 
 
 @struct.dataclass
@@ -65,7 +65,8 @@ class Sweep:
               **sweep.overrides.get(method, {})}
     vit = build(config.model, reduce, macs=cost.solver, platform=platform,
                 mesh=self.mesh if self.mesh.size > 1 else None, task=config.get('task'))
-    params = fastest(vit, complete(vit, self.params, seed=config.seed), platform)
+    params = to_form(complete(vit, self.params, seed=config.seed),
+                     best_form(vit.plan, platform=platform))
     return Candidate(vit, params, *compiled(vit, params, self.batches[0][1]['image']))
 
   def measure(self, row):
@@ -188,14 +189,6 @@ def complete(vit, trained, *, seed):
     return {name: stack[name] for name in learned}
 
   return trained | {'stack': jax.jit(fresh)(jax.random.key(seed)) | trained['stack']}
-
-
-def fastest(vit, params, platform):
-  """Parameters in the form that runs fastest on a platform."""
-  if best_form(vit.plan, platform=platform) == 'stacked':
-    return params
-  blocks = unstack(params['stack']['blocks'], vit.depth)
-  return params | {'stack': params['stack'] | {'blocks': blocks}}
 
 
 def compiled(vit, params, images):

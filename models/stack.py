@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -62,6 +62,24 @@ def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
 def restack(layers: tuple[Any, ...]) -> Any:
   """A tuple of L trees as one [L, ...] tree."""
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def to_form(params: Any, form: str) -> Any:
+  """A model's parameters with the blocks of each of its stacks in a form.
+
+  Args:
+    params: of the model or of several, such as a tower and a language model, the blocks stacked.
+    form: 'stacked', which changes nothing, or 'unstacked': a tuple of layers. Decoding over a tuple
+      copies no weights.
+  """
+  if form == 'stacked' or not isinstance(params, Mapping):
+    return params
+  if 'stack' not in params:
+    return {name: to_form(part, form) for name, part in params.items()}
+  blocks = params['stack']['blocks']
+  depth = jax.tree.leaves(blocks)[0].shape[0]
+  blocks = jax.jit(unstack, static_argnums=1)(blocks, depth)
+  return {**params, 'stack': {**params['stack'], 'blocks': blocks}}
 
 
 def best_form(plan: Plan | None, *, platform: str) -> str:

@@ -29,6 +29,8 @@ IMPLEMENTATIONS = ('xla', 'cudnn', 'splash')
 LOWEST_BIAS = -3e4
 # The least weight of a key: a weight of 0 keeps a finite bias and a finite gradient.
 TINY = 1e-20
+# Entries of the map, of one row and head, that XLA forms at a time: 1,024 x 1,024 whole.
+_MAP = 2 ** 20
 _LANES = 128  # Block lengths on a TPU are multiples of this.
 _GROUP_ROWS = 2 ** 15  # Heads times queries that one call of a TPU kernel takes, or one row of it.
 
@@ -49,7 +51,8 @@ class Attended:
 def pick(platform: str, dtype: Any) -> str:
   """The implementation for a platform ('cpu', 'gpu', 'cuda', 'tpu', ...) and a dtype.
 
-  cuDNN takes half precision only. XLA elsewhere: it forms the whole map, and is exact in float32.
+  cuDNN takes half precision only. XLA elsewhere: it forms the map, a part at a time where that is
+  large, and is exact in float32.
   """
   half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
   if platform in ('gpu', 'cuda') and half:
@@ -85,22 +88,22 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
   """
   _check(q, k, v, bias)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  implementations = {'xla': _xla, 'cudnn': _cudnn, 'splash': _splash}
-  if implementation not in implementations:
+  if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'unknown attention implementation {implementation!r}; pick one of '
                      f'{", ".join(IMPLEMENTATIONS)}')
   if window is not None and implementation != 'xla':
     raise ValueError(f'implementation {implementation!r} has no window of {window} positions: use '
                      "implementation='xla', or shorter inputs, which need no window")
-  if implementation == 'xla' and (causal or positions is not None):
-    last = jnp.arange(q.shape[1]) if positions is None else positions
-    return Attended(*_weigh(_logits(q, k, bias, scale, last, positions, window), q, v))
+  if implementation == 'xla':
+    last = jnp.arange(q.shape[1])[None] if causal and positions is None else positions
+    return Attended(*_xla(q, k, v, bias, scale, last, positions, window))
+  fused = {'cudnn': _cudnn, 'splash': _splash}[implementation]
   if positions is None:
-    return Attended(*implementations[implementation](causal, scale, q, k, v, bias))
+    return Attended(*fused(causal, scale, q, k, v, bias))
   # Kernels mask by slot, so the slots take the order of their positions, and go back.
   order = jnp.argsort(positions, axis=1)
   q, k, v, bias = (x if x is None else _rearranged(x, order) for x in (q, k, v, bias))
-  found = implementations[implementation](True, scale, q, k, v, bias)
+  found = fused(True, scale, q, k, v, bias)
   back = jnp.argsort(order, axis=1)
   return Attended(*(_rearranged(x, back) for x in found))
 
@@ -352,6 +355,12 @@ def _cut(x: Array, chunk: int) -> Array:
   return jnp.moveaxis(x.reshape(x.shape[0], steps, chunk, *x.shape[2:]), 1, 0)
 
 
+def _joined(chunks: Array) -> Array:
+  """[B, N, ...] of chunks [C, B, chunk, ...]."""
+  chunks = jnp.moveaxis(chunks, 0, 1)
+  return chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
+
+
 def _highest(q: Array, k: Array, bias: Array | None, scale: float | None,
              chunk: int = 64) -> Array:
   """The largest logit of every row, float32[B, N, H]; a constant to gradients."""
@@ -362,14 +371,27 @@ def _highest(q: Array, k: Array, bias: Array | None, scale: float | None,
   return jnp.swapaxes(found[..., :q.shape[1]], 1, 2)
 
 
-# Implementations: (causal, scale, q, k, v, bias) -> out, lse.
-
-
-def _xla(causal: bool, scale: float, q: Array, k: Array, v: Array,
-         bias: Array | None) -> tuple[Array, Array]:
+def _xla(q: Array, k: Array, v: Array, bias: Array | None, scale: float, last: Array | None,
+         positions: Array | None, window: int | None) -> tuple[Array, Array]:
+  """out and lse, of as many queries at a time as `_MAP` allows; the arguments are `_logits`'."""
   # Not jax.nn.dot_product_attention: it rounds the log-sum-exp to the dtype of the keys, which puts
   # bfloat16 rows wrong by percents, and cuts its gradient.
-  return _weigh(_logits(q, k, bias, scale, jnp.arange(q.shape[1]) if causal else None), q, v)
+  # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
+  @jax.checkpoint
+  def some(item: Any) -> tuple[Array, Array]:
+    q, last = item
+    return _weigh(_logits(q, k, bias, scale, last, positions, window), q, v)
+
+  length = q.shape[1]
+  chunk = max(1, _MAP // k.shape[1])
+  if length <= chunk:
+    return _weigh(_logits(q, k, bias, scale, last, positions, window), q, v)
+  # What a whole number of chunks leaves over goes first, so that nothing is padded.
+  rest = length % chunk
+  first = some(jax.tree.map(lambda x: x[:, :rest], (q, last)))
+  found = jax.lax.map(some, jax.tree.map(lambda x: _cut(x[:, rest:], chunk), (q, last)))
+  return jax.tree.map(
+      lambda first, found: jnp.concatenate([first, _joined(found)], axis=1), first, found)
 
 
 def _weigh(logits: Array, q: Array, v: Array) -> tuple[Array, Array]:
@@ -381,6 +403,9 @@ def _weigh(logits: Array, q: Array, v: Array) -> tuple[Array, Array]:
   out = jnp.einsum('bkgns,bskd->bnkgd',
                    weights.reshape(batch, kv_heads, heads // kv_heads, length, keys), v)
   return out.reshape(q.shape).astype(q.dtype), jnp.swapaxes(lse, 1, 2)
+
+
+# Fused implementations: (causal, scale, q, k, v, bias) -> out, lse.
 
 
 def _cudnn(causal: bool, scale: float, q: Array, k: Array, v: Array,

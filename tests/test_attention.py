@@ -307,6 +307,35 @@ def test_scores_hold_no_map(differentiate):
   assert largest(row) <= q.size
 
 
+@pytest.mark.parametrize('kind', ['all', 'causal', 'window', 'positions'])
+def test_a_large_map_is_formed_in_parts(kind, monkeypatch):
+  length, chunk = 90, 16
+  q, k, v = inputs(length=length, heads=4, kv_heads=2, features=8)
+  bias = make_bias('sizes', 2, length)
+  positions = jnp.asarray(np.stack([np.random.default_rng(seed).permutation(length)
+                                    for seed in range(2)]), jnp.int32)
+  arguments = {'all': {}, 'causal': {'causal': True}, 'window': {'causal': True, 'window': 20},
+               'positions': {'positions': positions}}[kind]
+
+  def found():
+    """Gradients and results, and the size of the largest buffer; a function traced anew."""
+
+    def loss(q, k, v, bias):
+      attended = attention.attend(q, k, v, bias=bias, **arguments)
+      return jnp.sum(attended.out ** 2) + jnp.sum(attended.lse ** 2), attended
+
+    run = jax.grad(loss, (0, 1, 2, 3), has_aux=True)
+    return run(q, k, v, bias), max(buffers(jax.make_jaxpr(run)(q, k, v, bias).jaxpr))
+
+  whole, largest = found()
+  entries = 2 * 4 * length * length
+  assert largest >= entries
+  monkeypatch.setattr(attention, '_MAP', chunk * length)
+  parts, largest = found()
+  assert largest <= entries * chunk // length
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), parts, whole)
+
+
 def test_fused_attention_is_given_no_map():
   length = 640
   q, k, v = inputs(batch=1, length=length, heads=1, features=8)

@@ -23,7 +23,7 @@ from absl import flags
 from lib import cli, data, image_sweep, launch, report, sharding, timing
 from models.buckets import Buckets
 from models.build import build
-from models.stack import best_form, unstack
+from models.stack import best_form, to_form
 
 SIZES = flags.DEFINE_list('sizes', None, 'Capacities in slots; four even steps if unset.')
 ROWS = flags.DEFINE_integer('rows', 8, 'Rows that share a bucket where a batch is sorted.')
@@ -39,9 +39,7 @@ def main(argv):
   mesh = sharding.make_mesh(config.mesh)
   step, params = image_sweep.load(config, pathlib.Path(launch.WORKDIR.value), mesh)
   vit = build(config.model, config.reduce.vision, task=config.get('task'))
-  if best_form(vit.plan, platform=jax.default_backend()) == 'unstacked':
-    blocks = unstack(params['stack']['blocks'], vit.depth)
-    params = params | {'stack': params['stack'] | {'blocks': blocks}}
+  params = to_form(params, best_form(vit.plan, platform=jax.default_backend()))
   sizes = SIZES.value and [int(size) for size in SIZES.value]
   whole = Buckets(vit, params, sizes=sizes)
   sorted_ = Buckets(vit, params, sizes=sizes, rows=ROWS.value)

@@ -33,7 +33,7 @@ from lib import answers, cli, cost, jaxpr_cost, lm_cost, report, timing
 from lib.questions import Info
 from models.lm import LM
 from models.plan import make_cache_plan, make_plan
-from models.stack import unstack
+from models.stack import to_form
 from models.vlm import Images
 from ops.positions import Rope
 from ops.tokens import SPECIAL, TEXT
@@ -255,15 +255,7 @@ CASES = {'scenes': scenes, 'lm': language}
 def weights(case):
   """Random parameters, the blocks as a tuple, in which decoding copies none."""
   params = jax.jit(case.model.init)(jax.random.key(1), *case.inputs)['params']
-
-  def apart(part):
-    blocks = part['stack']['blocks']
-    depth = len(jax.tree.leaves(blocks)[0])
-    return part | {'stack': part['stack'] | {'blocks': unstack(blocks, depth)}}
-
-  if 'stack' in params:
-    return apart(params)
-  return params | {name: apart(params[name]) for name in ('tower', 'lm')}
+  return to_form(params, 'unstacked')
 
 
 def _read_by_steps(params):

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from lib import cli, cost, data, image_sweep, launch, report, sharding, tasks
 from models.build import build
 from models.compressors import COMPRESSORS
-from models.stack import best_form, unstack
+from models.stack import best_form, to_form
 from models.vit import ViT
 
 FOLDER = pathlib.Path('configs/reproduce')
@@ -157,9 +157,7 @@ def accuracies(name: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str
                                                    'unreduced_top1': vit.clone(plan=None)}
   task, found = tasks.of(config), {}
   for key, made in models.items():
-    own = dict(params)
-    if best_form(made.plan, platform=platform) == 'unstacked':
-      own['stack'] = {**own['stack'], 'blocks': unstack(own['stack']['blocks'], made.depth)}
+    own = to_form(params, best_form(made.plan, platform=platform))
     run = jax.jit(lambda p, x, made=made: made.apply({'params': p}, x)[0])
     counts = []
     for batch in data.eval_batches(config.data):

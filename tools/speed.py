@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from lib import cli, cost, jaxpr_cost, report, timing
 from models.plan import Plan, make_plan, methods
-from models.stack import best_form, unstack
+from models.stack import best_form, to_form
 from models.vit import make_vit
 from ops import attention
 from ops import tokens as tk
@@ -206,8 +206,7 @@ def forward(vit, plan, trained, images):
   if plan is not None and isinstance(plan.method, nn.Module):
     fresh = jax.jit(vit.init)(jax.random.key(1), images[:1])['params']
     params['stack'] = {**fresh['stack'], **trained['stack']}
-  if best_form(plan, platform=jax.default_backend()) == 'unstacked':
-    params['stack'] = {**params['stack'], 'blocks': unstack(params['stack']['blocks'], vit.depth)}
+  params = to_form(params, best_form(plan, platform=jax.default_backend()))
   return lambda p, x: vit.apply({'params': p}, x)[0], (params, images)
 
 

@@ -34,6 +34,7 @@ from lib import cli, cost, data, image_sweep, launch, report, sharding, tasks, t
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.plan import methods
+from models.stack import best_form, to_form
 
 UNTRAINED = 'its own parameters are untrained'
 
@@ -192,7 +193,7 @@ def measured(entry, trained, mesh):
         made = made or train.setup(entry.training, mesh)
         params = tuned(made, entry, params, seed, mesh)
       params = image_sweep.complete(vit, params, seed=seed)
-      params = image_sweep.fastest(vit, params, mesh.devices.flat[0].platform)
+      params = to_form(params, best_form(vit.plan, platform=mesh.devices.flat[0].platform))
       batches = test_batches(entry.config)
       run = run or image_sweep.compiled(vit, params, jnp.asarray(batches[0]['image']))[0]
       row |= judged(functools.partial(run, params), vit, batches, tasks.of(entry.config))

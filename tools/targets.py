@@ -31,7 +31,7 @@ from lib.images import loss
 from lib.topology import EXAMPLES, count, missing, topology_mesh
 from models.build import build
 from models.plan import make_method, methods
-from models.stack import best_form, unstack
+from models.stack import best_form, to_form
 from models.vit import make_vit
 
 TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.')
@@ -138,9 +138,8 @@ def compiled(target, step, method):
 def evaluation(vit, mesh, images, rows, whole):
   """Logits of a batch; parameters whole on every device, so that nothing need be gathered."""
   shapes = jax.eval_shape(functools.partial(start, vit), jax.random.key(0))
-  if best_form(vit.plan, platform=mesh.devices.flat[0].platform) == 'unstacked':
-    blocks = jax.eval_shape(functools.partial(unstack, depth=vit.depth), shapes['stack']['blocks'])
-    shapes['stack'] = {**shapes['stack'], 'blocks': blocks}
+  form = best_form(vit.plan, platform=mesh.devices.flat[0].platform)
+  shapes = jax.eval_shape(functools.partial(to_form, form=form), shapes)
   places = jax.tree.map(lambda _: whole, shapes)
   run = jax.jit(lambda params, images: vit.apply({'params': params}, images)[0],
                 out_shardings=rows)

@@ -42,7 +42,7 @@ from configs.common import VLM_SHARDING
 from lib import answers, cli, lm_cost, programs, report, sharding, timing
 from lib.topology import MEMORY_GB, count, missing, topology_mesh
 from models.plan import make_plan
-from models.stack import unstack
+from models.stack import to_form
 from models.vlm import Images, make_vlm
 from ops.attention import pick
 from train import State, decayed
@@ -290,10 +290,7 @@ def serving(vlm, mesh):
   """
   shapes = jax.eval_shape(functools.partial(fresh, vlm), jax.random.key(0))
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, vlm.lm.dtype), shapes)
-  for name, part in (('tower', vlm.tower), ('lm', vlm.lm)):
-    stack = shapes[name]['stack']
-    blocks = jax.eval_shape(functools.partial(unstack, depth=part.depth), stack['blocks'])
-    shapes = shapes | {name: shapes[name] | {'stack': stack | {'blocks': blocks}}}
+  shapes = jax.eval_shape(functools.partial(to_form, form='unstacked'), shapes)
   return sharding.shapes(shapes, sharding.place(shapes, VLM_SHARDING, mesh))
 
 

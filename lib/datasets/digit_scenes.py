@@ -9,6 +9,7 @@ reduction may throw away depends on the question.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ EMPTY, DISTRACTOR = 0, 11  # Labels of cells; 1 + d is the digit d.
 # The part of a photograph's columns that training sees; the test split has the rest.
 TRAIN_COLUMNS = 0.65
 KINDS = ('count', 'present', 'cell', 'left', 'top_row', 'corner')
+EACH_DIGIT = tuple(f'present_{digit}' for digit in range(10))
 CORNERS = ('top left', 'top right', 'bottom left', 'bottom right')
 PAD, END, IMAGE = 0, 1, 2
 MOST = 80  # The largest number that is a word: a row of eight digits adds up to 72.
@@ -41,6 +43,7 @@ class Config(tfds.core.BuilderConfig):
     cells: G, cells a side.
     digits, distractors: (fewest, most) in a scene.
     train, test: number of scenes.
+    kinds: of the questions about each.
   """
 
   cells: int
@@ -48,6 +51,7 @@ class Config(tfds.core.BuilderConfig):
   distractors: tuple[int, int]
   train: int
   test: int
+  kinds: tuple[str, ...] = KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Question:
 
 
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
-  """Scenes of handwritten digits on photographs, with six questions each.
+  """Scenes of handwritten digits on photographs, with six questions each, or ten.
 
   image: uint8[S, S, 3], S = 16 G: a crop of a photograph, dimmed by half, with digits and
   distractors (a digit's strokes, shuffled in blocks) in cells of their own.
@@ -69,7 +73,8 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
   answer: uint8[K, 1], one word.
   evidence: uint8[K, G, G], 1 for the cells that the answer depends on.
 
-  Question k is of kind k in `KINDS`. Digits and photographs come with scikit-learn; the two splits
+  Question k is of kind k in the config's `kinds`: `KINDS`, or, to train on, whether each of the ten
+  digits is there. Digits and photographs come with scikit-learn; the two splits
   have disjoint digits, those of `digits.Digits`, whose source they share, and disjoint parts of the
   photographs ('china.jpg' and 'flower.jpg' of `sklearn.datasets.load_sample_images`).
   """
@@ -78,13 +83,15 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
   BUILDER_CONFIGS: ClassVar[list[Config]] = [
       Config(name='64', description='4 x 4 cells', cells=4, digits=(3, 6), distractors=(1, 3),
              train=24000, test=1000),
+      Config(name='64_present', description='4 x 4 cells, each digit asked for', cells=4,
+             digits=(3, 6), distractors=(1, 3), train=24000, test=200, kinds=EACH_DIGIT),
       Config(name='128', description='8 x 8 cells', cells=8, digits=(5, 14), distractors=(3, 10),
              train=2000, test=400),
   ]
   url_infos = None
 
   def _info(self) -> tfds.core.DatasetInfo:
-    cells, kinds = self.builder_config.cells, len(KINDS)
+    cells, kinds = self.builder_config.cells, len(self.builder_config.kinds)
     shapes = {'image': (cells * DIGIT, cells * DIGIT, 3), 'cells': (cells, cells),
               'question': (kinds, LONGEST), 'answer': (kinds, 1), 'evidence': (kinds, cells, cells)}
     return tfds.core.DatasetInfo(
@@ -94,7 +101,8 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
             name: tfds.features.Tensor(shape=shape, dtype=np.uint8)
             for name, shape in shapes.items()}),
         metadata=tfds.core.MetadataDict(
-            vocabulary=len(WORDS), pad=PAD, end=END, image=IMAGE, kinds=list(KINDS),
+            vocabulary=len(WORDS), pad=PAD, end=END, image=IMAGE,
+            kinds=list(self.builder_config.kinds),
             words=list(WORDS)),
         homepage='https://archive.ics.uci.edu/dataset/80',
         disable_shuffling=True)
@@ -152,8 +160,8 @@ def example(sources: Sources, index: int, config: Config) -> dict[str, np.ndarra
   words = iter(random.random_raw(64 + config.cells ** 2 + 24 * config.distractors[1]).tolist())
   cells, chosen = _place(sources, words, config)
   image = _draw(sources, words, cells, chosen)
-  asked = [ask(kind, cells, words) for kind in KINDS]
-  question = np.full((len(KINDS), LONGEST), PAD, np.uint8)
+  asked = [ask(kind, cells, words) for kind in config.kinds]
+  question = np.full((len(asked), LONGEST), PAD, np.uint8)
   for row, found in zip(question, asked, strict=True):
     encoded = [IMAGE, *encode(found.text)]
     row[:len(encoded)] = encoded
@@ -231,7 +239,7 @@ def _shuffled(digit: np.ndarray, words: Iterator[int]) -> np.ndarray:
 
 
 def ask(kind: str, cells: np.ndarray, words: Iterator[int]) -> Question:
-  """A question of a kind in `KINDS` about labels uint8[G, G]; `words` choose what it asks for.
+  """A question of a kind about labels uint8[G, G]; `words` choose what it asks for.
 
   Rows and columns count from 1. A distractor is no digit.
   """
@@ -249,7 +257,15 @@ def _ask_present(cells: np.ndarray, words: Iterator[int]) -> Question:
   wanted = np.setdiff1d(np.arange(10), there) if next(words) % 2 else there
   if not len(wanted):  # All ten are there.
     wanted = there
-  digit = int(wanted[next(words) % len(wanted)])
+  return _is_there(int(wanted[next(words) % len(wanted)]), cells)
+
+
+def _ask_digit(digit: int, cells: np.ndarray, words: Iterator[int]) -> Question:
+  del words
+  return _is_there(digit, cells)
+
+
+def _is_there(digit: int, cells: np.ndarray) -> Question:
   found = cells == 1 + digit
   return Question(f'is there a {digit} ?', 'yes' if found.any() else 'no',
                   found if found.any() else np.ones(cells.shape, bool))
@@ -293,7 +309,8 @@ def _ask_corner(cells: np.ndarray, words: Iterator[int]) -> Question:
 
 
 _ASK = {'count': _ask_count, 'present': _ask_present, 'cell': _ask_cell, 'left': _ask_left,
-        'top_row': _ask_top_row, 'corner': _ask_corner}
+        'top_row': _ask_top_row, 'corner': _ask_corner,
+        **{kind: functools.partial(_ask_digit, digit) for digit, kind in enumerate(EACH_DIGIT)}}
 
 
 def is_digit(cells: np.ndarray) -> np.ndarray:
