@@ -54,6 +54,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from models import divided
 from models.families import LM_FAMILIES, LMS
 from models.plan import POSITIONS, Host, Plan
 from models.stack import BATCH_AXES, Stack, Tap
@@ -142,13 +143,17 @@ class Block(nn.Module):
     read = functools.partial(
         measure, needs, v=v, bias=bias, hidden=hidden, query_valid=tokens.valid, positions=places,
         window=window, **asked)
+    mix = functools.partial(divided.attend, causal=True, window=window, mesh=self.mesh,
+                            implementation=self.implementation)
     if self.implementation == 'xla':
       # As in models/vit.py: rows first, by themselves, so that the whole map is not kept for them.
       signals = read(q=q, k=k, lse=None)
       q, k, signals = jax.lax.optimization_barrier((q, k, signals))
-      mixed = self._attend(q, k, v, bias, places, window)
+      mixed = mix(q, k, v, bias, places)
     else:
-      mixed = self._attend(q, k, v, self._kernel_bias(tokens, bias, proportional), places, window)
+      by_slot = self.slots == 'ordered'
+      mixed = mix(q, k, v, self._kernel_bias(tokens, bias, proportional),
+                  None if by_slot else places)
       signals = read(q=q, k=k, lse=mixed.lse)
     change = self.out(mixed.out)
     beside = {'plain_queries': plain, 'attention_out': change}
@@ -213,24 +218,6 @@ class Block(nn.Module):
     counts = proportional and tokens.size is not None
     hidden = self.slots == 'ordered' and tokens.padding == 'last'
     return None if hidden and not counts else bias
-
-  def _attend(self, q: Array, k: Array, v: Array, bias: Array | None, places: Array,
-              window: int | None) -> attention.Attended:
-    """Attention; a fused kernel on a mesh gets the rows and heads of its own device."""
-    by_slot = self.implementation != 'xla' and self.slots == 'ordered'
-
-    def attend(q: Array, k: Array, v: Array, bias: Array | None,
-               places: Array) -> attention.Attended:
-      return attention.attend(q, k, v, bias=bias, causal=True, window=window,
-                              positions=None if by_slot else places,
-                              implementation=self.implementation)
-
-    if self.mesh is not None and self.implementation != 'xla':
-      heads, rows = PartitionSpec(BATCH_AXES, None, 'tensor'), PartitionSpec(BATCH_AXES)
-      attend = jax.shard_map(
-          attend, mesh=self.mesh, check_vma=False, out_specs=heads,
-          in_specs=(heads, heads, heads, rows, rows))
-    return attend(q, k, v, bias, places)
 
 
 def _add(tokens: TokenSet, change: Array) -> TokenSet:

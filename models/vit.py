@@ -20,11 +20,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
+from models import divided
 from models.families import NAMED, SIZES
 from models.plan import Host, Plan
-from models.stack import BATCH_AXES, Stack
+from models.stack import Stack
 from models.windows import Windows, WindowStack
 from ops import attention
 from ops.select import keep_top
@@ -141,36 +142,21 @@ class Block(nn.Module):
     bias, places = key_bias(tokens, proportional=proportional), self._places(tokens)
     read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
                              query_valid=tokens.valid, positions=places)
+    mix = functools.partial(divided.attend, mesh=self.mesh, implementation=self.implementation)
     if self.implementation == 'xla':
       # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
       # the keys beside that map for whoever reads them later.
       signals = read(q=q, k=k, lse=None)
       q, k, signals = jax.lax.optimization_barrier((q, k, signals))
-      mixed = self._attend(q, k, v, bias, places)
+      mixed = mix(q, k, v, bias, places)
     else:
-      mixed = self._attend(q, k, v, bias, places)
+      mixed = mix(q, k, v, bias, places)
       signals = read(q=q, k=k, lse=mixed.lse)
     return self._add(tokens, self.out(mixed.out), self.scale1), signals
 
   def _places(self, tokens: TokenSet) -> Array | None:
     """What attention is causal by, None where it sees everything."""
     return tokens.pos if self.causal else None
-
-  def _attend(self, q: Array, k: Array, v: Array, bias: Array | None,
-              places: Array | None) -> attention.Attended:
-    """Attention; a fused kernel on a mesh gets the rows and heads of its own device."""
-
-    def attend(q: Array, k: Array, v: Array, bias: Array | None,
-               places: Array | None) -> attention.Attended:
-      return attention.attend(q, k, v, bias=bias, positions=places,
-                              implementation=self.implementation)
-
-    if self.mesh is not None and self.implementation != 'xla':
-      heads, rows = PartitionSpec(BATCH_AXES, None, 'tensor'), PartitionSpec(BATCH_AXES)
-      attend = jax.shard_map(
-          attend, mesh=self.mesh, check_vma=False, out_specs=heads,
-          in_specs=(heads, heads, heads, rows, rows))
-    return attend(q, k, v, bias, places)
 
   def inside(self, tokens: TokenSet,
              decide: Callable[[TokenSet, Signals, Array], tuple[TokenSet, Mixer, bool]], *,

@@ -1,0 +1,43 @@
+"""Attention over a mesh: a fused kernel gets the rows and heads of its own device.
+
+Axes: B batch, N queries, S keys, H heads, K kv heads, d features a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from models.stack import BATCH_AXES
+from ops import attention
+
+Array = jax.Array
+
+
+def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | None, *,
+           mesh: Mesh | None, implementation: str, **settings: Any) -> attention.Attended:
+  """`ops.attention.attend`, rows divided over the batch axes of a mesh and heads over 'tensor'.
+
+  Args:
+    q: float[B, N, H, d].
+    k, v: float[B, S, K, d].
+    bias: float32[B, S] or None.
+    positions: int32[B, N] or None.
+    mesh: of the devices, or None.
+    implementation: of `ops.attention`; XLA's own is divided by the compiler.
+    **settings: what else `ops.attention.attend` takes.
+  """
+
+  def local(q: Array, k: Array, v: Array, bias: Array | None,
+            positions: Array | None) -> attention.Attended:
+    return attention.attend(q, k, v, bias=bias, positions=positions,
+                            implementation=implementation, **settings)
+
+  if mesh is None or implementation == 'xla':
+    return local(q, k, v, bias, positions)
+  heads, rows = PartitionSpec(BATCH_AXES, None, 'tensor'), PartitionSpec(BATCH_AXES)
+  divided = jax.shard_map(local, mesh=mesh, check_vma=False, out_specs=heads,
+                          in_specs=(heads, heads, heads, rows, rows))
+  return divided(q, k, v, bias, positions)
