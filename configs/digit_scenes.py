@@ -5,16 +5,18 @@
       --config.reduce.projector.method=topk --config.reduce.projector.keep=16
 
 results/digit_scenes/ came of three such runs, one after another. Whether a digit is there was at
-chance for 3,000 steps as one question of six; asked alone it left chance within 200:
+chance for 3,000 steps as one question of six; asked for each of eight digits it was learned within
+500. Without dropout the third run answered 90 % of the test questions after 1,500 steps, and fewer
+from then on.
 
   python -m train --config=configs/digit_scenes.py --workdir=runs/scenes_1 \\
       --config.data.train_split='train[:8000]' --config.data.test_split='test[:20%]' \\
-      --config.eval_steps=500 --config.checkpoint_steps=500
+      --config.model.tower.dropout=0.0 --config.eval_steps=500 --config.checkpoint_steps=500
   python -m train --config=configs/digit_scenes.py --workdir=runs/scenes_2 \\
-      --config.start=runs/scenes_1 --config.data.kinds="('present',)" --config.data.turns=1 \\
-      --config.data.context=12 --config.data.batch_size=64 --config.total_steps=1200 \\
+      --config.start=runs/scenes_1 --config.data.name=digit_scenes/64_present \\
+      --config.data.turns=8 --config.model.tower.dropout=0.0 --config.total_steps=500 \\
       --config.optimizer.peak_lr=1e-3 --config.optimizer.warmup_steps=50 \\
-      --config.data.test_split='test[:20%]' --config.eval_steps=200 --config.checkpoint_steps=200
+      --config.eval_steps=250 --config.checkpoint_steps=250
   python -m train --config=configs/digit_scenes.py --workdir=runs/scenes \\
       --config.start=runs/scenes_2 --config.total_steps=2000 \\
       --config.optimizer.peak_lr=1e-3 --config.optimizer.warmup_steps=50 \\
@@ -40,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
       name='digit_scenes/64', data_dir='data', context=60, turns=6, kinds=(), batch_size=32,
       train_split='train', test_split='test', mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   config.model = dict(
-      tower=dict(width=96, depth=4, heads=3, mlp=192, patch=8, positions='learned', dropout=0.0),
+      tower=dict(width=96, depth=4, heads=3, mlp=192, patch=8, positions='learned', dropout=0.1),
       lm=dict(width=128, depth=4, mlp=256, heads=4, kv_heads=2, head_width=32, context=128),
       projection='gelu', dtype='float32',
       # 12 labels of a cell: nothing, ten digits, a distractor.

@@ -1,16 +1,24 @@
 """A small language model that finds phrases in the standard library's sources.
 
 Short texts come first. At peak_lr=2e-3 it was still at chance after 700 steps.
-results/stdlib_needle/ came of three runs, one after another; the second was stopped at step 901,
-100 steps after it had learned to tell which phrase is asked for:
+results/stdlib_needle/ came of five runs, one after another; the second was stopped at step 901,
+100 steps after it had learned to tell which phrase is asked for, the fourth once and resumed:
 
   python -m train --config=configs/stdlib_needle.py --workdir=runs/needle_1
   python -m train --config=configs/stdlib_needle.py --workdir=runs/needle_2 \\
       --config.start=runs/needle_1 --config.total_steps=2500 --config.optimizer.peak_lr=1e-3
-  python -m train --config=configs/stdlib_needle.py --workdir=runs/needle \\
+  python -m train --config=configs/stdlib_needle.py --workdir=runs/needle_3 \\
       --config.start=runs/needle_2 --config.data.name=stdlib_needle/256 --config.data.turns=6 \\
       --config.data.context=320 --config.data.batch_size=16 --config.total_steps=300 \\
       --config.optimizer.warmup_steps=50 --config.eval_steps=100 --config.checkpoint_steps=100
+  python -m train --config=configs/stdlib_needle.py --workdir=runs/needle_4 \\
+      --config.start=runs/needle_3 --config.data.name=stdlib_needle/1k --config.data.turns=8 \\
+      --config.data.context=1110 --config.data.batch_size=8 --config.total_steps=300 \\
+      --config.optimizer.peak_lr=5e-4 --config.optimizer.warmup_steps=30 \\
+      --config.eval_steps=100 --config.checkpoint_steps=100
+
+and of the last command once more, with --workdir=runs/needle --config.start=runs/needle_4
+--config.total_steps=400.
 """
 
 import ml_collections

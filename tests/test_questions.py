@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import math
 import re
 
 import ml_collections
@@ -150,11 +151,13 @@ LINE = r'# Remember: (\w+) (\w+ \w+ \w+)\.\n'
 def test_the_answers_are_there_once_at_the_stated_depths(config, texts):
   _, real, tokens = texts
   lines = stdlib_needle.Text(real, tokens)
-  depths = []
+  depths, lengths = [], set()
   for index in range(20):
     found = stdlib_needle.example(lines, index, 1, config)
     ids = found['text'].tolist()
-    assert len(ids) + found['question'].shape[1] + found['answer'].shape[1] <= config.context
+    length = len(ids) + found['question'].shape[1] + found['answer'].shape[1]
+    assert length <= config.context
+    lengths.add(math.floor(math.log2(config.context / length)))
     text = tokens.decode(ids)
     # What somebody types is what stands there.
     assert tokens.encode(text).ids == ids
@@ -170,6 +173,8 @@ def test_the_answers_are_there_once_at_the_stated_depths(config, texts):
     # What is left without the phrases is real text.
     assert re.sub(LINE, '', text) in real
     depths.extend(found['depth'])
+  # Whole lines fill a text to more than half of its length, or of a half of that, and so on.
+  assert lengths == set(range(1 + config.halvings))
   if config.context > 1000:
     assert np.ptp(depths) > 0.7
     assert np.histogram(depths, bins=4, range=(0, 1))[0].min() >= 10

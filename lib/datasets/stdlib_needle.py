@@ -50,12 +50,14 @@ class Config(tfds.core.BuilderConfig):
     context: most tokens of a text, one question and its answer.
     keys: K, phrases hidden in a text.
     train, test: number of texts.
+    halvings: how many times at most a text is half as long, each number of times alike often.
   """
 
   context: int
   keys: int
   train: int
   test: int
+  halvings: int = 0
 
 
 class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
@@ -78,6 +80,8 @@ class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
       Config(name='64', description='64 tokens', context=64, keys=3, train=40000, test=300),
       Config(name='256', description='256 tokens', context=256, keys=6, train=20000, test=200),
       Config(name='1k', description='1,024 tokens', context=1024, keys=8, train=8000, test=100),
+      Config(name='1k_mixed', description='128, 256, 512 or 1,024 tokens', context=1024, keys=8,
+             train=8000, test=100, halvings=3),
       Config(name='4k', description='4,096 tokens', context=4096, keys=8, train=1000, test=30),
       Config(name='16k', description='16,384 tokens', context=16384, keys=8, train=200, test=10),
   ]
@@ -224,8 +228,11 @@ def example(text: Text, index: int, stream: int, config: Config) -> dict[str, An
   words = np.asarray(drawn(WORDS, LENGTH * keys)).reshape(keys, LENGTH)
   asking = [[*before, word] for word in first]
   hidden = [[*begin, *own, *after] for begin, own in zip(asking, words.tolist(), strict=True)]
-  lines = text.passage(int(random.random_raw()),
-                       config.context - LENGTH - len(asking[0]) - sum(map(len, hidden)))
+  start = int(random.random_raw())
+  context = config.context
+  if config.halvings:
+    context >>= int(random.random_raw()) % (1 + config.halvings)
+  lines = text.passage(start, context - LENGTH - len(asking[0]) - sum(map(len, hidden)))
   # Each at the edge of a line nearest to its depth, in any order where several are at one.
   edges = np.cumsum([0, *map(len, lines)])
   tenths = (index * keys + np.arange(keys)) % DEPTHS
