@@ -386,12 +386,13 @@ def _xla(q: Array, k: Array, v: Array, bias: Array | None, scale: float, last: A
   chunk = max(1, _MAP // k.shape[1])
   if length <= chunk:
     return _weigh(_logits(q, k, bias, scale, last, positions, window), q, v)
-  # What a whole number of chunks leaves over goes first, so that nothing is padded.
-  rest = length % chunk
-  first = some(jax.tree.map(lambda x: x[:, :rest], (q, last)))
-  found = jax.lax.map(some, jax.tree.map(lambda x: _cut(x[:, rest:], chunk), (q, last)))
-  return jax.tree.map(
-      lambda first, found: jnp.concatenate([first, _joined(found)], axis=1), first, found)
+  # What a whole number of chunks leaves over is a part of its own, so that nothing is padded.
+  whole = length - length % chunk
+  items = jax.tree.map(lambda x: _cut(x[:, :whole], chunk), (q, last))
+  parts = [jax.tree.map(_joined, jax.lax.map(some, items))]
+  if whole < length:
+    parts.append(some(jax.tree.map(lambda x: x[:, whole:], (q, last))))
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *parts)
 
 
 def _weigh(logits: Array, q: Array, v: Array) -> tuple[Array, Array]:
