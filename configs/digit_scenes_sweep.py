@@ -15,6 +15,8 @@ CANDIDATES = (
     {'name': 'visionzip', 'place': 'projector', 'method': 'visionzip', 'args': {'contextual': 2}},
     {'name': 'random in layer 1', 'place': 'language', 'method': 'random', 'of': 'visual',
      'site': 'before', 'layers': (1,)},
+    {'name': 'random in layer 2', 'place': 'language', 'method': 'random', 'of': 'visual',
+     'site': 'before', 'layers': (2,)},
     {'name': 'fastv', 'place': 'language', 'method': 'fastv', 'of': 'visual', 'layers': (1,)},
     {'name': 'fastv, layer 2', 'place': 'language', 'method': 'fastv', 'of': 'visual',
      'layers': (2,)},
@@ -33,5 +35,5 @@ def get_config() -> ml_collections.ConfigDict:
       title='Digits on photographs, 64 visual tokens and 12 of text, no training',
       sets=(('digit_scenes/64', 12),),
       candidates=CANDIDATES, budgets=(0.5, 0.25, 0.125), rounds=6,
-      baselines=('random', 'stride', 'pool', 'random in layer 1'))
+      baselines=('random', 'stride', 'pool', 'random in layer 1', 'random in layer 2'))
   return config

@@ -331,7 +331,8 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
   whole, largest = found()
   entries = 2 * 4 * length * length
   assert largest >= entries
-  monkeypatch.setattr(attention, '_MAP', chunk * length)
+  monkeypatch.setattr(attention, '_WHOLE', 2 * chunk * length)
+  monkeypatch.setattr(attention, '_PART', chunk * length)
   parts, largest = found()
   assert largest <= entries * chunk // length
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), parts, whole)

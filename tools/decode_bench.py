@@ -152,7 +152,7 @@ def measured(name, speed):
     decoding[plan] = Decoding(programs[plan].run, params, ids, cache)
   rounds = {part: ROUNDS.value or default for part, default in
             (('reading', 3 if name == 'lm' else 15), ('decoding', 5 if name == 'lm' else 15))}
-  first = timing.interleave({plan: ready.call for plan, ready in reading.items()}, warmup=0,
+  first = timing.interleave({plan: ready.call for plan, ready in reading.items()}, warmup=1,
                             rounds=rounds['reading'])
   after = timing.interleave(decoding, warmup=1, rounds=rounds['decoding'])
 
