@@ -1,7 +1,7 @@
 """A small language model that finds phrases in the standard library's sources.
 
 Short texts come first. At peak_lr=2e-3 it was still at chance after 700 steps.
-results/stdlib_needle/ came of five runs, one after another; the second was stopped at step 901,
+results/stdlib_needle/ came of six runs, one after another; the second was stopped at step 901,
 100 steps after it had learned to tell which phrase is asked for, the fourth once and resumed:
 
   python -m train --config=configs/stdlib_needle.py --workdir=runs/needle_1
@@ -17,8 +17,9 @@ results/stdlib_needle/ came of five runs, one after another; the second was stop
       --config.optimizer.peak_lr=5e-4 --config.optimizer.warmup_steps=30 \\
       --config.eval_steps=100 --config.checkpoint_steps=100
 
-and of the last command once more, with --workdir=runs/needle --config.start=runs/needle_4
---config.total_steps=400.
+The fifth was the last command once more, from runs/needle_4 and with total_steps=400. It found 97 %
+of the phrases in texts of 1,024 tokens and had forgotten how in 256: 14 %. So the sixth was the
+fourth command, from runs/needle_5 and with data.name=stdlib_needle/1k_mixed.
 """
 
 import ml_collections
