@@ -16,6 +16,7 @@ from models.plan import make_plan
 from models.stack import unstack
 from models.vit import Block
 from ops import tokens as tk
+from ops.attention import attend
 from ops.match import unit
 from ops.signals import Signals
 from ops.tokens import TokenSet, key_bias
@@ -127,7 +128,7 @@ def test_dynamicvit_attention_in_training():
 
   def attention(block, tokens):
     q, k, v = block.qkv(tokens.x)
-    mixed = block._attend(q, k, v, key_bias(tokens, proportional=True), None)
+    mixed = attend(q, k, v, bias=key_bias(tokens, proportional=True))
     return q, k, v, block.out(mixed.out)
 
   q, k, v, found = (np.asarray(part, np.float64) for part in block.apply(
