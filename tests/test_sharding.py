@@ -58,7 +58,7 @@ def init(vit, key):
 TRAIN = '''
 def losses(axes, reduce):
   mesh = sharding.make_mesh(axes, jax.devices()[:8] if axes else jax.devices()[:1])
-  vit = small(mesh, reduce, depth=2)
+  vit = small(mesh, reduce)
   settings = digits.get_config().optimizer
   settings.accumulate = 2
   schedule = optax.constant_schedule(1e-3)
@@ -83,7 +83,7 @@ def losses(axes, reduce):
   sizes = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.size / leaf.size, state.params)
   return found, sizes['stack']['blocks']['fc1']['kernel']
 
-reduce = {'method': sys.argv[1], 'layers': (0,), 'keep_ratio': 0.6}
+reduce = {'method': sys.argv[1], 'layers': (1,), 'keep_ratio': 0.6}
 meshes = {'one': {}, 'data': dict(data=8), 'fsdp': dict(fsdp=8),
           'tensor': dict(data=2, tensor=4), 'mixed': dict(data=2, fsdp=2, tensor=2)}
 print(json.dumps({name: losses(meshes[name], reduce) for name in sys.argv[2].split(',')}))
