@@ -29,9 +29,9 @@ IMPLEMENTATIONS = ('xla', 'cudnn', 'splash')
 LOWEST_BIAS = -3e4
 # The least weight of a key: a weight of 0 keeps a finite bias and a finite gradient.
 TINY = 1e-20
-# Entries of the map, of one row and head, that XLA forms whole: 1,024 x 1,024. Of a larger one it
-# forms these many at a time (4,096 tokens, 16 heads, two cores: 2.8 s whole, 1.6 s in parts of
-# 2 ** 20, 1.2 s of 2 ** 18, 1.1 s of 2 ** 17).
+# Of one row and head: the largest map that XLA forms whole, 1,024 x 1,024, and the entries of a
+# larger one that it forms at a time (4,096 tokens, 16 heads, two cores: 2.8 s whole, 1.6 s in parts
+# of 2 ** 20, 1.2 s of 2 ** 18, 1.1 s of 2 ** 17).
 _WHOLE, _PART = 2 ** 20, 2 ** 18
 _LANES = 128  # Block lengths on a TPU are multiples of this.
 _GROUP_ROWS = 2 ** 15  # Heads times queries that one call of a TPU kernel takes, or one row of it.
@@ -378,16 +378,17 @@ def _xla(q: Array, k: Array, v: Array, bias: Array | None, scale: float, last: A
   """out and lse, of a large map in parts of some queries each; the arguments are `_logits`'."""
   # Not jax.nn.dot_product_attention: it rounds the log-sum-exp to the dtype of the keys, which puts
   # bfloat16 rows wrong by percents, and cuts its gradient.
-  # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
-  @jax.checkpoint
+
   def some(item: Any) -> tuple[Array, Array]:
     q, last = item
     return _weigh(_logits(q, k, bias, scale, last, positions, window), q, v)
 
   length, keys = q.shape[1], k.shape[1]
-  chunk = min(length, max(1, _PART // keys))
   if length * keys <= _WHOLE:
-    return _weigh(_logits(q, k, bias, scale, last, positions, window), q, v)
+    return some((q, last))
+  # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
+  some = jax.checkpoint(some)
+  chunk = min(length, max(1, _PART // keys))
   # What a whole number of chunks leaves over is a part of its own, so that nothing is padded.
   whole = length - length % chunk
   items = jax.tree.map(lambda x: _cut(x[:, :whole], chunk), (q, last))
