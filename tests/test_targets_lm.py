@@ -15,7 +15,7 @@ from configs.common import LM_SHARDING
 from lib import lm_cost, programs, sharding, topology
 from models.lm import LM
 from models.plan import make_plan
-from models.stack import unstack
+from models.stack import to_form
 from ops.attention import pick
 from ops.positions import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
@@ -38,10 +38,7 @@ def built(name, tensor, plan=None):
 def shapes_of(lm, *, blocks):
   plain = lm.clone(mesh=None, plan=None, implementation='xla')
   found = jax.eval_shape(plain.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
-  if blocks == 'unstacked':
-    apart = jax.eval_shape(functools.partial(unstack, depth=lm.depth), found['stack']['blocks'])
-    found = found | {'stack': {'blocks': apart}}
-  return found
+  return jax.eval_shape(functools.partial(to_form, form=blocks), found)
 
 
 def placed(lm, mesh, blocks):
