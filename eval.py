@@ -7,7 +7,7 @@
 
 Writes sweep.jsonl (a row a method and budget; rows that are there are not made again), a table,
 plots of the score against cost and latency, and pictures of what was kept, merged and dropped. What
-is measured of a task is lib/image_sweep.py's or lib/answer_sweep.py's.
+is measured of a task is lib/tasks/image_sweep.py's or lib/tasks/qa_sweep.py's.
 """
 
 import json
@@ -17,10 +17,12 @@ import sys
 from absl import flags
 from tqdm import tqdm
 
-from lib import answer_sweep, cli, image_sweep, launch, report, sharding, timing
+from lib.report import tables
+from lib.runtime import cli, launch, sharding, timing
+from lib.tasks import image_sweep, qa_sweep
 
 SWEEPS = {'classify': image_sweep.Sweep, 'segment': image_sweep.Sweep,
-          'answers': answer_sweep.Sweep}
+          'answers': qa_sweep.Sweep}
 
 
 def main(argv):
@@ -34,7 +36,7 @@ def main(argv):
   path = workdir / 'sweep.jsonl'
   wanted = list(sweep.rows())
   before = {}
-  for row in report.read_jsonl(path) if path.exists() else []:
+  for row in tables.read_jsonl(path) if path.exists() else []:
     before[identity(row, wanted[0])] = row
   rows = []
   for row in tqdm(wanted, disable=not sys.stderr.isatty(), unit='candidate'):
@@ -46,7 +48,7 @@ def main(argv):
       except ValueError as reason:  # A budget that this method cannot meet ends only its own row.
         known['note'] = str(reason)
       if first:
-        report.append_jsonl(path, known)
+        tables.append_jsonl(path, known)
     rows.append(known)
   if first:
     sweep.show(rows, workdir)

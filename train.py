@@ -4,7 +4,7 @@
   python -m train --config=configs/digit_segments.py --workdir=runs/segments
   python -m train --config=configs/digit_scenes.py --workdir=runs/scenes
 
-What a task learns from is lib/images.py's or lib/answers.py's. Axis: A microbatches.
+What a task learns from is lib/tasks/image.py's or lib/tasks/qa.py's. Axis: A microbatches.
 """
 
 import dataclasses
@@ -21,8 +21,11 @@ import optax
 from absl import flags, logging
 from flax import struct
 
-from lib import anneal, checkpoint, cli, cost, launch, learners, metrics, sharding, tasks
-from models import weights
+from lib.cost import vit as vit_cost
+from lib.runtime import checkpoint, cli, launch, metrics, sharding
+from lib.tasks import anneal, registry
+from lib.tasks import base as tasks
+from models import checkpoints as weights
 
 
 @struct.dataclass
@@ -69,7 +72,7 @@ def main(argv):
 
 def setup(config, mesh):
   """Model, optimizer and compiled functions of a config, on a mesh."""
-  learner = learners.of(config, mesh)
+  learner = registry.of(config, mesh)
   schedule = optax.warmup_cosine_decay_schedule(
       0.0, config.optimizer.peak_lr, config.optimizer.warmup_steps, config.total_steps)
   optimizer = optax.chain(
@@ -156,8 +159,8 @@ def run(config, workdir, *, first):
   stop = launch.Stop(signal.SIGTERM, signal.SIGINT)
   writer = metrics.Writer(workdir, total_steps=config.total_steps, start=start, active=first)
   macs = {phase.start_step: learner.macs(phase.model) for phase in learner.phases}
-  meter = cost.Meter(learner.slots, batch_size=config.data.batch_size,
-                     device=mesh.devices.flat[0], devices=mesh.size)
+  meter = vit_cost.Meter(learner.slots, batch_size=config.data.batch_size,
+                         device=mesh.devices.flat[0], devices=mesh.size)
   scores, stopping = {}, False
   for step in range(start + 1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)

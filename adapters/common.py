@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from lib import assistant
-from lib.answers import PLACES
 from lib.assistant import Assistant
-from models.generate import ENDED, Generator, Sampling, Score
-from models.vlm import Images
+from lib.tasks.qa import PLACES
+from models.backbones.vlm import Images
+from models.decoding.generator import ENDED, Generator, Sampling, Score
 
 CHUNK = 16  # Batches whose images are held at a time.
 BUCKETS = (64, 256, 512, 1024, 2048, 4096)

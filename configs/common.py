@@ -8,7 +8,8 @@ from ml_collections import ConfigDict, config_dict
 BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
 UNSET = ('args', 'site', 'watch', 'rounding', 'ratio_of', 'mode', *BUDGETS)
 
-# Tensor parallelism of a ViT by its last dimensions; fsdp slices what is left (lib/sharding.py).
+# Tensor parallelism of a ViT by its last dimensions; fsdp slices what is left
+# (lib/runtime/sharding.py).
 VIT_SHARDING = (
     # First: a learned reduction may name its layers as the blocks do.
     (r'(^|/)reducer_\d+/', ()),
@@ -63,7 +64,7 @@ def reproduction(variant: str, reduce: Mapping[str, Any] | None = None, *, weigh
   """A published row on ImageNet-1k: what to run, what it needs, and what was printed.
 
   Args:
-    variant: of models/vit.py.
+    variant: of models/backbones/vit.py.
     reduce: keywords of `reduction`; None for the unreduced model.
     weights: name of the safetensors file that it needs, in data/weights.
     made_by: whose weights these are, and how to come by that file.

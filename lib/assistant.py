@@ -21,20 +21,22 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from lib import answers, anyres, runs
-from lib.anyres import Patches, Picture, Square
-from lib.chat import FILES, Chat, Tokens, Words
-from lib.preprocess import Preprocess
-from models import lm as language
-from models import vlm as seeing
-from models import weights
+from lib.data import anyres
+from lib.data.anyres import Patches, Picture, Square
+from lib.data.preprocess import Preprocess
+from lib.data.tokenizers import FILES, Chat, Tokens, Words
+from lib.tasks import qa as qa_task
+from lib.tasks import trained as runs
+from models import checkpoints
+from models.backbones import lm as language
+from models.backbones import vlm as seeing
+from models.backbones.lm import LM
+from models.backbones.vlm import VLM, Images
 from models.build import DTYPES
+from models.checkpoints import files
+from models.decoding.generator import Generator, fitted
 from models.families import LM_FAMILIES
-from models.generate import Generator, fitted
-from models.lm import LM
 from models.stack import to_form
-from models.vlm import VLM, Images
-from models.weights import files
 from ops.attention import pick
 
 PLACE = '<image>'
@@ -43,7 +45,7 @@ GRID_STEP = 8
 
 
 class Tokenizer(Protocol):
-  """What texts are made of; lib/chat.py has two."""
+  """What texts are made of; lib/data/tokenizers.py has two."""
 
   @property
   def size(self) -> int:
@@ -94,8 +96,8 @@ class Assistant:
     """
     reduce = self.reduce if reduce is None else reduce
     for place in reduce:
-      if place not in answers.PLACES:
-        raise ValueError(f'reduce.{place} is unknown: choose from {", ".join(answers.PLACES)}')
+      if place not in qa_task.PLACES:
+        raise ValueError(f'reduce.{place} is unknown: choose from {", ".join(qa_task.PLACES)}')
     return Generator(self.model, self.params, ends=self.ends, fit=fitted(self.model, **reduce),
                      **settings)
 
@@ -144,7 +146,7 @@ class Assistant:
 
     Args:
       rows: of each row; those of `look` are taken as they are.
-      **fixed: crops, images and tokens, as `lib.anyres.batch` takes them.
+      **fixed: crops, images and tokens, as `lib.data.anyres.batch` takes them.
 
     Raises:
       ValueError: images for a model that sees none, or that do not fit into its grid (`seeing`).
@@ -185,7 +187,8 @@ def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = 
 
   Raises:
     ValueError, FileNotFoundError: nothing of both there, an architecture that is not known, a
-      tokenizer that is another model's; or as `models.weights.load` and `lib.runs.load`.
+      tokenizer that is another model's; or as `models.checkpoints.load` and
+      `lib.tasks.trained.load`.
   """
   path = files.locate(source)
   if not path.is_dir():
@@ -247,7 +250,7 @@ def _of_checkpoint(path: pathlib.Path, config: Mapping[str, Any], dtype: str) ->
   tokens, ends = Tokens.of(path), _ends(path, config)
   check_tokens(tokens, model, ends, path)
   look = anyres.read(path, config, grid=model.tower.grid) if isinstance(model, VLM) else None
-  params = weights.load(model, path, dtype=chosen, form='unstacked')
+  params = checkpoints.load(model, path, dtype=chosen, form='unstacked')
   return Assistant(model, params, tokens, ends, look, _chat(path))
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from models import weights
-from models.dense import segmenter
+from models import checkpoints
+from models.backbones.segmenter import segmenter
+from models.backbones.vit import ViT, make_vit
 from models.plan import make_plan
-from models.vit import ViT, make_vit
 from ops.attention import pick
-from ops.schedule import Cut
+from ops.budgets import Cut
 
 Macs = Callable[[tuple[Cut, ...]], float]
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -31,7 +31,7 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
     model: `config.model`: a variant, and fields of ViT that differ from it; dtype by name. What
       `pretrained` reads of it is left alone.
     reduce: `config.reduce.vision`, or None for an unreduced model. Keys that are None are unset.
-    macs: (model, reduction) -> MACs as a function of cuts, for budgets in FLOPs (lib/cost.py).
+    macs: (model, reduction) -> MACs as a function of cuts, for budgets in FLOPs (lib/cost/vit.py).
     mesh: where the model will run, None for a single device.
     platform: of its devices; decides the attention kernel.
     task: `config.task`; under the name 'segment' with the fields that a SegmentViT adds.
@@ -66,13 +66,13 @@ def pretrained(model: Mapping[str, Any], vit: ViT) -> dict[str, Any] | None:
     vit: the model, from `build`.
 
   Raises:
-    ValueError: as models/weights does.
+    ValueError: as models/checkpoints does.
   """
   if not model.get('weights'):
     return None
   theirs = vit.clone(plan=None, image_size=model.get('weights_image_size') or vit.image_size)
-  params = weights.load(theirs, model['weights'], fresh=tuple(model.get('fresh') or ()),
-                        unused=tuple(model.get('unused') or ()))
+  params = checkpoints.load(theirs, model['weights'], fresh=tuple(model.get('fresh') or ()),
+                            unused=tuple(model.get('unused') or ()))
   if theirs.image_size != vit.image_size:
-    params = weights.resize_positions(params, theirs, image_size=vit.image_size)
+    params = checkpoints.resize_positions(params, theirs, image_size=vit.image_size)
   return params

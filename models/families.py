@@ -1,7 +1,7 @@
 """Published architectures as data: what each family sets, and nothing that runs.
 
-A name in `NAMED` is a variant of models/vit.py, one in `PAIRS` of models/clip.py, one in `LMS` of
-models/lm.py. Sources: ViT
+A name in `NAMED` is a variant of models/backbones/vit.py, one in `PAIRS` of
+models/backbones/clip.py, one in `LMS` of models/backbones/lm.py. Sources: ViT
 (arXiv:2010.11929, Table 1), DeiT (arXiv:2012.12877), MAE (arXiv:2111.06377), DINOv2
 (arXiv:2304.07193) and its registers (arXiv:2309.16588), CLIP (arXiv:2103.00020), SigLIP
 (arXiv:2303.15343), SoViT (arXiv:2305.13035), SigLIP 2 (arXiv:2502.14786) and its released configs.
@@ -211,7 +211,7 @@ _TILES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _GRIDS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 _VICUNA = {'vocab_size': 32064}
 
-# Vision-language models (models/vlm.py), each as its released config.json, in short.
+# Vision-language models (models/backbones/vlm.py), each as its released config.json, in short.
 VLMS: dict[str, Settings] = {
     **{f'llava1.5_{size}': _vlm('llava', _clip_tower(), LMS[f'vicuna_{size}'] | _VICUNA, 32000)
        for size in ('7b', '13b')},

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.compressors import COMPRESSORS
+from ops.budgets import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
 from ops.reducers import REDUCERS
 from ops.reducers.cache import CACHE_REDUCERS
-from ops.schedule import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
 from ops.signals import AHEAD, FED, STATIC
 from ops.tokens import KINDS
 
@@ -117,7 +117,7 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
   """Resolves `config.reduce.<tower>` for a host.
 
   Args:
-    config: method, args, site, layers, watch, mode and one budget (ops/schedule.py lists the
+    config: method, args, site, layers, watch, mode and one budget (ops/budgets.py lists the
       forms). `watch` names layers as `layers` does, or none: (); by default the method chooses.
       Where the host has several kinds of tokens, `of` names one or more ('visual', 'text'), all
       by default; `positions` is one of `POSITIONS`, by default the method's own.

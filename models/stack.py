@@ -23,9 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.plan import Plan
 from ops import tokens as tk
-from ops.positions import Rope, order
-from ops.schedule import Cut
-from ops.select import ranks
+from ops.budgets import Cut
+from ops.primitives.select import ranks
+from ops.rope import Rope, order
 from ops.signals import AHEAD, FED, STATIC, Signals
 from ops.tokens import FILLER, Assignment, Gather, Mix, TokenSet
 
@@ -389,7 +389,7 @@ class Stack(nn.Module):
                              keep=cut.keep)
       return apply(tokens, assignment), assignment, losses
 
-    # The names let lib/jaxpr_cost.py tell the method's own products from the backbone's.
+    # The names let lib/cost/jaxpr.py tell the method's own products from the backbone's.
     with jax.named_scope('reduction'):
       reduced, assignment, losses = self.by_rows(decide, whole=2)(params, rng, tokens, signals)
     if self.causal:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops import attention
-from ops.positions import Rope
+from ops.rope import Rope
 
 Array = jax.Array
 
@@ -40,7 +40,7 @@ class Signals:
     attention_out: float[B, N, D], what attention adds to them.
     mlp_in, mlp_out: float[B, N, D], what enters the MLP (normed), and what it adds.
     mlp_hidden: float[B, N, F], the inner activations of the MLP.
-    rope: how positions become rotations (ops/positions.py). Static.
+    rope: how positions become rotations (ops/rope.py). Static.
     grid: (rows, columns) of the patch grid. Static.
     layer: index of the layer at hand. Static.
     depth: number of layers. Static.

@@ -80,7 +80,7 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
   given = 0 if visual is None or visual.axes is None else visual.axes.shape[-1]
   if visual is not None and given != axes:
     raise ValueError(f'images have positions along {given} axes and the model takes {axes}: give '
-                     'the images their axes (lib/anyres.py), or none')
+                     'the images their axes (lib/data/anyres.py), or none')
   batch, length, _ = embedded.shape
   is_image = is_image & valid
   if visual is None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ops.select import ranks, top
+from ops.primitives.select import ranks, top
 from ops.tokens import TokenSet, take
 
 Array = jax.Array

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ops.argmax import highest
 from ops.attention import log_weight
-from ops.extremes import highest
 
 Array = jax.Array
 

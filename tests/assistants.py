@@ -11,8 +11,9 @@ import numpy as np
 import test_parity_lm
 import test_parity_vlm
 
-from lib import answers, questions
-from lib.checkpoint import Checkpoints
+from lib.data import qa as qa_data
+from lib.runtime.checkpoint import Checkpoints
+from lib.tasks import qa as qa_task
 
 CHAT = test_parity_vlm.FOLDER / 'chat'
 STEPS = json.loads((test_parity_vlm.FOLDER / 'preprocess.json').read_text())
@@ -61,12 +62,12 @@ def run(folder, config, data_dir, **reduce):
       config.reduce[place].update(given)
   folder.mkdir(exist_ok=True)
   (folder / 'config.json').write_text(config.to_json_best_effort())
-  info = questions.info(config.data)
-  model = answers.build(config.model, config.reduce, info, context=config.data.context)
+  info = qa_data.info(config.data)
+  model = qa_task.build(config.model, config.reduce, info, context=config.data.context)
   random = np.random.default_rng(0)
   params = jax.tree.map(
       lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), leaf.dtype),
-      jax.eval_shape(functools.partial(answers.init, model, info, config.data.context),
+      jax.eval_shape(functools.partial(qa_task.init, model, info, config.data.context),
                      jax.random.key(0)))
   checkpoints = Checkpoints(folder / 'checkpoints')
   for step, ema in ((1, jax.tree.map(jnp.zeros_like, params)), (2, params)):

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from models.vit import ViT
+from models.backbones.vit import ViT
 
 FOLDER = Path(__file__).parent / 'golden' / 'vit'
 DEPTH, WIDTH, HEADS = 4, 64, 4

@@ -17,8 +17,8 @@ import test_parity_lm
 
 from adapters.common import Answerer, Question, Settings, read_reductions
 from lib import assistant
-from models.generate import Sampling
-from models.lm import from_config
+from models.backbones.lm import from_config
+from models.decoding.generator import Sampling
 
 NAME = 'qwen3'
 REDUCE = {'cache': {'method': 'streaming_llm', 'keep': 4, 'args': {'sinks': 1}}}

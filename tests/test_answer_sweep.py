@@ -11,7 +11,11 @@ from test_answers import NEEDLE, SCENES, batch_of, made, small
 
 import eval as evaluation
 from configs import digit_scenes, digit_scenes_sweep, stdlib_needle, stdlib_needle_sweep
-from lib import answer_sweep, answers, questions, report, sharding
+from lib.data import qa as qa_data
+from lib.report import tables
+from lib.runtime import sharding
+from lib.tasks import qa as qa_task
+from lib.tasks import qa_sweep
 
 CONFIGS = {'scenes': (digit_scenes, SCENES, digit_scenes_sweep),
            'needle': (stdlib_needle, NEEDLE, stdlib_needle_sweep)}
@@ -29,8 +33,8 @@ def model_of(name, unlocked=()):
 
 def says(model, params, batch):
   """The batch with the answers that the model gives, token by token from the front."""
-  run = jax.jit(lambda ids: answers.predictions(
-      *answers.apply(model, params, {**batch, 'ids': ids})).argmax(-1))
+  run = jax.jit(lambda ids: qa_task.predictions(
+      *qa_task.apply(model, params, {**batch, 'ids': ids})).argmax(-1))
   ids = jnp.asarray(batch['ids'])
   for _ in range(2):
     ids = jnp.where(batch['answer'], run(ids), ids)
@@ -43,11 +47,11 @@ def test_decoding_is_right_where_every_token_is(name):
   batch = says(model, params, batch_of(info, CONTEXT))
   wrong = np.flatnonzero(batch['answer'][1])[1]
   batch['ids'][1, wrong] = (batch['ids'][1, wrong] + 1) % info.vocabulary
-  found = jax.jit(functools.partial(answers.decoded, model, longest=3))(params, batch)
+  found = jax.jit(functools.partial(qa_task.decoded, model, longest=3))(params, batch)
   np.testing.assert_array_equal(found, [1, 0, 1, 1])
   # What stands in the places of the answer is not read before it is asked for.
-  logits, out = answers.apply(model, params, batch)
-  whole = answers.right_and_all(logits, out, batch, 3)
+  logits, out = qa_task.apply(model, params, batch)
+  whole = qa_task.right_and_all(logits, out, batch, 3)
   np.testing.assert_array_equal(whole.sum(axis=0), [3, 4])
 
 
@@ -55,7 +59,7 @@ def test_groups_are_kinds_or_tenths_of_the_depth():
   _, info, model, params = model_of('needle')
   batch = says(model, params, batch_of(info, CONTEXT)) | {
       'depth': np.float32([0.05, 0.31, 0.39, 1.0]), 'mask': np.float32([1, 1, 1, 0])}
-  found = np.asarray(answer_sweep.count(model, 10, 3, params, batch))
+  found = np.asarray(qa_sweep.count(model, 10, 3, params, batch))
   wanted = np.zeros((10, 2))
   wanted[0], wanted[3] = 1, 2
   np.testing.assert_array_equal(found, wanted)
@@ -66,12 +70,12 @@ def test_groups_are_kinds_or_tenths_of_the_depth():
     ({'place': 'language', 'settings': {'method': 'pyramiddrop', 'layers': [1, 2],
                                         'of': 'visual'}}, 0.5, 16)])
 def test_a_budget_is_the_share_that_the_last_cut_leaves(row, ratio, left):
-  reduce = answer_sweep.reduction(
+  reduce = qa_sweep.reduction(
       {**row, 'settings': json.dumps(row['settings']), 'budget': '0.25'})
   assert reduce[row['place']]['keep_ratio'] == ratio
   config = digit_scenes.get_config()
-  model = answers.build(config.model, reduce, SCENES, context=12)
-  visual = answers.visual_tokens(model)
+  model = qa_task.build(config.model, reduce, SCENES, context=12)
+  visual = qa_task.visual_tokens(model)
   cuts = model.lm.plan.cuts if model.lm.plan else ()
   assert (cuts[-1].keep - 12 if cuts else visual) == left
 
@@ -83,9 +87,9 @@ def test_every_candidate_of_the_configs_is_a_model():
     for candidate in config.sweep.candidates:
       settings = {key: value for key, value in candidate.items() if key not in ('name', 'place')}
       for budget in config.sweep.budgets:
-        reduce = answer_sweep.reduction({'place': candidate['place'], 'budget': str(budget),
-                                         'settings': json.dumps(settings)})
-        model = answers.build(config.model, reduce, info, context=shortest)
+        reduce = qa_sweep.reduction({'place': candidate['place'], 'budget': str(budget),
+                                     'settings': json.dumps(settings)})
+        model = qa_task.build(config.model, reduce, info, context=shortest)
         lm = model.lm if info.image_shape else model
         tower = model.tower.plan if info.image_shape else None
         assert any((tower, getattr(model, 'door', None), lm.plan, lm.cache_plan)), candidate
@@ -95,23 +99,23 @@ def test_every_candidate_of_the_configs_is_a_model():
 def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, capsys):
   config, info, _, params = model_of(name)
   batch = batch_of(info, CONTEXT) | ({} if info.kinds else {'depth': np.linspace(0, 0.9, 4)})
-  monkeypatch.setattr(questions, 'info', lambda data: info)
-  monkeypatch.setattr(questions, 'eval_batches', lambda *_, **__: [batch])
-  monkeypatch.setattr(answer_sweep.checkpoint, 'best', lambda *_, **__: (7, params))
+  monkeypatch.setattr(qa_data, 'info', lambda data: info)
+  monkeypatch.setattr(qa_data, 'eval_batches', lambda *_, **__: [batch])
+  monkeypatch.setattr(qa_sweep.checkpoint, 'best', lambda *_, **__: (7, params))
   config = config.copy_and_resolve_references()
   config.data.batch_size = 4
   chosen = CONFIGS[name][2].CANDIDATES[0], CONFIGS[name][2].CANDIDATES[-2]
   with config.unlocked():
     config.sweep = {'title': 'a title', 'sets': (), 'candidates': chosen, 'budgets': (0.5,),
                     'rounds': 2, 'baselines': ()}
-  sweep = answer_sweep.Sweep(config, tmp_path, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
+  sweep = qa_sweep.Sweep(config, tmp_path, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
   wanted = list(sweep.rows())
   assert len({evaluation.identity(row, wanted[0]) for row in wanted}) == 3
   rows = [row | sweep.measure(row) for row in wanted]
   for row in rows:
     assert row['questions'] == 4
     assert 0 <= row['accuracy'] <= 1
-    assert set(row['by']) == set(info.kinds or answer_sweep.TENTHS)
+    assert set(row['by']) == set(info.kinds or qa_sweep.TENTHS)
   assert rows[0]['gmacs_ratio'] == 1
   assert rows[0]['kept_mean'] == CONTEXT + (16 if info.kinds else 0)
   assert all(row['kept_mean'] < rows[0]['kept_mean'] for row in rows[1:])
@@ -124,8 +128,8 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
 
 def test_heat_maps_are_drawn_and_nothing_is_refused(tmp_path):
   shares = np.array([[0.0, 1.0], [0.5, np.nan]])
-  path = report.heat_maps(dict.fromkeys('abcdefg', (('0 %', '50 %'), ('256', '1k'), shares)),
+  path = tables.heat_maps(dict.fromkeys('abcdefg', (('0 %', '50 %'), ('256', '1k'), shares)),
                           tmp_path / 'maps.png', title='a title')
   assert path.stat().st_size > 10_000
   with pytest.raises(ValueError, match='nothing to draw'):
-    report.heat_maps({}, path)
+    tables.heat_maps({}, path)

@@ -16,9 +16,10 @@ import pytest
 import train
 from configs import digit_scenes as scenes_config
 from configs import stdlib_needle as needle_config
-from lib import answers, sharding
-from lib.datasets import digit_scenes
-from lib.questions import Info
+from lib.data.datasets import digit_scenes
+from lib.data.qa import Info
+from lib.runtime import sharding
+from lib.tasks import qa as qa_task
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCENES = Info(len(digit_scenes.WORDS), 0, 1, 2, digit_scenes.KINDS, 6, 6, (64, 64, 3), (), 1)
@@ -54,8 +55,8 @@ def batch_of(info, context, seed=0):
 
 def made(config, info, **reduce):
   config.reduce.update(reduce)
-  model = answers.build(config.model, config.reduce, info, context=config.data.context)
-  initial = jax.jit(lambda key: answers.init(model, info, config.data.context, key))
+  model = qa_task.build(config.model, config.reduce, info, context=config.data.context)
+  initial = jax.jit(lambda key: qa_task.init(model, info, config.data.context, key))
   return model, initial(jax.random.key(0))
 
 
@@ -76,7 +77,7 @@ def case(request):
   config.data.context = 14
   with config.unlocked():
     model, params = made(config, info, **reduce)
-  run = jax.jit(functools.partial(answers.apply, model))
+  run = jax.jit(functools.partial(qa_task.apply, model))
   return request.param, config, info, model, params, run
 
 
@@ -86,7 +87,7 @@ def test_a_step_is_taken_and_every_parameter_has_a_place(case):
   optimizer = optax.adamw(1e-3)
   state = train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
   sharding.place(state, config.sharding, mesh)
-  update = functools.partial(train.update, functools.partial(answers.loss, model, config.optimizer),
+  update = functools.partial(train.update, functools.partial(qa_task.loss, model, config.optimizer),
                              optimizer, config.optimizer, optax.constant_schedule(1e-3))
   batch, before = batch_of(info, 14), None
   if name not in ('scenes', 'needle'):
@@ -107,16 +108,16 @@ def test_the_loss_is_that_of_the_answers_alone(case):
   *_, info, _, params, run = case
   batch = batch_of(info, 14)
   logits, out = run(params, batch)
-  found = np.asarray(answers.predictions(logits, out))
+  found = np.asarray(qa_task.predictions(logits, out))
   wanted = 0.0
   for row in range(ROWS):
     for place in np.flatnonzero(batch['answer'][row]):
       wanted -= jax.nn.log_softmax(found[row, place])[batch['ids'][row, place]]
-  loss = answers.losses(logits, out, batch)['loss']
+  loss = qa_task.losses(logits, out, batch)['loss']
   np.testing.assert_allclose(loss, wanted / batch['answer'].sum(), rtol=1e-5)
   # What stands in the answer or behind it does not change what predicts its first token.
   other = {**batch, 'ids': np.where(batch['answer'], 29, batch['ids'])}
-  again = np.asarray(answers.predictions(*run(params, other)))
+  again = np.asarray(qa_task.predictions(*run(params, other)))
   for row in range(ROWS):
     first = np.flatnonzero(batch['answer'][row])[0]
     np.testing.assert_allclose(again[row, first], found[row, first], atol=1e-5)
@@ -127,14 +128,14 @@ def test_scores_count_whole_answers_by_kind(case):
   batch = batch_of(info, 14)
   logits, out = run(params, batch)
   # All tokens right in rows 0 and 1, one of two in row 2, none that counts in row 3.
-  likeliest = np.array(answers.predictions(logits, out).argmax(axis=-1))
+  likeliest = np.array(qa_task.predictions(logits, out).argmax(axis=-1))
   ids = np.where(batch['answer'], likeliest, batch['ids'])
   ids[2, np.flatnonzero(batch['answer'][2])[1]] += 1
   batch = {**batch, 'mask': np.float32([1, 1, 1, 0])}
   fixed = {**batch, 'ids': ids}
-  counts = answers.right_and_all(logits, out, fixed, 3)
+  counts = qa_task.right_and_all(logits, out, fixed, 3)
   assert counts.tolist() == [[1, 1], [1, 2], [0, 0]]
-  found = answers.scores(np.asarray(counts), ('a', 'b', 'c'))
+  found = qa_task.scores(np.asarray(counts), ('a', 'b', 'c'))
   assert found == {'accuracy': pytest.approx(2 / 3), 'accuracy_a': 1, 'accuracy_b': 0.5,
                    'accuracy_c': 0}
 
@@ -145,9 +146,9 @@ def test_patches_carry_the_label_of_their_cell():
   with config.unlocked():
     model, params = made(config, SCENES)
   batch = batch_of(SCENES, 12)
-  _, out = jax.jit(lambda batch: answers.apply(model, params, batch))(batch)
+  _, out = jax.jit(lambda batch: qa_task.apply(model, params, batch))(batch)
   _, tokens = out['patches']
-  labels = answers.patch_labels(batch['cells'], tokens).reshape(ROWS, 8, 8)
+  labels = qa_task.patch_labels(batch['cells'], tokens).reshape(ROWS, 8, 8)
   np.testing.assert_array_equal(labels, batch['cells'].repeat(2, axis=1).repeat(2, axis=2))
 
 
@@ -158,13 +159,13 @@ def test_patches_carry_the_label_of_their_cell():
 def test_reductions_in_places_that_are_not_there(reduce, message):
   config = small(needle_config)
   with pytest.raises(ValueError, match=message):
-    answers.build(config.model, reduce, NEEDLE, context=14)
+    qa_task.build(config.model, reduce, NEEDLE, context=14)
 
 
 def test_a_run_trains_scores_and_goes_on(tmp_path):
   command = [
       sys.executable, '-c',
-      'import sys, dataclasses; from lib.datasets import stdlib_needle as s;'
+      'import sys, dataclasses; from lib.data.datasets import stdlib_needle as s;'
       'B = s.StdlibNeedle; c = [dataclasses.replace(B.BUILDER_CONFIGS[0], train=24, test=6)];'
       'B.BUILDER_CONFIGS = c; B.builder_configs = {"64": c[0]};'
       'import train; from lib import cli; cli.run(train.main)',

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import anyres
+from lib.data import anyres
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'parity_vlm'
 IMAGES = ('wide', 'tall', 'small', 'long')

@@ -18,10 +18,15 @@ from test_parity_vlm import FAMILIES
 
 from configs import digit_scenes as scenes_config
 from configs import stdlib_needle as needle_config
-from lib import answers, anyres, assistant, data, overlay, questions, sight
-from lib.anyres import Picture
-from lib.datasets import digit_scenes, stdlib_needle
-from models.generate import fitted, padded
+from lib import assistant
+from lib.data import anyres
+from lib.data import images as image_data
+from lib.data import qa as qa_data
+from lib.data.anyres import Picture
+from lib.data.datasets import digit_scenes, stdlib_needle
+from lib.report import overlay, provenance
+from lib.tasks import qa as qa_task
+from models.decoding.generator import fitted, padded
 
 SLOTS = 24
 
@@ -37,7 +42,7 @@ def place(tmp_path_factory):
       patch.setattr(builder, 'BUILDER_CONFIGS', short)
       patch.setattr(builder, 'builder_configs', {config.name: config for config in short})
     for name in ('digit_scenes/64', 'stdlib_needle/64'):
-      data.prepare(name, data_dir=str(folder))
+      image_data.prepare(name, data_dir=str(folder))
   return folder
 
 
@@ -76,14 +81,14 @@ def test_runs_answer_as_they_were_scored(scenes):
   folder, model, params = scenes
   made = assistant.load(folder)
   assert made.reduce['language']['method'] == 'stride'
-  batch = next(iter(questions.eval_batches(made.data)))
+  batch = next(iter(qa_data.eval_batches(made.data)))
   batch = {name: value[:6] for name, value in batch.items()}
-  logits, out = jax.jit(lambda batch: answers.apply(model, params, batch))(batch)
-  likeliest = answers.predictions(logits, out).argmax(axis=-1)
+  logits, out = jax.jit(lambda batch: qa_task.apply(model, params, batch))(batch)
+  likeliest = qa_task.predictions(logits, out).argmax(axis=-1)
   first = batch['answer'].argmax(axis=1)
   wanted = np.asarray(likeliest)[np.arange(6), first]
   prompts = [row['ids'][row['valid'] & ~row['answer']].tolist() for row in
-             (questions.example(made.data, number) for number in range(6))]
+             (qa_data.example(made.data, number) for number in range(6))]
   pictures = [[Picture(image[None], *anyres.plain(16))] for image in batch['image']]
   found = made.generator(buckets=(12,))(prompts, made.see(pictures), new_tokens=1)
   assert [row[0] for row in found] == wanted.tolist()
@@ -97,7 +102,7 @@ def test_runs_on_text_answer_with_the_tokens_of_their_set(needle):
   text = "café = {'anchor': 1}\n    pass\n"
   assert made.text([*made.prompt(text), stdlib_needle.END]) == text
   assert made.look is None
-  row = questions.example(made.data, 1)
+  row = qa_data.example(made.data, 1)
   assert row['answer'].sum() == stdlib_needle.LENGTH + 1
   ids = row['ids'][row['valid']].tolist()
   text = made.text(ids)
@@ -174,7 +179,7 @@ def test_patches_are_followed_to_the_last_cut(case):
   ids, valid = padded(prompts, SLOTS)
   _, out = jax.jit(reduced.apply)({'params': params}, ids, valid, images)
   row = 2
-  found = sight.stages(reduced, out, row)
+  found = provenance.stages(reduced, out, row)
   assert [stage.name.partition(',')[0] for stage in found] == [
       name for place in reduce for name in [place] * (2 if case == 'language' else 1)]
   # Visual tokens of the final sequence, counted there.
@@ -217,7 +222,7 @@ def test_pictures_show_every_crop(tmp_path):
   prompt = made.prompt('w5', images=1)
   reduced = fitted(made.model, **reduce)(len(prompt), images.layout)
   _, out = jax.jit(reduced.apply)({'params': made.params}, *padded([prompt], len(prompt)), images)
-  stage, = sight.stages(reduced, out)
+  stage, = provenance.stages(reduced, out)
   assert stage.labels.shape == (5, 4, 4)
   groups = {stage.name: [overlay.Groups(*both, 0) for both in
                          zip(stage.labels, stage.merged, strict=True)]}
@@ -244,7 +249,7 @@ def test_the_command_streams_and_tells_what_it_took(scenes, tmp_path):
       '--reduce.projector.method=topk', '--reduce.projector.keep=6',
       "--reduce.projector.args={'by': 'received_attention'}")
   assert code == 0, told
-  row = questions.example(assistant.load(folder).data, 3)
+  row = qa_data.example(assistant.load(folder).data, 3)
   lines = said.splitlines()
   assert lines[0] == digit_scenes.decode(row['ids'][row['valid'] & ~row['answer']])
   assert lines[-1] == f'(the true answer: {digit_scenes.decode(row["ids"][row["answer"]])})'

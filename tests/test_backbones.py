@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.backbones.vit import ViT
 from models.compressors import COMPRESSORS
 from models.plan import make_plan, methods
-from models.vit import ViT
 from ops import tokens as tk
 from ops.reducers.base import ByAttention
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lib import preprocess
-from models import weights
+from lib.data import preprocess
+from models import checkpoints
+from models.backbones.clip import Clip
+from models.backbones.text_tower import Text
+from models.backbones.vit import ViT, make_vit
 from models.build import build
-from models.clip import Clip
 from models.plan import make_plan
-from models.text import Text
-from models.vit import ViT, make_vit
 
 TINY = ViT(width=16, depth=2, mlp=24, heads=2, patch=4, image_size=16, num_classes=5)
 SIGLIP = TINY.clone(class_token=False, pool='map')
@@ -87,8 +87,8 @@ def test_texts_longer_than_the_context():
 def test_pickles(ending, tmp_path):
   file = tmp_path / f'model{ending}'
   file.write_bytes(b'cos\nsystem\n(S"exit 1"\ntR.')
-  assert f'{file} is a pickle, which can run anything' in said(weights.load, TINY, file)
-  assert 'has pickles only' in said(weights.load, TINY, tmp_path)
+  assert f'{file} is a pickle, which can run anything' in said(checkpoints.load, TINY, file)
+  assert 'has pickles only' in said(checkpoints.load, TINY, tmp_path)
 
 
 @pytest.mark.parametrize('ending', ['.msgpack', '.h5', '.gguf', ''])
@@ -96,14 +96,14 @@ def test_other_files(ending, tmp_path):
   file = tmp_path / f'model{ending}'
   file.write_bytes(b'what?')
   assert f'{file} is no .safetensors file, and nothing else is read' in said(
-      weights.load, TINY, file)
+      checkpoints.load, TINY, file)
 
 
 def test_keys_of_another_model_are_listed_beside_ours(tmp_path):
   file = tmp_path / 'model.safetensors'
   save_file({f'layer{i}.{name}.weight': np.zeros(3, np.float32) for i in (1, 2)
              for name in ('conv1', 'bn1')} | {'fc.bias': np.zeros(3, np.float32)}, file)
-  text = said(weights.load, TINY, file)
+  text = said(checkpoints.load, TINY, file)
   assert f'{file} holds another model: none of its 5 tensors (fc.bias, layer1.bn1.weight, ' in text
   assert 'which has, as timm, blocks.*.attn.proj.bias (2 times), ' in text
   assert 'patch_embed.proj.weight, pos_embed (layouts tried: timm, transformers/' in text

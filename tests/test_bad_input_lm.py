@@ -21,12 +21,13 @@ from safetensors.numpy import load_file, save_file
 from test_bad_input import said
 from test_parity_lm import config
 
-from lib import assistant, runs
-from lib.chat import Words
-from models import weights
-from models.generate import Generator, fitted
-from models.lm import from_config
-from models.vlm import at_door
+from lib import assistant
+from lib.data.tokenizers import Words
+from lib.tasks import trained
+from models import checkpoints
+from models.backbones.lm import from_config
+from models.backbones.vlm import at_door
+from models.decoding.generator import Generator, fitted
 
 
 @functools.cache
@@ -97,7 +98,7 @@ def test_padding_in_the_middle_is_padding():
   """No error: a slot's place means nothing, so masks may have holes."""
   name = 'qwen3'
   lm = from_config(config(name))
-  params = weights.load(lm, test_weights_lm.path(name))
+  params = checkpoints.load(lm, test_weights_lm.path(name))
   ids = np.array([[7, 0, 9, 3, 0, 0, 5, 1], [0, 7, 9, 0, 3, 5, 0, 1]])
   valid = ids > 0
   prefill = jax.jit(functools.partial(lm.apply, room=2, method='prefill'))
@@ -179,7 +180,7 @@ def test_shards_without_what_the_index_says(tmp_path):
   tensors = load_file(file)
   gone = sorted(tensors)[:2]
   save_file({name: value for name, value in tensors.items() if name not in gone}, file)
-  assert said(weights.load, lm, tmp_path) == (
+  assert said(checkpoints.load, lm, tmp_path) == (
       f'{file} lacks {gone[0]} and 1 more, which model.safetensors.index.json says that it holds: '
       'fetch it again')
 
@@ -190,7 +191,7 @@ def test_folders_that_are_no_model(tmp_path, broken):
       'config.json and tokenizer are needed as well')
   assert 'there is no checkpoint at' in said(assistant.load, tmp_path / 'nothing')
   with pytest.raises(FileNotFoundError, match=r'lacks config\.json: train one'):
-    runs.load(tmp_path)
+    trained.load(tmp_path)
   (tmp_path / 'config.json').write_text(json.dumps({'model': {'variant': 'S/16'}}))
   assert 'was not trained to answer questions' in said(assistant.load, tmp_path)
   assert 'choose one of float32, bfloat16' in said(assistant.load, broken, dtype='float64')

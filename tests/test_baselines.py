@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ops import tokens as tk
-from ops.reducers.vision.pool import Pool
-from ops.reducers.vision.radial import Radial
-from ops.reducers.vision.random import Random
-from ops.reducers.vision.stride import Stride
+from ops.reducers.baselines.pool import Pool
+from ops.reducers.baselines.radial import Radial
+from ops.reducers.baselines.random import Random
+from ops.reducers.baselines.stride import Stride
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 

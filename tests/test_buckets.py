@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.buckets import Buckets, first_half, second_half
+from models.decoding.buckets import Buckets, first_half, second_half
 from models.plan import make_plan
 
 # Behind the first cut nothing is decided, so rounding cannot tip a near tie.

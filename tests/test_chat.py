@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from lib.chat import Chat, Tokens
+from lib.data.tokenizers import Chat, Tokens
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'parity_vlm' / 'chat'
 EXPECTED = json.loads((FOLDER / 'expected.json').read_text())

@@ -19,10 +19,10 @@ from contract import KEEP, KEEP_AGAIN, KEEP_TEXT, SLOTS, WIDE, base, random_case
 
 from models.plan import SITES
 from ops import tokens as tk
+from ops.primitives.select import keep_top, top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
 from ops.reducers.vision.tome import ToMe
-from ops.select import keep_top, top
 from ops.signals import NAMES
 from ops.tokens import SPECIAL, VISUAL, Gather, Merge, Mix
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import entries, signals
-from ops.cache import KVGather
-from ops.positions import Rope
+from ops import signals
+from ops.kv_cache import KVGather
+from ops.primitives import kv_select
 from ops.reducers.base import CacheReducer
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 
 BATCH, LENGTH, WIDE, HEADS, KV, WIDTH, KEEP = 3, 20, 24, 4, 2, 8, 11
@@ -190,7 +191,7 @@ class Broken(CacheReducer):
   """Keeps the entries whose keys are longest; arXiv:0000.00000."""
 
   def __call__(self, tokens, told, *, keep):
-    return entries.keep_best(tokens, self.scores(told.keys), keep=keep)
+    return kv_select.keep_best(tokens, self.scores(told.keys), keep=keep)
 
   def scores(self, keys):
     return jnp.sum(keys * keys, axis=3).swapaxes(1, 2)

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from lib import cost, jaxpr_cost, published
+from lib.cost import jaxpr as jaxpr_cost
+from lib.cost import published
+from lib.cost import vit as vit_cost
+from models.backbones.text_tower import Text
+from models.backbones.vit import ViT, make_vit
 from models.families import PAIRS
 from models.plan import make_plan, methods
 from models.stack import unstack
-from models.text import Text
-from models.vit import ViT, make_vit
-from ops.schedule import Cut
+from ops.budgets import Cut
 
 TINY = ViT(width=16, depth=3, mlp=24, heads=2, patch=4, image_size=20, channels=2, num_classes=5)
 TEXT = Text(width=16, depth=3, mlp=24, heads=2, vocabulary=11, context=20, causal=True, pool='eot',
@@ -43,7 +45,7 @@ def read_before_joining(vit):
 def agree(vit, *, extra=0):
   """The analytic model and the trace give the same integer; returns the trace."""
   found = jaxpr_cost.of_vit(vit)
-  assert found.macs[''] == cost.of(vit).macs + extra + read_before_joining(vit)
+  assert found.macs[''] == vit_cost.of(vit).macs + extra + read_before_joining(vit)
   assert not found.uncounted
   return found
 
@@ -60,7 +62,7 @@ def agree(vit, *, extra=0):
     {'pre_norm': True, 'patch_bias': False, 'special_positions': False},
 ], ids=str)
 def test_unreduced_macs_equal_the_trace(settings):
-  assert agree(TINY.clone(**settings)).total == cost.of(TINY.clone(**settings)).macs
+  assert agree(TINY.clone(**settings)).total == vit_cost.of(TINY.clone(**settings)).macs
 
 
 @pytest.mark.parametrize('settings', [
@@ -77,7 +79,7 @@ def test_attention_pooling_costs_less_after_a_cut():
   vit = TINY.clone(class_token=False, pool='map')
   cut = planned(vit, method='random', keep=12, layers=1)
   agree(cut)
-  assert cost.of(vit).pooling - cost.of(cut).pooling == (25 - 12) * (2 * 16 * 16 + 2 * 16)
+  assert vit_cost.of(vit).pooling - vit_cost.of(cut).pooling == (25 - 12) * (2 * 16 * 16 + 2 * 16)
 
 
 def test_mean_pooling_adds_one_product():
@@ -119,7 +121,7 @@ def test_the_methods_own_products_are_told_apart():
 
 def test_batches_multiply_and_both_forms_of_the_weights_count_the_same():
   vit = planned(TINY, method='random', keep=12, layers=1)
-  assert jaxpr_cost.of_vit(vit, batch=3).total == 3 * cost.of(vit).macs
+  assert jaxpr_cost.of_vit(vit, batch=3).total == 3 * vit_cost.of(vit).macs
   images = jax.ShapeDtypeStruct((1, 20, 20, 2), jnp.float32)
   params = jax.eval_shape(vit.init, jax.random.key(0), images)
 
@@ -127,7 +129,7 @@ def test_batches_multiply_and_both_forms_of_the_weights_count_the_same():
     blocks = unstack(params['params']['stack']['blocks'], vit.depth)
     return vit.apply({'params': params['params'] | {'stack': {'blocks': blocks}}}, images)[0]
 
-  assert jaxpr_cost.count(unstacked, params, images).total == cost.of(vit).macs
+  assert jaxpr_cost.count(unstacked, params, images).total == vit_cost.of(vit).macs
 
 
 def test_a_mesh_changes_nothing():
@@ -139,7 +141,7 @@ def test_a_mesh_changes_nothing():
 
 def test_masking_saves_nothing():
   vit = planned(TINY, method='topk', mode='mask', **TWO_LAYERS)
-  assert agree(vit).macs[''] == cost.of(TINY).macs
+  assert agree(vit).macs[''] == vit_cost.of(TINY).macs
 
 
 @pytest.mark.parametrize('reduction', [None, {'method': 'tome', 'remove': 3},
@@ -151,8 +153,8 @@ def test_training_takes_three_times_the_products_but_for_the_images_gradient(red
   params = jax.eval_shape(vit.init, jax.random.key(0), images)
   found = jaxpr_cost.count(
       jax.grad(lambda p, x: jnp.sum(vit.apply(p, x)[0] ** 2)), params, images)
-  assert found.macs[''] == cost.of(vit).training_macs + 3 * read_before_joining(vit)
-  assert cost.of(vit).training_macs == 3 * cost.of(vit).macs - cost.of(vit).embed
+  assert found.macs[''] == vit_cost.of(vit).training_macs + 3 * read_before_joining(vit)
+  assert vit_cost.of(vit).training_macs == 3 * vit_cost.of(vit).macs - vit_cost.of(vit).embed
 
 
 @pytest.mark.parametrize('settings', [
@@ -166,10 +168,10 @@ def test_parameters_and_weight_bytes_equal_the_models(settings):
   vit = TINY.clone(**settings)
   shapes = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 20, 20, 2)))
   sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)]
-  assert cost.of(vit).architecture.parameters == sum(sizes)
-  assert cost.of(vit).weight_bytes == 4 * sum(sizes)
+  assert vit_cost.of(vit).architecture.parameters == sum(sizes)
+  assert vit_cost.of(vit).weight_bytes == 4 * sum(sizes)
   block = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes['params']['stack']))
-  assert {layer.weight_bytes for layer in cost.of(vit).layers} == {4 * block // vit.depth}
+  assert {layer.weight_bytes for layer in vit_cost.of(vit).layers} == {4 * block // vit.depth}
 
 
 @pytest.mark.parametrize('settings', [{}, {'projection': 0}, {'projection_bias': True}], ids=str)
@@ -177,7 +179,7 @@ def test_parameters_of_text_towers_equal_the_models(settings):
   text = TEXT.clone(**settings)
   shapes = jax.eval_shape(text.init, jax.random.key(0), jnp.zeros((1, 20), jnp.int32))
   sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)]
-  assert cost.of(text).architecture.parameters == sum(sizes)
+  assert vit_cost.of(text).architecture.parameters == sum(sizes)
 
 
 # -- the counter itself --------------------------------------------------------------------------
@@ -276,8 +278,8 @@ def test_scopes_reach_through_loops_and_gradients():
 # -- tokens and MACs of the analytic model -------------------------------------------------------
 
 
-ONE = cost.Architecture(width=8, depth=1, mlp=32, heads=2, kv_heads=2, slots=10, patches=9, patch=2,
-                        channels=3, classes=5)
+ONE = vit_cost.Architecture(width=8, depth=1, mlp=32, heads=2, kv_heads=2, slots=10, patches=9,
+                            patch=2, channels=3, classes=5)
 N, M, C = 10, 6, 8
 
 
@@ -289,15 +291,15 @@ N, M, C = 10, 6, 8
     ('inside', False, 3 * N * C ** 2 + N ** 2 * C + M * N * C + M * C ** 2 + 8 * M * C ** 2),
 ])
 def test_sites_follow_their_formulas(site, joins, macs):
-  found = cost.compute(ONE, (Cut(0, N, M),), site=site, joins=joins)
+  found = vit_cost.compute(ONE, (Cut(0, N, M),), site=site, joins=joins)
   assert found.layers[0].macs == macs
   assert found.macs == macs + 9 * 12 * C + 5 * C
   assert found.layers[0].left == M
 
 
 def test_shared_keys_shrink_only_their_projections():
-  alone = cost.compute(ONE).layers[0]
-  shared = cost.compute(dataclasses.replace(ONE, kv_heads=1)).layers[0]
+  alone = vit_cost.compute(ONE).layers[0]
+  shared = vit_cost.compute(dataclasses.replace(ONE, kv_heads=1)).layers[0]
   assert alone.qkv - shared.qkv == N * C * C
   assert dataclasses.replace(shared, qkv=alone.qkv, weight_bytes=alone.weight_bytes,
                              activation_bytes=alone.activation_bytes) == alone
@@ -305,12 +307,12 @@ def test_shared_keys_shrink_only_their_projections():
 
 
 def test_activation_bytes_count_each_operand_once():
-  layer = cost.compute(ONE).layers[0]
+  layer = vit_cost.compute(ONE).layers[0]
   features = N * C + 3 * N * C + 3 * N * C + N * C + 2 * N * C + 2 * N * (C + 32)
   assert layer.activation_bytes == 4 * features
-  half = cost.compute(dataclasses.replace(ONE, activation_bytes=2)).layers[0]
+  half = vit_cost.compute(dataclasses.replace(ONE, activation_bytes=2)).layers[0]
   assert half.activation_bytes == 2 * features
-  picked = cost.compute(ONE, (Cut(0, N, M),), site='inside', joins=False).layers[0]
+  picked = vit_cost.compute(ONE, (Cut(0, N, M),), site='inside', joins=False).layers[0]
   inside = N * C + 3 * N * C + 3 * N * C + M * C + 2 * M * C + 2 * M * (C + 32)
   assert picked.activation_bytes == 4 * inside + 4 * 2 * 2 * (N * N + M * N)
 
@@ -324,7 +326,7 @@ def test_activation_bytes_count_each_operand_once():
 ])
 def test_impossible_cuts_are_errors(cuts, site, message):
   with pytest.raises(ValueError, match=message):
-    cost.compute(ONE, cuts, site=site)
+    vit_cost.compute(ONE, cuts, site=site)
 
 
 @pytest.mark.parametrize('name', ['tome', 'mctf', 'ats', 'topk'])
@@ -332,8 +334,8 @@ def test_impossible_cuts_are_errors(cuts, site, message):
 def test_budgets_in_flops_are_met_at_the_methods_own_site(name, site):
   vit = make_vit('S/16')
   reduction = {'method': name, 'site': site, 'layers': (3, 6, 9), 'flops_ratio': 0.7}
-  vit = vit.clone(plan=make_plan(reduction, vit.host, macs=cost.solver(vit, reduction)))
-  ratio = cost.of(vit).macs / cost.of(vit.clone(plan=None)).macs
+  vit = vit.clone(plan=make_plan(reduction, vit.host, macs=vit_cost.solver(vit, reduction)))
+  ratio = vit_cost.of(vit).macs / vit_cost.of(vit.clone(plan=None)).macs
   assert 0.69 < ratio <= 0.7
 
 
@@ -345,8 +347,8 @@ def test_budgets_in_flops_are_met_at_the_methods_own_site(name, site):
     ('H/14', 224, 167.295), ('B/16', 384, 55.484), ('L/16', 384, 191.066), ('L/16', 512, 361.986),
     ('H/14', 518, 1016.717)])
 def test_bases(variant, image_size, gmacs):
-  assert cost.of(make_vit(variant, image_size=image_size)).macs / 1e9 == pytest.approx(gmacs,
-                                                                                       abs=5e-4)
+  assert vit_cost.of(make_vit(variant, image_size=image_size)).macs / 1e9 == pytest.approx(gmacs,
+                                                                                           abs=5e-4)
 
 
 def label(row):
@@ -356,7 +358,7 @@ def label(row):
 @pytest.mark.parametrize('row', published.TABLE, ids=label)
 def test_published_figures(row):
   assert row.quantity in published.QUANTITIES
-  distance = abs(row.ours(cost.of(row.model())) - row.value)
+  distance = abs(row.ours(vit_cost.of(row.model())) - row.value)
   # A mismatch that has gone away is as wrong as one that is not told.
   assert (distance > row.tolerance) == bool(row.mismatch), distance
   # Printed digits; a figure of speed is held to 6 %.
@@ -376,7 +378,7 @@ def test_the_table_holds_every_row_of_the_sources():
 def test_mctf_figures_come_out_once_the_matching_is_counted(row):
   vit = row.model()
   compared = sum(-(-cut.slots // 2) * (cut.slots // 2) for cut in vit.plan.cuts) * vit.width
-  full = cost.fvcore(cost.of(vit)) + compared
+  full = vit_cost.fvcore(vit_cost.of(vit)) + compared
   assert full / 1e9 == pytest.approx(row.value, abs=0.005)
   assert f'{full / 1e9:.3f}' in row.mismatch or not row.mismatch
 
@@ -407,7 +409,7 @@ def test_pitome_counts_as_its_release():
   # The release's own counter on the tiny ViT of the golden files, ratio 0.9.
   vit = planned(golden_vit.model(), method='pitome', keep_ratio=0.9)
   assert [cut.slots for cut in vit.plan.cuts] == [65, 59, 54, 49]
-  assert cost.pitome_repo(cost.of(vit)) == 12824448
+  assert vit_cost.pitome_repo(vit_cost.of(vit)) == 12824448
 
 
 @pytest.mark.parametrize(('remove', 'share', 'ours'), [
@@ -417,10 +419,10 @@ def test_crossget_on_clip_comes_out_once_the_matching_is_counted(remove, share, 
 
   The release carries one cross token more, which nothing here counts.
   """
-  vit, text = make_vit('clip_b16'), cost.of(Text(**PAIRS['clip_b16']['text'])).macs
+  vit, text = make_vit('clip_b16'), vit_cost.of(Text(**PAIRS['clip_b16']['text'])).macs
   small = planned(vit, method='crossget', remove=remove)
-  whole, products = cost.of(vit).macs + text, jaxpr_cost.of_vit(small).macs
-  assert products[''] == cost.of(small).macs
+  whole, products = vit_cost.of(vit).macs + text, jaxpr_cost.of_vit(small).macs
+  assert products[''] == vit_cost.of(small).macs
   assert (products[''] + text) / whole == pytest.approx(ours, abs=5e-4)
   assert abs(ours - share) > 0.01 * share
   assert (sum(products.values()) + text) / whole == pytest.approx(share, rel=0.01)
@@ -437,7 +439,7 @@ def test_expedit_saves_what_is_published(layer, side, gmacs, ours):
   """
   vit = make_vit('L/16', image_size=640)
   cut = planned(vit, method='expedit', keep=side ** 2, layers=layer)
-  found = 658.98 - (cost.of(vit).macs - cost.of(cut).macs) / 1e9
+  found = 658.98 - (vit_cost.of(vit).macs - vit_cost.of(cut).macs) / 1e9
   assert (abs(found - gmacs) <= 0.01 * gmacs) == (ours is None)
   assert found == pytest.approx(ours or gmacs, rel=0.01 if ours is None else 1e-5)
 
@@ -445,7 +447,7 @@ def test_expedit_saves_what_is_published(layer, side, gmacs, ours):
 def test_segvits_backbone():
   """ViT-B/16 at 512 pixels: 109.9 GMACs with its heads (DToP, arXiv:2308.01045), ours without."""
   vit = make_vit('B/16', image_size=512, class_token=False, pool='mean', num_classes=0)
-  found = cost.of(vit).macs / 1e9
+  found = vit_cost.of(vit).macs / 1e9
   assert found == pytest.approx(106.904, abs=0.001)
   assert 0.02 * 109.9 < 109.9 - found < 0.03 * 109.9
 
@@ -456,15 +458,15 @@ def test_segvits_backbone():
 def test_pitome_by_ratio(variant, gmacs):
   """Worked out apart from this code, from the release's rule floor(T (1 - ratio)) a layer."""
   for ratio, expected in zip((0.95, 0.925, 0.9, 0.875), gmacs, strict=True):
-    found = cost.of(planned(make_vit(variant), method='pitome', keep_ratio=ratio)).macs / 1e9
+    found = vit_cost.of(planned(make_vit(variant), method='pitome', keep_ratio=ratio)).macs / 1e9
     assert found == pytest.approx(expected, abs=0.05 if expected > 30 else 0.005)
 
 
 @pytest.mark.parametrize('variant', ['S/16', 'B/16', 'L/16', 'H/14'])
 def test_diffrate_embeds_cls_as_a_patch_and_is_else_the_same(variant):
   vit = planned(make_vit(variant), method='tome', remove=5)
-  found = cost.of(vit)
-  assert cost.diffrate_paper(found) - found.macs == 3 * vit.patch ** 2 * vit.width
+  found = vit_cost.of(vit)
+  assert vit_cost.diffrate_paper(found) - found.macs == 3 * vit.patch ** 2 * vit.width
 
 
 @pytest.mark.skipif('DIFFRATE_RATES' not in os.environ,
@@ -475,31 +477,31 @@ def test_diffrate_embeds_cls_as_a_patch_and_is_else_the_same(variant):
     ('H/14', 'ViT-H-MAE', '103.4', 103.337)])
 def test_diffrate_schedules(variant, name, target, gmacs):
   rates = json.loads(pathlib.Path(os.environ['DIFFRATE_RATES']).read_text())[name][target]
-  made = cost.architecture(make_vit(variant))
+  made = vit_cost.architecture(make_vit(variant))
   slots, cuts = made.slots, []
   for layer, pair in enumerate(zip(*(json.loads(kept) for kept in rates.values()), strict=True)):
     cuts.append(Cut(layer, slots, min(slots, *pair)))
     slots = cuts[-1].keep
-  found = cost.compute(made, tuple(cuts))
-  assert cost.diffrate_paper(found) / 1e9 == pytest.approx(gmacs, abs=5e-4)
+  found = vit_cost.compute(made, tuple(cuts))
+  assert vit_cost.diffrate_paper(found) / 1e9 == pytest.approx(gmacs, abs=5e-4)
 
 
 # -- devices and training speed ------------------------------------------------------------------
 
 
 def test_floor_is_the_slower_of_computing_and_moving():
-  assert cost.floor_seconds(1e12, 1e9, peak_flops=1e12, bandwidth=1e9) == 2.0
-  assert cost.floor_seconds(1e12, 3e9, peak_flops=1e12, bandwidth=1e9) == 3.0
+  assert vit_cost.floor_seconds(1e12, 1e9, peak_flops=1e12, bandwidth=1e9) == 2.0
+  assert vit_cost.floor_seconds(1e12, 3e9, peak_flops=1e12, bandwidth=1e9) == 3.0
 
 
 def test_devices_are_plausible():
-  for name, device in cost.DEVICES.items():
+  for name, device in vit_cost.DEVICES.items():
     assert device.source, name
     # Operations a byte at which computing and moving take equally long: hundreds on all of them.
     assert 150 < device.flops / device.bandwidth < 600, name
 
 
-SLOTS, TRAINING = cost.of(TINY).layers[0].attention_in, cost.of(TINY).training_macs
+SLOTS, TRAINING = vit_cost.of(TINY).layers[0].attention_in, vit_cost.of(TINY).training_macs
 
 
 @dataclasses.dataclass
@@ -509,8 +511,8 @@ class FakeDevice:
 
 def test_meter_leaves_out_compilation_and_pauses():
   now = [0.0]
-  meter = cost.Meter(SLOTS, batch_size=8, device=FakeDevice('TPU v5p'), devices=4,
-                     clock=lambda: now[0])
+  meter = vit_cost.Meter(SLOTS, batch_size=8, device=FakeDevice('TPU v5p'), devices=4,
+                         clock=lambda: now[0])
   now[0] = 100.0
   assert meter.lap(10, kept=13.0, macs=TRAINING) == {'kept_ratio': 0.5}
   with meter.paused():
@@ -528,7 +530,7 @@ def test_meter_leaves_out_compilation_and_pauses():
 def test_meter_measures_the_peak_of_a_device_that_nobody_published():
   now = [0.0]
   device = jax.devices()[0]
-  meter = cost.Meter(SLOTS, batch_size=8, device=device, devices=1, clock=lambda: now[0])
+  meter = vit_cost.Meter(SLOTS, batch_size=8, device=device, devices=1, clock=lambda: now[0])
   meter.lap(1, kept=1.0, macs=TRAINING)
   now[0] += 1
   share = meter.lap(2, kept=1.0, macs=TRAINING)['mfu']

@@ -14,8 +14,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lib import data
-from lib.datasets import digits
+from lib.data import images as image_data
+from lib.data.datasets import digits
 
 TRAIN, TEST = 23, 7
 MODES = {3: 'P', 4: 'RGBA'}
@@ -116,11 +116,11 @@ def assert_equal(first, second):
 
 def test_digits_are_the_originals_split_by_class(place):
   config = config_of('digits', place, image_size=8, batch_size=359, mean=(0.0,), std=(1.0,))
-  info = data.info(config)
+  info = image_data.info(config)
   assert dataclasses.astuple(info) == (10, 1438, 359, (8, 8, 1), tuple('0123456789'))
-  (batch,) = data.eval_batches(config)
+  (batch,) = image_data.eval_batches(config)
   config.test_split = 'train'
-  parts = [batch, *data.eval_batches(config)]
+  parts = [batch, *image_data.eval_batches(config)]
   real = np.concatenate([part['mask'] for part in parts]) == 1
   labels = np.concatenate([part['label'] for part in parts])[real]
   images = np.concatenate([part['image'] for part in parts])[real]
@@ -144,9 +144,9 @@ def test_the_split_of_the_digits_never_moves():
 
 def test_a_process_that_prepares_second_keeps_what_the_first_wrote(tmp_path):
   late = digits.Digits(data_dir=tmp_path, file_format='array_record')
-  folder = data.prepare('digits', data_dir=str(tmp_path))
+  folder = image_data.prepare('digits', data_dir=str(tmp_path))
   before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()}
-  data._prepare_bundled('digits', late)
+  image_data._prepare_bundled('digits', late)
   assert {file.name: (file.stat().st_mtime_ns, file.read_bytes())
           for file in folder.iterdir()} == before
   assert [entry.name for entry in folder.parent.iterdir()] == ['1.0.0']
@@ -157,7 +157,7 @@ def test_a_process_that_prepares_second_keeps_what_the_first_wrote(tmp_path):
 
 def test_every_epoch_has_each_example_once_in_another_order(place):
   def epochs(seed):
-    order = labels_of(take(data.train_iterator(pictures(place), seed=seed), TRAIN))
+    order = labels_of(take(image_data.train_iterator(pictures(place), seed=seed), TRAIN))
     return np.asarray(order).reshape(4, TRAIN).tolist()  # 23 batches of 4 are 4 epochs of 23.
 
   first = epochs(seed=0)
@@ -172,10 +172,10 @@ def test_every_epoch_has_each_example_once_in_another_order(place):
 def test_resuming_goes_on_bit_for_bit(place, before):
   augment = {'method': 'affine', 'shift': 0.1, 'degrees': 10.0, 'scale': (0.9, 1.1)}
   config = config_of('digits', place, image_size=32, batch_size=300, augment=augment)
-  running = data.train_iterator(config, seed=3)
+  running = image_data.train_iterator(config, seed=3)
   take(running, before)
   state = json.loads(json.dumps(running.get_state()))
-  resumed = data.train_iterator(config, seed=3)
+  resumed = image_data.train_iterator(config, seed=3)
   take(resumed, 2)
   resumed.set_state(state)
   assert_equal(take(running, 5), take(resumed, 5))
@@ -186,7 +186,7 @@ def test_resuming_goes_on_bit_for_bit(place, before):
 def test_threads_change_nothing(place, threads):
   def batches(threads):
     config = pictures(place, augment={'method': 'crop'}, threads=threads)
-    return take(data.train_iterator(config, seed=0), 4)
+    return take(image_data.train_iterator(config, seed=0), 4)
 
   assert_equal(batches(threads), batches(2))
 
@@ -194,8 +194,8 @@ def test_threads_change_nothing(place, threads):
 def test_augmentation_differs_between_epochs_and_seeds(place):
   augment = {'method': 'affine', 'shift': 0.2}
   config = config_of('digits', place, batch_size=1, train_split='train[:1]', augment=augment)
-  stream = take(data.train_iterator(config, seed=0), 3) + take(
-      data.train_iterator(config, seed=1), 3)
+  stream = take(image_data.train_iterator(config, seed=0), 3) + take(
+      image_data.train_iterator(config, seed=1), 3)
   assert len({batch['image'].tobytes() for batch in stream}) == 6
 
 
@@ -204,8 +204,9 @@ def test_processes_share_each_batch_of_the_one_process_stream(place):
 
   def rows(processes):
     """Steps of sets of (label, pixels), over all processes."""
-    streams = [take(data.train_iterator(config, seed=0, process_index=index,
-                                        process_count=processes), 9) for index in range(processes)]
+    streams = [take(image_data.train_iterator(config, seed=0, process_index=index,
+                                              process_count=processes), 9)
+               for index in range(processes)]
     return [sorted((int(label), image.tobytes()) for batch in step
                    for label, image in zip(batch['label'], batch['image'], strict=True))
             for step in zip(*streams, strict=True)]
@@ -218,9 +219,9 @@ def test_processes_share_each_batch_of_the_one_process_stream(place):
 
 def test_the_place_in_the_data_serves_any_number_of_processes(place):
   config = pictures(place)
-  alone = data.train_iterator(config, seed=0)
+  alone = image_data.train_iterator(config, seed=0)
   take(alone, 3)
-  half = data.train_iterator(config, seed=0, process_index=1, process_count=2)
+  half = image_data.train_iterator(config, seed=0, process_index=1, process_count=2)
   half.set_state(alone.get_state())
   assert set(next(half)['label']) < set(next(alone)['label'])
 
@@ -229,7 +230,7 @@ def test_the_place_in_the_data_serves_any_number_of_processes(place):
 def test_evaluation_sees_every_example_once(place, processes):
   seen, counts = [], set()
   for index in range(processes):
-    batches = data.eval_batches(pictures(place), process_index=index, process_count=processes)
+    batches = image_data.eval_batches(pictures(place), process_index=index, process_count=processes)
     counts.add(len(batches))
     for batch in batches:
       assert batch['image'].shape == (4 // processes, 16, 16, 3)
@@ -241,7 +242,7 @@ def test_evaluation_sees_every_example_once(place, processes):
 
 
 def test_evaluation_can_be_left_early_and_started_again(place):
-  batches = data.eval_batches(pictures(place))
+  batches = image_data.eval_batches(pictures(place))
   assert_equal([next(iter(batches))], list(batches)[:1])
 
 
@@ -250,8 +251,8 @@ def test_evaluation_can_be_left_early_and_started_again(place):
 
 def test_png_files_come_out_as_their_colours(place):
   config = pictures(place, batch_size=8)
-  assert dataclasses.astuple(data.info(config))[:4] == (TRAIN, TRAIN, TEST, (None, None, 3))
-  (batch,) = data.eval_batches(config)
+  assert dataclasses.astuple(image_data.info(config))[:4] == (TRAIN, TRAIN, TEST, (None, None, 3))
+  (batch,) = image_data.eval_batches(config)
   assert {key: value.dtype.name for key, value in batch.items()} == {
       'image': 'float32', 'label': 'int32', 'mask': 'float32'}
   for index in range(TEST):
@@ -290,24 +291,25 @@ PIXELS = np.asarray(NOISE)
 ])
 def test_augmentations_do_what_their_numbers_say(method, arguments, expected):
   """Within one level of 255: Pillow rounds."""
-  found = data.AUGMENTS[method](NOISE, 8, Extreme(), filter='bilinear', **arguments)
+  found = image_data.AUGMENTS[method](NOISE, 8, Extreme(), filter='bilinear', **arguments)
   np.testing.assert_allclose(np.asarray(found).astype(float), expected, atol=1)
 
 
-@pytest.mark.parametrize('method', data.AUGMENTS)
-@pytest.mark.parametrize('filter', data.FILTERS)
+@pytest.mark.parametrize('method', image_data.AUGMENTS)
+@pytest.mark.parametrize('filter', image_data.FILTERS)
 def test_augmentations_accept_any_shape(method, filter):
   for width, height in [(1, 9), (300, 5), (64, 64)]:
     image = Image.new('L', (width, height), 100)
-    found = np.asarray(data.AUGMENTS[method](image, 32, np.random.default_rng(0), filter=filter))
+    found = np.asarray(image_data.AUGMENTS[method](image, 32, np.random.default_rng(0),
+                                                   filter=filter))
     assert found.shape == (32, 32)
     assert (found == 100).all()
 
 
 def test_enlarging_by_a_matrix_is_enlarging(place):
   """Training and evaluation see the same scale: an affine that does nothing is `whole`."""
-  same = data.affine(NOISE, 32, RANDOM, filter='bilinear')
-  whole = data.whole(NOISE, 32, filter='bilinear')
+  same = image_data.affine(NOISE, 32, RANDOM, filter='bilinear')
+  whole = image_data.whole(NOISE, 32, filter='bilinear')
   np.testing.assert_allclose(np.asarray(same).astype(int), np.asarray(whole).astype(int), atol=2)
 
 
@@ -316,14 +318,15 @@ def test_enlarging_by_a_matrix_is_enlarging(place):
 def test_shrinking_antialiases(method, arguments):
   """Black and white noise of spread 127 turns grey: 8 x 8 pixels fall on one, and not 4 of them."""
   noise = Image.fromarray(np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8) * 255)
-  found = data.AUGMENTS[method](noise, 8, Extreme(), filter='bilinear', **arguments)
+  found = image_data.AUGMENTS[method](noise, 8, Extreme(), filter='bilinear', **arguments)
   assert np.asarray(found).std() < 127 / 8
 
 
 def test_the_centre_crop_of_evaluation():
   image = Image.fromarray(np.arange(10 * 6, dtype=np.uint8).reshape(6, 10))
-  np.testing.assert_array_equal(data.whole(image, 6, filter='bilinear'), np.asarray(image)[:, 2:8])
-  np.testing.assert_array_equal(data.whole(image, 3, filter='bilinear', fraction=0.5),
+  np.testing.assert_array_equal(image_data.whole(image, 6, filter='bilinear'),
+                                np.asarray(image)[:, 2:8])
+  np.testing.assert_array_equal(image_data.whole(image, 3, filter='bilinear', fraction=0.5),
                                 np.asarray(image.resize((3, 3), Image.Resampling.BILINEAR,
                                                         box=(3.5, 1.5, 6.5, 4.5))))
 
@@ -335,20 +338,20 @@ def test_a_damaged_picture_raises_with_its_place(place):
   config = pictures(place, test_split='damaged', train_split='damaged')
   text = (rf"example {DAMAGED} of pictures 'damaged'.*pictures-damaged.array_record.*"
           rf'record {DAMAGED}')
-  with pytest.raises(data.CorruptRecordError, match=text):
-    list(data.eval_batches(config))
-  with pytest.raises(data.CorruptRecordError, match=text):
-    take(data.train_iterator(config, seed=0), 2)
+  with pytest.raises(image_data.CorruptRecordError, match=text):
+    list(image_data.eval_batches(config))
+  with pytest.raises(image_data.CorruptRecordError, match=text):
+    take(image_data.train_iterator(config, seed=0), 2)
 
 
 def test_a_damaged_picture_is_skipped_and_counted(place):
   config = pictures(place, test_split='damaged', train_split='damaged', on_corrupt='skip')
-  batches = data.eval_batches(config)
+  batches = image_data.eval_batches(config)
   found = list(batches)
   assert sum(batch['mask'].sum() for batch in found) == TEST - 1
   assert found[1]['mask'].tolist() == [1, 0, 1, 0]
   assert list(batches.corrupt) == [DAMAGED]
-  iterator = data.train_iterator(config, seed=0)
+  iterator = image_data.train_iterator(config, seed=0)
   # 7 batches of 4 are 4 epochs of 7: the one after the damaged one stands in for it.
   expected = sorted(4 * [0, 1, 2, 3, 4, 6, 6])
   assert sorted(labels_of(take(iterator, 7))) == expected
@@ -369,9 +372,9 @@ def damage(folder, split, indices):
 def test_a_damaged_file_names_the_record_and_spares_the_others(tmp_path):
   Pictures(data_dir=tmp_path, file_format='array_record').download_and_prepare()
   damage(tmp_path, 'test', [2])
-  with pytest.raises(data.CorruptRecordError, match=r'example 2 of pictures .*, record 2\)'):
-    list(data.eval_batches(pictures(tmp_path)))
-  batches = data.eval_batches(pictures(tmp_path, on_corrupt='skip', batch_size=8))
+  with pytest.raises(image_data.CorruptRecordError, match=r'example 2 of pictures .*, record 2\)'):
+    list(image_data.eval_batches(pictures(tmp_path)))
+  batches = image_data.eval_batches(pictures(tmp_path, on_corrupt='skip', batch_size=8))
   (batch,) = batches
   assert batch['mask'].tolist() == [1, 1, 0, 1, 1, 1, 1, 0]
   assert list(batches.corrupt) == [2]
@@ -381,19 +384,19 @@ def test_skipping_ends_where_nothing_can_be_read(tmp_path):
   Pictures(data_dir=tmp_path, file_format='array_record').download_and_prepare()
   damage(tmp_path, 'train', range(1, TRAIN))
   config = pictures(tmp_path, on_corrupt='skip')
-  assert labels_of(take(data.train_iterator(config, seed=0), 6)) == [0] * 24
+  assert labels_of(take(image_data.train_iterator(config, seed=0), 6)) == [0] * 24
   damage(tmp_path, 'train', [0])
-  with pytest.raises(data.CorruptRecordError, match=r'100 records in a row cannot be read'):
-    next(data.train_iterator(config, seed=0))
+  with pytest.raises(image_data.CorruptRecordError, match=r'100 records in a row cannot be read'):
+    next(image_data.train_iterator(config, seed=0))
 
 
-@pytest.mark.parametrize('on_corrupt', data.ON_CORRUPT)
+@pytest.mark.parametrize('on_corrupt', image_data.ON_CORRUPT)
 def test_a_missing_file_is_never_skipped(tmp_path, on_corrupt):
   Pictures(data_dir=tmp_path, file_format='array_record').download_and_prepare()
   (file,) = tmp_path.rglob('pictures-test.array_record*')
   file.unlink()
   with pytest.raises(FileNotFoundError, match=f'{file} is missing.*prepare the set again'):
-    list(data.eval_batches(pictures(tmp_path, on_corrupt=on_corrupt)))
+    list(image_data.eval_batches(pictures(tmp_path, on_corrupt=on_corrupt)))
 
 
 # What people get wrong.
@@ -421,7 +424,7 @@ def test_a_missing_file_is_never_skipped(tmp_path, on_corrupt):
 ])
 def test_mistakes_are_answered_in_one_line(place, changes, error, text):
   with pytest.raises(error, match=text) as caught:
-    data.info(ml_collections.ConfigDict(pictures(place).to_dict() | changes))
+    image_data.info(ml_collections.ConfigDict(pictures(place).to_dict() | changes))
   assert '\n' not in str(caught.value)
 
 
@@ -429,14 +432,14 @@ def test_a_missing_field_is_named(place):
   config = pictures(place).to_dict()
   del config['image_size'], config['std']
   with pytest.raises(ValueError, match='data lacks image_size, std'):
-    data.info(ml_collections.ConfigDict(config))
+    image_data.info(ml_collections.ConfigDict(config))
 
 
 def test_a_batch_must_divide_over_the_processes(place):
   with pytest.raises(ValueError, match='batch_size=4 cannot be divided over 3 processes'):
-    data.train_iterator(pictures(place), seed=0, process_index=1, process_count=3)
+    image_data.train_iterator(pictures(place), seed=0, process_index=1, process_count=3)
   with pytest.raises(ValueError, match='make it a multiple of 3'):
-    data.eval_batches(pictures(place), process_index=1, process_count=3)
+    image_data.eval_batches(pictures(place), process_index=1, process_count=3)
 
 
 @pytest.mark.parametrize(('seed', 'changes', 'text'), [
@@ -445,9 +448,9 @@ def test_a_batch_must_divide_over_the_processes(place):
     (0, {'train_split': 'test'}, "split='train', but the config says 'test'"),
 ])
 def test_the_place_of_another_stream_is_refused(place, seed, changes, text):
-  state = data.train_iterator(pictures(place), seed=0).get_state()
+  state = image_data.train_iterator(pictures(place), seed=0).get_state()
   with pytest.raises(ValueError, match=text):
-    data.train_iterator(pictures(place, **changes), seed=seed).set_state(state)
+    image_data.train_iterator(pictures(place, **changes), seed=seed).set_state(state)
 
 
 def test_another_version_on_disk_is_offered(tmp_path):
@@ -455,20 +458,20 @@ def test_another_version_on_disk_is_offered(tmp_path):
   older.parent.mkdir(parents=True)
   older.touch()
   with pytest.raises(FileNotFoundError, match=r'or set data.name=cifar10:3\.0\.0, which is there'):
-    data.info(config_of('cifar10', tmp_path))
+    image_data.info(config_of('cifar10', tmp_path))
 
 
 def test_preparing_says_what_a_person_must_download(tmp_path):
   with pytest.raises(ValueError, match=r'imagenet2012 has files that you must download yourself.*'
                                        r'downloads/manual has none.*ILSVRC2012_img_train.tar'):
-    data.prepare('imagenet2012', data_dir=str(tmp_path))
+    image_data.prepare('imagenet2012', data_dir=str(tmp_path))
 
 
 @pytest.mark.skipif(importlib.util.find_spec('tensorflow') is not None,
                     reason='TensorFlow is installed')
 def test_preparing_says_that_a_set_needs_tensorflow(tmp_path):
   with pytest.raises(ValueError, match='needs the package tensorflow to write arrays'):
-    data.prepare('arrays', data_dir=str(tmp_path))
+    image_data.prepare('arrays', data_dir=str(tmp_path))
 
 
 def test_other_formats_are_refused(tmp_path):
@@ -476,4 +479,4 @@ def test_other_formats_are_refused(tmp_path):
   (info,) = tmp_path.rglob('dataset_info.json')
   info.write_text(info.read_text().replace('array_record', 'tfrecord'))
   with pytest.raises(ValueError, match=r'stored as tfrecord, but random access needs array_record'):
-    data.info(pictures(tmp_path))
+    image_data.info(pictures(tmp_path))

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import dense
-from models.dense import SegmentViT
+from models.backbones import segmenter as dense
+from models.backbones.segmenter import SegmentViT
+from models.backbones.vit import ViT
 from models.plan import make_plan
-from models.vit import ViT
 from ops import tokens as tk
 from ops.tokens import SPECIAL, VISUAL, Gather, Merge, TokenSet
 

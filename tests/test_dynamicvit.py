@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib.distill import distill, logit_loss, token_loss
+from lib.tasks.distill import distill, logit_loss, token_loss
+from models.backbones.vit import Block
 from models.compressors.dynamicvit import DynamicViT, decide
 from models.plan import make_plan
-from models.vit import Block
 from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import TokenSet

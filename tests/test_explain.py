@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from configs import vit_s16_tome
-from lib import cost
+from lib.cost import vit as vit_cost
 from tools import explain
 
 
@@ -28,7 +28,7 @@ def test_the_traced_program_is_beside_the_model():
   small = config()
   small.model.update({'variant': 'Ti/16', 'depth': 2, 'image_size': 64})
   text = explain.explain(small)
-  macs = cost.of(explain.model(small)).macs
+  macs = vit_cost.of(explain.model(small)).macs
   assert f'traced program: {macs:,} MACs in the backbone, as above' in text
   # 17 tokens, then 9: even against odd, by keys of 64 features.
   assert f"the method's own products: {(9 * 8 + 5 * 4) * 64:,} MACs" in text
@@ -42,7 +42,7 @@ def test_the_layers_add_up_to_the_total():
   embed, total = float(lines[3].split()[1]), float(lines[17].split()[4])
   # Every printed number is rounded to 0.001.
   assert sum(float(row[5]) for row in rows) + embed == pytest.approx(total, abs=14 * 5e-4)
-  assert total == pytest.approx(cost.of(vit).macs / 1e9, abs=5e-4)
+  assert total == pytest.approx(vit_cost.of(vit).macs / 1e9, abs=5e-4)
   assert rows[-1][6] == '100.0%'
 
 
@@ -51,7 +51,7 @@ def test_totals_hold_every_convention_and_the_unreduced_model():
   printed = {line.split(' (')[0]: line.split()[-4:] for line in lines}
   assert printed['macs'] == ['2.703', '4.599', '0.588', '1.70x']
   assert printed['pitome_repo'] == ['2.829', '4.541', '0.623', '1.61x']
-  assert cost.CONVENTIONS.keys() <= printed.keys()
+  assert vit_cost.CONVENTIONS.keys() <= printed.keys()
 
 
 def test_known_differences_say_why():
@@ -63,15 +63,16 @@ def test_known_differences_say_why():
 
 
 def test_masked_and_adaptive_plans_say_so():
-  assert 'masked, so that every slot is still computed' in cost.describe(
+  assert 'masked, so that every slot is still computed' in vit_cost.describe(
       explain.model(config(mode='mask')))
-  assert 'at most' in cost.describe(explain.model(config(method='ats', layers=(3, 6, 9), remove=9)))
+  assert 'at most' in vit_cost.describe(
+      explain.model(config(method='ats', layers=(3, 6, 9), remove=9)))
 
 
 def test_unreduced_models_and_budgets_in_flops():
   assert 'nothing is reduced' in explain.explain(config(method='none'), trace=False)
   solved = explain.model(config(remove=None, flops_ratio=0.6))
-  assert cost.of(solved).macs <= 0.6 * 4598882304
+  assert vit_cost.of(solved).macs <= 0.6 * 4598882304
 
 
 @pytest.mark.parametrize(('broken', 'message'), [

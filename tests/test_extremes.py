@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops.extremes import highest, lowest
+from ops.argmax import highest, lowest
 
 
 @pytest.mark.parametrize('axis', [0, 1, 2, -1])

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import test_contract
 
+from models.backbones.vit import OFFERS, Block
 from models.plan import Host, make_plan
 from models.stack import Stack
-from models.vit import OFFERS, Block
 from ops import tokens as tk
 from ops.reducers import REDUCERS
-from ops.reducers.vision.flowcut import FlowCut, flow, surplus
+from ops.reducers.projector.flowcut import FlowCut, flow, surplus
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
@@ -65,7 +65,7 @@ def test_steps(monkeypatch):
     attention, semantic, metric = (jnp.asarray(raw[f'L{layer}_{name}']) for name in (
         'cls_attn', 'semantic_attn', 'value_metric'))
     # What the values' own attention would be is given here; the encoder below computes it.
-    monkeypatch.setattr('ops.reducers.vision.flowcut.value_attention',
+    monkeypatch.setattr('ops.reducers.projector.flowcut.value_attention',
                         lambda tokens, values, given=semantic: given)
     signals = Signals(cls_attention=attention, values=metric[:, :, None], layer=layer, depth=8)
     method = FlowCut(target=target)

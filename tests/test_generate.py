@@ -9,7 +9,7 @@ import pytest
 import test_lm
 from test_lm import TINY, unstacked
 
-from models.generate import ENDED, Generator, Sampling, fitted, padded, sample
+from models.decoding.generator import ENDED, Generator, Sampling, fitted, padded, sample
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9])
 BUCKETS = (8, 16)

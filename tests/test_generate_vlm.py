@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import test_parity_vlm as parity
 
-from lib import anyres
-from models.generate import Generator, Sampling, fitted, padded
+from lib.data import anyres
+from models.backbones.vlm import at_door
+from models.decoding.generator import Generator, Sampling, fitted, padded
 from models.plan import Plan
-from models.vlm import at_door
+from ops.budgets import Cut
+from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.schedule import Cut
-from ops.select import keep_top
 from ops.splice import next_positions
 from ops.tokens import TEXT, VISUAL, TokenSet
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from ops import signals
-from ops.positions import Rope
 from ops.reducers.cache.expected_attention import ExpectedAttention, mean_rotation
 from ops.reducers.cache.h2o import H2O, evict, follow
 from ops.reducers.cache.knorm import KNorm
@@ -22,6 +21,7 @@ from ops.reducers.cache.observed_attention import ObservedAttention
 from ops.reducers.cache.snapkv import SnapKV
 from ops.reducers.cache.streaming_llm import StreamingLLM
 from ops.reducers.cache.tova import TOVA
+from ops.rope import Rope
 from ops.tokens import TEXT, TokenSet
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'in_llm'

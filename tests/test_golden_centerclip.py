@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from test_contract import INVARIANTS
 
-from ops import cluster, kmedoids
 from ops import tokens as tk
+from ops.primitives import cluster, kmedoids
 from ops.reducers import REDUCERS
+from ops.reducers.baselines.stride import Stride
 from ops.reducers.vision.centerclip import CenterCLIP
-from ops.reducers.vision.stride import Stride
 from ops.signals import Signals
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 

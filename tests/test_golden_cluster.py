@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from models.plan import make_plan
-from ops import cluster
+from ops.primitives import cluster
+from ops.primitives.select import top
 from ops.reducers.vision.dpcknn import average, density_clusters
 from ops.reducers.vision.kmedoids import KMedoids
-from ops.select import top
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

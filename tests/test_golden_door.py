@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import diverse
 from ops import tokens as tk
-from ops.match import unit
-from ops.reducers.vision.divprune import DivPrune
-from ops.reducers.vision.fastervlm import FasterVLM
-from ops.reducers.vision.hiprune import HiPrune
-from ops.reducers.vision.prumerge import PruMerge, whole_attention
-from ops.reducers.vision.visionzip import VisionZip
-from ops.reducers.vision.vtc_cls import VTCCLS
+from ops.primitives import farthest
+from ops.primitives.match import unit
+from ops.reducers.projector.divprune import DivPrune
+from ops.reducers.projector.fastervlm import FasterVLM
+from ops.reducers.projector.hiprune import HiPrune
+from ops.reducers.projector.prumerge import PruMerge, whole_attention
+from ops.reducers.projector.visionzip import VisionZip
+from ops.reducers.projector.vtc_cls import VTCCLS
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
@@ -46,11 +46,11 @@ def test_divprune(case):
   np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])
   vectors, every = unit(tokens.x), jnp.ones((1, tokens.slots), bool)
   first = jnp.asarray(raw['selected_in_order'][:1])
-  turn = diverse.farthest_first(vectors, every, first, count=keep)
+  turn = farthest.farthest_first(vectors, every, first, count=keep)
   np.testing.assert_array_equal(np.argsort(turn[0])[:keep], raw['selected_in_order'])
   if case == 1:
     distance = raw['distance'] + 9 * np.eye(64, dtype=np.float32)
-    close(1 - diverse.largest_cosine(vectors, every, chunk=7)[0], distance.min(axis=1))
+    close(1 - farthest.largest_cosine(vectors, every, chunk=7)[0], distance.min(axis=1))
 
 
 def test_divprune_takes_the_last_when_more_are_wanted_than_there_are():

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.backbones.vit import Block
 from models.compressors.dtop import DToP, Grades, leaves, paint
-from models.vit import Block
 from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import TokenSet

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from models.plan import make_plan
-from ops import superpixels as sp
 from ops import tokens as tk
+from ops.primitives import superpixels as sp
 from ops.reducers.vision.expedit import Expedit
 from ops.signals import Signals
 from ops.tokens import TokenSet

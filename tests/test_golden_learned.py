@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.backbones.vit import Block
 from models.compressors.dynamicvit import Predictor
 from models.compressors.patchmerger import PatchMerger
 from models.compressors.sinkhorn import Sinkhorn
 from models.compressors.sit import SiT
 from models.plan import make_plan
 from models.stack import unstack
-from models.vit import Block
 from ops import tokens as tk
 from ops.attention import attend
-from ops.match import unit
+from ops.primitives.match import unit
 from ops.signals import Signals
 from ops.tokens import TokenSet, key_bias
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.lm import LM
+from models.backbones.lm import LM
 from models.plan import make_cache_plan, make_plan
-from ops.positions import Rope
+from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'in_llm'

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.backbones.vit import Block
 from models.plan import make_plan
-from models.vit import Block
 from ops import tokens as tk
 from ops.reducers.vision.mctf import MCTF
 from ops.signals import Signals

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.plan import make_plan
-from ops.reducers.vision.radial import Radial
+from ops.reducers.baselines.radial import Radial
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

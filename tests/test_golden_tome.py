@@ -10,11 +10,11 @@ import pytest
 
 from models.plan import make_plan
 from ops import tokens as tk
-from ops.match import cosine
+from ops.budgets import Limits, constant_or_inflected, resolve
+from ops.primitives.match import cosine
 from ops.reducers.vision.pitome import PiToMe, elu_energy
 from ops.reducers.vision.tome import ToMe
 from ops.reducers.vision.tome_kth import ToMeKth
-from ops.schedule import Limits, constant_or_inflected, resolve
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, Gather, TokenSet
 

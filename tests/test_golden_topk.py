@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.backbones.vit import Block
 from models.plan import make_plan
-from models.vit import Block
 from ops import tokens as tk
+from ops.budgets import annealed_keep_ratio
 from ops.reducers.vision.evit import EViT
 from ops.reducers.vision.topk import TopK
-from ops.schedule import annealed_keep_ratio
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
 same = np.testing.assert_array_equal

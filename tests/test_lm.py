@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.lm import LM, from_config, make_lm
+from models.backbones.lm import LM, from_config, make_lm
 from models.plan import make_cache_plan, make_plan
 from models.stack import unstack
 from ops import attention
-from ops.cache import KVGather
-from ops.positions import Rope
+from ops.kv_cache import KVGather
 from ops.reducers.base import Reducer
+from ops.rope import Rope
 from ops.signals import Signals
 from ops.tokens import SPECIAL, TEXT, VISUAL, Gather, TokenSet
 

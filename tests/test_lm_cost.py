@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_lm import PROMPT, ROOM, TINY, VISUALS, planned, variables, with_cache
 
-from lib import jaxpr_cost, lm_cost
-from models.lm import make_lm
+from lib.cost import jaxpr as jaxpr_cost
+from lib.cost import lm as lm_cost
+from models.backbones.lm import make_lm
 from models.plan import make_plan
 from ops.tokens import TEXT, VISUAL, TokenSet
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ops import masks
-from ops.positions import variable
+from ops.rope import variable
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'in_llm'
 STRIDES = (1, 16, 64, 256)

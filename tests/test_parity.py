@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from models import weights
-from models.clip import Clip
-from models.text import Text
-from models.vit import ViT
+from models import checkpoints
+from models.backbones.clip import Clip
+from models.backbones.text_tower import Text
+from models.backbones.vit import ViT
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'parity'
 CASES = sorted(file.stem for file in FOLDER.glob('*_*.json'))
@@ -44,7 +44,7 @@ def build(name):
 
 def outputs(name, model):
   """What a model gives with the weights of a case, under the names of the stored arrays."""
-  params = weights.load(build(name), FOLDER / f'{name}.safetensors')
+  params = checkpoints.load(build(name), FOLDER / f'{name}.safetensors')
   inputs = [expected(name)[key] for key in ('images', 'ids') if key in expected(name)]
   logits, out = jax.jit(model.apply)({'params': params}, *inputs)
   single = isinstance(model, ViT)
@@ -100,7 +100,7 @@ def test_a_tower_alone_reads_its_part_of_a_pairs_file(name):
   pair = build(name)
   for tower, key, wanted in ((pair.image, 'images', 'image_features'),
                              (pair.text, 'ids', 'text_features')):
-    params = weights.load(tower, FOLDER / f'{name}.safetensors')
+    params = checkpoints.load(tower, FOLDER / f'{name}.safetensors')
     features, _ = jax.jit(tower.apply)({'params': params}, expected(name)[key])
     features = features / np.linalg.norm(features, axis=-1, keepdims=True)
     np.testing.assert_allclose(features, expected(name)[wanted], atol=OUTPUTS)

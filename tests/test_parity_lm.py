@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import weights
-from models.lm import from_config
+from models import checkpoints
+from models.backbones.lm import from_config
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'parity' / 'lm'
 CASES = sorted(file.stem for file in FOLDER.glob('*.json'))
@@ -38,7 +38,7 @@ def expected(name):
 
 @functools.cache
 def params(name, form='unstacked'):
-  return weights.load(from_config(config(name)), FOLDER / f'{name}.safetensors', form=form)
+  return checkpoints.load(from_config(config(name)), FOLDER / f'{name}.safetensors', form=form)
 
 
 def prompts(name, form):

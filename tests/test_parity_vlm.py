@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from lib import anyres
-from models import weights
-from models.vlm import from_config, image_counts
-from models.weights import transformers
+from lib.data import anyres
+from models import checkpoints
+from models.backbones.vlm import from_config, image_counts
+from models.checkpoints import transformers
 from ops.splice import check, collapse
 
 FOLDER = pathlib.Path(__file__).parent / 'golden' / 'parity_vlm'
@@ -47,7 +47,7 @@ def image_token(family):
 def model(family):
   vlm = from_config(config_of(family), grid=GRID)
   vlm = vlm.clone(tower=vlm.tower.clone(capture=True), lm=vlm.lm.clone(capture=True))
-  return vlm, weights.load(vlm, FOLDER / f'{family}.safetensors')
+  return vlm, checkpoints.load(vlm, FOLDER / f'{family}.safetensors')
 
 
 def pictures(family, found):
@@ -205,8 +205,8 @@ def test_weights_go_back_bit_for_bit(family, tmp_path):
   vlm, params = model(family)
   layout = 'transformers/vlm4' if 'qwen' in family else 'transformers/vlm4_flat'
   again = tmp_path / 'again.safetensors'
-  weights.save(vlm, params, again, layout=layout)
-  found = weights.load(vlm, again)
+  checkpoints.save(vlm, params, again, layout=layout)
+  found = checkpoints.load(vlm, again)
   jax.tree.map(np.testing.assert_array_equal, found, params)
 
 

@@ -5,13 +5,13 @@ import dataclasses
 import ml_collections
 import pytest
 
+from models.backbones.vit import make_vit
 from models.compressors import COMPRESSORS
 from models.plan import Plan, make_plan, methods
-from models.vit import make_vit
+from ops.budgets import Cut
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
 from ops.reducers.cache import CACHE_REDUCERS
-from ops.schedule import Cut
 from ops.tokens import identity
 
 HOST = make_vit('S/16').host

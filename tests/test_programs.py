@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lib import programs
+from lib.cost import hlo
 
 TEXT = '''
 HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[64]{0}}
@@ -50,7 +50,7 @@ source_target_pairs={{0,1}}
 
 
 def test_collectives_count_with_the_loops_around_them():
-  found = {(one.kind, one.dtype, one.shape): one for one in programs.collectives(TEXT)}
+  found = {(one.kind, one.dtype, one.shape): one for one in hlo.collectives(TEXT)}
   assert {key: one.times for key, one in found.items()} == {
       ('all-reduce', 'bf16', (4, 8)): 15, ('reduce-scatter', 'f32', (2,)): 1,
       ('all-gather', 'f32', (64,)): 3, ('all-gather', 'bf16', (16, 4)): 3,
@@ -58,14 +58,14 @@ def test_collectives_count_with_the_loops_around_them():
   reduced = found['all-reduce', 'bf16', (4, 8)]
   assert (reduced.size, reduced.bytes) == (32, 15 * 64)
   assert reduced.scope == 'jit(f)/stack/reduction/sum'
-  assert programs.operations(TEXT) == {
+  assert hlo.operations(TEXT) == {
       'all-reduce': 1, 'reduce-scatter': 1, 'all-gather': 1, 'collective-permute': 1}
 
 
 def test_a_program_on_one_device_sends_nothing():
   program = jax.jit(lambda x: x @ x).lower(jnp.ones((256, 256))).compile()
-  assert programs.collectives(program.as_text()) == []
-  found = programs.memory(program)
+  assert hlo.collectives(program.as_text()) == []
+  found = hlo.memory(program)
   assert found['output_mb'] == 0.25
   assert found['argument_mb'] == pytest.approx(0.25, abs=0.06)
   assert found['peak_mb'] >= 0.5

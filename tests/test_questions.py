@@ -10,8 +10,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from lib import data, questions
-from lib.datasets import digit_scenes, digits, stdlib_needle
+from lib.data import images as image_data
+from lib.data import qa as qa_data
+from lib.data.datasets import digit_scenes, digits, stdlib_needle
 
 SMALL, EACH_DIGIT, LARGE = digit_scenes.DigitScenes.BUILDER_CONFIGS
 NEEDLES = stdlib_needle.StdlibNeedle.BUILDER_CONFIGS
@@ -28,7 +29,7 @@ def place(tmp_path_factory):
       patch.setattr(builder, 'BUILDER_CONFIGS', short)
       patch.setattr(builder, 'builder_configs', {config.name: config for config in short})
     for name in ('digit_scenes/64', 'stdlib_needle/64'):
-      data.prepare(name, data_dir=str(folder))
+      image_data.prepare(name, data_dir=str(folder))
   return folder
 
 
@@ -202,11 +203,11 @@ def test_too_little_text_is_an_error(texts):
 
 def test_batches_of_scenes(place, sources):
   config = config_of('digit_scenes/64', place)
-  found = questions.info(config)
+  found = qa_data.info(config)
   assert (found.vocabulary, found.pad, found.end, found.image) == (len(digit_scenes.WORDS), 0, 1, 2)
   assert (found.kinds, found.num_train, found.num_test) == (digit_scenes.KINDS, 72, 30)
   assert found.image_shape == (64, 64, 3)
-  batches = list(questions.eval_batches(config))
+  batches = list(qa_data.eval_batches(config))
   rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
   assert rows['mask'].tolist() == [1] * 30 + [0] * 2
   for row in range(30):
@@ -228,8 +229,8 @@ def test_batches_of_scenes(place, sources):
 
 @pytest.mark.parametrize('name', ['digit_scenes/64', 'stdlib_needle/64'])
 def test_padding_on_the_left_moves_rows_and_nothing_else(name, place):
-  right = list(questions.eval_batches(config_of(name, place)))
-  left = list(questions.eval_batches(config_of(name, place, pad_side='left')))
+  right = list(qa_data.eval_batches(config_of(name, place)))
+  left = list(qa_data.eval_batches(config_of(name, place, pad_side='left')))
   ragged = set()
   for one, other in zip(right, left, strict=True):
     assert one.keys() == other.keys()
@@ -250,13 +251,13 @@ def test_padding_on_the_left_moves_rows_and_nothing_else(name, place):
 
 def test_training_batches_go_on_where_they_were(place):
   config = config_of('stdlib_needle/64', place)
-  whole = questions.train_iterator(config, seed=3)
+  whole = qa_data.train_iterator(config, seed=3)
   batches = [next(whole) for _ in range(4)]
-  again = questions.train_iterator(config, seed=3)
+  again = qa_data.train_iterator(config, seed=3)
   for _ in range(2):
     next(again)
   state = again.get_state()
-  resumed = questions.train_iterator(config, seed=3)
+  resumed = qa_data.train_iterator(config, seed=3)
   resumed.set_state(state)
   for batch in batches[2:]:
     found = next(resumed)
@@ -271,18 +272,18 @@ def test_training_batches_go_on_where_they_were(place):
 
 def test_some_kinds_of_questions_alone(place):
   config = config_of('digit_scenes/64', place, kinds=('left', 'count'))
-  found = questions.info(config)
+  found = qa_data.info(config)
   assert (found.kinds, found.num_train, found.num_test) == (digit_scenes.KINDS, 24, 10)
-  whole = [row for batch in questions.eval_batches(config_of('digit_scenes/64', place))
+  whole = [row for batch in qa_data.eval_batches(config_of('digit_scenes/64', place))
            for row in zip(batch['kind'], batch['ids'].tolist(), strict=True)]
-  some = [row for batch in questions.eval_batches(config)
+  some = [row for batch in qa_data.eval_batches(config)
           for row in zip(batch['kind'], batch['ids'].tolist(), strict=True)]
   assert some[:10] == [row for row in whole[:30] if row[0] in (0, 3)]
 
 
 def test_a_row_of_training_may_ask_everything_about_its_text(place):
-  iterator = questions.train_iterator(config_of('stdlib_needle/64', place, context=100, turns=3),
-                                      seed=3)
+  iterator = qa_data.train_iterator(config_of('stdlib_needle/64', place, context=100, turns=3),
+                                    seed=3)
   batch = next(iterator)
   iterator.close()
   for row in range(8):
@@ -299,7 +300,7 @@ def test_a_row_of_training_may_ask_everything_about_its_text(place):
 @pytest.mark.parametrize('side', ['right', 'left'])
 def test_a_row_of_training_may_ask_everything_about_its_image(side, place, sources):
   config = config_of('digit_scenes/64', place, context=70, turns=6, pad_side=side)
-  iterator = questions.train_iterator(config, seed=3)
+  iterator = qa_data.train_iterator(config, seed=3)
   batch = next(iterator)
   iterator.close()
   orders = set()
@@ -342,9 +343,9 @@ def test_a_row_of_training_may_ask_everything_about_its_image(side, place, sourc
 ])
 def test_errors_say_what_to_choose(name, changes, message, place):
   with pytest.raises(ValueError, match=re.escape(message)):
-    questions.info(config_of(name, place, **changes))
+    qa_data.info(config_of(name, place, **changes))
 
 
 def test_a_row_longer_than_the_context_is_an_error(place):
   with pytest.raises(ValueError, match=r'raise data\.context'):
-    list(questions.eval_batches(config_of('digit_scenes/64', place, context=8)))
+    list(qa_data.eval_batches(config_of('digit_scenes/64', place, context=8)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import image as mpl_image
 
-from lib import overlay, report
+from lib.report import overlay, tables
 from ops import tokens as tk
 
 # -- rows ----------------------------------------------------------------------------------------
@@ -20,16 +20,16 @@ def test_rows_come_back_as_they_went(tmp_path):
   path = tmp_path / 'deep' / 'rows.jsonl'
   rows = [{'method': 'a', 'tokens': [65, 46], 'accuracy': 0.5}, {'method': 'bé'}]
   for row in rows:
-    report.append_jsonl(path, row)
-  assert report.read_jsonl(path) == rows
+    tables.append_jsonl(path, row)
+  assert tables.read_jsonl(path) == rows
   assert path.read_bytes().count(b'\n') == 2
 
 
 def test_array_values_become_plain_and_nan_null(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  report.append_jsonl(path, {'a': np.float32(0.5), 'b': jnp.arange(2), 'c': float('nan'),
+  tables.append_jsonl(path, {'a': np.float32(0.5), 'b': jnp.arange(2), 'c': float('nan'),
                              'd': (np.int64(3), {'e': np.inf})})
-  assert report.read_jsonl(path) == [{'a': 0.5, 'b': [0, 1], 'c': None, 'd': [3, {'e': None}]}]
+  assert tables.read_jsonl(path) == [{'a': 0.5, 'b': [0, 1], 'c': None, 'd': [3, {'e': None}]}]
 
 
 def test_a_line_cut_anywhere_costs_only_itself(tmp_path):
@@ -40,42 +40,42 @@ def test_a_line_cut_anywhere_costs_only_itself(tmp_path):
   for length in range(len(line) + 1):
     path.write_bytes(whole + line[:length])
     survivors = [first, last] if length == len(line) else [first]
-    assert report.read_jsonl(path) == survivors
-    report.append_jsonl(path, later)
-    assert report.read_jsonl(path) == [*survivors, later]
+    assert tables.read_jsonl(path) == survivors
+    tables.append_jsonl(path, later)
+    assert tables.read_jsonl(path) == [*survivors, later]
     assert path.read_bytes().startswith(whole)
 
 
 def test_a_cut_line_longer_than_one_read_is_removed_whole(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  report.append_jsonl(path, {'n': 1})
+  tables.append_jsonl(path, {'n': 1})
   with path.open('ab') as file:
     file.write(b'{"note": "' + b'x' * 20_000)
-  report.append_jsonl(path, {'n': 2})
-  assert report.read_jsonl(path) == [{'n': 1}, {'n': 2}]
+  tables.append_jsonl(path, {'n': 2})
+  assert tables.read_jsonl(path) == [{'n': 1}, {'n': 2}]
 
 
 def test_a_broken_line_inside_is_an_error_that_names_it(tmp_path):
   path = tmp_path / 'rows.jsonl'
   path.write_text('{"n": 1}\n{"n": \n{"n": 3}\n')
   with pytest.raises(ValueError, match='line 2'):
-    report.read_jsonl(path)
+    tables.read_jsonl(path)
   path.write_text('{"n": 1}\n[2]\n')
   with pytest.raises(ValueError, match='line 2'):
-    report.read_jsonl(path)
+    tables.read_jsonl(path)
 
 
 def test_a_row_that_json_cannot_hold_leaves_the_file_alone(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  report.append_jsonl(path, {'n': 1})
+  tables.append_jsonl(path, {'n': 1})
   with pytest.raises(TypeError):
-    report.append_jsonl(path, {'n': object()})
-  assert report.read_jsonl(path) == [{'n': 1}]
+    tables.append_jsonl(path, {'n': object()})
+  assert tables.read_jsonl(path) == [{'n': 1}]
 
 
 def test_a_writer_waits_for_another_that_is_half_way_through_a_line(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  late = threading.Thread(target=report.append_jsonl, args=(path, {'who': 'late'}))
+  late = threading.Thread(target=tables.append_jsonl, args=(path, {'who': 'late'}))
   with path.open('ab') as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     file.write(b'{"who": "ea')
@@ -85,7 +85,7 @@ def test_a_writer_waits_for_another_that_is_half_way_through_a_line(tmp_path):
     assert late.is_alive(), 'it wrote beside another writer'
     file.write(b'rly"}\n')
   late.join()
-  assert report.read_jsonl(path) == [{'who': 'early'}, {'who': 'late'}]
+  assert tables.read_jsonl(path) == [{'who': 'early'}, {'who': 'late'}]
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ ROWS = [
 
 
 def test_table_to_the_letter():
-  text = report.table(ROWS, ('method', 'accuracy', 'gmacs', 'latency', 'note'))
+  text = tables.table(ROWS, ('method', 'accuracy', 'gmacs', 'latency', 'note'))
   assert text.splitlines() == [
       'method     accuracy %  GMACs        ms [quartiles]  note',
       '---------  ----------  -----  --------------------  ---------',
@@ -110,7 +110,7 @@ def test_table_to_the_letter():
 
 
 def test_table_columns_start_and_end_together():
-  lines = report.table(ROWS).splitlines()
+  lines = tables.table(ROWS).splitlines()
   gaps = [i for i, dash in enumerate(lines[1]) if dash == ' ']
   assert gaps
   for line in lines:
@@ -118,13 +118,13 @@ def test_table_columns_start_and_end_together():
 
 
 def test_tokens_are_shown_as_runs():
-  shown = report.table([{'tokens': [65, 65, 46, 46, 32]}, {'tokens': list(range(60, 40, -2))},
+  shown = tables.table([{'tokens': [65, 65, 46, 46, 32]}, {'tokens': list(range(60, 40, -2))},
                         {'tokens': [65.0, 31.52]}, {}], ('tokens',))
   assert shown.splitlines()[2:] == ['65x2 46x2 32', '60 58 ... 44 42', '65 31.52', '-']
 
 
 def test_markdown_escapes_and_aligns():
-  lines = report.markdown(ROWS, ('method', 'speedup', 'note')).splitlines()
+  lines = tables.markdown(ROWS, ('method', 'speedup', 'note')).splitlines()
   assert lines == [
       '| method     | speed-up | note      |',
       '| ---------- | -------: | --------- |',
@@ -134,13 +134,13 @@ def test_markdown_escapes_and_aligns():
 
 
 def test_tables_show_keys_they_do_not_know_but_not_typos():
-  assert 'blue' in report.table([{'sky': 'blue'}], ('sky',))
+  assert 'blue' in tables.table([{'sky': 'blue'}], ('sky',))
   with pytest.raises(ValueError, match=r"'accuracies'.*accuracy"):
-    report.table(ROWS, ('accuracies',))
+    tables.table(ROWS, ('accuracies',))
 
 
 def test_an_empty_table_is_its_titles():
-  assert report.table([], ('method', 'gmacs')).splitlines() == ['method  GMACs', '------  -----']
+  assert tables.table([], ('method', 'gmacs')).splitlines() == ['method  GMACs', '------  -----']
 
 
 # -- the plot ------------------------------------------------------------------------------------
@@ -167,37 +167,37 @@ def has_colour(pixels, colour):
 
 def test_plot_draws_methods_in_colour_and_baselines_in_grey(tmp_path):
   rows = sweep(['whole', 'plain', 'first', 'second'])
-  path = report.plot_accuracy_cost(rows, tmp_path / 'new' / 'plot.png', title='A title',
+  path = tables.plot_accuracy_cost(rows, tmp_path / 'new' / 'plot.png', title='A title',
                                    baselines=('plain',), reference='whole')
   pixels = picture(path)
   assert pixels.shape == (1120, 2000, 3)
-  assert has_colour(pixels, report.GREYS[0])
-  assert has_colour(pixels, report.COLOURS[0])
-  assert has_colour(pixels, report.COLOURS[1])
-  assert not has_colour(pixels, report.COLOURS[2])
+  assert has_colour(pixels, tables.GREYS[0])
+  assert has_colour(pixels, tables.COLOURS[0])
+  assert has_colour(pixels, tables.COLOURS[1])
+  assert not has_colour(pixels, tables.COLOURS[2])
   edge = np.concatenate([pixels[:4].ravel(), pixels[-4:].ravel(), pixels[:, :4].ravel(),
                          pixels[:, -4:].ravel()])
   assert (edge == 1).all(), 'something is cut off at the edge'
 
 
 def test_plot_of_latency_without_reference(tmp_path):
-  path = report.plot_accuracy_cost(sweep(['whole', 'a'])[1:], tmp_path / 'plot.png',
+  path = tables.plot_accuracy_cost(sweep(['whole', 'a'])[1:], tmp_path / 'plot.png',
                                    cost='median_ms')
-  assert has_colour(picture(path), report.COLOURS[0])
+  assert has_colour(picture(path), tables.COLOURS[0])
 
 
 def test_plot_refuses_what_it_cannot_draw(tmp_path):
   rows = sweep(['whole', 'a'])
   with pytest.raises(ValueError, match='gmacs, median_ms'):
-    report.plot_accuracy_cost(rows, tmp_path / 'x.png', cost='joules')
+    tables.plot_accuracy_cost(rows, tmp_path / 'x.png', cost='joules')
   with pytest.raises(ValueError, match=r"reference='none'.*whole, a"):
-    report.plot_accuracy_cost(rows, tmp_path / 'x.png', reference='none')
+    tables.plot_accuracy_cost(rows, tmp_path / 'x.png', reference='none')
   with pytest.raises(ValueError, match='nothing to draw'):
-    report.plot_accuracy_cost([{'method': 'a'}], tmp_path / 'x.png')
+    tables.plot_accuracy_cost([{'method': 'a'}], tmp_path / 'x.png')
 
 
 def test_styles_tell_many_methods_apart_without_colour_alone():
-  styles = report._styles([f'm{i}' for i in range(42)], baselines=())
+  styles = tables._styles([f'm{i}' for i in range(42)], baselines=())
   assert len({(style['color'], style['marker']) for style in styles.values()}) == 42
 
 
@@ -209,13 +209,13 @@ def test_styles_tell_many_methods_apart_without_colour_alone():
     ([9.9, 10.0, 10.0], [8.0, 9.0, 10.0]),               # … and above
 ])
 def test_spread_moves_labels_as_little_as_need_be(wanted, expected):
-  assert report.spread(wanted, 1.0, 0.0, 10.0) == pytest.approx(expected)
+  assert tables.spread(wanted, 1.0, 0.0, 10.0) == pytest.approx(expected)
 
 
 def test_notes_are_marked_once_each():
   lines = {'a': [{'note': 'untrained'}, {'note': 'untrained'}], 'b': [{}], 'c': [{'note': 'slow'}]}
-  assert report._stars(lines) == {'untrained': '*', 'slow': '†'}
-  assert report._marked(lines) == {'a': 'a*', 'b': 'b', 'c': 'c†'}
+  assert tables._stars(lines) == {'untrained': '*', 'slow': '†'}
+  assert tables._marked(lines) == {'a': 'a*', 'b': 'b', 'c': 'c†'}
 
 
 # -- pictures of tokens --------------------------------------------------------------------------

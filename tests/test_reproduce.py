@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lib import cost, data, jaxpr_cost, report
-from models import weights
+from lib.cost import jaxpr as jaxpr_cost
+from lib.cost import vit as vit_cost
+from lib.data import images as image_data
+from lib.report import tables
+from models import checkpoints
+from models.backbones.vit import ViT
 from models.compressors import COMPRESSORS
-from models.vit import ViT
 from tools import reproduce
 
 ROWS = dict(reproduce.rows())
@@ -54,7 +57,7 @@ def test_dynamicvits_predictors_are_what_is_said_to_be_missing():
   config = ROWS['dynamicvit_deit_b16_k70']
   products = jaxpr_cost.of_vit(reproduce.model(config)).macs['reduction'] / 1e9
   assert f'take {products:.3f}' in config.expected.mismatch
-  ours = cost.of(reproduce.model(config)).macs / 1e9
+  ours = vit_cost.of(reproduce.model(config)).macs / 1e9
   assert ours + products == pytest.approx(config.expected.gmacs, rel=0.01)
 
 
@@ -100,20 +103,20 @@ def test_accuracies_are_those_of_the_file(tmp_path):
   # Weights that make what the reduction does show.
   params['stack'] = jax.tree.map(lambda leaf: 5 * leaf, params['stack'])
   params['head']['kernel'] = jax.random.normal(jax.random.key(1), (16, 10))
-  weights.save(vit, params, tmp_path / 'tiny.safetensors', layout='timm')
+  checkpoints.save(vit, params, tmp_path / 'tiny.safetensors', layout='timm')
   # A config file may start from a row and change what it likes.
   (tmp_path / 'mine.py').write_text(
       f'from configs.reproduce import {ROW}\n\n\ndef get_config():\n'
       f'  config = {ROW}.get_config()\n  config.model.update({dict(config.model)!r})\n'
       f'  config.data.update({dict(config.data)!r})\n  return config\n')
-  data.prepare('digits', data_dir=str(tmp_path))
+  image_data.prepare('digits', data_dir=str(tmp_path))
   done = subprocess.run(
       [sys.executable, '-m', 'tools.reproduce', f'--config={tmp_path}/mine.py',
        f'--workdir={tmp_path}', '--config.reduce.vision.remove=7'],
       cwd=ROOT, text=True, capture_output=True, check=False, timeout=120)
   assert done.returncode == 0, done.stderr
-  row, = report.read_jsonl(tmp_path / 'rows.jsonl')
-  batches = list(data.eval_batches(config.data))
+  row, = tables.read_jsonl(tmp_path / 'rows.jsonl')
+  batches = list(image_data.eval_batches(config.data))
   for key, made in (('top1', reproduce.model(config)), ('unreduced_top1', vit)):
     right = sum(float(((made.apply({'params': params}, jnp.asarray(batch['image']))[0].argmax(-1)
                         == batch['label']) * batch['mask']).sum()) for batch in batches)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ops.schedule import Cut, Limits, constant_or_inflected, parse_layers, resolve
+from ops.budgets import Cut, Limits, constant_or_inflected, parse_layers, resolve
 
 LIMITS = Limits(depth=12, slots=197, protected=1)
 

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from lib import data, learners, overlay, report, tasks
-from lib.datasets import digit_segments, digits
+from lib.data import images as image_data
+from lib.data.datasets import digit_segments, digits
+from lib.report import overlay, tables
+from lib.tasks import base as tasks
+from lib.tasks import registry
 from models.build import build
 from ops import tokens as tk
 
@@ -36,10 +39,10 @@ def config_of(place, **changes):
 
 def test_the_set_holds_what_it_says(place):
   config = config_of(place)
-  info = data.info(config)
+  info = image_data.info(config)
   assert dataclasses.astuple(info) == (
       11, 6000, 500, (SIDE, SIDE, 1), ('background', *'0123456789'))
-  batches = list(data.eval_batches(config))
+  batches = list(image_data.eval_batches(config))
   images = np.concatenate([batch['image'] for batch in batches])[:500, ..., 0]
   labels = np.concatenate([batch['label'] for batch in batches])[:500]
   assert labels.shape == (500, SIDE, SIDE)
@@ -86,7 +89,7 @@ def test_labels_move_with_their_pixels(place):
   """Moved and turned, ink still lies where the labels say: one set of draws for both."""
   config = config_of(place, augment={'method': 'affine', 'shift': 0.2, 'degrees': 30.0,
                                      'scale': (0.8, 1.2), 'flip': 0.5})
-  iterator = data.train_iterator(config, seed=0)
+  iterator = image_data.train_iterator(config, seed=0)
   batch = next(iterator)
   ink = batch['image'][..., 0] >= digit_segments.INK / 255
   agree = (ink == (batch['label'] > 0)).mean(axis=(1, 2))
@@ -95,15 +98,15 @@ def test_labels_move_with_their_pixels(place):
   state = iterator.get_state()
   iterator.set_state(state)
   iterator.close()
-  still = data.train_iterator(config_of(place), seed=0)
+  still = image_data.train_iterator(config_of(place), seed=0)
   plain = next(still)
   still.close()
   assert (plain['label'] != batch['label']).any(axis=(1, 2)).mean() > 0.9
 
 
 def test_evaluation_shrinks_labels_without_mixing_them(place):
-  batch = next(iter(data.eval_batches(config_of(place, image_size=SIDE // 2))))
-  whole = next(iter(data.eval_batches(config_of(place))))
+  batch = next(iter(image_data.eval_batches(config_of(place, image_size=SIDE // 2))))
+  whole = next(iter(image_data.eval_batches(config_of(place))))
   assert batch['label'].shape == (64, SIDE // 2, SIDE // 2)
   blocks = whole['label'].reshape(64, SIDE // 2, 2, SIDE // 2, 2).transpose(0, 1, 3, 2, 4)
   assert (blocks.reshape(*batch['label'].shape, 4) == batch['label'][..., None]).any(-1).all()
@@ -150,7 +153,7 @@ def test_unknown_tasks_and_settings_are_refused():
   with pytest.raises(ValueError, match='classify, segment'):
     tasks.of(ml_collections.ConfigDict({'task': {'name': 'detect'}}))
   with pytest.raises(ValueError, match='classify, segment, answers'):
-    learners.of(ml_collections.ConfigDict({'task': {'name': 'detect'}}), None)
+    registry.of(ml_collections.ConfigDict({'task': {'name': 'detect'}}), None)
   assert tasks.of(ml_collections.ConfigDict()) is tasks.TASKS['classify']
   model = {'variant': 'Ti/4', 'image_size': 16, 'num_classes': 0}
   for given in ({'pixel_classes': 3, 'upsample': 2}, {'way': 'restore'}):
@@ -219,7 +222,7 @@ def test_train_and_sweep_under_reduction(place, tmp_path):
   last = json.loads(printed[0].splitlines()[-1])
   assert last['step'] == 2
   assert 0 < last['miou'] < 1
-  rows = report.read_jsonl(tmp_path / 'sweep.jsonl')
+  rows = tables.read_jsonl(tmp_path / 'sweep.jsonl')
   assert [row['method'] for row in rows] == ['none', 'topk']
   assert all(0 < row['miou'] < 1 for row in rows)
   assert 'mIoU %' in printed[1]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ops.select import keep_top, place, ranks, top
+from ops.primitives.select import keep_top, place, ranks, top
 from ops.tokens import SPECIAL, VISUAL, TokenSet, reduce
 
 SLOTS = 8

@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
+from models.backbones.vit import make_vit
 from models.plan import methods
-from models.vit import make_vit
 
 ROOT = pathlib.Path(__file__).parent.parent
 COLLECTIVE = r'\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\('
@@ -220,7 +220,7 @@ def test_placement_errors_name_the_parameter():
   import jax
   import jax.numpy as jnp
 
-  from lib import sharding
+  from lib.runtime import sharding
   mesh = sharding.make_mesh({'data': 1})
   leaf = jax.ShapeDtypeStruct((4, 6), jnp.float32)
   with pytest.raises(ValueError, match=r"'odd/kernel' .* matches no sharding rule"):

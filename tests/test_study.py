@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import digits_study
-from lib import image_sweep
+from lib.tasks import image_sweep
 from models.build import build
 from tools import study
 

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from lib import topology
+from lib.cost import topology
 from ops import attention
 
 BATCH, TOKENS = 8, 2880

@@ -12,12 +12,14 @@ import pytest
 from test_targets_attention import mesh_of
 
 from configs.common import LM_SHARDING
-from lib import lm_cost, programs, sharding, topology
-from models.lm import LM
+from lib.cost import hlo, topology
+from lib.cost import lm as lm_cost
+from lib.runtime import sharding
+from models.backbones.lm import LM
 from models.plan import make_plan
 from models.stack import to_form
 from ops.attention import pick
-from ops.positions import Rope
+from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 
 ROWS, SLOTS, VISUALS, ROOM = 2, 256, 192, 64
@@ -64,11 +66,11 @@ def test_cuts_of_a_padded_prompt_add_scores_alone(name):
     lm, mesh, platform = built(name, 4, plan)
     run = functools.partial(lm.apply, room=ROOM, method='prefill')
     program = jax.jit(run).lower(placed(lm, mesh, 'unstacked'), prompt(mesh, 4)).compile(
-        compiler_options=programs.OPTIONS[platform])
+        compiler_options=hlo.OPTIONS[platform])
     text = program.as_text()
     assert 'tpu_custom_call' in text or 'fmha' in text
     found.append((lm_cost.of(lm, SLOTS).kv_bytes, program.memory_analysis().output_size_in_bytes,
-                  [one for one in programs.collectives(text) if 'reduction' not in one.scope]))
+                  [one for one in hlo.collectives(text) if 'reduction' not in one.scope]))
   (full_bytes, full_output, full), (bytes_, output, reduced) = found
   assert len(reduced) <= len(full)
   assert {one.kind for one in reduced} == {'all-reduce'}
@@ -91,7 +93,7 @@ def test_a_decode_step_copies_no_cache(name):
                   out_shardings=(rows, places))
     program = run.lower(weights, jax.ShapeDtypeStruct((4,), jnp.int32, sharding=rows),
                         sharding.shapes(cache, places)).compile(
-                            compiler_options=programs.OPTIONS[platform])
+                            compiler_options=hlo.OPTIONS[platform])
     held = ROWS * lm_cost.of(lm, slots, room=ROOM).allocated_bytes / 4
     found = program.memory_analysis()
     assert found.alias_size_in_bytes >= held

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.clip import Clip, make_clip
+from models.backbones.clip import Clip, make_clip
+from models.backbones.text_tower import Text
+from models.backbones.vit import Block, ViT
 from models.plan import make_plan
-from models.text import Text
-from models.vit import Block, ViT
 from ops import attention
 from ops.tokens import TokenSet
 

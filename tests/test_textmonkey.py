@@ -9,7 +9,7 @@ import pytest
 
 from models.compressors.textmonkey_resampler import TextMonkeyResampler
 from ops import tokens as tk
-from ops.reducers.vision.textmonkey import TextMonkey, repeated
+from ops.reducers.projector.textmonkey import TextMonkey, repeated
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lib import timing
+from lib.runtime import timing
 
 
 class Clock:

@@ -15,11 +15,13 @@ import pytest
 
 import train
 from configs import digits
-from lib import anneal, checkpoint, cost, distill, launch, sharding
-from lib.images import loss
+from lib.cost import vit as vit_cost
+from lib.runtime import checkpoint, launch, sharding
+from lib.tasks import anneal, distill
+from lib.tasks.image import loss
 from models.build import build
 from models.compressors import COMPRESSORS
-from ops.schedule import Cut, Limits, annealed_keep_ratio, part_of, phases, resolve
+from ops.budgets import Cut, Limits, annealed_keep_ratio, part_of, phases, resolve
 
 SMALL = {'variant': 'Ti/8', 'width': 32, 'depth': 2, 'heads': 2, 'mlp': 32, 'image_size': 32,
          'channels': 1, 'num_classes': 10}
@@ -32,7 +34,7 @@ def step(method, *, distil):
   settings = config.optimizer
   settings.distill.teacher = 'some run' if distil else ''
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
-  vit = build(SMALL, {'method': method, 'layers': (1,), 'keep': 9}, macs=cost.solver, mesh=mesh)
+  vit = build(SMALL, {'method': method, 'layers': (1,), 'keep': 9}, macs=vit_cost.solver, mesh=mesh)
   optimizer = optax.adamw(1e-3)
 
   def init(key):

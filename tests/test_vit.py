@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.clip import make_clip
+from models.backbones.clip import make_clip
+from models.backbones.vit import make_vit, sincos
 from models.families import NAMED, PAIRS, SIZES
 from models.plan import make_plan
 from models.stack import best_form, restack, unstack
-from models.vit import make_vit, sincos
 
 # Published counts: torchvision and timm model cards, DeiT (arXiv:2012.12877, Table 1 exact forms);
 # of later families what timm 1.0.31 counts.

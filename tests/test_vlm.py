@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib import anyres
-from models import weights
+from lib.data import anyres
+from models import checkpoints
+from models.backbones.qwen_vision import QwenVision
+from models.backbones.vlm import Images, at_door, from_config, make_vlm
 from models.plan import make_plan
-from models.qwen_vision import QwenVision
-from models.vlm import Images, at_door, from_config, make_vlm
 from ops.tokens import VISUAL
 
 IMAGE, SIDE = 30, 4
@@ -324,7 +324,7 @@ def test_images_need_positions_along_the_models_axes():
     ('qwen2.5_vl_7b', 8.29, 256)])
 def test_released_models_have_their_sizes(name, billions, tokens):
   vlm = make_vlm(name)
-  count = sum(int(np.prod(shape)) for shape in weights._shapes(vlm).values())
+  count = sum(int(np.prod(shape)) for shape in checkpoints._shapes(vlm).values())
   assert count / 1e9 == pytest.approx(billions, abs=0.01)
   side = vlm.tower.grid if vlm.projection else vlm.tower.cells
   assert side[0] * side[1] == tokens

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from test_sharding import COLLECTIVE, on_devices
 
-from lib import cost, jaxpr_cost
+from lib.cost import jaxpr as jaxpr_cost
+from lib.cost import vit as vit_cost
+from models.backbones.vit import Block, ViT
 from models.plan import make_plan
 from models.stack import Stack, unstack
-from models.vit import Block, ViT
+from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
-from ops.select import keep_top
 from ops.tokens import TokenSet
 
 DEPTH = golden_vit.DEPTH
@@ -267,9 +268,9 @@ def test_only_watched_layers_leave_their_loop(reads, monkeypatch):
 def test_costs_are_those_of_the_same_cuts_without_a_watch():
   watching = TINY.clone(plan=plan(layers=(1, 2), keep=(10, 8)))
   plain = TINY.clone(plan=make_plan({'method': 'topk', 'layers': (1, 2), 'keep': (10, 8)}, HOST))
-  assert cost.of(watching).macs == cost.of(plain).macs
+  assert vit_cost.of(watching).macs == vit_cost.of(plain).macs
   found = jaxpr_cost.of_vit(watching)
-  assert found.macs[''] == cost.of(watching).macs
+  assert found.macs[''] == vit_cost.of(watching).macs
   # A row of the map in each watched layer: of 17 slots in layers 0 and 1, of 11 in layer 2.
   assert found.macs == {'': found.macs[''], 'signals': (17 + 17 + 11) * TINY.width}
 

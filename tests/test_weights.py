@@ -17,15 +17,17 @@ from test_parity import CASES, FOLDER, build
 
 from configs import deit_s16_sweep
 from configs.common import PRETRAINED, VIT_SHARDING
-from lib import image_sweep, preprocess, sharding
-from models import weights
+from lib.data import preprocess
+from lib.runtime import sharding
+from lib.tasks import image_sweep
+from models import checkpoints
+from models.backbones.clip import Clip
+from models.backbones.vit import ViT, make_vit
 from models.build import build as build_config
 from models.build import pretrained
-from models.clip import Clip
+from models.checkpoints import files
+from models.checkpoints.layout import flatten, nest
 from models.stack import restack, unstack
-from models.vit import ViT, make_vit
-from models.weights import files
-from models.weights.layout import flatten, nest
 
 # What released files hold beside the model, and what is left out of a round trip.
 BESIDE = {'hub_mae': 'decoder.', 'hub_dinov2': '.mask_token', 'hub_dinov2_reg4': '.mask_token',
@@ -42,7 +44,7 @@ def layout(name):
 
 
 def load(name, **more):
-  return weights.load(build(name), path(name), **more)
+  return checkpoints.load(build(name), path(name), **more)
 
 
 def altered(folder, change, name=VIT):
@@ -59,7 +61,8 @@ def altered(folder, change, name=VIT):
 @pytest.mark.parametrize('name', CASES)
 def test_a_checkpoint_comes_back_bit_for_bit(name, tmp_path):
   model = build(name)
-  weights.save(model, load(name, dtype=None), tmp_path / 'again.safetensors', layout=layout(name))
+  checkpoints.save(model, load(name, dtype=None), tmp_path / 'again.safetensors',
+                   layout=layout(name))
   before, after = load_file(path(name)), load_file(tmp_path / 'again.safetensors')
   lost = before.keys() - after.keys()
   assert after.keys() <= before.keys()
@@ -74,8 +77,8 @@ def test_a_checkpoint_comes_back_bit_for_bit(name, tmp_path):
 def test_a_tree_comes_back_bit_for_bit(name, tmp_path):
   model, random = build(name), np.random.default_rng(0)
   tree = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), load(name))
-  weights.save(model, tree, tmp_path / 'x.safetensors', layout=layout(name))
-  again = weights.load(model, tmp_path / 'x.safetensors')
+  checkpoints.save(model, tree, tmp_path / 'x.safetensors', layout=layout(name))
+  again = checkpoints.load(model, tmp_path / 'x.safetensors')
   assert jax.tree.structure(again) == jax.tree.structure(tree)
   jax.tree.map(np.testing.assert_array_equal, again, tree)
 
@@ -83,8 +86,9 @@ def test_a_tree_comes_back_bit_for_bit(name, tmp_path):
 @pytest.mark.parametrize('other', ['transformers/vit', 'timm'])
 def test_from_one_library_to_the_other(other, tmp_path):
   model, tree = build(VIT), load(VIT)
-  weights.save(model, tree, tmp_path / 'x.safetensors', layout=other)
-  jax.tree.map(np.testing.assert_array_equal, weights.load(model, tmp_path / 'x.safetensors'), tree)
+  checkpoints.save(model, tree, tmp_path / 'x.safetensors', layout=other)
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.load(model, tmp_path / 'x.safetensors'),
+               tree)
 
 
 def test_the_tree_is_the_models_own_with_its_blocks_stacked():
@@ -102,11 +106,11 @@ def test_half_precision_is_kept_or_widened(tmp_path):
     tensors.update({key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()})
 
   file = altered(tmp_path, halve)
-  kept, wide = (weights.load(build(VIT), file, dtype=dtype) for dtype in (None, np.float32))
+  kept, wide = (checkpoints.load(build(VIT), file, dtype=dtype) for dtype in (None, np.float32))
   assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {np.dtype(ml_dtypes.bfloat16)}
   assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype(np.float32)}
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), kept, wide)
-  weights.save(build(VIT), kept, tmp_path / 'again.safetensors', layout='timm')
+  checkpoints.save(build(VIT), kept, tmp_path / 'again.safetensors', layout='timm')
   again = load_file(tmp_path / 'again.safetensors')
   for key, value in load_file(file).items():
     np.testing.assert_array_equal(again[key], value)
@@ -119,10 +123,10 @@ def test_shards_are_read_by_their_index(tmp_path):
   for file, part in parts.items():
     save_file({name: tensors[name] for name in part}, tmp_path / file)
   with pytest.raises(ValueError, match=r'several safetensors files and no .*index'):
-    weights.load(build(VIT), tmp_path)
+    checkpoints.load(build(VIT), tmp_path)
   (tmp_path / files.INDEX).write_text(json.dumps(
       {'weight_map': {name: file for file, part in parts.items() for name in part}}))
-  jax.tree.map(np.testing.assert_array_equal, weights.load(build(VIT), tmp_path), load(VIT))
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.load(build(VIT), tmp_path), load(VIT))
 
 
 def test_tensors_are_read_one_by_one_and_only_once_all_fits(tmp_path, monkeypatch):
@@ -135,7 +139,7 @@ def test_tensors_are_read_one_by_one_and_only_once_all_fits(tmp_path, monkeypatc
 
   monkeypatch.setattr(files.Tensors, 'read', read)
   with pytest.raises(ValueError, match='lacks'):
-    weights.load(build(VIT), altered(tmp_path, lambda tensors: tensors.pop('norm.bias')))
+    checkpoints.load(build(VIT), altered(tmp_path, lambda tensors: tensors.pop('norm.bias')))
   assert seen == []
   load(VIT)
   assert sorted(seen) == sorted(load_file(path(VIT)))
@@ -152,7 +156,7 @@ def test_missing_and_left_over_tensors_are_both_listed(tmp_path):
     del tensors['norm.weight']
 
   with pytest.raises(ValueError, match='as timm') as caught:
-    weights.load(build(VIT), altered(tmp_path, change))
+    checkpoints.load(build(VIT), altered(tmp_path, change))
   said = str(caught.value)
   assert r'lacks blocks.*.mlp.fc1.bias (2 times), norm.weight, and has' in said
   assert 'has blocks.*.attn.q_norm.weight (2 times) that the model does not' in said
@@ -171,7 +175,7 @@ def test_the_wrong_architecture_is_an_error(name, settings, message):
   model = build(name)
   model = (model.image if isinstance(model, Clip) else model).clone(**settings)
   with pytest.raises(ValueError, match=r'does not fit|another model') as caught:
-    weights.load(model, path(name))
+    checkpoints.load(model, path(name))
   assert message in str(caught.value)
 
 
@@ -179,11 +183,11 @@ def test_another_models_tensors_are_told_as_such(tmp_path):
   save_file({f'layer{i}.0.conv1.weight': np.zeros((4, 4, 3, 3), np.float32) for i in range(4)},
             tmp_path / 'resnet.safetensors')
   with pytest.raises(ValueError, match='holds another model') as caught:
-    weights.load(build(VIT), tmp_path / 'resnet.safetensors')
+    checkpoints.load(build(VIT), tmp_path / 'resnet.safetensors')
   assert 'layer0.*.conv1.weight' in str(caught.value)
   assert 'cls_token' in str(caught.value)
   with pytest.raises(ValueError, match='one of this Text'):
-    weights.load(build('hub_clip').text, path(VIT))
+    checkpoints.load(build('hub_clip').text, path(VIT))
 
 
 @pytest.mark.parametrize(('settings', 'message'), [
@@ -195,7 +199,7 @@ def test_another_models_tensors_are_told_as_such(tmp_path):
 ])
 def test_other_shapes_are_errors_that_say_what_to_do(settings, message):
   with pytest.raises(ValueError, match=message):
-    weights.load(build(VIT).clone(**settings), path(VIT))
+    checkpoints.load(build(VIT).clone(**settings), path(VIT))
 
 
 def test_heads_and_activations_are_compared_with_the_config(tmp_path):
@@ -203,31 +207,31 @@ def test_heads_and_activations_are_compared_with_the_config(tmp_path):
   config = test_parity.case('hub_clip')['config']
   altered(tmp_path, lambda tensors: None, 'hub_clip')
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  weights.load(model, tmp_path)
-  weights.load(model.image, tmp_path)
+  checkpoints.load(model, tmp_path)
+  checkpoints.load(model.image, tmp_path)
   with pytest.raises(ValueError, match='has 2 heads and the model 4'):
-    weights.load(model.clone(image=model.image.clone(heads=4)), tmp_path)
+    checkpoints.load(model.clone(image=model.image.clone(heads=4)), tmp_path)
   with pytest.raises(ValueError, match="set activation='quick_gelu'"):
-    weights.load(model.text.clone(activation='gelu'), tmp_path)
+    checkpoints.load(model.text.clone(activation='gelu'), tmp_path)
 
 
 def test_parts_are_left_out_only_by_name(tmp_path):
   model = build(VIT).clone(num_classes=7)
-  tree = weights.load(model, path(VIT), fresh=('head',))
+  tree = checkpoints.load(model, path(VIT), fresh=('head',))
   assert 'head' not in tree
   with pytest.raises(ValueError, match=r'has head.bias, head.weight that the model does not'):
-    weights.load(model.clone(num_classes=0), path(VIT))
-  weights.load(model.clone(num_classes=0), path(VIT), unused=('head.*',))
+    checkpoints.load(model.clone(num_classes=0), path(VIT))
+  checkpoints.load(model.clone(num_classes=0), path(VIT), unused=('head.*',))
 
 
 def test_a_tree_that_no_layout_holds_is_not_written(tmp_path):
   model, tree = build('timm_siglip'), load('timm_siglip')
   with pytest.raises(ValueError, match='has no place for pool/'):
-    weights.save(model, tree, tmp_path / 'x.safetensors', layout='transformers/vit')
+    checkpoints.save(model, tree, tmp_path / 'x.safetensors', layout='transformers/vit')
   with pytest.raises(ValueError, match='choose one of timm, transformers/vit'):
-    weights.save(model, tree, tmp_path / 'x.safetensors', layout='flax')
+    checkpoints.save(model, tree, tmp_path / 'x.safetensors', layout='flax')
   with pytest.raises(ValueError, match='they lack stack/blocks/ls1'):
-    weights.save(model.clone(layer_scale=1.0), tree, tmp_path / 'x.safetensors', layout='timm')
+    checkpoints.save(model.clone(layer_scale=1.0), tree, tmp_path / 'x.safetensors', layout='timm')
   assert not (tmp_path / 'x.safetensors').exists()
 
 
@@ -239,19 +243,19 @@ def test_pickles_are_refused_unopened(name, tmp_path):
   file = tmp_path / name
   file.write_bytes(b'cos\nsystem\n(S"exit 1"\ntR.')
   with pytest.raises(ValueError, match='is a pickle, which can run anything'):
-    weights.load(build(VIT), file)
+    checkpoints.load(build(VIT), file)
   with pytest.raises(ValueError, match='has pickles only'):
-    weights.load(build(VIT), tmp_path)
+    checkpoints.load(build(VIT), tmp_path)
 
 
 def test_nothing_there_is_an_error(tmp_path):
   with pytest.raises(ValueError, match='there is no checkpoint at'):
-    weights.load(build(VIT), tmp_path / 'nowhere')
+    checkpoints.load(build(VIT), tmp_path / 'nowhere')
   with pytest.raises(ValueError, match=r'has no \.safetensors file, only nothing'):
-    weights.load(build(VIT), tmp_path)
+    checkpoints.load(build(VIT), tmp_path)
   (tmp_path / 'model.safetensors').write_bytes(b'not this')
   with pytest.raises(ValueError, match='cannot be read as safetensors'):
-    weights.load(build(VIT), tmp_path)
+    checkpoints.load(build(VIT), tmp_path)
 
 
 def test_names_are_fetched_from_the_hub_without_pickles(tmp_path, monkeypatch):
@@ -265,7 +269,7 @@ def test_names_are_fetched_from_the_hub_without_pickles(tmp_path, monkeypatch):
   hub = types.SimpleNamespace(snapshot_download=snapshot_download)
   monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
   for source in ('timm/tiny', 'timm/tiny@v1'):
-    jax.tree.map(np.testing.assert_array_equal, weights.load(build(VIT), source), load(VIT))
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(build(VIT), source), load(VIT))
   wanted = ['*.safetensors', '*.json']
   assert asked == [('timm/tiny', None, wanted), ('timm/tiny', 'v1', wanted)]
 
@@ -274,11 +278,11 @@ def test_names_are_fetched_from_the_hub_without_pickles(tmp_path, monkeypatch):
 
   hub.snapshot_download = refuse
   with pytest.raises(ValueError, match='the hub did not give it') as caught:
-    weights.load(build(VIT), 'timm/tiny')
+    checkpoints.load(build(VIT), 'timm/tiny')
   assert '\n' not in str(caught.value)
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(ValueError, match=r'pip install -r requirements-hub\.txt'):
-    weights.load(build(VIT), 'timm/tiny')
+    checkpoints.load(build(VIT), 'timm/tiny')
 
 
 # -- positions -----------------------------------------------------------------------------------
@@ -289,22 +293,22 @@ def test_positions_are_resized_as_the_reference_does(side):
   with np.load(FOLDER / 'positions.npz') as arrays:
     old, wanted = arrays['old'], arrays[str(side)]
   model = ViT(width=8, depth=1, mlp=8, heads=1, patch=4, image_size=12, num_classes=0)
-  found = weights.resize_positions({'pos': old}, model, image_size=4 * side)['pos']
+  found = checkpoints.resize_positions({'pos': old}, model, image_size=4 * side)['pos']
   np.testing.assert_allclose(found, wanted, atol=1e-5)
   np.testing.assert_array_equal(found[:, 0], old[:, 0])
 
 
 def test_resized_trees_fit_and_wrong_sizes_do_not():
   model, tree = build(VIT), load(VIT)
-  resized = weights.resize_positions(tree, model, image_size=40)
+  resized = checkpoints.resize_positions(tree, model, image_size=40)
   logits, _ = model.clone(image_size=40).apply({'params': resized}, jnp.ones((1, 40, 40, 3)))
   assert logits.shape == (1, 5)
-  same = weights.resize_positions(tree, model, image_size=24)
+  same = checkpoints.resize_positions(tree, model, image_size=24)
   np.testing.assert_allclose(same['pos'], tree['pos'], atol=1e-6)
   with pytest.raises(ValueError, match='image_size=42 is not a multiple of patch=8'):
-    weights.resize_positions(tree, model, image_size=42)
+    checkpoints.resize_positions(tree, model, image_size=42)
   with pytest.raises(ValueError, match='nothing to resize'):
-    weights.resize_positions(tree, model.clone(positions='sincos'), image_size=40)
+    checkpoints.resize_positions(tree, model.clone(positions='sincos'), image_size=40)
 
 
 @pytest.mark.parametrize('shape', [(1, 24, 32, 3), (1, 40, 40, 3), (1, 24, 24, 1), (24, 24, 3)])
@@ -334,7 +338,7 @@ def test_a_config_names_weights_and_they_land_where_the_state_lies():
   params = jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 40, 40, 3)))['params']
   params['head']['bias'] += 1.0
   params = jax.device_put(params, sharding.place(params, VIT_SHARDING, mesh))
-  made = weights.overlay(params, loaded)
+  made = checkpoints.overlay(params, loaded)
   assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
   for name, leaf in flatten(made).items():
     source = flatten(params) if name.startswith('head') else flatten(loaded)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib import cost, jaxpr_cost
+from lib.cost import jaxpr as jaxpr_cost
+from lib.cost import vit as vit_cost
+from models.backbones.windows import Windows
 from models.plan import make_plan, methods
-from models.windows import Windows
 from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
@@ -207,10 +208,10 @@ def test_a_windowed_layer_with_a_cut_equals_the_block_on_each_window():
 def test_the_cost_is_that_of_the_traced_program(budget):
   vit = model(window=(4, 4), whole_layers=(1,), registers=2)
   vit = vit.clone(plan=budget and make_plan(budget, vit.host))
-  assert jaxpr_cost.of_vit(vit).macs[''] == cost.of(vit).macs
-  whole = cost.of(vit.clone(whole_layers=(0, 1, 2)))
+  assert jaxpr_cost.of_vit(vit).macs[''] == vit_cost.of(vit).macs
+  whole = vit_cost.of(vit.clone(whole_layers=(0, 1, 2)))
   for layer in (0, 2):
-    assert cost.of(vit).layers[layer].scores < whole.layers[layer].scores
+    assert vit_cost.of(vit).layers[layer].scores < whole.layers[layer].scores
 
 
 def test_what_cannot_be_is_refused():

@@ -22,13 +22,14 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from lib import cli, timing
+from lib.runtime import cli, timing
+from models.backbones.vit import make_vit
 from models.compressors import COMPRESSORS
 from models.plan import methods
 from models.stack import STATIC
-from models.vit import make_vit
-from ops import attention, select
+from ops import attention
 from ops import tokens as tk
+from ops.primitives import select
 from ops.signals import Signals
 
 ONLY = flags.DEFINE_multi_enum('only', ['primitives', 'reducers'], ['primitives', 'reducers'],

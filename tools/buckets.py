@@ -20,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lib import cli, data, image_sweep, launch, report, sharding, timing
-from models.buckets import Buckets
+from lib.data import images as image_data
+from lib.report import tables
+from lib.runtime import cli, launch, sharding, timing
+from lib.tasks import image_sweep
 from models.build import build
+from models.decoding.buckets import Buckets
 from models.stack import best_form, to_form
 
 SIZES = flags.DEFINE_list('sizes', None, 'Capacities in slots; four even steps if unset.')
@@ -44,7 +47,7 @@ def main(argv):
   whole = Buckets(vit, params, sizes=sizes)
   sorted_ = Buckets(vit, params, sizes=sizes, rows=ROWS.value)
 
-  batches = list(data.eval_batches(config.data))
+  batches = list(image_data.eval_batches(config.data))
   images = np.concatenate([batch['image'][batch['mask'] > 0] for batch in batches])
   images = images[:len(images) // BATCH.value * BATCH.value]
   counts = np.concatenate([whole(part).counts for part in np.split(
@@ -63,8 +66,8 @@ def main(argv):
            'compilations': len(whole.compiled) + len(sorted_.compiled),
            'overflow': whole.overflow, **timing.machine()}
   for row in rows:
-    report.append_jsonl(OUT.value, about | row)
-  print(report.table(rows, list(rows[0])))
+    tables.append_jsonl(OUT.value, about | row)
+  print(tables.table(rows, list(rows[0])))
   print(f'{about["compilations"]} programs for buckets {whole.sizes}, '
         f'{sum(whole.compiled.values()) + sum(sorted_.compiled.values()):.1f} s of compiling; '
         f'{whole.overflow} rows in no bucket')

@@ -10,7 +10,8 @@ Two models with random weights, as times depend on shapes alone, one row at a ti
             64 of which (the question) no reduction touches
 
 each unreduced and under the reductions of `PLANS`. All plans of a model take turns
-(lib/timing.py), in reading a prompt and in decoding; compiling is timed apart. Beside each time is
+(lib/runtime/timing.py), in reading a prompt and in decoding; compiling is timed apart. Beside each
+time is
 its floor: what is multiplied at the speed of a large product, or, if that takes longer, what must
 be read once (weights, and in decoding the cache) at the speed of reading as many bytes, both
 measured in the same run. A fault, which makes the command fail, is a decode step whose temporaries
@@ -29,13 +30,18 @@ import jax.numpy as jnp
 from absl import flags
 
 from configs import digit_scenes
-from lib import answers, cli, cost, jaxpr_cost, lm_cost, report, timing
-from lib.questions import Info
-from models.lm import LM
+from lib.cost import jaxpr as jaxpr_cost
+from lib.cost import lm as lm_cost
+from lib.cost import vit as vit_cost
+from lib.data.qa import Info
+from lib.report import tables
+from lib.runtime import cli, timing
+from lib.tasks import qa as qa_task
+from models.backbones.lm import LM
+from models.backbones.vlm import Images
 from models.plan import make_cache_plan, make_plan
 from models.stack import to_form
-from models.vlm import Images
-from ops.positions import Rope
+from ops.rope import Rope
 from ops.tokens import SPECIAL, TEXT
 
 MODELS = flags.DEFINE_list('models', ['scenes', 'lm'], 'Which models.')
@@ -124,8 +130,8 @@ def main(argv):
   speed = timing.device_speed(jnp.float32)
   for name in MODELS.value:
     for row in measured(name, speed):
-      report.append_jsonl(out, row)
-  rows = list({(row['model'], row['plan']): row for row in report.read_jsonl(out)}.values())
+      tables.append_jsonl(out, row)
+  rows = list({(row['model'], row['plan']): row for row in tables.read_jsonl(out)}.values())
   text = table(rows)
   out.with_suffix('.md').write_text(text)
   print(text)
@@ -166,7 +172,7 @@ def measured(name, speed):
     costs, base = lm_cost.of(case.lm, case.slots, room=ROOM), lm_cost.of(
         full.lm, full.slots, room=ROOM)
     macs = jaxpr_cost.count(case.first, params, *case.inputs).total
-    floors = [1e3 * cost.floor_seconds(work, moved, peak_flops=speed[0], bandwidth=bandwidth)
+    floors = [1e3 * vit_cost.floor_seconds(work, moved, peak_flops=speed[0], bandwidth=bandwidth)
               for work, moved in ((macs, held), (costs.decode_macs, held + costs.allocated_bytes))]
     memory = programs[plan].run.memory_analysis()
     row = {'model': name, 'plan': plan, 'dtype': 'float32', 'batch': 1, 'slots': case.slots,
@@ -210,10 +216,10 @@ def fault(row, aliased, cache_bytes):
 def scenes(**places):
   """The vision-language model of configs/digit_scenes.py under reductions by place."""
   # Imported here: it takes TFDS with it.
-  from lib.datasets.digit_scenes import END, IMAGE, PAD, WORDS
+  from lib.data.datasets.digit_scenes import END, IMAGE, PAD, WORDS
   config = digit_scenes.get_config()
   info = Info(len(WORDS), PAD, END, IMAGE, (), 0, 0, (64, 64, 3), (), 1)
-  model = answers.build(config.model, places, info, context=ASKED)
+  model = qa_task.build(config.model, places, info, context=ASKED)
   ids = jnp.full((1, ASKED), IMAGE + 1, jnp.int32).at[:, 0].set(IMAGE)
   pixels = jax.random.normal(jax.random.key(0), (1, 1, *info.image_shape))
   visual = model.door.plan.cuts[-1].keep if model.door else 64

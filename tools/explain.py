@@ -17,9 +17,12 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from lib import cli, cost, jaxpr_cost, published
+from lib.cost import jaxpr as jaxpr_cost
+from lib.cost import published
+from lib.cost import vit as vit_cost
+from lib.runtime import cli
+from models.backbones.vit import ViT
 from models.build import build
-from models.vit import ViT
 
 TOWERS = ('vision',)
 
@@ -40,7 +43,7 @@ def explain(config: Mapping[str, Any], *, trace: bool = True) -> str:
     ValueError: for a config that describes no model; one line, naming what to change.
   """
   vit = model(config)
-  parts = [cost.table(vit), totals(vit)]
+  parts = [vit_cost.table(vit), totals(vit)]
   if trace:
     parts.append(traced(vit))
   parts.append(papers(vit))
@@ -58,15 +61,15 @@ def model(config: Mapping[str, Any]) -> ViT:
   vision = reduce.get('vision')
   if vision is not None and not vision.get('method'):
     raise ValueError("config.reduce.vision names no method: set method='tome', or another")
-  return build(config['model'], vision, macs=cost.solver)
+  return build(config['model'], vision, macs=vit_cost.solver)
 
 
 def totals(vit: ViT) -> str:
   """Totals under every convention, and what a training step takes, beside the unreduced model."""
-  ours, full = cost.of(vit), cost.compute(cost.architecture(vit))
-  prefix, scale = cost.unit(ours.macs)
+  ours, full = vit_cost.of(vit), vit_cost.compute(vit_cost.architecture(vit))
+  prefix, scale = vit_cost.unit(ours.macs)
   rows = [(f'{name} ({prefix})', convention(ours) / scale, convention(full) / scale)
-          for name, convention in cost.CONVENTIONS.items()]
+          for name, convention in vit_cost.CONVENTIONS.items()]
   rows += [
       (f'macs of a training step ({prefix})', ours.training_macs / scale,
        full.training_macs / scale),
@@ -87,7 +90,7 @@ def totals(vit: ViT) -> str:
 
 def traced(vit: ViT) -> str:
   """What the traced program multiplies, and how much of it is the method's own work."""
-  found, ours = jaxpr_cost.of_vit(vit), cost.of(vit).macs
+  found, ours = jaxpr_cost.of_vit(vit), vit_cost.of(vit).macs
   backbone = found.macs.get('', 0)
   words = 'as above' if backbone == ours else f'{backbone - ours:+,} from above'
   lines = [f'traced program: {backbone:,} MACs in the backbone, {words}']

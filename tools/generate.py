@@ -32,13 +32,17 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from PIL import Image
 
 from configs.common import reduction
-from lib import anyres, assistant, cli, overlay, questions, sight
-from lib.answers import PLACES
-from lib.anyres import Picture
+from lib import assistant
 from lib.assistant import Assistant
-from models.generate import Generator, Sampling, padded
-from models.lm import LM
-from models.vlm import VLM, Images, image_counts
+from lib.data import anyres
+from lib.data import qa as qa_data
+from lib.data.anyres import Picture
+from lib.report import overlay, provenance
+from lib.runtime import cli
+from lib.tasks.qa import PLACES
+from models.backbones.lm import LM
+from models.backbones.vlm import VLM, Images, image_counts
+from models.decoding.generator import Generator, Sampling, padded
 
 MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a checkpoint.")
 IMAGES = flags.DEFINE_multi_string('image', [], 'An image file; several in the order of the text.')
@@ -162,7 +166,7 @@ def example(model: Assistant) -> Question:
                      'and --image')
   if model.data is None:
     raise ValueError('a checkpoint has no examples: give --prompt, and --image for images')
-  found = questions.example(model.data, EXAMPLE.value)
+  found = qa_data.example(model.data, EXAMPLE.value)
   prompt = found['ids'][found['valid'] & ~found['answer']].tolist()
   print(model.tokens.decode(prompt))
   images = []
@@ -232,12 +236,12 @@ def show(reduced: VLM, model: Assistant, prompt: tuple[np.ndarray, np.ndarray],
     _, out = reduced.apply({'params': params}, *prompt, images)
     return {name: out.get(name) for name in ('seen', 'laid', 'door', 'visual', 'sequence', 'cuts')}
 
-  stages = sight.stages(reduced, jax.jit(look)(model.params, images))
+  stages = provenance.stages(reduced, jax.jit(look)(model.params, images))
   first = 0
   for number, picture in enumerate(pictures):
     crops = slice(first, first + len(picture.pixels))
     first = crops.stop
-    rows, columns = sight.grid(reduced)
+    rows, columns = provenance.grid(reduced)
     if picture.sizes is not None:
       rows, columns = (int(side) // reduced.tower.merge for side in picture.sizes[0])
     groups = {stage.name: [

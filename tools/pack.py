@@ -12,7 +12,8 @@ import shutil
 import jax
 from absl import flags
 
-from lib import checkpoint, cli, launch, learners, sharding
+from lib.runtime import checkpoint, cli, launch, sharding
+from lib.tasks import registry
 
 OUT = flags.DEFINE_string('out', None, 'The folder to write.')
 
@@ -22,7 +23,7 @@ def main(argv):
   del argv
   config, workdir, out = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), OUT.value
   mesh = sharding.make_mesh(config.mesh)
-  learner = learners.of(config, mesh)
+  learner = registry.of(config, mesh)
   abstract = jax.eval_shape(learner.init, jax.random.key(0))
   template = sharding.shapes(abstract, sharding.place(abstract, config.sharding, mesh))
   found = checkpoint.best(workdir, template, metric=learner.score)

@@ -8,7 +8,7 @@ Accuracies go to rows.jsonl in --workdir (runs/reproduce if unset); rows that ar
 measured again. `config.expected` of a row has `source` and, of these, what was printed:
 
   top1, unreduced_top1   % of the images right, with and without the reduction
-  gmacs                  of one image, counted by `convention` (lib/cost.py; 'macs' if unset)
+  gmacs                  of one image, counted by `convention` (lib/cost/vit.py; 'macs' if unset)
   images_per_second      without and with the reduction: their ratio is held against that of MACs
   mismatch               why our cost is another, and what it is
 """
@@ -24,11 +24,16 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from lib import cli, cost, data, image_sweep, launch, report, sharding, tasks
+from lib.cost import vit as vit_cost
+from lib.data import images as image_data
+from lib.report import tables
+from lib.runtime import cli, launch, sharding
+from lib.tasks import base as tasks
+from lib.tasks import image_sweep
+from models.backbones.vit import ViT
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.stack import best_form, to_form
-from models.vit import ViT
 
 FOLDER = pathlib.Path('configs/reproduce')
 WORKDIR = 'runs/reproduce'
@@ -97,11 +102,11 @@ def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
     return '\n'.join([*lines, *(f'    missing: {what}' for what in lacks)])
   path = workdir / 'rows.jsonl'
   settings = config.to_json_best_effort(sort_keys=True)
-  known = {row['settings']: row for row in report.read_jsonl(path)} if path.exists() else {}
+  known = {row['settings']: row for row in tables.read_jsonl(path)} if path.exists() else {}
   found = known.get(settings)
   if found is None:
     found = {'name': name, **accuracies(name, config, workdir), 'settings': settings}
-    report.append_jsonl(path, found)
+    tables.append_jsonl(path, found)
   for key, measured in found.items():
     if key in ('top1', 'unreduced_top1'):
       printed = expected.get(key)
@@ -113,19 +118,19 @@ def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
 
 def model(config: ConfigDict, **where: object) -> ViT:
   """The reduced model of a row."""
-  return build(config.model, config.reduce.vision, macs=cost.solver, **where)
+  return build(config.model, config.reduce.vision, macs=vit_cost.solver, **where)
 
 
 def figures(config: ConfigDict) -> list[Figure]:
   """The published costs of a row, beside ours."""
   vit, expected, found = model(config), config.expected, []
-  ours, mismatch = cost.of(vit), expected.get('mismatch', '')
+  ours, mismatch = vit_cost.of(vit), expected.get('mismatch', '')
   if 'gmacs' in expected:
-    convention = cost.CONVENTIONS[expected.get('convention', 'macs')]
+    convention = vit_cost.CONVENTIONS[expected.get('convention', 'macs')]
     found.append(Figure('GMACs', expected.gmacs, convention(ours) / 1e9, mismatch))
   if 'images_per_second' in expected:
     before, after = expected.images_per_second
-    ratio = cost.of(vit.clone(plan=None)).macs / ours.macs
+    ratio = vit_cost.of(vit.clone(plan=None)).macs / ours.macs
     found.append(Figure('speedup', after / before, ratio, mismatch))
   return found
 
@@ -141,7 +146,7 @@ def missing(name: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
     lacks.append(f'weights {config.needs.weights} ({config.needs.made_by}): put the file at '
                  f'{config.model.weights}, or name it with --config.model.weights=...')
   try:
-    data.info(config.data)
+    image_data.info(config.data)
   except FileNotFoundError as error:
     lacks.append(f'data: {error}')
   return lacks
@@ -160,7 +165,7 @@ def accuracies(name: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str
     own = to_form(params, best_form(made.plan, platform=platform))
     run = jax.jit(lambda p, x, made=made: made.apply({'params': p}, x)[0])
     counts = []
-    for batch in data.eval_batches(config.data):
+    for batch in image_data.eval_batches(config.data):
       placed = sharding.put(batch, mesh)
       counts.append(task.counts(run(own, placed['image']), placed['label'], placed['mask']))
     found[key] = 100 * task.total(tasks.add_up(counts))

@@ -5,7 +5,8 @@
 
 A ViT under every method, three cuts or one in every layer, forward pass alone. Rows that the file
 has already are kept, so a run that was stopped goes on where it was; `--again` measures anew. In
-one row all programs take turns (lib/timing.py), so ratios hold on a machine that others use too:
+one row all programs take turns (lib/runtime/timing.py), so ratios hold on a machine that others use
+too:
 
   base      the unreduced model
   made      the model under the method
@@ -28,7 +29,7 @@ The time of a program that takes the same arguments and computes nothing is take
 The share of each is of `made`. What `made` takes beyond `slice` and the three is `rest_ms`: what
 other sizes of arrays, log(size) in attention and lost fusions cost; noise too.
 
-`of_macs_ratio` is the speed-up over the ratio of MACs of the two models (lib/cost.py), which
+`of_macs_ratio` is the speed-up over the ratio of MACs of the two models (lib/cost/vit.py), which
 leaves out the method's own work. The floor of that work is what it multiplies (from the traced
 program) and what it reads and writes at least (arguments of the three programs that are used, and
 their results), at the speeds of a large product and of a copy, measured in the same run. It knows
@@ -53,10 +54,13 @@ from flax import struct
 from jax.interpreters import partial_eval
 from tqdm import tqdm
 
-from lib import cli, cost, jaxpr_cost, report, timing
+from lib.cost import jaxpr as jaxpr_cost
+from lib.cost import vit as vit_cost
+from lib.report import tables
+from lib.runtime import cli, timing
+from models.backbones.vit import make_vit
 from models.plan import Plan, make_plan, methods
 from models.stack import best_form, to_form
-from models.vit import make_vit
 from ops import attention
 from ops import tokens as tk
 from ops.signals import Signals, measure, measure_map
@@ -311,7 +315,7 @@ def measured(vit, trained, name, schedule, batch, base, slices, speed):
   rounds = ROUNDS.value or (15 if batch < 16 else 5)
   times = timing.interleave(calls, rounds=rounds, warmup=1)
 
-  full, reduced = cost.of(vit), cost.of(vit.clone(plan=plan))
+  full, reduced = vit_cost.of(vit), vit_cost.of(vit.clone(plan=plan))
   faster, ratio = timing.speedup(times['base'], times['made']), full.macs / reduced.macs
   whole = times['made'].median_ms
   row = {'method': name, 'schedule': schedule, 'variant': VARIANT.value, 'batch': batch,
@@ -341,7 +345,8 @@ def taken_apart(times, pieces, ratio, speed):
   return row | {
       'rest_ms': whole - times['slice'].median_ms - sum(spent.values()),
       'own_gflops': 2 * macs / 1e9, 'own_mbytes': moved / 1e6,
-      'floor_ms': 1e3 * cost.floor_seconds(macs, moved, peak_flops=speed[0], bandwidth=speed[1])}
+      'floor_ms': 1e3 * vit_cost.floor_seconds(macs, moved, peak_flops=speed[0],
+                                               bandwidth=speed[1])}
 
 
 def floor(function, args):
@@ -367,7 +372,7 @@ def main(argv):
   names = METHODS.value or [name for name in methods(vit.host) if name != 'none']
   wanted = [(name, schedule, int(batch)) for batch in BATCHES.value for name in names
             for schedule in SCHEDULES if schedule == '3 cuts' or name in EVERY_LAYER.value]
-  rows = newest(report.read_jsonl(out) if out.exists() else [])
+  rows = newest(tables.read_jsonl(out) if out.exists() else [])
   missing = [key for key in wanted if AGAIN.value or (VARIANT.value, *key) not in rows]
   if missing:
     speed = timing.device_speed(dtype)
@@ -381,10 +386,10 @@ def main(argv):
       images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3), dtype)
       bases = {batch: (timing.ready(*forward(vit, None, trained, images)).call, images)}
     row = measured(vit, trained, name, schedule, batch, bases[batch], slices, speed)
-    report.append_jsonl(out, row | {'dtype': jnp.dtype(dtype).name,
+    tables.append_jsonl(out, row | {'dtype': jnp.dtype(dtype).name,
                                     'device_gflops': round(speed[0] / 1e9, 1),
                                     'device_gbytes': round(speed[1] / 1e9, 1)})
-  rows = newest(report.read_jsonl(out))
+  rows = newest(tables.read_jsonl(out))
   text = table([row for key, row in rows.items() if key[0] == VARIANT.value])
   out.with_suffix('.md').write_text(text)
   print(text)

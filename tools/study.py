@@ -30,7 +30,12 @@ from tqdm import tqdm
 
 import train
 from configs.common import reduction
-from lib import cli, cost, data, image_sweep, launch, report, sharding, tasks, timing
+from lib.cost import vit as vit_cost
+from lib.data import images as image_data
+from lib.report import tables
+from lib.runtime import cli, launch, sharding, timing
+from lib.tasks import base as tasks
+from lib.tasks import image_sweep
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.plan import methods
@@ -74,7 +79,7 @@ def main(argv):
 def study(config, workdir):
   """All rows of a study, made or read, and its report."""
   path = pathlib.Path(f'{config.study.results}.jsonl')
-  rows = report.read_jsonl(path) if path.exists() else []
+  rows = tables.read_jsonl(path) if path.exists() else []
   known = {row_key(row) for row in rows}
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   trained = {seed: unreduced(config, workdir / f'seed_{seed}', seed, mesh)
@@ -83,7 +88,7 @@ def study(config, workdir):
     missing = [seed for seed in config.study.seeds if entry.key(seed) not in known]
     if missing:
       for row in measured(entry, {seed: trained[seed] for seed in missing}, mesh):
-        report.append_jsonl(path, row)
+        tables.append_jsonl(path, row)
         rows.append(row)
   wanted = {entry.key(seed) for entry in entries(config) for seed in config.study.seeds}
   rows = [row for row in rows if row_key(row) in wanted]
@@ -187,7 +192,7 @@ def measured(entry, trained, mesh):
     row = {**about, 'seed': seed}
     start = time.perf_counter()
     try:
-      vit = build(entry.config.model, entry.config.reduce.vision, macs=cost.solver,
+      vit = build(entry.config.model, entry.config.reduce.vision, macs=vit_cost.solver,
                   task=entry.config.get('task'))
       if entry.training:
         made = made or train.setup(entry.training, mesh)
@@ -212,7 +217,7 @@ def tuned(made, entry, params, seed, mesh):
   # Copied: each step takes the state's memory, and the unreduced model is needed again.
   state = jax.tree.map(jnp.copy, train.State(zero, start, made.optimizer.init(start), start))
   state = jax.device_put(state, made.places)
-  iterator = data.train_iterator(config.data, seed=seed)
+  iterator = image_data.train_iterator(config.data, seed=seed)
   teacher = params if entry.taught else None
   for step in range(1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)
@@ -227,7 +232,7 @@ def test_batches(config):
   """The test split of a config, in the study's batches."""
   settings = ConfigDict(config.data.to_dict())
   settings.batch_size = config.study.eval_batch_size
-  return list(data.eval_batches(settings))
+  return list(image_data.eval_batches(settings))
 
 
 def judged(run, vit, batches, task):
@@ -244,7 +249,7 @@ def judged(run, vit, batches, task):
   logits, labels = np.concatenate(logits), np.concatenate(labels)
   tokens = np.concatenate(left).mean() if left else vit.host.slots
   return {task.score: task.total(tasks.add_up(counts)), 'nll': nll(logits, labels),
-          'tokens_left': float(tokens), 'gmacs': cost.of(vit).macs / 1e9}
+          'tokens_left': float(tokens), 'gmacs': vit_cost.of(vit).macs / 1e9}
 
 
 def nll(logits, labels):
@@ -378,7 +383,7 @@ def table(rows, wanted, score):
         f'{score} apart': signed(row[f'{score}_apart'], 100, 2),
         'NLL apart': signed(row['nll_apart'], 1, 3),
         f'against {wanted.reference}': verdict(row, wanted.reference)})
-  return [report.markdown(shown, list(shown[0]))] if shown else ['Nothing was measured.']
+  return [tables.markdown(shown, list(shown[0]))] if shown else ['Nothing was measured.']
 
 
 def signed(values, scale, decimals):
@@ -423,14 +428,14 @@ def draw(axes, rows, score, wanted):
   for row in rows:
     lines.setdefault(row['method'], []).append(row)
   whole = lines.pop('none', [])
-  colours = report.COLOURS
+  colours = tables.COLOURS
   ends = {}
   for number, (name, line) in enumerate(lines.items()):
     line = sorted(line + (whole if len(line) > 1 else []), key=lambda row: row['gmacs'])
     base = name in wanted.baselines
     style = {'color': 'black' if base else colours[number % len(colours)],
              'linestyle': '--' if base else '-', 'linewidth': 1.6 if base else 1.1,
-             'marker': list(report.MARKERS)[number % len(report.MARKERS)], 'markersize': 4}
+             'marker': list(tables.MARKERS)[number % len(tables.MARKERS)], 'markersize': 4}
     x, y = [1e3 * row['gmacs'] for row in line], [ordinate(row, score) for row in line]
     axes.plot(x, y, **style)
     ends[name] = x[0], y[0], style['color']
@@ -454,7 +459,7 @@ def draw(axes, rows, score, wanted):
   names = list(ends)
   gap = min(11 * axes.figure.dpi / 72, (high - low) / (len(names) + 1))
   wanted_heights = [to_screen.transform(ends[name][:2])[1] for name in names]
-  heights = report.spread(wanted_heights, gap, low + gap / 2, high - gap / 2)
+  heights = tables.spread(wanted_heights, gap, low + gap / 2, high - gap / 2)
   start = axes.bbox.x0 + 6
   for name, height in zip(names, heights, strict=True):
     x, y, colour = ends[name]

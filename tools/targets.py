@@ -26,13 +26,16 @@ from tqdm import tqdm
 
 import train
 from configs import digits
-from lib import cli, cost, programs, report, sharding, timing
-from lib.images import loss
-from lib.topology import EXAMPLES, count, missing, topology_mesh
+from lib.cost import hlo
+from lib.cost import vit as vit_cost
+from lib.cost.topology import EXAMPLES, count, missing, topology_mesh
+from lib.report import tables
+from lib.runtime import cli, sharding, timing
+from lib.tasks.image import loss
+from models.backbones.vit import make_vit
 from models.build import build
 from models.plan import make_method, methods
 from models.stack import best_form, to_form
-from models.vit import make_vit
 
 TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.')
 METHODS = flags.DEFINE_list('methods', None, 'Which methods; all by default.')
@@ -68,9 +71,9 @@ def main(argv):
       print(json.dumps(row), flush=True)
     found[target] = {'machine': timing.machine(), 'model': 'ViT-B/16, bfloat16, 224 px',
                      'rows_a_device': ROWS_A_DEVICE, 'rows': rows}
-    report.update_json(pathlib.Path(OUT.value), found)
+    tables.update_json(pathlib.Path(OUT.value), found)
   rows = [row for target in TARGETS.value for row in found[target]['rows']]
-  print(report.table(rows, COLUMNS))
+  print(tables.table(rows, COLUMNS))
   faults = [row for row in rows if row['fault']]
   if faults:
     raise ValueError(f'{len(faults)} programs are worse than the unreduced one: '
@@ -121,15 +124,15 @@ def compiled(target, step, method):
   platform = mesh.devices.flat[0].platform
   if step == 'eval with a map':
     model['implementation'] = 'xla'
-  vit = build(model, reduce, macs=cost.solver, mesh=mesh, platform=platform)
+  vit = build(model, reduce, macs=vit_cost.solver, mesh=mesh, platform=platform)
   batch = ROWS_A_DEVICE * devices
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32, sharding=rows)
   run, arguments = (training if step == 'train' else evaluation)(vit, mesh, images, rows, whole)
   program, seconds = timing.compile_seconds(run.lower(*arguments),
-                                            options=programs.OPTIONS[platform])
-  counts = programs.operations(program.as_text())
-  return {**programs.memory(program),
+                                            options=hlo.OPTIONS[platform])
+  counts = hlo.operations(program.as_text())
+  return {**hlo.memory(program),
           'collectives': ' '.join(f'{name} {count}' for name, count in sorted(counts.items()))
                          or 'none',
           'compile_s': round(seconds, 1)}

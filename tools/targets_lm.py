@@ -39,11 +39,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from configs.common import VLM_SHARDING
-from lib import answers, cli, lm_cost, programs, report, sharding, timing
-from lib.topology import MEMORY_GB, count, missing, topology_mesh
+from lib.cost import hlo
+from lib.cost import lm as lm_cost
+from lib.cost.topology import MEMORY_GB, count, missing, topology_mesh
+from lib.report import tables
+from lib.runtime import cli, sharding, timing
+from lib.tasks import qa as qa_task
+from models.backbones.vlm import Images, make_vlm
 from models.plan import make_plan
 from models.stack import to_form
-from models.vlm import Images, make_vlm
 from ops.attention import pick
 from train import State, decayed
 
@@ -92,10 +96,10 @@ def main(argv):
       found.append(row)
       print(json.dumps(row), flush=True)
     rows += found
-    report.update_json(OUT.value, {target: {
+    tables.update_json(OUT.value, {target: {
         'machine': timing.machine(), 'model': 'LLaVA-1.5-7B, bfloat16', 'slots': SLOTS,
         'visual': VISUAL, 'room': ROOM, 'rows': found}})
-  print(report.table([row | {'collectives': _short(row['collectives'])} for row in rows], COLUMNS))
+  print(tables.table([row | {'collectives': _short(row['collectives'])} for row in rows], COLUMNS))
   faults = [f'{row["target"]} {row["step"]} {row["plan"]} ({row["fault"]})' for row in rows
             if row['fault']]
   if faults:
@@ -145,16 +149,16 @@ def compiled(target, step, plan):
     vlm = vlm.clone(lm=vlm.lm.clone(plan=reduced))
   run, arguments, weights = {'prefill': reading, 'decode': decoding, 'train': training}[step](
       vlm, mesh, rows * axes[0] * axes[1])
-  options = programs.OPTIONS[platform] | (UNMERGED if platform != 'tpu' else {})
+  options = hlo.OPTIONS[platform] | (UNMERGED if platform != 'tpu' else {})
   program, seconds = timing.compile_seconds(run.lower(*arguments), options=options)
   sizes = parameter_sizes(weights, axes[2])
   traffic = collections.defaultdict(lambda: [0, 0.0])
-  for one in programs.collectives(program.as_text()):
+  for one in hlo.collectives(program.as_text()):
     total = traffic[f'{one.kind} of {carried(one, sizes, rows, axes[1])}']
     total[0] += one.times
     total[1] += one.bytes / 2 ** 20
   return {'mesh': 'data {} fsdp {} tensor {}'.format(*axes), 'rows': rows,
-          **programs.memory(program),
+          **hlo.memory(program),
           'expected_mb': {name: round(size / 2 ** 20, 1)
                           for name, size in saved(vlm, step, rows, axes[2]).items()},
           'collectives': {name: (times, round(mb, 1)) for name, (times, mb)
@@ -243,8 +247,8 @@ def training(vlm, mesh, batch):
 
   def update(state, batch, key):
     def loss_of(params):
-      logits, out = answers.apply(vlm, params, batch, rngs={'dropout': key})
-      return answers.losses(logits, out, batch)['loss']
+      logits, out = qa_task.apply(vlm, params, batch, rngs={'dropout': key})
+      return qa_task.losses(logits, out, batch)['loss']
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -284,9 +288,9 @@ def fresh(vlm, key):
 def serving(vlm, mesh):
   """Shapes of bfloat16 parameters, each with its place.
 
-  The blocks are a tuple, as for models/generate.py, which reads and decodes with the same ones: a
-  run of layers as one loop would hold its part of the cache twice, as the loop leaves it and layer
-  by layer.
+  The blocks are a tuple, as for models/decoding/generator.py, which reads and decodes with the same
+  ones: a run of layers as one loop would hold its part of the cache twice, as the loop leaves it
+  and layer by layer.
   """
   shapes = jax.eval_shape(functools.partial(fresh, vlm), jax.random.key(0))
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, vlm.lm.dtype), shapes)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from models.compressors.mixing import HIDDEN
-from ops.match import arranged, bipartite, cosine
+from ops.primitives.match import arranged, bipartite, cosine
+from ops.primitives.select import place, ranks, top
 from ops.reducers.base import Reducer
-from ops.select import place, ranks, top
 from ops.signals import Signals
 from ops.tokens import Assignment, Mix, TokenSet, take
 

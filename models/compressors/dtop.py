@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.compressors.mixing import HIDDEN
-from ops.extremes import highest
-from ops.match import put
+from ops.argmax import highest
+from ops.primitives.match import put
+from ops.primitives.select import top
 from ops.reducers.base import Reducer
-from ops.select import top
 from ops.signals import Signals
 from ops.tokens import Assignment, Gather, TokenSet, restore, take
 

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.select import keep_top
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet, identity
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.select import place
+from ops.primitives.select import place
 from ops.tokens import Mix, TokenSet
 
 Array = jax.Array

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from models.compressors.mixing import HIDDEN, mixtures
-from ops.match import inverse_norm, unit
+from ops.primitives.match import inverse_norm, unit
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from models.compressors.mixing import HIDDEN
 from ops.reducers.base import Reducer
-from ops.reducers.vision.textmonkey import TextMonkey
+from ops.reducers.projector.textmonkey import TextMonkey
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet, take
 

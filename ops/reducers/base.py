@@ -84,7 +84,7 @@ class CacheReducer(Reducer):
 
   It is called as any other method, with the tokens that the cache holds (whatever their kind; their
   features unused) and the signals of the layer's attention over them. It answers a `KVGather`
-  (ops/cache.py), which names entries a kv head.
+  (ops/kv_cache.py), which names entries a kv head.
   """
 
   needs = frozenset({'keys'})

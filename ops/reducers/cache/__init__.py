@@ -1,6 +1,7 @@
 """Methods that act on the cache of keys and values after the prompt: the one dict that names them.
 
-Each is called as `method(tokens, signals, keep=M)` in a layer, and answers an `ops.cache.KVGather`.
+Each is called as `method(tokens, signals, keep=M)` in a layer, and answers an
+`ops.kv_cache.KVGather`.
 """
 
 from ops.reducers.cache.expected_attention import ExpectedAttention

@@ -9,10 +9,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.cache import KVGather
-from ops.entries import by_kv_head, earliest, keep_best
-from ops.positions import Rope, order
+from ops.kv_cache import KVGather
+from ops.primitives.kv_select import by_kv_head, earliest, keep_best
 from ops.reducers.base import CacheReducer
+from ops.rope import Rope, order
 from ops.signals import Signals
 from ops.tokens import PADDING_BIAS, TokenSet
 

@@ -7,8 +7,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ops.cache import KVGather
-from ops.entries import keep_best
+from ops.kv_cache import KVGather
+from ops.primitives.kv_select import keep_best
 from ops.reducers.base import CacheReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

@@ -8,10 +8,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.cache import KVGather
-from ops.entries import by_kv_head, keep_best
+from ops.kv_cache import KVGather
+from ops.primitives.kv_select import by_kv_head, keep_best
+from ops.primitives.select import place
 from ops.reducers.base import CacheReducer
-from ops.select import place
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -8,8 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.cache import KVGather
-from ops.entries import by_kv_head, keep_best, latest, pool_neighbours
+from ops.kv_cache import KVGather
+from ops.primitives.kv_select import by_kv_head, keep_best, latest, pool_neighbours
 from ops.reducers.base import CacheReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

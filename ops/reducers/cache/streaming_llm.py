@@ -7,9 +7,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ops.cache import KVGather
+from ops.kv_cache import KVGather
+from ops.primitives.select import place, top
 from ops.reducers.base import Reducer
-from ops.select import place, top
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

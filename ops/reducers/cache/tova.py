@@ -5,8 +5,8 @@ Axes: B batch, N entries now, M entries after, H heads, K kv heads.
 
 import dataclasses
 
-from ops.cache import KVGather
-from ops.entries import everywhere, keep_best, latest
+from ops.kv_cache import KVGather
+from ops.primitives.kv_select import everywhere, keep_best, latest
 from ops.reducers.base import CacheReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.positions import order
+from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.select import keep_top
+from ops.rope import order
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, Assignment, TokenSet
 

@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.entries import by_kv_head, latest, pool_neighbours
+from ops.primitives.kv_select import by_kv_head, latest, pool_neighbours
+from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.select import keep_top
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet, take
 

@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.reducers.language.duet_vlm import text_after_images
-from ops.select import keep_top
 from ops.signals import Signals
 from ops.tokens import PADDING_BIAS, Assignment, TokenSet
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ops.extremes import lowest
-from ops.match import join, pairs
+from ops.argmax import lowest
+from ops.primitives.match import join, pairs
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet, take

@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.match import put
+from ops.primitives.match import put
+from ops.primitives.select import top
 from ops.reducers.base import ByAttention
-from ops.select import top
 from ops.signals import Signals
 from ops.tokens import Assignment, Gather, TokenSet, take
 

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.match import put
+from ops.primitives.match import put
 from ops.reducers.vision.ats import ATS, keep_sampled, nearest_share
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet, take

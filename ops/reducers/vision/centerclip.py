@@ -9,9 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops import cluster, kmedoids
+from ops.primitives import cluster, kmedoids
+from ops.primitives.select import keep_top, ranks
 from ops.reducers.base import Reducer
-from ops.select import keep_top, ranks
 from ops.signals import Signals
 from ops.tokens import Assignment, Merge, TokenSet, take
 

@@ -8,10 +8,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.extremes import highest
-from ops.match import cosine, pairs, spare
+from ops.argmax import highest
+from ops.primitives.match import cosine, pairs, spare
+from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
-from ops.select import ranks, top
 from ops.signals import Signals
 from ops.tokens import SPECIAL, Assignment, Merge, TokenSet, take
 

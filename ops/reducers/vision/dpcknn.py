@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops import cluster
+from ops.primitives import cluster
+from ops.primitives.select import top
 from ops.reducers.base import Reducer
-from ops.select import top
 from ops.signals import Signals
 from ops.tokens import Assignment, Merge, TokenSet, take
 
@@ -49,7 +49,7 @@ def density_clusters(tokens: TokenSet, *, keep: int, neighbours: int,
   Args:
     tokens: N slots.
     keep: M, groups wanted; protected tokens are groups of their own and lead.
-    neighbours, noise: see `ops.cluster.peaks`.
+    neighbours, noise: see `ops.primitives.cluster.peaks`.
 
   Returns:
     (src, dst): int32[B, M] the centre of each group, the best first, and int32[B, N] the group of

@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.match import arranged, join, nearest, put, spare
+from ops.primitives.match import arranged, join, nearest, put, spare
+from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
-from ops.select import ranks, top
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet, take
 

@@ -7,8 +7,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ops.primitives.select import ranks, top
 from ops.reducers.base import ByAttention
-from ops.select import ranks, top
 from ops.signals import Signals
 from ops.tokens import Assignment, Merge, TokenSet
 

@@ -7,10 +7,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ops.mixing import mix
+from ops.primitives.mixing import mix
+from ops.primitives.superpixels import cells, soft_clusters
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.superpixels import cells, soft_clusters
 from ops.tokens import Assignment, TokenSet
 
 
@@ -24,10 +24,11 @@ class Expedit(Reducer):
   a cluster is the mean of its shares; each slot counts once. A row with no more tokens than
   clusters keeps them. The K clusters stand in raster order behind the protected tokens.
 
-  The way back is `ops.superpixels.reconstruct(before, centres, deep, temperature=...)`: of a cut in
-  layer l, `before` is the x of out['before'][l], `centres` that of out['cuts'][l], and `deep` that
-  of the final tokens, all without the protected slots. In SAM every window is clustered by itself:
-  a host that keeps windows on the batch axis (models/windows.py) does so with any method.
+  The way back is `ops.primitives.superpixels.reconstruct(before, centres, deep, temperature=...)`:
+  of a cut in layer l, `before` is the x of out['before'][l], `centres` that of out['cuts'][l], and
+  `deep` that of the final tokens, all without the protected slots. In SAM every window is clustered
+  by itself: a host that keeps windows on the batch axis (models/backbones/windows.py) does so with
+    any method.
 
   Attributes:
     temperature: of squared distances; 0.02 for Segmenter, 0.01 for SAM.

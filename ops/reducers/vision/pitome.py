@@ -9,9 +9,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ops.match import bipartite, cosine, join, nearest, put, spare
+from ops.primitives.match import bipartite, cosine, join, nearest, put, spare
+from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
-from ops.select import ranks, top
 from ops.signals import Signals
 from ops.tokens import Assignment, Merge, TokenSet, take
 

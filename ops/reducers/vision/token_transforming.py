@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import nn
 
 from ops.attention import log_weight
-from ops.match import cosine
-from ops.mixing import mix
+from ops.primitives.match import cosine
+from ops.primitives.mixing import mix
+from ops.primitives.select import top
 from ops.reducers.base import ByAttention
-from ops.select import top
 from ops.signals import Signals
 from ops.tokens import PADDING_BIAS, Assignment, TokenSet, take
 

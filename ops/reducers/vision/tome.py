@@ -7,7 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ops.match import arranged, bipartite
+from ops.primitives.match import arranged, bipartite
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet

@@ -7,9 +7,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ops.match import evenly, join, nearest
+from ops.primitives.match import evenly, join, nearest
+from ops.primitives.select import place
 from ops.reducers.base import Reducer
-from ops.select import place
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet
 

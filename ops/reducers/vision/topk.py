@@ -5,8 +5,8 @@ Axes: B batch, N slots now, H heads.
 
 import dataclasses
 
+from ops.primitives.select import keep_top
 from ops.reducers.base import ByAttention
-from ops.select import keep_top
 from ops.signals import Signals
 from ops.tokens import Assignment, TokenSet
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import attention
-from ops.match import arranged, bipartite
+from ops.primitives.match import arranged, bipartite
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import Assignment, Merge, TokenSet, key_bias, take

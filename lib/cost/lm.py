@@ -1,0 +1,228 @@
+"""What a language model costs, without running anything: prompt and cache, layer by layer.
+
+Papers on pruning inside language models count differently and rarely say how: `CONVENTIONS` names
+the ways that their tables come from, and tests/test_lm_cost.py holds the tables. Two things decide
+beside the formula: whether n is the visual tokens alone or the whole prompt, and whether the layer
+that scores still counts as whole (it does: a cut before layer l saves from l on).
+
+Axes: n tokens of a layer, D width, F MLP width, H heads, K kv heads, d features a head, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+
+from models.backbones.lm import LM
+
+# A slot's position and its mask: of a layer, or of each head where these hold different tokens.
+SHARED_BYTES = 4 + 1
+BIAS_BYTES = 4  # More, where slots that stand for several tokens count as many.
+START_BYTES = 4  # Where a row's answer begins.
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """One layer, for one row.
+
+  Attributes:
+    index: which layer.
+    attention: n, slots that enter attention.
+    mlp: slots that enter the MLP.
+    cached: slots that stay in the cache after the prompt.
+    macs: multiply-accumulates of its products over the prompt; causal attention counts whole, as
+      it runs.
+    kv_bytes: keys and values of the slots that are cached: what papers call the KV cache.
+    allocated_bytes: all that is set aside: room for what is decoded, positions and masks too.
+  """
+
+  index: int
+  attention: int
+  mlp: int
+  cached: int
+  macs: int
+  kv_bytes: int
+  allocated_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LMCost:
+  """A model's cost for one row.
+
+  Attributes:
+    lm: the model.
+    slots: N of the prompt, padding included.
+    room: tokens that may be decoded.
+    layers: one Layer each.
+  """
+
+  lm: LM
+  slots: int
+  room: int
+  layers: tuple[Layer, ...]
+
+  @property
+  def head(self) -> int:
+    """MACs of the logits, which a prompt needs once."""
+    return self.lm.width * self.lm.vocabulary
+
+  @property
+  def macs(self) -> int:
+    """MACs of reading a prompt."""
+    return sum(layer.macs for layer in self.layers) + self.head
+
+  @property
+  def decode_macs(self) -> int:
+    """MACs of the first token that is decoded."""
+    made = self.lm
+    cached = sum(layer.cached + 1 for layer in self.layers)
+    each = projections(made) + 3 * made.width * made.mlp
+    return made.depth * each + 2 * cached * made.heads * made.head_width + self.head
+
+  @property
+  def kv_bytes(self) -> int:
+    """Bytes of keys and values after the prompt."""
+    return sum(layer.kv_bytes for layer in self.layers)
+
+  @property
+  def allocated_bytes(self) -> int:
+    """Bytes of the cache as it is allocated."""
+    return sum(layer.allocated_bytes for layer in self.layers)
+
+  @property
+  def attention_mean(self) -> float:
+    """Slots that enter attention, averaged over the layers."""
+    return sum(layer.attention for layer in self.layers) / len(self.layers)
+
+
+def projections(lm: LM) -> int:
+  """Numbers in the four products of an attention: D x (2 H + 2 K) d."""
+  return 2 * lm.width * (lm.heads + lm.kv_heads) * lm.head_width
+
+
+def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
+  """The cost of a model under its plans.
+
+  Under positions='restart' the whole model runs again on what is left, and only that is cached; the
+  first run goes no further than the cut.
+
+  Args:
+    lm: with its plans, which must be for prompts of `slots`.
+    slots: N of a prompt, padding included.
+    room: tokens that may be decoded after it.
+
+  Raises:
+    ValueError: for plans that are about other prompts.
+  """
+  plan, kept = lm.plan, lm.cache_plan
+  gathers = plan is not None and plan.mode == 'gather'
+  if gathers and plan.cuts and plan.cuts[0].slots != slots:
+    raise ValueError(f'the plan is for prompts of {plan.cuts[0].slots} slots, not {slots}: make '
+                     'one with lm.host(slots)')
+  if gathers and plan.cuts and plan.positions == 'restart':
+    first = plan.cuts[-1]
+    again = of(lm.clone(plan=None), first.keep, room=room)
+    passed = of(lm.clone(plan=dataclasses.replace(plan, positions='keep'), cache_plan=None), slots)
+    through = first.layer + (plan.site != 'before')
+    return dataclasses.replace(again, slots=slots, layers=tuple(
+        dataclasses.replace(layer, macs=layer.macs + (old.macs if layer.index < through else 0))
+        for layer, old in zip(again.layers, passed.layers, strict=True)))
+  layers, now = [], slots
+  for index in range(lm.depth):
+    cut = plan.cut(index) if gathers else None
+    after = cut.keep if cut else now
+    attention = after if cut and plan.site == 'before' else now
+    mlp = now if cut and plan.site == 'after' else after
+    cached = kept.cut(index).keep if kept and kept.cut(index) else attention
+    joined = now < slots or (cut is not None and plan.site == 'before')
+    bias = BIAS_BYTES if gathers and plan.method.proportional and joined else 0
+    layers.append(_layer(lm, index, attention, mlp, cached, room,
+                         own=(SHARED_BYTES + bias) * (
+                             lm.kv_heads if kept and kept.cut(index) else 1)))
+    now = after
+  return LMCost(lm, slots, room, tuple(layers))
+
+
+def _layer(lm: LM, index: int, attention: int, mlp: int, cached: int, room: int, *,
+           own: int = SHARED_BYTES) -> Layer:
+  inner = lm.heads * lm.head_width
+  macs = attention * projections(lm) + 2 * attention ** 2 * inner + 3 * mlp * lm.width * lm.mlp
+  slot = kv_slot_bytes(lm)
+  return Layer(index, attention, mlp, cached, macs, cached * slot,
+               (cached + room) * (slot + own) + START_BYTES)
+
+
+def kv_slot_bytes(lm: LM) -> int:
+  """Bytes of one token's keys and values in one layer: 2 K d numbers."""
+  return 2 * lm.kv_heads * lm.head_width * jnp.dtype(lm.dtype).itemsize
+
+
+# -- what papers count ---------------------------------------------------------------------------
+
+# Tokens a layer -> the model's operations, whatever the paper calls them.
+Convention = Callable[[LM, Sequence[int]], int]
+
+
+def exact(lm: LM, counts: Sequence[int]) -> int:
+  """MACs of all products, kv heads as they are, logits of one token."""
+  return lm.width * lm.vocabulary + sum(
+      _layer(lm, 0, n, n, n, 0).macs for n in counts)
+
+
+def mac3(lm: LM, counts: Sequence[int]) -> int:
+  """4nD² + 2n²D + 3nDF a layer, blocks alone, kv heads as many as heads.
+
+  PyramidDrop (arXiv:2410.17247), TransPrune, HiDrop and CATP with n the visual tokens; SparseVLM
+  (arXiv:2410.04417, released code) with n the whole prompt.
+  """
+  width, mlp = lm.width, lm.mlp
+  return sum(4 * n * width ** 2 + 2 * n ** 2 * width + 3 * n * width * mlp for n in counts)
+
+
+def mac2(lm: LM, counts: Sequence[int]) -> int:
+  """4nD² + 2n²D + 2nDF a layer: FastV (arXiv:2403.06764, Sec. 4.2), an MLP of two products."""
+  width, mlp = lm.width, lm.mlp
+  return sum(4 * n * width ** 2 + 2 * n ** 2 * width + 2 * n * width * mlp for n in counts)
+
+
+def viewer(lm: LM, counts: Sequence[int]) -> int:
+  """Two for each multiply-accumulate, and what surrounds them: AIM (arXiv:2412.03248, its code).
+
+  Softmax 5 H n², each of two norms 7nD, residual additions nD, the activation 2nD; the logits once.
+  """
+  width, inner = lm.width, lm.heads * lm.head_width
+  total = width * lm.vocabulary
+  for n in counts:
+    total += 2 * n * (projections(lm) + 3 * width * lm.mlp)
+    total += 4 * n ** 2 * inner + 5 * lm.heads * n ** 2
+    total += 2 * 7 * n * width + 2 * n * width + 2 * n * width
+  return total
+
+
+CONVENTIONS: dict[str, Convention] = {
+    'exact': exact,
+    'mac3': mac3,
+    'mac2': mac2,
+    'viewer': viewer,
+}
+
+
+# -- on the screen -------------------------------------------------------------------------------
+
+
+def table(lm: LM, slots: int, *, room: int = 0) -> str:
+  """Tokens, MACs and bytes of the cache, a line a layer, for one row."""
+  cost = of(lm, slots, room=room)
+  lines = [f'language model of {lm.depth} layers, width {lm.width}, {lm.heads} heads, '
+           f'{lm.kv_heads} kv heads; a prompt of {slots} slots, room for {room}', '',
+           'layer  attention    MLP  cached     GMACs      KV MB  allocated MB']
+  for layer in cost.layers:
+    lines.append(f'{layer.index:5d} {layer.attention:10d} {layer.mlp:6d} {layer.cached:7d} '
+                 f'{layer.macs / 1e9:9.3f} {layer.kv_bytes / 1e6:10.3f} '
+                 f'{layer.allocated_bytes / 1e6:13.3f}')
+  lines.append(f'all   {cost.attention_mean:10.1f} {"":6} {"":7} {cost.macs / 1e9:9.3f} '
+               f'{cost.kv_bytes / 1e6:10.3f} {cost.allocated_bytes / 1e6:13.3f}')
+  return '\n'.join(lines)

@@ -1,0 +1,607 @@
+"""What a model costs under given cuts, without running anything.
+
+Counted exactly, layer by layer: tokens, multiply-accumulates of every matrix product, bytes of
+weights and activations. Papers disagree on what a FLOP is; `CONVENTIONS` names their ways, and
+lib/cost/published.py holds their figures. lib/cost/jaxpr.py counts the same products in the traced
+program, and the tests hold the two equal.
+
+Not counted, as in the papers: softmax, norms, activations, and the method's own scores and matching
+(tools/explain.py shows those from the traced program).
+
+Axes: N tokens of a layer before a cut, M after it, C width, F MLP width, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.backbones.text_tower import Text
+from models.backbones.vit import ViT
+from models.backbones.windows import Windows
+from models.plan import SITES, make_method
+from ops.budgets import Cut
+
+MAP_BYTES = 4  # A map that a method inside attention sees is float32.
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What the cost of a transformer depends on, beside its cuts.
+
+  Attributes:
+    width, depth, mlp, heads: of the blocks.
+    kv_heads: heads of keys and values; equals `heads` unless queries share them.
+    slots: tokens that enter layer 0, special ones included.
+    patches: tokens that are made of the image.
+    patch: side of a patch in pixels.
+    channels: of the image.
+    classes: outputs of a classifier, 0 for none.
+    classifiers: how many there are (2 with a distillation token).
+    pooled: features that a classifier or the projection reads.
+    projection: features that a product after pooling makes, 0 for none.
+    attention_pool: whether a learned query pools the last tokens, with an MLP behind it.
+    mlp_products: of width x mlp in an MLP: 2, or 3 where one half gates the other.
+    loose_parameters: numbers in special tokens, learned positions and what else stands alone.
+    layer_extra: numbers in a block beside its products and norms (layer scales).
+    windows: of an image, in which its patches attend (models/backbones/windows.py); 1 for none.
+    special: tokens that join every window.
+    whole_layers: layers whose attention sees all windows together.
+    parameter_bytes, activation_bytes: of one number.
+  """
+
+  width: int
+  depth: int
+  mlp: int
+  heads: int
+  kv_heads: int
+  slots: int
+  patches: int
+  patch: int
+  channels: int
+  classes: int
+  classifiers: int = 1
+  pooled: int = 0
+  projection: int = 0
+  attention_pool: bool = False
+  mlp_products: int = 2
+  loose_parameters: int = 0
+  layer_extra: int = 0
+  windows: int = 1
+  special: int = 0
+  whole_layers: tuple[int, ...] = ()
+  parameter_bytes: int = 4
+  activation_bytes: int = 4
+
+  @property
+  def kv_width(self) -> int:
+    """Features of the keys, and of the values."""
+    return self.width // self.heads * self.kv_heads
+
+  @property
+  def layer_parameters(self) -> int:
+    """Numbers in one block: products, their biases, and two norms."""
+    attention = 2 * (self.width + self.kv_width) * self.width
+    mlp = self.mlp_products * self.mlp * self.width
+    biases = 3 * self.width + 2 * self.kv_width + (self.mlp_products - 1) * self.mlp
+    return attention + mlp + biases + 4 * self.width + self.layer_extra
+
+  @property
+  def pooling_parameters(self) -> int:
+    """Numbers of the learned query's attention and MLP: a block without its first norm."""
+    block = self.layer_parameters - self.layer_extra - 2 * self.width
+    return self.attention_pool * (block + self.width)
+
+  @property
+  def parameters(self) -> int:
+    """Numbers in the whole model; those of learned reductions are not among them."""
+    embed = self.channels * self.patch ** 2 * self.width + self.loose_parameters
+    ends = self.pooling_parameters + self.pooled * self.projection
+    ends += self.classifiers * self.classes * (self.classified + 1)
+    return embed + self.depth * self.layer_parameters + 2 * self.width + ends
+
+  @property
+  def classified(self) -> int:
+    """Features that a classifier reads."""
+    return self.projection or self.pooled or self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """One layer, for one image.
+
+  Attributes:
+    index: which layer.
+    attention_in: N, tokens whose queries and keys are made.
+    keys: tokens whose values are made, and over which the rows of the map sum.
+    attention_out: tokens that attention returns.
+    mlp_in: tokens that enter the MLP.
+    left: tokens after the layer.
+    qkv, scores, values, out, mlp: MACs of the projections to queries, keys and values; of Q Kᵀ; of
+      the map times the values; of the output projection; of the MLP.
+    weight_bytes: of all parameters that the layer reads.
+    activation_bytes: of what its products read and write, each once. Attention is taken as fused,
+      except where a method sees its map.
+  """
+
+  index: int
+  attention_in: int
+  keys: int
+  attention_out: int
+  mlp_in: int
+  left: int
+  qkv: int
+  scores: int
+  values: int
+  out: int
+  mlp: int
+  weight_bytes: int
+  activation_bytes: int
+
+  @property
+  def macs(self) -> int:
+    """MACs of all its products."""
+    return self.qkv + self.scores + self.values + self.out + self.mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """A model's cost for one image.
+
+  Attributes:
+    architecture: of the model.
+    layers: one Layer each.
+  """
+
+  architecture: Architecture
+  layers: tuple[Layer, ...]
+
+  @property
+  def embed(self) -> int:
+    """MACs of the patch embedding."""
+    made = self.architecture
+    return made.patches * made.channels * made.patch ** 2 * made.width
+
+  @property
+  def pooling(self) -> int:
+    """MACs of a learned query over the last tokens, and of the MLP behind it."""
+    made, slots = self.architecture, self.layers[-1].left
+    products = (2 + 2 * slots) * made.width ** 2 + 2 * slots * made.width
+    return made.attention_pool * (products + made.mlp_products * made.width * made.mlp)
+
+  @property
+  def head(self) -> int:
+    """MACs of what follows the blocks: pooling by attention, projection, classifiers."""
+    made = self.architecture
+    classes = made.classifiers * made.classes * made.classified
+    return self.pooling + made.pooled * made.projection + classes
+
+  @property
+  def macs(self) -> int:
+    """MACs of one forward pass."""
+    return self.embed + sum(layer.macs for layer in self.layers) + self.head
+
+  @property
+  def training_macs(self) -> int:
+    """MACs of a forward and a backward pass, without recomputation.
+
+    Every product needs two more for its gradients, but images need none.
+    """
+    return 3 * self.macs - self.embed
+
+  @property
+  def weight_bytes(self) -> int:
+    """Bytes of all parameters, read once a batch."""
+    return self.architecture.parameters * self.architecture.parameter_bytes
+
+  @property
+  def activation_bytes(self) -> int:
+    """Bytes that the products read and write beside the parameters, for one image."""
+    made = self.architecture
+    ends = made.patches * (made.channels * made.patch ** 2 + made.width)
+    ends += made.classifiers * (made.classified + made.classes)
+    ends += bool(made.projection) * (made.pooled + made.projection)
+    if made.attention_pool:
+      slots = self.layers[-1].left
+      ends += (5 * slots + 8) * made.width + made.mlp_products * made.mlp
+    return ends * made.activation_bytes + sum(layer.activation_bytes for layer in self.layers)
+
+  @property
+  def attention_mean(self) -> float:
+    """Tokens that enter attention, averaged over the layers."""
+    return sum(layer.attention_in for layer in self.layers) / len(self.layers)
+
+  @property
+  def mlp_mean(self) -> float:
+    """Tokens that enter the MLP, averaged over the layers."""
+    return sum(layer.mlp_in for layer in self.layers) / len(self.layers)
+
+
+def architecture(vit: ViT | Text) -> Architecture:
+  """The architecture of a vision transformer, or of a text tower, from its settings.
+
+  Causal attention counts as whole: that is what runs, whatever the mask hides.
+  """
+  if isinstance(vit, Text):
+    loose = (vit.vocabulary + vit.context) * vit.width
+    return Architecture(
+        width=vit.width, depth=vit.depth, mlp=vit.mlp, heads=vit.heads, kv_heads=vit.heads,
+        slots=vit.context, patches=0, patch=0, channels=0, classes=0, pooled=vit.width,
+        projection=vit.projection, mlp_products=2 + (vit.activation == 'swiglu'),
+        loose_parameters=loose + (vit.projection_bias and vit.projection),
+        activation_bytes=jnp.dtype(vit.dtype).itemsize)
+  rows, columns = vit.grid
+  leading = vit.class_token + vit.distilled
+  positions = vit.special_positions * leading + rows * columns
+  pooled = (1 + (vit.pool == 'cls_mean')) * vit.width
+  loose = vit.special + (vit.positions == 'learned') * positions + vit.patch_bias
+  loose = (loose + 2 * vit.pre_norm) * vit.width
+  if vit.last_norm == 'pooled':
+    loose += 2 * (pooled - vit.width)
+  return Architecture(
+      width=vit.width, depth=vit.depth, mlp=vit.mlp, heads=vit.heads, kv_heads=vit.heads,
+      slots=vit.host.slots, patches=rows * columns, patch=vit.patch, channels=vit.channels,
+      classes=vit.num_classes, classifiers=1 + vit.distilled, pooled=pooled,
+      projection=vit.projection, attention_pool=vit.pool == 'map',
+      mlp_products=2 + (vit.activation == 'swiglu'), loose_parameters=loose,
+      layer_extra=2 * vit.width * (vit.layer_scale is not None),
+      windows=Windows(vit.grid, vit.window).count if vit.window else 1, special=vit.special,
+      whole_layers=vit.whole_layers,
+      activation_bytes=jnp.dtype(vit.dtype).itemsize)
+
+
+def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'between',
+            joins: bool = True) -> Cost:
+  """The cost of an architecture under cuts.
+
+  A cut from N to M tokens leaves, in its layer, for each site:
+    before   attention at M, MLP at M
+    between  attention at N, MLP at M (ToMe, EViT, DiffRate)
+    after    attention at N, MLP at N
+    inside   queries and keys at N, the map N x N. Where slots are joined, values and output at M,
+             the map M x M (MCTF, arXiv:2403.10030); where they are picked, values at N, output at
+             M, the map M x N (ATS, arXiv:2111.15667). MLP at M. As their own cost, methods that
+             join pay (N² - M²)C more, for rows that read before they are joined
+             (`ops.tokens.attend`), and NC² where they ask for the values of all N tokens.
+
+  Args:
+    made: the architecture.
+    cuts: in layer order, each starting from what the one before it left.
+    site: where in its layer each cut acts.
+    joins: whether the method joins slots or picks them (`Reducer.joins`); only 'inside' asks.
+
+  Raises:
+    ValueError: for an unknown site, or cuts that do not follow from each other.
+  """
+  if site not in SITES:
+    raise ValueError(f'site {site!r} is unknown: choose one of {", ".join(SITES)}')
+  by_layer = {cut.layer: cut for cut in cuts}
+  if len(by_layer) < len(cuts) or any(not 0 <= layer < made.depth for layer in by_layer):
+    raise ValueError(f'cuts in layers {[cut.layer for cut in cuts]} do not fit: each must be one '
+                     f'of 0 to {made.depth - 1}, once')
+  layers, slots = [], made.slots
+  for index in range(made.depth):
+    cut = by_layer.get(index)
+    if cut is not None and not (cut.slots == slots and 0 < cut.keep <= slots):
+      raise ValueError(f'the cut in layer {index} goes from {cut.slots} to {cut.keep} tokens, but '
+                       f'{slots} are there')
+    keep = slots if cut is None else cut.keep
+    counts = {
+        'before': (keep, keep, keep, keep),
+        'between': (slots, slots, slots, keep),
+        'after': (slots, slots, slots, slots),
+        'inside': (slots, keep if joins else slots, keep, keep),
+    }[site]
+    seen = cut is not None and site == 'inside'
+    layers.append(_in_windows(made, index, (*counts, keep), map_seen=seen))
+    slots = keep
+  return Cost(made, tuple(layers))
+
+
+def _in_windows(made: Architecture, index: int, counts: tuple[int, ...], *,
+                map_seen: bool) -> Layer:
+  """A layer of an image, attention in windows where there are any.
+
+  Each window has the special tokens beside its patches, and its MLP runs on both.
+  """
+  whole = _layer(made, index, *counts, map_seen=map_seen)
+  if made.windows == 1:
+    return whole
+  each = [made.special + (count - made.special) // made.windows for count in counts]
+  part = _layer(made, index, *each, map_seen=map_seen)
+  if index in made.whole_layers:
+    return dataclasses.replace(whole, mlp_in=made.windows * part.mlp_in,
+                               mlp=made.windows * part.mlp)
+  once = ('index', 'weight_bytes')
+  return dataclasses.replace(part, **{
+      field.name: made.windows * getattr(part, field.name)
+      for field in dataclasses.fields(Layer) if field.name not in once})
+
+
+def _layer(made: Architecture, index: int, attention_in: int, keys: int, attention_out: int,
+           mlp_in: int, left: int, *, map_seen: bool) -> Layer:
+  width, kv_width = made.width, made.kv_width
+  project = attention_in * (width + kv_width) + keys * kv_width
+  moved = attention_in * width + project  # into and out of the projections
+  moved += project + attention_out * width  # attention
+  moved += 2 * attention_out * width + mlp_in * (2 * width + made.mlp_products * made.mlp)
+  entries = made.heads * (attention_in ** 2 + attention_out * keys)
+  return Layer(
+      index, attention_in, keys, attention_out, mlp_in, left,
+      qkv=width * project, scores=attention_in ** 2 * width,
+      values=attention_out * keys * width, out=attention_out * width ** 2,
+      mlp=made.mlp_products * mlp_in * width * made.mlp,
+      weight_bytes=made.layer_parameters * made.parameter_bytes,
+      activation_bytes=moved * made.activation_bytes + map_seen * 2 * entries * MAP_BYTES)
+
+
+def of(vit: ViT | Text) -> Cost:
+  """The cost of a model under its plan.
+
+  A plan in mode 'mask' keeps every slot to the end, so it costs what no plan costs.
+  """
+  plan = vit.plan
+  if plan is None or plan.mode == 'mask':
+    return compute(architecture(vit))
+  return compute(architecture(vit), plan.cuts, site=plan.site, joins=plan.method.joins)
+
+
+def in_training(vit: ViT) -> Cost:
+  """The cost of an image in training, where patch dropout may leave fewer patches than there are.
+
+  Cuts that would leave more than those are not made.
+  """
+  if not vit.training_patches:
+    return of(vit)
+  made = dataclasses.replace(architecture(vit), slots=vit.special + vit.training_patches)
+  plan = vit.plan
+  if plan is None or plan.mode == 'mask':
+    return compute(made)
+  cuts, slots = [], made.slots
+  for cut in plan.cuts:
+    if cut.keep < slots:
+      cuts.append(Cut(cut.layer, slots, cut.keep))
+      slots = cut.keep
+  return compute(made, tuple(cuts), site=plan.site, joins=plan.method.joins)
+
+
+def solver(vit: ViT | Text, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut, ...]], int]:
+  """MACs as a function of the cuts: what `make_plan(macs=...)` solves budgets in FLOPs with.
+
+  Args:
+    vit: the model that will be reduced.
+    reduction: `config.reduce.<tower>`, for the method and its site.
+  """
+  method = make_method(reduction['method'], reduction.get('args') or {})
+  made, site = architecture(vit), reduction.get('site') or method.site
+  return lambda cuts: compute(made, cuts, site=site, joins=method.joins).macs
+
+
+# -- what papers count ---------------------------------------------------------------------------
+
+
+def macs(cost: Cost) -> int:
+  """Multiply-accumulates of all products; what papers on ViTs call FLOPs."""
+  return cost.macs
+
+
+def flops(cost: Cost) -> int:
+  """Two for each multiply-accumulate; what device peaks are given in."""
+  return 2 * cost.macs
+
+
+def fvcore(cost: Cost) -> int:
+  """MACs, and 5 for each value that a norm reads: fvcore's counter, used by many model tables."""
+  made, normed = cost.architecture, cost.layers[-1].left
+  for layer in cost.layers:
+    # Joined inside attention, tokens are normed again before their values are made.
+    again = layer.keys if layer.keys < layer.attention_in else 0
+    normed += layer.attention_in + again + layer.mlp_in
+  return cost.macs + 5 * normed * made.width
+
+
+def diffrate_paper(cost: Cost) -> int:
+  """4NC² + 2N²C + 8MC² a layer, N before the cut and M after it, wherever it acts.
+
+  DiffRate (arXiv:2305.17997), calculate_flop_inference of the release. It embeds [CLS] as if it
+  were a patch, and takes the MLP to be 4C wide.
+  """
+  made = cost.architecture
+  embed = (made.patches + 1) * made.channels * made.patch ** 2 * made.width
+  blocks = sum(4 * layer.attention_in * made.width ** 2 + 2 * layer.attention_in ** 2 * made.width
+               + 8 * layer.mlp_in * made.width ** 2 for layer in cost.layers)
+  return embed + blocks + made.classes * made.width
+
+
+def pitome_repo(cost: Cost) -> int:
+  """12NC² + 2N²C a layer with N as it enters, blocks only: the MLP's saving shows a layer later.
+
+  PiToMe (arXiv:2405.16148), calculate_block_flop of the release. It takes the MLP to be 4C wide.
+  """
+  width = cost.architecture.width
+  return sum(12 * layer.attention_in * width ** 2 + 2 * layer.attention_in ** 2 * width
+             for layer in cost.layers)
+
+
+CONVENTIONS: dict[str, Callable[[Cost], int]] = {
+    'macs': macs,
+    'flops': flops,
+    'fvcore': fvcore,
+    'diffrate_paper': diffrate_paper,
+    'pitome_repo': pitome_repo,
+}
+
+
+# -- devices -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a vendor says one chip can do.
+
+  Attributes:
+    flops: dense bfloat16 operations a second, two for each multiply-accumulate.
+    bandwidth: bytes a second between the chip and its memory.
+    source: where the vendor says so.
+  """
+
+  flops: float
+  bandwidth: float
+  source: str
+
+
+# Keyed by jax.Device.device_kind. NVIDIA prints 1,979 TFLOPS with sparsity, twice the dense rate.
+# Google's pages have given 800 and 819 GB/s for v5e, 1,600 and 1,640 for v6e: the later is here.
+_V5P = Device(459e12, 2.765e12, 'docs.cloud.google.com/tpu/docs/v5p')
+DEVICES: dict[str, Device] = {
+    'NVIDIA H100 80GB HBM3': Device(989.5e12, 3.35e12, 'NVIDIA H100 datasheet, SXM'),
+    'NVIDIA H200': Device(989.5e12, 4.8e12, 'NVIDIA H200 datasheet, SXM'),
+    'TPU v5 lite': Device(197e12, 0.8e12, 'docs.cloud.google.com/tpu/docs/v5e'),
+    'TPU v5': _V5P,
+    'TPU v5p': _V5P,
+    'TPU v6 lite': Device(918e12, 1.6e12, 'docs.cloud.google.com/tpu/docs/v6e'),
+}
+
+
+def floor_seconds(macs: float, num_bytes: float, *, peak_flops: float, bandwidth: float) -> float:
+  """The least time for so much work on a device: the longer of computing and moving bytes."""
+  return max(2 * macs / peak_flops, num_bytes / bandwidth)
+
+
+# -- on the screen -------------------------------------------------------------------------------
+
+
+def unit(macs: float) -> tuple[str, float]:
+  """The prefix that suits a number of MACs, and what it stands for."""
+  return ('G', 1e9) if macs >= 1e9 else ('M', 1e6)
+
+
+def table(vit: ViT | Text) -> str:
+  """A model's tokens, MACs and bytes, a line a layer, for one image."""
+  cost = of(vit)
+  prefix, scale = unit(cost.macs)
+  lines = [describe(vit), '',
+           f'layer  attention  keys    MLP  left      {prefix}MACs   so far  weights MB  '
+           'activations MB']
+
+  def end(name: str, macs: int) -> None:
+    lines.append(f'{name:33}{macs / scale:11.3f} {done / cost.macs:8.1%}')
+
+  done = cost.embed
+  end('embed', cost.embed)
+  for layer in cost.layers:
+    done += layer.macs
+    lines.append(
+        f'{layer.index:5d} {layer.attention_in:10d} {layer.keys:5d} {layer.mlp_in:6d} '
+        f'{layer.left:5d}{layer.macs / scale:10.3f} {done / cost.macs:8.1%} '
+        f'{layer.weight_bytes / 1e6:11.2f} {layer.activation_bytes / 1e6:15.2f}')
+  done += cost.head
+  end('head', cost.head)
+  lines.append(
+      f'all   {cost.attention_mean:10.1f} {"":5} {cost.mlp_mean:6.1f} {cost.layers[-1].left:5d}'
+      f'{cost.macs / scale:10.3f} {"":8} {cost.weight_bytes / 1e6:11.2f} '
+      f'{cost.activation_bytes / 1e6:15.2f}')
+  return '\n'.join(lines)
+
+
+def describe(vit: ViT | Text) -> str:
+  """One line: the model, and what its plan does to it."""
+  sizes = f'{vit.depth} layers, width {vit.width}, {vit.heads} heads'
+  if isinstance(vit, Text):
+    model = f'text tower of {sizes}, {vit.context} tokens'
+  else:
+    rows, columns = vit.grid
+    model = (f'ViT of {sizes}, {rows} x {columns} patches and {vit.special} special '
+             f'token{"s" * (vit.special != 1)}')
+  plan = vit.plan
+  if plan is None or not plan.cuts:
+    return f'{model}; nothing is reduced'
+  layers = ', '.join(str(cut.layer) for cut in plan.cuts)
+  where = 'every layer' if len(plan.cuts) == vit.depth else f'layers {layers}'
+  line = (f'{model}; {plan.name} ({plan.site}) in {where}: {plan.cuts[0].slots} to '
+          f'{plan.cuts[-1].keep} tokens')
+  if plan.mode == 'mask':
+    line += '; masked, so that every slot is still computed'
+  if plan.method.adaptive:
+    line += f'; at most, {plan.method.adaptive}'
+  return line
+
+
+# -- while training ------------------------------------------------------------------------------
+
+
+def measured_flops(device: jax.Device, *, side: int = 1024) -> float:
+  """Operations a second of a float32 product of side x side matrices, the best of five."""
+  square = jax.device_put(jnp.ones((side, side), jnp.float32), device)
+  product = jax.jit(jnp.matmul)
+  product(square, square).block_until_ready()
+  seconds = []
+  for _ in range(5):
+    start = time.perf_counter()
+    product(square, square).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2 * side ** 3 / min(seconds)
+
+
+class Meter:
+  """Training speed, and how much of the devices' peak it uses."""
+
+  def __init__(self, slots: int, *, batch_size: int, device: jax.Device, devices: int,
+               clock: Callable[[], float] = time.perf_counter):
+    """Starts the clock.
+
+    Args:
+      slots: tokens that an example starts with.
+      batch_size: examples a step, over all devices.
+      device, devices: one of them, and how many there are.
+      clock: seconds.
+    """
+    self._clock, self._start, self._idle = clock, clock(), 0.0
+    self._batch_size, self._slots = batch_size, slots
+    known = DEVICES.get(device.device_kind)
+    self._peak = devices * (known.flops if known else measured_flops(device))
+    self._last: tuple[int, float] | None = None
+
+  @property
+  def seconds(self) -> float:
+    """Wall-clock time since the meter was made, pauses left out."""
+    return self._clock() - self._start - self._idle
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves out what happens inside: evaluation, checkpoints."""
+    begin = self._clock()
+    yield
+    self._idle += self._clock() - begin
+
+  def lap(self, step: int, *, kept: float, macs: float) -> dict[str, float]:
+    """Rates since the lap before; the first lap, which holds the compilation, gives none.
+
+    Args:
+      step: steps done.
+      kept: tokens that the model ends with, on average.
+      macs: multiply-accumulates of an example in training, forward and backward.
+
+    Returns:
+      'kept_ratio' of the tokens that it starts with; 'steps_per_second', 'examples_per_second',
+      'tokens_per_second' (of those that it starts with); and 'mfu', the share of the peak that the
+      model's own products take (not among them: recomputation, the method's scores, the
+      optimizer). The peak is the vendor's for bfloat16, or where `DEVICES` has none (a CPU), the
+      speed of a large float32 product, measured when the meter was made.
+    """
+    now, last = self.seconds, self._last
+    self._last = step, now
+    rates = {'kept_ratio': kept / self._slots}
+    if last is not None:
+      steps_per_second = (step - last[0]) / (now - last[1])
+      examples_per_second = steps_per_second * self._batch_size
+      rates |= {'steps_per_second': steps_per_second, 'examples_per_second': examples_per_second,
+                'tokens_per_second': examples_per_second * self._slots,
+                'mfu': 2 * macs * examples_per_second / self._peak}
+    return rates

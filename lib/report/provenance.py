@@ -1,0 +1,122 @@
+"""What a vision-language model still sees of an image after each of its reductions.
+
+Axes: B batch, C crops of a row, I images of a row, n patches (cells of a Qwen tower) of a crop, V
+tokens of an image, N slots of a sequence, T original tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from models.backbones.qwen_vision import QwenVision
+from models.backbones.vlm import VLM
+from ops.tokens import TokenSet
+
+Array = np.ndarray
+GONE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """The patches of a row's crops after one reduction.
+
+  Attributes:
+    name: where, as 'vision', 'projector' or 'language, layer 2'.
+    labels: int[C, rows, columns], which token holds each patch, -1 where none does any more. A
+      patch of several tokens has the first that is left.
+    merged: bool[C, rows, columns], whether a reduction joined it with others.
+    tokens: int[I], tokens left that hold something of each image, line ends among them.
+  """
+
+  name: str
+  labels: Array
+  merged: Array
+  tokens: Array
+
+
+def grid(vlm: VLM) -> tuple[int, int]:
+  """Rows and columns of what the tower makes one feature of."""
+  return vlm.tower.cells if isinstance(vlm.tower, QwenVision) else vlm.tower.grid
+
+
+def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
+  """What each reduction left of a row's images, in the order of the model.
+
+  Args:
+    vlm: the model with its reductions.
+    out: what it told of a prompt (`VLM.__call__`).
+    row: of the batch.
+  """
+  seen, visual, door = out['seen'], out['visual'], out.get('door')
+  batch, images = visual.x.shape[:2]
+  crops, each = len(seen.x) // batch, seen.slots
+  # Patches to what the tower passes on, and tokens to what of that they are made of.
+  passed = _numbered([_now(seen, row * crops + crop) for crop in range(crops)], each)
+  if out['laid'] is None:
+    index = np.arange(crops * each)[:, None]
+    there = np.isin(index, passed)
+  else:
+    index, weight = (np.asarray(part[row]).reshape(-1, part.shape[-1]) for part in out['laid'])
+    there = weight > 0
+  now = np.where(there.any(axis=1), np.arange(len(index)), GONE)
+  # Line ends are made of no patch.
+  there = there & (index < crops * each)
+
+  def stage(name: str, now: Array) -> Stage:
+    token, tap = np.nonzero(there & (now >= 0)[:, None])
+    holder = np.full(crops * each, GONE)
+    holder[index[token, tap][::-1]] = now[token][::-1]
+    labels = _follow(passed, holder)
+    patches, members = (np.bincount(part[part >= 0], minlength=1) for part in (passed, now))
+    merged = (labels >= 0) & (
+        (_follow(passed, patches) > 1) | (_follow(labels, members) > 1))
+    tokens = [len(np.unique(own[own >= 0])) for own in np.split(now, images)]
+    shape = (crops, *grid(vlm))
+    return Stage(name, labels.reshape(shape), merged.reshape(shape), np.asarray(tokens))
+
+  made = [stage('vision', now)] if vlm.tower.plan and vlm.tower.plan.cuts else []
+  pooled = door is not None and len(door.owner) == batch and images > 1
+  if door is not None:
+    across = len(door.owner) // batch
+    now = _follow(now, _numbered([_now(door, row * across + part) for part in range(across)],
+                                 door.slots))
+    made.append(stage('projector', now))
+  now = _follow(now, _entered(out, row, pooled))
+  for layer, cut in sorted(out['cuts'].items()):
+    made.append(stage(f'language, layer {layer}', _follow(now, _now(cut, row))))
+  return made
+
+
+def _entered(out: Mapping[str, Any], row: int, pooled: bool) -> Array:
+  """int[I * M], or int[M] of a pool: the slot of the sequence that each visual token went to."""
+  visual, group = out['visual'], np.asarray(out['sequence'].stats['group'][row])
+  images, left = visual.x.shape[1:3]
+  real = np.ones((images, left), bool) if visual.valid is None else np.asarray(visual.valid[row])
+  slots = np.full(left if pooled else images * left, GONE)
+  for image in range(images):
+    tokens, places = np.flatnonzero(real[image]), np.flatnonzero(group == image)
+    # An image without a placeholder went nowhere.
+    tokens = tokens[:len(places)]
+    slots[tokens + (0 if pooled else image * left)] = places
+  return slots
+
+
+def _now(tokens: TokenSet, row: int) -> Array:
+  """int[T], the real slot that holds each original token, -1 for none."""
+  owner, real = np.asarray(tokens.owner[row]), np.asarray(tokens.real[row])
+  return np.where((owner >= 0) & real[np.maximum(owner, 0)], owner, GONE)
+
+
+def _numbered(parts: list[Array], slots: int) -> Array:
+  """Slots of several parts, of so many each, as slots of the whole."""
+  return np.concatenate([np.where(part >= 0, part + number * slots, GONE)
+                         for number, part in enumerate(parts)])
+
+
+def _follow(now: Array, then: Array) -> Array:
+  """Where what is now in some slot is then."""
+  return np.where(now >= 0, then[np.maximum(now, 0)], GONE)

@@ -1,0 +1,78 @@
+"""Runs of train.py that learned to answer questions, as models to use."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from lib.data import qa as qa_data
+from lib.data.qa import Info
+from lib.runtime import checkpoint, sharding
+from lib.tasks import qa as qa_task
+from models.backbones.lm import LM
+from models.backbones.vlm import VLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A model that was trained to answer questions.
+
+  Attributes:
+    step: of the checkpoint.
+    config: what it was trained with.
+    info: of its set.
+    model: with the reductions that it was trained with.
+    params: averaged over steps.
+  """
+
+  step: int
+  config: ml_collections.ConfigDict
+  info: Info
+  model: LM | VLM
+  params: Any
+
+
+def load(workdir: str | pathlib.Path, *, data_dir: str = '', mesh: Mesh | None = None) -> Trained:
+  """The best checkpoint of a run.
+
+  Args:
+    workdir: the run's folder, with its config.json and checkpoints; or what tools/pack.py wrote.
+    data_dir: where the set is, if not where the run found it.
+    mesh: where parameters go; None for the first device.
+
+  Raises:
+    ValueError, FileNotFoundError: no run there, one that learned something else, no checkpoint, or
+      its set is not there.
+  """
+  folder = pathlib.Path(workdir)
+  if not (folder / 'config.json').exists():
+    raise FileNotFoundError(f'there is no run in {folder}, which lacks config.json: train one, '
+                            'with python -m train --config=configs/digit_scenes.py '
+                            f'--workdir={folder}')
+  config = ml_collections.ConfigDict(json.loads((folder / 'config.json').read_text()))
+  if 'lm' not in (config.get('model') or {}):
+    raise ValueError(f'the run in {folder} was not trained to answer questions: give one of '
+                     'configs/digit_scenes.py or configs/stdlib_needle.py')
+  if data_dir:
+    config.data.data_dir = data_dir
+  info = qa_data.info(config.data)
+  model = qa_task.build(config.model, config.reduce, info, context=config.data.context)
+  shapes = jax.eval_shape(functools.partial(qa_task.init, model, info, config.data.context),
+                          jax.random.key(0))
+  if mesh is None:
+    place = SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda leaf: place, shapes)
+  else:
+    places = sharding.place(shapes, config.sharding, mesh)
+  found = checkpoint.best(folder, sharding.shapes(shapes, places), metric='accuracy')
+  if found is None:
+    raise FileNotFoundError(f'no checkpoint in {folder / "checkpoints"}: let the run come to one '
+                            '(config.checkpoint_steps)')
+  return Trained(found[0], config, info, model, found[1])

@@ -1,0 +1,631 @@
+"""Decoder-only language models: Llama 2 and 3, Vicuna, Mistral, Qwen 2, 2.5 and 3, as one block.
+
+Llama (Touvron et al., 2023), arXiv:2302.13971, arXiv:2307.09288 and 2407.21783; Mistral 7B,
+arXiv:2310.06825; Qwen 2 and 3, arXiv:2407.10671 and 2505.09388; grouped queries from
+arXiv:2305.13245, SwiGLU from arXiv:2002.05202, RMSNorm from arXiv:1910.07467. What a family sets is
+data, in models/families.py; `from_config` reads a checkpoint's config.json.
+
+INTERFACE
+  lm = make_lm('llama2_7b', dtype=jnp.bfloat16)        # or from_config(json)
+  host = lm.host(slots, visual=576)                    # N of the prompt, and of a kind in it
+  lm = lm.clone(plan=make_plan(config, host))          # between layers: site before, between, after
+  lm = lm.clone(cache_plan=make_cache_plan(config, host, plan=lm.plan))       # on the cache
+  logits, out = lm.apply({'params': p}, tokens)        # all tokens that are left, training too
+  logits, cache = lm.apply({'params': p}, tokens, room=64, method='prefill')  # the last real one
+  logits, cache = lm.apply({'params': p}, ids, cache, method='decode')        # donate the cache
+* `tokens` are ids int[B, N] (with `valid=` bool[B, N]), or a TokenSet of embeddings (`lm.embed`
+  makes them of ids): `pos` the place in the sequence, real tokens in ascending order, padding
+  anywhere (left, right, or between a row's image and its text); `kind` VISUAL, TEXT or SPECIAL,
+  for padding too, since a plan's `of` counts slots by kind. For M-RoPE `pos` is int[B, N, P]:
+  column 0 the place in the sequence, by which attention is causal, then one a section.
+* Plans count slots: another length is an error, and parameters are made without plans (`init`).
+  Padding to few lengths, and the plans for each: models/decoding/generator.py, `Generator` and
+    `fitted`.
+* Attention is causal by `pos`, RoPE turns by `pos`; a slot's index means nothing. After a cut slots
+  are sorted by `pos`; a merged slot takes the latest of its group.
+* A reducer sees the static number of slots of other kinds as `tokens.protected`, and padding among
+  them as real slots of kind FILLER, which keep their place: keep - tokens.protected tokens of `of`
+  stay in every row, whatever its text. Text alone is `kind == TEXT`.
+* Signals (ops/signals.py): keys and values [B, N, K, d] (rotated), queries, plain_queries
+  [B, N, H, d], last_attention [B, H, N], window_attention [B, H, W, N] (W = method.span),
+  row_attention [B, H, N] (mean over method.rows(tokens), bool[B, N]), received_attention [B, H, N];
+  next_last_attention, next_row_attention, next_received_attention, next_keys of the next layer on
+  today's tokens; hidden, hidden_in, attention_out, mlp_in, mlp_out, mlp_hidden; rope, layer, depth,
+  slots. Methods name them in `needs`, and in `watch_needs` for `watch`.
+* Methods between layers answer an Assignment as anywhere; `positions` ('keep', 'compact',
+  'restart') is an attribute of the method, or of the config. Methods on the cache (site = 'cache',
+  ops/reducers/cache) are called as method(tokens, signals, keep=M) once a layer, after its
+  attention, and answer ops.kv_cache.KVGather(src int32[B, K, M], valid=None): M slots a kv head,
+  padding last. `keep` is of the layer's own slots, 'rounding' floors unless a config says.
+
+Axes: B batch, N slots now, T original tokens, D width, H heads, K kv heads, d width of a head, V
+vocabulary, S slots of a cache, F MLP width, P numbers in a position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models import sharded_attention
+from models.families import LM_FAMILIES, LMS
+from models.plan import POSITIONS, Host, Plan
+from models.stack import BATCH_AXES, Stack, Tap
+from ops import attention, kv_cache
+from ops.attention import log_weight
+from ops.kv_cache import KV, Cache
+from ops.rope import Rope, order
+from ops.signals import STATIC, Signals, measure
+from ops.tokens import TEXT, TokenSet, key_bias, take
+
+Array = jax.Array
+
+OFFERS = frozenset({
+    'keys', 'queries', 'values', 'plain_queries', 'received_attention', 'last_attention',
+    'window_attention', 'row_attention', 'next_received_attention', 'next_last_attention',
+    'next_row_attention', 'next_keys', 'hidden', 'hidden_in', 'attention_out', 'mlp_in', 'mlp_out',
+    'mlp_hidden', 'rope', 'layer', 'depth', 'slots'})
+SITES = ('before', 'between', 'after')
+
+
+def rms_norm(eps: float) -> nn.RMSNorm:
+  """The norm of every block, in float32."""
+  return nn.RMSNorm(epsilon=eps, dtype=jnp.float32)
+
+
+def product(features: int | tuple[int, ...], dtype: Any, *, bias: bool = False,
+            axis: int | tuple[int, ...] = -1) -> nn.DenseGeneral:
+  """A matrix product as the blocks have it."""
+  return nn.DenseGeneral(features, axis=axis, dtype=dtype, use_bias=bias,
+                         kernel_init=nn.initializers.normal(0.02))
+
+
+class Block(nn.Module):
+  """Pre-norm decoder block; norms, rotations and softmax in float32, products in `dtype`.
+
+  Attributes:
+    kv_heads: heads of keys and values, each shared by heads / kv_heads queries.
+    head_width: d, features a head.
+    rope: how positions become rotations; its width is d.
+    window: positions that a token sees back from its own, its own among them; 0 for all.
+    qkv_bias: whether queries, keys and values have biases (Qwen 2).
+    qk_norm: whether each head's queries and keys are normed before they are rotated (Qwen 3).
+    slots: 'ordered' where they stand in the order of positions, so that kernels may mask by slot;
+      'any' otherwise.
+  """
+
+  width: int
+  heads: int
+  kv_heads: int
+  head_width: int
+  mlp: int
+  rope: Rope
+  window: int = 0
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  norm_eps: float = 1e-5
+  dtype: Any = jnp.float32
+  implementation: str = 'xla'
+  mesh: Mesh | None = None
+  slots: str = 'ordered'
+
+  def setup(self) -> None:
+    """Two norms, attention's four products and the MLP's three."""
+    made = functools.partial(product, dtype=self.dtype)
+    self.norm1, self.norm2 = rms_norm(self.norm_eps), rms_norm(self.norm_eps)
+    self.q = made((self.heads, self.head_width), bias=self.qkv_bias)
+    self.k = made((self.kv_heads, self.head_width), bias=self.qkv_bias)
+    self.v = made((self.kv_heads, self.head_width), bias=self.qkv_bias)
+    if self.qk_norm:
+      self.q_norm, self.k_norm = rms_norm(self.norm_eps), rms_norm(self.norm_eps)
+    self.out = made(self.width, axis=(-2, -1))
+    self.gate, self.up, self.down = made(self.mlp), made(self.mlp), made(self.width)
+
+  def __call__(self, tokens: TokenSet) -> TokenSet:
+    """The plain block; it makes the parameters."""
+    return self.feed(self.attend(tokens, needs=frozenset(), proportional=False)[0])
+
+  def attend(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
+             **asked: Any) -> tuple[TokenSet, Signals]:
+    """Attention and its residual, and what `needs` names of it; `asked` goes to `measure`."""
+    hidden = self.norm1(tokens.x)
+    q, k, plain = self._queries_and_keys(hidden, tokens.pos)
+    v = self.v(hidden)
+    bias, places = key_bias(tokens, proportional=proportional), order(tokens.pos)
+    window = self._window(tokens)
+    read = functools.partial(
+        measure, needs, v=v, bias=bias, hidden=hidden, query_valid=tokens.valid, positions=places,
+        window=window, **asked)
+    mix = functools.partial(sharded_attention.attend, causal=True, window=window, mesh=self.mesh,
+                            implementation=self.implementation)
+    if self.implementation == 'xla':
+      # As in models/backbones/vit.py: rows first, by themselves, so that the whole map is not kept
+      # for them.
+      signals = read(q=q, k=k, lse=None)
+      q, k, signals = jax.lax.optimization_barrier((q, k, signals))
+      mixed = mix(q, k, v, bias, places)
+    else:
+      by_slot = self.slots == 'ordered'
+      mixed = mix(q, k, v, self._kernel_bias(tokens, bias, proportional),
+                  None if by_slot else places)
+      signals = read(q=q, k=k, lse=mixed.lse)
+    change = self.out(mixed.out)
+    beside = {'plain_queries': plain, 'attention_out': change}
+    signals = signals.replace(**{name: x for name, x in beside.items() if name in needs})
+    return _add(tokens, change), signals
+
+  def look(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
+           **asked: Any) -> Signals:
+    """What this layer's attention would be on today's tokens, without running the layer."""
+    q, k, _ = self._queries_and_keys(self.norm1(tokens.x), tokens.pos)
+    seen = measure(
+        frozenset(name.removeprefix('next_') for name in needs), q=q, k=k, v=k, lse=None,
+        bias=key_bias(tokens, proportional=proportional), query_valid=tokens.valid,
+        positions=order(tokens.pos), window=self._window(tokens), **asked)
+    return Signals(**{name: getattr(seen, name.removeprefix('next_')) for name in needs})
+
+  def feed(self, tokens: TokenSet, *, needs: frozenset[str] = frozenset(),
+           **unused: Any) -> TokenSet | tuple[TokenSet, Signals]:
+    """MLP and its residual; with `needs` also what they name of it."""
+    del unused
+    hidden = self.norm2(tokens.x)
+    inner = nn.silu(self.gate(hidden)) * self.up(hidden)
+    change = self.down(inner)
+    known = {'mlp_in': hidden, 'mlp_hidden': inner, 'mlp_out': change}
+    signals = Signals(**{name: known[name] for name in needs})
+    tokens = _add(tokens, change)
+    return (tokens, signals) if needs else tokens
+
+  def step(self, carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
+    """One token a row through the block, over its cache: ((float[B, D], step int32[]), KV)."""
+    x, step = carry
+    pos = kv.start + step
+    places = pos if pos.ndim == 1 else pos[:, 0]
+    hidden = self.norm1(x)
+    q, k, _ = self._queries_and_keys(hidden, pos)
+    kv = kv.append(k, self.v(hidden), places, step)
+    visible = kv.valid
+    if self.window:
+      visible &= places.reshape(places.shape + (1,) * (kv.pos.ndim - 1)) - kv.pos < self.window
+    x = x + self.out(attention.step(q, kv.k, kv.v, visible, bias=kv.bias)).astype(x.dtype)
+    hidden = self.norm2(x)
+    change = self.down(nn.silu(self.gate(hidden)) * self.up(hidden))
+    return (x + change.astype(x.dtype), step), kv
+
+  def _queries_and_keys(self, hidden: Array, pos: Array) -> tuple[Array, Array, Array]:
+    """Rotated queries [..., H, d], rotated keys [..., K, d], queries as they were before."""
+    q, k = self.q(hidden), self.k(hidden)
+    if self.qk_norm:
+      q, k = self.q_norm(q).astype(self.dtype), self.k_norm(k).astype(self.dtype)
+    return self.rope.rotate(q, pos), self.rope.rotate(k, pos), q
+
+  def _window(self, tokens: TokenSet) -> int | None:
+    """The window, None where all tokens that there ever were fit into it."""
+    return self.window if 0 < self.window < tokens.owner.shape[1] else None
+
+  def _kernel_bias(self, tokens: TokenSet, bias: Array | None,
+                   proportional: bool) -> Array | None:
+    """The bias that a fused kernel needs: none where masking by slot hides all padding.
+
+    It would widen each head: at d = 128 beyond what some kernels take, and by a tile in others.
+    """
+    counts = proportional and tokens.size is not None
+    hidden = self.slots == 'ordered' and tokens.padding == 'last'
+    return None if hidden and not counts else bias
+
+
+def _add(tokens: TokenSet, change: Array) -> TokenSet:
+  return tokens.replace(x=tokens.x + change.astype(tokens.x.dtype))
+
+
+class LM(nn.Module):
+  """A decoder-only language model; see the head of this file for how it is used.
+
+  Attributes:
+    width, depth, mlp, heads, kv_heads, head_width: of the blocks, as there.
+    vocabulary: V, token ids.
+    context: the longest sequence that it was made for, prompt and answer together.
+    tied: whether logits are products with the embeddings, else with a head of their own.
+    rope, window, qkv_bias, qk_norm, norm_eps: see `Block`.
+    dtype: of the products; norms, softmax and logits are float32. Give parameters of this dtype to
+      prefill and decode, which would otherwise convert them in every call.
+    plan: what to reduce between layers, or None.
+    cache_plan: what to keep of the cache after the prompt, or None.
+    implementation: of attention over a prompt: 'xla', 'cudnn' or 'splash' (ops/attention.py picks).
+    mesh, remat, capture: see models/stack.py.
+  """
+
+  vocabulary: int
+  width: int
+  depth: int
+  mlp: int
+  heads: int
+  kv_heads: int
+  head_width: int
+  context: int
+  rope: Rope
+  tied: bool = False
+  window: int = 0
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  norm_eps: float = 1e-5
+  dtype: Any = jnp.float32
+  implementation: str = 'xla'
+  plan: Plan | None = None
+  cache_plan: Plan | None = None
+  mesh: Mesh | None = None
+  remat: str = 'none'
+  capture: bool = False
+
+  def host(self, slots: int, **counts: int) -> Host:
+    """What plans need to know of this model with prompts of `slots` slots.
+
+    Args:
+      slots: N, padding included.
+      **counts: slots by kind, as visual=576 or special=1; all others are text.
+
+    Raises:
+      ValueError: for more slots of kinds than there are, or more than the context.
+    """
+    text = slots - sum(counts.values())
+    if text < 0 or slots > self.context:
+      raise ValueError(f'a prompt of {slots} slots with {counts or "text alone"} is impossible: '
+                       f'the kinds must fit into the slots, and those into {self.context}')
+    kinds = tuple(counts.items()) + ((('text', text),) if text else ())
+    return Host(self.depth, slots, 0, OFFERS, SITES, kinds, POSITIONS)
+
+  def setup(self) -> None:
+    """Embeddings, blocks, the last norm and the head."""
+    self.table = self.param('table', nn.initializers.normal(0.02), (self.vocabulary, self.width))
+    slots = 'any' if self.plan and self.plan.mode == 'mask' else 'ordered'
+    block = Block(self.width, self.heads, self.kv_heads, self.head_width, self.mlp, self.rope,
+                  self.window, self.qkv_bias, self.qk_norm, self.norm_eps, self.dtype,
+                  self.implementation, self.mesh, slots, parent=None)
+    self.stack = Stack(block, self.depth, self.plan, None, self.remat, self.mesh, self.capture,
+                       causal=True, rope=self.rope)
+    self.norm = rms_norm(self.norm_eps)
+    if not self.tied:
+      self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype,
+                           kernel_init=nn.initializers.normal(0.02), dot_general=self._product)
+
+  def embed(self, ids: Array, valid: Array | None = None) -> TokenSet:
+    """Token ids as tokens.
+
+    Args:
+      ids: int[B, N], each below V.
+      valid: bool[B, N], False for padding, wherever it is; None for none.
+
+    Raises:
+      ValueError: ids of another shape or dtype, or a mask of another shape.
+    """
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+      raise ValueError(f'token ids of shape {ids.shape} and dtype {ids.dtype} do not fit: expected '
+                       'integers [batch, length]')
+    if valid is not None and valid.shape != ids.shape:
+      raise ValueError(f'a mask of shape {valid.shape} does not fit token ids of shape {ids.shape}')
+    if valid is None:
+      pos = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    else:
+      pos = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+    if self.rope.sections:
+      # Text alone has its place on every axis.
+      pos = jnp.broadcast_to(pos[..., None], (*pos.shape, 1 + len(self.rope.sections)))
+    kind = jnp.full(ids.shape, TEXT, jnp.int8)
+    return TokenSet.create(self._embedded(ids), pos=pos, kind=kind, valid=valid,
+                           of=(TEXT,))
+
+  def __call__(self, tokens: Array | TokenSet,
+               valid: Array | None = None) -> tuple[Array, dict[str, Any]]:
+    """Scores the next token after every token that is left.
+
+    Args:
+      tokens: ids int[B, N], or a TokenSet of embeddings.
+      valid: with ids, as in `embed`.
+
+    Returns:
+      Logits float32[B, M, V], and a dict: 'tokens' (the final TokenSet, normed), with `capture`
+      'embedded' float[B, N, D], and what models/stack.py adds.
+
+    Raises:
+      ValueError: tokens that do not fit, or more than the context.
+    """
+    tokens = self._enter(tokens, valid)
+    embedded = tokens.x
+    tokens, out = self.stack(tokens)
+    tokens = tokens.replace(x=self.norm(tokens.x))
+    out['tokens'] = tokens
+    if self.capture:
+      out['embedded'] = embedded
+    return self._logits(tokens.x), out
+
+  def prefill(self, tokens: Array | TokenSet, valid: Array | None = None, *,
+              room: int) -> tuple[Array, Cache]:
+    """Reads a prompt.
+
+    Args:
+      tokens, valid: as in `__call__`. Of every row the latest real token must be left by the
+        plan: its logits are what is returned.
+      room: tokens that may be decoded after it.
+
+    Returns:
+      Logits float32[B, V] after the last real token, and the cache.
+
+    Raises:
+      ValueError: as `__call__`; or a prompt that with its answer exceeds the context.
+    """
+    tokens = self._enter(tokens, valid, room)
+    if self.plan and self.plan.positions == 'restart':
+      again = self.clone(plan=None, parent=None)
+      return again.apply({'params': self.variables['params']}, self._restarted(tokens), room=room,
+                         method='prefill')
+    after = _next(tokens)
+    compact = self.plan is not None and self.plan.positions == 'compact'
+    proportional = self.plan is not None and self.plan.method.proportional
+    seen = self.cache_plan
+
+    def read(first: int, tokens: TokenSet, signals: Signals) -> KV:
+      k, v = (jnp.swapaxes(x, 1, 2) for x in (signals.keys, signals.values))
+      bias = log_weight(tokens.size) if proportional and tokens.size is not None else None
+      kv = KV.create(k, v, pos=order(tokens.pos), valid=tokens.real, filled=tokens.slots, bias=bias,
+                     start=_next(tokens) if compact else after)
+      cut = seen and seen.cut(first)
+      if cut and cut.slots != tokens.slots:
+        raise ValueError(f'the plan of the cache is for {cut.slots} slots in layer {first}, which '
+                         f'sees {tokens.slots}: make one with lm.host(slots) and plan=lm.plan')
+      if cut:
+        wanted = {name: getattr(signals, name) for name in seen.method.needs - STATIC}
+        told = Signals(**wanted, rope=self.rope, layer=first, depth=self.depth, slots=cut.slots)
+        with jax.named_scope('reduction'):
+          choose = functools.partial(seen.method, keep=cut.keep)
+          kept = self.stack.by_rows(choose)(tokens, told)
+          kv = kv_cache.shrink(kv, kept, positions=seen.positions, rope=self.rope)
+      return kv_cache.with_room(kv, room)
+
+    needs = frozenset({'keys', 'values'}) | (seen.method.needs - STATIC if seen else frozenset())
+    tokens, out = self.stack(tokens, Tap(needs, read, _starts(seen), seen and seen.method))
+    last = jnp.argmax(jnp.where(tokens.real, order(tokens.pos), -1), axis=1)
+    x = take(tokens.x, last[:, None])[:, 0]
+    return self._logits(self.norm(x)), Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
+
+  def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
+    """One more token a row.
+
+    Writes into the cache in place where it is donated and the blocks' parameters are a tuple
+    (models/stack.py, `unstack`), and copies neither. Beyond the cache's room it would overwrite the
+    last token: whoever calls counts (models/decoding/generator.py does).
+
+    Args:
+      ids: int[B], the tokens.
+      kvs: what `prefill` or the last call gave.
+
+    Returns:
+      Logits float32[B, V] after them, and the cache.
+    """
+    x = self._embedded(ids)
+    (x, step), layers = self.stack.step((x, kvs.steps), kvs.layers)
+    return self._logits(self.norm(x)), Cache(layers, step + 1)
+
+  def _enter(self, tokens: Array | TokenSet, valid: Array | None, room: int = 0) -> TokenSet:
+    if not isinstance(tokens, TokenSet):
+      tokens = self.embed(tokens, valid)
+    elif valid is not None:
+      raise ValueError('a TokenSet has its own mask: leave valid out, or give token ids')
+    if tokens.x.shape[2] != self.width:
+      raise ValueError(f'embeddings of width {tokens.x.shape[2]} do not fit this model of width '
+                       f'{self.width}: project them first')
+    if tokens.slots + room > self.context:
+      raise ValueError(f'a prompt of {tokens.slots} slots and {room} tokens to come exceed the '
+                       f'context of {self.context}: shorten the prompt, ask for fewer tokens, or '
+                       'set context and RoPE scaling for more')
+    if self.plan and self.plan.cuts and self.plan.cuts[0].slots != tokens.slots:
+      raise ValueError(f'the plan is for prompts of {self.plan.cuts[0].slots} slots, not '
+                       f'{tokens.slots}: make one with lm.host(slots)')
+    return tokens.replace(x=tokens.x.astype(self.dtype))
+
+  def _restarted(self, tokens: TokenSet) -> TokenSet:
+    """The prompt of those original tokens alone that the last cut leaves, in their order."""
+    if not self.plan.cuts:
+      return tokens
+    _, out = self.stack(tokens)
+    reduced = out['cuts'][self.plan.cuts[-1].layer]
+    if tokens.pos.ndim > 2:
+      raise ValueError("positions='restart' has no meaning for positions of several numbers "
+                       "(M-RoPE): choose 'keep'")
+    count = self.plan.cuts[-1].keep
+    left = (reduced.owner >= 0) & tokens.real
+    place = jnp.where(left, tokens.pos, jnp.iinfo(jnp.int32).max)
+    index = jnp.argsort(place, axis=1, stable=True)[:, :count]
+    pos = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), index.shape)
+    valid = None if tokens.valid is None else take(left, index)
+    return TokenSet.create(take(tokens.x, index), pos=pos, kind=take(tokens.kind, index),
+                           valid=valid, of=tokens.of, padding='last')
+
+  def _logits(self, x: Array) -> Array:
+    """float32[..., V] of normed features."""
+    if not self.tied:
+      return self.head(x)
+    table = self.table.astype(self.dtype)
+    return self._product(x.astype(self.dtype), table, (((x.ndim - 1,), (1,)), ((), ())))
+
+  def _embedded(self, ids: Array) -> Array:
+    """float[..., D] of ids int[...]."""
+    table = self._divided(self.table.astype(self.dtype), 'tensor', None)
+    return self._divided(table[ids], BATCH_AXES)
+
+  def _product(self, x: Array, weights: Array, dimensions: Any, **unused: Any) -> Array:
+    """Logits, not rounded to the dtype of the factors; `weights` are [D, V] or [V, D]."""
+    del unused
+    vocabulary = 1 - dimensions[0][1][0]
+    weights = self._gathered(weights, *('tensor' if d == vocabulary else None for d in (0, 1)))
+    logits = jax.lax.dot_general(x, weights, dimensions, preferred_element_type=jnp.float32)
+    return self._divided(logits, BATCH_AXES, *(None,) * (x.ndim - 2), 'tensor')
+
+  def _divided(self, x: Array, *axes: Any) -> Array:
+    """Keeps an array, and its gradient, divided along these axes of the mesh, if there is one."""
+    if self.mesh is None:
+      return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
+
+  def _gathered(self, weights: Array, *axes: Any) -> Array:
+    """Parameters divided along these axes alone, for a product with rows, or a lookup of them.
+
+    Where they are sliced over the axes that divide the batch, the partitioner would otherwise
+    gather the batch of all devices. Their gradient goes back to slices as it likes.
+    """
+    if self.mesh is None:
+      return weights
+    return _placed(weights, NamedSharding(self.mesh, PartitionSpec(*axes)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _placed(x: Array, place: NamedSharding) -> Array:
+  """A sharding constraint that says nothing about the gradient."""
+  return jax.lax.with_sharding_constraint(x, place)
+
+
+_placed.defvjp(lambda x, place: (_placed(x, place), None), lambda place, _, grad: (grad,))
+
+
+def _next(tokens: TokenSet) -> Array:
+  """int32[B(, P)]: the position after the latest; with M-RoPE its other numbers are all one more
+  than the largest of them (Qwen2-VL, arXiv:2409.12191, Sec. 2.1)."""
+  real = tokens.real.reshape(tokens.real.shape + (1,) * (tokens.pos.ndim - 2))
+  latest = jnp.max(jnp.where(real, tokens.pos, -1), axis=1) + 1
+  if latest.ndim == 1:
+    return latest
+  rotary = jnp.max(latest[:, 1:], axis=1, keepdims=True)
+  return jnp.concatenate([latest[:, :1], jnp.broadcast_to(rotary, latest[:, 1:].shape)], axis=1)
+
+
+def _starts(plan: Plan | None) -> tuple[int, ...]:
+  """Layers from which on the cache is cut otherwise than in the layer above."""
+  if plan is None:
+    return ()
+  depth = plan.cuts[-1].layer + 2 if plan.cuts else 0
+
+  def size(layer: int) -> tuple[int, int] | None:
+    cut = plan.cut(layer)
+    return cut and (cut.slots, cut.keep)
+
+  return tuple(layer for layer in range(1, depth) if size(layer) != size(layer - 1))
+
+
+def make_lm(variant: str, **overrides: Any) -> LM:
+  """A language model by name, one of models/families.py.
+
+  Args:
+    variant: as 'llama2_7b'.
+    **overrides: fields of LM that differ.
+
+  Raises:
+    ValueError: for an unknown name, or a field that LM does not have.
+  """
+  if variant not in LMS:
+    near = difflib.get_close_matches(variant, LMS, n=1)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    raise ValueError(f'variant {variant!r} is unknown{hint}: choose one of {", ".join(LMS)}, or '
+                     "read a checkpoint's config.json with from_config")
+  return from_config(LMS[variant], **overrides)
+
+
+def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
+  """The model that a checkpoint's config.json describes (as the transformers library writes it).
+
+  Args:
+    config: the file's content; a vision-language model's has the part that counts here under
+      'text_config'.
+    **overrides: fields of LM that differ.
+
+  Raises:
+    ValueError: an architecture that is not known, or settings of a known one that are not; or a
+      field that LM does not have.
+  """
+  config = config.get('text_config') or config
+  kind = config.get('model_type')
+  if kind not in LM_FAMILIES:
+    raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(LM_FAMILIES)}')
+  get = {**LM_FAMILIES[kind], **config}.get
+  if get('hidden_act', 'silu') != 'silu':
+    raise ValueError(f'hidden_act={get("hidden_act")!r} is unknown: these models gate with silu')
+  for name in ('mlp_bias', 'attention_bias'):
+    if get(name):
+      raise ValueError(f'{name}={get(name)!r} is unknown here: no checkpoint of a known family has '
+                       'it')
+  heads = get('num_attention_heads')
+  head_width = get('head_dim') or get('hidden_size') // heads
+  settings = {
+      'vocabulary': get('vocab_size'), 'width': get('hidden_size'),
+      'depth': get('num_hidden_layers'), 'mlp': get('intermediate_size'), 'heads': heads,
+      'kv_heads': get('num_key_value_heads') or heads, 'head_width': head_width,
+      'context': get('max_position_embeddings'), 'tied': bool(get('tie_word_embeddings')),
+      'rope': _rope(config, get, head_width), 'window': _window(get),
+      'qkv_bias': get('qkv_bias', False), 'qk_norm': get('qk_norm', False),
+      'norm_eps': get('rms_norm_eps')}
+  fields = [f.name for f in dataclasses.fields(LM) if f.name not in ('parent', 'name')]
+  for key in overrides:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f' (did you mean {near[0]!r}?)' if near else ''
+      raise ValueError(f'an LM has no setting {key!r}{hint}: choose from {", ".join(fields)}')
+  return LM(**(settings | overrides))
+
+
+def _window(get: Any) -> int:
+  """The sliding window, 0 for none.
+
+  Raises:
+    ValueError: for a window in some layers only.
+  """
+  window = get('sliding_window') or 0
+  if not window or get('use_sliding_window') is False:
+    return 0
+  kinds = set(get('layer_types') or ())
+  if 'max_window_layers' in LM_FAMILIES[get('model_type')] and not kinds:
+    full = min(get('max_window_layers'), get('num_hidden_layers'))
+    kinds = ({'full_attention'} if full else set()) | (
+        {'sliding_attention'} if full < get('num_hidden_layers') else set())
+  if kinds == {'full_attention'}:
+    return 0
+  if len(kinds) > 1:
+    raise ValueError('a sliding window in some layers only is unknown here: set sliding_window '
+                     'to None if no prompt is longer, or choose another checkpoint')
+  return window
+
+
+def _rope(config: Mapping[str, Any], get: Any, head_width: int) -> Rope:
+  """The rotations, from either form of config: `rope_parameters`, or theta and `rope_scaling`."""
+  given = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
+  kind = given.get('rope_type') or given.get('type') or 'default'
+  settings = {'width': head_width,
+              'theta': float(given.get('rope_theta') or get('rope_theta'))}
+  sections = tuple(given.get('mrope_section') or ())
+  if sections:
+    settings |= {'sections': sections,
+                 'spread': 'interleaved' if given.get('mrope_interleaved') else 'blocks'}
+  if {get('partial_rotary_factor'), given.get('partial_rotary_factor')} - {None, 1.0}:
+    raise ValueError('partial_rotary_factor is unknown here: whole heads are rotated')
+  if kind in ('default', 'mrope'):
+    return Rope(**settings)
+  names = {'linear': {'factor': 'factor'},
+           'llama3': {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',
+                      'original': 'original_max_position_embeddings'},
+           'yarn': {'factor': 'factor', 'original': 'original_max_position_embeddings',
+                    'fast': 'beta_fast', 'slow': 'beta_slow', 'temperature': 'attention_factor',
+                    'rounded': 'truncate'}}
+  if kind not in names:
+    raise ValueError(f'RoPE scaling {kind!r} is unknown: known are default, {", ".join(names)}')
+  if given.get('mscale') or given.get('mscale_all_dim'):
+    raise ValueError("mscale is unknown here: no family's RoPE scaling has it")
+  found = {ours: given[theirs] for ours, theirs in names[kind].items()
+           if given.get(theirs) is not None}
+  if kind == 'yarn':
+    found.setdefault('original', get('max_position_embeddings'))
+  return Rope(**settings, scaling=kind, **found)

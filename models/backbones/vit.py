@@ -1,0 +1,517 @@
+"""Vision transformers: one file for ViT, DeiT, MAE, DINOv2 and the image towers of CLIP and SigLIP.
+
+An Image is Worth 16x16 Words (Dosovitskiy et al., 2021), arXiv:2010.11929; distillation token from
+DeiT (Touvron et al., 2021), arXiv:2012.12877; registers from Darcet et al. (2024),
+arXiv:2309.16588; layer scale from CaiT (Touvron et al., 2021), arXiv:2103.17239; attention pooling
+from Zhai et al. (2022), arXiv:2106.04560. What a family sets is data, in models/families.py.
+
+Axes: B batch, N slots, D width, H heads, d width of a head, P patch side in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from models import sharded_attention
+from models.backbones.windows import Windows, WindowStack
+from models.families import NAMED, SIZES
+from models.plan import Host, Plan
+from models.stack import Stack
+from ops import attention
+from ops.primitives.select import keep_top
+from ops.signals import Signals, measure, measure_map
+from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias, reduce
+
+Array = jax.Array
+Mixer = Callable[[Array], Array]
+
+POSITIONS = ('learned', 'sincos')
+POOLS = ('cls', 'mean', 'cls_mean', 'map')
+LAST_NORMS = ('tokens', 'pooled')
+# 'swiglu' gates: silu of one half of a twice as wide fc1, times the other (arXiv:2002.05202).
+ACTIVATIONS = {
+    'gelu': functools.partial(nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+    'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
+    'swiglu': lambda x: nn.silu(x[..., 0, :]) * x[..., 1, :],
+}
+OFFERS = frozenset({'keys', 'queries', 'values', 'received_attention', 'attention',
+                    'next_received_attention', 'hidden', 'grid', 'layer', 'depth', 'slots'})
+
+
+class Heads(nn.Module):
+  """Projects features to queries, keys and values of all heads in one product."""
+
+  heads: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, *, first: int = 0, last: int = 3) -> tuple[Array, ...]:
+    """float[B, N, D] -> projections first to last - 1 of (q, k, v), each float[B, N, H, d]."""
+    width = x.shape[-1]
+    shape = (width, 3, self.heads, width // self.heads)
+    kernel = self.param('kernel', nn.initializers.xavier_uniform(in_axis=0, out_axis=(1, 2, 3)),
+                        shape)
+    bias = self.param('bias', nn.initializers.zeros, shape[1:])
+    kernel, bias = (jnp.asarray(w[..., first:last, :, :], self.dtype) for w in (kernel, bias))
+    out = jnp.einsum('bnd,dkhe->bnkhe', x.astype(self.dtype), kernel) + bias[None, None]
+    return tuple(out[:, :, i] for i in range(last - first))
+
+
+def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
+  """The norm of every backbone here: in float32, with the variance as defined."""
+  return nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+def dense(features: int | tuple[int, ...], dtype: Any, *, axis: int | tuple[int, ...] = -1,
+          name: str | None = None) -> nn.DenseGeneral:
+  """A product as the blocks have it."""
+  return nn.DenseGeneral(features, axis=axis, dtype=dtype, name=name,
+                         kernel_init=nn.initializers.xavier_uniform())
+
+
+def hidden_features(mlp: int, activation: str) -> int | tuple[int, int]:
+  """What an MLP's first product makes: two halves where the activation gates."""
+  return (2, mlp) if activation == 'swiglu' else mlp
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block; norms and softmax in float32, products in `dtype`.
+
+  Attributes:
+    activation: of the MLP, a name in `ACTIVATIONS`; 'swiglu' makes fc1 two products.
+    layer_scale: what a learned factor a feature starts from, on each branch; None for none.
+    causal: whether a token sees only tokens whose `pos` is not after its own, whatever their slots.
+  """
+
+  width: int
+  heads: int
+  mlp: int
+  dropout: float = 0.0
+  norm_eps: float = 1e-6
+  dtype: Any = jnp.float32
+  implementation: str = 'xla'
+  mesh: Mesh | None = None
+  activation: str = 'gelu'
+  layer_scale: float | None = None
+  causal: bool = False
+
+  def setup(self) -> None:
+    """Two norms, attention's projections and the MLP's."""
+    self.norm1, self.norm2 = self.make_norm(), self.make_norm()
+    self.qkv = Heads(self.heads, self.dtype)
+    self.out = dense(self.width, self.dtype, axis=(-2, -1))
+    self.fc1 = dense(hidden_features(self.mlp, self.activation), self.dtype)
+    self.fc2 = dense(self.width, self.dtype)
+    self.drop = nn.Dropout(self.dropout)
+    scales = [None, None]
+    if self.layer_scale is not None:
+      start = nn.initializers.constant(self.layer_scale)
+      scales = [self.param(name, start, (self.width,)) for name in ('ls1', 'ls2')]
+    self.scale1, self.scale2 = scales
+
+  def make_norm(self) -> nn.Module:
+    """The norm that stands before attention, and before the MLP."""
+    return layer_norm(self.norm_eps)
+
+  def turn(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
+    """Queries and keys as attention takes them: a block with rotary positions turns them."""
+    del tokens
+    return q, k
+
+  def __call__(self, tokens: TokenSet) -> TokenSet:
+    """The plain block; it makes the parameters."""
+    return self.feed(self.attend(tokens, needs=frozenset(), proportional=False)[0])
+
+  def attend(self, tokens: TokenSet, *, needs: frozenset[str],
+             proportional: bool) -> tuple[TokenSet, Signals]:
+    """Attention and its residual, and what `needs` names of it."""
+    hidden = self.norm1(tokens.x)
+    q, k, v = self.qkv(hidden)
+    q, k = self.turn(tokens, q, k)
+    bias, places = key_bias(tokens, proportional=proportional), self._places(tokens)
+    read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
+                             query_valid=tokens.valid, positions=places)
+    mix = functools.partial(sharded_attention.attend, mesh=self.mesh,
+                            implementation=self.implementation)
+    if self.implementation == 'xla':
+      # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
+      # the keys beside that map for whoever reads them later.
+      signals = read(q=q, k=k, lse=None)
+      q, k, signals = jax.lax.optimization_barrier((q, k, signals))
+      mixed = mix(q, k, v, bias, places)
+    else:
+      mixed = mix(q, k, v, bias, places)
+      signals = read(q=q, k=k, lse=mixed.lse)
+    return self._add(tokens, self.out(mixed.out), self.scale1), signals
+
+  def _places(self, tokens: TokenSet) -> Array | None:
+    """What attention is causal by, None where it sees everything."""
+    return tokens.pos if self.causal else None
+
+  def inside(self, tokens: TokenSet,
+             decide: Callable[[TokenSet, Signals, Array], tuple[TokenSet, Mixer, bool]], *,
+             needs: frozenset[str], proportional: bool) -> TokenSet:
+    """Attention that something interrupts between its map and its values.
+
+    `decide` gets the tokens, the signals and the map float32[B, H, N, N], and returns fewer tokens,
+    what they make of the values [B, S, H, d], and whether these are those of the new tokens.
+    """
+    hidden = self.norm1(tokens.x)
+    q, k = self.turn(tokens, *self.qkv(hidden, last=2))
+    bias = key_bias(tokens, proportional=proportional)
+    scores = attention.eager(q, k, bias=bias, positions=self._places(tokens))
+    v, = self.qkv(hidden, first=2)
+    signals = measure_map(needs, scores, q=q, k=k, v=v, hidden=hidden, query_valid=tokens.valid)
+    tokens, mix, renewed = decide(tokens, signals, scores)
+    if renewed:
+      v, = self.qkv(self.norm1(tokens.x), first=2)
+    return self._add(tokens, self.out(mix(v)), self.scale1)
+
+  def look(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool) -> Signals:
+    """What this layer's attention would be on today's tokens, without running the layer."""
+    q, k = self.turn(tokens, *self.qkv(self.norm1(tokens.x), last=2))
+    bias = key_bias(tokens, proportional=proportional)
+    assert needs == {'next_received_attention'}, needs
+    received = attention.received(q, k, None, bias=bias, query_valid=tokens.valid,
+                                  positions=self._places(tokens))
+    return Signals(next_received_attention=received)
+
+  def feed(self, tokens: TokenSet, **unused: Any) -> TokenSet:
+    """MLP and its residual."""
+    del unused
+    hidden = ACTIVATIONS[self.activation](self.fc1(self.norm2(tokens.x)))
+    return self._add(tokens, self.fc2(hidden), self.scale2)
+
+  def _add(self, tokens: TokenSet, change: Array, scale: Array | None) -> TokenSet:
+    if scale is not None:
+      change = change * scale.astype(change.dtype)[None, None]
+    change = self.drop(change, deterministic=not self.has_rng('dropout'))
+    return tokens.replace(x=tokens.x + change.astype(tokens.x.dtype))
+
+
+class AttentionPool(nn.Module):
+  """One learned query attends to all tokens, then an MLP: a head for a model without [CLS].
+
+  Scaling Vision Transformers (Zhai et al., 2022), arXiv:2106.04560; SigLIP, arXiv:2303.15343.
+  """
+
+  heads: int
+  mlp: int
+  activation: str
+  norm_eps: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, tokens: TokenSet, *, proportional: bool) -> Array:
+    """The pooled features float[B, D]; `proportional` as in the blocks."""
+    batch, _, width = tokens.x.shape
+    probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, width))
+    qkv = Heads(self.heads, self.dtype, name='qkv')
+    q, = qkv(jnp.broadcast_to(probe, (batch, 1, width)), last=1)
+    k, v = qkv(tokens.x, first=1)
+    # One row: no kernel gains anything on it.
+    mixed = attention.attend(q, k, v, bias=key_bias(tokens, proportional=proportional))
+    pooled = dense(width, self.dtype, axis=(-2, -1), name='out')(mixed.out)
+    hidden = layer_norm(self.norm_eps, name='norm')(pooled)
+    hidden = dense(hidden_features(self.mlp, self.activation), self.dtype, name='fc1')(hidden)
+    change = dense(width, self.dtype, name='fc2')(ACTIVATIONS[self.activation](hidden))
+    return (pooled + change)[:, 0].astype(jnp.float32)
+
+
+class ViT(nn.Module):
+  """A vision transformer classifier.
+
+  Attributes:
+    width, depth, mlp, heads: as in `SIZES`.
+    patch: side of a patch in pixels.
+    image_size: side of the square input in pixels.
+    num_classes: logits; 0 for features only.
+    registers: register tokens after [CLS]; they get no position.
+    special_positions: whether [CLS] and distillation tokens get one.
+    distilled: adds DeiT's distillation token and its own head; the logits are the heads' mean.
+    positions: 'learned' or 'sincos' (fixed, 2-D, zero for special tokens; MAE, arXiv:2111.06377).
+    pool: 'cls'; 'mean' over the patch tokens, each as often as it has original tokens; 'cls_mean',
+      one after the other; or 'map', an `AttentionPool`.
+    last_norm: of 'tokens', or of what was 'pooled' from them.
+    projection: features after pooling by a product without bias (CLIP), 0 for none.
+    class_token: whether there is a [CLS] token.
+    patch_bias: whether the patch embedding has a bias.
+    pre_norm: whether a norm stands before the first block (CLIP).
+    activation, layer_scale: see `Block`.
+    dtype: of the products; parameters, norms, softmax and logits stay float32.
+    plan: what to reduce where (models/plan.py), or None.
+    implementation: of attention: 'xla', 'cudnn' or a TPU kernel (ops/attention.py picks).
+    mesh, remat, capture: see models/stack.py.
+    window: (rows, columns) of windows that attention and reductions stay in
+      (models/backbones/windows.py), None for none.
+    whole_layers: with a window, the layers whose attention sees the whole image all the same.
+    layers: (start, stop) to run a part of the model (models/decoding/buckets.py), None for all of
+      it.
+    training_patches: patches that each image keeps in training, drawn anew in every step; 0 for
+      all. PatchDropout (Liu et al., 2023), arXiv:2208.07220; evaluation sees every patch.
+  """
+
+  width: int
+  depth: int
+  mlp: int
+  heads: int
+  patch: int
+  image_size: int
+  num_classes: int
+  channels: int = 3
+  registers: int = 0
+  special_positions: bool = True
+  distilled: bool = False
+  class_token: bool = True
+  positions: str = 'learned'
+  pool: str = 'cls'
+  last_norm: str = 'tokens'
+  projection: int = 0
+  patch_bias: bool = True
+  pre_norm: bool = False
+  activation: str = 'gelu'
+  layer_scale: float | None = None
+  dropout: float = 0.0
+  norm_eps: float = 1e-6
+  dtype: Any = jnp.float32
+  implementation: str = 'xla'
+  plan: Plan | None = None
+  mesh: Mesh | None = None
+  remat: str = 'none'
+  capture: bool = False
+  window: tuple[int, int] | None = None
+  whole_layers: tuple[int, ...] = ()
+  layers: tuple[int, int] | None = None
+  training_patches: int = 0
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """(rows, columns) of patches."""
+    return (self.image_size // self.patch,) * 2
+
+  @property
+  def classes(self) -> int:
+    """What the logits tell apart."""
+    return self.num_classes
+
+  @property
+  def special(self) -> int:
+    """Special tokens; they lead the sequence: [CLS], distillation, registers."""
+    return self.class_token + self.distilled + self.registers
+
+  @property
+  def host(self) -> Host:
+    """What a plan needs to know of this model."""
+    slots = self.special + self.grid[0] * self.grid[1]
+    offers = OFFERS | {'cls_attention'} if self.class_token else OFFERS
+    return Host(self.depth, slots, self.special, offers)
+
+  @nn.compact
+  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, dict[str, Any]]:
+    """Classifies images.
+
+    Args:
+      images: float[B, S, S, C], normalised, S = image_size; or, where `layers` starts after layer
+        0, the TokenSet that the part before returned. All parts but the last return one.
+
+    Returns:
+      Logits float32[B, num_classes] (features float32[B, D'] where num_classes is 0, with D' the
+      projection, 2 D under pool='cls_mean', else D), and a dict: 'tokens' (the final TokenSet,
+      normed under last_norm='tokens'), 'pre_logits' float32[B, D'], with a distillation token
+      'heads' (both heads' logits), with `capture` 'embedded' float[B, N, D], what enters the first
+      block, and what models/stack.py adds.
+
+    Raises:
+      ValueError: for images of another size, or settings that contradict each other.
+    """
+    tokens = images
+    if not isinstance(images, TokenSet):
+      self._check(images)
+      tokens = self._embed(images)
+      if self.training_patches and self.has_rng('dropout'):
+        tokens = self._drop_patches(tokens)
+    embedded = tokens.x
+    tokens, out = self._stack()(tokens)
+    if self.capture:
+      out['embedded'] = embedded
+    if self.layers and self.layers[1] < self.depth:
+      return tokens, out
+    norm = layer_norm(self.norm_eps, name='norm')
+    if self.last_norm == 'tokens':
+      tokens = tokens.replace(x=norm(tokens.x))
+    pooled = self._pool(tokens)
+    if self.last_norm == 'pooled':
+      pooled = norm(pooled)
+    if self.projection:
+      pooled = nn.Dense(self.projection, use_bias=False, dtype=jnp.float32, name='projection',
+                        kernel_init=nn.initializers.lecun_normal())(pooled)
+    out |= {'tokens': tokens, 'pre_logits': pooled}
+    if not self.num_classes:
+      return pooled, out
+
+    def head(name: str, x: Array) -> Array:
+      return nn.Dense(self.num_classes, dtype=jnp.float32, name=name,
+                      kernel_init=nn.initializers.zeros)(x)
+
+    logits = head('head', pooled)
+    if self.distilled:
+      out['heads'] = logits, head('head_dist', tokens.x[:, 1])
+      logits = sum(out['heads']) / 2
+    return logits, out
+
+  def _stack(self) -> Stack:
+    """The blocks, in windows or not."""
+    block = Block(self.width, self.heads, self.mlp, self.dropout, self.norm_eps, self.dtype,
+                  self.implementation, self.mesh, self.activation, self.layer_scale, parent=None)
+    settings = {'block': block, 'depth': self.depth, 'plan': self.plan, 'remat': self.remat,
+                'mesh': self.mesh, 'capture': self.capture, 'name': 'stack'}
+    if self.window is None:
+      return Stack(**settings, grid=self.grid, layers=self.layers)
+    windows = Windows(self.grid, self.window, self.special)
+    return WindowStack(**settings, grid=self.window, windows=windows, whole=self.whole_layers)
+
+  def _pool(self, tokens: TokenSet) -> Array:
+    """float[B, D]; [B, 2 D] for 'cls_mean'."""
+    if self.pool == 'map':
+      proportional = bool(self.plan and self.plan.method.proportional)
+      return AttentionPool(self.heads, self.mlp, self.activation, self.norm_eps, self.dtype,
+                           name='pool')(tokens, proportional=proportional)
+    if self.pool == 'cls':
+      return tokens.x[:, 0]
+    mean = _mean(tokens)
+    return mean if self.pool == 'mean' else jnp.concatenate([tokens.x[:, 0], mean], axis=1)
+
+  def _check(self, images: Array) -> None:
+    wanted = (self.image_size, self.image_size, self.channels)
+    if images.ndim != 4 or images.shape[1:] != wanted:
+      raise ValueError(f'images of shape {images.shape} do not fit: expected [batch, '
+                       f'{", ".join(map(str, wanted))}]; resize them, or set image_size and '
+                       'channels')
+    if self.image_size % self.patch:
+      raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
+                       'change one of them')
+    for name, known in (('positions', POSITIONS), ('pool', POOLS), ('last_norm', LAST_NORMS),
+                        ('activation', ACTIVATIONS)):
+      if getattr(self, name) not in known:
+        raise ValueError(f'{name}={getattr(self, name)!r} is unknown: choose one of '
+                         f'{", ".join(known)}')
+    patches = self.host.slots - self.special
+    if not 0 <= self.training_patches <= patches or (self.training_patches and self.window):
+      raise ValueError(f'training_patches={self.training_patches} is impossible: give 1 to '
+                       f'{patches}, or 0 for all of them, and window=None')
+    if self.window and self.layers:
+      raise ValueError(f'layers={self.layers} cannot be run alone in windows: set window=None, or '
+                       'layers=None')
+    if not self.class_token and ('cls' in self.pool or self.distilled):
+      raise ValueError("without a [CLS] token there is nothing to pool by 'cls' or to distil "
+                       "beside: set pool='mean' or 'map' and distilled=False")
+
+  def _drop_patches(self, tokens: TokenSet) -> TokenSet:
+    scores = jax.random.uniform(self.make_rng('dropout'), (tokens.x.shape[0], tokens.slots))
+    return reduce(tokens, keep_top(tokens, scores, keep=self.special + self.training_patches))
+
+  def _embed(self, images: Array) -> TokenSet:
+    batch, (rows, columns), side = images.shape[0], self.grid, self.patch
+    patches = images.reshape(batch, rows, side, columns, side, self.channels)
+    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+    x = nn.Dense(self.width, dtype=self.dtype, name='patch', use_bias=self.patch_bias,
+                 kernel_init=nn.initializers.lecun_normal())(patches)
+    leading = self.class_token + self.distilled
+    placed = leading if self.special_positions else 0
+    normal = nn.initializers.normal(0.02)
+    lead = [self.param(name, normal, (1, 1, self.width))
+            for name, wanted in (('cls', self.class_token), ('dist', self.distilled)) if wanted]
+    x = jnp.concatenate([jnp.broadcast_to(t, (batch, 1, self.width)).astype(x.dtype)
+                         for t in lead] + [x], axis=1)
+    if self.positions == 'learned':
+      places = self.param('pos', normal, (1, placed + rows * columns, self.width))
+    else:
+      table = sincos(self.grid, self.width)
+      places = jnp.asarray(np.pad(table, ((placed, 0), (0, 0))))[None]
+    if placed < leading:
+      places = jnp.pad(places, ((0, 0), (leading, 0), (0, 0)))
+    x = x + places.astype(x.dtype)
+    if self.registers:
+      extra = self.param('registers', normal, (1, self.registers, self.width)).astype(x.dtype)
+      extra = jnp.broadcast_to(extra, (batch, self.registers, self.width))
+      x = jnp.concatenate([x[:, :leading], extra, x[:, leading:]], axis=1)
+    x = nn.Dropout(self.dropout)(x, deterministic=not self.has_rng('dropout'))
+    if self.pre_norm:
+      x = layer_norm(self.norm_eps, name='norm_pre')(x).astype(x.dtype)
+    return TokenSet.create(x, protected=self.special, **self._layout(batch))
+
+  def _layout(self, batch: int) -> dict[str, Array]:
+    """Kinds and positions of the sequence: special tokens lead, patches follow in raster order."""
+    patches = self.grid[0] * self.grid[1]
+    kind = np.repeat(np.array([SPECIAL, VISUAL], np.int8), (self.special, patches))
+    pos = np.concatenate([np.full(self.special, -1), np.arange(patches)]).astype(np.int32)
+    return {'kind': jnp.broadcast_to(kind, (batch, kind.size)),
+            'pos': jnp.broadcast_to(pos, (batch, pos.size))}
+
+
+def _mean(tokens: TokenSet) -> Array:
+  """Mean of the patch tokens, each weighted by how many it stands for: float32[B, D]."""
+  weight = jnp.where(tokens.real & (tokens.kind == VISUAL), tokens.sizes, 0.0)
+  total = jnp.einsum('bn,bnd->bd', weight, tokens.x)
+  return total / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1e-6)
+
+
+def sincos(grid: tuple[int, int], width: int) -> np.ndarray:
+  """Fixed 2-D positions float32[rows * columns, width]: half for columns, half for rows.
+
+  Each half holds sines, then cosines, at frequencies 10000^(-i / (width / 4)); MAE,
+  arXiv:2111.06377, released code.
+  """
+  if width % 4:
+    raise ValueError(f'sin-cos positions need a width divisible by 4, got {width}')
+  frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+  rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing='ij')
+  parts = []
+  for axis in (columns, rows):
+    angles = axis.reshape(-1, 1) * frequencies
+    parts += [np.sin(angles), np.cos(angles)]
+  return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def make_vit(variant: str, **overrides: Any) -> ViT:
+  """A ViT by name: size/patch, as 'S/16', or one of models/families.py, as 'dinov2_s14'.
+
+  Args:
+    variant: the name.
+    **overrides: fields of ViT that differ.
+
+  Raises:
+    ValueError: for an unknown size or name, or a field that ViT does not have.
+  """
+  size, _, patch = variant.partition('/')
+  if variant in NAMED:
+    named = dict(NAMED[variant])
+    size, patch = named.pop('size'), named.pop('patch')
+  elif size in SIZES and patch.isdigit():
+    named = {}
+  else:
+    near = difflib.get_close_matches(variant, NAMED, n=1)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    raise ValueError(f'variant {variant!r} is unknown{hint}: write size/patch, as S/16, with a '
+                     f'size of {", ".join(SIZES)}, or one of {", ".join(NAMED)}')
+  fields = [f.name for f in dataclasses.fields(ViT) if f.name not in ('parent', 'name')]
+  for key in overrides:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f' (did you mean {near[0]!r}?)' if near else ''
+      raise ValueError(f'a ViT has no setting {key!r}{hint}: choose from {", ".join(fields)}')
+  width, depth, mlp, heads = SIZES[size]
+  settings = {'width': width, 'depth': depth, 'mlp': mlp, 'heads': heads, 'patch': int(patch),
+              'image_size': 224, 'num_classes': 1000}
+  return ViT(**(settings | named | overrides))

@@ -1,0 +1,341 @@
+"""Foreign checkpoints to our parameter tree and back: safetensors only, one file a source.
+
+  params = load(make_vit('dinov2_s14'), 'facebook/dinov2-small')
+
+Our tree has its blocks stacked [L, ...] (models/stack.py). Tensors are read one by one, and every
+one must find its place: what is missing, left over or of another shape is an error that lists it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import fnmatch
+import functools
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from models.backbones.clip import Clip
+from models.backbones.lm import LM
+from models.backbones.qwen_vision import QwenVision
+from models.backbones.text_tower import Text
+from models.backbones.vit import ViT
+from models.backbones.vlm import VLM
+from models.checkpoints import files, timm, transformers, transformers_vlm
+from models.checkpoints.layout import BLOCKS, Layout, Leaf, flatten, leaves, nest
+
+SOURCES = (timm, transformers, transformers_vlm)
+Model = ViT | Text | Clip | LM | QwenVision | VLM
+FORMS = ('stacked', 'unstacked')
+Params = dict[str, Any]
+
+
+def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
+         unused: Sequence[str] = (), dtype: Any = np.float32, form: str = 'stacked',
+         shardings: Any = None) -> Params:
+  """Reads a checkpoint into the tree of a model; the layout is found by its names.
+
+  Args:
+    model: its plan does not matter: reductions have no part in foreign checkpoints.
+    source: a .safetensors file, a folder with one (or with shards and their index), or a name on
+      the hub as 'owner/name'.
+    fresh: paths in our tree to leave out, as ('head',): the caller makes them (`overlay`).
+    unused: patterns of names in the checkpoint to leave out, as ('head.*',).
+    dtype: of the result; None keeps the stored ones.
+    form: of the blocks: 'stacked' [L, ...], or 'unstacked', a tuple of L trees (models/stack.py).
+    shardings: a tree as the result (lib/runtime/sharding.py, `place`): every array is then made
+      where it belongs, device by device, and never lies on the host as a whole.
+
+  Returns:
+    A tree of numpy arrays, with shardings of jax arrays, without the fresh leaves.
+
+  Raises:
+    ValueError: nothing there, a pickle, another model's tensors, or tensors that do not fit; one
+      line with what is missing, what is left over and which shapes differ.
+  """
+  if form not in FORMS:
+    raise ValueError(f'form={form!r} is unknown: choose one of {", ".join(FORMS)}')
+  path = files.locate(source)
+  shapes = {name: shape for name, shape in _shapes(model).items() if not _under(name, fresh)}
+  with files.reading(files.tensor_files(path)) as tensors:
+    layout, prefix = _choose(model, source, shapes, tensors)
+    if layout.name.startswith('transformers'):
+      transformers.check_config(model, files.config(path))
+    wanted = list(leaves(layout, prefix, shapes))
+    left_out = [name for leaf in _possible(layout, prefix, _shapes(model), fresh)
+                for name in leaf.names]
+    _check(model, source, layout, wanted, tensors, {*left_out}, (*unused, *layout.beside))
+    flat: dict[str, Any] = {}
+    places = None if shardings is None else flatten(_keyed(shardings))
+    for where, parts in _grouped(wanted, form).items():
+      read = functools.partial(_read, tensors, dtype, parts)
+      shape = (len(parts), *parts[0].shape) if parts[0].stacked else parts[0].shape
+      if places is None:
+        flat[where] = read((slice(None),) * len(shape))
+      else:
+        flat[where] = jax.make_array_from_callback(shape, places[where], read)
+  return _tupled(nest(flat))
+
+
+def _grouped(wanted: Sequence[Leaf], form: str) -> dict[str, list[Leaf]]:
+  """The leaves of the result by path, each with the parts that it is made of."""
+  found: dict[str, list[Leaf]] = {}
+  for leaf in wanted:
+    where = leaf.path
+    if form == 'unstacked' and leaf.layer is not None:
+      where = where.replace(BLOCKS, f'{BLOCKS}{leaf.layer}/')
+      leaf = dataclasses.replace(leaf, layer=None)
+    found.setdefault(where, []).append(leaf)
+  return found
+
+
+def _read(tensors: files.Tensors, dtype: Any, parts: list[Leaf],
+          index: tuple[slice, ...]) -> np.ndarray:
+  """A region of one leaf of the result, from one tensor of the checkpoint at a time."""
+  def one(leaf: Leaf, region: tuple[slice, ...]) -> np.ndarray:
+    return leaf.inward([tensors.read(name) for name in leaf.names])[region]
+
+  if not parts[0].stacked:
+    array = one(parts[0], index)
+    return np.asarray(array if dtype is None else array.astype(dtype), order='C')
+  made = None
+  for i, leaf in enumerate(chosen := parts[index[0]]):
+    array = one(leaf, index[1:])
+    if made is None:
+      made = np.empty((len(chosen), *array.shape), array.dtype if dtype is None else dtype)
+    made[i] = array
+  return made
+
+
+def _keyed(tree: Any) -> Any:
+  """Tuples of a tree as dicts with keys '0', '1', …"""
+  if isinstance(tree, Mapping):
+    return {key: _keyed(value) for key, value in tree.items()}
+  if isinstance(tree, tuple):
+    return {str(i): _keyed(value) for i, value in enumerate(tree)}
+  return tree
+
+
+def _tupled(tree: Any) -> Any:
+  """The other way, for blocks."""
+  if not isinstance(tree, Mapping):
+    return tree
+  if tree and all(key.isdigit() for key in tree):
+    return tuple(_tupled(tree[str(i)]) for i in range(len(tree)))
+  return {key: _tupled(value) for key, value in tree.items()}
+
+
+def save(model: Model, params: Params, path: str | pathlib.Path, *,
+         layout: str) -> None:
+  """Writes a tree as one safetensors file that the other library reads.
+
+  Args:
+    model: the params' own.
+    params: blocks stacked.
+    path: of the file.
+    layout: 'timm', or 'transformers/' and vit, dinov2, clip, siglip, siglip2,
+      lm, vlm or vlm4 (as it was saved before version 5).
+
+  Raises:
+    ValueError: an unknown layout, one that has no place for some leaf, or a tree that is not the
+      model's.
+  """
+  known = {found.name: found for source in SOURCES for found in source.layouts(model)}
+  if layout not in known:
+    raise ValueError(f'layout {layout!r} does not hold a {type(model).__name__}: choose one of '
+                     f'{", ".join(known)}')
+  chosen, flat = known[layout], flatten(params)
+  shapes = {name: tuple(np.shape(value)) for name, value in flat.items()}
+  if shapes != _shapes(model):
+    raise ValueError(f'these parameters are not those of the model: they lack '
+                     f'{_listed(_shapes(model).keys() - shapes.keys())}, have '
+                     f'{_listed(shapes.keys() - _shapes(model).keys())} more, or differ in shape')
+  tensors = {}
+  try:
+    for leaf in leaves(chosen, chosen.prefixes[0], shapes):
+      array = flat[leaf.path] if leaf.layer is None else flat[leaf.path][leaf.layer]
+      made = leaf.outward(np.asarray(array), _side(model))
+      tensors |= dict(zip(leaf.names, made, strict=True))
+  except LookupError as error:
+    raise ValueError(f'layout {layout!r} has no place for {error.args[0]}: choose one of '
+                     f'{", ".join(known)}') from error
+  save_file(tensors, path)
+
+
+def overlay(params: Params, loaded: Params) -> Params:
+  """`params` with the values of every leaf that `loaded` has, in its own dtypes and places.
+
+  Args:
+    params: arrays, or ShapeDtypeStructs with shardings; what `loaded` lacks stays as it is.
+    loaded: host arrays, the same in every process.
+  """
+  flat = flatten(params)
+
+  def placed(leaf: Any, array: np.ndarray) -> jax.Array:
+    array = np.asarray(array, leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+  return nest({**flat, **{path: placed(flat[path], array)
+                          for path, array in flatten(loaded).items()}})
+
+
+def resize_positions(params: Params, model: ViT, *, image_size: int) -> Params:
+  """A tree for images of another size: position embeddings resampled on the new grid of patches.
+
+  Bicubic, antialiased where the grid shrinks; positions of special tokens stay. Within 1e-5 of what
+  timm does, and of DINOv2 with registers in the transformers library.
+
+  Args:
+    params: of `model`.
+    model: as it was loaded; give the tree to `model.clone(image_size=image_size)`.
+    image_size: new side of the images in pixels.
+
+  Raises:
+    ValueError: no learned positions, or a size that is no multiple of the patch.
+  """
+  if model.positions != 'learned':
+    raise ValueError(f'positions={model.positions!r} are computed, not stored: nothing to resize')
+  if image_size % model.patch:
+    raise ValueError(f'image_size={image_size} is not a multiple of patch={model.patch}: change '
+                     'it')
+  old, new = model.grid[0], image_size // model.patch
+  table = jnp.asarray(params['pos'], jnp.float32)
+  lead, places = jnp.split(table, [table.shape[1] - old * old], axis=1)
+  places = places.reshape(old, old, -1)
+  places = jax.image.resize(places, (new, new, places.shape[-1]), 'cubic', antialias=True,
+                            precision='highest')
+  places = jnp.concatenate([lead, places.reshape(1, new * new, -1)], axis=1)
+  return {**params, 'pos': np.asarray(places)}
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+  """Shapes of a model's own leaves by path, those of learned reductions left out."""
+  if isinstance(model, Clip):
+    towers = {'image': model.image, 'text': model.text}
+    scalars = {'logit_scale': (), **({'logit_bias': ()} if model.bias else {})}
+    return scalars | {f'{name}/{path}': shape for name, tower in towers.items()
+                      for path, shape in _shapes(tower).items()}
+  if isinstance(model, VLM):
+    return _shapes_of_vlm(model)
+  model = model.clone(plan=None, mesh=None, implementation='xla')
+  if isinstance(model, LM):
+    example = jnp.zeros((1, 1), jnp.int32)
+  elif isinstance(model, QwenVision):
+    return {path: tuple(leaf.shape) for path, leaf in flatten(_qwen_tree(model)).items()}
+  elif isinstance(model, Text):
+    example = jnp.zeros((1, model.context), jnp.int32)
+  else:
+    example = jnp.zeros((1, model.image_size, model.image_size, model.channels))
+  tree = jax.eval_shape(model.init, jax.random.key(0), example)['params']
+  return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+
+
+def _qwen_tree(model: QwenVision) -> Any:
+  patches = jax.ShapeDtypeStruct((1, *model.grid, model.numbers), jnp.float32)
+  sizes = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  return jax.eval_shape(model.init, jax.random.key(0), patches, sizes)['params']
+
+
+def _shapes_of_vlm(model: VLM) -> dict[str, tuple[int, ...]]:
+  parts = {'tower': _shapes(model.tower), 'lm': _shapes(model.lm)}
+  found = {f'{name}/{path}': shape for name, part in parts.items() for path, shape in part.items()}
+  wide, narrow = model.lm.width, model.tower.width
+  if model.projection:
+    found |= {'projector/fc1/kernel': (narrow, wide), 'projector/fc1/bias': (wide,),
+              'projector/fc2/kernel': (wide, wide), 'projector/fc2/bias': (wide,)}
+  return found | ({'newline': (wide,)} if model.newline else {})
+
+
+def _side(model: Model) -> int:
+  if isinstance(model, Text | LM):
+    return 0
+  if isinstance(model, VLM):
+    return model.tower.patch
+  return (model.image if isinstance(model, Clip) else model).patch
+
+
+def _under(path: str, starts: Sequence[str]) -> bool:
+  return any(path == start or path.startswith(f'{start}/') for start in starts)
+
+
+def _possible(layout: Layout, prefix: str, shapes: Mapping[str, Any],
+              fresh: Sequence[str]) -> list[Leaf]:
+  """The fresh leaves that a layout has names for."""
+  found = []
+  for path, shape in shapes.items():
+    if _under(path, fresh):
+      try:
+        found += leaves(layout, prefix, {path: shape})
+      except LookupError:
+        continue
+  return found
+
+
+def _choose(model: Any, source: Any, shapes: Mapping[str, Any],
+            tensors: files.Tensors) -> tuple[Layout, str]:
+  """The layout and prefix under which most names, and then most shapes, are found."""
+  best, most = None, (0, 0)
+  tried = []
+  for place in SOURCES:
+    for layout in place.layouts(model):
+      for prefix in layout.prefixes:
+        try:
+          wanted = list(leaves(layout, prefix, shapes))
+        except LookupError:
+          continue
+        tried.append((layout.name, [name for leaf in wanted for name in leaf.names]))
+        pairs = [(name, leaf.foreign_shape(shape, _side(model))) for leaf in wanted
+                 for name, shape in zip(leaf.names, leaf.part_shapes, strict=True)]
+        score = (sum(name in tensors.shapes for name, _ in pairs),
+                 sum(tensors.shapes.get(name) == shape for name, shape in pairs))
+        if score > most:
+          best, most = (layout, prefix), score
+  if best is None:
+    name, names = tried[0] if tried else ('no layout has all of it', list(shapes))
+    raise ValueError(f'{source} holds another model: none of its {len(tensors.shapes)} tensors '
+                     f'({_listed(tensors.shapes)}) is one of this {type(model).__name__}, which '
+                     f'has, as {name}, {_listed(names)} (layouts tried: '
+                     f'{", ".join(dict.fromkeys(known for known, _ in tried)) or "none"})')
+  return best
+
+
+def _check(model: Any, source: Any, layout: Layout, wanted: list[Leaf], tensors: files.Tensors,
+           left_out: set[str], unused: Sequence[str]) -> None:
+  """Raises with everything that does not fit."""
+  asked = {name: (leaf, leaf.foreign_shape(shape, _side(model))) for leaf in wanted
+           for name, shape in zip(leaf.names, leaf.part_shapes, strict=True)}
+  missing = [name for name in asked if name not in tensors.shapes]
+  extra = [name for name in tensors.shapes if name not in asked and name not in left_out
+           and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+  if missing or extra:
+    raise ValueError(f'{source} does not fit this {type(model).__name__} as {layout.name}: it '
+                     f'lacks {_listed(missing)}, and has {_listed(extra)} that the model does not; '
+                     'build the model that it holds, or name what to start anew in fresh=(...) and '
+                     'what to leave out in unused=(...)')
+  for name, (leaf, shape) in asked.items():
+    found = tensors.shapes[name]
+    if found == shape:
+      continue
+    if leaf.path.endswith('pos') and found[-1] == shape[-1]:
+      raise ValueError(f'{name} of {source} is for {found[-2]} positions and the model has '
+                       f'{shape[-2]}: load it at its own image_size, and resize with '
+                       'models.checkpoints.resize_positions (config.model.weights_image_size does '
+                       'both)')
+    hint = "; to start the classifier anew, fresh=('head',)" if 'head' in leaf.path else ''
+    raise ValueError(f'{name} of {source} has shape {found} and the model wants {shape} for '
+                     f'{leaf.path}{hint}')
+
+
+def _listed(names: Any) -> str:
+  """All names in one line, those of blocks once, with how many there are."""
+  counts = collections.Counter(re.sub(r'\.\d+\.', '.*.', name) for name in names)
+  return ', '.join(name if count == 1 else f'{name} ({count} times)'
+                   for name, count in sorted(counts.items())) or 'nothing'
+

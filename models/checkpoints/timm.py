@@ -1,0 +1,40 @@
+"""Names of timm's VisionTransformer (timm/models/vision_transformer.py, deit.py), timm 1.0."""
+
+from __future__ import annotations
+
+from models.backbones.vit import ViT
+from models.checkpoints.layout import Layout
+
+NAMES = {
+    'cls': 'cls_token',
+    'dist': 'dist_token',
+    'registers': 'reg_token',
+    'pos': 'pos_embed',
+    'patch': 'patch_embed.proj.*',
+    'norm_pre': 'norm_pre.*',
+    'stack/blocks/norm1': 'blocks.{}.norm1.*',
+    'stack/blocks/qkv': 'blocks.{}.attn.qkv.*',
+    'stack/blocks/out': 'blocks.{}.attn.proj.*',
+    'stack/blocks/ls1': 'blocks.{}.ls1.gamma',
+    'stack/blocks/norm2': 'blocks.{}.norm2.*',
+    'stack/blocks/fc1': 'blocks.{}.mlp.fc1.*',
+    'stack/blocks/fc2': 'blocks.{}.mlp.fc2.*',
+    'stack/blocks/ls2': 'blocks.{}.ls2.gamma',
+    'norm': 'norm.*',
+    'pool/probe': 'attn_pool.latent',
+    'pool/qkv': ('attn_pool.q.*', 'attn_pool.kv.*'),
+    'pool/out': 'attn_pool.proj.*',
+    'pool/norm': 'attn_pool.norm.*',
+    'pool/fc1': 'attn_pool.mlp.fc1.*',
+    'pool/fc2': 'attn_pool.mlp.fc2.*',
+    'head': 'head.*',
+    'head_dist': 'head_dist.*',
+}
+
+
+def layouts(model: object) -> list[Layout]:
+  """The layouts that could hold a model: one for a ViT, none for texts."""
+  if not isinstance(model, ViT):
+    return []
+  last = {'norm': 'fc_norm.*'} if model.last_norm == 'pooled' else {}
+  return [Layout('timm', NAMES | last)]

@@ -1,0 +1,219 @@
+"""Names of the transformers library's checkpoints, as they lie on its hub (versions 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.backbones import vlm as vlm_backbone
+from models.backbones.clip import Clip
+from models.backbones.lm import LM, from_config
+from models.backbones.qwen_vision import QwenVision
+from models.backbones.text_tower import Text
+from models.backbones.vit import ViT
+from models.backbones.vlm import VLM
+from models.checkpoints.layout import Layout
+
+_EMBED = {
+    'cls': 'embeddings.cls_token',
+    'dist': 'embeddings.distillation_token',
+    'registers': 'embeddings.register_tokens',
+    'pos': 'embeddings.position_embeddings',
+    'patch': 'embeddings.patch_embeddings.projection.*',
+    'norm': 'layernorm.*',
+}
+_ATTENTION = {
+    'stack/blocks/qkv': tuple(f'encoder.layer.{{}}.attention.attention.{part}.*'
+                              for part in ('query', 'key', 'value')),
+    'stack/blocks/out': 'encoder.layer.{}.attention.output.dense.*',
+}
+# ViT, DeiT and the encoder of MAE.
+VIT = {
+    **_EMBED, **_ATTENTION,
+    'stack/blocks/norm1': 'encoder.layer.{}.layernorm_before.*',
+    'stack/blocks/norm2': 'encoder.layer.{}.layernorm_after.*',
+    'stack/blocks/fc1': 'encoder.layer.{}.intermediate.dense.*',
+    'stack/blocks/fc2': 'encoder.layer.{}.output.dense.*',
+}
+# With and without registers.
+DINOV2 = {
+    **_EMBED, **_ATTENTION,
+    'stack/blocks/norm1': 'encoder.layer.{}.norm1.*',
+    'stack/blocks/norm2': 'encoder.layer.{}.norm2.*',
+    'stack/blocks/fc1': 'encoder.layer.{}.mlp.fc1.*',
+    'stack/blocks/fc2': 'encoder.layer.{}.mlp.fc2.*',
+    'stack/blocks/ls1': 'encoder.layer.{}.layer_scale1.lambda1',
+    'stack/blocks/ls2': 'encoder.layer.{}.layer_scale2.lambda1',
+    'head': '^classifier.*',
+}
+SWIGLU = {
+    'stack/blocks/fc1': 'encoder.layer.{}.mlp.weights_in.*',
+    'stack/blocks/fc2': 'encoder.layer.{}.mlp.weights_out.*',
+}
+# The blocks of CLIP and SigLIP, in either tower.
+_TOWER = {
+    'stack/blocks/norm1': 'encoder.layers.{}.layer_norm1.*',
+    'stack/blocks/qkv': tuple(f'encoder.layers.{{}}.self_attn.{part}_proj.*' for part in 'qkv'),
+    'stack/blocks/out': 'encoder.layers.{}.self_attn.out_proj.*',
+    'stack/blocks/norm2': 'encoder.layers.{}.layer_norm2.*',
+    'stack/blocks/fc1': 'encoder.layers.{}.mlp.fc1.*',
+    'stack/blocks/fc2': 'encoder.layers.{}.mlp.fc2.*',
+    'pos': 'embeddings.position_embedding.weight',
+}
+_IMAGE = {
+    **_TOWER,
+    'patch': 'embeddings.patch_embedding.*',
+    'norm': 'post_layernorm.*',
+}
+_TEXT = {
+    **_TOWER,
+    'table': 'embeddings.token_embedding.weight',
+    'norm': 'final_layer_norm.*',
+}
+CLIP_IMAGE = {
+    **_IMAGE,
+    'cls': 'embeddings.class_embedding',
+    'norm_pre': 'pre_layrnorm.*',
+    'projection': '^visual_projection.*',
+}
+CLIP_TEXT = {**_TEXT, 'projection': '^text_projection.*'}
+SIGLIP_IMAGE = {
+    **_IMAGE,
+    'pool/probe': 'head.probe',
+    'pool/qkv': 'head.attention.in_proj_*',
+    'pool/out': 'head.attention.out_proj.*',
+    'pool/norm': 'head.layernorm.*',
+    'pool/fc1': 'head.mlp.fc1.*',
+    'pool/fc2': 'head.mlp.fc2.*',
+}
+SIGLIP_TEXT = {**_TEXT, 'projection': 'head.*'}
+# Llama, Mistral, Qwen 2 and 3.
+LANGUAGE = {
+    'table': 'embed_tokens.weight',
+    'stack/blocks/norm1': 'layers.{}.input_layernorm.*',
+    **{f'stack/blocks/{part}': f'layers.{{}}.self_attn.{part}_proj.*' for part in 'qkv'},
+    **{f'stack/blocks/{part}_norm': f'layers.{{}}.self_attn.{part}_norm.*' for part in 'qk'},
+    'stack/blocks/out': 'layers.{}.self_attn.o_proj.*',
+    'stack/blocks/norm2': 'layers.{}.post_attention_layernorm.*',
+    **{f'stack/blocks/{part}': f'layers.{{}}.mlp.{part}_proj.*' for part in ('gate', 'up', 'down')},
+    'norm': 'norm.*',
+    'head': '^lm_head.*',
+}
+# The towers that a vision-language model holds beside its language model, and buffers.
+_NOT_LANGUAGE = ('*rotary_emb.inv_freq', '*vision_tower.*', '*vision_model.*', '*visual.*',
+                 '*projector.*', '*image_newline')
+
+_RANKS = {'cls': 1, 'pos': 2}
+_BUFFERS = ('*embeddings.position_ids',)
+# What a pair's file holds for a caller who wants one tower of it.
+_NOT_IMAGE = ('text_model.*', 'text_projection.*', 'logit_scale', 'logit_bias', *_BUFFERS)
+_NOT_TEXT = ('vision_model.*', 'visual_projection.*', 'logit_scale', 'logit_bias', *_BUFFERS)
+# name: (image tower, text tower, patch embedding, axes of the two scalars).
+PAIRS = {
+    'clip': (CLIP_IMAGE, CLIP_TEXT, 'conv', 0),
+    'siglip': (SIGLIP_IMAGE, SIGLIP_TEXT, 'conv', 1),
+    'siglip2': (SIGLIP_IMAGE, SIGLIP_TEXT, 'linear', 1),
+}
+ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}
+
+
+def layouts(model: object) -> list[Layout]:
+  """The layouts that could hold a model."""
+  found = []
+  if isinstance(model, LM):
+    beside = _NOT_LANGUAGE + (('*lm_head.weight',) if model.tied else ())
+    inner = {path: name if name[0] == '^' else f'model.{name}' for path, name in LANGUAGE.items()}
+    whole = {path: name.removeprefix('^') for path, name in inner.items()}
+    return [Layout('transformers/lm', inner, beside=beside),
+            # Inside vision-language models, as they were saved before version 5 and since.
+            Layout('transformers/vlm4', whole, ('language_model.',), beside=beside),
+            Layout('transformers/vlm', LANGUAGE, ('model.language_model.', 'language_model.'),
+                   beside=beside)]
+  if isinstance(model, ViT):
+    head = {'head': '^cls_classifier.*', 'head_dist': '^distillation_classifier.*'}
+    found.append(Layout(
+        'transformers/vit', VIT | (head if model.distilled else {'head': '^classifier.*'}),
+        ('deit.' if model.distilled else 'vit.', 'vit.', 'deit.', ''),
+        beside=('*embeddings.mask_token', '*pooler.*', 'decoder.*')))
+    names = DINOV2 | (SWIGLU if model.activation == 'swiglu' else {})
+    own = 'dinov2_with_registers.' if model.registers else 'dinov2.'
+    found.append(Layout('transformers/dinov2', names, (own, ''),
+                        beside=('*embeddings.mask_token',)))
+  for name, (image, text, patch, axes) in PAIRS.items():
+    if isinstance(model, ViT):
+      found.append(Layout(f'transformers/{name}', image, ('vision_model.',), _RANKS, patch,
+                          _NOT_IMAGE))
+    elif isinstance(model, Text):
+      found.append(Layout(f'transformers/{name}', text, ('text_model.',), _RANKS, patch, _NOT_TEXT))
+    elif isinstance(model, Clip):
+      names = {'logit_scale': 'logit_scale', 'logit_bias': 'logit_bias',
+               **_tower('image', 'vision_model.', image), **_tower('text', 'text_model.', text)}
+      ranks = {f'{tower}/{leaf}': rank for leaf, rank in _RANKS.items()
+               for tower in ('image', 'text')}
+      scalars = {'logit_scale': axes, 'logit_bias': axes}
+      found.append(Layout(f'transformers/{name}', names, ranks=ranks | scalars, patch=patch,
+                          beside=_BUFFERS))
+  return found
+
+
+def _tower(tower: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
+  """A tower's names inside a pair."""
+  def whole(name: str) -> str:
+    return name if name.startswith('^') else prefix + name
+
+  return {f'{tower}/{path}': whole(name) if isinstance(name, str) else tuple(map(whole, name))
+          for path, name in names.items()}
+
+
+def check_config(model: Any, config: Mapping[str, Any]) -> None:
+  """Raises where a config.json contradicts a model in what no shape would show.
+
+  Args:
+    model: a ViT, Text, Clip, LM, QwenVision or VLM.
+    config: the file's content.
+
+  Raises:
+    ValueError: another number of heads, or another activation; for an LM, other heads, base of the
+      rotations, window, norm or tying.
+  """
+  if isinstance(model, LM):
+    _check_language(model, config)
+    return
+  if isinstance(model, QwenVision):
+    heads = (config.get('vision_config') or {}).get('num_heads', model.heads)
+    if heads != model.heads:
+      raise ValueError(f'the checkpoint has {heads} heads in its tower and the model '
+                       f'{model.heads}, which shapes do not show: set heads={heads}')
+    return
+  if isinstance(model, VLM):
+    check_config(model.tower, config)
+    _check_language(model.lm, vlm_backbone.text_config(config))
+    return
+  if isinstance(model, Clip):
+    check_config(model.image, config.get('vision_config') or {})
+    check_config(model.text, config.get('text_config') or {})
+    return
+  own = 'text_config' if isinstance(model, Text) else 'vision_config'
+  config = config.get(own) or config
+  heads = config.get('num_attention_heads', model.heads)
+  if heads != model.heads:
+    raise ValueError(f'the checkpoint has {heads} heads and the model {model.heads}, which shapes '
+                     f'do not show: set heads={heads}')
+  act = config.get('hidden_act')
+  if act in ACTIVATIONS and model.activation not in ('swiglu', ACTIVATIONS[act]):
+    raise ValueError(f'the checkpoint uses {act!r} and the model {model.activation!r}: set '
+                     f'activation={ACTIVATIONS[act]!r}')
+
+
+def _check_language(model: LM, config: Mapping[str, Any]) -> None:
+  if not config:
+    return
+  theirs = from_config(config)
+  pairs = {name: (getattr(theirs, name), getattr(model, name))
+           for name in ('heads', 'kv_heads', 'window', 'norm_eps', 'tied')}
+  pairs |= {f'rope.{name}': (getattr(theirs.rope, name), getattr(model.rope, name))
+            for name in ('theta', 'sections')}
+  for name, (wanted, found) in pairs.items():
+    if wanted != found:
+      raise ValueError(f'the checkpoint has {name}={wanted} and the model {found}, which shapes do '
+                       f'not show: set {name}={wanted}')

@@ -1,0 +1,505 @@
+"""Decoding: sampling, end tokens, batches of prompts of any length, and few compilations.
+
+  generator = Generator(lm, params, ends=(2,), buckets=(128, 512, 2048))
+  for tokens in generator.stream(prompts, new_tokens=64):   # int32[B] a step, -1 once a row ended
+    ...
+  answers = generator(prompts, new_tokens=64, sampling=Sampling(temperature=0.7, top_p=0.9))
+
+  fit = fitted(vlm, projector=config.reduce.projector, language=config.reduce.language)
+  generator = Generator(vlm, params, fit=fit)                # `images`: models.backbones.vlm.Images
+  for tokens in generator.stream(prompts, images, new_tokens=64):
+    ...
+
+A prompt of a vision-language model has one placeholder an image; its slots are those of its ids,
+and the context is for visual tokens as well.
+
+Axes: B batch, N slots of a prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from models.backbones.lm import LM
+from models.backbones.vlm import VLM, Images, at_door, image_counts
+from models.plan import make_cache_plan, make_plan
+from ops import splice
+from ops.kv_cache import Cache
+from ops.tokens import take
+
+Array = jax.Array
+
+SIDES = ('left', 'right')
+Layout = tuple[int, int, int]  # As models.backbones.vlm.Images tells it.
+ENDED = -1
+# A cache has room for a power of two of tokens, and for so many at least.
+LEAST_ROOM = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a token is picked from its logits; as it stands, greedily.
+
+  Attributes:
+    temperature: divides the logits; 0 picks the largest.
+    top_k: only among so many of the largest, 0 for all.
+    top_p: only among the fewest of the largest whose probabilities reach this sum (nucleus
+      sampling, arXiv:1904.09751), after top_k. Tokens as likely as the last of them join.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self) -> None:
+    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ValueError(f'{self} is impossible: temperature and top_k are not negative, and top_p '
+                       'lies in (0, 1]')
+
+
+def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
+  """Picks one token a row.
+
+  Args:
+    logits: float32[B, V].
+    keys: B random keys; a row's token depends on its own.
+    sampling: static.
+
+  Returns:
+    int32[B].
+  """
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits.astype(jnp.float32) / sampling.temperature
+  if sampling.top_k or sampling.top_p < 1:
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    if 0 < sampling.top_k < logits.shape[-1]:
+      ranked = jnp.where(jnp.arange(logits.shape[-1])[None] < sampling.top_k, ranked, -jnp.inf)
+    chances = jax.nn.softmax(ranked, axis=-1)
+    # What the larger ones reach without it decides about a token, so that the first always stays.
+    inside = (jnp.cumsum(chances, axis=-1) - chances < sampling.top_p) & (chances > 0)
+    least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits >= least, logits, -jnp.inf)
+  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def padded(prompts: Sequence[Sequence[int]], slots: int, *, side: str = 'left',
+           fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts of any lengths as ids int32[B, N] and valid bool[B, N].
+
+  Raises:
+    ValueError: no prompt, an empty one, one that is longer than `slots`, or an unknown side.
+  """
+  if side not in SIDES:
+    raise ValueError(f'side={side!r} is unknown: choose one of {", ".join(SIDES)}')
+  lengths = [len(prompt) for prompt in prompts]
+  if not lengths or min(lengths) == 0 or max(lengths) > slots:
+    raise ValueError(f'prompts of {lengths} tokens do not fit into {slots} slots: give at least '
+                     'one, none of them empty or longer')
+  ids, valid = np.full((len(lengths), slots), fill, np.int32), np.zeros((len(lengths), slots), bool)
+  for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+    place = slice(slots - length, slots) if side == 'left' else slice(length)
+    ids[row, place], valid[row, place] = prompt, True
+  return ids, valid
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """How likely an answer is.
+
+  Attributes:
+    log_likelihood: natural logarithm, all tokens together.
+    greedy: whether greedy decoding gives it, as far as it goes.
+  """
+
+  log_likelihood: float
+  greedy: bool
+
+
+class Fitted:
+  """A model for prompts of any number of slots: its plans count slots, so each needs its own.
+
+  Made by `fitted`.
+  """
+
+  def __init__(self, model: LM | VLM, reduce: Mapping[str, Mapping[str, Any] | None],
+               counts: Mapping[str, int]):
+    self._model, self._counts = model, counts
+    self._reduce = {place: given for place, config in reduce.items() if (given := _given(config))}
+    for place in ('vision', 'projector'):
+      if place in self._reduce and not isinstance(model, VLM):
+        raise ValueError(f'reduce.{place} acts on images, and this model reads text alone: leave '
+                         'it out')
+    self._fit = functools.cache(self._make)
+    self._seeing = functools.cache(self._see)
+
+  def __call__(self, slots: int, layout: Layout | None = None) -> LM | VLM:
+    """The model with its plans.
+
+    Args:
+      slots: N, of ids.
+      layout: of the images (`models.backbones.vlm.Images`), None for text alone: of reductions of
+        visual tokens there is then nothing to do.
+    """
+    return self._fit(slots, layout)
+
+  @property
+  def plain(self) -> bool:
+    """Whether nothing is reduced."""
+    model = self._model
+    lm = model.lm if isinstance(model, VLM) else model
+    plans = [lm.plan, lm.cache_plan]
+    if isinstance(model, VLM):
+      plans += [model.tower.plan, model.door]
+    return not self._reduce and not any(plans)
+
+  def visual(self, layout: Layout | None) -> int:
+    """Slots that images take beside those of ids."""
+    if layout is None or not isinstance(self._model, VLM):
+      return 0
+    return self._seeing(layout).visual_slots(layout)
+
+  def _see(self, layout: Layout) -> VLM:
+    """With what is reduced before the language model."""
+    model, place = self._model, self._reduce
+    if 'vision' in place:
+      plan = make_plan(place['vision'], model.tower.host)
+      model = model.clone(tower=model.tower.clone(plan=plan))
+    if 'projector' in place:
+      together = layout[1] if place['projector'].get('across') == 'prompt' else 1
+      model = at_door(model, place['projector'], slots=together * model.each_image(layout))
+    return model
+
+  def _make(self, slots: int, layout: Layout | None) -> LM | VLM:
+    if not self._reduce:
+      return self._model
+    model = self._model
+    if layout is not None and isinstance(model, VLM):
+      model = self._seeing(layout)
+    lm = model.lm if isinstance(model, VLM) else model
+    language, cache = (self._reduce.get(place) for place in ('language', 'cache'))
+    if language or cache:
+      counts, visual = self._counts, self.visual(layout)
+      if isinstance(model, VLM):
+        counts = {'visual': visual} if visual else {}
+        language = language if visual or not _visual_alone(language) else None
+      host = lm.host(slots + visual, **counts)
+      plan = make_plan(language, host) if language else None
+      kept = make_cache_plan(cache, host, plan=plan) if cache else None
+      lm = lm.clone(plan=plan, cache_plan=kept)
+    return model.clone(lm=lm) if isinstance(model, VLM) else lm
+
+
+def fitted(model: LM | VLM, *, vision: Mapping[str, Any] | None = None,
+           projector: Mapping[str, Any] | None = None, language: Mapping[str, Any] | None = None,
+           cache: Mapping[str, Any] | None = None, **counts: int) -> Fitted:
+  """What makes a model with reductions for prompts of any number of slots.
+
+  Args:
+    model: without plans, but where there is nothing to reduce beside them.
+    vision, projector, language, cache: `config.reduce.vision` and so on; None, or method='none',
+      for no reduction. Keys that are None are unset.
+    **counts: of an LM, slots by kind, as visual=576; the others are text. A VLM knows its own.
+
+  Raises:
+    ValueError: reductions of images in a model that sees none; and, once called, as
+      `models.plan.make_plan` and `models.backbones.vlm.at_door` do.
+  """
+  reduce = {'vision': vision, 'projector': projector, 'language': language, 'cache': cache}
+  return Fitted(model, reduce, counts)
+
+
+def _given(config: Mapping[str, Any] | None) -> dict[str, Any]:
+  """What a config of a reduction sets, nothing where it is none."""
+  given = {name: value for name, value in (config or {}).items() if value is not None}
+  return given if given.get('method', 'none') != 'none' else {}
+
+
+def _visual_alone(config: Mapping[str, Any] | None) -> bool:
+  of = (config or {}).get('of')
+  return of == 'visual' or (isinstance(of, Sequence) and tuple(of) == ('visual',))
+
+
+class Generator:
+  """A model ready to answer.
+
+  Prompts are padded to the next of a few lengths, and the cache to a power of two, so that a
+  program compiled once serves many prompts.
+
+  Attributes:
+    compilations: {(function, batch, slots, room): how often it was compiled}; each is logged. Slots
+      are of ids; those of 'decode' are entries of the first layer's cache.
+    fit: the model with its plans for prompts of any number of slots.
+  """
+
+  def __init__(self, lm: LM | VLM, params: Any, *, ends: Sequence[int] = (),
+               buckets: Sequence[int] = (64, 256, 1024, 4096), side: str = 'left',
+               fit: Fitted | None = None):
+    """Nothing is compiled yet.
+
+    Args:
+      lm: an LM or a VLM.
+      params: its parameters; with the blocks as a tuple (`weights.load(form='unstacked')`) decoding
+        copies no weights.
+      ends: token ids that end an answer.
+      buckets: slots of ids that prompts are padded to; the context limits them.
+      side: where padding goes; in a VLM that of the ids alone, see its `pad_side`.
+      fit: the model with its plans for prompts of any number of slots (`fitted`), None for `lm` as
+        it is.
+
+    Raises:
+      ValueError: for no bucket or an unknown side.
+    """
+    if not buckets or side not in SIDES:
+      raise ValueError(f'buckets={tuple(buckets)} and side={side!r} are impossible: give at least '
+                       f'one length, and one of {", ".join(SIDES)}')
+    self.compilations: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
+    self._lm, self._params, self._ends = lm, params, np.asarray(ends, np.int32)
+    self._buckets, self._side = sorted(buckets), side
+    self.fit = fit or fitted(lm)
+    self._prefill = functools.cache(self._make_prefill)
+    self._first = jax.jit(lambda logits, keys, sampling: sample(logits, _folded(keys, 0), sampling),
+                          static_argnums=2)
+    self._step = jax.jit(self._make_step(), static_argnames='sampling', donate_argnames='cache')
+    self._whole, self._follow = self._make_whole(), self._make_follow()
+    self._measured = jax.jit(_measured)
+
+  def slots(self, longest: int, new_tokens: int, *, visual: int = 0) -> tuple[int, int]:
+    """Slots for prompts up to a length, and room for what follows.
+
+    Args:
+      longest: ids of the longest prompt.
+      new_tokens: the most to decode; 0 to read alone.
+      visual: slots that images take beside them.
+
+    Raises:
+      ValueError: where all together exceed the context.
+    """
+    context = self._lm.context - visual
+    if longest + new_tokens > context:
+      beside = f' with {visual} visual ones' if visual else ''
+      raise ValueError(f'a prompt of {longest} tokens{beside} and {new_tokens} new ones are '
+                       f'impossible: they may be {self._lm.context} (the context) together at '
+                       'most; shorten the prompt, or ask for fewer')
+    room = max(LEAST_ROOM, 1 << (new_tokens - 1).bit_length()) if new_tokens else 0
+    room = min(room, context - longest)
+    found = [bucket for bucket in self._buckets if bucket >= longest]
+    return min(found[0] if found else context, context - room), room
+
+  def stream(self, prompts: Sequence[Sequence[int]], images: Images | None = None, *,
+             new_tokens: int, sampling: Sampling | None = None,
+             seeds: int | Sequence[int] = 0) -> Iterator[np.ndarray]:
+    """Yields one token a row and step, until all rows have ended or `new_tokens` are made.
+
+    It may be left at any point: the next prompts start anew.
+
+    Args:
+      prompts: token ids, of any lengths; of a VLM with one placeholder an image.
+      images: those of all rows, in the order of the placeholders; of shapes that stay the same, a
+        program serves them all (lib/data/anyres.py, `batch`).
+      new_tokens: the most to decode.
+      sampling: greedy by default.
+      seeds: of all rows, or one a row: a row's answer then does not depend on the others.
+
+    Yields:
+      int32[B], `ENDED` for rows that gave an end token before.
+
+    Raises:
+      ValueError: prompts that do not fit, ids that the model does not have, images that are not as
+        many as placeholders, or seeds that are not one a row.
+    """
+    sampling = sampling or Sampling()
+    if new_tokens < 1:
+      raise ValueError(f'new_tokens={new_tokens} leaves nothing to decode: ask for one at least')
+    layout = None if images is None else images.layout
+    slots, room = self.slots(max(map(len, prompts), default=0), new_tokens,
+                             visual=self.fit.visual(layout))
+    ids, valid = padded(prompts, slots, side=self._side)
+    self._check(ids, valid, images)
+    keys = _keys(seeds, len(ids))
+    beside = (images,) if isinstance(self._lm, VLM) else ()
+    logits, cache = self._prefill(slots, room, layout)(self._params, ids, valid, *beside)
+    tokens = self._first(logits, keys, sampling)
+    ended = np.zeros(len(ids), bool)
+    for step in range(1, new_tokens + 1):
+      made = tokens
+      if step < new_tokens:
+        # Started before the last token is looked at: the device does not wait for whoever reads.
+        tokens, cache = self._step(self._params, made, keys, step, cache=cache, sampling=sampling)
+      found = np.where(ended, ENDED, np.asarray(made))
+      yield found
+      ended |= np.isin(found, self._ends)
+      if ended.all():
+        return
+
+  def __call__(self, prompts: Sequence[Sequence[int]], images: Images | None = None, *,
+               new_tokens: int, sampling: Sampling | None = None,
+               seeds: int | Sequence[int] = 0) -> list[list[int]]:
+    """Whole answers, each with the end token that it stopped at; arguments as of `stream`."""
+    steps = list(self.stream(prompts, images, new_tokens=new_tokens, sampling=sampling,
+                             seeds=seeds))
+    return [[int(token) for token in row if token != ENDED] for row in np.stack(steps, axis=1)]
+
+  def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+            images: Images | None = None) -> list[Score]:
+    """How likely given answers are.
+
+    A reduction acts on the prompt alone, as when the answer is decoded: it does not know what is
+    to come. Without reductions all of it is one pass; with them the answer is read token by token.
+
+    Args:
+      prompts, images: as of `stream`.
+      answers: token ids after each prompt, at least one.
+
+    Raises:
+      ValueError: as `stream`; an empty answer, or not one a prompt.
+    """
+    if len(answers) != len(prompts) or not all(map(len, answers)):
+      raise ValueError(f'answers of {list(map(len, answers))} tokens do not fit {len(prompts)} '
+                       'prompts: give one a prompt, none of them empty')
+    likely, best = (self._read if self.fit.plain else self._forced)(prompts, answers, images)
+    return [Score(float(np.sum(row[:len(answer)], dtype=np.float64)),
+                  bool(first[:len(answer)].all()))
+            for row, first, answer in zip(likely, best, answers, strict=True)]
+
+  def _read(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+            images: Images | None) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of likelihoods, and whether nothing was likelier: [B, longest answer]."""
+    layout = None if images is None else images.layout
+    # Nothing follows the last token, so it need not be read.
+    both = [[*prompt, *answer][:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+    slots, _ = self.slots(max(map(len, both)), 0, visual=self.fit.visual(layout))
+    ids, valid = padded(both, slots, side='right')
+    following, _ = padded(answers, max(map(len, answers)), side='right')
+    self._check(ids, valid, images)
+    self._check_ids(following, following >= 0)
+    beside = (images,) if isinstance(self._lm, VLM) else ()
+    starts = np.asarray([len(prompt) for prompt in prompts])[:, None]
+    places = starts + np.arange(following.shape[1])[None]
+    found = self._whole(self._params, ids, valid, following, places, *beside)
+    return tuple(map(np.asarray, found))
+
+  def _forced(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+              images: Images | None) -> tuple[np.ndarray, np.ndarray]:
+    """The same, decoding what is given."""
+    layout = None if images is None else images.layout
+    following, _ = padded(answers, max(map(len, answers)), side='right')
+    steps = following.shape[1]
+    # Nothing follows the last token, so it need not be read.
+    slots, room = self.slots(max(map(len, prompts)), steps - 1, visual=self.fit.visual(layout))
+    ids, valid = padded(prompts, slots, side=self._side)
+    self._check(ids, valid, images)
+    self._check_ids(following, following >= 0)
+    beside = (images,) if isinstance(self._lm, VLM) else ()
+    logits, cache = self._prefill(slots, room, layout)(self._params, ids, valid, *beside)
+    found = [self._measured(logits, following[:, 0])]
+    for step in range(1, steps):
+      logits, cache = self._follow(self._params, following[:, step - 1], cache=cache)
+      found.append(self._measured(logits, following[:, step]))
+    return tuple(np.stack(part, axis=1) for part in zip(*found, strict=True))
+
+  def _check(self, ids: np.ndarray, valid: np.ndarray, images: Images | None) -> None:
+    """Raises where nothing else would: a lookup beyond the table is no error on a device."""
+    sees = isinstance(self._lm, VLM)
+    # What stands at a placeholder is never looked up.
+    self._check_ids(ids, valid & (ids != self._lm.image_token) if sees else valid)
+    if sees:
+      given = np.zeros((len(ids), 0), int) if images is None else image_counts(images)
+      if len(given) != len(ids):
+        raise ValueError(f'images of {len(given)} rows do not fit {len(ids)} prompts: give a row '
+                         'of images, which may be empty, for each')
+      splice.check(ids, valid, given, image=self._lm.image_token)
+    elif images is not None:
+      raise ValueError('this model reads text alone: leave the images out, or load a '
+                       'vision-language model')
+
+  def _check_ids(self, ids: np.ndarray, valid: np.ndarray) -> None:
+    strange = valid & ((ids < 0) | (ids >= self._lm.vocabulary))
+    if strange.any():
+      row = int(strange.any(axis=1).argmax())
+      raise ValueError(f'row {row} has the token {ids[row][strange[row]][0]}, and the model those '
+                       f'from 0 to {self._lm.vocabulary - 1}: encode prompts with the tokenizer of '
+                       'this checkpoint')
+
+  def _count(self, name: str, batch: int, slots: int, room: int) -> None:
+    """Runs while a function is traced, which is once a compilation."""
+    self.compilations[name, batch, slots, room] += 1
+    logging.info('compiling %s for %d rows, %d slots and room for %d tokens; %d programs so far',
+                 name, batch, slots, room, sum(self.compilations.values()))
+
+  def _make_prefill(self, slots: int, room: int,
+                    layout: Layout | None) -> Callable[..., tuple[Array, Cache]]:
+    lm = self.fit(slots, layout)
+
+    def prefill(params: Any, ids: Array, valid: Array, *images: Any) -> tuple[Array, Cache]:
+      self._count('prefill', len(ids), slots, room)
+      return lm.apply({'params': params}, ids, valid, *images, room=room, method='prefill')
+
+    return jax.jit(prefill)
+
+  def _make_whole(self) -> Callable[..., tuple[Array, Array]]:
+    lm = self._lm
+
+    def whole(params: Any, ids: Array, valid: Array, following: Array, places: Array,
+              *images: Any) -> tuple[Array, Array]:
+      self._count('score', *ids.shape, 0)
+      logits, out = lm.apply({'params': params}, ids, valid, *images)
+      slot = places
+      if images:
+        real = out['sequence'].real
+        end = 1 + jnp.max(jnp.where(real, jnp.arange(real.shape[1])[None], -1), axis=1)
+        slot = jnp.take_along_axis(out['slot'], jnp.minimum(places, ids.shape[1] - 1), axis=1)
+        slot = jnp.where(places < valid.sum(axis=1)[:, None], slot, end[:, None])
+      # What was predicted for a token stands in the slot before it.
+      return _measured(take(logits, jnp.clip(slot - 1, 0, logits.shape[1] - 1)), following)
+
+    return jax.jit(whole)
+
+  def _make_follow(self) -> Callable[..., tuple[Array, Cache]]:
+    lm = self._lm
+
+    def follow(params: Any, tokens: Array, *, cache: Cache) -> tuple[Array, Cache]:
+      self._count('follow', len(tokens), cache.layers[0].filled, cache.room)
+      return lm.apply({'params': params}, tokens, cache, method='decode')
+
+    return jax.jit(follow, donate_argnames='cache')
+
+  def _make_step(self) -> Callable[..., tuple[Array, Cache]]:
+    lm = self._lm
+
+    def step(params: Any, tokens: Array, keys: Array, number: Array, *, cache: Cache,
+             sampling: Sampling) -> tuple[Array, Cache]:
+      self._count('decode', len(tokens), cache.layers[0].filled, cache.room)
+      logits, cache = lm.apply({'params': params}, tokens, cache, method='decode')
+      return sample(logits, _folded(keys, number), sampling), cache
+
+    return step
+
+
+def _measured(logits: Array, tokens: Array) -> tuple[Array, Array]:
+  """Logarithm of a token's likelihood, and whether greedy decoding gives it: [...] of [..., V]."""
+  likely = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  found = jnp.take_along_axis(likely, tokens[..., None], axis=-1)[..., 0]
+  return found, jnp.argmax(logits, axis=-1) == tokens
+
+
+def _keys(seeds: int | Sequence[int], rows: int) -> Array:
+  if isinstance(seeds, int):
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seeds)))(jnp.arange(rows))
+  if len(seeds) != rows:
+    raise ValueError(f'{len(seeds)} seeds do not fit {rows} prompts: give one number, or one a '
+                     'prompt')
+  return jax.vmap(jax.random.key)(jnp.asarray(seeds))
+
+
+def _folded(keys: Array, number: Any) -> Array:
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)

@@ -1,0 +1,179 @@
+"""Caches of keys and values: what decoding reads, and what a method keeps of them.
+
+Axes: B batch, N slots now, M slots after, K kv heads, S slots of a buffer, d features a head, P
+numbers in a position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ops.rope import Rope
+
+Array = jax.Array
+
+
+@struct.dataclass
+class KVGather:
+  """What a method keeps of one layer's cache: slots of its own for every kv head.
+
+  Attributes:
+    src: int32[B, K, M], the slot kept in each place; distinct among valid places.
+    valid: bool[B, K, M] or None, False where a place stays empty (adaptive budgets).
+  """
+
+  src: Array
+  valid: Array | None = None
+
+  def apply(self, values: Array) -> Array:
+    """[B, K, N, ...] -> [B, K, M, ...]."""
+    return jnp.take_along_axis(
+        values, self.src.reshape(self.src.shape + (1,) * (values.ndim - 3)), axis=2)
+
+
+@struct.dataclass
+class KV:
+  """One layer's cache: what a prompt left, then room for what is decoded.
+
+  Attributes:
+    keys, values: as `create` takes them, but without axes of one before S: XLA takes those off in
+      front of a product, and on CPUs copies a buffer that is written with them and read without.
+    pos: int32[B, S], or [B, K, S] where the heads hold different tokens: places in the sequence,
+      which a sliding window goes by.
+    valid: bool, of the same shape, False for padding and for room that is still empty.
+    start: int32[B] or [B, P], the position of the first decoded token in this layer.
+    bias: float32, as `pos`, what is added to the logits of each slot (proportional attention), or
+      None.
+    filled: slots of the prompt; decoded token t goes to slot filled + t. Static.
+  """
+
+  keys: Array
+  values: Array
+  pos: Array
+  valid: Array
+  start: Array
+  filled: int = struct.field(pytree_node=False)
+  bias: Array | None = None
+
+  @classmethod
+  def create(cls, k: Array, v: Array, **fields: Any) -> KV:
+    """A cache of keys (rotated) and values float[B, K, S, d], and the other fields."""
+    return cls(_folded(k), _folded(v), **fields)
+
+  @property
+  def k(self) -> Array:
+    """Keys float[B, K, S, d], rotated."""
+    return self._unfolded(self.keys)
+
+  @property
+  def v(self) -> Array:
+    """Values float[B, K, S, d]."""
+    return self._unfolded(self.values)
+
+  @property
+  def room(self) -> int:
+    """Tokens that can be decoded."""
+    return self.keys.shape[-2] - self.filled
+
+  def _unfolded(self, x: Array) -> Array:
+    return x.reshape(len(self.start), -1, *x.shape[-2:])
+
+  def append(self, k: Array, v: Array, place: Array, step: Array) -> KV:
+    """Writes keys and values float[B, K, d] of decoded token `step`, in place where donated."""
+    at = self.filled + step
+
+    def write(buffer: Array, new: Array, axis: int) -> Array:
+      return jax.lax.dynamic_update_slice_in_dim(
+          buffer, jnp.expand_dims(new, axis).astype(buffer.dtype), at, axis)
+
+    heads = self.pos.shape[1:-1]
+    place = jnp.broadcast_to(place.reshape(place.shape + (1,) * len(heads)),
+                             place.shape + heads)
+    axis = self.pos.ndim - 1
+    row = self.keys.ndim - 2
+    return self.replace(
+        keys=write(self.keys, k.reshape(*self.keys.shape[:row], -1), row),
+        values=write(self.values, v.reshape(*self.keys.shape[:row], -1), row),
+        pos=write(self.pos, place, axis),
+        valid=write(self.valid, jnp.ones(place.shape, bool), axis))
+
+
+def _folded(x: Array) -> Array:
+  """[B, K, S, d] without axes of one before S."""
+  return x.reshape(*(n for n in x.shape[:2] if n > 1), *x.shape[2:])
+
+
+@struct.dataclass
+class Cache:
+  """All layers' caches.
+
+  Attributes:
+    layers: one `KV` a layer, each of its own length.
+    steps: int32[], tokens decoded so far, at most the room.
+  """
+
+  layers: tuple[KV, ...]
+  steps: Array
+
+  @property
+  def room(self) -> int:
+    """Tokens that can be decoded in all."""
+    return self.layers[0].room
+
+
+def shrink(kv: KV, kept: KVGather, *, positions: str, rope: Rope) -> KV:
+  """The part of a layer's cache that a method keeps; `kv` has no room yet.
+
+  Args:
+    kv: of N slots, `pos` and `valid` shared by the heads.
+    kept: M slots a head.
+    positions: 'keep', or 'compact': the kept keys of a head are turned to positions 0, 1, … in
+      their order, and decoding goes on from there (FINCH, arXiv:2408.00167).
+    rope: of the model; only 'compact' asks.
+
+  Raises:
+    ValueError: 'compact' with positions of several numbers.
+  """
+  heads, slots = kv.k.shape[1:3]
+
+  def own(x: Array | None) -> Array | None:
+    if x is None:
+      return None
+    return kept.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
+
+  pos, valid, bias = own(kv.pos), own(kv.valid), own(kv.bias)
+  k, v = kept.apply(kv.k), kept.apply(kv.v)
+  if kept.valid is not None:
+    valid &= kept.valid
+  start = kv.start
+  if positions == 'compact':
+    if start.ndim > 1:
+      raise ValueError("positions='compact' has no meaning for positions of several numbers "
+                       "(M-RoPE): choose 'keep'")
+    by_place = jnp.argsort(jnp.where(valid, pos, jnp.iinfo(jnp.int32).max), axis=2, stable=True)
+    rank = jnp.argsort(by_place, axis=2).astype(jnp.int32)
+    turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
+    k = jnp.swapaxes(turn.rotate(jnp.swapaxes(k, 1, 2)[..., None, :],
+                                 jnp.swapaxes(rank - pos, 1, 2))[..., 0, :], 1, 2)
+    # Where the heads keep different numbers, the fullest says where decoding goes on.
+    pos, start = rank, jnp.max(jnp.sum(valid, axis=2, dtype=jnp.int32), axis=1)
+  return KV.create(k, v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2])
+
+
+def with_room(kv: KV, room: int) -> KV:
+  """The same cache with empty slots for what will be decoded."""
+
+  def pad(x: Array, axis: int) -> Array:
+    return jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])
+
+  axis = kv.pos.ndim - 1
+  # A token that is decoded stands for one: its bias is the zero that is padded here.
+  bias = None if kv.bias is None else pad(kv.bias, axis)
+  keys, values = (pad(x, x.ndim - 2) for x in (kv.keys, kv.values))
+  return kv.replace(keys=keys, values=values, pos=pad(kv.pos, axis), valid=pad(kv.valid, axis),
+                    bias=bias)

@@ -1,0 +1,137 @@
+"""Clustering of tokens: density peaks, and medoids.
+
+Axes: B batch, N slots, K clusters, D features.
+
+Everything here decides which token goes where and hands back indices, so no gradient flows.
+Slots outside `among` (padding, protected tokens) neither join a cluster nor move one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ops.argmax import lowest
+from ops.primitives.select import place, ranks
+from ops.tokens import take
+
+Array = jax.Array
+
+
+def distances(x: Array) -> Array:
+  """Euclidean distances of all pairs: float[B, N, D] -> float32[B, N, N]."""
+  x = jax.lax.stop_gradient(x).astype(jnp.float32)
+  products = jnp.einsum('bnd,bmd->bnm', x, x, precision='highest')
+  # Squares from the same product, so that equal tokens come out at exactly zero.
+  squares = jnp.diagonal(products, axis1=1, axis2=2)
+  return jnp.sqrt(jnp.maximum(squares[:, :, None] + squares[:, None, :] - 2 * products, 0.0))
+
+
+def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None = None) -> Array:
+  """How well each slot would do as the centre of a cluster: DPC-KNN, arXiv:2204.08680, Sec. 3.
+
+  Density is exp(-mean squared distance to the nearest neighbours, the slot itself included). A
+  good centre is dense and far from any denser slot: the score is the product of the two, here as
+  its logarithm, which does not underflow for features that lie far apart. A row with fewer slots
+  than neighbours takes the mean over those it has.
+
+  Args:
+    distance: float32[B, N, N], over the square root of D.
+    among: bool[B, N], the slots that count.
+    neighbours: nearest slots that make up the density.
+    noise: float[B, N] or None; 1e-6 times it is added to the densities to break ties.
+
+  Returns:
+    float32[B, N], meaningless outside `among`.
+  """
+  near = jnp.where(among[:, None, :], distance, jnp.inf)
+  nearest = -jax.lax.top_k(-near, min(neighbours, distance.shape[1]))[0]
+  there = jnp.isfinite(nearest)
+  total = jnp.sum(jnp.where(there, nearest, 0.0) ** 2, axis=2)
+  density = -total / jnp.maximum(jnp.sum(there, axis=2), 1)
+  if noise is not None:
+    density = jnp.log(jnp.exp(density) + 1e-6 * noise)
+  pairs = among[:, :, None] & among[:, None, :]
+  widest = jnp.max(jnp.where(pairs, distance, 0.0), axis=(1, 2))
+  denser = among[:, None, :] & (density[:, None, :] > density[:, :, None])
+  gap = jnp.min(jnp.where(denser, distance, widest[:, None, None]), axis=2)
+  return jnp.log(gap) + density
+
+
+def nearest(distance: Array, centres: Array, is_open: Array) -> Array:
+  """The cluster that each slot belongs to; a centre always belongs to its own.
+
+  Args:
+    distance: float32[B, N, N].
+    centres: int32[B, K], distinct slots; of equally near ones the first wins.
+    is_open: bool[B, K], clusters that other slots may join.
+
+  Returns:
+    int32[B, N], K where no cluster is open.
+  """
+  slots, clusters = distance.shape[1], centres.shape[1]
+  reach = jnp.where(is_open[:, :, None], take(distance, centres), jnp.inf)
+  joined = lowest(reach, axis=1).index
+  joined = jnp.where(jnp.any(is_open, axis=1, keepdims=True), joined, clusters)
+  own = ranks(centres, slots)
+  return jnp.where(own < clusters, own, joined)
+
+
+def medoids(distance: Array, seeds: Array, weight: Array, among: Array, *,
+            iterations: int) -> Array:
+  """Moves cluster centres to medoids: the K-medoids of arXiv:2308.04657, Sec. 3.
+
+  In the released code, followed here, the medoid of a cluster is the member with the least weighted
+  distance to all slots, not to its cluster alone.
+
+  Args:
+    distance: float32[B, N, N].
+    seeds: int32[B, K], distinct slots; those outside `among` stay where they are.
+    weight: float32[B, N], factor of each slot's own total.
+    among: bool[B, N], slots that form clusters.
+    iterations: rounds of assigning and moving.
+
+  Returns:
+    int32[B, K], distinct slots in the order of the seeds.
+  """
+  cost = weight * jnp.sum(jnp.where(among[:, None, :], distance, 0.0), axis=2)
+  cost = jnp.where(among, cost, jnp.inf)[:, None, :]
+  is_open = take(among, seeds)
+  cluster = jnp.arange(seeds.shape[1], dtype=jnp.int32)[None, :, None]
+
+  def move(_: int, centres: Array) -> Array:
+    member = nearest(distance, centres, is_open)[:, None, :] == cluster
+    best = lowest(jnp.where(member, cost, jnp.inf), axis=2).index
+    return jnp.where(is_open, best, centres)
+
+  return jax.lax.fori_loop(0, iterations, move, seeds)
+
+
+def farthest_first(distance: Array, among: Array, *, start: int, count: int) -> Array:
+  """Scores float32[B, N] by which the `count` best slots are seeds, each far from those before.
+
+  "Far" is the largest distance to an earlier seed, as in the code released with arXiv:2308.04657;
+  farthest-first traversal as commonly defined takes the smallest.
+
+  Args:
+    distance: float32[B, N, N].
+    among: bool[B, N], slots that may be seeds.
+    start: the first seed, counted among those slots; the last of them where there are fewer.
+    count: seeds wanted.
+  """
+  batch, slots = among.shape
+  last = jnp.sum(among, axis=1, keepdims=True) - 1
+  first = among & (place(among) == jnp.minimum(start, last))
+  chosen = jnp.argmax(first, axis=1)[:, None]
+  iota = jnp.arange(slots)[None]
+
+  def pick(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    score, far, chosen = state
+    fresh = (iota == chosen) & among & (score == -count)
+    score = jnp.where(fresh, -step.astype(jnp.float32), score)
+    far = jnp.maximum(far, take(distance, chosen)[:, 0])
+    left = jnp.where(among & (score == -count), far, -1.0)
+    return score, far, jnp.argmax(left, axis=1)[:, None]
+
+  state = jnp.full((batch, slots), -count, jnp.float32), jnp.zeros((batch, slots)), chosen
+  return jax.lax.fori_loop(0, count, pick, state)[0]

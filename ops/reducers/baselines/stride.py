@@ -1,0 +1,42 @@
+"""Uniform subsampling: a baseline that looks at nothing.
+
+Axes: B batch, N slots now, M slots after.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from ops.primitives.match import evenly
+from ops.primitives.select import keep_top, place
+from ops.reducers.base import Reducer
+from ops.signals import Signals
+from ops.tokens import Assignment, TokenSet
+
+PHASES = ('first', 'middle')
+
+
+@dataclasses.dataclass(frozen=True)
+class Stride(Reducer):
+  """Keeps evenly spaced tokens: of n free ones those of rank floor(i n / m), i from 0 to m - 1.
+
+  Attributes:
+    phase: which of its n / m tokens each stands for: 'first', or 'middle', rank
+      floor((i + 1/2) n / m), as the sparse sampling that CenterCLIP (Zhao et al., 2022),
+      arXiv:2205.00823, is compared with.
+  """
+
+  phase: str = 'first'
+  conserves = 'pruning drops tokens'
+
+  def __post_init__(self) -> None:
+    if self.phase not in PHASES:
+      raise ValueError(f'phase={self.phase!r} is unknown: choose one of {", ".join(PHASES)}')
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    del signals
+    count, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
+                   for flags in (tokens.free, tokens.kept))
+    stays = evenly(place(tokens.free), count, jnp.clip(keep - kept, 0, count),
+                   late=PHASES.index(self.phase))
+    return keep_top(tokens, stays.astype(jnp.float32), keep=keep)

@@ -1,0 +1,37 @@
+"""DivPrune: keeps the most diverse tokens.
+
+Axes: B batch, N slots now, M slots after, D features.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops.primitives.farthest import farthest_first, largest_cosine
+from ops.primitives.match import unit
+from ops.primitives.select import keep_top
+from ops.reducers.base import Reducer
+from ops.signals import Signals
+from ops.tokens import Assignment, TokenSet
+
+
+@dataclasses.dataclass(frozen=True)
+class DivPrune(Reducer):
+  """Keeps tokens that are far from each other, by cosine of their features, in their order.
+
+  DivPrune (Alvar et al., 2025), arXiv:2503.02175, made for visual tokens behind the projector.
+  The first is the one whose nearest neighbour is farthest; then, one by one, whichever is
+  farthest from all that were picked. Its count of tokens is round(ratio N), half to even.
+  """
+
+  site = 'after'
+  conserves = 'pruning drops tokens'
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    del signals
+    vectors = jax.lax.stop_gradient(unit(tokens.x))
+    alike = jnp.where(tokens.free, largest_cosine(vectors, tokens.free), jnp.inf)
+    turn = farthest_first(vectors, tokens.free, jnp.argmin(alike, axis=1).astype(jnp.int32),
+                          count=max(keep - tokens.protected, 0))
+    return keep_top(tokens, -turn, keep=keep)

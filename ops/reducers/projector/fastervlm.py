@@ -1,0 +1,28 @@
+"""FasterVLM: keeps what [CLS] attends to, for a language model.
+
+Axes: B batch, N slots now, H heads.
+"""
+
+import dataclasses
+
+from ops.primitives.select import keep_top
+from ops.reducers.base import ByAttention
+from ops.signals import Signals
+from ops.tokens import Assignment, TokenSet
+
+
+@dataclasses.dataclass(frozen=True)
+class FasterVLM(ByAttention):
+  """Keeps the tokens of an image that [CLS], or all tokens, attend to most, in raster order.
+
+  [CLS] Attention is All You Need for Training-Free Visual Token Pruning (Zhang et al., 2024),
+  arXiv:2412.01818, as released (the paper speaks of a threshold). Scores are means over the heads
+  of the layer that makes the features: LLaVA's last but one. With several crops an image, each
+  keeps equally many.
+  """
+
+  site = 'after'
+  conserves = 'pruning drops tokens'
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    return keep_top(tokens, self.attention(signals).mean(axis=1), keep=keep)

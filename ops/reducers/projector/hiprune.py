@@ -1,0 +1,73 @@
+"""HiPrune: objects by a middle layer, their surroundings, and the rest by a deep layer.
+
+Axes: B batch, N slots now, M slots after, H heads, A anchors.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops.primitives.select import keep_top, ranks, top
+from ops.reducers.base import ByAttention
+from ops.signals import Signals
+from ops.tokens import Assignment, TokenSet, take
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class HiPrune(ByAttention):
+  """Keeps what a middle layer attends to, with its four neighbours, then what this layer does.
+
+  HiPrune (Liu et al., 2025), arXiv:2508.00553, as released for LLaVA. Anchors are the round(alpha
+  K / 5) tokens of the K kept that get most attention in the middle layer; the tokens left, right,
+  above and below come with them (beyond the grid's ends the first or the last one, and of a row's
+  end the next row's); the rest is what gets most attention in the layer at hand. A cut that no
+  watch comes before takes its anchors from its own layer. Tokens keep their order.
+
+  Attributes:
+    by: as in the release, the mean over all tokens unless it says otherwise.
+    middle: the layer that finds the anchors.
+    alpha: about the share of tokens that are anchors and their neighbours.
+  """
+
+  by: str = 'received_attention'
+  middle: int = 8
+  alpha: float = 0.1
+  site = 'after'
+  conserves = 'pruning drops tokens'
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return super().needs | {'grid'}
+
+  @property
+  def watch_needs(self) -> frozenset[str]:
+    return super().needs
+
+  def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
+    return (self.middle,) if max(cuts, default=-1) >= self.middle else ()
+
+  def watch(self, tokens: TokenSet, signals: Signals) -> dict[str, Array]:
+    """{'object': float32[B, N]}, the attention of the middle layer."""
+    del tokens
+    return {'object': jax.lax.stop_gradient(self.attention(signals).mean(axis=1))}
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    deep = self.attention(signals).mean(axis=1)
+    count = round(max(keep - tokens.protected, 0) * self.alpha / 5)
+    anchors = top(tokens.stats.get('object', deep), count, excluded=~tokens.free)
+    forced = (ranks(anchors, tokens.slots) < count) | near(tokens, anchors, signals.grid)
+    # Far above any attention, and finite, so that what may not be touched still comes first.
+    return keep_top(tokens, jnp.where(forced & tokens.free, 2.0, 0.0) + deep, keep=keep)
+
+
+def near(tokens: TokenSet, anchors: Array, grid: tuple[int, int]) -> Array:
+  """bool[B, N]: whether a slot's patch is left of, right of, above or below one of int32[B, A]."""
+  rows, columns = grid
+  place, real = take(tokens.pos, anchors), take(tokens.free, anchors)
+  around = jnp.concatenate([jnp.clip(place + by, 0, rows * columns - 1)
+                            for by in (-1, 1, -columns, columns)], axis=1)
+  meets = (tokens.pos[:, :, None] == around[:, None]) & jnp.tile(real, (1, 4))[:, None]
+  return jnp.any(meets, axis=2)

@@ -1,0 +1,70 @@
+"""PruMerge: what [CLS] attends to, refined by similar tokens, and one token made of the rest.
+
+Axes: B batch, N slots now, M slots after, H heads, d features a head.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops.primitives.match import cosine
+from ops.primitives.select import ranks, top
+from ops.reducers.base import Reducer
+from ops.signals import Signals
+from ops.tokens import PADDING_BIAS, SPECIAL, Assignment, Mix, TokenSet, take
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PruMerge(Reducer):
+  """Keeps the tokens that [CLS] attends to most, adds similar ones to each, and sums up the rest.
+
+  LLaVA-PruMerge (Shang et al., 2024), arXiv:2403.15388, as released, with a count that is given
+  in place of that of outliers. Attention is one softmax over all heads at once; a token adds to
+  those that it is most like, kept or not, in proportion to its attention; what is not kept also
+  adds up to one token more, which stands last. Nothing is normalised again. The release compares
+  the last layer's queries and keys and reduces the features before that layer; here both are of
+  the layer at hand.
+
+  Attributes:
+    neighbours: how many tokens, by cosine of the keys, each one that is kept takes in.
+  """
+
+  neighbours: int = 32
+  # The first is not read: a host that offers it has a [CLS].
+  needs = frozenset({'cls_attention', 'queries', 'keys'})
+  site = 'after'
+  extra_slots = 1
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+    slots = tokens.slots
+    queries, keys = (x.astype(jnp.float32).reshape(*x.shape[:2], -1)
+                     for x in (signals.queries, signals.keys))
+    scores = whole_attention(tokens, queries, keys)
+    order = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
+    enough = jnp.sum(tokens.real, axis=1, keepdims=True) <= keep
+    kept = (jnp.arange(keep)[None] < keep - 1) | enough
+    rows = kept[:, :, None] & (order[:, :, None] == jnp.arange(slots)[None, None])
+    weights = rows.astype(jnp.float32)
+
+    refined = kept & take(tokens.free, order) & ~enough
+    alike = cosine(take(keys, order), keys)
+    alike = jnp.where(tokens.free[:, None] & ~rows, alike, -jnp.inf)
+    count = min(self.neighbours, slots - 1)
+    closest = jax.lax.top_k(jax.lax.stop_gradient(alike), count)[1].astype(jnp.int32)
+    near = ranks(closest.reshape(-1, count), slots).reshape(alike.shape) < count
+    near &= (alike > -jnp.inf) & refined[:, :, None]
+    rest = tokens.free & (ranks(order, slots) >= keep - 1) & ~enough
+    last = (jnp.arange(keep) == keep - 1)[None, :, None]
+    weights += jnp.where(near | (last & rest[:, None]), scores[:, None], 0.0)
+    return Mix(weights, valid=None if tokens.valid is None else take(tokens.valid, order))
+
+
+def whole_attention(tokens: TokenSet, queries: Array, keys: Array) -> Array:
+  """Attention of [CLS], all heads taken as one: float32[B, N, H d] twice -> float32[B, N]."""
+  first = jnp.argmax(tokens.real & (tokens.kind == SPECIAL), axis=1)[:, None]
+  logits = jnp.einsum('bd,bnd->bn', take(queries, first)[:, 0], keys, precision='highest')
+  logits = jnp.where(tokens.real, logits * keys.shape[2] ** -0.5, PADDING_BIAS)
+  return jnp.where(tokens.real, jax.nn.softmax(logits, axis=1), 0.0)
