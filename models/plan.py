@@ -10,7 +10,7 @@ from typing import Any
 
 from models.compressors import COMPRESSORS
 from ops.budgets import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
-from ops.reducers import REDUCERS
+from ops.reducers import REDUCERS, join
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.signals import AHEAD, FED, STATIC
 from ops.tokens import KINDS
@@ -84,10 +84,7 @@ class Plan:
 
 def methods(host: Host | None = None) -> dict[str, type]:
   """Every method by name, those with parameters included; with a host, those that it can run."""
-  twice = REDUCERS.keys() & COMPRESSORS.keys()
-  if twice:
-    raise ValueError(f'methods named twice: {sorted(twice)}; rename one in its __init__')
-  known = {**REDUCERS, **COMPRESSORS}
+  known = join(REDUCERS, COMPRESSORS)
   if host is None:
     return known
   made = {name: method() for name, method in known.items()}

@@ -33,7 +33,8 @@ def few_programs():
 
 
 def pytest_terminal_summary(terminalreporter):
-  """Prints methods by invariants (tests/test_contract.py) and by backbones, and why not."""
+  """Prints methods by invariants (tests/contract/test_contract.py) and by backbones, and why
+  not."""
   for title in ('contract', 'backbones'):
     _print_table(terminalreporter, title)
   _print_parity(terminalreporter)

@@ -1,6 +1,7 @@
-"""Writes what tests/test_parity.py compares with: checkpoints and outputs of other libraries.
+"""Writes what tests/models/test_parity.py compares with: checkpoints and outputs of other
+libraries.
 
-  python -m tools.make_parity --folder=tests/golden/parity [--part=language]
+  python -m tools.make_parity --folder=tests/fixtures/parity [--part=language]
 
 Needs torch, timm and transformers, which nothing else here does: run it in an environment of its
 own. Every case is a tiny model whose parameters are all random, norms, biases and layer scales too,

@@ -1,6 +1,6 @@
 """Writes what tests/test_vlm_parity.py compares with: vision-language models of another library.
 
-  python -m tools.make_parity_vlm --folder=tests/golden/parity_vlm
+  python -m tools.make_parity_vlm --folder=tests/fixtures/parity_vlm
 
 Needs torch and transformers, in an environment of its own (tools/make_parity.py says why). Every
 case is a tiny model with random parameters: <case>.safetensors holds the checkpoint, <case>.npz

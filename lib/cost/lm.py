@@ -1,7 +1,8 @@
 """What a language model costs, without running anything: prompt and cache, layer by layer.
 
 Papers on pruning inside language models count differently and rarely say how: `CONVENTIONS` names
-the ways that their tables come from, and tests/test_lm_cost.py holds the tables. Two things decide
+the ways that their tables come from, and tests/cost/test_lm_cost.py holds the tables. Two things
+decide
 beside the formula: whether n is the visual tokens alone or the whole prompt, and whether the layer
 that scores still counts as whole (it does: a cut before layer l saves from l on).
 

@@ -1,0 +1,15 @@
+"""Reductions between the layers of a language model."""
+
+from ops.reducers.language.duet_vlm import DUETVLM
+from ops.reducers.language.fastv import FastV
+from ops.reducers.language.gemfilter import GemFilter
+from ops.reducers.language.pyramiddrop import PyramidDrop
+from ops.reducers.language.transprune import TransPrune
+
+LANGUAGE: dict[str, type] = {
+    'fastv': FastV,
+    'pyramiddrop': PyramidDrop,
+    'duet_vlm': DUETVLM,
+    'transprune': TransPrune,
+    'gemfilter': GemFilter,
+}

@@ -1,0 +1,21 @@
+"""Reductions of what a vision tower gives, before a language model reads it."""
+
+from ops.reducers.projector.divprune import DivPrune
+from ops.reducers.projector.fastervlm import FasterVLM
+from ops.reducers.projector.flowcut import FlowCut
+from ops.reducers.projector.hiprune import HiPrune
+from ops.reducers.projector.prumerge import PruMerge
+from ops.reducers.projector.textmonkey import TextMonkey
+from ops.reducers.projector.visionzip import VisionZip
+from ops.reducers.projector.vtc_cls import VTCCLS
+
+PROJECTOR: dict[str, type] = {
+    'flowcut': FlowCut,
+    'textmonkey': TextMonkey,
+    'divprune': DivPrune,
+    'fastervlm': FasterVLM,
+    'visionzip': VisionZip,
+    'prumerge': PruMerge,
+    'vtc_cls': VTCCLS,
+    'hiprune': HiPrune,
+}

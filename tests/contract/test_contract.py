@@ -1,0 +1,143 @@
+"""The contract: every method against every invariant. A new method is tested by existing.
+
+An invariant is a function of a method's name. It fails, or returns '' where it holds, or says why
+it does not apply, having checked that reason as far as it can. The terminal summary prints all of
+it as one table (tests/conftest.py).
+
+Axes: B batch, N slots now, M slots after, T original tokens, D features.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from helpers import contract
+from helpers.invariants import INVARIANTS
+
+from ops.primitives.select import keep_top, top
+from ops.reducers import REDUCERS
+from ops.reducers.base import Reducer
+from ops.reducers.vision.tome import ToMe
+from ops.tokens import Gather, Merge
+
+# The invariants.
+
+
+# A method's invariants follow each other, so that one worker compiles them once.
+PAIRS = [(invariant, name) for name in contract.names() for invariant in INVARIANTS]
+
+
+@pytest.mark.parametrize(('invariant', 'name'), PAIRS, ids=map('-'.join, PAIRS))
+def test_contract(invariant, name, record_property):
+  record_property('contract', (PAIRS.index((invariant, name)), invariant, name))
+  record_property('reason', INVARIANTS[invariant](name))
+
+
+# Broken methods, each of which the contract must catch.
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(Reducer):
+  """Keeps the tokens with the longest keys."""
+
+  needs = frozenset({'keys'})
+  conserves = 'pruning drops tokens'
+
+  def scores(self, keys):
+    return jnp.sum(keys * keys, axis=(2, 3))
+
+  def __call__(self, tokens, signals, *, keep):
+    return keep_top(tokens, self.scores(signals.keys), keep=keep)
+
+
+class CouplesRows(Broken):
+  def scores(self, keys):
+    return super().scores(keys) - 2 * jnp.roll(super().scores(keys), 1, axis=0)
+
+
+class HighestTies(Broken):
+  def __call__(self, tokens, signals, *, keep):
+    return keep_top(tokens, self.scores(signals.keys) + 1e-3 * jnp.arange(tokens.slots)[None],
+                    keep=keep)
+
+
+class CountsPadding(Broken):
+  def scores(self, keys):
+    return super().scores(keys - jnp.mean(keys, axis=1, keepdims=True))
+
+
+class KeepsPadding(Broken):
+  def __call__(self, tokens, signals, *, keep):
+    return Gather(top(self.scores(signals.keys), keep, forced=tokens.kept), tokens.slots)
+
+
+class DropsText(Broken):
+  def __call__(self, tokens, signals, *, keep):
+    first = jnp.arange(tokens.slots)[None] < 1
+    return Gather(top(self.scores(signals.keys), keep, forced=first & tokens.real,
+                      excluded=~tokens.real), tokens.slots)
+
+
+class DropsClass(Broken):
+  def __call__(self, tokens, signals, *, keep):
+    picked = top(self.scores(signals.keys), keep, excluded=~tokens.real | tokens.kept)
+    return Gather(picked, tokens.slots)
+
+
+class DividesByZero(Broken):
+  def scores(self, keys):
+    return jnp.sum(keys / jnp.linalg.norm(keys, axis=3, keepdims=True), axis=(2, 3))
+
+  def __call__(self, tokens, signals, *, keep):
+    picked = keep_top(tokens, self.scores(signals.keys), keep=keep)
+    return Merge(picked.src, picked.dst, self.scores(signals.keys))
+
+
+class ClaimsMass(Broken):
+  conserves = ''
+
+
+class DeniesMass(ToMe):
+  conserves = 'so it says'
+
+
+class LosesOne(Broken):
+  def __call__(self, tokens, signals, *, keep):
+    return super().__call__(tokens, signals, keep=keep - 1)
+
+
+class HidesOne(Broken):
+  def __call__(self, tokens, signals, *, keep):
+    picked = super().__call__(tokens, signals, keep=keep)
+    return picked.replace(valid=tokens.real[:, :keep] & (jnp.arange(keep)[None] < keep - 1))
+
+
+class Repeats(Broken):
+  def __call__(self, tokens, signals, *, keep):
+    picked = super().__call__(tokens, signals, keep=keep)
+    return picked.replace(src=picked.src.at[:, -1].set(picked.src[:, -2]))
+
+
+class StrangeAnchor(ToMe):
+  def __call__(self, tokens, signals, *, keep):
+    merged = super().__call__(tokens, signals, keep=keep)
+    return merged.replace(src=merged.src.at[:, 1:].set(jnp.roll(merged.src[:, 1:], 1, axis=1)))
+
+
+@pytest.mark.parametrize(('broken', 'caught'), [
+    (CouplesRows, 'alone permute'), (HighestTies, 'ties'), (CountsPadding, 'padding'),
+    (KeepsPadding, 'padding short'), (DropsText, 'kinds'), (DropsClass, 'protect kinds'),
+    (DividesByZero, 'finite'), (ClaimsMass, 'mass'), (DeniesMass, 'mass'), (LosesOne, 'shapes'),
+    (HidesOne, 'filled'), (Repeats, 'matrix'), (StrangeAnchor, 'matrix')],
+    ids=lambda value: getattr(value, '__name__', value))
+def test_broken_methods_are_caught(broken, caught, monkeypatch):
+  monkeypatch.setitem(REDUCERS, broken.__name__, broken)
+  for invariant in caught.split():
+    with pytest.raises(AssertionError):
+      INVARIANTS[invariant](broken.__name__)
+
+
+def test_the_unbroken_method_passes(monkeypatch):
+  monkeypatch.setitem(REDUCERS, 'Broken', Broken)
+  for check in INVARIANTS.values():
+    check('Broken')

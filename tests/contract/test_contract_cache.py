@@ -1,0 +1,229 @@
+"""The contract of methods on the cache: every one of them against every invariant that fits.
+
+An invariant is a function of a method's name. The terminal summary of
+tests/contract/test_contract.py is of the methods on tokens; these have no sizes, owners or kinds to
+look after.
+
+Axes: B batch, N entries now, M entries after, H heads, K kv heads, d features a head.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import signals
+from ops.kv_cache import KVGather
+from ops.primitives import kv_select
+from ops.reducers.base import CacheReducer
+from ops.reducers.cache import CACHE_REDUCERS
+from ops.rope import Rope
+from ops.tokens import TEXT, VISUAL, TokenSet
+
+BATCH, LENGTH, WIDE, HEADS, KV, WIDTH, KEEP = 3, 20, 24, 4, 2, 8, 11
+LEFT, RIGHT = np.arange(WIDE - LENGTH, WIDE), np.arange(LENGTH)
+HOLES = np.setdiff1d(np.arange(WIDE), [0, 5, 13, 14])
+GARBAGE = 1e3
+# Small windows and few sinks, so that there is something left to choose.
+SETTINGS = {'snapkv': {'window': 3, 'kernel': 3}, 'streaming_llm': {'sinks': 2},
+            'h2o': {'recent': 4}, 'expected_attention': {'sinks': 2, 'future': 8}}
+# Where all is equal, the sums and the pools of these still go by place.
+BY_PLACE = {'streaming_llm', 'observed_attention', 'h2o', 'snapkv'}
+
+
+def method(name):
+  return CACHE_REDUCERS[name](**SETTINGS.get(name, {}))
+
+
+def projections(seed=0):
+  """Queries before rotation, keys, values: float32[B, N, H or K, d]."""
+  rng = np.random.default_rng(seed)
+  return tuple(rng.normal(size=(BATCH, LENGTH, heads, WIDTH)).astype(np.float32)
+               for heads in (HEADS, KV, KV))
+
+
+def spread(values, places, fill):
+  """Row b's entries in slots places[b] of WIDE, `fill` elsewhere."""
+  out = np.full((BATCH, WIDE, *values.shape[2:]), fill, values.dtype)
+  for row, place in enumerate(places):
+    out[row, place] = values[row, :len(place)]
+  return out
+
+
+@functools.cache
+def compiled(name, keep, padded, dtype):
+  """(queries, keys, values, pos, valid) -> the answer, compiled once a shape."""
+  made = method(name)
+
+  @jax.jit
+  def answer(q, k, v, pos, valid):
+    batch, length = pos.shape
+    kind = jnp.where(pos % 3 == 0, VISUAL, TEXT).astype(jnp.int8)
+    tokens = TokenSet.create(jnp.zeros((batch, length, 1), dtype), pos=pos, kind=kind,
+                             valid=valid if padded else None)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    rope = Rope(WIDTH)
+    told = signals.measure(
+        made.needs - signals.STATIC, q=rope.rotate(q, pos), k=rope.rotate(k, pos), v=v, lse=None,
+        bias=None if not padded else jnp.where(valid, 0.0, -1e9), positions=pos, span=made.span,
+        query_valid=tokens.valid)
+    return made(tokens, told.replace(plain_queries=q, rope=rope), keep=keep)
+
+  return answer
+
+
+def run(name, qkv, *, places=None, keep=KEEP, dtype=jnp.float32, rows=slice(None)):
+  """A method's answer as numpy; with places, of rows among padding full of garbage."""
+  iota = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+  valid = np.ones((BATCH, LENGTH), bool)
+  if places is not None:
+    qkv = [spread(x, places, GARBAGE) for x in qkv]
+    # Padding repeats positions, as left-padded prompts do.
+    iota, valid = spread(iota, places, 0), spread(valid, places, False)
+  answer = compiled(name, keep, places is not None, dtype)(
+      *(x[rows] for x in (*qkv, iota, valid)))
+  return jax.tree.map(np.asarray, answer)
+
+
+def chosen(answer, row, place=RIGHT):
+  """The real entries that each head of a row keeps, numbered from 0, in the answer's order.
+
+  What it names beyond these is padding, and stays padding.
+  """
+  number = np.full(WIDE, -1)
+  number[place] = np.arange(len(place))
+  found = number[answer.src[row]]
+  return [head[head >= 0] for head in found]
+
+
+def declares(name):
+  """Its attributes make sense, and its docstring starts with a sentence and names a paper."""
+  made = method(name)
+  assert isinstance(made, CacheReducer) or made.site == 'cache'
+  assert made.site == 'cache'
+  assert 'keys' in made.needs <= set(signals.NAMES)
+  assert (type(made).__doc__ or '').split('\n')[0].endswith('.')
+  assert 'arXiv:' in type(made).__doc__
+  assert hash(made) == hash(method(name))
+  for slots in (1, LENGTH, 600):
+    assert 1 <= made.fewest(slots, 0) <= slots
+
+
+def shapes(name):
+  """int32[B, K, M], no entry twice in a head, for every count it claims to reach."""
+  for keep in (method(name).fewest(LENGTH, 0), KEEP, LENGTH):
+    src = run(name, projections(), keep=keep).src
+    assert src.shape == (BATCH, KV, keep)
+    assert src.dtype == np.int32
+    ordered = np.sort(src, axis=2)
+    assert (np.diff(ordered, axis=2) > 0).all()
+    assert ordered.min() >= 0
+    assert ordered.max() < LENGTH
+
+
+def padding(name):
+  """Padding full of 1e3 changes nothing: left, right or between."""
+  without = run(name, projections())
+  for places in ([LEFT, RIGHT, HOLES], [HOLES, LEFT, RIGHT]):
+    out = run(name, projections(), places=places)
+    for row in range(BATCH):
+      np.testing.assert_array_equal(chosen(out, row, places[row]), chosen(without, row))
+
+
+def short(name):
+  """A row with fewer entries than places to keep loses none of them."""
+  places = [LEFT[:5], RIGHT[:1], HOLES[:9]]
+  out = run(name, projections(), places=places)
+  for row, place in enumerate(places):
+    for found in chosen(out, row, place):
+      np.testing.assert_array_equal(np.sort(found), np.arange(len(place)))
+
+
+def alone(name):
+  """A row alone, and rows in another order, give what they give together."""
+  together = run(name, projections()).src
+  np.testing.assert_array_equal(run(name, projections(), rows=[1, 2, 0]).src, together[[1, 2, 0]])
+  for row in range(BATCH):
+    np.testing.assert_array_equal(run(name, projections(), rows=[row]).src, together[[row]])
+
+
+def finite(name):
+  """Zeros, equal entries and bfloat16 give a choice like any other."""
+  for dtype in (jnp.float32, jnp.bfloat16):
+    for scale in (0.0, 1.0, 1e3):
+      qkv = [np.full_like(x, scale) for x in projections()]
+      for places in (None, [LEFT, RIGHT[:4], HOLES]):
+        src = run(name, qkv, places=places, dtype=dtype).src
+        assert (np.diff(np.sort(src, axis=2), axis=2) > 0).all()
+
+
+def ties(name):
+  """Among equals the lowest entries come first."""
+  src = run(name, [np.zeros_like(x) for x in projections()]).src
+  made = method(name)
+  last = int(name == 'tova')
+  if name not in BY_PLACE:
+    np.testing.assert_array_equal(np.sort(src, axis=2)[0, 0],
+                                  [*range(KEEP - last), *range(LENGTH - last, LENGTH)])
+  np.testing.assert_array_equal(src, np.broadcast_to(src[:1, :1], src.shape))
+  assert made.conserves
+
+
+def content(name):
+  """What it keeps depends on what there is, or it says that it goes by place alone."""
+  src = [run(name, projections(seed)).src for seed in range(3)]
+  same = all((one == src[0]).all() for one in src)
+  assert same == (name == 'streaming_llm')
+
+
+INVARIANTS = (declares, shapes, padding, short, alone, finite, ties, content)
+PAIRS = [(check, name) for name in CACHE_REDUCERS for check in INVARIANTS]
+
+
+@pytest.mark.parametrize(('check', 'name'), PAIRS,
+                         ids=[f'{check.__name__}-{name}' for check, name in PAIRS])
+def test_contract(check, name):
+  check(name)
+
+
+class Broken(CacheReducer):
+  """Keeps the entries whose keys are longest; arXiv:0000.00000."""
+
+  def __call__(self, tokens, told, *, keep):
+    return kv_select.keep_best(tokens, self.scores(told.keys), keep=keep)
+
+  def scores(self, keys):
+    return jnp.sum(keys * keys, axis=3).swapaxes(1, 2)
+
+
+class CouplesRows(Broken):
+  def scores(self, keys):
+    return super().scores(keys) - 2 * jnp.roll(super().scores(keys), 1, axis=0)
+
+
+class KeepsPadding(Broken):
+  def __call__(self, tokens, told, *, keep):
+    return super().__call__(tokens.replace(valid=None), told, keep=keep)
+
+
+class Repeats(Broken):
+  def __call__(self, tokens, told, *, keep):
+    src = super().__call__(tokens, told, keep=keep).src
+    return KVGather(src.at[:, :, -1].set(src[:, :, 0]))
+
+
+class HighestTies(Broken):
+  def scores(self, keys):
+    return super().scores(keys) + 1e-3 * jnp.arange(keys.shape[1])[None, None]
+
+
+@pytest.mark.parametrize(('broken', 'caught'), [
+    (CouplesRows, (alone,)), (KeepsPadding, (padding, short)), (Repeats, (shapes, short)),
+    (HighestTies, (ties,))], ids=lambda value: getattr(value, '__name__', ''))
+def test_broken_methods_are_caught(broken, caught, monkeypatch):
+  monkeypatch.setitem(CACHE_REDUCERS, broken.__name__, broken)
+  for check in caught:
+    with pytest.raises(AssertionError):
+      check(broken.__name__)

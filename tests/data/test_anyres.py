@@ -1,0 +1,131 @@
+"""Image processors of vision-language models, pixel by pixel, and where their tokens go."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.data import anyres
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity_vlm'
+IMAGES = ('wide', 'tall', 'small', 'long')
+STEPS = json.loads((FOLDER / 'preprocess.json').read_text())
+GRID = (12, 12)
+
+
+@pytest.fixture(scope='module')
+def arrays():
+  with np.load(FOLDER / 'preprocess.npz') as found:
+    return dict(found)
+
+
+def processor(name, kind, vision=None, grid=GRID):
+  config = {'model_type': kind, 'vision_config': vision or {'image_size': 16, 'patch_size': 4}}
+  return anyres.from_config(STEPS[name], config, grid=grid)
+
+
+@pytest.mark.parametrize('image', IMAGES)
+@pytest.mark.parametrize(('name', 'kind'), [
+    ('llava_pad', 'llava'), ('llava_next', 'llava_next'), ('llava_onevision', 'llava_onevision')])
+def test_crops_equal_the_reference(name, kind, image, arrays):
+  picture = processor(name, kind)(Image.fromarray(arrays[image]))
+  wanted = np.moveaxis(arrays[f'{name}_{image}_pixel_values'][0], -3, -1)
+  wanted = wanted[None] if wanted.ndim == 3 else wanted
+  assert picture.pixels.shape == wanted.shape
+  np.testing.assert_allclose(picture.pixels, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize('image', IMAGES)
+def test_patches_equal_the_reference(image, arrays):
+  picture = processor('qwen2_vl', 'qwen2_vl', grid=(40, 40))(Image.fromarray(arrays[image]))
+  _, rows, columns = arrays[f'qwen2_vl_{image}_image_grid_thw'][0]
+  assert picture.sizes.tolist() == [[rows, columns]]
+  wanted = arrays[f'qwen2_vl_{image}_pixel_values'].reshape(rows // 2, columns // 2, 2, 2, -1)
+  wanted = wanted.swapaxes(1, 2).reshape(rows, columns, -1)
+  np.testing.assert_allclose(picture.pixels[0, :rows, :columns], wanted, atol=1e-6)
+  assert not picture.pixels[0, rows:].any()
+  assert not picture.pixels[0, :, columns:].any()
+  # Tokens are the cells in raster order, and their places are rows and columns.
+  assert picture.axes.tolist() == [[0, y, x] for y in range(rows // 2) for x in range(columns // 2)]
+  assert picture.index[:, 0].tolist() == [y * 20 + x for _, y, x in picture.axes]
+  assert picture.extent == max(rows, columns) // 2
+
+
+def test_bilinear_weights_reproduce_a_plane():
+  grid = np.arange(30).reshape(5, 6)
+  index, weight = anyres.bilinear(grid, (3, 4))
+  np.testing.assert_allclose(weight.sum(axis=-1), 1, atol=1e-6)
+  # A function linear in the place is interpolated exactly: here 6 y + x itself.
+  rows, columns = (np.arange(3) + 0.5) * 5 / 3 - 0.5, (np.arange(4) + 0.5) * 6 / 4 - 0.5
+  np.testing.assert_allclose((index * weight).sum(axis=-1), 6 * rows[:, None] + columns[None],
+                             atol=1e-4)
+
+
+def test_layouts_leave_out_padding_and_end_rows():
+  # 16 x 32 pixels of an image half as high: rows 1 and 2 of 4 hold it.
+  index, weight = anyres.laid_out((10, 40), (16, 32), tile=16, side=4)
+  assert (weight == 1).all()
+  small, grid = index[:16, 0], index[16:, 0].reshape(2, 9)
+  assert small.tolist() == list(range(16))
+  assert (grid[:, -1] == anyres.NEWLINE).all()
+  # Left crop, then right crop, of the same row.
+  assert grid[0].tolist() == [20, 21, 22, 23, 36, 37, 38, 39, -1]
+  every, _ = anyres.laid_out((10, 40), (16, 32), tile=16, side=4, unpad=False, newline=False)
+  assert sorted(every[:, 0]) == list(range(48))
+
+
+def test_videos_are_pooled_frame_by_frame():
+  index, weight = anyres.video(3, 4)
+  assert index.shape == weight.shape == (3 * 4 + 1, 4)
+  assert sorted(index[4]) == [16, 17, 20, 21]
+  np.testing.assert_array_equal(weight[:12], 0.25)
+  assert index[-1].tolist() == [anyres.NEWLINE] * 4
+  assert weight[-1].tolist() == [1, 0, 0, 0]
+
+
+def test_two_frames_share_patches(arrays):
+  make = processor('qwen2_vl', 'qwen2_vl')
+  frames = np.random.default_rng(0).normal(size=(4, 16, 24, 3)).astype(np.float32)
+  picture = make.of_pixels(frames, interval=2.0)
+  assert picture.pixels.shape == (2, *GRID, 96)
+  # By channel, frame, row and column of a patch.
+  np.testing.assert_array_equal(
+      picture.pixels[1, 2, 3].reshape(3, 2, 4, 4),
+      np.moveaxis(frames[2:4, 8:12, 12:16], -1, 0))
+  assert picture.axes[:, 0].tolist() == [0] * 6 + [2] * 6
+  assert picture.extent == 3
+  assert make.of_pixels(frames, interval=9.0).extent == 10
+  assert picture.index[6, 0] == 36
+
+
+@pytest.mark.parametrize(('size', 'wanted'), [
+    ((28, 28), (56, 56)), ((100, 200), (112, 196)), ((4000, 3000), (1148, 840)),
+    ((10, 900), (28, 532))])
+def test_sizes_are_multiples_within_two_areas(size, wanted):
+  found = anyres.smart_resize(size, factor=28, fewest=56 * 56, most=28 * 28 * 1280)
+  assert found == wanted
+
+
+def test_errors_say_what_to_change(arrays):
+  make = processor('qwen2_vl', 'qwen2_vl')
+  with pytest.raises(ValueError, match='does not fit into the grid of 12 x 12'):
+    make.of_pixels(np.zeros((2, 56, 8, 3), np.float32))
+  with pytest.raises(ValueError, match='200 times'):
+    anyres.smart_resize((1, 300), factor=28, fewest=1, most=100)
+  with pytest.raises(ValueError, match='known are llava'):
+    processor('llava_pad', 'blip')
+  square = processor('llava_pad', 'llava')(Image.fromarray(arrays['wide']))
+  with pytest.raises(ValueError, match='tokens=9 are too few: a row has 16'):
+    anyres.batch([[square]], patches=16, tokens=9)
+  assert anyres.batch([[], []], patches=16) is None
+
+
+def test_pixels_behind_the_last_whole_patch_are_not_read(arrays):
+  vision = {'image_size': 16, 'patch_size': 5}
+  for name, kind in (('llava_pad', 'llava'), ('llava_next', 'llava_next')):
+    picture = processor(name, kind, vision)(Image.fromarray(arrays['wide']))
+    whole = processor(name, kind)(Image.fromarray(arrays['wide']))
+    np.testing.assert_array_equal(picture.pixels, whole.pixels[:, :15, :15])
+    assert picture.index.max() < len(picture.pixels) * 9

@@ -1,0 +1,181 @@
+"""Both forms of ATS against the outputs of released code: exact indices, floats within 1e-5."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import golden_vit
+
+from models.plan import make_plan
+from ops import tokens as tk
+from ops.reducers.vision.ats import ATS, keep_sampled, quantiles, sample, significance
+from ops.reducers.vision.ats_spatial import ATSSpatial, sample_in_order
+from ops.signals import Signals
+from ops.tokens import SPECIAL, VISUAL, TokenSet
+
+CLOSE = {'atol': 1e-5, 'rtol': 0}
+
+
+@pytest.mark.parametrize('case', ['a', 'b'])
+def test_op(case):
+  raw = golden_vit.load('ats_official')
+  x, attention, v = (jnp.asarray(raw[f'{case}_{name}']) for name in ('raw_x', 'attn', 'v'))
+  slots, points = x.shape[1], int(raw[f'{case}_n_ref_tokens']) - 1
+  kind = np.where(np.arange(slots) < 1, SPECIAL, VISUAL).astype(np.int8)
+  tokens = TokenSet.create(x, kind=jnp.tile(kind, (len(x), 1)), protected=1)
+  signals = Signals(cls_attention=attention[:, :, 0], values=v.transpose(0, 2, 1, 3))
+
+  scores = np.asarray(significance(signals))[:, 1:]
+  order = np.argsort(scores, axis=1)
+  np.testing.assert_array_equal(order, raw[f'{case}_sorted_indices'])
+  share = np.take_along_axis(scores, order, axis=1) / scores.sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(share, raw[f'{case}_sorted_scores'], **CLOSE)
+
+  total = np.cumsum(share, axis=1)
+  total = (total - total[:, :1]) / (total[:, -1:] - total[:, :1])
+  found = quantiles(jnp.asarray(total), jnp.ones(total.shape, bool), points=points)
+  np.testing.assert_allclose(found, raw[f'{case}_ys'], **CLOSE)
+
+  assignment = ATS(points=points)(tokens, signals, keep=slots)
+  reduced = tk.reduce(tokens, assignment)
+  policy = raw[f'{case}_policy'][..., 0] == 1
+  np.testing.assert_array_equal(reduced.valid, policy)
+  np.testing.assert_allclose(reduced.x, np.where(policy[..., None], raw[f'{case}_selected_x'], 0),
+                             **CLOSE)
+  rows = raw[f'{case}_new_attn'] * policy[:, None, :, None]
+  np.testing.assert_allclose(tk.regroup(assignment, attention), rows, **CLOSE)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithPadding(ATS):
+  """The release's reading of padding: sampled like tokens, at no significance."""
+
+  def __call__(self, tokens, signals, *, keep):
+    scores = jnp.where(tokens.real, significance(signals), 0.0)
+    hit = sample(scores, tokens.kind == VISUAL, points=self.points)
+    return keep_sampled(tokens, scores, hit & tokens.free, keep=keep)
+
+
+def run(method, keep):
+  """The tiny ViT with cuts in layers 1 and 2: features and real slots after each layer."""
+  model = golden_vit.model()
+  plan = make_plan({'method': 'ats', 'args': {'points': 64}, 'layers': (1, 2), 'keep': keep},
+                   model.host)
+  plan = dataclasses.replace(plan, method=method)
+  _, out = model.clone(plan=plan).apply(
+      {'params': golden_vit.params()}, golden_vit.images())
+  first, second = (np.asarray(out['cuts'][layer].valid) for layer in (1, 2))
+  raw = golden_vit.load('ats_official')
+  golden_vit.close(out['embedded'], raw['embed'])
+  golden_vit.close(out['hidden'][0], raw['nodrop_block0'])
+  return out['hidden'], (np.ones((2, 65), bool), first, second, second)
+
+
+def same_rows(hidden, real, raw, kind, layer, row):
+  count = int(raw[f'{kind}_policy{layer}'][row].sum())
+  np.testing.assert_array_equal(real[layer][row], np.arange(real[layer].shape[1]) < count)
+  golden_vit.close(hidden[layer][row, :count], raw[f'{kind}_block{layer}'][row, :count])
+
+
+@pytest.mark.parametrize('keep', [(47, 36), (41, 29)])
+def test_model(keep):
+  """Rows that the release left without padding, at two capacities."""
+  raw = golden_vit.load('ats_official')
+  hidden, real = run(ATS(points=64), keep)
+  for layer, row in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (3, 1)):
+    same_rows(hidden, real, raw, 'drop', layer, row)
+
+
+def test_model_with_padding():
+  """All rows, where padding takes part as in the release.
+
+  Without dropping, the release smooths its softmax over 35 slots of padding: up to 3e-6 a layer.
+  """
+  raw = golden_vit.load('ats_official')
+  hidden, real = run(WithPadding(points=64), (47, 36))
+  for layer in range(golden_vit.DEPTH):
+    same_rows(hidden, real, raw, 'drop', layer, 0)
+  for layer in (1, 2, 3):
+    same_rows(hidden, real, raw, 'nodrop', layer, 0)
+    same_rows(hidden, real, raw, 'nodrop', layer, 1)
+
+
+def test_overflow_drops_the_least_significant():
+  scores = jnp.asarray([[0.0, 5.0, 1.0, 4.0, 2.0, 3.0]])
+  kind = jnp.asarray([[SPECIAL] + [VISUAL] * 5], jnp.int8)
+  tokens = TokenSet.create(jnp.ones((1, 6, 2)), kind=kind, protected=1)
+  hit = jnp.asarray([[False, True, True, True, False, True]])
+  np.testing.assert_array_equal(keep_sampled(tokens, scores, hit, keep=4).src, [[0, 5, 3, 1]])
+  wide = keep_sampled(tokens, scores, hit, keep=6)
+  np.testing.assert_array_equal(wide.src[:, :5], [[0, 2, 5, 3, 1]])
+  np.testing.assert_array_equal(wide.valid, [[True] * 5 + [False]])
+
+
+@pytest.mark.parametrize('scores', [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0], [0.0, 0.0, 1.0]])
+def test_degenerate_scores_keep_one_token_at_least(scores):
+  hit = np.asarray(sample(jnp.asarray([scores]), jnp.ones((1, 3), bool), points=2))
+  assert hit.any()
+  assert sample(jnp.asarray([scores]), jnp.asarray([[False, True, False]]), points=2).tolist() == [
+      [False, True, False]]
+
+
+def test_bad_points():
+  with pytest.raises(ValueError, match='points=0'):
+    ATS(points=0)
+
+
+@pytest.mark.parametrize('case', ['a', 'b'])
+def test_spatial_op(case):
+  raw = golden_vit.load('ats')
+  attention, v, mask, ids = (raw[f'{case}_{name}'] for name in ('attn', 'v', 'mask', 'ids'))
+  batch, _, slots, _ = attention.shape
+  kind = np.tile(np.where(np.arange(slots) < 1, SPECIAL, VISUAL).astype(np.int8), (batch, 1))
+  tokens = TokenSet.create(jnp.ones((batch, slots, 1)), kind=kind, protected=1,
+                           valid=None if mask.all() else jnp.asarray(mask))
+  signals = Signals(cls_attention=jnp.asarray(attention[:, :, 0]), values=v.transpose(0, 2, 1, 3))
+  assignment = ATSSpatial()(tokens, signals, keep=int(raw[f'{case}_K']))
+  valid = np.asarray(tk.reduce(tokens, assignment).valid)
+  np.testing.assert_array_equal(valid, raw[f'{case}_new_mask'])
+  np.testing.assert_array_equal(np.where(valid, assignment.src, 0), ids)
+  rows = np.where(valid[:, None, :, None], raw[f'{case}_new_attn'], 0)
+  np.testing.assert_allclose(tk.regroup(assignment, jnp.asarray(attention)), rows, **CLOSE)
+
+
+def test_spatial_model():
+  """The tiny ViT with room for 0.7 and 0.49 of its patches from layers 1 and 2 on."""
+  raw, model = golden_vit.load('ats'), golden_vit.model()
+  plan = make_plan({'method': 'ats_spatial', 'layers': (1, 2), 'keep_ratio': 0.7,
+                    'ratio_of': 'start', 'rounding': 'floor'}, model.host)
+  logits, out = jax.jit(model.clone(plan=plan).apply)(
+      {'params': golden_vit.params()}, golden_vit.images())
+  np.testing.assert_allclose(logits, raw['k70_logits'], **CLOSE)
+  for layer in (1, 2, 3):
+    cut = out['cuts'][min(layer, 2)]
+    for row in range(2):
+      real = np.asarray(cut.valid[row])
+      count = real.sum()
+      np.testing.assert_array_equal(real, np.arange(len(real)) < count)
+      np.testing.assert_allclose(out['hidden'][layer][row, :count],
+                                 raw[f'k70_Features_block{layer}'][row, :count], **CLOSE)
+      # Patches, by their place in what the cut before left; the release pads with -1.
+      kept = raw[f'k70_Kept_Tokens_block{min(layer, 2)}'][row]
+      kept = kept[kept >= 0]
+      if layer > 1:
+        kept = raw['k70_Kept_Tokens_block1'][row][kept]
+      np.testing.assert_array_equal(np.asarray(cut.pos)[row, 1:count], kept)
+
+
+def test_spatial_quantiles_leave_the_last_part_out():
+  """The steps of the release, whose float range has one more of them for a few counts."""
+  raw = golden_vit.load('ats')
+  for case in ('a', 'b'):
+    steps = raw[f'{case}_sample_steps']
+    points = len(steps)
+    assert points == int(raw[f'{case}_K']) - 1
+    # Shares that meet the steps one by one: each step samples a token of its own.
+    scores = np.diff(np.append(0, np.append(steps, 1.0)))[None].astype(np.float32)
+    hit = np.asarray(sample_in_order(jnp.asarray(scores), jnp.ones(scores.shape, bool),
+                                     points=points))[0]
+    np.testing.assert_array_equal(hit, np.arange(points + 1) < points)

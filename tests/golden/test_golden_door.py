@@ -1,0 +1,167 @@
+"""Methods between a vision tower and a language model against released code.
+
+Exact indices, 1e-5 for floats.
+
+Axes: B batch, N patches, C crops, D features.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import tokens as tk
+from ops.primitives import farthest
+from ops.primitives.match import unit
+from ops.reducers.projector.divprune import DivPrune
+from ops.reducers.projector.fastervlm import FasterVLM
+from ops.reducers.projector.hiprune import HiPrune
+from ops.reducers.projector.prumerge import PruMerge, whole_attention
+from ops.reducers.projector.visionzip import VisionZip
+from ops.reducers.projector.vtc_cls import VTCCLS
+from ops.signals import Signals
+from ops.tokens import SPECIAL, VISUAL, TokenSet
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'vlm_pre'
+
+
+@functools.cache
+def load(name):
+  with np.load(FOLDER / f'{name}.npz') as arrays:
+    return dict(arrays)
+
+
+def close(got, want):
+  np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_divprune(case):
+  raw = load(f'divprune_case{case}')
+  tokens, keep = TokenSet.create(jnp.asarray(raw['features'])[None]), int(raw['num_keep'])
+  answer = jax.jit(lambda t: DivPrune()(t, Signals(), keep=keep))(tokens)
+  np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])
+  vectors, every = unit(tokens.x), jnp.ones((1, tokens.slots), bool)
+  first = jnp.asarray(raw['selected_in_order'][:1])
+  turn = farthest.farthest_first(vectors, every, first, count=keep)
+  np.testing.assert_array_equal(np.argsort(turn[0])[:keep], raw['selected_in_order'])
+  if case == 1:
+    distance = raw['distance'] + 9 * np.eye(64, dtype=np.float32)
+    close(1 - farthest.largest_cosine(vectors, every, chunk=7)[0], distance.min(axis=1))
+
+
+def test_divprune_takes_the_last_when_more_are_wanted_than_there_are():
+  tokens = TokenSet.create(jax.random.normal(jax.random.key(0), (1, 6, 4)),
+                           valid=jnp.asarray([[True, False, True, True, False, False]]))
+  reduced = tk.reduce(tokens, DivPrune()(tokens, Signals(), keep=5))
+  np.testing.assert_array_equal(reduced.pos[reduced.real], [0, 2, 3])
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_fastervlm(case):
+  raw = load(f'fastervlm_case{case}')
+  tokens = TokenSet.create(jnp.asarray(raw['features']))
+  told = Signals(cls_attention=jnp.asarray(raw['cls_attn']))
+  answer = FasterVLM()(tokens, told, keep=int(raw['keep']))
+  close(told.cls_attention.mean(axis=1), raw['score'])
+  np.testing.assert_array_equal(answer.src, raw['kept_indices'])
+  np.testing.assert_array_equal(tk.reduce(tokens, answer).x, raw['kept_features'])
+
+
+def test_fastervlm_on_crops_stands_in_the_order_of_the_whole_image():
+  """Crops are rows that keep equally many; their tokens then stand by position in the image."""
+  raw, side = load('fastervlm_anyres'), 24
+  keep = int(raw['keep_per_crop'])
+  crops = side * side + np.arange(4 * side * side).reshape(2, side, 2, side).transpose(0, 2, 1, 3)
+  place = np.concatenate([np.arange(side * side)[None], crops.reshape(4, -1)]).astype(np.int32)
+  tokens = TokenSet.create(jnp.asarray(raw['features_tagged']), pos=jnp.asarray(place))
+  told = Signals(cls_attention=jnp.asarray(raw['cls_attn'])[:, None])
+  reduced = tk.reduce(tokens, FasterVLM()(tokens, told, keep=keep))
+  order = np.argsort(np.asarray(reduced.pos).reshape(-1))
+  found = np.asarray(reduced.x).reshape(-1, 4)[order]
+  np.testing.assert_array_equal(found[:, 0], raw['out_crop_ids'])
+  np.testing.assert_array_equal(found[:, 1], raw['out_token_ids'])
+  np.testing.assert_array_equal(found, raw['out_features'])
+
+
+def zipped(raw, hidden, attention, *, dominant, contextual):
+  """Tokens with [CLS] first, and what VisionZip makes of them."""
+  slots = hidden.shape[1]
+  kind = np.where(np.arange(slots) == 0, SPECIAL, VISUAL).astype(np.int8)
+  tokens = TokenSet.create(jnp.asarray(hidden), protected=1,
+                           kind=jnp.broadcast_to(kind, hidden.shape[:2]))
+  told = Signals(cls_attention=jnp.asarray(attention),
+                 keys=jnp.asarray(raw['key_metric'])[:, :, None])
+  method = VisionZip(contextual=contextual)
+  answer = jax.jit(lambda t, s: method(t, s, keep=dominant + contextual))(tokens, told)
+  return tk.reduce(tokens, answer), answer
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_visionzip(case):
+  raw = load(f'visionzip_case{case}')
+  dominant, contextual = int(raw['dominant']), int(raw['contextual'])
+  reduced, answer = zipped(raw, raw['hidden_states'], raw['cls_attn'], dominant=dominant,
+                           contextual=contextual)
+  np.testing.assert_array_equal(answer.src[:, :dominant], raw['dominant_indices_sorted'])
+  close(reduced.x, raw['out_tokens'])
+
+
+def test_visionzip_on_crops():
+  raw = load('visionzip_anyres_restore')
+  attention = np.pad(raw['cls_attn_headsum'], ((0, 0), (1, 0)))[:, None]
+  reduced, answer = zipped(raw, raw['hidden_states_tagged'], attention, dominant=10, contextual=3)
+  np.testing.assert_array_equal(answer.src[:, :10], np.sort(raw['all_indices'], axis=1))
+  # Means of some 190 numbers of a size up to 576: relative above a size of 1.
+  np.testing.assert_allclose(reduced.x, raw['per_crop_tokens'], atol=1e-5, rtol=1e-5)
+
+
+def test_vtc_cls():
+  raw, method = load('vtc_cls_case0'), VTCCLS()
+  layers = jnp.asarray(raw['cls_attn_all_layers_headmean'])[:, None, None, 1:]
+  tokens = TokenSet.create(jnp.asarray(raw['hidden_states'][:, 1:]))
+  # 24 layers, of which the last makes features that are not used.
+  watched = method.watched((22,))
+  assert watched == tuple(range(int(raw['start_layer']), 23))
+  for layer in watched:
+    stats = method.watch(tokens, Signals(cls_attention=layers[layer]))
+    tokens = tokens.replace(stats=tokens.stats | stats)
+  close(tokens.stats['attended'][0], raw['score'])
+  answer = method(tokens, Signals(cls_attention=layers[22]), keep=int(raw['keep']))
+  np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])
+  np.testing.assert_array_equal(tk.reduce(tokens, answer).x, raw['out_tokens'])
+
+
+@pytest.mark.parametrize('case', [0, 1, 2])
+def test_hiprune(case):
+  raw = load(f'hiprune_case{case}')
+  method = HiPrune(alpha=float(raw['alpha']))
+  crops = len(raw['index_mask'])
+  tokens = TokenSet.create(jnp.zeros((crops, 576, 1)))
+  middle, deep = (jnp.asarray(raw[f'{name}_attn_received'])[:, None, 1:]
+                  for name in ('object', 'deep'))
+  tokens = tokens.replace(stats=method.watch(tokens, Signals(received_attention=middle)))
+  grid = tuple(int(side) for side in raw['grid'])
+  answer = method(tokens, Signals(received_attention=deep, grid=grid),
+                  keep=int(raw['retention_total']) // crops)
+  np.testing.assert_array_equal((answer.dst < answer.src.shape[1]), raw['index_mask'] > 0)
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_prumerge(case):
+  raw = load(f'prumerge_case{case}')
+  batch, slots, _ = raw['hidden_states'].shape
+  kind = np.where(np.arange(slots) == 0, SPECIAL, VISUAL).astype(np.int8)
+  tokens = TokenSet.create(jnp.asarray(raw['hidden_states']), protected=1,
+                           kind=jnp.broadcast_to(kind, (batch, slots)))
+  queries, keys = (jnp.asarray(raw[f'{name}_proj_out']) for name in 'qk')
+  close(whole_attention(tokens, queries, keys)[:, 1:], raw['cls_attn'])
+  told = Signals(queries=queries.reshape(batch, slots, 4, -1),
+                 keys=keys.reshape(batch, slots, 4, -1))
+  keep = 1 + raw['out_tokens'].shape[1]
+  answer = jax.jit(lambda t, s: PruMerge()(t, s, keep=keep))(tokens, told)
+  np.testing.assert_array_equal(answer.src[:, 1:-1] - 1, raw['topk_indices_first'])
+  close(tk.reduce(tokens, answer).x[:, 1:], raw['out_tokens'])

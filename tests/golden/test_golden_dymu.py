@@ -1,0 +1,176 @@
+"""DyMU against released outputs: exact indices, floats within 1e-5."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import golden_vit
+
+from models.plan import make_plan
+from ops import tokens as tk
+from ops import unmerge
+from ops.reducers.vision.dymu import DyMU, find_threshold
+from ops.signals import Signals
+from ops.tokens import SPECIAL, VISUAL, TokenSet
+
+CLOSE = {'atol': 1e-5, 'rtol': 0}
+FOLDER = Path(__file__).parents[1] / 'fixtures' / 'vlm_pre'
+
+
+@functools.cache
+def load(name):
+  with np.load(FOLDER / f'dymu_{name}.npz') as arrays:
+    return dict(arrays)
+
+
+def prepare(raw):
+  """Tokens and keys of a golden file."""
+  x, special = jnp.asarray(raw['x']), int(raw['class_token'])
+  kind = np.where(np.arange(x.shape[1]) < special, SPECIAL, VISUAL).astype(np.int8)
+  size = jnp.asarray(raw['size'][..., 0]) if 'size' in raw else None
+  tokens = TokenSet.create(x, kind=jnp.asarray(np.tile(kind, (len(x), 1))), size=size,
+                           protected=special)
+  return tokens, jnp.asarray(raw['metric'])[:, :, None]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def run(method, tokens, keys, keep):
+  answer = method(tokens, Signals(keys=keys), keep=keep)
+  return answer, tk.reduce(tokens, answer)
+
+
+def members(reduced, slots):
+  """float[B, M, T]: 1 where a slot holds an original token."""
+  return (np.asarray(reduced.owner)[:, None] == np.arange(slots)[None, :, None]).astype(np.float32)
+
+
+@pytest.mark.parametrize('room', [0, 7])
+@pytest.mark.parametrize('case', ['case0', 'case1'])
+def test_one_image(case, room):
+  raw = load(f'dtome_{case}')
+  tokens, keys = prepare(raw)
+  left = raw['out'].shape[1]
+  answer, reduced = run(DyMU(threshold=float(raw['threshold'])), tokens, keys, left + room)
+  np.testing.assert_array_equal(reduced.valid, [np.arange(left + room) < left])
+  np.testing.assert_array_equal(answer.wanted, [left])
+  np.testing.assert_allclose(reduced.x[:, :left], raw['out'], **CLOSE)
+  np.testing.assert_allclose(reduced.size[:, :left], raw['out_size'][..., 0], **CLOSE)
+  np.testing.assert_array_equal(members(reduced, left), raw['out_pos_tracking'])
+  np.testing.assert_allclose(tk.restore(reduced, reduced.x), raw['repeated'], **CLOSE)
+
+
+def same_sets(reduced, raw):
+  """The release sorts padding away by an unstable sort, so slots are matched by what they hold.
+
+  It divides by size + 1e-4, not size, in batches.
+  """
+  found = members(reduced, reduced.slots)
+  for row, padding in enumerate(raw['padding_mask'] > 0.5):
+    held = raw['out_pos_tracking'][row][~padding]
+    order = [int(np.flatnonzero((found[row] == mine).all(1))[0]) for mine in held]
+    assert sorted(order) == np.flatnonzero(reduced.valid[row]).tolist()
+    size = raw['out_size'][row][~padding]
+    np.testing.assert_array_equal(np.asarray(reduced.size)[row, order], size[:, 0])
+    released = raw['out'][row][~padding] * (size + 1e-4) / size
+    np.testing.assert_allclose(np.asarray(reduced.x)[row, order], released, **CLOSE)
+
+
+def test_batch():
+  raw = load('batch_threshold')
+  tokens, keys = prepare(raw)
+  _, reduced = run(DyMU(threshold=float(raw['threshold'])), tokens, keys, 24)
+  same_sets(reduced, raw)
+
+
+def test_finding_the_threshold():
+  raw = load('batch_find_threshold')
+  tokens, keys = prepare(raw)
+  threshold = find_threshold(tokens, keys, remove=int(raw['r']))
+  np.testing.assert_allclose(threshold, raw['batch_threshold'], atol=1e-6)
+  # Compiled anew, the first pair that stays apart may come out a rounding error above itself.
+  answer, reduced = run(DyMU(threshold=float(threshold) + 1e-6), tokens, keys, 27)
+  same_sets(reduced, raw)
+  assert int(np.asarray(answer.wanted).sum()) == 3 * (33 - int(raw['r']))
+  # More than half cannot go: the last candidate decides, and [CLS] is none.
+  np.testing.assert_array_equal(find_threshold(tokens, keys, remove=99), 0.0)
+
+
+def test_overflow_merges_the_next_most_similar():
+  raw = load('dtome_case0')
+  tokens, keys = prepare(raw)
+  strict, full = (run(DyMU(threshold=t), tokens, keys, 40)[0] for t in (0.99, 0.0))
+  np.testing.assert_array_equal(strict.wanted > 40, [True])
+  assert strict.valid.all()
+  assert int(full.wanted[0]) == int(full.valid.sum()) == 33
+  loose = run(DyMU(threshold=float(raw['threshold']), most=25), tokens, keys, 50)[0]
+  # Twenty-five pairs merge in both, by the limit here and by the capacity there.
+  np.testing.assert_array_equal(loose.dst, strict.dst)
+
+
+def test_a_model_reports_overflow():
+  """Layer 1 may keep all but two tokens and merges none by itself; layer 2 merges what it can."""
+  model = golden_vit.model()
+  plan = make_plan({'method': 'dymu', 'args': {'threshold': (1.0, 1.0, -1.0, 1.0)},
+                    'layers': (1, 2), 'keep': (62, 60)}, model.host)
+  _, out = jax.jit(model.clone(plan=plan).apply)({'params': golden_vit.params()},
+                                                 golden_vit.images())
+  np.testing.assert_array_equal(out['overflow'][1], [2, 2])
+  np.testing.assert_array_equal(out['overflow'][2], [0, 0])
+  assert out['cuts'][1].valid.all()
+  np.testing.assert_array_equal(out['cuts'][2].valid.sum(1), [63 - 31, 63 - 31])
+
+
+def test_a_threshold_for_each_layer():
+  method = DyMU(threshold=(0.1, 0.2, 0.3))
+  assert [method.threshold_at(layer, 3) for layer in range(3)] == [0.1, 0.2, 0.3]
+  with pytest.raises(ValueError, match='3 thresholds do not fit 4 layers'):
+    method.threshold_at(0, 4)
+  with pytest.raises(ValueError, match='most=0'):
+    DyMU(most=0)
+
+
+def unmerge_case():
+  raw = load('vtu_scores')
+  q, k = (jnp.asarray(raw[name]).swapaxes(1, 2) for name in ('Q_un', 'K_un'))
+  owner = jnp.asarray(raw['mapping_indices'], jnp.int32)[None]
+  return raw, q, k, owner, jnp.asarray(raw['cos']), jnp.asarray(raw['sin'])
+
+
+def test_unmerged_scores():
+  raw, q, k, owner, cos, sin = unmerge_case()
+  found = unmerge.scores(q, k, owner, cos, sin)
+  np.testing.assert_allclose(found, raw['attn_scores'], **CLOSE)
+  np.testing.assert_allclose(found, raw['attn_scores_expand_then_rope'], **CLOSE)
+  np.testing.assert_allclose(unmerge.scores(q, k, owner, cos, sin, scale=1.0),
+                             raw['attn_scores'] / raw['scaling'], rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_unmerged_attention(causal):
+  """From the released scores: softmax, values, and the mean over the tokens of each slot."""
+  raw, q, k, _, cos, sin = unmerge_case()
+  v = np.random.default_rng(0).normal(size=q.shape).astype(np.float32)
+  index = raw['mapping_indices'].copy()
+  index[3] = -1  # Dropped: no query of its own, and no key for the others.
+  logits = raw['attn_scores'].astype(np.float64)
+  logits[..., index < 0] = -np.inf
+  if causal:
+    logits += np.where(np.tri(12) > 0, 0, -np.inf)
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  full = np.einsum('bhnm,bmhd->bnhd', weights, v[:, index])
+  wanted = np.stack([full[:, index == slot].mean(1) if (index == slot).any()
+                     else np.zeros_like(full[:, 0]) for slot in range(7)], axis=1)
+  found = unmerge.attend(q, k, jnp.asarray(v), jnp.asarray(index)[None], cos, sin, causal=causal)
+  np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+def test_nothing_merged_is_ordinary_attention():
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.normal(size=(2, 9, 3, 4)), jnp.float32)
+  owner = jnp.broadcast_to(jnp.arange(9), (2, 9))
+  np.testing.assert_array_equal(unmerge.expand(x, owner), x)
+  np.testing.assert_allclose(unmerge.collapse(x, owner, slots=9), x, rtol=0, atol=0)

@@ -1,0 +1,146 @@
+"""Reductions in whole language models against released code, from embeddings to logits.
+
+Indices exactly; features as tests/helpers/golden_vit.py compares those of whole models: within
+1e-5, relative above a size of 1.
+
+Axes: B batch, N slots, V visual tokens, H heads, K kv heads, D width.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.backbones.lm import LM
+from models.plan import make_cache_plan, make_plan
+from ops.rope import Rope
+from ops.tokens import TEXT, VISUAL, TokenSet
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'in_llm'
+
+
+@functools.cache
+def load(name):
+  with np.load(FOLDER / f'{name}.npz') as arrays:
+    return dict(arrays)
+
+
+def close(got, want):
+  np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+def model(name, *, eps):
+  """The recorded language model and its parameters; embeddings and head where they are there."""
+  raw = {key.removeprefix('w/').removeprefix('model.'): value for key, value in load(name).items()
+         if key.startswith('w/')}
+  depth = 1 + max(int(key.split('.')[1]) for key in raw if key.startswith('layers.'))
+  width, heads = len(raw['norm.weight']), 4
+  head = width // heads
+
+  def stack(part, *shape):
+    return np.stack([raw[f'layers.{i}.{part}.weight'].T.reshape(shape) for i in range(depth)])
+
+  kv_heads = len(raw['layers.0.self_attn.k_proj.weight']) // head
+  mlp = len(raw['layers.0.mlp.gate_proj.weight'])
+  blocks = {
+      'norm1': {'scale': stack('input_layernorm', width)},
+      'norm2': {'scale': stack('post_attention_layernorm', width)},
+      'q': {'kernel': stack('self_attn.q_proj', width, heads, head)},
+      'k': {'kernel': stack('self_attn.k_proj', width, kv_heads, head)},
+      'v': {'kernel': stack('self_attn.v_proj', width, kv_heads, head)},
+      'out': {'kernel': stack('self_attn.o_proj', heads, head, width)},
+      'gate': {'kernel': stack('mlp.gate_proj', width, mlp)},
+      'up': {'kernel': stack('mlp.up_proj', width, mlp)},
+      'down': {'kernel': stack('mlp.down_proj', mlp, width)},
+  }
+  table = raw.get('embed_tokens.weight', np.zeros((8, width), np.float32))
+  params = {'table': table, 'stack': {'blocks': blocks}, 'norm': {'scale': raw['norm.weight']},
+            'head': {'kernel': raw.get('lm_head.weight', np.zeros_like(table)).T}}
+  lm = LM(vocabulary=len(table), width=width, depth=depth, mlp=mlp, heads=heads, kv_heads=kv_heads,
+          head_width=head, context=1024, rope=Rope(head), norm_eps=eps, capture=True)
+  return lm, {'params': params}
+
+
+def image_and_text(x, start, visual):
+  """float[1, N, D]: text, `visual` visual tokens from `start` on, text."""
+  slots = np.arange(x.shape[1])
+  kind = np.where((slots >= start) & (slots < start + visual), VISUAL, TEXT).astype(np.int8)
+  return TokenSet.create(jnp.asarray(x), kind=jnp.asarray(kind)[None])
+
+
+def run(lm, variables, tokens, visual, **config):
+  """A whole forward pass under a reduction of the visual tokens."""
+  host = lm.host(tokens.slots, visual=visual)
+  plan = make_plan({'of': 'visual', **config}, host)
+  return jax.jit(lm.clone(plan=plan).apply)(variables, tokens)[1]
+
+
+def test_fastv():
+  raw = load('fastv')
+  lm, variables = model('fastv', eps=1e-5)
+  out = run(lm, variables, image_and_text(raw['inputs_embeds'], 35, 576), 576, method='fastv',
+            layers=(3,), keep_ratio=0.5, rounding='floor')
+  np.testing.assert_array_equal(out['cuts'][3].pos[0], raw['keep_index'])
+  np.testing.assert_array_equal(out['tokens'].pos, raw['position_ids_last'])
+  close(out['before'][3].x[0], raw['hs_layer3_in_full'])
+  close(out['hidden'][3][0], raw['hs_layer4_in'])
+  close(out['tokens'].x[0], raw['final_normed'])
+
+
+@pytest.mark.parametrize(('name', 'weights', 'method', 'layers'), [
+    ('pyramiddrop', 'pyramiddrop', 'pyramiddrop', 'layer_list'),
+    ('duet_vlm_t2v_alltext', 'pyramiddrop', 'duet_vlm', 'layer_list'),
+    ('transprune', 'transprune', 'transprune', 'pruning_layer_list')])
+def test_cuts_between_layers(name, weights, method, layers):
+  """Layers are numbered from 1 in the releases: a cut after layer 2 stands before our layer 2."""
+  raw = load(name)
+  lm, variables = model(weights, eps=1e-5)
+  visual, start, _ = (int(x) for x in raw['V_PRE_TXT'])
+  layers = tuple(int(layer) for layer in raw[layers])
+  out = run(lm, variables, image_and_text(raw['inputs_embeds'], start, visual), visual,
+            method=method, layers=layers, ratio_of='start', rounding='floor',
+            keep_ratio=tuple(float(share) for share in raw['ratio_list'][1:]))
+  for stage, layer in enumerate(layers):
+    cut = out['cuts'][layer]
+    np.testing.assert_array_equal(cut.pos, raw[f'pos_in_layer{layer}'])
+    owner = np.asarray(out['before'][layer].owner[0])
+    left = np.flatnonzero(np.asarray(cut.owner[0]) >= 0)
+    chosen = owner[left][(left >= start) & (left < start + visual)] - start
+    np.testing.assert_array_equal(chosen, np.sort(raw[f'topk_stage{stage}']))
+    close(cut.x[0], raw[f'hs_in_layer{layer}'])
+  close(out['tokens'].x[0], raw['final_normed'])
+
+
+CACHES = {
+    'streaming_llm': ('streaming_llm', {}),
+    'knorm': ('knorm', {}),
+    'tova': ('tova', {}),
+    'observed_attention_h2o': ('observed_attention', {}),
+    'snapkv': ('snapkv', {'window': 8, 'variant': 'kvpress'}),
+    'expected_attention': ('expected_attention', {'future': 16}),
+    'expected_attention_nocov_eps': (
+        'expected_attention', {'future': 16, 'covariance': 'none', 'epsilon': 0.01}),
+}
+
+
+@pytest.mark.parametrize('name', CACHES)
+def test_decoding_from_a_reduced_cache(name):
+  raw, base = load(f'kvpress_{name}'), load('kvpress_base')
+  lm, variables = model('kvpress_base', eps=1e-5)
+  lm, (method, args) = lm.clone(capture=False), CACHES[name]
+  plan = make_cache_plan({'method': method, 'args': args, 'keep_ratio': 0.5}, lm.host(48))
+  lm = lm.clone(cache_plan=plan)
+  prefill = jax.jit(functools.partial(lm.apply, room=1, method='prefill'))
+  logits, cache = prefill(variables, base['ids'].astype(np.int32))
+  close(logits[0], base['logits_last'])
+  assert [layer.k.shape for layer in cache.layers] == [(1, 2, 25, 16)] * 2
+  for index, layer in enumerate(cache.layers):
+    np.testing.assert_array_equal(np.sort(layer.pos[0, :, :24], axis=1),
+                                  np.sort(raw[f'kept_idx_l{index}'], axis=1))
+    np.testing.assert_array_equal(layer.start, 48)
+  logits, _ = jax.jit(functools.partial(lm.apply, method='decode'))(
+      variables, raw['decode_token'][0].astype(np.int32), cache)
+  close(logits[0], raw['decode_logits'])

@@ -1,0 +1,68 @@
+"""Our token transforming against plain numpy, within 1e-5; there is no released output."""
+
+import numpy as np
+import pytest
+from helpers import contract
+
+from ops.reducers.vision.token_transforming import TokenTransforming
+
+CLOSE = {'atol': 1e-5, 'rtol': 0}
+KEEP = 8
+
+
+def oracle(case, attention, *, tau):
+  """The matrix, row by row: float[B, KEEP, N]."""
+  matrix = np.zeros((len(case.x), KEEP, case.x.shape[1]))
+  for row in range(len(case.x)):
+    keys = case.k[row].astype(np.float64).mean(1)
+    keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    patches = np.arange(1, len(keys))
+    scores = attention[row].mean(0)
+    chosen = sorted(patches, key=lambda n, scores=scores: -scores[n])[:KEEP - 1]
+    matrix[row, 0, 0] = 1
+    for output, token in enumerate(chosen, start=1):
+      weights = np.exp(tau * keys[patches] @ keys[token]) * case.size[row][patches]
+      matrix[row, output, patches] = weights / weights.sum()
+  return matrix
+
+
+@pytest.mark.parametrize('by', ['cls_attention', 'received_attention'])
+@pytest.mark.parametrize('tau', [20.0, 1.0])
+def test_matrix(by, tau):
+  case = contract.random_case()
+  method = TokenTransforming(by=by, tau=tau)
+  assert method.needs == {'keys', by}
+  signals = case.signals(method.needs)
+  found = method(case.tokens(), signals, keep=KEEP).matrix()
+  np.testing.assert_allclose(found, oracle(case, getattr(signals, by), tau=tau), **CLOSE)
+
+
+def test_a_sharp_similarity_picks():
+  """At a large tau a chosen token keeps to itself: what is left is plain pruning."""
+  case = contract.random_case()
+  case = case.change(size=np.ones_like(case.size))
+  method = TokenTransforming(tau=1e5)
+  signals = case.signals(method.needs)
+  found = np.asarray(method(case.tokens(), signals, keep=KEEP).matrix())
+  order = np.argsort(-signals.cls_attention.mean(1)[:, 1:], axis=1)[:, :KEEP - 1] + 1
+  np.testing.assert_array_equal(found[:, 1:].argmax(2), order)
+  np.testing.assert_allclose(found.max(2), 1.0, **CLOSE)
+
+
+def test_nothing_to_remove():
+  """A row with as many tokens as there is room for keeps them, beside rows that are mixed."""
+  case = contract.random_case()
+  case = contract.spread(case, [np.arange(KEEP), np.arange(21), np.arange(3)])
+  method = TokenTransforming()
+  answer = method(case.tokens(), case.signals(method.needs), keep=KEEP)
+  np.testing.assert_array_equal(answer.matrix()[0], np.eye(KEEP, 24))
+  np.testing.assert_array_equal(answer.matrix()[2][:3], np.eye(3, 24))
+  np.testing.assert_array_equal(answer.matrix()[2][3:], 0)
+  assert ((np.asarray(answer.matrix()[1, 1:]) > 0).sum(1) == 20).all()
+
+
+def test_bad_settings():
+  with pytest.raises(ValueError, match='tau=0'):
+    TokenTransforming(tau=0)
+  with pytest.raises(ValueError, match='choose one of cls_attention, received_attention'):
+    TokenTransforming(by='attention')

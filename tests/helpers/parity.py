@@ -1,0 +1,51 @@
+"""Tiny vision models with the weights and outputs of the reference libraries
+(tools/make_parity.py)."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from models import checkpoints
+from models.backbones.clip import Clip
+from models.backbones.text_tower import Text
+from models.backbones.vit import ViT
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity'
+CASES = sorted(file.stem for file in FOLDER.glob('*_*.json'))
+
+
+@functools.cache
+def case(name):
+  return json.loads((FOLDER / f'{name}.json').read_text())
+
+
+@functools.cache
+def expected(name):
+  with np.load(FOLDER / f'{name}.npz') as arrays:
+    return dict(arrays)
+
+
+def build(name):
+  made = case(name)
+  image = ViT(**made['image'], capture=True)
+  if 'text' not in made:
+    return image
+  return Clip(image, Text(**made['text'], capture=True), made['bias'])
+
+
+def outputs(name, model):
+  """What a model gives with the weights of a case, under the names of the stored arrays."""
+  params = checkpoints.load(build(name), FOLDER / f'{name}.safetensors')
+  inputs = [expected(name)[key] for key in ('images', 'ids') if key in expected(name)]
+  logits, out = jax.jit(model.apply)({'params': params}, *inputs)
+  single = isinstance(model, ViT)
+  towers = {'image': out} if single else {key: out[key] for key in ('image', 'text')}
+  found = {f'{tower}_{key}': np.asarray(part[key]) for tower, part in towers.items()
+           for key in ('embedded', 'hidden')}
+  if single:
+    return found | {'image_out': logits}
+  return found | {'logits': logits, 'image_features': out['image_features'],
+                  'text_features': out['text_features']}

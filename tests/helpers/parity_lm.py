@@ -1,0 +1,53 @@
+"""Tiny language models with the weights and outputs of the transformers library."""
+
+import functools
+import json
+import pathlib
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from models import checkpoints
+from models.backbones.lm import from_config
+from models.checkpoints import files
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity' / 'lm'
+CASES = sorted(file.stem for file in FOLDER.glob('*.json'))
+
+
+@functools.cache
+def config(name):
+  return json.loads((FOLDER / f'{name}.json').read_text())
+
+
+@functools.cache
+def expected(name):
+  with np.load(FOLDER / f'{name}.npz') as arrays:
+    return dict(arrays)
+
+
+@functools.cache
+def params(name, form='unstacked'):
+  return checkpoints.load(from_config(config(name)), FOLDER / f'{name}.safetensors', form=form)
+
+
+NAME = 'qwen2'
+
+
+def path(name):
+  return FOLDER / f'{name}.safetensors'
+
+
+def sharded(folder, name=NAME, parts=3):
+  """A checkpoint in several files with their index, as large ones are released."""
+  tensors = load_file(path(name))
+  names = sorted(tensors)
+  places = {}
+  for part in range(parts):
+    file = f'model-{part + 1:05d}-of-{parts:05d}.safetensors'
+    chosen = {key: tensors[key] for key in names[part::parts]}
+    save_file(chosen, folder / file)
+    places |= dict.fromkeys(chosen, file)
+  (folder / files.INDEX).write_text(json.dumps({'weight_map': places}))
+  (folder / 'config.json').write_text(json.dumps(config(name)))
+  return folder

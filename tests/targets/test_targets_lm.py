@@ -1,0 +1,104 @@
+"""Language models compiled by the real TPU and GPU compilers, for devices that are not attached.
+
+Skipped where the compilers are missing (requirements-targets.txt); tools/targets_lm.py compiles a
+model of 7B.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.targets import mesh_of
+
+from configs.common import LM_SHARDING
+from lib.cost import hlo, topology
+from lib.cost import lm as lm_cost
+from lib.runtime import sharding
+from models.backbones.lm import LM
+from models.plan import make_plan
+from models.stack import to_form
+from ops.attention import pick
+from ops.rope import Rope
+from ops.tokens import TEXT, VISUAL, TokenSet
+
+ROWS, SLOTS, VISUALS, ROOM = 2, 256, 192, 64
+
+
+def built(name, tensor, plan=None):
+  """A model whose heads are as wide as those of 7B models, its mesh and its platform."""
+  mesh = mesh_of(name, data=topology.count(name) // tensor, fsdp=1, tensor=tensor)
+  platform = mesh.devices.flat[0].platform
+  lm = LM(vocabulary=512, width=256, depth=4, mlp=512, heads=4, kv_heads=4, head_width=128,
+          context=4096, rope=Rope(128), dtype=jnp.bfloat16, mesh=mesh,
+          implementation=pick(platform, jnp.bfloat16))
+  if plan:
+    lm = lm.clone(plan=make_plan({'of': 'visual', **plan}, lm.host(SLOTS, visual=VISUALS)))
+  return lm, mesh, platform
+
+
+def shapes_of(lm, *, blocks):
+  plain = lm.clone(mesh=None, plan=None, implementation='xla')
+  found = jax.eval_shape(plain.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  return jax.eval_shape(functools.partial(to_form, form=blocks), found)
+
+
+def placed(lm, mesh, blocks):
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16),
+                        shapes_of(lm, blocks=blocks))
+  return {'params': sharding.shapes(shapes, sharding.place(shapes, LM_SHARDING, mesh))}
+
+
+def prompt(mesh, batch, slots=SLOTS):
+  """A padded prompt, padding behind the text."""
+  rows = sharding.batch_sharding(mesh)
+  tokens = jax.eval_shape(lambda: TokenSet.create(
+      jnp.zeros((batch, slots, 256), jnp.bfloat16), valid=jnp.ones((batch, slots), bool),
+      kind=jnp.broadcast_to(jnp.where(jnp.arange(slots) < VISUALS, VISUAL, TEXT).astype(jnp.int8),
+                            (batch, slots)), padding='last'))
+  return sharding.shapes(tokens, jax.tree.map(lambda _: rows, tokens))
+
+
+@pytest.mark.parametrize('name', ['v5e:2x4', 'h100:8'])
+def test_cuts_of_a_padded_prompt_add_scores_alone(name):
+  found = []
+  for plan in (None, {'method': 'fastv', 'layers': 2, 'keep_ratio': 0.5}):
+    lm, mesh, platform = built(name, 4, plan)
+    run = functools.partial(lm.apply, room=ROOM, method='prefill')
+    program = jax.jit(run).lower(placed(lm, mesh, 'unstacked'), prompt(mesh, 4)).compile(
+        compiler_options=hlo.OPTIONS[platform])
+    text = program.as_text()
+    assert 'tpu_custom_call' in text or 'fmha' in text
+    found.append((lm_cost.of(lm, SLOTS).kv_bytes, program.memory_analysis().output_size_in_bytes,
+                  [one for one in hlo.collectives(text) if 'reduction' not in one.scope]))
+  (full_bytes, full_output, full), (bytes_, output, reduced) = found
+  assert len(reduced) <= len(full)
+  assert {one.kind for one in reduced} == {'all-reduce'}
+  # Two rows a device, heads over four.
+  assert full_output - output >= 0.9 * ROWS * (full_bytes - bytes_) / 4
+
+
+@pytest.mark.parametrize('name', ['v5e:2x4', 'h100:8'])
+def test_a_decode_step_copies_no_cache(name):
+  lm, mesh, platform = built(name, 4)
+  weights, rows = placed(lm, mesh, 'unstacked'), sharding.batch_sharding(mesh)
+
+  def memory(slots):
+    _, cache = jax.eval_shape(functools.partial(lm.apply, room=ROOM, method='prefill'), weights,
+                              prompt(mesh, 4, slots))
+    places = jax.tree.map(lambda leaf: jax.NamedSharding(mesh, jax.P(
+        sharding.BATCH_AXES, *(('tensor',) if leaf.ndim == 4 else ()))) if leaf.ndim
+        else sharding.replicated(mesh), cache)
+    run = jax.jit(functools.partial(lm.apply, method='decode'), donate_argnums=2,
+                  out_shardings=(rows, places))
+    program = run.lower(weights, jax.ShapeDtypeStruct((4,), jnp.int32, sharding=rows),
+                        sharding.shapes(cache, places)).compile(
+                            compiler_options=hlo.OPTIONS[platform])
+    held = ROWS * lm_cost.of(lm, slots, room=ROOM).allocated_bytes / 4
+    found = program.memory_analysis()
+    assert found.alias_size_in_bytes >= held
+    return held, found.temp_size_in_bytes
+
+  # A program has temporaries of its own, such as four megabytes for products on a GPU.
+  short, long = memory(SLOTS), memory(2048)
+  assert long[1] - short[1] < 0.1 * (long[0] - short[0])

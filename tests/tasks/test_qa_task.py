@@ -1,0 +1,149 @@
+"""Training on questions: the loss is of answers alone, scores count whole answers, runs resume."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.qa import NEEDLE, ROWS, SCENES, batch_of, made, small
+
+import train
+from configs import digit_scenes as scenes_config
+from configs import stdlib_needle as needle_config
+from lib.runtime import sharding
+from lib.tasks import qa as qa_task
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+CASES = {
+    'scenes': (scenes_config, SCENES, {}),
+    'vision': (scenes_config, SCENES, {'vision': {'method': 'tome', 'remove': 3}}),
+    'projector': (scenes_config, SCENES, {'projector': {'method': 'topk', 'keep': 5}}),
+    'language': (scenes_config, SCENES, {'language': {
+        'method': 'stride', 'of': 'visual', 'site': 'before', 'layers': (1,), 'keep_ratio': 0.5}}),
+    'needle': (needle_config, NEEDLE, {}),
+}
+
+
+@pytest.fixture(scope='module', params=CASES)
+def case(request):
+  config, info, reduce = CASES[request.param]
+  config = small(config)
+  config.data.context = 14
+  with config.unlocked():
+    model, params = made(config, info, **reduce)
+  run = jax.jit(functools.partial(qa_task.apply, model))
+  return request.param, config, info, model, params, run
+
+
+def test_a_step_is_taken_and_every_parameter_has_a_place(case):
+  name, config, info, model, params, _ = case
+  mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
+  optimizer = optax.adamw(1e-3)
+  state = train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+  sharding.place(state, config.sharding, mesh)
+  update = functools.partial(train.update, functools.partial(qa_task.loss, model, config.optimizer),
+                             optimizer, config.optimizer, optax.constant_schedule(1e-3))
+  batch, before = batch_of(info, 14), None
+  if name not in ('scenes', 'needle'):
+    after, measured = jax.eval_shape(update, state, batch, jax.random.key(0), None)
+    assert jax.tree.map(jnp.shape, after.params) == jax.tree.map(jnp.shape, params)
+    assert 'patch_loss' in measured
+    return
+  step = jax.jit(lambda state, batch: update(state, batch, jax.random.key(0), None))
+  for _ in range(3):
+    state, measured = step(state, batch)
+    assert before is None or measured['loss'] < before
+    before = measured['loss']
+  assert ('patch_loss' in measured) == (name != 'needle')
+  assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, params)
+
+
+def test_the_loss_is_that_of_the_answers_alone(case):
+  *_, info, _, params, run = case
+  batch = batch_of(info, 14)
+  logits, out = run(params, batch)
+  found = np.asarray(qa_task.predictions(logits, out))
+  wanted = 0.0
+  for row in range(ROWS):
+    for place in np.flatnonzero(batch['answer'][row]):
+      wanted -= jax.nn.log_softmax(found[row, place])[batch['ids'][row, place]]
+  loss = qa_task.losses(logits, out, batch)['loss']
+  np.testing.assert_allclose(loss, wanted / batch['answer'].sum(), rtol=1e-5)
+  # What stands in the answer or behind it does not change what predicts its first token.
+  other = {**batch, 'ids': np.where(batch['answer'], 29, batch['ids'])}
+  again = np.asarray(qa_task.predictions(*run(params, other)))
+  for row in range(ROWS):
+    first = np.flatnonzero(batch['answer'][row])[0]
+    np.testing.assert_allclose(again[row, first], found[row, first], atol=1e-5)
+
+
+def test_scores_count_whole_answers_by_kind(case):
+  *_, info, _, params, run = case
+  batch = batch_of(info, 14)
+  logits, out = run(params, batch)
+  # All tokens right in rows 0 and 1, one of two in row 2, none that counts in row 3.
+  likeliest = np.array(qa_task.predictions(logits, out).argmax(axis=-1))
+  ids = np.where(batch['answer'], likeliest, batch['ids'])
+  ids[2, np.flatnonzero(batch['answer'][2])[1]] += 1
+  batch = {**batch, 'mask': np.float32([1, 1, 1, 0])}
+  fixed = {**batch, 'ids': ids}
+  counts = qa_task.right_and_all(logits, out, fixed, 3)
+  assert counts.tolist() == [[1, 1], [1, 2], [0, 0]]
+  found = qa_task.scores(np.asarray(counts), ('a', 'b', 'c'))
+  assert found == {'accuracy': pytest.approx(2 / 3), 'accuracy_a': 1, 'accuracy_b': 0.5,
+                   'accuracy_c': 0}
+
+
+def test_patches_carry_the_label_of_their_cell():
+  config = small(scenes_config)
+  config.model.tower.patch = 8
+  with config.unlocked():
+    model, params = made(config, SCENES)
+  batch = batch_of(SCENES, 12)
+  _, out = jax.jit(lambda batch: qa_task.apply(model, params, batch))(batch)
+  _, tokens = out['patches']
+  labels = qa_task.patch_labels(batch['cells'], tokens).reshape(ROWS, 8, 8)
+  np.testing.assert_array_equal(labels, batch['cells'].repeat(2, axis=1).repeat(2, axis=2))
+
+
+@pytest.mark.parametrize(('reduce', 'message'), [
+    ({'prompt': {'method': 'topk'}}, 'choose from vision, projector, language, cache'),
+    ({'projector': {'method': 'topk', 'keep': 4}}, 'this set has none'),
+])
+def test_reductions_in_places_that_are_not_there(reduce, message):
+  config = small(needle_config)
+  with pytest.raises(ValueError, match=message):
+    qa_task.build(config.model, reduce, NEEDLE, context=14)
+
+
+def test_a_run_trains_scores_and_goes_on(tmp_path):
+  command = [
+      sys.executable, '-c',
+      'import sys, dataclasses; from lib.data.datasets import stdlib_needle as s;'
+      'B = s.StdlibNeedle; c = [dataclasses.replace(B.BUILDER_CONFIGS[0], train=24, test=6)];'
+      'B.BUILDER_CONFIGS = c; B.builder_configs = {"64": c[0]};'
+      'import train; from lib import cli; cli.run(train.main)',
+      '--config=configs/stdlib_needle.py', f'--workdir={tmp_path / "run"}', '--compile_cache=',
+      f'--config.data.data_dir={tmp_path}', '--config.data.batch_size=4', '--config.log_steps=1',
+      '--config.optimizer.warmup_steps=1', '--config.model.lm.width=16',
+      '--config.model.lm.depth=1', '--config.model.lm.mlp=16']
+  outputs = []
+  for steps in (2, 3):
+    done = subprocess.run([*command, f'--config.total_steps={steps}'], cwd=ROOT, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs.append(done.stdout)
+  assert 'resumed at step 2 of 3' in outputs[1]
+  last = json.loads(outputs[1].splitlines()[-1])
+  assert last['step'] == 3
+  assert 0 <= last['accuracy'] <= 1
+  assert dataclasses.asdict(NEEDLE)['vocabulary'] == 258
