@@ -17,7 +17,7 @@ import sys
 from absl import flags
 from tqdm import tqdm
 
-from lib.report import tables
+from lib.report.rows import append_jsonl, read_jsonl
 from lib.runtime import cli, launch, sharding, timing
 from lib.tasks import image_sweep, qa_sweep
 
@@ -36,7 +36,7 @@ def main(argv):
   path = workdir / 'sweep.jsonl'
   wanted = list(sweep.rows())
   before = {}
-  for row in tables.read_jsonl(path) if path.exists() else []:
+  for row in read_jsonl(path) if path.exists() else []:
     before[identity(row, wanted[0])] = row
   rows = []
   for row in tqdm(wanted, disable=not sys.stderr.isatty(), unit='candidate'):
@@ -48,7 +48,7 @@ def main(argv):
       except ValueError as reason:  # A budget that this method cannot meet ends only its own row.
         known['note'] = str(reason)
       if first:
-        tables.append_jsonl(path, known)
+        append_jsonl(path, known)
     rows.append(known)
   if first:
     sweep.show(rows, workdir)

@@ -21,8 +21,8 @@ import optax
 from absl import flags, logging
 from flax import struct
 
-from lib.cost import vit as vit_cost
 from lib.runtime import checkpoint, cli, launch, metrics, sharding
+from lib.runtime.meter import Meter
 from lib.tasks import anneal, registry
 from lib.tasks import base as tasks
 from models import checkpoints as weights
@@ -159,8 +159,8 @@ def run(config, workdir, *, first):
   stop = launch.Stop(signal.SIGTERM, signal.SIGINT)
   writer = metrics.Writer(workdir, total_steps=config.total_steps, start=start, active=first)
   macs = {phase.start_step: learner.macs(phase.model) for phase in learner.phases}
-  meter = vit_cost.Meter(learner.slots, batch_size=config.data.batch_size,
-                         device=mesh.devices.flat[0], devices=mesh.size)
+  meter = Meter(learner.slots, batch_size=config.data.batch_size,
+                device=mesh.devices.flat[0], devices=mesh.size)
   scores, stopping = {}, False
   for step in range(start + 1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)

@@ -23,7 +23,8 @@ from lib import assistant
 from lib.assistant import Assistant
 from lib.tasks.qa import PLACES
 from models.backbones.vlm import Images
-from models.decoding.generator import ENDED, Generator, Sampling, Score
+from models.decoding.generator import ENDED, Generator, Score
+from models.decoding.sampling import Sampling
 
 CHUNK = 16  # Batches whose images are held at a time.
 BUCKETS = (64, 256, 512, 1024, 2048, 4096)

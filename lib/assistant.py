@@ -28,15 +28,15 @@ from lib.data.tokenizers import FILES, Chat, Tokens, Words
 from lib.tasks import qa as qa_task
 from lib.tasks import trained as runs
 from models import checkpoints
-from models.backbones import lm as language
 from models.backbones import vlm as seeing
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images
 from models.build import DTYPES
-from models.checkpoints import files
-from models.decoding.generator import Generator, fitted
+from models.checkpoints import files, lm_config, vlm_config
+from models.decoding.fitted import fitted
+from models.decoding.generator import Generator
 from models.families import LM_FAMILIES
-from models.stack import to_form
+from models.storage import to_form
 from ops.attention import pick
 
 PLACE = '<image>'
@@ -234,11 +234,11 @@ def build(config: Mapping[str, Any], **settings: Any) -> LM | VLM:
     ValueError: an architecture that is not known.
   """
   kind = config.get('model_type')
-  if kind in (*seeing.LLAVAS, *seeing.QWENS):
-    return seeing.from_config(config, tower=settings, lm=settings)
+  if kind in (*vlm_config.LLAVAS, *vlm_config.QWENS):
+    return vlm_config.from_config(config, tower=settings, lm=settings)
   if kind in LM_FAMILIES:
-    return language.from_config(config, **settings)
-  known = (*LM_FAMILIES, *seeing.LLAVAS, *seeing.QWENS)
+    return lm_config.from_config(config, **settings)
+  known = (*LM_FAMILIES, *vlm_config.LLAVAS, *vlm_config.QWENS)
   raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(known)}')
 
 

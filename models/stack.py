@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.plan import Plan
+from models.storage import _pick, _Slice, unstack
+from ops import assignments
 from ops import tokens as tk
+from ops.assignments import Assignment, Gather, Mix
 from ops.budgets import Cut
 from ops.primitives.select import ranks
 from ops.rope import Rope, order
 from ops.signals import AHEAD, FED, STATIC, Signals
-from ops.tokens import FILLER, Assignment, Gather, Mix, TokenSet
+from ops.tokens import FILLER, TokenSet
 
 Array = jax.Array
 REMAT = ('none', 'full', 'dots')
@@ -52,47 +54,6 @@ class Tap:
   read: Callable[[int, TokenSet, Signals], Any]
   starts: tuple[int, ...] = ()
   method: Any = None
-
-
-def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
-  """A [L, ...] tree as a tuple of L trees."""
-  return tuple(jax.tree.map(lambda leaf: leaf[layer], stacked) for layer in range(depth))
-
-
-def restack(layers: tuple[Any, ...]) -> Any:
-  """A tuple of L trees as one [L, ...] tree."""
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-
-
-def to_form(params: Any, form: str) -> Any:
-  """A model's parameters with the blocks of each of its stacks in a form.
-
-  Args:
-    params: of the model or of several, such as a tower and a language model, the blocks stacked.
-    form: 'stacked', which changes nothing, or 'unstacked': a tuple of layers. Decoding over a tuple
-      copies no weights.
-  """
-  if form == 'stacked' or not isinstance(params, Mapping):
-    return params
-  if 'stack' not in params:
-    return {name: to_form(part, form) for name, part in params.items()}
-  blocks = params['stack']['blocks']
-  depth = jax.tree.leaves(blocks)[0].shape[0]
-  blocks = jax.jit(unstack, static_argnums=1)(blocks, depth)
-  return {**params, 'stack': {**params['stack'], 'blocks': blocks}}
-
-
-def best_form(plan: Plan | None, *, platform: str) -> str:
-  """'stacked' or 'unstacked', whichever inference runs faster, as measured.
-
-  On CPU a run over part of the stack, or a layer alone on a slice of it, copies its weights
-  (ViT-S/16, batch 8: three cuts cost 258 ms with a tuple and 297 ms with the stack, twelve 237 and
-  336 ms); without cuts the two are equal and the stack compiles faster. A GPU copies in a scan and
-  not in static slices; a TPU in neither (read off the compiled programs).
-  """
-  if platform == 'cpu':
-    return 'unstacked' if plan and plan.cuts else 'stacked'
-  return 'stacked' if platform == 'tpu' else 'unstacked'
 
 
 class Stack(nn.Module):
@@ -446,7 +407,7 @@ def _by_place(tokens: TokenSet) -> Array:
 
 def _latest(tokens: TokenSet, reduced: TokenSet) -> Array:
   """int32[B, M(, P)]: position of the latest of the tokens of each slot; its own if it has none."""
-  place = tk.take(order(tokens.pos), jnp.maximum(tokens.owner, 0))
+  place = assignments.take(order(tokens.pos), jnp.maximum(tokens.owner, 0))
   slot = jnp.where(reduced.owner >= 0, reduced.owner, reduced.slots)
   found = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=reduced.slots))(place, slot)
   found = jnp.maximum(found, order(reduced.pos))
@@ -454,44 +415,6 @@ def _latest(tokens: TokenSet, reduced: TokenSet) -> Array:
     return found
   # Positions of several numbers follow the first one, from the slot that had it.
   own = jnp.argmax(found[:, :, None] == order(tokens.pos)[:, None], axis=2)
-  return tk.take(tokens.pos, own)
+  return assignments.take(tokens.pos, own)
 
 
-@struct.dataclass
-class _Slice:
-  """One layer's parameters, read from the stack, while their gradient goes to a slice of it.
-
-  Attributes:
-    stack: [L, ...].
-    own: the slice.
-    layer: index.
-  """
-
-  stack: Any
-  own: Any
-  layer: Any
-
-  def picked(self) -> Any:
-    """The layer's parameters."""
-    found = _pick(jax.lax.stop_gradient(self.stack), self.layer)
-    return jax.tree.map(_as_if, found, self.own)
-
-
-@jax.custom_jvp
-def _as_if(value: Array, own: Array) -> Array:
-  """A value, with the gradient of an equal one that is then never read."""
-  del own
-  return value
-
-
-@_as_if.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-  return _as_if(*primals), tangents[1]
-
-
-def _pick(weights: Any, layer: int) -> Any:
-  """One layer's parameters from either form."""
-  if isinstance(weights, tuple):
-    return weights[layer]
-  # Outside jit the leaves may be numpy's, which no traced index can read.
-  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[layer], weights)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ops.tokens import TEXT, VISUAL, TokenSet, take
+from ops.assignments import take
+from ops.tokens import TEXT, VISUAL, TokenSet
 
 Array = jax.Array
 SIDES = ('left', 'right')

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ops.assignments import take
 from ops.primitives.select import ranks, top
-from ops.tokens import TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 # Luma of red, green and blue, ITU-R BT.601.

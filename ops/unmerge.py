@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from ops import attention
-from ops.tokens import PADDING_BIAS, take
+from ops.assignments import take
+from ops.tokens import PADDING_BIAS
 
 Array = jax.Array
 

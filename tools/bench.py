@@ -27,7 +27,7 @@ from models.backbones.vit import make_vit
 from models.compressors import COMPRESSORS
 from models.plan import methods
 from models.stack import STATIC
-from ops import attention
+from ops import assignments, attention
 from ops import tokens as tk
 from ops.primitives import select
 from ops.signals import Signals
@@ -85,15 +85,15 @@ def primitives(batch, dtype, speed):
     src = np.stack([np.sort(random.permutation(slots)[:keep]) for _ in range(batch)])
     dst = random.integers(0, keep, (batch, slots))
     np.put_along_axis(dst, src, np.arange(keep)[None].repeat(batch, 0), 1)
-    merge = tk.Merge(jnp.asarray(src, jnp.int32), jnp.asarray(dst, jnp.int32),
-                     jnp.ones((batch, slots)))
+    merge = assignments.Merge(jnp.asarray(src, jnp.int32), jnp.asarray(dst, jnp.int32),
+                              jnp.ones((batch, slots)))
     x = jnp.asarray(random.normal(size=(batch, slots, width)), dtype)
     scores = jnp.asarray(random.normal(size=(batch, slots)), jnp.float32)
     found = timed({
         'apply: segment sum': (lambda m, x: m.apply(x), (merge, x)),
         'apply: one-hot product': (
             lambda m, x: jnp.einsum('bmn,bnd->bmd', m.matrix().astype(x.dtype), x), (merge, x)),
-        'apply: gather': (lambda m, x: tk.take(x, m.src), (merge, x)),
+        'apply: gather': (lambda m, x: assignments.take(x, m.src), (merge, x)),
         'select: top_k': (lambda s: select.top(s, keep), (scores,)),
         'select: argsort': (lambda s: jnp.argsort(-s, axis=1)[:, :keep], (scores,)),
     }, f'primitives {slots}')

@@ -26,7 +26,7 @@ from lib.runtime import cli, launch, sharding, timing
 from lib.tasks import image_sweep
 from models.build import build
 from models.decoding.buckets import Buckets
-from models.stack import best_form, to_form
+from models.storage import best_form, to_form
 
 SIZES = flags.DEFINE_list('sizes', None, 'Capacities in slots; four even steps if unset.')
 ROWS = flags.DEFINE_integer('rows', 8, 'Rows that share a bucket where a batch is sorted.')
@@ -66,7 +66,7 @@ def main(argv):
            'compilations': len(whole.compiled) + len(sorted_.compiled),
            'overflow': whole.overflow, **timing.machine()}
   for row in rows:
-    tables.append_jsonl(OUT.value, about | row)
+    rows.append_jsonl(OUT.value, about | row)
   print(tables.table(rows, list(rows[0])))
   print(f'{about["compilations"]} programs for buckets {whole.sizes}, '
         f'{sum(whole.compiled.values()) + sum(sorted_.compiled.values()):.1f} s of compiling; '

@@ -32,15 +32,15 @@ from absl import flags
 from configs import digit_scenes
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import lm as lm_cost
-from lib.cost import vit as vit_cost
 from lib.data.qa import Info
-from lib.report import tables
+from lib.report.rows import append_jsonl, read_jsonl
 from lib.runtime import cli, timing
+from lib.runtime.meter import floor_seconds
 from lib.tasks import qa as qa_task
 from models.backbones.lm import LM
 from models.backbones.vlm import Images
 from models.plan import make_cache_plan, make_plan
-from models.stack import to_form
+from models.storage import to_form
 from ops.rope import Rope
 from ops.tokens import SPECIAL, TEXT
 
@@ -130,8 +130,8 @@ def main(argv):
   speed = timing.device_speed(jnp.float32)
   for name in MODELS.value:
     for row in measured(name, speed):
-      tables.append_jsonl(out, row)
-  rows = list({(row['model'], row['plan']): row for row in tables.read_jsonl(out)}.values())
+      append_jsonl(out, row)
+  rows = list({(row['model'], row['plan']): row for row in read_jsonl(out)}.values())
   text = table(rows)
   out.with_suffix('.md').write_text(text)
   print(text)
@@ -172,7 +172,7 @@ def measured(name, speed):
     costs, base = lm_cost.of(case.lm, case.slots, room=ROOM), lm_cost.of(
         full.lm, full.slots, room=ROOM)
     macs = jaxpr_cost.count(case.first, params, *case.inputs).total
-    floors = [1e3 * vit_cost.floor_seconds(work, moved, peak_flops=speed[0], bandwidth=bandwidth)
+    floors = [1e3 * floor_seconds(work, moved, peak_flops=speed[0], bandwidth=bandwidth)
               for work, moved in ((macs, held), (costs.decode_macs, held + costs.allocated_bytes))]
     memory = programs[plan].run.memory_analysis()
     row = {'model': name, 'plan': plan, 'dtype': 'float32', 'batch': 1, 'slots': case.slots,

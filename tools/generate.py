@@ -42,7 +42,8 @@ from lib.runtime import cli
 from lib.tasks.qa import PLACES
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
-from models.decoding.generator import Generator, Sampling, padded
+from models.decoding.generator import Generator
+from models.decoding.sampling import Sampling, padded
 
 MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a checkpoint.")
 IMAGES = flags.DEFINE_multi_string('image', [], 'An image file; several in the order of the text.')

@@ -26,14 +26,14 @@ from ml_collections import ConfigDict
 
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
-from lib.report import tables
+from lib.report.rows import append_jsonl, read_jsonl
 from lib.runtime import cli, launch, sharding
 from lib.tasks import base as tasks
 from lib.tasks import image_sweep
 from models.backbones.vit import ViT
 from models.build import build
 from models.compressors import COMPRESSORS
-from models.stack import best_form, to_form
+from models.storage import best_form, to_form
 
 FOLDER = pathlib.Path('configs/reproduce')
 WORKDIR = 'runs/reproduce'
@@ -102,11 +102,11 @@ def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
     return '\n'.join([*lines, *(f'    missing: {what}' for what in lacks)])
   path = workdir / 'rows.jsonl'
   settings = config.to_json_best_effort(sort_keys=True)
-  known = {row['settings']: row for row in tables.read_jsonl(path)} if path.exists() else {}
+  known = {row['settings']: row for row in read_jsonl(path)} if path.exists() else {}
   found = known.get(settings)
   if found is None:
     found = {'name': name, **accuracies(name, config, workdir), 'settings': settings}
-    tables.append_jsonl(path, found)
+    append_jsonl(path, found)
   for key, measured in found.items():
     if key in ('top1', 'unreduced_top1'):
       printed = expected.get(key)

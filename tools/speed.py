@@ -56,12 +56,13 @@ from tqdm import tqdm
 
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
-from lib.report import tables
+from lib.report.rows import append_jsonl, read_jsonl
 from lib.runtime import cli, timing
+from lib.runtime.meter import floor_seconds
 from models.backbones.vit import make_vit
 from models.plan import Plan, make_plan, methods
-from models.stack import best_form, to_form
-from ops import attention
+from models.storage import best_form, to_form
+from ops import assignments, attention
 from ops import tokens as tk
 from ops.signals import Signals, measure, measure_map
 
@@ -104,7 +105,7 @@ class Asked:
 
   tokens: tk.TokenSet
   signals: Signals
-  answer: tk.Assignment | dict[str, jax.Array]
+  answer: assignments.Assignment | dict[str, jax.Array]
   layer: int = struct.field(pytree_node=False)
   keep: int | None = struct.field(pytree_node=False, default=None)
 
@@ -183,7 +184,7 @@ class Slicing:
     if self.joins:
       return Slice(keep, *tokens.x.shape[1::-1])
     # Inside attention a Gather tells that the values need not be made anew.
-    return tk.Gather(Slice(keep, *tokens.x.shape[1::-1]).src, tokens.slots)
+    return assignments.Gather(Slice(keep, *tokens.x.shape[1::-1]).src, tokens.slots)
 
 
 def told(needs, signals):
@@ -256,7 +257,7 @@ def parts(plan, stack, asked):
       reduced = tk.reduce(one.tokens, one.answer)
       # Who owns what is for those who ask afterwards: the model's answer does not need it.
       made.append(reduced.replace(owner=None))
-      if inside and isinstance(one.answer, tk.Gather):
+      if inside and isinstance(one.answer, assignments.Gather):
         made.append(tk.regroup(one.answer, one.signals.attention))
       elif inside:
         # As tk.attend does around the product with the values, which counts as the block's.
@@ -345,8 +346,8 @@ def taken_apart(times, pieces, ratio, speed):
   return row | {
       'rest_ms': whole - times['slice'].median_ms - sum(spent.values()),
       'own_gflops': 2 * macs / 1e9, 'own_mbytes': moved / 1e6,
-      'floor_ms': 1e3 * vit_cost.floor_seconds(macs, moved, peak_flops=speed[0],
-                                               bandwidth=speed[1])}
+      'floor_ms': 1e3 * floor_seconds(macs, moved, peak_flops=speed[0],
+                                      bandwidth=speed[1])}
 
 
 def floor(function, args):
@@ -372,7 +373,7 @@ def main(argv):
   names = METHODS.value or [name for name in methods(vit.host) if name != 'none']
   wanted = [(name, schedule, int(batch)) for batch in BATCHES.value for name in names
             for schedule in SCHEDULES if schedule == '3 cuts' or name in EVERY_LAYER.value]
-  rows = newest(tables.read_jsonl(out) if out.exists() else [])
+  rows = newest(read_jsonl(out) if out.exists() else [])
   missing = [key for key in wanted if AGAIN.value or (VARIANT.value, *key) not in rows]
   if missing:
     speed = timing.device_speed(dtype)
@@ -386,10 +387,10 @@ def main(argv):
       images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3), dtype)
       bases = {batch: (timing.ready(*forward(vit, None, trained, images)).call, images)}
     row = measured(vit, trained, name, schedule, batch, bases[batch], slices, speed)
-    tables.append_jsonl(out, row | {'dtype': jnp.dtype(dtype).name,
-                                    'device_gflops': round(speed[0] / 1e9, 1),
-                                    'device_gbytes': round(speed[1] / 1e9, 1)})
-  rows = newest(tables.read_jsonl(out))
+    append_jsonl(out, row | {'dtype': jnp.dtype(dtype).name,
+                             'device_gflops': round(speed[0] / 1e9, 1),
+                             'device_gbytes': round(speed[1] / 1e9, 1)})
+  rows = newest(read_jsonl(out))
   text = table([row for key, row in rows.items() if key[0] == VARIANT.value])
   out.with_suffix('.md').write_text(text)
   print(text)

@@ -32,14 +32,15 @@ import train
 from configs.common import reduction
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
-from lib.report import tables
+from lib.report import plots, tables
+from lib.report.rows import append_jsonl, read_jsonl
 from lib.runtime import cli, launch, sharding, timing
 from lib.tasks import base as tasks
 from lib.tasks import image_sweep
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.plan import methods
-from models.stack import best_form, to_form
+from models.storage import best_form, to_form
 
 UNTRAINED = 'its own parameters are untrained'
 
@@ -79,7 +80,7 @@ def main(argv):
 def study(config, workdir):
   """All rows of a study, made or read, and its report."""
   path = pathlib.Path(f'{config.study.results}.jsonl')
-  rows = tables.read_jsonl(path) if path.exists() else []
+  rows = read_jsonl(path) if path.exists() else []
   known = {row_key(row) for row in rows}
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   trained = {seed: unreduced(config, workdir / f'seed_{seed}', seed, mesh)
@@ -88,7 +89,7 @@ def study(config, workdir):
     missing = [seed for seed in config.study.seeds if entry.key(seed) not in known]
     if missing:
       for row in measured(entry, {seed: trained[seed] for seed in missing}, mesh):
-        tables.append_jsonl(path, row)
+        append_jsonl(path, row)
         rows.append(row)
   wanted = {entry.key(seed) for entry in entries(config) for seed in config.study.seeds}
   rows = [row for row in rows if row_key(row) in wanted]
@@ -428,14 +429,14 @@ def draw(axes, rows, score, wanted):
   for row in rows:
     lines.setdefault(row['method'], []).append(row)
   whole = lines.pop('none', [])
-  colours = tables.COLOURS
+  colours = plots.COLOURS
   ends = {}
   for number, (name, line) in enumerate(lines.items()):
     line = sorted(line + (whole if len(line) > 1 else []), key=lambda row: row['gmacs'])
     base = name in wanted.baselines
     style = {'color': 'black' if base else colours[number % len(colours)],
              'linestyle': '--' if base else '-', 'linewidth': 1.6 if base else 1.1,
-             'marker': list(tables.MARKERS)[number % len(tables.MARKERS)], 'markersize': 4}
+             'marker': list(plots.MARKERS)[number % len(plots.MARKERS)], 'markersize': 4}
     x, y = [1e3 * row['gmacs'] for row in line], [ordinate(row, score) for row in line]
     axes.plot(x, y, **style)
     ends[name] = x[0], y[0], style['color']
@@ -459,7 +460,7 @@ def draw(axes, rows, score, wanted):
   names = list(ends)
   gap = min(11 * axes.figure.dpi / 72, (high - low) / (len(names) + 1))
   wanted_heights = [to_screen.transform(ends[name][:2])[1] for name in names]
-  heights = tables.spread(wanted_heights, gap, low + gap / 2, high - gap / 2)
+  heights = plots.spread(wanted_heights, gap, low + gap / 2, high - gap / 2)
   start = axes.bbox.x0 + 6
   for name, height in zip(names, heights, strict=True):
     x, y, colour = ends[name]

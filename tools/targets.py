@@ -35,7 +35,7 @@ from lib.tasks.image import loss
 from models.backbones.vit import make_vit
 from models.build import build
 from models.plan import make_method, methods
-from models.stack import best_form, to_form
+from models.storage import best_form, to_form
 
 TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.')
 METHODS = flags.DEFINE_list('methods', None, 'Which methods; all by default.')
@@ -71,7 +71,7 @@ def main(argv):
       print(json.dumps(row), flush=True)
     found[target] = {'machine': timing.machine(), 'model': 'ViT-B/16, bfloat16, 224 px',
                      'rows_a_device': ROWS_A_DEVICE, 'rows': rows}
-    tables.update_json(pathlib.Path(OUT.value), found)
+    rows.update_json(pathlib.Path(OUT.value), found)
   rows = [row for target in TARGETS.value for row in found[target]['rows']]
   print(tables.table(rows, COLUMNS))
   faults = [row for row in rows if row['fault']]

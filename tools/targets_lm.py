@@ -45,9 +45,10 @@ from lib.cost.topology import MEMORY_GB, count, missing, topology_mesh
 from lib.report import tables
 from lib.runtime import cli, sharding, timing
 from lib.tasks import qa as qa_task
-from models.backbones.vlm import Images, make_vlm
+from models.backbones.vlm import Images
+from models.checkpoints.vlm_config import make_vlm
 from models.plan import make_plan
-from models.stack import to_form
+from models.storage import to_form
 from ops.attention import pick
 from train import State, decayed
 
@@ -96,7 +97,7 @@ def main(argv):
       found.append(row)
       print(json.dumps(row), flush=True)
     rows += found
-    tables.update_json(OUT.value, {target: {
+    rows.update_json(OUT.value, {target: {
         'machine': timing.machine(), 'model': 'LLaVA-1.5-7B, bfloat16', 'slots': SLOTS,
         'visual': VISUAL, 'room': ROOM, 'rows': found}})
   print(tables.table([row | {'collectives': _short(row['collectives'])} for row in rows], COLUMNS))

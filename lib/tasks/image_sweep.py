@@ -13,14 +13,14 @@ from flax import struct
 
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
-from lib.report import overlay, tables
+from lib.report import overlay, plots, tables
 from lib.runtime import checkpoint, sharding, timing
 from lib.tasks import base as tasks
 from models import checkpoints
 from models.build import build, pretrained
 from models.compressors import COMPRESSORS
 from models.plan import methods
-from models.stack import best_form, to_form
+from models.storage import best_form, to_form
 
 
 @struct.dataclass
@@ -124,7 +124,7 @@ class Sweep:
                      'high_ms': full / row['speedup_low']} for row in ready]
     for axis, drawn, file in (('gmacs', ready, f'{score}_cost.png'),
                               ('median_ms', steady, f'{score}_latency.png')):
-      print(tables.plot_accuracy_cost(
+      print(plots.plot_accuracy_cost(
           drawn, workdir / file, title=sweep.title, cost=axis, score=score,
           baselines=tuple(sweep.baselines), reference='none'))
     self._pictures(workdir / 'overlays')

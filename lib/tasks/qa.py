@@ -28,9 +28,10 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM, Images, at_door
 from models.build import DTYPES
 from models.plan import make_cache_plan, make_plan
+from ops.assignments import take
 from ops.attention import pick
 from ops.rope import Rope
-from ops.tokens import TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 PLACES = ('vision', 'projector', 'language', 'cache')

@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 from lib.cost import lm as lm_cost
 from lib.cost import vit as vit_cost
 from lib.data import qa as qa_data
-from lib.report import tables
+from lib.report import plots, tables
 from lib.runtime import checkpoint, sharding, timing
 from lib.tasks import base as tasks
 from lib.tasks import qa as qa_task
 from models.backbones.lm import LM
-from models.stack import to_form
+from models.storage import to_form
 
 TENTHS = tuple(f'{10 * tenth} %' for tenth in range(10))
 
@@ -120,12 +120,12 @@ class Sweep:
         drawn |= {f'_{kind}': [row | {'accuracy': row['by'][kind]} for row in mine]
                   for kind in self._info[name].kinds}
       for suffix, chosen in drawn.items():
-        print(tables.plot_accuracy_cost(
+        print(plots.plot_accuracy_cost(
             chosen, workdir / f'accuracy_{stem}{suffix}.png', cost='kept_mean',
             title=f'{sweep.title}{suffix.replace("_", ": ", 1).replace("_", " ")}',
             baselines=tuple(sweep.baselines), reference='none'))
     if not all(one.kinds for one in self._info.values()):
-      print(tables.heat_maps(recall(good), workdir / 'recall.png', title=sweep.title))
+      print(plots.heat_maps(recall(good), workdir / 'recall.png', title=sweep.title))
 
   def _data(self, name, context):
     data = ConfigDict(self.config.data.to_dict())

@@ -44,10 +44,7 @@ vocabulary, S slots of a cache, F MLP width, P numbers in a position.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -56,15 +53,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import sharded_attention
-from models.families import LM_FAMILIES, LMS
 from models.plan import POSITIONS, Host, Plan
 from models.stack import BATCH_AXES, Stack, Tap
 from ops import attention, kv_cache
+from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache
 from ops.rope import Rope, order
 from ops.signals import STATIC, Signals, measure
-from ops.tokens import TEXT, TokenSet, key_bias, take
+from ops.tokens import TEXT, TokenSet, key_bias
 
 Array = jax.Array
 
@@ -518,114 +515,3 @@ def _starts(plan: Plan | None) -> tuple[int, ...]:
   return tuple(layer for layer in range(1, depth) if size(layer) != size(layer - 1))
 
 
-def make_lm(variant: str, **overrides: Any) -> LM:
-  """A language model by name, one of models/families.py.
-
-  Args:
-    variant: as 'llama2_7b'.
-    **overrides: fields of LM that differ.
-
-  Raises:
-    ValueError: for an unknown name, or a field that LM does not have.
-  """
-  if variant not in LMS:
-    near = difflib.get_close_matches(variant, LMS, n=1)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
-    raise ValueError(f'variant {variant!r} is unknown{hint}: choose one of {", ".join(LMS)}, or '
-                     "read a checkpoint's config.json with from_config")
-  return from_config(LMS[variant], **overrides)
-
-
-def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
-  """The model that a checkpoint's config.json describes (as the transformers library writes it).
-
-  Args:
-    config: the file's content; a vision-language model's has the part that counts here under
-      'text_config'.
-    **overrides: fields of LM that differ.
-
-  Raises:
-    ValueError: an architecture that is not known, or settings of a known one that are not; or a
-      field that LM does not have.
-  """
-  config = config.get('text_config') or config
-  kind = config.get('model_type')
-  if kind not in LM_FAMILIES:
-    raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(LM_FAMILIES)}')
-  get = {**LM_FAMILIES[kind], **config}.get
-  if get('hidden_act', 'silu') != 'silu':
-    raise ValueError(f'hidden_act={get("hidden_act")!r} is unknown: these models gate with silu')
-  for name in ('mlp_bias', 'attention_bias'):
-    if get(name):
-      raise ValueError(f'{name}={get(name)!r} is unknown here: no checkpoint of a known family has '
-                       'it')
-  heads = get('num_attention_heads')
-  head_width = get('head_dim') or get('hidden_size') // heads
-  settings = {
-      'vocabulary': get('vocab_size'), 'width': get('hidden_size'),
-      'depth': get('num_hidden_layers'), 'mlp': get('intermediate_size'), 'heads': heads,
-      'kv_heads': get('num_key_value_heads') or heads, 'head_width': head_width,
-      'context': get('max_position_embeddings'), 'tied': bool(get('tie_word_embeddings')),
-      'rope': _rope(config, get, head_width), 'window': _window(get),
-      'qkv_bias': get('qkv_bias', False), 'qk_norm': get('qk_norm', False),
-      'norm_eps': get('rms_norm_eps')}
-  fields = [f.name for f in dataclasses.fields(LM) if f.name not in ('parent', 'name')]
-  for key in overrides:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f' (did you mean {near[0]!r}?)' if near else ''
-      raise ValueError(f'an LM has no setting {key!r}{hint}: choose from {", ".join(fields)}')
-  return LM(**(settings | overrides))
-
-
-def _window(get: Any) -> int:
-  """The sliding window, 0 for none.
-
-  Raises:
-    ValueError: for a window in some layers only.
-  """
-  window = get('sliding_window') or 0
-  if not window or get('use_sliding_window') is False:
-    return 0
-  kinds = set(get('layer_types') or ())
-  if 'max_window_layers' in LM_FAMILIES[get('model_type')] and not kinds:
-    full = min(get('max_window_layers'), get('num_hidden_layers'))
-    kinds = ({'full_attention'} if full else set()) | (
-        {'sliding_attention'} if full < get('num_hidden_layers') else set())
-  if kinds == {'full_attention'}:
-    return 0
-  if len(kinds) > 1:
-    raise ValueError('a sliding window in some layers only is unknown here: set sliding_window '
-                     'to None if no prompt is longer, or choose another checkpoint')
-  return window
-
-
-def _rope(config: Mapping[str, Any], get: Any, head_width: int) -> Rope:
-  """The rotations, from either form of config: `rope_parameters`, or theta and `rope_scaling`."""
-  given = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
-  kind = given.get('rope_type') or given.get('type') or 'default'
-  settings = {'width': head_width,
-              'theta': float(given.get('rope_theta') or get('rope_theta'))}
-  sections = tuple(given.get('mrope_section') or ())
-  if sections:
-    settings |= {'sections': sections,
-                 'spread': 'interleaved' if given.get('mrope_interleaved') else 'blocks'}
-  if {get('partial_rotary_factor'), given.get('partial_rotary_factor')} - {None, 1.0}:
-    raise ValueError('partial_rotary_factor is unknown here: whole heads are rotated')
-  if kind in ('default', 'mrope'):
-    return Rope(**settings)
-  names = {'linear': {'factor': 'factor'},
-           'llama3': {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',
-                      'original': 'original_max_position_embeddings'},
-           'yarn': {'factor': 'factor', 'original': 'original_max_position_embeddings',
-                    'fast': 'beta_fast', 'slow': 'beta_slow', 'temperature': 'attention_factor',
-                    'rounded': 'truncate'}}
-  if kind not in names:
-    raise ValueError(f'RoPE scaling {kind!r} is unknown: known are default, {", ".join(names)}')
-  if given.get('mscale') or given.get('mscale_all_dim'):
-    raise ValueError("mscale is unknown here: no family's RoPE scaling has it")
-  found = {ours: given[theirs] for ours, theirs in names[kind].items()
-           if given.get(theirs) is not None}
-  if kind == 'yarn':
-    found.setdefault('original', get('max_position_embeddings'))
-  return Rope(**settings, scaling=kind, **found)

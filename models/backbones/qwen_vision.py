@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from models.backbones.vit import ACTIVATIONS, OFFERS, Block, dense, layer_norm
+from models.backbones.vit import OFFERS, Block
 from models.backbones.windows import Windows, WindowStack
+from models.blocks import ACTIVATIONS, dense, layer_norm
 from models.plan import Host, Plan
 from models.stack import Stack
 from ops import tokens as tk

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from models.backbones.vit import ACTIVATIONS, OFFERS, Block, layer_norm
+from models.backbones.vit import OFFERS, Block
+from models.blocks import ACTIVATIONS, layer_norm
 from models.plan import Host, Plan
 from models.stack import Stack
-from ops.tokens import SPECIAL, TEXT, TokenSet, take
+from ops.assignments import take
+from ops.tokens import SPECIAL, TEXT, TokenSet
 
 Array = jax.Array
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from models import sharded_attention
 from models.backbones.windows import Windows, WindowStack
+from models.blocks import ACTIVATIONS, Heads, dense, hidden_features, layer_norm
 from models.families import NAMED, SIZES
 from models.plan import Host, Plan
 from models.stack import Stack
@@ -38,51 +39,8 @@ Mixer = Callable[[Array], Array]
 POSITIONS = ('learned', 'sincos')
 POOLS = ('cls', 'mean', 'cls_mean', 'map')
 LAST_NORMS = ('tokens', 'pooled')
-# 'swiglu' gates: silu of one half of a twice as wide fc1, times the other (arXiv:2002.05202).
-ACTIVATIONS = {
-    'gelu': functools.partial(nn.gelu, approximate=False),
-    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
-    'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
-    'swiglu': lambda x: nn.silu(x[..., 0, :]) * x[..., 1, :],
-}
 OFFERS = frozenset({'keys', 'queries', 'values', 'received_attention', 'attention',
                     'next_received_attention', 'hidden', 'grid', 'layer', 'depth', 'slots'})
-
-
-class Heads(nn.Module):
-  """Projects features to queries, keys and values of all heads in one product."""
-
-  heads: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array, *, first: int = 0, last: int = 3) -> tuple[Array, ...]:
-    """float[B, N, D] -> projections first to last - 1 of (q, k, v), each float[B, N, H, d]."""
-    width = x.shape[-1]
-    shape = (width, 3, self.heads, width // self.heads)
-    kernel = self.param('kernel', nn.initializers.xavier_uniform(in_axis=0, out_axis=(1, 2, 3)),
-                        shape)
-    bias = self.param('bias', nn.initializers.zeros, shape[1:])
-    kernel, bias = (jnp.asarray(w[..., first:last, :, :], self.dtype) for w in (kernel, bias))
-    out = jnp.einsum('bnd,dkhe->bnkhe', x.astype(self.dtype), kernel) + bias[None, None]
-    return tuple(out[:, :, i] for i in range(last - first))
-
-
-def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
-  """The norm of every backbone here: in float32, with the variance as defined."""
-  return nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
-
-
-def dense(features: int | tuple[int, ...], dtype: Any, *, axis: int | tuple[int, ...] = -1,
-          name: str | None = None) -> nn.DenseGeneral:
-  """A product as the blocks have it."""
-  return nn.DenseGeneral(features, axis=axis, dtype=dtype, name=name,
-                         kernel_init=nn.initializers.xavier_uniform())
-
-
-def hidden_features(mlp: int, activation: str) -> int | tuple[int, int]:
-  """What an MLP's first product makes: two halves where the activation gates."""
-  return (2, mlp) if activation == 'swiglu' else mlp
 
 
 class Block(nn.Module):

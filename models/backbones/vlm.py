@@ -21,8 +21,6 @@ of the language model, W of the tower, S side of a crop, H heads.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -33,24 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from models.backbones import lm as language
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
-from models.backbones.vit import ACTIVATIONS, ViT, dense
-from models.families import VLMS
+from models.backbones.vit import ViT
+from models.blocks import dense
 from models.plan import Host, Plan, make_plan
+from models.projector import ACROSS, FROM_TOWER, ORDERS, Door, Listen, Projector, _through
+from ops import assignments
 from ops import tokens as tk
-from ops.reducers.base import Reducer
-from ops.signals import Signals
+from ops.assignments import take
 from ops.splice import Visual, splice
-from ops.tokens import TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
-
-# What the door may ask of the tower's last layer; attention is stored with tokens in front.
-FROM_TOWER = ('keys', 'queries', 'values', 'cls_attention', 'received_attention')
-ACROSS = ('image', 'prompt')
-ORDERS = ('raster', 'method')
 
 
 @struct.dataclass
@@ -80,60 +73,6 @@ class Images:
     """C, I and V: all that shapes say of what reads them; V is 0 for one image a crop."""
     crops = self.pixels.shape[1]
     return (crops, *self.index.shape[1:3]) if self.index is not None else (crops, crops, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Listen(Reducer):
-  """Cuts nothing: it keeps what a layer of the tower told for the door.
-
-  Attributes:
-    wanted: names in `FROM_TOWER`.
-  """
-
-  wanted: frozenset[str] = frozenset()
-
-  @property
-  def watch_needs(self) -> frozenset[str]:
-    """What it keeps."""
-    return self.wanted
-
-  def watch(self, tokens: TokenSet, signals: Signals) -> dict[str, Array]:
-    """{name: [B, N, ...]}."""
-    del tokens
-    found = {name: getattr(signals, name) for name in self.wanted}
-    return {f'tower_{name}': jnp.swapaxes(value, 1, 2) if 'attention' in name else value
-            for name, value in found.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Door:
-  """A reduction of visual tokens between the projector and the language model.
-
-  Attributes:
-    plan: with one cut, of 'layer' 0.
-    across: 'image', every image for itself, or 'prompt', one pool of all images of a row.
-    order: of what is left: 'raster', by the place of each token's anchor, or the 'method's own.
-    grid: (rows, columns) of the tokens, None where they are no grid.
-  """
-
-  plan: Plan
-  across: str = 'image'
-  order: str = 'raster'
-  grid: tuple[int, int] | None = None
-
-
-class Projector(nn.Module):
-  """Two products with an activation between them (arXiv:2310.03744, Sec. 3.2)."""
-
-  width: int
-  activation: str
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """float[..., W] -> float[..., D]."""
-    x = dense(self.width, self.dtype, name='fc1')(x)
-    return dense(self.width, self.dtype, name='fc2')(ACTIVATIONS[self.activation](x))
 
 
 class VLM(nn.Module):
@@ -338,7 +277,7 @@ def _patches(tokens: TokenSet, special: int) -> TokenSet:
     return tokens
   index = jnp.broadcast_to(jnp.arange(special, tokens.slots, dtype=jnp.int32),
                            (len(tokens.x), tokens.slots - special))
-  left = tk.reduce(tokens, tk.Gather(index, tokens.slots))
+  left = tk.reduce(tokens, assignments.Gather(index, tokens.slots))
   return left.replace(owner=left.owner[:, special:], protected=0)
 
 
@@ -367,59 +306,6 @@ def _left(tokens: TokenSet, index: Array, weight: Array, batch: int,
     there &= take(tokens.valid.reshape(batch, -1), here)
   weight = jnp.where(there.reshape(weight.shape), weight, 0.0)
   return here.reshape(index.shape), weight
-
-
-def _through(door: Door, visual: Visual) -> tuple[Visual, int | None, TokenSet | None]:
-  """Visual tokens after the door, slots of a pool of all, and who was joined with whom."""
-  batch, images, each = visual.x.shape[:3]
-  across = images if door.across == 'prompt' else 1
-  slots = across * each
-  cut = door.plan.cut(0)
-  if cut is None:
-    return visual, None, None
-  if slots != cut.slots:
-    raise ValueError(f'the door was made for {cut.slots} visual tokens and gets {slots}: make it '
-                     'anew with at_door(..., slots=...)')
-
-  def pooled(values: Array) -> Array:
-    return values.reshape(-1, slots, *values.shape[3:])
-
-  group = jnp.broadcast_to(jnp.arange(images, dtype=jnp.int32)[None, :, None],
-                           (batch, images, each))
-  told = {name.removeprefix('tower_'): pooled(value) for name, value in visual.stats.items()
-          if name.startswith('tower_')}
-  told = {name: jnp.swapaxes(value, 1, 2) if 'attention' in name else value
-          for name, value in told.items()}
-  stats = {name: pooled(value) for name, value in visual.stats.items()
-           if not name.startswith('tower_')}
-  tokens = TokenSet.create(pooled(visual.x), stats=stats | {'image': pooled(group)},
-                           valid=None if visual.valid is None else pooled(visual.valid))
-  method = door.plan.method
-  known = Signals(layer=0, depth=1, slots=slots, grid=door.grid, **told)
-  with jax.named_scope('reduction'):
-    assignment = tk.decide(method, tokens, known, keep=cut.keep)
-    reduced = tk.reduce(tokens, assignment)
-  if door.order == 'raster':
-    place = jnp.where(reduced.real, reduced.pos, slots)
-    order = jnp.argsort(place, axis=1, stable=True).astype(jnp.int32)
-    reduced = tk.reduce(reduced, tk.Gather(order, reduced.slots))
-  left = reduced.slots
-  stats = {name: value.reshape(batch, images // across, left, *value.shape[2:])
-           for name, value in reduced.stats.items()}
-  x = reduced.x.reshape(batch, images // across, left, -1)
-  valid = None if reduced.valid is None else reduced.valid.reshape(x.shape[:3])
-  number = stats.pop('image')
-  if across == 1:
-    return visual.replace(x=x, valid=valid, stats=stats), None, reduced
-  # Every image gets all slots of the pool, and holds those that are its own.
-  own = number == jnp.arange(images, dtype=jnp.int32)[None, :, None]
-  own = own if valid is None else own & valid
-
-  def spread(values: Array) -> Array:
-    return jnp.broadcast_to(values, (batch, images, *values.shape[2:]))
-
-  return visual.replace(x=spread(x), valid=own,
-                        stats={name: spread(value) for name, value in stats.items()}), left, reduced
 
 
 def at_door(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
@@ -465,116 +351,4 @@ def at_door(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
 
 # Families.
 
-# What a config.json may leave out.
-_LLAMA = {'model_type': 'llama', 'hidden_size': 4096, 'intermediate_size': 11008,
-          'num_hidden_layers': 32, 'num_attention_heads': 32, 'vocab_size': 32000}
-_TOWERS = {
-    'clip_vision_model': {'norm_eps': 1e-5, 'activation': 'quick_gelu', 'pre_norm': True,
-                          'patch_bias': False},
-    'siglip_vision_model': {'class_token': False, 'activation': 'gelu_tanh'},
-}
-_ACTS = {'quick_gelu': 'quick_gelu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh',
-         'silu': 'swiglu'}
-LLAVAS = ('llava', 'llava_next', 'llava_onevision')
-QWENS = ('qwen2_vl', 'qwen2_5_vl')
 
-
-def from_config(config: Mapping[str, Any], *, grid: tuple[int, int] = (32, 32),
-                tower: Mapping[str, Any] | None = None,
-                lm: Mapping[str, Any] | None = None) -> VLM:
-  """The model that a checkpoint's config.json describes (as the transformers library writes it).
-
-  Args:
-    config: the file's content.
-    grid: for the Qwen families, rows and columns of patches that every image must fit into.
-    tower, lm: fields of the tower and of LM that differ.
-
-  Raises:
-    ValueError: an architecture that is not known, or settings of a known one that are not.
-  """
-  kind = config.get('model_type')
-  if kind in LLAVAS:
-    return _llava(config, kind, dict(tower or {}), dict(lm or {}))
-  if kind in QWENS:
-    return _qwen(config, kind, grid, dict(tower or {}), dict(lm or {}))
-  raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join((*LLAVAS, *QWENS))}')
-
-
-def make_vlm(variant: str, **settings: Any) -> VLM:
-  """A vision-language model by name, one of `VLMS` in models/families.py.
-
-  Args:
-    variant: as 'llava1.5_7b'.
-    **settings: what else `from_config` takes.
-
-  Raises:
-    ValueError: for an unknown name.
-  """
-  if variant not in VLMS:
-    near = difflib.get_close_matches(variant, VLMS, n=1)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
-    raise ValueError(f'variant {variant!r} is unknown{hint}: choose one of {", ".join(VLMS)}, or '
-                     "read a checkpoint's config.json with from_config")
-  return from_config(VLMS[variant], **settings)
-
-
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The config.json of the language model in that of a vision-language model."""
-  if not config:
-    return {}
-  text = dict(config.get('text_config') or {})
-  if config.get('model_type') in QWENS:
-    return (text or dict(config)) | {'model_type': 'qwen2'}
-  return _LLAMA | text if text.get('model_type', 'llama') == 'llama' else text
-
-
-def _llava(config: Mapping[str, Any], kind: str, tower: dict[str, Any],
-           lm: dict[str, Any]) -> VLM:
-  seen, text = config['vision_config'], text_config(config)
-  family = seen.get('model_type', 'clip_vision_model')
-  if family not in _TOWERS:
-    raise ValueError(f'vision tower {family!r} is unknown: known are {", ".join(_TOWERS)}')
-  depth = seen['num_hidden_layers']
-  feature = config.get('vision_feature_layer', -1 if kind == 'llava_onevision' else -2)
-  strategy = config.get('vision_feature_select_strategy',
-                        'full' if kind == 'llava_onevision' else 'default')
-  special = _TOWERS[family].get('class_token', True)
-  if not isinstance(feature, int) or (strategy == 'default') != special:
-    raise ValueError(f'vision_feature_layer={feature} with vision_feature_select_strategy='
-                     f'{strategy!r} is unknown here: one layer, without its [CLS] token if any')
-  last = depth + 1 + feature if feature < 0 else feature
-  settings = {
-      'width': seen['hidden_size'], 'depth': depth, 'mlp': seen['intermediate_size'],
-      'heads': seen['num_attention_heads'], 'patch': seen['patch_size'],
-      'image_size': seen['image_size'] // seen['patch_size'] * seen['patch_size'],
-      'num_classes': 0, 'layers': (0, last), **_TOWERS[family]}
-  if seen.get('hidden_act'):
-    settings['activation'] = _ACTS[seen['hidden_act']]
-  if last == depth:
-    # The features are those before the last norm: it stands aside, over a mean that nobody reads.
-    settings |= {'layers': None, 'pool': 'mean', 'last_norm': 'pooled'}
-  token = config.get('image_token_id', config.get('image_token_index', 32000))
-  return VLM(ViT(**(settings | tower)), language.from_config(text, **lm), token,
-             _ACTS[config.get('projector_hidden_act', 'gelu')], newline=kind != 'llava')
-
-
-def _qwen(config: Mapping[str, Any], kind: str, grid: tuple[int, int], tower: dict[str, Any],
-          lm: dict[str, Any]) -> VLM:
-  seen, text = config['vision_config'], text_config(config)
-  settings = {'depth': seen.get('depth', 32), 'heads': seen.get('num_heads', 16), 'grid': grid,
-              'patch': seen.get('patch_size', 14), 'temporal': seen.get('temporal_patch_size', 2),
-              'merge': seen.get('spatial_merge_size', 2)}
-  if kind == 'qwen2_vl':
-    width = seen.get('embed_dim', 1280)
-    settings |= {'width': width, 'mlp': int(width * seen.get('mlp_ratio', 4)),
-                 'projection': seen.get('hidden_size', 3584),
-                 'activation': _ACTS[seen.get('hidden_act', 'quick_gelu')]}
-  else:
-    settings |= {'width': seen.get('hidden_size', 1280), 'norm': 'rms', 'activation': 'swiglu',
-                 'mlp': seen.get('intermediate_size', 3420),
-                 'projection': seen.get('out_hidden_size', 3584),
-                 'window': seen.get('window_size', 112) // settings['patch'],
-                 'whole_layers': tuple(seen.get('fullatt_block_indexes', (7, 15, 23, 31)))}
-  model = language.from_config(text, **lm)
-  return VLM(QwenVision(**(settings | tower)), model, config.get('image_token_id', 151655),
-             projection='')

@@ -24,10 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.stack import Stack, Tap
+from ops import assignments
 from ops import tokens as tk
+from ops.assignments import Assignment
 from ops.budgets import Cut
 from ops.signals import NAMES, Signals
-from ops.tokens import Assignment, TokenSet
+from ops.tokens import TokenSet
 
 Array = jax.Array
 
@@ -81,7 +83,7 @@ class Windows:
     """Fresh tokens with their patches in window order: raster order within raster order."""
     order = np.concatenate([np.arange(self.special), self.special + self._raster().reshape(-1)])
     src = jnp.broadcast_to(jnp.asarray(order, jnp.int32), tokens.x.shape[:2])
-    return tk.reduce(tokens, tk.Gather(src, tokens.slots))
+    return tk.reduce(tokens, assignments.Gather(src, tokens.slots))
 
   def fold(self, tokens: TokenSet) -> TokenSet:
     """Tokens in window order [B, N] -> a row a window, [B * W, n]; pos and owner become its own."""

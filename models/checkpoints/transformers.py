@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.backbones import vlm as vlm_backbone
 from models.backbones.clip import Clip
-from models.backbones.lm import LM, from_config
+from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
+from models.checkpoints import vlm_config
 from models.checkpoints.layout import Layout
+from models.checkpoints.lm_config import from_config
 
 _EMBED = {
     'cls': 'embeddings.cls_token',
@@ -187,7 +188,7 @@ def check_config(model: Any, config: Mapping[str, Any]) -> None:
     return
   if isinstance(model, VLM):
     check_config(model.tower, config)
-    _check_language(model.lm, vlm_backbone.text_config(config))
+    _check_language(model.lm, vlm_config.text_config(config))
     return
   if isinstance(model, Clip):
     check_config(model.image, config.get('vision_config') or {})

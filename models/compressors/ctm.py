@@ -6,10 +6,11 @@ Axes: B batch, N slots now, M slots after, D features.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ops.assignments import Assignment
 from ops.reducers.base import Reducer
 from ops.reducers.vision.dpcknn import average, density_clusters
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet
+from ops.tokens import TokenSet
 
 
 class CTM(Reducer, nn.Module):

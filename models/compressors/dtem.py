@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from models.compressors.mixing import HIDDEN
+from ops.assignments import Assignment, Mix, take
 from ops.primitives.match import arranged, bipartite, cosine
 from ops.primitives.select import place, ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, Mix, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

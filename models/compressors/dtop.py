@@ -13,11 +13,12 @@ from flax import struct
 
 from models.compressors.mixing import HIDDEN
 from ops.argmax import highest
+from ops.assignments import Assignment, Gather, take
 from ops.primitives.match import put
 from ops.primitives.select import top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, Gather, TokenSet, restore, take
+from ops.tokens import TokenSet, restore
 
 Array = jax.Array
 

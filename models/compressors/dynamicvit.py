@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet, identity
+from ops.tokens import TokenSet, identity
 
 Array = jax.Array
 

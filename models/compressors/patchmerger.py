@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from models.compressors.mixing import HIDDEN, mixtures
+from ops.assignments import Assignment
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet
+from ops.tokens import TokenSet
 
 
 class PatchMerger(Reducer, nn.Module):

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from models.compressors.mixing import HIDDEN
+from ops.assignments import Assignment, take
 from ops.reducers.base import Reducer
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

@@ -24,7 +24,8 @@ import numpy as np
 from models.backbones.vit import ViT
 from models.plan import FREE_OF_ATTENTION
 from ops import tokens as tk
-from ops.tokens import Gather, TokenSet
+from ops.assignments import Gather
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,86 +30,18 @@ import numpy as np
 from absl import logging
 
 from models.backbones.lm import LM
-from models.backbones.vlm import VLM, Images, at_door, image_counts
-from models.plan import make_cache_plan, make_plan
+from models.backbones.vlm import VLM, Images, image_counts
+from models.decoding.fitted import Fitted, Layout, fitted
+from models.decoding.sampling import SIDES, Sampling, padded, sample
 from ops import splice
+from ops.assignments import take
 from ops.kv_cache import Cache
-from ops.tokens import take
 
 Array = jax.Array
 
-SIDES = ('left', 'right')
-Layout = tuple[int, int, int]  # As models.backbones.vlm.Images tells it.
 ENDED = -1
 # A cache has room for a power of two of tokens, and for so many at least.
 LEAST_ROOM = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How a token is picked from its logits; as it stands, greedily.
-
-  Attributes:
-    temperature: divides the logits; 0 picks the largest.
-    top_k: only among so many of the largest, 0 for all.
-    top_p: only among the fewest of the largest whose probabilities reach this sum (nucleus
-      sampling, arXiv:1904.09751), after top_k. Tokens as likely as the last of them join.
-  """
-
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-
-  def __post_init__(self) -> None:
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f'{self} is impossible: temperature and top_k are not negative, and top_p '
-                       'lies in (0, 1]')
-
-
-def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
-  """Picks one token a row.
-
-  Args:
-    logits: float32[B, V].
-    keys: B random keys; a row's token depends on its own.
-    sampling: static.
-
-  Returns:
-    int32[B].
-  """
-  if sampling.temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = logits.astype(jnp.float32) / sampling.temperature
-  if sampling.top_k or sampling.top_p < 1:
-    ranked = jnp.sort(logits, axis=-1, descending=True)
-    if 0 < sampling.top_k < logits.shape[-1]:
-      ranked = jnp.where(jnp.arange(logits.shape[-1])[None] < sampling.top_k, ranked, -jnp.inf)
-    chances = jax.nn.softmax(ranked, axis=-1)
-    # What the larger ones reach without it decides about a token, so that the first always stays.
-    inside = (jnp.cumsum(chances, axis=-1) - chances < sampling.top_p) & (chances > 0)
-    least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits >= least, logits, -jnp.inf)
-  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def padded(prompts: Sequence[Sequence[int]], slots: int, *, side: str = 'left',
-           fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts of any lengths as ids int32[B, N] and valid bool[B, N].
-
-  Raises:
-    ValueError: no prompt, an empty one, one that is longer than `slots`, or an unknown side.
-  """
-  if side not in SIDES:
-    raise ValueError(f'side={side!r} is unknown: choose one of {", ".join(SIDES)}')
-  lengths = [len(prompt) for prompt in prompts]
-  if not lengths or min(lengths) == 0 or max(lengths) > slots:
-    raise ValueError(f'prompts of {lengths} tokens do not fit into {slots} slots: give at least '
-                     'one, none of them empty or longer')
-  ids, valid = np.full((len(lengths), slots), fill, np.int32), np.zeros((len(lengths), slots), bool)
-  for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-    place = slice(slots - length, slots) if side == 'left' else slice(length)
-    ids[row, place], valid[row, place] = prompt, True
-  return ids, valid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,110 +55,6 @@ class Score:
 
   log_likelihood: float
   greedy: bool
-
-
-class Fitted:
-  """A model for prompts of any number of slots: its plans count slots, so each needs its own.
-
-  Made by `fitted`.
-  """
-
-  def __init__(self, model: LM | VLM, reduce: Mapping[str, Mapping[str, Any] | None],
-               counts: Mapping[str, int]):
-    self._model, self._counts = model, counts
-    self._reduce = {place: given for place, config in reduce.items() if (given := _given(config))}
-    for place in ('vision', 'projector'):
-      if place in self._reduce and not isinstance(model, VLM):
-        raise ValueError(f'reduce.{place} acts on images, and this model reads text alone: leave '
-                         'it out')
-    self._fit = functools.cache(self._make)
-    self._seeing = functools.cache(self._see)
-
-  def __call__(self, slots: int, layout: Layout | None = None) -> LM | VLM:
-    """The model with its plans.
-
-    Args:
-      slots: N, of ids.
-      layout: of the images (`models.backbones.vlm.Images`), None for text alone: of reductions of
-        visual tokens there is then nothing to do.
-    """
-    return self._fit(slots, layout)
-
-  @property
-  def plain(self) -> bool:
-    """Whether nothing is reduced."""
-    model = self._model
-    lm = model.lm if isinstance(model, VLM) else model
-    plans = [lm.plan, lm.cache_plan]
-    if isinstance(model, VLM):
-      plans += [model.tower.plan, model.door]
-    return not self._reduce and not any(plans)
-
-  def visual(self, layout: Layout | None) -> int:
-    """Slots that images take beside those of ids."""
-    if layout is None or not isinstance(self._model, VLM):
-      return 0
-    return self._seeing(layout).visual_slots(layout)
-
-  def _see(self, layout: Layout) -> VLM:
-    """With what is reduced before the language model."""
-    model, place = self._model, self._reduce
-    if 'vision' in place:
-      plan = make_plan(place['vision'], model.tower.host)
-      model = model.clone(tower=model.tower.clone(plan=plan))
-    if 'projector' in place:
-      together = layout[1] if place['projector'].get('across') == 'prompt' else 1
-      model = at_door(model, place['projector'], slots=together * model.each_image(layout))
-    return model
-
-  def _make(self, slots: int, layout: Layout | None) -> LM | VLM:
-    if not self._reduce:
-      return self._model
-    model = self._model
-    if layout is not None and isinstance(model, VLM):
-      model = self._seeing(layout)
-    lm = model.lm if isinstance(model, VLM) else model
-    language, cache = (self._reduce.get(place) for place in ('language', 'cache'))
-    if language or cache:
-      counts, visual = self._counts, self.visual(layout)
-      if isinstance(model, VLM):
-        counts = {'visual': visual} if visual else {}
-        language = language if visual or not _visual_alone(language) else None
-      host = lm.host(slots + visual, **counts)
-      plan = make_plan(language, host) if language else None
-      kept = make_cache_plan(cache, host, plan=plan) if cache else None
-      lm = lm.clone(plan=plan, cache_plan=kept)
-    return model.clone(lm=lm) if isinstance(model, VLM) else lm
-
-
-def fitted(model: LM | VLM, *, vision: Mapping[str, Any] | None = None,
-           projector: Mapping[str, Any] | None = None, language: Mapping[str, Any] | None = None,
-           cache: Mapping[str, Any] | None = None, **counts: int) -> Fitted:
-  """What makes a model with reductions for prompts of any number of slots.
-
-  Args:
-    model: without plans, but where there is nothing to reduce beside them.
-    vision, projector, language, cache: `config.reduce.vision` and so on; None, or method='none',
-      for no reduction. Keys that are None are unset.
-    **counts: of an LM, slots by kind, as visual=576; the others are text. A VLM knows its own.
-
-  Raises:
-    ValueError: reductions of images in a model that sees none; and, once called, as
-      `models.plan.make_plan` and `models.backbones.vlm.at_door` do.
-  """
-  reduce = {'vision': vision, 'projector': projector, 'language': language, 'cache': cache}
-  return Fitted(model, reduce, counts)
-
-
-def _given(config: Mapping[str, Any] | None) -> dict[str, Any]:
-  """What a config of a reduction sets, nothing where it is none."""
-  given = {name: value for name, value in (config or {}).items() if value is not None}
-  return given if given.get('method', 'none') != 'none' else {}
-
-
-def _visual_alone(config: Mapping[str, Any] | None) -> bool:
-  of = (config or {}).get('of')
-  return of == 'visual' or (isinstance(of, Sequence) and tuple(of) == ('visual',))
 
 
 class Generator:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import lowest
+from ops.assignments import take
 from ops.primitives.select import place, ranks
-from ops.tokens import take
 
 Array = jax.Array
 

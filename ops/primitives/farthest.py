@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.tokens import take
+from ops.assignments import take
 
 Array = jax.Array
 

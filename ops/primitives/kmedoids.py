@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import lowest
+from ops.assignments import take
 from ops.primitives import cluster
 from ops.primitives.match import cosine, unit
-from ops.tokens import take
 
 Array = jax.Array
 DISTANCES = ('euclidean', 'manhattan', 'cosine', 'chord')

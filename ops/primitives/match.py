@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import highest
+from ops.assignments import Merge, take
 from ops.primitives.select import ranks, top
-from ops.tokens import FILLER, Merge, TokenSet, take
+from ops.tokens import FILLER, TokenSet
 
 Array = jax.Array
 

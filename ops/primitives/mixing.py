@@ -8,8 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Mix
 from ops.primitives.select import place
-from ops.tokens import Mix, TokenSet
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.tokens import Gather, TokenSet
+from ops.assignments import Gather
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

@@ -16,8 +16,8 @@ from helpers import assistants, parity_lm
 
 from adapters.common import Answerer, Question, Settings, read_reductions
 from lib import assistant
-from models.backbones.lm import from_config
-from models.decoding.generator import Sampling
+from models.checkpoints.lm_config import from_config
+from models.decoding.sampling import Sampling
 
 NAME = 'qwen3'
 REDUCE = {'cache': {'method': 'streaming_llm', 'keep': 4, 'args': {'sinks': 1}}}

@@ -23,9 +23,10 @@ from lib import assistant
 from lib.data.tokenizers import Words
 from lib.tasks import trained
 from models import checkpoints
-from models.backbones.lm import from_config
 from models.backbones.vlm import at_door
-from models.decoding.generator import Generator, fitted
+from models.checkpoints.lm_config import from_config
+from models.decoding.fitted import fitted
+from models.decoding.generator import Generator
 
 
 @functools.cache

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from matplotlib import image as mpl_image
 
-from lib.report import overlay, tables
+from lib.report import overlay, plots, tables
+from lib.report.rows import append_jsonl, read_jsonl
+from ops import assignments
 from ops import tokens as tk
 
 # -- rows ----------------------------------------------------------------------------------------
@@ -20,16 +22,16 @@ def test_rows_come_back_as_they_went(tmp_path):
   path = tmp_path / 'deep' / 'rows.jsonl'
   rows = [{'method': 'a', 'tokens': [65, 46], 'accuracy': 0.5}, {'method': 'bé'}]
   for row in rows:
-    tables.append_jsonl(path, row)
-  assert tables.read_jsonl(path) == rows
+    append_jsonl(path, row)
+  assert read_jsonl(path) == rows
   assert path.read_bytes().count(b'\n') == 2
 
 
 def test_array_values_become_plain_and_nan_null(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  tables.append_jsonl(path, {'a': np.float32(0.5), 'b': jnp.arange(2), 'c': float('nan'),
-                             'd': (np.int64(3), {'e': np.inf})})
-  assert tables.read_jsonl(path) == [{'a': 0.5, 'b': [0, 1], 'c': None, 'd': [3, {'e': None}]}]
+  append_jsonl(path, {'a': np.float32(0.5), 'b': jnp.arange(2), 'c': float('nan'),
+                      'd': (np.int64(3), {'e': np.inf})})
+  assert read_jsonl(path) == [{'a': 0.5, 'b': [0, 1], 'c': None, 'd': [3, {'e': None}]}]
 
 
 def test_a_line_cut_anywhere_costs_only_itself(tmp_path):
@@ -40,42 +42,42 @@ def test_a_line_cut_anywhere_costs_only_itself(tmp_path):
   for length in range(len(line) + 1):
     path.write_bytes(whole + line[:length])
     survivors = [first, last] if length == len(line) else [first]
-    assert tables.read_jsonl(path) == survivors
-    tables.append_jsonl(path, later)
-    assert tables.read_jsonl(path) == [*survivors, later]
+    assert read_jsonl(path) == survivors
+    append_jsonl(path, later)
+    assert read_jsonl(path) == [*survivors, later]
     assert path.read_bytes().startswith(whole)
 
 
 def test_a_cut_line_longer_than_one_read_is_removed_whole(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  tables.append_jsonl(path, {'n': 1})
+  append_jsonl(path, {'n': 1})
   with path.open('ab') as file:
     file.write(b'{"note": "' + b'x' * 20_000)
-  tables.append_jsonl(path, {'n': 2})
-  assert tables.read_jsonl(path) == [{'n': 1}, {'n': 2}]
+  append_jsonl(path, {'n': 2})
+  assert read_jsonl(path) == [{'n': 1}, {'n': 2}]
 
 
 def test_a_broken_line_inside_is_an_error_that_names_it(tmp_path):
   path = tmp_path / 'rows.jsonl'
   path.write_text('{"n": 1}\n{"n": \n{"n": 3}\n')
   with pytest.raises(ValueError, match='line 2'):
-    tables.read_jsonl(path)
+    read_jsonl(path)
   path.write_text('{"n": 1}\n[2]\n')
   with pytest.raises(ValueError, match='line 2'):
-    tables.read_jsonl(path)
+    read_jsonl(path)
 
 
 def test_a_row_that_json_cannot_hold_leaves_the_file_alone(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  tables.append_jsonl(path, {'n': 1})
+  append_jsonl(path, {'n': 1})
   with pytest.raises(TypeError):
-    tables.append_jsonl(path, {'n': object()})
-  assert tables.read_jsonl(path) == [{'n': 1}]
+    append_jsonl(path, {'n': object()})
+  assert read_jsonl(path) == [{'n': 1}]
 
 
 def test_a_writer_waits_for_another_that_is_half_way_through_a_line(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  late = threading.Thread(target=tables.append_jsonl, args=(path, {'who': 'late'}))
+  late = threading.Thread(target=append_jsonl, args=(path, {'who': 'late'}))
   with path.open('ab') as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     file.write(b'{"who": "ea')
@@ -85,7 +87,7 @@ def test_a_writer_waits_for_another_that_is_half_way_through_a_line(tmp_path):
     assert late.is_alive(), 'it wrote beside another writer'
     file.write(b'rly"}\n')
   late.join()
-  assert tables.read_jsonl(path) == [{'who': 'early'}, {'who': 'late'}]
+  assert read_jsonl(path) == [{'who': 'early'}, {'who': 'late'}]
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -167,37 +169,37 @@ def has_colour(pixels, colour):
 
 def test_plot_draws_methods_in_colour_and_baselines_in_grey(tmp_path):
   rows = sweep(['whole', 'plain', 'first', 'second'])
-  path = tables.plot_accuracy_cost(rows, tmp_path / 'new' / 'plot.png', title='A title',
-                                   baselines=('plain',), reference='whole')
+  path = plots.plot_accuracy_cost(rows, tmp_path / 'new' / 'plot.png', title='A title',
+                                  baselines=('plain',), reference='whole')
   pixels = picture(path)
   assert pixels.shape == (1120, 2000, 3)
-  assert has_colour(pixels, tables.GREYS[0])
-  assert has_colour(pixels, tables.COLOURS[0])
-  assert has_colour(pixels, tables.COLOURS[1])
-  assert not has_colour(pixels, tables.COLOURS[2])
+  assert has_colour(pixels, plots.GREYS[0])
+  assert has_colour(pixels, plots.COLOURS[0])
+  assert has_colour(pixels, plots.COLOURS[1])
+  assert not has_colour(pixels, plots.COLOURS[2])
   edge = np.concatenate([pixels[:4].ravel(), pixels[-4:].ravel(), pixels[:, :4].ravel(),
                          pixels[:, -4:].ravel()])
   assert (edge == 1).all(), 'something is cut off at the edge'
 
 
 def test_plot_of_latency_without_reference(tmp_path):
-  path = tables.plot_accuracy_cost(sweep(['whole', 'a'])[1:], tmp_path / 'plot.png',
-                                   cost='median_ms')
-  assert has_colour(picture(path), tables.COLOURS[0])
+  path = plots.plot_accuracy_cost(sweep(['whole', 'a'])[1:], tmp_path / 'plot.png',
+                                  cost='median_ms')
+  assert has_colour(picture(path), plots.COLOURS[0])
 
 
 def test_plot_refuses_what_it_cannot_draw(tmp_path):
   rows = sweep(['whole', 'a'])
   with pytest.raises(ValueError, match='gmacs, median_ms'):
-    tables.plot_accuracy_cost(rows, tmp_path / 'x.png', cost='joules')
+    plots.plot_accuracy_cost(rows, tmp_path / 'x.png', cost='joules')
   with pytest.raises(ValueError, match=r"reference='none'.*whole, a"):
-    tables.plot_accuracy_cost(rows, tmp_path / 'x.png', reference='none')
+    plots.plot_accuracy_cost(rows, tmp_path / 'x.png', reference='none')
   with pytest.raises(ValueError, match='nothing to draw'):
-    tables.plot_accuracy_cost([{'method': 'a'}], tmp_path / 'x.png')
+    plots.plot_accuracy_cost([{'method': 'a'}], tmp_path / 'x.png')
 
 
 def test_styles_tell_many_methods_apart_without_colour_alone():
-  styles = tables._styles([f'm{i}' for i in range(42)], baselines=())
+  styles = plots._styles([f'm{i}' for i in range(42)], baselines=())
   assert len({(style['color'], style['marker']) for style in styles.values()}) == 42
 
 
@@ -209,13 +211,13 @@ def test_styles_tell_many_methods_apart_without_colour_alone():
     ([9.9, 10.0, 10.0], [8.0, 9.0, 10.0]),               # … and above
 ])
 def test_spread_moves_labels_as_little_as_need_be(wanted, expected):
-  assert tables.spread(wanted, 1.0, 0.0, 10.0) == pytest.approx(expected)
+  assert plots.spread(wanted, 1.0, 0.0, 10.0) == pytest.approx(expected)
 
 
 def test_notes_are_marked_once_each():
   lines = {'a': [{'note': 'untrained'}, {'note': 'untrained'}], 'b': [{}], 'c': [{'note': 'slow'}]}
-  assert tables._stars(lines) == {'untrained': '*', 'slow': '†'}
-  assert tables._marked(lines) == {'a': 'a*', 'b': 'b', 'c': 'c†'}
+  assert plots._stars(lines) == {'untrained': '*', 'slow': '†'}
+  assert plots._marked(lines) == {'a': 'a*', 'b': 'b', 'c': 'c†'}
 
 
 # -- pictures of tokens --------------------------------------------------------------------------
@@ -344,8 +346,8 @@ def drop(tokens, layer):
   """Keeps the first slots of one image and the last of the other."""
   keep = 65 - 16 * layer
   first = jnp.arange(keep, dtype=jnp.int32)
-  return tk.Gather(jnp.stack([first, jnp.where(first, first + tokens.slots - keep, 0)]),
-                   tokens.slots)
+  return assignments.Gather(jnp.stack([first, jnp.where(first, first + tokens.slots - keep, 0)]),
+                            tokens.slots)
 
 
 def join(tokens, layer):
@@ -354,7 +356,7 @@ def join(tokens, layer):
   slot = jnp.arange(tokens.slots, dtype=jnp.int32)
   dst = jnp.minimum(slot, keep - 1 - (slot % 3))
   first = jnp.broadcast_to(jnp.arange(keep, dtype=jnp.int32), (2, keep))
-  return tk.Merge.mean(first, jnp.stack([dst, jnp.roll(dst, 1)]), tokens.sizes)
+  return assignments.Merge.mean(first, jnp.stack([dst, jnp.roll(dst, 1)]), tokens.sizes)
 
 
 def photos():

@@ -11,7 +11,7 @@ import pytest
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
-from lib.report import tables
+from lib.report.rows import read_jsonl
 from models import checkpoints
 from models.backbones.vit import ViT
 from models.compressors import COMPRESSORS
@@ -115,7 +115,7 @@ def test_accuracies_are_those_of_the_file(tmp_path):
        f'--workdir={tmp_path}', '--config.reduce.vision.remove=7'],
       cwd=ROOT, text=True, capture_output=True, check=False, timeout=120)
   assert done.returncode == 0, done.stderr
-  row, = tables.read_jsonl(tmp_path / 'rows.jsonl')
+  row, = read_jsonl(tmp_path / 'rows.jsonl')
   batches = list(image_data.eval_batches(config.data))
   for key, made in (('top1', reproduce.model(config)), ('unreduced_top1', vit)):
     right = sum(float(((made.apply({'params': params}, jnp.asarray(batch['image']))[0].argmax(-1)

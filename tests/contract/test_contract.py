@@ -14,11 +14,11 @@ import pytest
 from helpers import contract
 from helpers.invariants import INVARIANTS
 
+from ops.assignments import Gather, Merge
 from ops.primitives.select import keep_top, top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
 from ops.reducers.vision.tome import ToMe
-from ops.tokens import Gather, Merge
 
 # The invariants.
 

@@ -19,7 +19,8 @@ from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
 from models.backbones.vit import Block, ViT
 from models.plan import make_plan
-from models.stack import Stack, unstack
+from models.stack import Stack
+from models.storage import unstack
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer

@@ -18,11 +18,12 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import published
 from lib.cost import vit as vit_cost
+from lib.runtime.meter import DEVICES, Meter, floor_seconds
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT, make_vit
 from models.families import PAIRS
 from models.plan import make_plan, methods
-from models.stack import unstack
+from models.storage import unstack
 from ops.budgets import Cut
 
 TINY = ViT(width=16, depth=3, mlp=24, heads=2, patch=4, image_size=20, channels=2, num_classes=5)
@@ -490,12 +491,12 @@ def test_diffrate_schedules(variant, name, target, gmacs):
 
 
 def test_floor_is_the_slower_of_computing_and_moving():
-  assert vit_cost.floor_seconds(1e12, 1e9, peak_flops=1e12, bandwidth=1e9) == 2.0
-  assert vit_cost.floor_seconds(1e12, 3e9, peak_flops=1e12, bandwidth=1e9) == 3.0
+  assert floor_seconds(1e12, 1e9, peak_flops=1e12, bandwidth=1e9) == 2.0
+  assert floor_seconds(1e12, 3e9, peak_flops=1e12, bandwidth=1e9) == 3.0
 
 
 def test_devices_are_plausible():
-  for name, device in vit_cost.DEVICES.items():
+  for name, device in DEVICES.items():
     assert device.source, name
     # Operations a byte at which computing and moving take equally long: hundreds on all of them.
     assert 150 < device.flops / device.bandwidth < 600, name
@@ -511,8 +512,8 @@ class FakeDevice:
 
 def test_meter_leaves_out_compilation_and_pauses():
   now = [0.0]
-  meter = vit_cost.Meter(SLOTS, batch_size=8, device=FakeDevice('TPU v5p'), devices=4,
-                         clock=lambda: now[0])
+  meter = Meter(SLOTS, batch_size=8, device=FakeDevice('TPU v5p'), devices=4,
+                clock=lambda: now[0])
   now[0] = 100.0
   assert meter.lap(10, kept=13.0, macs=TRAINING) == {'kept_ratio': 0.5}
   with meter.paused():
@@ -530,7 +531,7 @@ def test_meter_leaves_out_compilation_and_pauses():
 def test_meter_measures_the_peak_of_a_device_that_nobody_published():
   now = [0.0]
   device = jax.devices()[0]
-  meter = vit_cost.Meter(SLOTS, batch_size=8, device=device, devices=1, clock=lambda: now[0])
+  meter = Meter(SLOTS, batch_size=8, device=device, devices=1, clock=lambda: now[0])
   meter.lap(1, kept=1.0, macs=TRAINING)
   now[0] += 1
   share = meter.lap(2, kept=1.0, macs=TRAINING)['mfu']

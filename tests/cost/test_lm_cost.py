@@ -10,7 +10,7 @@ from helpers.tiny_lm import PROMPT, ROOM, TINY, VISUALS, planned, variables, wit
 
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import lm as lm_cost
-from models.backbones.lm import make_lm
+from models.checkpoints.lm_config import make_lm
 from models.plan import make_plan
 from ops.tokens import TEXT, VISUAL, TokenSet
 

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from lib.data import augment
 from lib.data import images as image_data
 from lib.data.datasets import digits
 
@@ -291,25 +292,25 @@ PIXELS = np.asarray(NOISE)
 ])
 def test_augmentations_do_what_their_numbers_say(method, arguments, expected):
   """Within one level of 255: Pillow rounds."""
-  found = image_data.AUGMENTS[method](NOISE, 8, Extreme(), filter='bilinear', **arguments)
+  found = augment.AUGMENTS[method](NOISE, 8, Extreme(), filter='bilinear', **arguments)
   np.testing.assert_allclose(np.asarray(found).astype(float), expected, atol=1)
 
 
-@pytest.mark.parametrize('method', image_data.AUGMENTS)
-@pytest.mark.parametrize('filter', image_data.FILTERS)
+@pytest.mark.parametrize('method', augment.AUGMENTS)
+@pytest.mark.parametrize('filter', augment.FILTERS)
 def test_augmentations_accept_any_shape(method, filter):
   for width, height in [(1, 9), (300, 5), (64, 64)]:
     image = Image.new('L', (width, height), 100)
-    found = np.asarray(image_data.AUGMENTS[method](image, 32, np.random.default_rng(0),
-                                                   filter=filter))
+    found = np.asarray(augment.AUGMENTS[method](image, 32, np.random.default_rng(0),
+                                                filter=filter))
     assert found.shape == (32, 32)
     assert (found == 100).all()
 
 
 def test_enlarging_by_a_matrix_is_enlarging(place):
   """Training and evaluation see the same scale: an affine that does nothing is `whole`."""
-  same = image_data.affine(NOISE, 32, RANDOM, filter='bilinear')
-  whole = image_data.whole(NOISE, 32, filter='bilinear')
+  same = augment.affine(NOISE, 32, RANDOM, filter='bilinear')
+  whole = augment.whole(NOISE, 32, filter='bilinear')
   np.testing.assert_allclose(np.asarray(same).astype(int), np.asarray(whole).astype(int), atol=2)
 
 
@@ -318,15 +319,15 @@ def test_enlarging_by_a_matrix_is_enlarging(place):
 def test_shrinking_antialiases(method, arguments):
   """Black and white noise of spread 127 turns grey: 8 x 8 pixels fall on one, and not 4 of them."""
   noise = Image.fromarray(np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8) * 255)
-  found = image_data.AUGMENTS[method](noise, 8, Extreme(), filter='bilinear', **arguments)
+  found = augment.AUGMENTS[method](noise, 8, Extreme(), filter='bilinear', **arguments)
   assert np.asarray(found).std() < 127 / 8
 
 
 def test_the_centre_crop_of_evaluation():
   image = Image.fromarray(np.arange(10 * 6, dtype=np.uint8).reshape(6, 10))
-  np.testing.assert_array_equal(image_data.whole(image, 6, filter='bilinear'),
+  np.testing.assert_array_equal(augment.whole(image, 6, filter='bilinear'),
                                 np.asarray(image)[:, 2:8])
-  np.testing.assert_array_equal(image_data.whole(image, 3, filter='bilinear', fraction=0.5),
+  np.testing.assert_array_equal(augment.whole(image, 3, filter='bilinear', fraction=0.5),
                                 np.asarray(image.resize((3, 3), Image.Resampling.BILINEAR,
                                                         box=(3.5, 1.5, 6.5, 4.5))))
 

@@ -9,6 +9,7 @@ import pytest
 from helpers import golden_vit
 from helpers.invariants import INVARIANTS
 
+from ops import assignments
 from ops import tokens as tk
 from ops.primitives import cluster, kmedoids
 from ops.reducers import REDUCERS
@@ -98,7 +99,8 @@ def test_pooling_over_frames():
   place = np.concatenate([np.arange(4) // 2 * 10, patch // 18 * 10 + patch % 9 + 1])
   src = np.stack([np.flatnonzero(place == output)[0] for output in range(20)])
   dst = np.tile(place, (2, 1)).astype(np.int32)
-  merge = tk.Merge.mean(jnp.tile(src.astype(np.int32), (2, 1)), jnp.asarray(dst), tokens.sizes)
+  merge = assignments.Merge.mean(jnp.tile(src.astype(np.int32), (2, 1)), jnp.asarray(dst),
+                                 tokens.sizes)
   released = raw['tc_pool_out'].transpose(1, 0, 2).reshape(2, 20, 8)
   np.testing.assert_allclose(merge.apply(tokens.x), released, **CLOSE)
 

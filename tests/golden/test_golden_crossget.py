@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import contract, golden_vit
 
+from ops import assignments
 from ops import tokens as tk
 from ops.reducers.vision.crossget import CrossGET
 from ops.signals import Signals
@@ -70,7 +71,7 @@ def test_image(case):
   np.testing.assert_allclose(reduced.size, raw['out_size'], **CLOSE)
   # A source's weight beside that in a mean: twice its part of the pair's softmax, whose parts the
   # release lists source first.
-  mean = tk.Merge.mean(assignment.src, assignment.dst, jnp.asarray(raw['size'])).weight
+  mean = assignments.Merge.mean(assignment.src, assignment.dst, jnp.asarray(raw['size'])).weight
   factor = np.take_along_axis(np.asarray(assignment.weight / mean), raw['src_idx'], axis=1)
   np.testing.assert_allclose(factor / 2, raw['weight'][..., 0], **CLOSE)
   np.testing.assert_allclose(1 - factor / 2, raw['weight'][..., 1], **CLOSE)
@@ -82,7 +83,7 @@ def test_text():
                                 queries=heads(raw['q']))
   compare(reduced, raw)
   # Ids averaged as the release does: the same merge, every pair at weight one.
-  mean = tk.Merge.mean(assignment.src, assignment.dst, jnp.asarray(raw['size']))
+  mean = assignments.Merge.mean(assignment.src, assignment.dst, jnp.asarray(raw['size']))
   ids = np.asarray(mean.apply(jnp.asarray(raw['token_id'])))
   np.testing.assert_allclose(ids, raw['stable_out_token_id'], rtol=1e-6)
   # The end of the text is found at the same slot in either.

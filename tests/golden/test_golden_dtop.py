@@ -14,6 +14,7 @@ from helpers import golden_vit
 
 from models.backbones.vit import Block
 from models.compressors.dtop import DToP, Grades, leaves, paint
+from ops import assignments
 from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -100,7 +101,7 @@ def test_stages_in_a_row():
       tokens = TokenSet.create(jnp.asarray(raw['x']))
     else:
       # The stages of the golden file are independent: each has features of its own.
-      tokens = tokens.replace(x=tk.take(jnp.asarray(raw['x']), tokens.pos))
+      tokens = tokens.replace(x=assignments.take(jnp.asarray(raw['x']), tokens.pos))
     grades, _, reduced = act(method, head_params(stage), tokens, (34, 30, 29)[stage - 1])
     canvas = paint(canvas, tokens, grades.masks)
     close_logits(canvas.swapaxes(1, 2), raw['out_canvas'])
@@ -138,7 +139,8 @@ def test_later_layers_leave_pruned_tokens_out(keep):
   order = np.argsort(~stays, axis=1, kind='stable')[:, :keep]
   valid = np.take_along_axis(stays, order, axis=1)
   assert valid.sum() == stays.sum()
-  tokens = tk.reduce(tokens, tk.Gather(jnp.asarray(order), TOKENS, valid=jnp.asarray(valid)))
+  tokens = tk.reduce(
+      tokens, assignments.Gather(jnp.asarray(order), TOKENS, valid=jnp.asarray(valid)))
   block = Block(WIDTH, 2, 32, norm_eps=1e-6)
   out = jax.jit(block.apply)({'params': layer_params(raw, 2)}, tokens)
   np.testing.assert_allclose(tk.restore(out, out.x), raw['out'], **CLOSE)

@@ -14,7 +14,7 @@ from models.compressors.patchmerger import PatchMerger
 from models.compressors.sinkhorn import Sinkhorn
 from models.compressors.sit import SiT
 from models.plan import make_plan
-from models.stack import unstack
+from models.storage import unstack
 from ops import tokens as tk
 from ops.attention import attend
 from ops.primitives.match import unit

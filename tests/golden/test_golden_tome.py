@@ -9,14 +9,16 @@ import pytest
 from helpers import golden_vit
 
 from models.plan import make_plan
+from ops import assignments
 from ops import tokens as tk
+from ops.assignments import Gather
 from ops.budgets import Limits, constant_or_inflected, resolve
 from ops.primitives.match import cosine
 from ops.reducers.vision.pitome import PiToMe, elu_energy
 from ops.reducers.vision.tome import ToMe
 from ops.reducers.vision.tome_kth import ToMeKth
 from ops.signals import Signals
-from ops.tokens import SPECIAL, VISUAL, Gather, TokenSet
+from ops.tokens import SPECIAL, VISUAL, TokenSet
 
 same = np.testing.assert_array_equal
 close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0)
@@ -47,7 +49,7 @@ def check_merges(raw, case, tokens, merge):
   close(sized.x, raw[f'{case}_out'])
   close(sized.size, raw[f'{case}_out_size'][..., 0])
   same(sized.owner[:, None] == np.arange(outputs)[None, :, None], raw[f'{case}_source'] > 0)
-  return tk.Merge.mean(merge.src, merge.dst, plain.sizes)
+  return assignments.Merge.mean(merge.src, merge.dst, plain.sizes)
 
 
 def check_unsized(raw, case, tokens, mean):

@@ -18,6 +18,7 @@ from flax import struct
 
 from models import plan
 from models.stack import STATIC
+from ops import assignments
 from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
@@ -207,7 +208,7 @@ class Outcome:
   masked: TokenSet
 
 
-def outcome(tokens: TokenSet, assignment: tk.Assignment) -> Outcome:
+def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
   const = jnp.full(tokens.x.shape[:2], 2.5)
   return Outcome(
       assignment=assignment, src=assignment.src, dst=assignment.dst, matrix=assignment.matrix(),
@@ -244,7 +245,7 @@ def learned(name: str) -> bool:
 
 
 def ask(name: str, params: Any, tokens: TokenSet, signals: Signals, *, keep: int,
-        rng: Any = None) -> tuple[tk.Assignment, dict[str, Any]]:
+        rng: Any = None) -> tuple[assignments.Assignment, dict[str, Any]]:
   """A method's own answer, and its losses; with a key, as in training."""
   made = method(name)
   if not learned(name):
@@ -272,7 +273,7 @@ TRACES: dict[tuple[Any, ...], int] = {}
 def compiled(name: str, keep: int) -> Any:
   """(params, tokens, signals) -> the method's answer, compiled once a shape."""
 
-  def answer(params: Any, tokens: TokenSet, signals: Signals) -> tk.Assignment:
+  def answer(params: Any, tokens: TokenSet, signals: Signals) -> assignments.Assignment:
     shape = (name, keep, *tokens.x.shape, tokens.valid is None, tokens.size is None,
              tokens.protected)
     TRACES[shape] = TRACES.get(shape, 0) + 1
@@ -286,12 +287,14 @@ follow = jax.jit(outcome)
 
 
 @jax.jit
-def _composed(tokens: TokenSet, first: tk.Assignment, second: tk.Assignment) -> tuple[Any, ...]:
+def _composed(tokens: TokenSet, first: assignments.Assignment,
+              second: assignments.Assignment) -> tuple[Any, ...]:
   both = tk.compose(first, second)
   return both, both.matrix(), both.apply(tokens.x), tk.reduce(tokens, both)
 
 
-def composed(tokens: TokenSet, first: tk.Assignment, second: tk.Assignment) -> tuple[Any, ...]:
+def composed(tokens: TokenSet, first: assignments.Assignment,
+             second: assignments.Assignment) -> tuple[Any, ...]:
   """The composition of two answers, its matrix, what it makes of the features, and of tokens."""
   return jax.tree.map(np.asarray, _composed(tokens, first, second))
 
@@ -301,7 +304,7 @@ def run(name: str, case: Case, keep: int, *, scale: float = 0.3) -> Outcome:
   keep = budget(name, case.x.shape[1], keep, case.protected)
   tokens, signals = case.tokens(), case.signals(method(name).needs)
 
-  def asked(tokens: TokenSet, signals: Signals, *, keep: int) -> tk.Assignment:
+  def asked(tokens: TokenSet, signals: Signals, *, keep: int) -> assignments.Assignment:
     params = parameters(name, tokens, signals, keep=keep, scale=scale)
     return compiled(name, keep)(params, tokens, signals)
 

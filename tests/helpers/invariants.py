@@ -10,9 +10,11 @@ import pytest
 from helpers import contract
 from helpers.contract import KEEP, KEEP_AGAIN, KEEP_TEXT, SLOTS, WIDE, base, random_case
 from models.plan import SITES
+from ops import assignments
 from ops import tokens as tk
+from ops.assignments import Gather, Mix
 from ops.signals import NAMES
-from ops.tokens import SPECIAL, VISUAL, Gather, Mix
+from ops.tokens import SPECIAL, VISUAL
 
 TOLERANCE = 1e-5
 
@@ -152,7 +154,7 @@ def bits(name):
     return 'mixes all tokens'
   valid = np.ones(out.src.shape, bool) if out.reduced.valid is None else out.reduced.valid
   if getattr(out.assignment, 'features', None) is not None:
-    assert (out.reduced.x[:, 1:] != tk.take(case.x, out.src)[:, 1:]).any(axis=2).all()
+    assert (out.reduced.x[:, 1:] != assignments.take(case.x, out.src)[:, 1:]).any(axis=2).all()
     return 'refines what it keeps'
   count = 0
   for row, col in zip(*np.nonzero(valid), strict=True):

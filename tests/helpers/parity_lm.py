@@ -8,8 +8,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from models import checkpoints
-from models.backbones.lm import from_config
 from models.checkpoints import files
+from models.checkpoints.lm_config import from_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity' / 'lm'
 CASES = sorted(file.stem for file in FOLDER.glob('*.json'))

@@ -8,7 +8,8 @@ import numpy as np
 
 from lib.data import anyres
 from models import checkpoints
-from models.backbones.vlm import from_config, image_counts
+from models.backbones.vlm import image_counts
+from models.checkpoints.vlm_config import from_config
 from ops.splice import check, collapse
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity_vlm'

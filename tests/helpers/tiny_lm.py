@@ -8,7 +8,7 @@ import numpy as np
 
 from models.backbones.lm import LM
 from models.plan import make_cache_plan, make_plan
-from models.stack import unstack
+from models.storage import unstack
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 

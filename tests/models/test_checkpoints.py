@@ -27,7 +27,7 @@ from models.build import build as build_config
 from models.build import pretrained
 from models.checkpoints import files
 from models.checkpoints.layout import flatten, nest
-from models.stack import restack, unstack
+from models.storage import restack, unstack
 
 # What released files hold beside the model, and what is left out of a round trip.
 BESIDE = {'hub_mae': 'decoder.', 'hub_dinov2': '.mask_token', 'hub_dinov2_reg4': '.mask_token',

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 from configs.common import LM_SHARDING
 from lib.runtime import sharding
 from models import checkpoints
-from models.backbones.lm import from_config
 from models.checkpoints import files
 from models.checkpoints.layout import flatten
-from models.stack import restack
+from models.checkpoints.lm_config import from_config
+from models.storage import restack
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -9,7 +9,9 @@ import pytest
 from helpers import tiny_lm
 from helpers.tiny_lm import TINY, unstacked
 
-from models.decoding.generator import ENDED, Generator, Sampling, fitted, padded, sample
+from models.decoding.fitted import fitted
+from models.decoding.generator import ENDED, Generator
+from models.decoding.sampling import Sampling, padded, sample
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9])
 BUCKETS = (8, 16)

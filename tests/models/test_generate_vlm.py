@@ -15,7 +15,9 @@ from helpers import parity_vlm as parity
 
 from lib.data import anyres
 from models.backbones.vlm import at_door
-from models.decoding.generator import Generator, Sampling, fitted, padded
+from models.decoding.fitted import fitted
+from models.decoding.generator import Generator
+from models.decoding.sampling import Sampling, padded
 from models.plan import Plan
 from ops.budgets import Cut
 from ops.primitives.select import keep_top

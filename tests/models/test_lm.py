@@ -21,14 +21,16 @@ from helpers.tiny_lm import (
   with_cache,
 )
 
-from models.backbones.lm import LM, from_config, make_lm
+from models.backbones.lm import LM
+from models.checkpoints.lm_config import from_config, make_lm
 from models.plan import make_cache_plan, make_plan
 from ops import attention
+from ops.assignments import Gather
 from ops.kv_cache import KVGather
 from ops.reducers.base import Reducer
 from ops.rope import Rope
 from ops.signals import Signals
-from ops.tokens import SPECIAL, TEXT, VISUAL, Gather, TokenSet
+from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 
 
 def step(lm):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.parity_lm import CASES, FOLDER, config, expected, params
 
-from models.backbones.lm import from_config
+from models.checkpoints.lm_config import from_config
 
 TOLERANCE = 1e-4
 FORMS = ('left', 'right', 'alone')

@@ -22,8 +22,8 @@ from helpers.parity_vlm import (
 )
 
 from models import checkpoints
-from models.backbones.vlm import from_config
 from models.checkpoints import transformers
+from models.checkpoints.vlm_config import from_config
 
 # What enters and leaves each layer is of size 10.
 LAYERS, LOGITS = 1e-4, 1e-4

@@ -13,7 +13,8 @@ from models.backbones.segmenter import SegmentViT
 from models.backbones.vit import ViT
 from models.plan import make_plan
 from ops import tokens as tk
-from ops.tokens import SPECIAL, VISUAL, Gather, Merge, TokenSet
+from ops.assignments import Gather, Merge
+from ops.tokens import SPECIAL, VISUAL, TokenSet
 
 GRID, SPECIALS, WIDTH = (3, 4), 1, 5
 TOTAL = SPECIALS + GRID[0] * GRID[1]

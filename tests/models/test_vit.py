@@ -12,7 +12,7 @@ from models.backbones.clip import make_clip
 from models.backbones.vit import make_vit, sincos
 from models.families import NAMED, PAIRS, SIZES
 from models.plan import make_plan
-from models.stack import best_form, restack, unstack
+from models.storage import best_form, restack, unstack
 
 # Published counts: torchvision and timm model cards, DeiT (arXiv:2012.12877, Table 1 exact forms);
 # of later families what timm 1.0.31 counts.

@@ -10,7 +10,8 @@ import pytest
 from lib.data import anyres
 from models import checkpoints
 from models.backbones.qwen_vision import QwenVision
-from models.backbones.vlm import Images, at_door, from_config, make_vlm
+from models.backbones.vlm import Images, at_door
+from models.checkpoints.vlm_config import from_config, make_vlm
 from models.plan import make_plan
 from ops.tokens import VISUAL
 

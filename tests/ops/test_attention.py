@@ -15,7 +15,7 @@ import pytest
 from helpers import golden_vit
 from jax.experimental.pallas import tpu as pltpu
 
-from ops import attention
+from ops import attention, attention_kernels
 
 HIDDEN = -1e9
 
@@ -49,7 +49,8 @@ def softmax(q, k, bias=None, *, scale=None, causal=False):
   k = k.repeat(q.shape[2] // k.shape[2], axis=2)
   logits = np.einsum('bnhd,bshd->bhns', q, k) * (scale or q.shape[-1] ** -0.5)
   if bias is not None:
-    logits = logits + np.maximum(np.asarray(bias, np.float64), attention.LOWEST_BIAS)[:, None, None]
+    lowest = np.maximum(np.asarray(bias, np.float64), attention_kernels.LOWEST_BIAS)
+    logits = logits + lowest[:, None, None]
   if causal:
     logits = np.where(np.tril(np.ones(logits.shape[-2:], bool)), logits, -np.inf)
   top = logits.max(-1, keepdims=True)
@@ -186,7 +187,7 @@ def test_augmented_columns_equal_the_bias(dtype, features):
   q, k, v = inputs(features=features, kv_heads=2, dtype=dtype)
   for kind in ('sizes', 'infinite'):
     bias = make_bias(kind, 2, 12) + 0.1  # No multiple of a power of two.
-    wide_q, wide_k = attention.augment(q, k, bias, scale=features ** -0.5)
+    wide_q, wide_k = attention_kernels.augment(q, k, bias, scale=features ** -0.5)
     assert wide_q.dtype == wide_k.dtype == jnp.dtype(dtype)
     wide_v = jnp.pad(v, ((0, 0),) * 3 + ((0, wide_q.shape[-1] - features),))
     got = attention.attend(wide_q, wide_k, wide_v, scale=features ** -0.5)
@@ -201,7 +202,7 @@ def test_augmented_columns_carry_the_gradient_of_the_bias():
   bias = make_bias('sizes', 2, 12)
 
   def loss(bias):
-    wide = attention.augment(q, k, bias, scale=24 ** -0.5)
+    wide = attention_kernels.augment(q, k, bias, scale=24 ** -0.5)
     logits = jnp.einsum('bnhd,bshd->bhns', *wide, preferred_element_type=jnp.float32)
     return jnp.sum(logits) * 24 ** -0.5
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ops import tokens as tk
-from ops.tokens import SPECIAL, TEXT, VISUAL, Gather, Merge, Mix, TokenSet
+from ops.assignments import Gather, Merge, Mix
+from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 
 BATCH, COUNTS = 2, (9, 6, 4)
 SEEDS = st.integers(0, 2**32 - 1)

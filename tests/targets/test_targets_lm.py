@@ -17,7 +17,7 @@ from lib.cost import lm as lm_cost
 from lib.runtime import sharding
 from models.backbones.lm import LM
 from models.plan import make_plan
-from models.stack import to_form
+from models.storage import to_form
 from ops.attention import pick
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet

@@ -25,7 +25,8 @@ from lib.data.anyres import Picture
 from lib.data.datasets import digit_scenes, stdlib_needle
 from lib.report import overlay, provenance
 from lib.tasks import qa as qa_task
-from models.decoding.generator import fitted, padded
+from models.decoding.fitted import fitted
+from models.decoding.sampling import padded
 
 SLOTS = 24
 

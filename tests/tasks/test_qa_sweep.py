@@ -12,7 +12,7 @@ from helpers.qa import NEEDLE, SCENES, batch_of, made, small
 import eval as evaluation
 from configs import digit_scenes, digit_scenes_sweep, stdlib_needle, stdlib_needle_sweep
 from lib.data import qa as qa_data
-from lib.report import tables
+from lib.report import plots
 from lib.runtime import sharding
 from lib.tasks import qa as qa_task
 from lib.tasks import qa_sweep
@@ -128,8 +128,8 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
 
 def test_heat_maps_are_drawn_and_nothing_is_refused(tmp_path):
   shares = np.array([[0.0, 1.0], [0.5, np.nan]])
-  path = tables.heat_maps(dict.fromkeys('abcdefg', (('0 %', '50 %'), ('256', '1k'), shares)),
-                          tmp_path / 'maps.png', title='a title')
+  path = plots.heat_maps(dict.fromkeys('abcdefg', (('0 %', '50 %'), ('256', '1k'), shares)),
+                         tmp_path / 'maps.png', title='a title')
   assert path.stat().st_size > 10_000
   with pytest.raises(ValueError, match='nothing to draw'):
-    tables.heat_maps({}, path)
+    plots.heat_maps({}, path)

@@ -15,10 +15,12 @@ from sklearn.datasets import load_digits
 
 from lib.data import images as image_data
 from lib.data.datasets import digit_segments, digits
-from lib.report import overlay, tables
+from lib.report import overlay
+from lib.report.rows import read_jsonl
 from lib.tasks import base as tasks
 from lib.tasks import registry
 from models.build import build
+from ops import assignments
 from ops import tokens as tk
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -179,7 +181,7 @@ def test_merged_groups_are_outlined_regions_on_the_segmentation(tmp_path):
   """A group over two classes is one region, of their mean colour, with a line around it."""
   tokens = tk.TokenSet.create(jnp.zeros((1, 4, 2)))
   dst = jnp.asarray([[0, 0, 1, 2]])
-  merged = tk.reduce(tokens, tk.Merge.mean(jnp.asarray([[0, 2, 3]]), dst, tokens.sizes))
+  merged = tk.reduce(tokens, assignments.Merge.mean(jnp.asarray([[0, 2, 3]]), dst, tokens.sizes))
   image = np.zeros((1, 16, 16))
   classes = np.zeros((1, 16, 16), int)
   classes[0, :, 8:], classes[0, 8:, 8:] = 1, 2
@@ -222,7 +224,7 @@ def test_train_and_sweep_under_reduction(place, tmp_path):
   last = json.loads(printed[0].splitlines()[-1])
   assert last['step'] == 2
   assert 0 < last['miou'] < 1
-  rows = tables.read_jsonl(tmp_path / 'sweep.jsonl')
+  rows = read_jsonl(tmp_path / 'sweep.jsonl')
   assert [row['method'] for row in rows] == ['none', 'topk']
   assert all(0 < row['miou'] < 1 for row in rows)
   assert 'mIoU %' in printed[1]

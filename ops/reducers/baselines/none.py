@@ -2,9 +2,10 @@
 
 import dataclasses
 
+from ops.assignments import Assignment
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet, identity
+from ops.tokens import TokenSet, identity
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, take
 from ops.primitives.match import join
 from ops.primitives.select import ranks
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

@@ -7,10 +7,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet
+from ops.tokens import TokenSet
 
 NORMS = ('l1', 'l2', 'linf')
 

@@ -7,11 +7,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ops.assignments import Assignment
 from ops.primitives.match import evenly
 from ops.primitives.select import keep_top, place
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet
+from ops.tokens import TokenSet
 
 PHASES = ('first', 'middle')
 

@@ -8,11 +8,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.rope import order
 from ops.signals import Signals
-from ops.tokens import TEXT, VISUAL, Assignment, TokenSet
+from ops.tokens import TEXT, VISUAL, TokenSet
 
 Array = jax.Array
 

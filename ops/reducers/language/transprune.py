@@ -8,11 +8,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.reducers.language.duet_vlm import text_after_images
 from ops.signals import Signals
-from ops.tokens import PADDING_BIAS, Assignment, TokenSet
+from ops.tokens import PADDING_BIAS, TokenSet
 
 Array = jax.Array
 TINY = 1e-8

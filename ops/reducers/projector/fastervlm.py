@@ -5,10 +5,11 @@ Axes: B batch, N slots now, H heads.
 
 import dataclasses
 
+from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet
+from ops.tokens import TokenSet
 
 
 @dataclasses.dataclass(frozen=True)

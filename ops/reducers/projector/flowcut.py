@@ -9,10 +9,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, Gather, take
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import PADDING_BIAS, SPECIAL, Assignment, Gather, TokenSet, take
+from ops.tokens import PADDING_BIAS, SPECIAL, TokenSet
 
 Array = jax.Array
 # Sums of attention may underflow to zero.

@@ -8,10 +8,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, take
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

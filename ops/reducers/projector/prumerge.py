@@ -8,11 +8,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, Mix, take
 from ops.primitives.match import cosine
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import PADDING_BIAS, SPECIAL, Assignment, Mix, TokenSet, take
+from ops.tokens import PADDING_BIAS, SPECIAL, TokenSet
 
 Array = jax.Array
 

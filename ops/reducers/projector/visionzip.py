@@ -8,11 +8,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import cosine
 from ops.primitives.select import place, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import Assignment, Merge, TokenSet, take
+from ops.tokens import TokenSet
 
 
 @dataclasses.dataclass(frozen=True)

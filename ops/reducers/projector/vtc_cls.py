@@ -7,10 +7,11 @@ import dataclasses
 
 import jax
 
+from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

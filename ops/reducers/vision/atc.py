@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import lowest
+from ops.assignments import Assignment, take
 from ops.primitives.match import join, pairs
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

@@ -8,11 +8,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, Gather, take
 from ops.primitives.match import put
 from ops.primitives.select import top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import Assignment, Gather, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

@@ -8,10 +8,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, take
 from ops.primitives.match import put
 from ops.reducers.vision.ats import ATS, keep_sampled, nearest_share
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import highest
+from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import cosine, pairs, spare
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import SPECIAL, Assignment, Merge, TokenSet, take
+from ops.tokens import SPECIAL, TokenSet
 
 Array = jax.Array
 FORMS = ('image', 'cross', 'text', 'attention')

@@ -8,11 +8,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, Merge, take
 from ops.primitives import cluster
 from ops.primitives.select import top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, Merge, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

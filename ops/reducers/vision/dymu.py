@@ -8,11 +8,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, take
 from ops.primitives.match import arranged, join, nearest, put, spare
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 

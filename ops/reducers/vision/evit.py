@@ -7,10 +7,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, Merge
 from ops.primitives.select import ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import Assignment, Merge, TokenSet
+from ops.tokens import TokenSet
 
 
 @dataclasses.dataclass(frozen=True)

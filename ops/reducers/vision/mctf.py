@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import highest
+from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import arranged, cosine, join, put, spare
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, Merge, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 FIELDS = {'direction': ('both', 'one'), 'pooling': ('attention', 'size', 'mean', 'max'),

@@ -9,11 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import bipartite, cosine, join, nearest, put, spare
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, Merge, TokenSet, take
+from ops.tokens import TokenSet
 
 Array = jax.Array
 PAIRINGS = ('deit', 'mae', 'energy', 'bipartite', 'text')

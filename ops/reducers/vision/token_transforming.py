@@ -8,13 +8,14 @@ import dataclasses
 import jax.numpy as jnp
 from jax import nn
 
+from ops.assignments import Assignment, take
 from ops.attention import log_weight
 from ops.primitives.match import cosine
 from ops.primitives.mixing import mix
 from ops.primitives.select import top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import PADDING_BIAS, Assignment, TokenSet, take
+from ops.tokens import PADDING_BIAS, TokenSet
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ops.assignments import Assignment
 from ops.primitives.match import arranged, bipartite
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, TokenSet
+from ops.tokens import TokenSet
 
 
 @dataclasses.dataclass(frozen=True)

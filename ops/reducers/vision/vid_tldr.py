@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from ops import attention
+from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import arranged, bipartite
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import Assignment, Merge, TokenSet, key_bias, take
+from ops.tokens import TokenSet, key_bias
 
 Array = jax.Array
 ROWS = 32  # Query rows of attention held at a time.

@@ -1,0 +1,112 @@
+"""Measurements as JSON lines, one a row: read, appended, updated.
+
+A row is a dict. Every key is optional; those known here:
+
+  method, budget      names, as shown
+  accuracy            share of images classified right, 0 to 1
+  miou                mean over classes of intersection over union of pixels, 0 to 1
+  tokens              tokens in each layer, a list
+  kept_mean           tokens kept, averaged as the writer of the row says
+  kv_mb               megabytes of keys and values after one prompt
+  gmacs, gmacs_ratio  10^9 multiply-accumulates of one image; their share of the unreduced model's
+  median_ms, low_ms, high_ms
+                      latency: median and quartiles
+  speedup             unreduced latency over this one
+  compile_s           seconds to compile
+  note                what a reader must know, such as 'untrained: has learned parameters'
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def append_jsonl(path: str | Path, row: Row) -> None:
+  """Adds a row to a file of JSON lines, whole or not at all, and makes the file if need be.
+
+  Rows already there are never touched, whoever else is writing. What a killed writer left of a
+  line is removed first. NumPy and JAX values become plain ones; NaN and infinity become null.
+  """
+  line = json.dumps(_plain(row), allow_nan=False).encode() + b'\n'
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('a+b') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    tail = _tail(file)
+    if tail and _row(tail) is None:
+      file.truncate(file.seek(0, os.SEEK_END) - len(tail))
+    elif tail:
+      line = b'\n' + line
+    file.write(line)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+  """All rows of a file of JSON lines; a last line that was cut off is left out.
+
+  Raises:
+    ValueError: another line is not a JSON object; says which.
+  """
+  *lines, last = Path(path).read_bytes().split(b'\n')
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    row = _row(line)
+    if row is None and line.strip():
+      raise ValueError(f'{path}, line {number} is not a JSON object: {_excerpt(line)!r}; '
+                       'repair or delete that line')
+    rows += [] if row is None else [row]
+  row = _row(last)
+  return rows if row is None else [*rows, row]
+
+
+def update_json(path: str | Path, entries: Mapping[str, Any]) -> None:
+  """Puts entries into a JSON file of named ones, in place of those that had their names."""
+  path = Path(path)
+  found = json.loads(path.read_text()) if path.exists() else {}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(found | _plain(entries), indent=1) + '\n')
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+  """The row in a line, None where there is no whole one."""
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  return row if isinstance(row, dict) else None
+
+
+def _excerpt(line: bytes) -> str:
+  return line[:40].decode(errors='replace')
+
+
+def _tail(file: Any) -> bytes:
+  """What follows the last newline of a binary file."""
+  end, tail = file.seek(0, os.SEEK_END), b''
+  while end and b'\n' not in tail:
+    start = max(0, end - 4096)
+    file.seek(start)
+    tail, end = file.read(end - start) + tail, start
+  return tail.rpartition(b'\n')[2]
+
+
+def _plain(value: Any) -> Any:
+  """Anything a row may hold, as what JSON knows."""
+  if isinstance(value, Mapping):
+    return {str(key): _plain(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(item) for item in value]
+  if hasattr(value, 'tolist'):
+    return _plain(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

@@ -1,0 +1,127 @@
+"""Vision-language models from a checkpoint's config.json, or by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from models.backbones.qwen_vision import QwenVision
+from models.backbones.vit import ViT
+from models.backbones.vlm import VLM
+from models.checkpoints import lm_config
+from models.families import VLMS
+
+# What a config.json may leave out.
+_LLAMA = {'model_type': 'llama', 'hidden_size': 4096, 'intermediate_size': 11008,
+          'num_hidden_layers': 32, 'num_attention_heads': 32, 'vocab_size': 32000}
+_TOWERS = {
+    'clip_vision_model': {'norm_eps': 1e-5, 'activation': 'quick_gelu', 'pre_norm': True,
+                          'patch_bias': False},
+    'siglip_vision_model': {'class_token': False, 'activation': 'gelu_tanh'},
+}
+_ACTS = {'quick_gelu': 'quick_gelu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh',
+         'silu': 'swiglu'}
+LLAVAS = ('llava', 'llava_next', 'llava_onevision')
+QWENS = ('qwen2_vl', 'qwen2_5_vl')
+
+
+def from_config(config: Mapping[str, Any], *, grid: tuple[int, int] = (32, 32),
+                tower: Mapping[str, Any] | None = None,
+                lm: Mapping[str, Any] | None = None) -> VLM:
+  """The model that a checkpoint's config.json describes (as the transformers library writes it).
+
+  Args:
+    config: the file's content.
+    grid: for the Qwen families, rows and columns of patches that every image must fit into.
+    tower, lm: fields of the tower and of LM that differ.
+
+  Raises:
+    ValueError: an architecture that is not known, or settings of a known one that are not.
+  """
+  kind = config.get('model_type')
+  if kind in LLAVAS:
+    return _llava(config, kind, dict(tower or {}), dict(lm or {}))
+  if kind in QWENS:
+    return _qwen(config, kind, grid, dict(tower or {}), dict(lm or {}))
+  raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join((*LLAVAS, *QWENS))}')
+
+
+def make_vlm(variant: str, **settings: Any) -> VLM:
+  """A vision-language model by name, one of `VLMS` in models/families.py.
+
+  Args:
+    variant: as 'llava1.5_7b'.
+    **settings: what else `from_config` takes.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  if variant not in VLMS:
+    near = difflib.get_close_matches(variant, VLMS, n=1)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    raise ValueError(f'variant {variant!r} is unknown{hint}: choose one of {", ".join(VLMS)}, or '
+                     "read a checkpoint's config.json with from_config")
+  return from_config(VLMS[variant], **settings)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The config.json of the language model in that of a vision-language model."""
+  if not config:
+    return {}
+  text = dict(config.get('text_config') or {})
+  if config.get('model_type') in QWENS:
+    return (text or dict(config)) | {'model_type': 'qwen2'}
+  return _LLAMA | text if text.get('model_type', 'llama') == 'llama' else text
+
+
+def _llava(config: Mapping[str, Any], kind: str, tower: dict[str, Any],
+           lm: dict[str, Any]) -> VLM:
+  seen, text = config['vision_config'], text_config(config)
+  family = seen.get('model_type', 'clip_vision_model')
+  if family not in _TOWERS:
+    raise ValueError(f'vision tower {family!r} is unknown: known are {", ".join(_TOWERS)}')
+  depth = seen['num_hidden_layers']
+  feature = config.get('vision_feature_layer', -1 if kind == 'llava_onevision' else -2)
+  strategy = config.get('vision_feature_select_strategy',
+                        'full' if kind == 'llava_onevision' else 'default')
+  special = _TOWERS[family].get('class_token', True)
+  if not isinstance(feature, int) or (strategy == 'default') != special:
+    raise ValueError(f'vision_feature_layer={feature} with vision_feature_select_strategy='
+                     f'{strategy!r} is unknown here: one layer, without its [CLS] token if any')
+  last = depth + 1 + feature if feature < 0 else feature
+  settings = {
+      'width': seen['hidden_size'], 'depth': depth, 'mlp': seen['intermediate_size'],
+      'heads': seen['num_attention_heads'], 'patch': seen['patch_size'],
+      'image_size': seen['image_size'] // seen['patch_size'] * seen['patch_size'],
+      'num_classes': 0, 'layers': (0, last), **_TOWERS[family]}
+  if seen.get('hidden_act'):
+    settings['activation'] = _ACTS[seen['hidden_act']]
+  if last == depth:
+    # The features are those before the last norm: it stands aside, over a mean that nobody reads.
+    settings |= {'layers': None, 'pool': 'mean', 'last_norm': 'pooled'}
+  token = config.get('image_token_id', config.get('image_token_index', 32000))
+  return VLM(ViT(**(settings | tower)), lm_config.from_config(text, **lm), token,
+             _ACTS[config.get('projector_hidden_act', 'gelu')], newline=kind != 'llava')
+
+
+def _qwen(config: Mapping[str, Any], kind: str, grid: tuple[int, int], tower: dict[str, Any],
+          lm: dict[str, Any]) -> VLM:
+  seen, text = config['vision_config'], text_config(config)
+  settings = {'depth': seen.get('depth', 32), 'heads': seen.get('num_heads', 16), 'grid': grid,
+              'patch': seen.get('patch_size', 14), 'temporal': seen.get('temporal_patch_size', 2),
+              'merge': seen.get('spatial_merge_size', 2)}
+  if kind == 'qwen2_vl':
+    width = seen.get('embed_dim', 1280)
+    settings |= {'width': width, 'mlp': int(width * seen.get('mlp_ratio', 4)),
+                 'projection': seen.get('hidden_size', 3584),
+                 'activation': _ACTS[seen.get('hidden_act', 'quick_gelu')]}
+  else:
+    settings |= {'width': seen.get('hidden_size', 1280), 'norm': 'rms', 'activation': 'swiglu',
+                 'mlp': seen.get('intermediate_size', 3420),
+                 'projection': seen.get('out_hidden_size', 3584),
+                 'window': seen.get('window_size', 112) // settings['patch'],
+                 'whole_layers': tuple(seen.get('fullatt_block_indexes', (7, 15, 23, 31)))}
+  model = lm_config.from_config(text, **lm)
+  return VLM(QwenVision(**(settings | tower)), model, config.get('image_token_id', 151655),
+             projection='')

@@ -1,0 +1,82 @@
+"""How the next token is picked, and prompts of any lengths as one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+SIDES = ('left', 'right')
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a token is picked from its logits; as it stands, greedily.
+
+  Attributes:
+    temperature: divides the logits; 0 picks the largest.
+    top_k: only among so many of the largest, 0 for all.
+    top_p: only among the fewest of the largest whose probabilities reach this sum (nucleus
+      sampling, arXiv:1904.09751), after top_k. Tokens as likely as the last of them join.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self) -> None:
+    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ValueError(f'{self} is impossible: temperature and top_k are not negative, and top_p '
+                       'lies in (0, 1]')
+
+
+def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
+  """Picks one token a row.
+
+  Args:
+    logits: float32[B, V].
+    keys: B random keys; a row's token depends on its own.
+    sampling: static.
+
+  Returns:
+    int32[B].
+  """
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits.astype(jnp.float32) / sampling.temperature
+  if sampling.top_k or sampling.top_p < 1:
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    if 0 < sampling.top_k < logits.shape[-1]:
+      ranked = jnp.where(jnp.arange(logits.shape[-1])[None] < sampling.top_k, ranked, -jnp.inf)
+    chances = jax.nn.softmax(ranked, axis=-1)
+    # What the larger ones reach without it decides about a token, so that the first always stays.
+    inside = (jnp.cumsum(chances, axis=-1) - chances < sampling.top_p) & (chances > 0)
+    least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits >= least, logits, -jnp.inf)
+  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def padded(prompts: Sequence[Sequence[int]], slots: int, *, side: str = 'left',
+           fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts of any lengths as ids int32[B, N] and valid bool[B, N].
+
+  Raises:
+    ValueError: no prompt, an empty one, one that is longer than `slots`, or an unknown side.
+  """
+  if side not in SIDES:
+    raise ValueError(f'side={side!r} is unknown: choose one of {", ".join(SIDES)}')
+  lengths = [len(prompt) for prompt in prompts]
+  if not lengths or min(lengths) == 0 or max(lengths) > slots:
+    raise ValueError(f'prompts of {lengths} tokens do not fit into {slots} slots: give at least '
+                     'one, none of them empty or longer')
+  ids, valid = np.full((len(lengths), slots), fill, np.int32), np.zeros((len(lengths), slots), bool)
+  for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+    place = slice(slots - length, slots) if side == 'left' else slice(length)
+    ids[row, place], valid[row, place] = prompt, True
+  return ids, valid
