@@ -29,7 +29,7 @@ from models import checkpoints as weights
 
 
 @struct.dataclass
-class State:
+class TrainState:
   """All that training changes, and all that a checkpoint holds beside the data iterator."""
 
   step: jax.Array
@@ -52,14 +52,14 @@ class Setup:
     count_batch: (parameters, batch) -> what the batch adds to the scores, compiled likewise.
   """
 
-  learner: tasks.Learner
+  learner: tasks.Task
   optimizer: optax.GradientTransformation
-  init: Callable[[jax.Array], State]
-  places: State
-  train_steps: dict[int, Callable[..., tuple[State, dict]]]
+  init: Callable[[jax.Array], TrainState]
+  places: TrainState
+  train_steps: dict[int, Callable[..., tuple[TrainState, dict]]]
   count_batch: Callable[..., jax.Array]
 
-  def train_step(self, done: int) -> Callable[..., tuple[State, dict]]:
+  def train_step(self, done: int) -> Callable[..., tuple[TrainState, dict]]:
     """The training step after so many are done."""
     return self.train_steps[anneal.at(self.learner.phases, done).start_step]
 
@@ -81,9 +81,9 @@ def setup(config, mesh):
 
   def init(key):
     params = learner.init(key)
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
-  places = sharding.place(jax.eval_shape(init, jax.random.key(0)), config.sharding, mesh)
+  places = sharding.make_shardings(jax.eval_shape(init, jax.random.key(0)), config.sharding, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   train_steps = {
       phase.start_step: jax.jit(
@@ -144,8 +144,8 @@ def run(config, workdir, *, first):
       state = state.replace(params=begun[1], ema=jax.tree.map(jnp.copy, begun[1]))
     elif loaded:
       # Made twice: one of them is donated in every step.
-      state = state.replace(params=weights.overlay(state.params, loaded),
-                            ema=weights.overlay(state.ema, loaded))
+      state = state.replace(params=weights.merge_params(state.params, loaded),
+                            ema=weights.merge_params(state.ema, loaded))
 
   teacher = None
   if 'distill' in config.optimizer and config.optimizer.distill.teacher:
@@ -229,14 +229,14 @@ def update(loss, optimizer, settings, schedule, state, batch, key, teacher):
   params = optax.apply_updates(state.params, updates)
   ema = optax.incremental_update(params, state.ema, 1 - settings.ema_decay)
   scalars |= {'grad_norm': optax.tree.norm(grads), 'learning_rate': schedule(state.step)}
-  return State(state.step + 1, params, opt_state, ema), scalars
+  return TrainState(state.step + 1, params, opt_state, ema), scalars
 
 
 def evaluate(made, params, config, mesh):
   """The scores on the test split."""
   batches = made.learner.eval_batches(config, process_index=jax.process_index(),
                                       process_count=jax.process_count())
-  return made.learner.scores(tasks.add_up(
+  return made.learner.scores(tasks.sum_counts(
       [made.count_batch(params, sharding.put(batch, mesh)) for batch in batches]))
 
 

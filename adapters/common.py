@@ -91,7 +91,7 @@ class Answerer:
   """A model behind a harness.
 
   Args:
-    path: as `lib.assistant.load` takes it.
+    path: as `lib.assistant.load_run` takes it.
     reduce: reductions by place (vision, projector, language, cache); as text JSON, or a file of it.
       None for those that a run was trained with.
     batch_size: B.
@@ -100,7 +100,7 @@ class Answerer:
     data_dir: where a run's set is, if not where the run had it.
 
   Raises:
-    ValueError: as `lib.assistant.load`; reductions that are none.
+    ValueError: as `lib.assistant.load_run`; reductions that are none.
   """
 
   def __init__(self, path: str, *, reduce: Any = None, batch_size: int = 8,

@@ -24,7 +24,7 @@ from PIL import Image
 from lib.data import anyres
 from lib.data.anyres import Patches, Picture, Square
 from lib.data.preprocess import Preprocess
-from lib.data.tokenizers import FILES, Chat, Tokens, Words
+from lib.data.tokenizers import FILES, Chat, HubTokenizer, WordTokenizer
 from lib.tasks import qa as qa_task
 from lib.tasks import trained as runs
 from models import checkpoints
@@ -33,10 +33,10 @@ from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images
 from models.build import DTYPES
 from models.checkpoints import files, lm_config, vlm_config
-from models.decoding.fitted import fitted
+from models.decoding.fitted import with_plans
 from models.decoding.generator import Generator
 from models.families import LM_FAMILIES
-from models.storage import to_form
+from models.storage import to_storage
 from ops.attention import pick
 
 PLACE = '<image>'
@@ -92,13 +92,13 @@ class Assistant:
       **settings: as of `Generator`.
 
     Raises:
-      ValueError: an unknown place; or, once it runs, as `fitted`.
+      ValueError: an unknown place; or, once it runs, as `with_plans`.
     """
     reduce = self.reduce if reduce is None else reduce
     for place in reduce:
       if place not in qa_task.PLACES:
         raise ValueError(f'reduce.{place} is unknown: choose from {", ".join(qa_task.PLACES)}')
-    return Generator(self.model, self.params, ends=self.ends, fit=fitted(self.model, **reduce),
+    return Generator(self.model, self.params, ends=self.ends, fit=with_plans(self.model, **reduce),
                      **settings)
 
   def prompt(self, text: str, *, images: int = 0, template: bool = True) -> list[int]:
@@ -187,8 +187,8 @@ def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = 
 
   Raises:
     ValueError, FileNotFoundError: nothing of both there, an architecture that is not known, a
-      tokenizer that is another model's; or as `models.checkpoints.load` and
-      `lib.tasks.trained.load`.
+      tokenizer that is another model's; or as `models.checkpoints.load_run` and
+      `lib.tasks.trained.load_run`.
   """
   path = files.locate(source)
   if not path.is_dir():
@@ -198,28 +198,28 @@ def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = 
   if 'model_type' in config:
     return _of_checkpoint(path, config, dtype)
   if 'model' in config:
-    return of_run(runs.load(path, data_dir=data_dir))
+    return of_run(runs.load_run(path, data_dir=data_dir))
   raise ValueError(f'{path} is no model: it needs the config.json of a run (train.py) or of a '
                    'checkpoint, which names its model_type')
 
 
-def of_run(trained: runs.Trained) -> Assistant:
+def of_run(trained: runs.TrainedModel) -> Assistant:
   """A trained model."""
   info, model, config = trained.info, trained.model, trained.config
   reduce = {place: dict(given) for place, given in config.reduce.items()
             if given['method'] != 'none'}
   silent = tuple(each for each in (info.pad, info.end, info.image) if each is not None)
-  tokens = Words(info.words, silent) if info.words else Tokens(info.tokenizer)
+  tokens = WordTokenizer(info.words, silent) if info.words else HubTokenizer(info.tokenizer)
   made = functools.partial(Assistant, tokens=tokens, ends=(info.end,), reduce=reduce,
                            data=config.data)
   if isinstance(model, LM):
-    return made(model.clone(plan=None, cache_plan=None), to_form(trained.params, 'unstacked'))
+    return made(model.clone(plan=None, cache_plan=None), to_storage(trained.params, 'unstacked'))
   plain = model.clone(tower=model.tower.clone(plan=None), door=None,
                       lm=model.lm.clone(plan=None, cache_plan=None))
   side = info.image_shape[0]
   steps = Preprocess((side, side), Image.Resampling.BICUBIC.value, None, 1 / 255,
                      tuple(config.data.mean), tuple(config.data.std))
-  return made(plain, to_form(trained.params, 'unstacked'),
+  return made(plain, to_storage(trained.params, 'unstacked'),
               look=Square(steps, model.tower.grid[0]))
 
 
@@ -247,7 +247,7 @@ def _of_checkpoint(path: pathlib.Path, config: Mapping[str, Any], dtype: str) ->
     raise ValueError(f'dtype {dtype!r} is unknown: choose one of {", ".join(DTYPES)}')
   chosen = DTYPES[dtype]
   model = build(config, dtype=chosen, implementation=pick(jax.default_backend(), chosen))
-  tokens, ends = Tokens.of(path), _ends(path, config)
+  tokens, ends = HubTokenizer.of(path), _ends(path, config)
   check_tokens(tokens, model, ends, path)
   look = anyres.read(path, config, grid=model.tower.grid) if isinstance(model, VLM) else None
   params = checkpoints.load(model, path, dtype=chosen, form='unstacked')

@@ -12,7 +12,7 @@ from models.compressors import COMPRESSORS
 from ops.budgets import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
 from ops.reducers import REDUCERS, join
 from ops.reducers.cache import CACHE_REDUCERS
-from ops.signals import AHEAD, FED, STATIC
+from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC
 from ops.tokens import KINDS
 
 SITES = ('before', 'inside', 'between', 'after')
@@ -172,7 +172,7 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
                        f'choose from {", ".join(CACHE_KEYS)}')
   name = config.get('method')
   method = make_method(name, config.get('args') or {}, CACHE_REDUCERS)
-  offers = host.offers - AHEAD - {'attention'}
+  offers = host.offers - NEXT_LAYER - {'attention'}
   check_needs(name, method, dataclasses.replace(host, offers=offers), 'cache')
   layers = parse_layers(config.get('layers'), host.depth)
   budgets = [key for key in BUDGETS if config.get(key) is not None]
@@ -184,7 +184,7 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   cuts: list[Cut] = []
   for layer, value in zip(layers, values, strict=True):
     limits = Limits(host.depth, counts[layer], 0, method.extra_slots,
-                    functools.partial(method.fewest, protected=0))
+                    functools.partial(method.min_slots, protected=0))
     if budgets[0] == 'keep':
       value = min(value, counts[layer])  # A capacity: what a shorter prompt has, it keeps.
     budget = {budgets[0]: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
@@ -197,11 +197,11 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
 def slots_seen(host: Host, plan: Plan | None) -> tuple[int, ...]:
   """Slots that each layer's attention sees under a plan: those that its cache holds."""
   if plan and plan.cuts and plan.positions == 'restart':
-    return (plan.cuts[-1].keep,) * host.depth
+    return (plan.cuts[-1].slots_out,) * host.depth
   slots, found = host.slots, []
   for layer in range(host.depth):
     cut = plan.cut(layer) if plan and plan.mode == 'gather' else None
-    after = cut.keep if cut else slots
+    after = cut.slots_out if cut else slots
     found.append(after if cut and plan.site == 'before' else slots)
     slots = after
   return tuple(found)
@@ -242,10 +242,10 @@ def policy(positions: str | None, method: Any, host: Host) -> str:
 def limits_of(method: Any, host: Host, protected: int) -> Limits:
   """What a host and a method allow, where so many slots are not to be touched."""
   return Limits(host.depth, host.slots, protected, method.extra_slots,
-                functools.partial(method.fewest, protected=protected))
+                functools.partial(method.min_slots, protected=protected))
 
 
-def gentler(plan: Plan, host: Host, share: float) -> Plan:
+def scaled_plan(plan: Plan, host: Host, share: float) -> Plan:
   """A plan that removes only a share of what another does in each of its layers.
 
   Args:
@@ -261,9 +261,9 @@ def gentler(plan: Plan, host: Host, share: float) -> Plan:
 
 
 # What a layer can still tell before its own attention ran: only what is known without it.
-FREE_OF_ATTENTION = STATIC | AHEAD
+FREE_OF_ATTENTION = STATIC | NEXT_LAYER
 # What is measured for a cut alone, never for a layer that is only watched.
-ONLY_CUTS = AHEAD | {'attention'}
+ONLY_CUTS = NEXT_LAYER | {'attention'}
 
 
 def check_needs(name: str, method: Any, host: Host, site: str) -> None:
@@ -281,10 +281,10 @@ def check_needs(name: str, method: Any, host: Host, site: str) -> None:
   if 'attention' in method.needs and site != 'inside':
     raise ValueError(f'{name} needs the whole attention map, which exists only inside attention: '
                      f"set site='inside' (got {site!r})")
-  if FED & method.needs and site not in ('before', 'after'):
+  if MLP_SIGNALS & method.needs and site not in ('before', 'after'):
     raise ValueError(f"{name} looks at the MLP of a layer, which needs site='before' or 'after' "
                      f'(got {site!r})')
-  if AHEAD & method.needs and site not in ('before', 'after'):
+  if NEXT_LAYER & method.needs and site not in ('before', 'after'):
     raise ValueError(f"{name} looks ahead to the next layer's attention, which needs "
                      f"site='before' or 'after' (got {site!r})")
 
@@ -323,7 +323,7 @@ def check_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], site
   if site == 'before' and cuts and cuts[0].layer == 0 and method.needs - FREE_OF_ATTENTION:
     raise ValueError(f'{name} before layer 0 has no earlier layer to read '
                      f'{", ".join(sorted(method.needs))} from: start at layer 1')
-  ahead = site == 'after' and AHEAD & method.needs
+  ahead = site == 'after' and NEXT_LAYER & method.needs
   if ahead and cuts and cuts[-1].layer == host.depth - 1:
     raise ValueError(f'{name} after layer {host.depth - 1} has no next layer to look at: end at '
                      f'layer {host.depth - 2}')

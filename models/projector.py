@@ -27,7 +27,7 @@ ORDERS = ('raster', 'method')
 
 
 @dataclasses.dataclass(frozen=True)
-class Listen(Reducer):
+class RecordSignals(Reducer):
   """Cuts nothing: it keeps what a layer of the tower told for the door.
 
   Attributes:
@@ -50,7 +50,7 @@ class Listen(Reducer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Door:
+class ProjectorReduction:
   """A reduction of visual tokens between the projector and the language model.
 
   Attributes:
@@ -80,7 +80,8 @@ class Projector(nn.Module):
     return dense(self.width, self.dtype, name='fc2')(ACTIVATIONS[self.activation](x))
 
 
-def _through(door: Door, visual: Visual) -> tuple[Visual, int | None, TokenSet | None]:
+def reduce_visual(door: ProjectorReduction, visual: Visual) -> tuple[Visual, int | None,
+                                                                     TokenSet | None]:
   """Visual tokens after the door, slots of a pool of all, and who was joined with whom."""
   batch, images, each = visual.x.shape[:3]
   across = images if door.across == 'prompt' else 1
@@ -88,9 +89,9 @@ def _through(door: Door, visual: Visual) -> tuple[Visual, int | None, TokenSet |
   cut = door.plan.cut(0)
   if cut is None:
     return visual, None, None
-  if slots != cut.slots:
-    raise ValueError(f'the door was made for {cut.slots} visual tokens and gets {slots}: make it '
-                     'anew with at_door(..., slots=...)')
+  if slots != cut.slots_in:
+    raise ValueError(f'the door was made for {cut.slots_in} visual tokens and gets {slots}: make '
+                     'it anew with with_projector_reduction(..., slots=...)')
 
   def pooled(values: Array) -> Array:
     return values.reshape(-1, slots, *values.shape[3:])
@@ -108,7 +109,7 @@ def _through(door: Door, visual: Visual) -> tuple[Visual, int | None, TokenSet |
   method = door.plan.method
   known = Signals(layer=0, depth=1, slots=slots, grid=door.grid, **told)
   with jax.named_scope('reduction'):
-    assignment = tk.decide(method, tokens, known, keep=cut.keep)
+    assignment = tk.decide(method, tokens, known, num_slots=cut.slots_out)
     reduced = tk.reduce(tokens, assignment)
   if door.order == 'raster':
     place = jnp.where(reduced.real, reduced.pos, slots)

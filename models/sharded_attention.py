@@ -18,7 +18,8 @@ Array = jax.Array
 
 def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | None, *,
            mesh: Mesh | None, implementation: str, **settings: Any) -> attention.Attended:
-  """`ops.attention.attend`, rows divided over the batch axes of a mesh and heads over 'tensor'.
+  """`ops.attention.attend_after_cut`, rows divided over the batch axes of a mesh and heads over
+  'tensor'.
 
   Args:
     q: float[B, N, H, d].
@@ -27,7 +28,7 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | 
     positions: int32[B, N] or None.
     mesh: of the devices, or None.
     implementation: of `ops.attention`; XLA's own is divided by the compiler.
-    **settings: what else `ops.attention.attend` takes.
+    **settings: what else `ops.attention.attend_after_cut` takes.
   """
 
   def local(q: Array, k: Array, v: Array, bias: Array | None,

@@ -5,7 +5,8 @@ Axes: B batch, N slots now, L layers.
 Parameters are stored once, stacked [L, ...], whatever the method and the schedule, so one
 checkpoint serves all. They are read in either of two forms: that stack, or a tuple of L trees
 (`unstack`). Storage is not execution: a layer that runs alone on a slice of the stack pays a copy
-of its weights on CPU, a run of equal layers as one `lax.scan` compiles once; `best_form` picks.
+of its weights on CPU, a run of equal layers as one `lax.scan` compiles once; `fastest_storage`
+picks.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.plan import Plan
-from models.storage import _pick, _Slice, unstack
+from models.storage import LayerSlice, layer_of, unstack
 from ops import assignments
 from ops import tokens as tk
 from ops.assignments import Assignment, Gather, Mix
 from ops.budgets import Cut
 from ops.primitives.select import ranks
-from ops.rope import Rope, order
-from ops.signals import AHEAD, FED, STATIC, Signals
-from ops.tokens import FILLER, TokenSet
+from ops.rope import Rope, sequence_index
+from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC, Signals
+from ops.tokens import FIXED_PADDING, TokenSet
 
 Array = jax.Array
 REMAT = ('none', 'full', 'dots')
@@ -130,15 +131,15 @@ class Stack(nn.Module):
       if key is None:
         # Else a compiler may slice and convert this layer's weights early, and hold them meanwhile.
         tokens, weights = jax.lax.optimization_barrier((tokens, weights))
-      layer = functools.partial(self._layer, _pick(weights, start), start, key)
+      layer = functools.partial(self._layer, layer_of(weights, start), start, key)
       needs = self._needs(start) | (tap.needs if tap else frozenset())
-      fed = needs & FED
+      fed = needs & MLP_SIGNALS
       if cut and self.plan.site == 'inside':
         tokens = layer('inside', tokens, functools.partial(self._inside, cut, key, out),
-                       **self._asked(needs, tokens))
+                       **self._measure_args(needs, tokens))
       else:
         entered = tokens.x if 'hidden_in' in needs else None
-        tokens, signals = layer('attend', tokens, **self._asked(needs - fed, tokens, tap))
+        tokens, signals = layer('attend', tokens, **self._measure_args(needs - fed, tokens, tap))
         signals = signals.replace(hidden_in=entered)
         if not fed:
           tokens = self._watch(start, tokens, signals)
@@ -177,7 +178,7 @@ class Stack(nn.Module):
     """
     weights, made = self._weights(carry), []
     for layer, state in enumerate(states):
-      carry, state = self.block.apply({'params': _pick(weights, layer)}, carry, state,
+      carry, state = self.block.apply({'params': layer_of(weights, layer)}, carry, state,
                                       method='step')
       made.append(state)
     return carry, tuple(made)
@@ -202,10 +203,10 @@ class Stack(nn.Module):
       return frozenset()
     cut = self.plan.cut(layer + 1 if self.plan.site == 'before' else layer)
     seen = self.plan.method.watch_needs if layer in self.plan.watch else frozenset()
-    return seen | (self.plan.method.needs - AHEAD if cut else frozenset())
+    return seen | (self.plan.method.needs - NEXT_LAYER if cut else frozenset())
 
-  def _asked(self, needs: frozenset[str], tokens: TokenSet,
-             tap: Tap | None = None) -> dict[str, Any]:
+  def _measure_args(self, needs: frozenset[str], tokens: TokenSet,
+                    tap: Tap | None = None) -> dict[str, Any]:
     """What a block is told to measure: the names, and the rows that some of them are about."""
     asked: dict[str, Any] = {'needs': needs}
     methods = [part.method for part in (self.plan, tap) if part and part.method]
@@ -217,7 +218,7 @@ class Stack(nn.Module):
         raise ValueError(f'{" and ".join(type(owner).__name__ for owner in owners)} both ask for '
                          'attention rows of their own choice, which a layer measures for one: run '
                          'one of them')
-      asked |= {'rows': owners[0].rows(tokens), 'most_rows': owners[0].most_rows(tokens)}
+      asked |= {'rows': owners[0].rows(tokens), 'max_rows': owners[0].max_rows(tokens)}
     return asked
 
   def _layer(self, params: Any, index: Any, key: Array | None, method: str, tokens: TokenSet,
@@ -229,7 +230,7 @@ class Stack(nn.Module):
 
     def call(params: Any, tokens: TokenSet) -> Any:
       # Here, so that the backward pass picks them anew instead of keeping them.
-      params = params.picked() if isinstance(params, _Slice) else params
+      params = params.picked() if isinstance(params, LayerSlice) else params
       return self.block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
 
     if self.remat != 'none' and method != 'inside':  # A decision must be taken once.
@@ -246,13 +247,14 @@ class Stack(nn.Module):
       index, params = item
       tokens = self._rows(tokens)
       entered = tokens.x if 'hidden_in' in needs else None
-      picked = _pick(weights, index) if key is None else _Slice(weights, params, index)
+      picked = layer_of(weights, index) if key is None else LayerSlice(weights, params, index)
       layer = functools.partial(self._layer, picked, index, key)
-      tokens, signals = layer('attend', tokens, **self._asked(needs - FED, tokens, tap))
+      tokens, signals = layer('attend', tokens,
+                              **self._measure_args(needs - MLP_SIGNALS, tokens, tap))
       attended = tokens
-      if needs & FED:
-        tokens, seen = layer('feed', tokens, needs=needs & FED)
-        signals = signals.replace(**{name: getattr(seen, name) for name in needs & FED})
+      if needs & MLP_SIGNALS:
+        tokens, seen = layer('feed', tokens, needs=needs & MLP_SIGNALS)
+        signals = signals.replace(**{name: getattr(seen, name) for name in needs & MLP_SIGNALS})
       else:
         tokens = layer('feed', tokens)
       read = tap and tap.read(start, attended, signals.replace(hidden_in=entered))
@@ -275,12 +277,12 @@ class Stack(nn.Module):
   def _reduce(self, tokens: TokenSet, signals: Signals, cut: Cut, weights: Any,
               key: Array | None, out: dict[str, Any]) -> TokenSet:
     """A cut between layers: decide, reduce, remember."""
-    ahead = self.plan.method.needs & AHEAD
+    ahead = self.plan.method.needs & NEXT_LAYER
     if ahead:
       following = cut.layer + (self.plan.site == 'after')
       with jax.named_scope('signals'):
-        seen = self._layer(_pick(weights, following), following, key, 'look', tokens,
-                           **self._asked(ahead, tokens))
+        seen = self._layer(layer_of(weights, following), following, key, 'look', tokens,
+                           **self._measure_args(ahead, tokens))
       signals = signals.replace(**{name: getattr(seen, name) for name in ahead})
     return self._decide(cut, key, out, tokens, signals)[0]
 
@@ -293,7 +295,7 @@ class Stack(nn.Module):
     if self.causal and not isinstance(assignment, Gather):
       raise ValueError(f'{self.plan.name} joins tokens inside attention, where causal rows would '
                        "see later tokens through a group: set site='between'")
-    return (reduced, functools.partial(tk.attend, assignment, attention),
+    return (reduced, functools.partial(tk.attend_after_cut, assignment, attention),
             not isinstance(assignment, Gather))
 
   def _watch(self, layer: int, tokens: TokenSet, signals: Signals) -> TokenSet:
@@ -303,11 +305,11 @@ class Stack(nn.Module):
     method = self.plan.method
     with jax.named_scope('reduction'):
       stats = self.by_rows(method.watch)(
-          tokens, self._told(signals, method.watch_needs, layer))
+          tokens, self._signals_for(signals, method.watch_needs, layer))
     return tokens.replace(stats=tokens.stats | stats)
 
-  def _told(self, signals: Signals, needs: frozenset[str], layer: int,
-            slots: int | None = None) -> Signals:
+  def _signals_for(self, signals: Signals, needs: frozenset[str], layer: int,
+                   slots: int | None = None) -> Signals:
     """The named signals alone, and what is known without a layer."""
     wanted = {name: getattr(signals, name) for name in needs - STATIC}
     return Signals(**wanted, grid=self.grid, rope=self.rope, layer=layer, depth=self.depth,
@@ -326,12 +328,12 @@ class Stack(nn.Module):
               signals: Signals) -> tuple[TokenSet, Assignment]:
     """Runs the method on the rows at hand, batch-local when there is a mesh."""
     method = self.plan.method
-    signals = self._told(signals, method.needs, cut.layer, cut.slots)
+    signals = self._signals_for(signals, method.needs, cut.layer, cut.slots_in)
     params, rng = None, None
     if isinstance(method, nn.Module):
       params = self._learned(cut, tokens, signals)
       rng = None if key is None else jax.random.fold_in(key, self.depth + cut.layer)
-    apply = tk.mask_only if self.plan.mode == 'mask' else tk.reduce
+    apply = tk.reduce_masked if self.plan.mode == 'mask' else tk.reduce
 
     def decide(params: Any, rng: Any, tokens: TokenSet, signals: Signals) -> Any:
       losses = {}
@@ -339,15 +341,16 @@ class Stack(nn.Module):
         # Each device sees its own rows alone: with one key all would draw the same noise.
         rng = jax.random.fold_in(rng, jax.lax.axis_index(BATCH_AXES))
 
-      def learned(tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+      def learned(tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
         assignment, sown = method.apply(
-            {'params': params}, tokens, signals, keep=keep, mutable=['losses'],
+            {'params': params}, tokens, signals, num_slots=num_slots, mutable=['losses'],
             rngs=None if rng is None else {'dropout': rng})
         losses.update({name: value for name, (value,) in sown.get('losses', {}).items()})
         return assignment
 
-      assignment = tk.decide(method if params is None else learned, _filled(tokens), signals,
-                             keep=cut.keep)
+      assignment = tk.decide(method if params is None else learned, _mark_fixed_padding(tokens),
+                             signals,
+                             num_slots=cut.slots_out)
       return apply(tokens, assignment), assignment, losses
 
     # The names let lib/cost/jaxpr.py tell the method's own products from the backbone's.
@@ -368,7 +371,7 @@ class Stack(nn.Module):
         reduced = reduced.replace(pos=ranks(by_place, reduced.slots))
     out['before'][cut.layer], out['cuts'][cut.layer] = tokens, reduced
     if getattr(assignment, 'wanted', None) is not None:
-      out['overflow'][cut.layer] = jnp.maximum(assignment.wanted - cut.keep, 0)
+      out['overflow'][cut.layer] = jnp.maximum(assignment.wanted - cut.slots_out, 0)
     out['losses'].update({f'{name}_{cut.layer:02d}': value for name, value in losses.items()})
     return reduced, assignment
 
@@ -377,7 +380,7 @@ class Stack(nn.Module):
     name = f'reducer_{cut.layer:02d}'
     if self.is_initializing():
       method = self.plan.method
-      return self.param(name, lambda key: method.init(key, tokens, signals, keep=cut.keep)
+      return self.param(name, lambda key: method.init(key, tokens, signals, num_slots=cut.slots_out)
                         .get('params', {}))
     if not self.has_variable('params', name):
       raise ValueError(f'{self.plan.name} in layer {cut.layer} needs learned parameters {name!r}, '
@@ -386,7 +389,7 @@ class Stack(nn.Module):
     return self.get_variable('params', name)
 
 
-def _filled(tokens: TokenSet) -> TokenSet:
+def _mark_fixed_padding(tokens: TokenSet) -> TokenSet:
   """What a method is shown: padding among what it may not touch stands there as a kind of its own.
 
   Such slots then keep their place in every row, and the tokens that it may touch are as many as
@@ -395,26 +398,26 @@ def _filled(tokens: TokenSet) -> TokenSet:
   if tokens.valid is None or not tokens.protected:
     return tokens
   free = tokens.replace(valid=None).free
-  kind = jnp.where(tokens.valid | free, tokens.kind, FILLER)
+  kind = jnp.where(tokens.valid | free, tokens.kind, FIXED_PADDING)
   return tokens.replace(kind=kind.astype(tokens.kind.dtype), valid=tokens.valid | ~free)
 
 
 def _by_place(tokens: TokenSet) -> Array:
   """int32[B, N]: slots in the order of their positions, padding last."""
-  place = jnp.where(tokens.real, order(tokens.pos), jnp.iinfo(jnp.int32).max)
+  place = jnp.where(tokens.real, sequence_index(tokens.pos), jnp.iinfo(jnp.int32).max)
   return jnp.argsort(place, axis=1, stable=True).astype(jnp.int32)
 
 
 def _latest(tokens: TokenSet, reduced: TokenSet) -> Array:
   """int32[B, M(, P)]: position of the latest of the tokens of each slot; its own if it has none."""
-  place = assignments.take(order(tokens.pos), jnp.maximum(tokens.owner, 0))
+  place = assignments.take(sequence_index(tokens.pos), jnp.maximum(tokens.owner, 0))
   slot = jnp.where(reduced.owner >= 0, reduced.owner, reduced.slots)
   found = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=reduced.slots))(place, slot)
-  found = jnp.maximum(found, order(reduced.pos))
+  found = jnp.maximum(found, sequence_index(reduced.pos))
   if reduced.pos.ndim == 2:
     return found
   # Positions of several numbers follow the first one, from the slot that had it.
-  own = jnp.argmax(found[:, :, None] == order(tokens.pos)[:, None], axis=2)
+  own = jnp.argmax(found[:, :, None] == sequence_index(tokens.pos)[:, None], axis=2)
   return assignments.take(tokens.pos, own)
 
 

@@ -24,7 +24,7 @@ def restack(layers: tuple[Any, ...]) -> Any:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def to_form(params: Any, form: str) -> Any:
+def to_storage(params: Any, form: str) -> Any:
   """A model's parameters with the blocks of each of its stacks in a form.
 
   Args:
@@ -35,14 +35,14 @@ def to_form(params: Any, form: str) -> Any:
   if form == 'stacked' or not isinstance(params, Mapping):
     return params
   if 'stack' not in params:
-    return {name: to_form(part, form) for name, part in params.items()}
+    return {name: to_storage(part, form) for name, part in params.items()}
   blocks = params['stack']['blocks']
   depth = jax.tree.leaves(blocks)[0].shape[0]
   blocks = jax.jit(unstack, static_argnums=1)(blocks, depth)
   return {**params, 'stack': {**params['stack'], 'blocks': blocks}}
 
 
-def best_form(plan: Plan | None, *, platform: str) -> str:
+def fastest_storage(plan: Plan | None, *, platform: str) -> str:
   """'stacked' or 'unstacked', whichever inference runs faster, as measured.
 
   On CPU a run over part of the stack, or a layer alone on a slice of it, copies its weights
@@ -56,7 +56,7 @@ def best_form(plan: Plan | None, *, platform: str) -> str:
 
 
 @struct.dataclass
-class _Slice:
+class LayerSlice:
   """One layer's parameters, read from the stack, while their gradient goes to a slice of it.
 
   Attributes:
@@ -71,7 +71,7 @@ class _Slice:
 
   def picked(self) -> Any:
     """The layer's parameters."""
-    found = _pick(jax.lax.stop_gradient(self.stack), self.layer)
+    found = layer_of(jax.lax.stop_gradient(self.stack), self.layer)
     return jax.tree.map(_as_if, found, self.own)
 
 
@@ -87,7 +87,7 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
   return _as_if(*primals), tangents[1]
 
 
-def _pick(weights: Any, layer: int) -> Any:
+def layer_of(weights: Any, layer: int) -> Any:
   """One layer's parameters from either form."""
   if isinstance(weights, tuple):
     return weights[layer]

@@ -27,13 +27,13 @@ class Extreme(NamedTuple):
   index: Array
 
 
-def highest(values: Array, axis: int) -> Extreme:
+def max_and_index(values: Array, axis: int) -> Extreme:
   """The largest along an axis of float[...], and where."""
   value = jnp.max(values, axis=axis, keepdims=True)
   return Extreme(jnp.squeeze(value, axis), _first(values == value, axis % values.ndim))
 
 
-def lowest(values: Array, axis: int) -> Extreme:
+def min_and_index(values: Array, axis: int) -> Extreme:
   """The smallest along an axis of float[...], and where."""
   value = jnp.min(values, axis=axis, keepdims=True)
   return Extreme(jnp.squeeze(value, axis), _first(values == value, axis % values.ndim))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ops.argmax import highest
+from ops.argmax import max_and_index
 
 Array = jax.Array
 
@@ -47,20 +47,21 @@ def take(values: Array, index: Array) -> Array:
   return jnp.take_along_axis(values, index, axis=1)
 
 
-def _expand(mask: Array, like: Array) -> Array:
+def expand_like(mask: Array, like: Array) -> Array:
+  """Adds axes of one to a mask until it has as many as `like`."""
   return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
 def _hide(values: Array, valid: Array | None) -> Array:
   """Zeroes the rows of padding outputs, so that nothing odd ever sits in them."""
-  return values if valid is None else jnp.where(_expand(valid, values), values, 0)
+  return values if valid is None else jnp.where(expand_like(valid, values), values, 0)
 
 
 def _take_or_zero(values: Array, index: Array) -> Array:
   """`take`, with zeros where index equals the number of rows (no such row)."""
   rows = values.shape[1]
   picked = take(values, jnp.minimum(index, rows - 1))
-  return jnp.where(_expand(index < rows, picked), picked, 0)
+  return jnp.where(expand_like(index < rows, picked), picked, 0)
 
 
 def _one_hot_rows(index: Array, rows: int) -> Array:
@@ -116,7 +117,7 @@ class Gather:
   def totals(self, sizes: Array) -> Array:
     """float32[B, N, ...] -> [B, M, ...]: the kept rows, times `policy` where there is one."""
     kept = self.apply(sizes)
-    return kept if self.policy is None else kept * _expand(self.policy, kept)
+    return kept if self.policy is None else kept * expand_like(self.policy, kept)
 
 
 @struct.dataclass
@@ -164,7 +165,7 @@ class Merge:
       merged = _hide(merged, self.totals(jnp.ones_like(self.weight)) > 0)
     else:
       # float32 sums: a group of hundreds of bf16 terms would lose its small members.
-      weighted = values.astype(jnp.float32) * _expand(self.weight, values)
+      weighted = values.astype(jnp.float32) * expand_like(self.weight, values)
       merged = jax.vmap(lambda v, d: jax.ops.segment_sum(v, d, num_segments=outputs))(
           weighted, self.dst).astype(values.dtype)
     return _hide(merged, self.valid)
@@ -227,7 +228,7 @@ class Mix:
   @property
   def src(self) -> Array:
     """int32[B, M], the slot that weighs most in each output."""
-    return highest(jnp.abs(self.weights), axis=2).index
+    return max_and_index(jnp.abs(self.weights), axis=2).index
 
   @property
   def dst(self) -> Array:
@@ -236,7 +237,7 @@ class Mix:
     With a `share`, the output that gets most of its size.
     """
     shares = jnp.abs(self.matrix()) if self.share is None else self.shares()
-    most, heaviest = highest(shares, axis=1)
+    most, heaviest = max_and_index(shares, axis=1)
     return jnp.where(most > 0, heaviest, self.weights.shape[1])
 
   def apply(self, values: Array) -> Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ops.attention_kernels import LOWEST_BIAS, _cudnn, _splash
+from ops.attention_kernels import LOWEST_BIAS, cudnn, splash
 
 Array = jax.Array
 
@@ -94,7 +94,7 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
   if implementation == 'xla':
     last = jnp.arange(q.shape[1])[None] if causal and positions is None else positions
     return Attended(*_xla(q, k, v, bias, scale, last, positions, window))
-  fused = {'cudnn': _cudnn, 'splash': _splash}[implementation]
+  fused = {'cudnn': cudnn, 'splash': splash}[implementation]
   if positions is None:
     return Attended(*fused(causal, scale, q, k, v, bias))
   # Kernels mask by slot, so the slots take the order of their positions, and go back.

@@ -50,16 +50,18 @@ def augment(q: Array, k: Array, bias: Array, *, scale: float) -> tuple[Array, Ar
   return jnp.concatenate([q, powers], axis=-1), jnp.concatenate([k, columns], axis=-1)
 
 
-def _cudnn(causal: bool, scale: float, q: Array, k: Array, v: Array,
-           bias: Array | None) -> tuple[Array, Array]:
+def cudnn(causal: bool, scale: float, q: Array, k: Array, v: Array,
+          bias: Array | None) -> tuple[Array, Array]:
+  """Runs cuDNN's fused attention in half precision: output [B, N, H, d], log-sum-exp [B, N, H]."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     raise ValueError(f"implementation 'cudnn' takes bfloat16 or float16, got {q.dtype}; use 'xla'")
   return _fused(_cudnn_kernel, causal, scale, q, k, v, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _splash(causal: bool, scale: float, q: Array, k: Array, v: Array,
-            bias: Array | None) -> tuple[Array, Array]:
+def splash(causal: bool, scale: float, q: Array, k: Array, v: Array,
+           bias: Array | None) -> tuple[Array, Array]:
+  """Runs the TPU's splash attention kernel: output [B, N, H, d], log-sum-exp [B, N, H]."""
   # The kernel has no scale. It goes in before the bias, which it would round.
   run = functools.partial(_fused, _splash_residuals, causal, 1.0)
   return _in_groups(lambda q, *rest: run(_scaled(q, scale), *rest), q, k, v, bias)
@@ -68,7 +70,7 @@ def _splash(causal: bool, scale: float, q: Array, k: Array, v: Array,
 def _splash_forward(causal: bool, scale: float, *args: Any) -> Any:
   args = jax.tree.map(lambda arg: arg.value, args,
                       is_leaf=lambda arg: isinstance(arg, CustomVJPPrimal))
-  return _splash(causal, scale, *args), args
+  return splash(causal, scale, *args), args
 
 
 def _splash_backward(causal: bool, scale: float, saved: Any, grads: Any) -> Any:
@@ -82,7 +84,7 @@ def _splash_backward(causal: bool, scale: float, saved: Any, grads: Any) -> Any:
   return _in_groups(lambda *args: jax.vjp(run, *args[:4])[1](args[4]), *saved, (grad_out, grad_lse))
 
 
-_splash.defvjp(_splash_forward, _splash_backward, symbolic_zeros=True)
+splash.defvjp(_splash_forward, _splash_backward, symbolic_zeros=True)
 
 
 def _scaled(q: Array, scale: float) -> Array:

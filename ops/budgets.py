@@ -36,11 +36,11 @@ RATIO_OF = ('current', 'start')
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """One reduction: in `layer`, from `slots` to `keep` slots, protected ones included."""
+  """One reduction: in `layer`, from `slots_in` to `slots_out` slots, protected ones included."""
 
   layer: int
-  slots: int
-  keep: int
+  slots_in: int
+  slots_out: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Limits:
     slots: tokens at the start, protected ones included.
     protected: tokens that are never touched.
     extra: slots that the method adds beside those it keeps.
-    fewest: slots -> fewest slots that the method can leave of them, protected included.
+    min_slots: slots -> fewest slots that the method can leave of them, protected included.
   """
 
   depth: int
   slots: int
   protected: int = 0
   extra: int = 0
-  fewest: Callable[[int], int] = lambda slots: 1
+  min_slots: Callable[[int], int] = lambda slots: 1
 
 
 def resolve(budget: Mapping[str, Any], limits: Limits, *,
@@ -152,7 +152,7 @@ def per_layer(value: Any, layers: Sequence[int], name: str) -> tuple[Any, ...]:
 def _remove(counts: Sequence[int], layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
   cuts, slots = [], limits.slots
   for layer, count in zip(layers, counts, strict=True):
-    keep = max(slots - count, limits.fewest(slots))
+    keep = max(slots - count, limits.min_slots(slots))
     if keep < slots:
       cuts.append(Cut(layer, slots, keep))
       slots = keep
@@ -199,12 +199,12 @@ def _keep(value: Any, layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
 
 
 def _checked(cut: Cut, budget: str, limits: Limits) -> Cut:
-  fewest = limits.fewest(cut.slots)
-  least = max(fewest, limits.protected + 1)
-  if cut.keep < least:
-    raise ValueError(f'{budget} leaves {cut.keep} of {cut.slots} slots in layer {cut.layer}, but '
-                     f'this method can leave no fewer than {least} ({limits.protected} protected): '
-                     'raise the budget or cut in more layers')
+  min_slots = limits.min_slots(cut.slots_in)
+  least = max(min_slots, limits.protected + 1)
+  if cut.slots_out < least:
+    raise ValueError(f'{budget} leaves {cut.slots_out} of {cut.slots_in} slots in layer '
+                     f'{cut.layer}, but this method can leave no fewer than {least} '
+                     f'({limits.protected} protected): raise the budget or cut in more layers')
   return cut
 
 
@@ -259,10 +259,10 @@ def part_of(cuts: Sequence[Cut], share: float, limits: Limits) -> tuple[Cut, ...
     raise ValueError(f'share={share!r} is outside [0, 1]: it is the part of the removal to do')
   made, slots = [], limits.slots
   for cut in cuts:
-    kept = Fraction(cut.keep - limits.protected, cut.slots - limits.protected)
+    kept = Fraction(cut.slots_out - limits.protected, cut.slots_in - limits.protected)
     part = 1 - Fraction(str(share)) * (1 - kept)
     left = limits.protected + math.ceil(part * (slots - limits.protected))
-    keep = max(left, limits.fewest(slots))
+    keep = max(left, limits.min_slots(slots))
     if keep < slots:
       made.append(Cut(cut.layer, slots, keep))
       slots = keep

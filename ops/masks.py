@@ -11,7 +11,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def mutual(image: Array, question: Array, *, valid: Array | None = None) -> Array:
+def modality_mutual_mask(image: Array, question: Array, *, valid: Array | None = None) -> Array:
   """Causal attention in which an image also sees the question that follows it.
 
   The modality-mutual mask of AKI (Wang et al., 2025), arXiv:2503.02597. With several
@@ -30,7 +30,7 @@ def mutual(image: Array, question: Array, *, valid: Array | None = None) -> Arra
   return seen if valid is None else seen & valid[:, None]
 
 
-def neighbours(grid: tuple[int, int], *, window: int) -> Array:
+def local_2d_mask(grid: tuple[int, int], *, window: int) -> Array:
   """Attention among patches that sees a square around each, in both directions.
 
   Treat Visual Tokens as Text? (Zhang et al., 2024), arXiv:2410.06169, as released.

@@ -128,13 +128,13 @@ class Rope:
     return turned.astype(x.dtype)
 
 
-def order(pos: Array) -> Array:
+def sequence_index(pos: Array) -> Array:
   """int32[B, N]: places in the sequence, of positions with one or several numbers a token."""
   return pos if pos.ndim == 2 else pos[..., 0]
 
 
-def variable(visual: Array, *, stride: int, steps: int = 256,
-             valid: Array | None = None) -> Array:
+def v2pe_positions(visual: Array, *, stride: int, steps: int = 256,
+                   valid: Array | None = None) -> Array:
   """Positions by which visual tokens take less room than text.
 
   V2PE (Ge et al., 2024), arXiv:2412.09616. Text moves on by 1 and a visual token by

@@ -78,9 +78,9 @@ class Signals:
 NAMES = tuple(Signals.__dataclass_fields__)
 # Known without a layer; given by the next layer; and given by a layer's MLP.
 STATIC = frozenset({'grid', 'layer', 'depth', 'slots', 'rope'})
-AHEAD = frozenset({'next_received_attention', 'next_last_attention', 'next_row_attention',
-                   'next_keys'})
-FED = frozenset({'mlp_in', 'mlp_out', 'mlp_hidden'})
+NEXT_LAYER = frozenset({'next_received_attention', 'next_last_attention', 'next_row_attention',
+                        'next_keys'})
+MLP_SIGNALS = frozenset({'mlp_in', 'mlp_out', 'mlp_hidden'})
 
 
 @jax.named_scope('signals')
@@ -88,22 +88,23 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
             bias: Array | None = None, hidden: Array | None = None,
             query_valid: Array | None = None, cls_slot: int = 0,
             positions: Array | None = None, window: int | None = None, rows: Array | None = None,
-            most_rows: int | None = None, span: int = 0) -> Signals:
+            max_rows: int | None = None, span: int = 0) -> Signals:
   """Computes the named signals of one attention layer, beside fused attention.
 
   Args:
     needs: names of `Signals` fields.
     q, k, v: float[B, N, H, d].
-    lse: float32[B, N, H], log-sum-exp of the scaled and biased logits (`attention.attend`), or None
-      to normalise each row by itself.
+    lse: float32[B, N, H], log-sum-exp of the scaled and biased logits
+      (`attention.attend_after_cut`), or None to normalise each row by itself.
     bias: float32[B, N] or None, what was added to the logits of each key.
     hidden: float[B, N, D], the layer's normed input.
     query_valid: bool[B, N] or None, queries that count in received attention.
     cls_slot: where the [CLS] token sits.
-    positions: int32[B, N] where attention is causal by them (`attention.attend`), else None.
-    window: of causal attention, as `attention.attend` has it.
+    positions: int32[B, N] where attention is causal by them (`attention.attend_after_cut`), else
+      None.
+    window: of causal attention, as `attention.attend_after_cut` has it.
     rows: bool[B, N], the queries of row_attention.
-    most_rows: how many there are at most, None for N.
+    max_rows: how many there are at most, None for N.
     span: W, rows of window_attention.
   """
   given = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden}
@@ -139,7 +140,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
   if 'row_attention' in needs:
     if query_valid is not None:
       rows = rows & query_valid
-    index = jnp.argsort(~rows, axis=1, stable=True)[:, :most_rows]
+    index = jnp.argsort(~rows, axis=1, stable=True)[:, :max_rows]
     found['row_attention'] = attention.received(
         pick(q, index), lse=pick(lse, index), query_valid=pick(rows, index),
         last=pick(positions, index), **seen)

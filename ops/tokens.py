@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ops.assignments import Assignment, Gather, Merge, Mix, _expand, take
+from ops.assignments import Assignment, Gather, Merge, Mix, expand_like, take
 from ops.attention import log_weight
 
 Array = jax.Array
@@ -26,7 +26,7 @@ SPECIAL, VISUAL, TEXT = 0, 1, 2
 KINDS = {'special': SPECIAL, 'visual': VISUAL, 'text': TEXT}
 # What a reduction sees padding of a kind as that it may not touch: such slots keep their place, so
 # that a row with less text keeps no more of its other tokens.
-FILLER = 3
+FIXED_PADDING = 3
 
 PADDING_BIAS = -1e9
 
@@ -97,7 +97,7 @@ class TokenSet:
     return self.real & allowed
 
   @property
-  def kept(self) -> Array:
+  def fixed(self) -> Array:
     """bool[B, N], True for real slots that the reduction at hand must leave alone."""
     return self.real & ~self.free
 
@@ -109,9 +109,10 @@ def identity(tokens: TokenSet) -> Gather:
 
 
 def decide(method: Callable[..., Assignment], tokens: TokenSet, signals: Any, *,
-           keep: int) -> Assignment:
+           num_slots: int) -> Assignment:
   """Asks a method, unless everything is to stay: then the answer is the identity."""
-  return identity(tokens) if keep >= tokens.slots else method(tokens, signals, keep=keep)
+  return identity(tokens) if num_slots >= tokens.slots else method(tokens, signals,
+                                                                   num_slots=num_slots)
 
 
 def reduce(tokens: TokenSet, assignment: Assignment) -> TokenSet:
@@ -138,7 +139,7 @@ def reduce(tokens: TokenSet, assignment: Assignment) -> TokenSet:
       stats={name: take(value, src) for name, value in tokens.stats.items()})
 
 
-def mask_only(tokens: TokenSet, assignment: Assignment) -> TokenSet:
+def reduce_masked(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   """`reduce` that keeps all N slots and marks the surplus as padding.
 
   Outputs of Gather and Merge stay in their anchor's slot, those of Mix take the first M slots. The
@@ -158,7 +159,7 @@ def mask_only(tokens: TokenSet, assignment: Assignment) -> TokenSet:
 
   def spread(new: Array, old: Array) -> Array:
     picked = take(new, jnp.minimum(back, outputs - 1))
-    return jnp.where(_expand(here, picked), picked, old)
+    return jnp.where(expand_like(here, picked), picked, old)
 
   owner = jnp.where(reduced.owner >= 0, take(place, jnp.maximum(reduced.owner, 0)), -1)
   return tokens.replace(
@@ -227,10 +228,10 @@ def _weight(assignment: Gather | Merge) -> Array:
 def restore(tokens: TokenSet, values: Array, *, fill: float = 0.0) -> Array:
   """Back to the original tokens: values [B, N, ...] -> [B, T, ...], dropped ones hold `fill`."""
   picked = take(values, jnp.maximum(tokens.owner, 0))
-  return jnp.where(_expand(tokens.owner >= 0, picked), picked, jnp.asarray(fill, picked.dtype))
+  return jnp.where(expand_like(tokens.owner >= 0, picked), picked, jnp.asarray(fill, picked.dtype))
 
 
-def regroup(assignment: Assignment, attention: Array) -> Array:
+def reduce_attention_map(assignment: Assignment, attention: Array) -> Array:
   """An attention map after a cut inside attention: float32[B, H, N, N] -> [B, H, M, K].
 
   Query rows follow the assignment. Keys follow it where slots are joined: a group is attended with
@@ -246,8 +247,9 @@ def regroup(assignment: Assignment, attention: Array) -> Array:
   return assignment.apply_by_head(assignment.totals_by_key(attention.astype(jnp.float32)))
 
 
-def attend(assignment: Assignment, attention: Array, values: Array) -> Array:
-  """What tokens read by the map of a cut inside attention: `regroup`'s map times their values.
+def attend_after_cut(assignment: Assignment, attention: Array, values: Array) -> Array:
+  """What tokens read by the map of a cut inside attention: `reduce_attention_map`'s map times their
+  values.
 
   Where slots are joined, every old key reads its group's value by the old map, and the rows are
   joined after that: sums may be taken in any order, and a row of values is shorter than one of the
@@ -266,9 +268,9 @@ def attend(assignment: Assignment, attention: Array, values: Array) -> Array:
     if linear:
       values = assignment.restore(values)
       if isinstance(assignment, Merge) and assignment.share is not None:
-        values = values * _expand(assignment.share, values).astype(values.dtype)
+        values = values * expand_like(assignment.share, values).astype(values.dtype)
     else:
-      attention = regroup(assignment, attention)
+      attention = reduce_attention_map(assignment, attention)
   mixed = jnp.einsum('bhnm,bmhd->bnhd', attention.astype(values.dtype), values)
   with jax.named_scope('reduction'):
     return assignment.apply(mixed) if linear else mixed

@@ -74,7 +74,7 @@ def attend(q: Array, k: Array, v: Array, owner: Array, cos: Array, sin: Array, *
     owner: int32[B, T], -1 for tokens that no slot holds: nobody sees them.
     cos, sin: float32[B or 1, T, d], see `rotate`.
     causal: an original token sees those up to itself.
-    scale, implementation: see `ops.attention.attend`.
+    scale, implementation: see `ops.attention.attend_after_cut`.
 
   Returns:
     float[B, M, H, d].

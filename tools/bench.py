@@ -100,7 +100,8 @@ def primitives(batch, dtype, speed):
     moved = (slots + keep) * width * batch * x.dtype.itemsize
     for name, (time, seconds) in found.items():
       floor = 1e3 * (moved if 'apply' in name else 2 * scores.nbytes) / speed[1]
-      rows.append(row(time, seconds, name=name, batch=batch, slots=slots, keep=keep, width=width,
+      rows.append(row(time, seconds, name=name, batch=batch, slots=slots, num_slots=keep,
+                      width=width,
                       floor_ms=round(floor, 4)))
   for slots in (197, 577):
     q, k, v = (jax.random.normal(jax.random.key(i), (batch, slots, 6, 64), dtype)
@@ -154,14 +155,14 @@ def reducers(batch, dtype, speed):
     wanted = {key: everything[key] for key in method.needs | (STATIC & host.offers)}
     signals = Signals(**wanted)
     if name in COMPRESSORS:
-      params = method.init(jax.random.key(0), tokens, signals, keep=keep)
+      params = method.init(jax.random.key(0), tokens, signals, num_slots=keep)
       candidates[name] = (lambda p, t, s, method=method: tk.reduce(
-          t, method.apply(p, t, s, keep=keep)).x, (params, tokens, signals))
+          t, method.apply(p, t, s, num_slots=keep)).x, (params, tokens, signals))
     else:
       candidates[name] = (lambda t, s, method=method: tk.reduce(
-          t, method(t, s, keep=keep)).x, (tokens, signals))
+          t, method(t, s, num_slots=keep)).x, (tokens, signals))
   floor = 1e3 * (slots + keep) * width * batch * tokens.x.dtype.itemsize / speed[1]
-  return [row(time, seconds, name=name, batch=batch, slots=slots, keep=keep, width=width,
+  return [row(time, seconds, name=name, batch=batch, slots=slots, num_slots=keep, width=width,
               floor_ms=round(floor, 4))
           for name, (time, seconds) in timed(candidates, 'reducers').items()]
 

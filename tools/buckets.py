@@ -26,7 +26,7 @@ from lib.runtime import cli, launch, sharding, timing
 from lib.tasks import image_sweep
 from models.build import build
 from models.decoding.buckets import Buckets
-from models.storage import best_form, to_form
+from models.storage import fastest_storage, to_storage
 
 SIZES = flags.DEFINE_list('sizes', None, 'Capacities in slots; four even steps if unset.')
 ROWS = flags.DEFINE_integer('rows', 8, 'Rows that share a bucket where a batch is sorted.')
@@ -42,7 +42,7 @@ def main(argv):
   mesh = sharding.make_mesh(config.mesh)
   step, params = image_sweep.load(config, pathlib.Path(launch.WORKDIR.value), mesh)
   vit = build(config.model, config.reduce.vision, task=config.get('task'))
-  params = to_form(params, best_form(vit.plan, platform=jax.default_backend()))
+  params = to_storage(params, fastest_storage(vit.plan, platform=jax.default_backend()))
   sizes = SIZES.value and [int(size) for size in SIZES.value]
   whole = Buckets(vit, params, sizes=sizes)
   sorted_ = Buckets(vit, params, sizes=sizes, rows=ROWS.value)
@@ -60,7 +60,7 @@ def main(argv):
   full = jax.jit(lambda p, x: vit.apply({'params': p}, x)[0])
   rows = [one(name, jnp.asarray(images[chosen]), params, plain, full, whole, sorted_) for
           name, chosen in kinds.items()]
-  cuts = [[cut.layer, cut.keep] for cut in vit.plan.cuts]
+  cuts = [[cut.layer, cut.slots_out] for cut in vit.plan.cuts]
   about = {'step': step, 'method': vit.plan.name, 'cuts': cuts, 'sizes': whole.sizes,
            'batch': BATCH.value, 'rows_a_bucket': ROWS.value,
            'compilations': len(whole.compiled) + len(sorted_.compiled),

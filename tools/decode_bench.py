@@ -40,7 +40,7 @@ from lib.tasks import qa as qa_task
 from models.backbones.lm import LM
 from models.backbones.vlm import Images
 from models.plan import make_cache_plan, make_plan
-from models.storage import to_form
+from models.storage import to_storage
 from ops.rope import Rope
 from ops.tokens import SPECIAL, TEXT
 
@@ -222,7 +222,7 @@ def scenes(**places):
   model = qa_task.build(config.model, places, info, context=ASKED)
   ids = jnp.full((1, ASKED), IMAGE + 1, jnp.int32).at[:, 0].set(IMAGE)
   pixels = jax.random.normal(jax.random.key(0), (1, 1, *info.image_shape))
-  visual = model.door.plan.cuts[-1].keep if model.door else 64
+  visual = model.door.plan.cuts[-1].slots_out if model.door else 64
   return Case(model, model.lm, ASKED + visual, (ids, jnp.ones(ids.shape, bool), Images(pixels)))
 
 
@@ -261,7 +261,7 @@ CASES = {'scenes': scenes, 'lm': language}
 def weights(case):
   """Random parameters, the blocks as a tuple, in which decoding copies none."""
   params = jax.jit(case.model.init)(jax.random.key(1), *case.inputs)['params']
-  return to_form(params, 'unstacked')
+  return to_storage(params, 'unstacked')
 
 
 def _read_by_steps(params):

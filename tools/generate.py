@@ -224,7 +224,8 @@ def kept(reduced: LM | VLM) -> list[str]:
       held = plan.protected or 0
       where = {'projector': '', 'cache': f' in layer {cut.layer}'}.get(
           place, f' {plan.site} layer {cut.layer}')
-      lines.append(f'{place}: {plan.name} keeps {cut.keep - held} of {cut.slots - held}{where}')
+      left, before = cut.slots_out - held, cut.slots_in - held
+      lines.append(f'{place}: {plan.name} keeps {left} of {before}{where}')
   if len(lines) > MOST_LINES:
     lines = [*lines[:MOST_LINES - 1], f'… and {len(lines) - MOST_LINES + 1} cuts more']
   return lines

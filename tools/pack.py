@@ -25,7 +25,7 @@ def main(argv):
   mesh = sharding.make_mesh(config.mesh)
   learner = registry.of(config, mesh)
   abstract = jax.eval_shape(learner.init, jax.random.key(0))
-  template = sharding.shapes(abstract, sharding.place(abstract, config.sharding, mesh))
+  template = sharding.shapes(abstract, sharding.make_shardings(abstract, config.sharding, mesh))
   found = checkpoint.best(workdir, template, metric=learner.score)
   if found is None:
     raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '

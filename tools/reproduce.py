@@ -33,7 +33,7 @@ from lib.tasks import image_sweep
 from models.backbones.vit import ViT
 from models.build import build
 from models.compressors import COMPRESSORS
-from models.storage import best_form, to_form
+from models.storage import fastest_storage, to_storage
 
 FOLDER = pathlib.Path('configs/reproduce')
 WORKDIR = 'runs/reproduce'
@@ -162,13 +162,13 @@ def accuracies(name: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str
                                                    'unreduced_top1': vit.clone(plan=None)}
   task, found = tasks.of(config), {}
   for key, made in models.items():
-    own = to_form(params, best_form(made.plan, platform=platform))
+    own = to_storage(params, fastest_storage(made.plan, platform=platform))
     run = jax.jit(lambda p, x, made=made: made.apply({'params': p}, x)[0])
     counts = []
     for batch in image_data.eval_batches(config.data):
       placed = sharding.put(batch, mesh)
       counts.append(task.counts(run(own, placed['image']), placed['label'], placed['mask']))
-    found[key] = 100 * task.total(tasks.add_up(counts))
+    found[key] = 100 * task.total(tasks.sum_counts(counts))
   return found
 
 

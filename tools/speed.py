@@ -61,7 +61,7 @@ from lib.runtime import cli, timing
 from lib.runtime.meter import floor_seconds
 from models.backbones.vit import make_vit
 from models.plan import Plan, make_plan, methods
-from models.storage import best_form, to_form
+from models.storage import fastest_storage, to_storage
 from ops import assignments, attention
 from ops import tokens as tk
 from ops.signals import Signals, measure, measure_map
@@ -124,10 +124,11 @@ class Recorder:
   def __getattr__(self, name):
     return getattr(self._method, name)
 
-  def __call__(self, tokens, signals, *, keep):
+  def __call__(self, tokens, signals, *, num_slots):
     """The method's answer."""
-    answer = ask(self._method, self._params, tokens, told(self._method.needs, signals), keep=keep)
-    self.asked.append(Asked(tokens, signals, answer, signals.layer, keep))
+    answer = ask(self._method, self._params, tokens, told(self._method.needs, signals),
+                 num_slots=num_slots)
+    self.asked.append(Asked(tokens, signals, answer, signals.layer, num_slots))
     return answer
 
   def _watch(self, tokens, signals):
@@ -174,17 +175,17 @@ class Slice:
 class Slicing:
   """Keeps the first slots: what a reduction would cost if deciding and applying were free."""
 
-  joins: bool
+  merges: bool
   needs = watch_needs = frozenset()
   proportional = False
 
-  def __call__(self, tokens, signals, *, keep):
+  def __call__(self, tokens, signals, *, num_slots):
     """The first `keep` slots."""
     del signals
-    if self.joins:
-      return Slice(keep, *tokens.x.shape[1::-1])
+    if self.merges:
+      return Slice(num_slots, *tokens.x.shape[1::-1])
     # Inside attention a Gather tells that the values need not be made anew.
-    return assignments.Gather(Slice(keep, *tokens.x.shape[1::-1]).src, tokens.slots)
+    return assignments.Gather(Slice(num_slots, *tokens.x.shape[1::-1]).src, tokens.slots)
 
 
 def told(needs, signals):
@@ -193,12 +194,12 @@ def told(needs, signals):
   return signals.replace(**beside)
 
 
-def ask(method, params, tokens, signals, *, keep):
+def ask(method, params, tokens, signals, *, num_slots):
   """What a method answers, with its parameters at this cut if it has any."""
   if isinstance(method, nn.Module):
     params = params[f'reducer_{signals.layer:02d}']
-    return method.apply({'params': params}, tokens, signals, keep=keep)
-  return method(tokens, signals, keep=keep)
+    return method.apply({'params': params}, tokens, signals, num_slots=num_slots)
+  return method(tokens, signals, num_slots=num_slots)
 
 
 # -- programs --------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def forward(vit, plan, trained, images):
   if plan is not None and isinstance(plan.method, nn.Module):
     fresh = jax.jit(vit.init)(jax.random.key(1), images[:1])['params']
     params['stack'] = {**fresh['stack'], **trained['stack']}
-  params = to_form(params, best_form(plan, platform=jax.default_backend()))
+  params = to_storage(params, fastest_storage(plan, platform=jax.default_backend()))
   return lambda p, x: vit.apply({'params': p}, x)[0], (params, images)
 
 
@@ -249,7 +250,7 @@ def parts(plan, stack, asked):
 
   def selection(own, asked):
     return [method.watch(one.tokens, one.signals) if one.keep is None else
-            ask(method, own, one.tokens, one.signals, keep=one.keep) for one in asked]
+            ask(method, own, one.tokens, one.signals, num_slots=one.keep) for one in asked]
 
   def applying(asked):
     made = []
@@ -258,7 +259,7 @@ def parts(plan, stack, asked):
       # Who owns what is for those who ask afterwards: the model's answer does not need it.
       made.append(reduced.replace(owner=None))
       if inside and isinstance(one.answer, assignments.Gather):
-        made.append(tk.regroup(one.answer, one.signals.attention))
+        made.append(tk.reduce_attention_map(one.answer, one.signals.attention))
       elif inside:
         # As tk.attend does around the product with the values, which counts as the block's.
         made.append(one.answer.apply(one.answer.restore(reduced.x)))
@@ -304,8 +305,8 @@ def measured(vit, trained, name, schedule, batch, base, slices, speed):
   calls, pieces = {'base': call, 'made': made.call}, {}
   if batch == APART.value:
     # What happens to slots that are joined or picked differs inside attention alone.
-    joins = plan.method.joins or plan.site != 'inside'
-    sliced = Plan('slice', Slicing(joins), plan.site, plan.cuts)
+    merges = plan.method.merges or plan.site != 'inside'
+    sliced = Plan('slice', Slicing(merges), plan.site, plan.cuts)
     if sliced not in slices:
       slices[sliced] = timing.ready(*forward(vit, sliced, trained, images)).call
     calls['slice'] = slices[sliced]

@@ -40,7 +40,7 @@ from lib.tasks import image_sweep
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.plan import methods
-from models.storage import best_form, to_form
+from models.storage import fastest_storage, to_storage
 
 UNTRAINED = 'its own parameters are untrained'
 
@@ -199,7 +199,7 @@ def measured(entry, trained, mesh):
         made = made or train.setup(entry.training, mesh)
         params = tuned(made, entry, params, seed, mesh)
       params = image_sweep.complete(vit, params, seed=seed)
-      params = to_form(params, best_form(vit.plan, platform=mesh.devices.flat[0].platform))
+      params = to_storage(params, fastest_storage(vit.plan, platform=mesh.devices.flat[0].platform))
       batches = test_batches(entry.config)
       run = run or image_sweep.compiled(vit, params, jnp.asarray(batches[0]['image']))[0]
       row |= judged(functools.partial(run, params), vit, batches, tasks.of(entry.config))
@@ -249,7 +249,7 @@ def judged(run, vit, batches, task):
       left.append(cuts[max(cuts)].real.sum(1)[there])
   logits, labels = np.concatenate(logits), np.concatenate(labels)
   tokens = np.concatenate(left).mean() if left else vit.host.slots
-  return {task.score: task.total(tasks.add_up(counts)), 'nll': nll(logits, labels),
+  return {task.score: task.total(tasks.sum_counts(counts)), 'nll': nll(logits, labels),
           'tokens_left': float(tokens), 'gmacs': vit_cost.of(vit).macs / 1e9}
 
 

@@ -35,7 +35,7 @@ from lib.tasks.image import loss
 from models.backbones.vit import make_vit
 from models.build import build
 from models.plan import make_method, methods
-from models.storage import best_form, to_form
+from models.storage import fastest_storage, to_storage
 
 TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.')
 METHODS = flags.DEFINE_list('methods', None, 'Which methods; all by default.')
@@ -141,8 +141,8 @@ def compiled(target, step, method):
 def evaluation(vit, mesh, images, rows, whole):
   """Logits of a batch; parameters whole on every device, so that nothing need be gathered."""
   shapes = jax.eval_shape(functools.partial(start, vit), jax.random.key(0))
-  form = best_form(vit.plan, platform=mesh.devices.flat[0].platform)
-  shapes = jax.eval_shape(functools.partial(to_form, form=form), shapes)
+  form = fastest_storage(vit.plan, platform=mesh.devices.flat[0].platform)
+  shapes = jax.eval_shape(functools.partial(to_storage, form=form), shapes)
   places = jax.tree.map(lambda _: whole, shapes)
   run = jax.jit(lambda params, images: vit.apply({'params': params}, images)[0],
                 out_shardings=rows)
@@ -160,7 +160,7 @@ def training(vit, mesh, images, rows, whole):
     return train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   shapes = jax.eval_shape(state, jax.random.key(0))
-  places = sharding.place(shapes, digits.get_config().sharding, mesh)
+  places = sharding.make_shardings(shapes, digits.get_config().sharding, mesh)
   run = jax.jit(functools.partial(train.update, functools.partial(loss, vit, settings),
                                   optimizer, settings, schedule),
                 out_shardings=(places, whole), donate_argnums=0)

@@ -48,9 +48,9 @@ from lib.tasks import qa as qa_task
 from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import make_vlm
 from models.plan import make_plan
-from models.storage import to_form
+from models.storage import to_storage
 from ops.attention import pick
-from train import State, decayed
+from train import TrainState, decayed
 
 STEPS = ('prefill', 'decode', 'train')
 # How each target is divided, (data, fsdp, tensor), and the rows of a batch that each device, or the
@@ -244,7 +244,7 @@ def training(vlm, mesh, batch):
 
   def start(key):
     params = fresh(vlm, key)
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   def update(state, batch, key):
     def loss_of(params):
@@ -255,10 +255,10 @@ def training(vlm, mesh, batch):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params, state.ema, 0.01)
-    return State(state.step + 1, params, opt_state, ema), loss
+    return TrainState(state.step + 1, params, opt_state, ema), loss
 
   shapes = jax.eval_shape(start, jax.random.key(0))
-  places = sharding.place(shapes, VLM_SHARDING, mesh)
+  places = sharding.make_shardings(shapes, VLM_SHARDING, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   ids, valid, images = prompt(mesh, batch)
   batch = {'ids': ids, 'valid': valid, 'answer': valid,
@@ -295,8 +295,8 @@ def serving(vlm, mesh):
   """
   shapes = jax.eval_shape(functools.partial(fresh, vlm), jax.random.key(0))
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, vlm.lm.dtype), shapes)
-  shapes = jax.eval_shape(functools.partial(to_form, form='unstacked'), shapes)
-  return sharding.shapes(shapes, sharding.place(shapes, VLM_SHARDING, mesh))
+  shapes = jax.eval_shape(functools.partial(to_storage, form='unstacked'), shapes)
+  return sharding.shapes(shapes, sharding.make_shardings(shapes, VLM_SHARDING, mesh))
 
 
 def results(mesh, shapes):

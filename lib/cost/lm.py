@@ -120,12 +120,12 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
   """
   plan, kept = lm.plan, lm.cache_plan
   gathers = plan is not None and plan.mode == 'gather'
-  if gathers and plan.cuts and plan.cuts[0].slots != slots:
-    raise ValueError(f'the plan is for prompts of {plan.cuts[0].slots} slots, not {slots}: make '
+  if gathers and plan.cuts and plan.cuts[0].slots_in != slots:
+    raise ValueError(f'the plan is for prompts of {plan.cuts[0].slots_in} slots, not {slots}: make '
                      'one with lm.host(slots)')
   if gathers and plan.cuts and plan.positions == 'restart':
     first = plan.cuts[-1]
-    again = of(lm.clone(plan=None), first.keep, room=room)
+    again = of(lm.clone(plan=None), first.slots_out, room=room)
     passed = of(lm.clone(plan=dataclasses.replace(plan, positions='keep'), cache_plan=None), slots)
     through = first.layer + (plan.site != 'before')
     return dataclasses.replace(again, slots=slots, layers=tuple(
@@ -134,10 +134,10 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
   layers, now = [], slots
   for index in range(lm.depth):
     cut = plan.cut(index) if gathers else None
-    after = cut.keep if cut else now
+    after = cut.slots_out if cut else now
     attention = after if cut and plan.site == 'before' else now
     mlp = now if cut and plan.site == 'after' else after
-    cached = kept.cut(index).keep if kept and kept.cut(index) else attention
+    cached = kept.cut(index).slots_out if kept and kept.cut(index) else attention
     joined = now < slots or (cut is not None and plan.site == 'before')
     bias = BIAS_BYTES if gathers and plan.method.proportional and joined else 0
     layers.append(_layer(lm, index, attention, mlp, cached, room,

@@ -254,7 +254,7 @@ def architecture(vit: ViT | Text) -> Architecture:
 
 
 def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'between',
-            joins: bool = True) -> Cost:
+            merges: bool = True) -> Cost:
   """The cost of an architecture under cuts.
 
   A cut from N to M tokens leaves, in its layer, for each site:
@@ -265,13 +265,13 @@ def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'betw
              the map M x M (MCTF, arXiv:2403.10030); where they are picked, values at N, output at
              M, the map M x N (ATS, arXiv:2111.15667). MLP at M. As their own cost, methods that
              join pay (N² - M²)C more, for rows that read before they are joined
-             (`ops.tokens.attend`), and NC² where they ask for the values of all N tokens.
+             (`ops.tokens.attend_after_cut`), and NC² where they ask for the values of all N tokens.
 
   Args:
     made: the architecture.
     cuts: in layer order, each starting from what the one before it left.
     site: where in its layer each cut acts.
-    joins: whether the method joins slots or picks them (`Reducer.joins`); only 'inside' asks.
+    joins: whether the method joins slots or picks them (`Reducer.merges`); only 'inside' asks.
 
   Raises:
     ValueError: for an unknown site, or cuts that do not follow from each other.
@@ -285,15 +285,15 @@ def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'betw
   layers, slots = [], made.slots
   for index in range(made.depth):
     cut = by_layer.get(index)
-    if cut is not None and not (cut.slots == slots and 0 < cut.keep <= slots):
-      raise ValueError(f'the cut in layer {index} goes from {cut.slots} to {cut.keep} tokens, but '
-                       f'{slots} are there')
-    keep = slots if cut is None else cut.keep
+    if cut is not None and not (cut.slots_in == slots and 0 < cut.slots_out <= slots):
+      raise ValueError(f'the cut in layer {index} goes from {cut.slots_in} to {cut.slots_out} '
+                       f'tokens, but {slots} are there')
+    keep = slots if cut is None else cut.slots_out
     counts = {
         'before': (keep, keep, keep, keep),
         'between': (slots, slots, slots, keep),
         'after': (slots, slots, slots, slots),
-        'inside': (slots, keep if joins else slots, keep, keep),
+        'inside': (slots, keep if merges else slots, keep, keep),
     }[site]
     seen = cut is not None and site == 'inside'
     layers.append(_in_windows(made, index, (*counts, keep), map_seen=seen))
@@ -346,7 +346,7 @@ def of(vit: ViT | Text) -> Cost:
   plan = vit.plan
   if plan is None or plan.mode == 'mask':
     return compute(architecture(vit))
-  return compute(architecture(vit), plan.cuts, site=plan.site, joins=plan.method.joins)
+  return compute(architecture(vit), plan.cuts, site=plan.site, merges=plan.method.merges)
 
 
 def in_training(vit: ViT) -> Cost:
@@ -362,10 +362,10 @@ def in_training(vit: ViT) -> Cost:
     return compute(made)
   cuts, slots = [], made.slots
   for cut in plan.cuts:
-    if cut.keep < slots:
-      cuts.append(Cut(cut.layer, slots, cut.keep))
-      slots = cut.keep
-  return compute(made, tuple(cuts), site=plan.site, joins=plan.method.joins)
+    if cut.slots_out < slots:
+      cuts.append(Cut(cut.layer, slots, cut.slots_out))
+      slots = cut.slots_out
+  return compute(made, tuple(cuts), site=plan.site, merges=plan.method.merges)
 
 
 def solver(vit: ViT | Text, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut, ...]], int]:
@@ -377,7 +377,7 @@ def solver(vit: ViT | Text, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut
   """
   method = make_method(reduction['method'], reduction.get('args') or {})
   made, site = architecture(vit), reduction.get('site') or method.site
-  return lambda cuts: compute(made, cuts, site=site, joins=method.joins).macs
+  return lambda cuts: compute(made, cuts, site=site, merges=method.merges).macs
 
 
 # -- what papers count ---------------------------------------------------------------------------
@@ -482,8 +482,8 @@ def describe(vit: ViT | Text) -> str:
     return f'{model}; nothing is reduced'
   layers = ', '.join(str(cut.layer) for cut in plan.cuts)
   where = 'every layer' if len(plan.cuts) == vit.depth else f'layers {layers}'
-  line = (f'{model}; {plan.name} ({plan.site}) in {where}: {plan.cuts[0].slots} to '
-          f'{plan.cuts[-1].keep} tokens')
+  line = (f'{model}; {plan.name} ({plan.site}) in {where}: {plan.cuts[0].slots_in} to '
+          f'{plan.cuts[-1].slots_out} tokens')
   if plan.mode == 'mask':
     line += '; masked, so that every slot is still computed'
   if plan.method.adaptive:

@@ -270,7 +270,7 @@ class Patches:
   patch: int = 14
   temporal: int = 2
   merge: int = 2
-  fewest: int = 56 * 56
+  min_slots: int = 56 * 56
   most: int = 28 * 28 * 1280
 
   def shown(self, picture: Picture) -> np.ndarray:
@@ -287,7 +287,7 @@ class Patches:
     Raises:
       ValueError: an image that is too long.
     """
-    return smart_resize(image.size[::-1], factor=self.patch * self.merge, fewest=self.fewest,
+    return smart_resize(image.size[::-1], factor=self.patch * self.merge, min_slots=self.min_slots,
                         most=self.most)
 
   def patches(self, image: Image.Image) -> Size:
@@ -332,7 +332,7 @@ class Patches:
     return Picture(patches, index, np.ones(index.shape, np.float32), sizes, axes, extent)
 
 
-def smart_resize(size: Size, *, factor: int, fewest: int, most: int) -> Size:
+def smart_resize(size: Size, *, factor: int, min_slots: int, most: int) -> Size:
   """The (height, width) nearest to an image's that are multiples of `factor`, between two areas.
 
   Qwen2-VL as released. Halves round to even.
@@ -348,8 +348,8 @@ def smart_resize(size: Size, *, factor: int, fewest: int, most: int) -> Size:
   if high * wide > most:
     scale = math.sqrt(height * width / most)
     high, wide = (max(factor, math.floor(side / scale / factor) * factor) for side in size)
-  elif high * wide < fewest:
-    scale = math.sqrt(fewest / (height * width))
+  elif high * wide < min_slots:
+    scale = math.sqrt(min_slots / (height * width))
     high, wide = (math.ceil(side * scale / factor) * factor for side in size)
   return high, wide
 

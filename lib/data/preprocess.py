@@ -130,7 +130,7 @@ def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
   return pixels[top:top + crop[0], left:left + crop[1]]
 
 
-class Texts:
+class TextTowerTokenizer:
   """Texts to token ids of one length, by a checkpoint's tokenizer.json.
 
   Args:

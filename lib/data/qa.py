@@ -190,8 +190,9 @@ class Reader:
                          f'{", ".join(known) or "one kind of question"}')
     numbers = range(self.features['answer'].shape[0])
     # Of a record's questions, those that are asked.
-    self._asked = [each for each in numbers if not settings.kinds or known[each] in settings.kinds]
-    self._each = len(self._asked)
+    self._numbers = [each for each in numbers if not settings.kinds
+                          or known[each] in settings.kinds]
+    self._each = len(self._numbers)
     if not 1 <= settings.turns <= self._each:
       raise ValueError(f'data.turns={settings.turns} is impossible: {settings.name} asks '
                        f'{self._each} questions a record')
@@ -223,7 +224,7 @@ class Reader:
     found, pad = [], self.meta['pad']
     records = self._source.__getitems__([int(each) // self._each for each in examples])
     for record, places in zip(records, asked, strict=True):
-      numbers = [self._asked[place] for place in places]
+      numbers = [self._numbers[place] for place in places]
       turns = [([int(token) for token in record['question'][number] if token != pad],
                 [*map(int, record['answer'][number]), self.meta['end']]) for number in numbers]
       # The image stands in front of the first, as a text does.

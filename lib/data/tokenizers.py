@@ -72,7 +72,7 @@ class Chat:
                                  **(self.tokens | more))
 
 
-class Tokens:
+class HubTokenizer:
   """Text to token ids and back, by a tokenizer.json.
 
   Args:
@@ -93,7 +93,7 @@ class Tokens:
     self._tokenizer.no_padding()
 
   @classmethod
-  def of(cls, source: str | pathlib.Path) -> Tokens:
+  def of(cls, source: str | pathlib.Path) -> HubTokenizer:
     """Those of a checkpoint.
 
     Args:
@@ -139,8 +139,8 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
-  """The words of a small set, each a token; the interface of `Tokens`.
+class WordTokenizer:
+  """The words of a small set, each a token; the interface of `HubTokenizer`.
 
   Attributes:
     words: what the ids stand for.

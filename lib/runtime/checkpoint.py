@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from models.checkpoints import overlay
+from models.checkpoints import merge_params
 from models.checkpoints.layout import flatten, nest
 
 PACKED = 'model.safetensors'
@@ -129,7 +129,7 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
       step = int(file.metadata()['step'])
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     check_shapes(template, nest(arrays))
-    return step, overlay(template, nest(arrays))
+    return step, merge_params(template, nest(arrays))
   if not folder.exists():
     return None
   checkpoints = Checkpoints(folder, metric=metric)

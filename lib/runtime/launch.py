@@ -44,7 +44,7 @@ class Stop:
   """Turns signals into an answer that the loop asks for between steps."""
 
   def __init__(self, *signals: int) -> None:
-    self._asked = False
+    self._requested = False
     self._before = {number: signal.signal(number, self._ask) for number in signals}
 
   def close(self) -> None:
@@ -54,11 +54,11 @@ class Stop:
 
   def _ask(self, number: int, frame: Any) -> None:
     del number, frame
-    self._asked = True
+    self._requested = True
 
   def agreed(self, exchange: bool) -> bool:
     """Whether to stop now. Several processes must agree, which they do when `exchange` is true in
     all of them: a signal may have reached only one."""
     if jax.process_count() == 1:
-      return self._asked
-    return exchange and bool(np.any(multihost_utils.process_allgather(np.asarray(self._asked))))
+      return self._requested
+    return exchange and bool(np.any(multihost_utils.process_allgather(np.asarray(self._requested))))

@@ -61,8 +61,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def place(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh, *,
-          min_size_to_shard: int = 2 ** 12) -> Any:
+def make_shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh, *,
+                   min_size_to_shard: int = 2 ** 12) -> Any:
   """Shardings for parameters, and for optimizer state that mirrors them.
 
   The first rule whose pattern is found in a leaf's path gives the axes from the back ('tensor' or

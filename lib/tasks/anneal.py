@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from models.backbones.vit import ViT
-from models.plan import gentler
+from models.plan import scaled_plan
 from ops import budgets
 
 
@@ -69,7 +69,7 @@ def describe(phases: tuple[Phase, ...]) -> str:
   lines = []
   for phase in phases:
     cuts = phase.model.plan.cuts
-    counts = ', '.join(f'{cut.keep} in layer {cut.layer}' for cut in cuts) or 'all'
+    counts = ', '.join(f'{cut.slots_out} in layer {cut.layer}' for cut in cuts) or 'all'
     lines.append(f'from step {phase.start_step}: tokens left {counts}\n')
   return ''.join(lines)
 
@@ -95,7 +95,7 @@ def levels(vit: ViT, settings: Mapping[str, Any] | None) -> tuple[ViT, ...]:
 
 
 def _with_share(vit: ViT, share: float) -> ViT:
-  return vit.clone(plan=gentler(vit.plan, vit.host, share))
+  return vit.clone(plan=scaled_plan(vit.plan, vit.host, share))
 
 
 def _check_reduced(vit: ViT, what: str) -> None:

@@ -24,7 +24,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
+class Task:
   """A config's task, made ready for the training loop; lib/tasks/image.py and lib/tasks/qa.py make
   them.
 
@@ -62,7 +62,7 @@ class Learner:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Metric:
   """A task by its name in `TASKS`.
 
   Attributes:
@@ -82,7 +82,7 @@ def cross_entropy(logits: Array, labels: Array, *, label_smoothing: float = 0.0)
   return optax.softmax_cross_entropy(logits, wanted).mean()
 
 
-def right_and_all(logits: Array, labels: Array, mask: Array) -> Array:
+def correct_and_total(logits: Array, labels: Array, mask: Array) -> Array:
   """How many images of a batch are right, and how many there are: float32[2]."""
   right = (logits.argmax(-1) == labels) * mask
   return jnp.stack([right.sum(), mask.sum()])
@@ -117,13 +117,13 @@ def mean_iou(counts: np.ndarray) -> float:
   return float((both[there] / either[there]).mean())
 
 
-TASKS: dict[str, Task] = {
-    'classify': Task('accuracy', right_and_all, accuracy),
-    'segment': Task('miou', confusion, mean_iou),
+TASKS: dict[str, Metric] = {
+    'classify': Metric('accuracy', correct_and_total, accuracy),
+    'segment': Metric('miou', confusion, mean_iou),
 }
 
 
-def of(config: Mapping[str, Any]) -> Task:
+def of(config: Mapping[str, Any]) -> Metric:
   """The task of an experiment: `config.task.name`, or 'classify' where there is no `config.task`.
 
   Raises:
@@ -135,6 +135,6 @@ def of(config: Mapping[str, Any]) -> Task:
   return TASKS[name]
 
 
-def add_up(counts: list[Any]) -> np.ndarray:
+def sum_counts(counts: list[Any]) -> np.ndarray:
   """The sum of the counts of all batches, in float64."""
   return np.sum([np.asarray(count, np.float64) for count in counts], axis=0)

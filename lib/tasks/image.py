@@ -18,14 +18,14 @@ from lib.cost import vit as vit_cost
 from lib.data import images as image_data
 from lib.tasks import anneal, distill
 from lib.tasks import base as tasks
-from lib.tasks.base import Learner
+from lib.tasks.base import Task
 from models.backbones.vit import ViT
 from models.build import build, pretrained
 
 Array = jax.Array
 
 
-def learner(config: ConfigDict, mesh: Mesh) -> Learner:
+def learner(config: ConfigDict, mesh: Mesh) -> Task:
   """A config for classes of images or pixels, made ready.
 
   Raises:
@@ -40,7 +40,7 @@ def learner(config: ConfigDict, mesh: Mesh) -> Learner:
     raise ValueError(f'model.num_classes (task.pixel_classes) is {vit.classes}, but '
                      f'{config.data.name} has {found.num_classes} classes: set it to that')
   phases = anneal.phases(vit, config.get('anneal'))
-  return Learner(
+  return Task(
       model=vit, score=task.score, phases=phases, init=functools.partial(init, vit),
       loaded=functools.partial(pretrained, config.model, vit), unreduced=unreduced,
       loss=lambda model: functools.partial(loss, model, config.optimizer),
@@ -95,12 +95,12 @@ def loss(vit: ViT, settings: Mapping[str, Any], params: Mapping[str, Any],
     scalars, total = scalars | held, total + sum(held.values())
   gentler = anneal.levels(vit, settings.get('consistency'))
   if gentler:
-    held = at_another_level(gentler, settings, params, part, key, out['pre_logits'])
+    held = weak_plan_losses(gentler, settings, params, part, key, out['pre_logits'])
     scalars, total = scalars | held, total + sum(held.values())
   return total, scalars
 
 
-def at_another_level(gentler: tuple[ViT, ...], settings: Mapping[str, Any],
+def weak_plan_losses(gentler: tuple[ViT, ...], settings: Mapping[str, Any],
                      params: Mapping[str, Any], part: Mapping[str, Array], key: Array,
                      features: Array) -> dict[str, Array]:
   """The losses of the same images under a plan that removes less, drawn anew in every step.
@@ -117,7 +117,7 @@ def at_another_level(gentler: tuple[ViT, ...], settings: Mapping[str, Any],
     features: float32[B, D], what the plan proper classifies by.
 
   Returns:
-    'gentler_loss' and 'consistency', scalars that add to the loss.
+    'weak_plan_loss' and 'consistency', scalars that add to the loss.
   """
 
   def branch(model):
@@ -130,12 +130,12 @@ def at_another_level(gentler: tuple[ViT, ...], settings: Mapping[str, Any],
   logits, whole = jax.lax.switch(which, [branch(model) for model in gentler], params,
                                  part['image'])
   apart = distill.consistency_loss(features, whole).mean()
-  return {'gentler_loss': tasks.cross_entropy(logits, part['label'],
-                                              label_smoothing=settings.label_smoothing),
+  return {'weak_plan_loss': tasks.cross_entropy(logits, part['label'],
+                                                label_smoothing=settings.label_smoothing),
           'consistency': settings.consistency.weight * apart}
 
 
-def count(vit: ViT, task: tasks.Task, params: Mapping[str, Any],
+def count(vit: ViT, task: tasks.Metric, params: Mapping[str, Any],
           batch: Mapping[str, Array]) -> Array:
   """What a batch adds to the task's score; padding has mask 0."""
   logits, _ = vit.apply({'params': params}, batch['image'])

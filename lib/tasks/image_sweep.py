@@ -20,7 +20,7 @@ from models import checkpoints
 from models.build import build, pretrained
 from models.compressors import COMPRESSORS
 from models.plan import methods
-from models.storage import best_form, to_form
+from models.storage import fastest_storage, to_storage
 
 
 @struct.dataclass
@@ -69,8 +69,8 @@ class Sweep:
               **sweep.overrides.get(method, {})}
     vit = build(config.model, reduce, macs=vit_cost.solver, platform=platform,
                 mesh=self.mesh if self.mesh.size > 1 else None, task=config.get('task'))
-    params = to_form(complete(vit, self.params, seed=config.seed),
-                     best_form(vit.plan, platform=platform))
+    params = to_storage(complete(vit, self.params, seed=config.seed),
+                        fastest_storage(vit.plan, platform=platform))
     return Candidate(vit, params, *compiled(vit, params, self.batches[0][1]['image']))
 
   def measure(self, row):
@@ -102,7 +102,7 @@ class Sweep:
     own, full = vit_cost.of(made.vit).macs, vit_cost.of(base.vit).macs
     learned = made.vit.plan is not None and made.vit.plan.name in COMPRESSORS
     return {
-        task.score: task.total(tasks.add_up(counts)),
+        task.score: task.total(tasks.sum_counts(counts)),
         'tokens': tokens, 'kept_mean': sum(tokens) / len(tokens),
         'gmacs': own / 1e9, 'gmacs_ratio': own / full, 'batch': images.shape[0],
         'dtype': str(jnp.dtype(made.vit.dtype)), 'median_ms': times['made'].median_ms,
@@ -166,13 +166,13 @@ def load(config, workdir, mesh):
   vit = build(config.model, task=config.get('task'))
   images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
   abstract = jax.eval_shape(vit.init, jax.random.key(0), images)['params']
-  template = sharding.shapes(abstract, sharding.place(abstract, config.sharding, mesh))
+  template = sharding.shapes(abstract, sharding.make_shardings(abstract, config.sharding, mesh))
   found = checkpoint.best(workdir, template, metric=tasks.of(config).score)
   if found:
     return found
   loaded = pretrained({**config.model, 'fresh': ()}, vit)
   if loaded:
-    return 0, checkpoints.overlay(template, loaded)
+    return 0, checkpoints.merge_params(template, loaded)
   raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
                           f'python -m train --config=configs/digits.py --workdir={workdir}, or '
                           'name pretrained ones in config.model.weights')

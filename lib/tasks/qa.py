@@ -22,10 +22,10 @@ from lib.cost import vit as vit_cost
 from lib.data import qa as qa_data
 from lib.data.qa import Info
 from lib.tasks import anneal
-from lib.tasks.base import Learner
+from lib.tasks.base import Task
 from models.backbones.lm import LM
 from models.backbones.vit import ViT
-from models.backbones.vlm import VLM, Images, at_door
+from models.backbones.vlm import VLM, Images, with_projector_reduction
 from models.build import DTYPES
 from models.plan import make_cache_plan, make_plan
 from ops.assignments import take
@@ -79,11 +79,11 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
   if 'vision' in cuts:
     plan = make_plan(cuts['vision'], tower.host)
     tower = tower.clone(plan=plan)
-    slots = (plan.cuts[-1].keep if plan.cuts else tower.host.slots) - tower.special
+    slots = (plan.cuts[-1].slots_out if plan.cuts else tower.host.slots) - tower.special
   vlm = VLM(tower, lm, info.image, model['projection'], patch_labels=model['patch_labels'])
   if 'projector' in cuts:
-    vlm = at_door(vlm, cuts['projector'], slots=slots)
-    slots = vlm.door.plan.cuts[-1].keep if vlm.door.plan.cuts else slots
+    vlm = with_projector_reduction(vlm, cuts['projector'], slots=slots)
+    slots = vlm.door.plan.cuts[-1].slots_out if vlm.door.plan.cuts else slots
   return vlm.clone(lm=_reduced(lm, cuts, context + slots, slots))
 
 
@@ -97,11 +97,11 @@ def _reduced(lm: LM, cuts: Mapping[str, Mapping[str, Any]], slots: int, visual: 
 def visual_tokens(vlm: VLM) -> int:
   """Visual tokens of an image that the language model reads."""
   if vlm.door and vlm.door.plan.cuts:
-    return vlm.door.plan.cuts[-1].keep
+    return vlm.door.plan.cuts[-1].slots_out
   return vit_cost.of(vlm.tower).layers[-1].left - vlm.tower.special
 
 
-def learner(config: ConfigDict, mesh: Mesh) -> Learner:
+def learner(config: ConfigDict, mesh: Mesh) -> Task:
   """A config for questions and answers, made ready.
 
   Raises:
@@ -114,7 +114,7 @@ def learner(config: ConfigDict, mesh: Mesh) -> Learner:
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(
       jax.eval_shape(functools.partial(init, model, info, context), jax.random.key(0))))
   slots = context + (model.tower.host.slots - model.tower.special if info.image_shape else 0)
-  return Learner(
+  return Task(
       model=model, score='accuracy', phases=(anneal.Phase(0, model),),
       init=functools.partial(init, model, info, context), loaded=lambda: None,
       unreduced=dict,
@@ -199,7 +199,7 @@ def count(model: LM | VLM, kinds: int, params: Mapping[str, Any],
           batch: Mapping[str, Array]) -> Array:
   """Answers of each kind that are right, and all there are: float32[K, 2]."""
   logits, out = apply(model, params, batch)
-  return right_and_all(logits, out, batch, kinds)
+  return correct_and_total(logits, out, batch, kinds)
 
 
 def predictions(logits: Array, out: Mapping[str, Any]) -> Array:
@@ -245,8 +245,8 @@ def patch_labels(cells: Array, tokens: TokenSet) -> Array:
   return jnp.take_along_axis(cells.reshape(len(cells), -1), row * count + column, axis=1)
 
 
-def right_and_all(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array],
-                  kinds: int) -> Array:
+def correct_and_total(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array],
+                      kinds: int) -> Array:
   """float32[K, 2]: answers of each kind that are right to the last token, and all there are.
 
   That every token is the likeliest after the right ones before it is the same as that greedy
@@ -288,7 +288,7 @@ def decoded(model: LM | VLM, params: Any, batch: Mapping[str, Array], *, longest
 
 
 def scores(counts: np.ndarray, kinds: tuple[str, ...]) -> dict[str, float]:
-  """'accuracy' of all questions, and of each kind by name, from the sum of `right_and_all`."""
+  """'accuracy' of all questions, and of each kind by name, from the sum of `correct_and_total`."""
   right, count = counts.T
   found = {'accuracy': float(right.sum() / count.sum())}
   return found | {f'accuracy_{name}': float(r / max(c, 1))

@@ -22,7 +22,7 @@ from lib.runtime import checkpoint, sharding, timing
 from lib.tasks import base as tasks
 from lib.tasks import qa as qa_task
 from models.backbones.lm import LM
-from models.storage import to_form
+from models.storage import to_storage
 
 TENTHS = tuple(f'{10 * tenth} %' for tenth in range(10))
 
@@ -86,7 +86,7 @@ class Sweep:
       self._base = {name: self._prepare(name, {})}
     base, batches = self._base[name], self._batches[name]
     made = base if row['method'] == 'none' else self._prepare(name, reduction(row))
-    right, count = tasks.add_up([made.run(self._params, batch) for batch in batches]).T
+    right, count = tasks.sum_counts([made.run(self._params, batch) for batch in batches]).T
     runs = {'base': functools.partial(base.run, self._params, batches[0]),
             'made': functools.partial(made.run, self._params, batches[0])}
     times = timing.interleave(runs, rounds=self.config.sweep.rounds)
@@ -140,12 +140,12 @@ class Sweep:
     model = self._model(name, {})
     init = functools.partial(qa_task.init, model, self._info[name], data.context)
     abstract = jax.eval_shape(init, jax.random.key(0))
-    places = sharding.place(abstract, self.config.sharding, self.mesh)
+    places = sharding.make_shardings(abstract, self.config.sharding, self.mesh)
     found = checkpoint.best(workdir, sharding.shapes(abstract, places), metric='accuracy')
     if found is None:
       raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
                               f'python -m train --config=configs/<task>.py --workdir={workdir}')
-    return found[0], to_form(found[1], 'unstacked')
+    return found[0], to_storage(found[1], 'unstacked')
 
   def _model(self, name, reduce):
     mesh = self.mesh if self.mesh.size > 1 else None

@@ -9,13 +9,13 @@ from ml_collections import ConfigDict
 
 from lib.tasks import image as image_task
 from lib.tasks import qa as qa_task
-from lib.tasks.base import Learner
+from lib.tasks.base import Task
 
-LEARNERS: dict[str, Callable[[ConfigDict, Mesh], Learner]] = {
+LEARNERS: dict[str, Callable[[ConfigDict, Mesh], Task]] = {
     'classify': image_task.learner, 'segment': image_task.learner, 'answers': qa_task.learner}
 
 
-def of(config: ConfigDict, mesh: Mesh) -> Learner:
+def of(config: ConfigDict, mesh: Mesh) -> Task:
   """The learner that `config.task.name` names, 'classify' where there is no `config.task`.
 
   Raises:

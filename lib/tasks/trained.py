@@ -21,7 +21,7 @@ from models.backbones.vlm import VLM
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedModel:
   """A model that was trained to answer questions.
 
   Attributes:
@@ -39,7 +39,8 @@ class Trained:
   params: Any
 
 
-def load(workdir: str | pathlib.Path, *, data_dir: str = '', mesh: Mesh | None = None) -> Trained:
+def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
+             mesh: Mesh | None = None) -> TrainedModel:
   """The best checkpoint of a run.
 
   Args:
@@ -70,9 +71,9 @@ def load(workdir: str | pathlib.Path, *, data_dir: str = '', mesh: Mesh | None =
     place = SingleDeviceSharding(jax.devices()[0])
     places = jax.tree.map(lambda leaf: place, shapes)
   else:
-    places = sharding.place(shapes, config.sharding, mesh)
+    places = sharding.make_shardings(shapes, config.sharding, mesh)
   found = checkpoint.best(folder, sharding.shapes(shapes, places), metric='accuracy')
   if found is None:
     raise FileNotFoundError(f'no checkpoint in {folder / "checkpoints"}: let the run come to one '
                             '(config.checkpoint_steps)')
-  return Trained(found[0], config, info, model, found[1])
+  return TrainedModel(found[0], config, info, model, found[1])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT, make_vit
 from models.families import PAIRS
-from ops.primitives.match import unit
+from ops.primitives.match import l2_normalize
 
 Array = jax.Array
 
@@ -56,17 +56,17 @@ class Clip(nn.Module):
     """
     image, image_out = self.image(images)
     text, text_out = self.text(ids)
-    image, text = unit(image), unit(text)
+    image, text = l2_normalize(image), l2_normalize(text)
     return self._logits(image, text), {'image': image_out, 'text': text_out,
                                        'image_features': image, 'text_features': text}
 
   def encode_image(self, images: Array) -> Array:
     """float32[I, P], of unit length."""
-    return unit(self.image(images)[0])
+    return l2_normalize(self.image(images)[0])
 
   def encode_text(self, ids: Array) -> Array:
     """float32[K, P], of unit length."""
-    return unit(self.text(ids)[0])
+    return l2_normalize(self.text(ids)[0])
 
   def classify(self, images: Array, texts: Array) -> Array:
     """Logits float32[I, K] against texts float32[K, P] that `encode_text` made before."""

@@ -20,12 +20,12 @@ INTERFACE
   column 0 the place in the sequence, by which attention is causal, then one a section.
 * Plans count slots: another length is an error, and parameters are made without plans (`init`).
   Padding to few lengths, and the plans for each: models/decoding/generator.py, `Generator` and
-    `fitted`.
+    `with_plans`.
 * Attention is causal by `pos`, RoPE turns by `pos`; a slot's index means nothing. After a cut slots
   are sorted by `pos`; a merged slot takes the latest of its group.
 * A reducer sees the static number of slots of other kinds as `tokens.protected`, and padding among
-  them as real slots of kind FILLER, which keep their place: keep - tokens.protected tokens of `of`
-  stay in every row, whatever its text. Text alone is `kind == TEXT`.
+  them as real slots of kind FIXED_PADDING, which keep their place: keep - tokens.protected tokens
+  of `of` stay in every row, whatever its text. Text alone is `kind == TEXT`.
 * Signals (ops/signals.py): keys and values [B, N, K, d] (rotated), queries, plain_queries
   [B, N, H, d], last_attention [B, H, N], window_attention [B, H, W, N] (W = method.span),
   row_attention [B, H, N] (mean over method.rows(tokens), bool[B, N]), received_attention [B, H, N];
@@ -34,7 +34,7 @@ INTERFACE
   slots. Methods name them in `needs`, and in `watch_needs` for `watch`.
 * Methods between layers answer an Assignment as anywhere; `positions` ('keep', 'compact',
   'restart') is an attribute of the method, or of the config. Methods on the cache (site = 'cache',
-  ops/reducers/cache) are called as method(tokens, signals, keep=M) once a layer, after its
+  ops/reducers/cache) are called as method(tokens, signals, num_slots=M) once a layer, after its
   attention, and answer ops.kv_cache.KVGather(src int32[B, K, M], valid=None): M slots a kv head,
   padding last. `keep` is of the layer's own slots, 'rounding' floors unless a config says.
 
@@ -59,7 +59,7 @@ from ops import attention, kv_cache
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache
-from ops.rope import Rope, order
+from ops.rope import Rope, sequence_index
 from ops.signals import STATIC, Signals, measure
 from ops.tokens import TEXT, TokenSet, key_bias
 
@@ -136,7 +136,7 @@ class Block(nn.Module):
     hidden = self.norm1(tokens.x)
     q, k, plain = self._queries_and_keys(hidden, tokens.pos)
     v = self.v(hidden)
-    bias, places = key_bias(tokens, proportional=proportional), order(tokens.pos)
+    bias, places = key_bias(tokens, proportional=proportional), sequence_index(tokens.pos)
     window = self._window(tokens)
     read = functools.partial(
         measure, needs, v=v, bias=bias, hidden=hidden, query_valid=tokens.valid, positions=places,
@@ -166,7 +166,7 @@ class Block(nn.Module):
     seen = measure(
         frozenset(name.removeprefix('next_') for name in needs), q=q, k=k, v=k, lse=None,
         bias=key_bias(tokens, proportional=proportional), query_valid=tokens.valid,
-        positions=order(tokens.pos), window=self._window(tokens), **asked)
+        positions=sequence_index(tokens.pos), window=self._window(tokens), **asked)
     return Signals(**{name: getattr(seen, name.removeprefix('next_')) for name in needs})
 
   def feed(self, tokens: TokenSet, *, needs: frozenset[str] = frozenset(),
@@ -371,24 +371,26 @@ class LM(nn.Module):
     def read(first: int, tokens: TokenSet, signals: Signals) -> KV:
       k, v = (jnp.swapaxes(x, 1, 2) for x in (signals.keys, signals.values))
       bias = log_weight(tokens.size) if proportional and tokens.size is not None else None
-      kv = KV.create(k, v, pos=order(tokens.pos), valid=tokens.real, filled=tokens.slots, bias=bias,
+      kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=tokens.real, filled=tokens.slots,
+                     bias=bias,
                      start=_next(tokens) if compact else after)
       cut = seen and seen.cut(first)
-      if cut and cut.slots != tokens.slots:
-        raise ValueError(f'the plan of the cache is for {cut.slots} slots in layer {first}, which '
-                         f'sees {tokens.slots}: make one with lm.host(slots) and plan=lm.plan')
+      if cut and cut.slots_in != tokens.slots:
+        raise ValueError(f'the plan of the cache is for {cut.slots_in} slots in layer '
+                         f'{first}, which sees {tokens.slots}: make one with lm.host(slots) and '
+                         'plan=lm.plan')
       if cut:
         wanted = {name: getattr(signals, name) for name in seen.method.needs - STATIC}
-        told = Signals(**wanted, rope=self.rope, layer=first, depth=self.depth, slots=cut.slots)
+        told = Signals(**wanted, rope=self.rope, layer=first, depth=self.depth, slots=cut.slots_in)
         with jax.named_scope('reduction'):
-          choose = functools.partial(seen.method, keep=cut.keep)
+          choose = functools.partial(seen.method, num_slots=cut.slots_out)
           kept = self.stack.by_rows(choose)(tokens, told)
           kv = kv_cache.shrink(kv, kept, positions=seen.positions, rope=self.rope)
       return kv_cache.with_room(kv, room)
 
     needs = frozenset({'keys', 'values'}) | (seen.method.needs - STATIC if seen else frozenset())
     tokens, out = self.stack(tokens, Tap(needs, read, _starts(seen), seen and seen.method))
-    last = jnp.argmax(jnp.where(tokens.real, order(tokens.pos), -1), axis=1)
+    last = jnp.argmax(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1)
     x = take(tokens.x, last[:, None])[:, 0]
     return self._logits(self.norm(x)), Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
 
@@ -422,8 +424,8 @@ class LM(nn.Module):
       raise ValueError(f'a prompt of {tokens.slots} slots and {room} tokens to come exceed the '
                        f'context of {self.context}: shorten the prompt, ask for fewer tokens, or '
                        'set context and RoPE scaling for more')
-    if self.plan and self.plan.cuts and self.plan.cuts[0].slots != tokens.slots:
-      raise ValueError(f'the plan is for prompts of {self.plan.cuts[0].slots} slots, not '
+    if self.plan and self.plan.cuts and self.plan.cuts[0].slots_in != tokens.slots:
+      raise ValueError(f'the plan is for prompts of {self.plan.cuts[0].slots_in} slots, not '
                        f'{tokens.slots}: make one with lm.host(slots)')
     return tokens.replace(x=tokens.x.astype(self.dtype))
 
@@ -436,7 +438,7 @@ class LM(nn.Module):
     if tokens.pos.ndim > 2:
       raise ValueError("positions='restart' has no meaning for positions of several numbers "
                        "(M-RoPE): choose 'keep'")
-    count = self.plan.cuts[-1].keep
+    count = self.plan.cuts[-1].slots_out
     left = (reduced.owner >= 0) & tokens.real
     place = jnp.where(left, tokens.pos, jnp.iinfo(jnp.int32).max)
     index = jnp.argsort(place, axis=1, stable=True)[:, :count]
@@ -479,16 +481,17 @@ class LM(nn.Module):
     """
     if self.mesh is None:
       return weights
-    return _placed(weights, NamedSharding(self.mesh, PartitionSpec(*axes)))
+    return _constrain_forward(weights, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _placed(x: Array, place: NamedSharding) -> Array:
+def _constrain_forward(x: Array, place: NamedSharding) -> Array:
   """A sharding constraint that says nothing about the gradient."""
   return jax.lax.with_sharding_constraint(x, place)
 
 
-_placed.defvjp(lambda x, place: (_placed(x, place), None), lambda place, _, grad: (grad,))
+_constrain_forward.defvjp(lambda x, place: (_constrain_forward(x, place), None), lambda place, _,
+                          grad: (grad,))
 
 
 def _next(tokens: TokenSet) -> Array:
@@ -510,7 +513,7 @@ def _starts(plan: Plan | None) -> tuple[int, ...]:
 
   def size(layer: int) -> tuple[int, int] | None:
     cut = plan.cut(layer)
-    return cut and (cut.slots, cut.keep)
+    return cut and (cut.slots_in, cut.slots_out)
 
   return tuple(layer for layer in range(1, depth) if size(layer) != size(layer - 1))
 

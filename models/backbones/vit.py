@@ -377,7 +377,7 @@ class ViT(nn.Module):
 
   def _drop_patches(self, tokens: TokenSet) -> TokenSet:
     scores = jax.random.uniform(self.make_rng('dropout'), (tokens.x.shape[0], tokens.slots))
-    return reduce(tokens, keep_top(tokens, scores, keep=self.special + self.training_patches))
+    return reduce(tokens, keep_top(tokens, scores, num_slots=self.special + self.training_patches))
 
   def _embed(self, images: Array) -> TokenSet:
     batch, (rows, columns), side = images.shape[0], self.grid, self.patch

@@ -8,7 +8,7 @@ feature stands in the sequence is data (`Images`), made on the host by lib/data/
 INTERFACE
   vlm = make_vlm('llava1.5_7b')                           # or from_config(config_json)
   vlm = vlm.clone(tower=vlm.tower.clone(plan=...), lm=vlm.lm.clone(plan=...))
-  vlm = at_door(vlm, config.reduce.projector, slots=576)  # V, tokens of an image
+  vlm = with_projector_reduction(vlm, config.reduce.projector, slots=576)  # V, tokens of an image
   logits, out = vlm.apply({'params': p}, ids, valid, images)
   logits, cache = vlm.apply({'params': p}, ids, valid, images, room=64, method='prefill')
   logits, cache = vlm.apply({'params': p}, next_ids, cache, method='decode')
@@ -36,7 +36,15 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.blocks import dense
 from models.plan import Host, Plan, make_plan
-from models.projector import ACROSS, FROM_TOWER, ORDERS, Door, Listen, Projector, _through
+from models.projector import (
+  ACROSS,
+  FROM_TOWER,
+  ORDERS,
+  Projector,
+  ProjectorReduction,
+  RecordSignals,
+  reduce_visual,
+)
 from ops import assignments
 from ops import tokens as tk
 from ops.assignments import take
@@ -85,7 +93,7 @@ class VLM(nn.Module):
     image_token: id of the placeholder.
     projection: activation of a `Projector`, '' for a tower that ends in the language model's width.
     newline: whether there is a learned feature that ends a row of patches.
-    door: what to reduce after the projector, or None; `at_door` makes it.
+    door: what to reduce after the projector, or None; `with_projector_reduction` makes it.
     pad_side: where the padding of a sequence goes.
     patch_labels: labels of a patch that a product on the tower's features ('probe') tells apart, to
       train the tower beside the answers; 0 for none.
@@ -96,7 +104,7 @@ class VLM(nn.Module):
   image_token: int
   projection: str = 'gelu'
   newline: bool = False
-  door: Door | None = None
+  door: ProjectorReduction | None = None
   pad_side: str = 'right'
   patch_labels: int = 0
 
@@ -133,7 +141,7 @@ class VLM(nn.Module):
     cut = self.door.plan.cut(0) if self.door else None
     if cut is None:
       return slots
-    return cut.keep * (layout[1] if self.door.across == 'image' else 1)
+    return cut.slots_out * (layout[1] if self.door.across == 'image' else 1)
 
   def __call__(self, ids: Array, valid: Array,
                images: Images | None) -> tuple[Array, dict[str, Any]]:
@@ -201,7 +209,7 @@ class VLM(nn.Module):
       visual = visual.replace(stats=visual.stats | {'axes': images.axes})
     slots = None
     if self.door:
-      visual, slots, beside['door'] = _through(self.door, visual)
+      visual, slots, beside['door'] = reduce_visual(self.door, visual)
     stats = {name: value for name, value in visual.stats.items() if not name.startswith('tower_')}
     axes = stats.pop('axes', None)
     stats.pop('cell', None)
@@ -268,7 +276,7 @@ def passed_on(tower: ViT | QwenVision) -> tuple[int, int]:
   plan = tower.plan if tower.plan and tower.plan.mode == 'gather' else None
   cuts = [cut for cut in plan.cuts if cut.layer < last] if plan else []
   whole = tower.host.slots - tower.special
-  return whole, cuts[-1].keep - tower.special if cuts else whole
+  return whole, cuts[-1].slots_out - tower.special if cuts else whole
 
 
 def _patches(tokens: TokenSet, special: int) -> TokenSet:
@@ -308,13 +316,13 @@ def _left(tokens: TokenSet, index: Array, weight: Array, batch: int,
   return here.reshape(index.shape), weight
 
 
-def at_door(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
+def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
   """A model that reduces its visual tokens between projector and language model.
 
   Args:
     vlm: the model.
     config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers;
-      and `across` and `order` of `Door`.
+      and `across` and `order` of `ProjectorReduction`.
     slots: V, tokens of an image (of all images of a row under across='prompt').
 
   Raises:
@@ -341,12 +349,13 @@ def at_door(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
   wanted = plan.method.needs & set(FROM_TOWER)
   tower = vlm.tower
   if wanted:
-    if tower.plan is not None and not isinstance(tower.plan.method, Listen):
+    if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):
       raise ValueError(f'{plan.name} at the door reads {", ".join(sorted(wanted))} of the tower, '
                        f'which {tower.plan.name} reduces: reduce at one of the two places')
     last = ((getattr(tower, 'layers', None) or (0, tower.depth))[1]) - 1
-    tower = tower.clone(plan=Plan('listen', Listen(frozenset(wanted)), 'after', (), watch=(last,)))
-  return vlm.clone(tower=tower, door=Door(plan, across, order, grid))
+    tower = tower.clone(plan=Plan('listen', RecordSignals(frozenset(wanted)), 'after', (),
+                                  watch=(last,)))
+  return vlm.clone(tower=tower, door=ProjectorReduction(plan, across, order, grid))
 
 
 # Families.

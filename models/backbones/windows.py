@@ -181,12 +181,12 @@ class WindowStack(Stack):
     if missing:
       raise ValueError(f'whole_layers has {missing[0]}, but the layers are 0 to {self.depth - 1}')
     for cut in self.plan.cuts if self.plan else ():
-      keep, fewest = self.windows.slots(cut.keep), self.plan.method.fewest
-      slots = self.windows.slots(cut.slots)
-      if keep < fewest(slots, self.windows.special):
+      keep, min_slots = self.windows.slots(cut.slots_out), self.plan.method.min_slots
+      slots = self.windows.slots(cut.slots_in)
+      if keep < min_slots(slots, self.windows.special):
         raise ValueError(f'{self.plan.name} cannot leave {keep} of the {slots} slots of a window '
                          f'in layer {cut.layer}: it leaves at least '
-                         f'{fewest(slots, self.windows.special)}')
+                         f'{min_slots(slots, self.windows.special)}')
       if self.plan.site == 'inside' and cut.layer in self.whole:
         raise ValueError(f'{self.plan.name} cuts inside the attention of layer {cut.layer}, which '
                          'sees the whole image: take it out of whole_layers, or of the cuts')
@@ -221,5 +221,5 @@ class WindowStack(Stack):
   def _decide(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
               signals: Signals) -> tuple[TokenSet, Assignment]:
     """A cut of an image as that of its windows."""
-    cut = Cut(cut.layer, self.windows.slots(cut.slots), self.windows.slots(cut.keep))
+    cut = Cut(cut.layer, self.windows.slots(cut.slots_in), self.windows.slots(cut.slots_out))
     return super()._decide(cut, key, out, tokens, signals)

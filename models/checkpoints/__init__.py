@@ -46,12 +46,12 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
     model: its plan does not matter: reductions have no part in foreign checkpoints.
     source: a .safetensors file, a folder with one (or with shards and their index), or a name on
       the hub as 'owner/name'.
-    fresh: paths in our tree to leave out, as ('head',): the caller makes them (`overlay`).
+    fresh: paths in our tree to leave out, as ('head',): the caller makes them (`merge_params`).
     unused: patterns of names in the checkpoint to leave out, as ('head.*',).
     dtype: of the result; None keeps the stored ones.
     form: of the blocks: 'stacked' [L, ...], or 'unstacked', a tuple of L trees (models/stack.py).
-    shardings: a tree as the result (lib/runtime/sharding.py, `place`): every array is then made
-      where it belongs, device by device, and never lies on the host as a whole.
+    shardings: a tree as the result (lib/runtime/sharding.py, `make_shardings`): every array is then
+      made where it belongs, device by device, and never lies on the host as a whole.
 
   Returns:
     A tree of numpy arrays, with shardings of jax arrays, without the fresh leaves.
@@ -169,7 +169,7 @@ def save(model: Model, params: Params, path: str | pathlib.Path, *,
   save_file(tensors, path)
 
 
-def overlay(params: Params, loaded: Params) -> Params:
+def merge_params(params: Params, loaded: Params) -> Params:
   """`params` with the values of every leaf that `loaded` has, in its own dtypes and places.
 
   Args:

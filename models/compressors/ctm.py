@@ -31,9 +31,9 @@ class CTM(Reducer, nn.Module):
   site = 'before'
 
   @nn.compact
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
-    src, dst = density_clusters(tokens, keep=keep, neighbours=self.neighbours)
+    src, dst = density_clusters(tokens, num_slots=num_slots, neighbours=self.neighbours)
     score = nn.Dense(1, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02),
                      name='score')(tokens.x)[..., 0]
     # Before the exponential: what padding and protected tokens hold may overflow it.

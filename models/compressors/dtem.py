@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from models.compressors.mixing import HIDDEN
 from ops.assignments import Assignment, Mix, take
-from ops.primitives.match import arranged, bipartite, cosine
-from ops.primitives.select import place, ranks, top
+from ops.primitives.match import bipartite, cosine, parity_order
+from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -43,23 +43,24 @@ class DTEM(Reducer, nn.Module):
   proportional: bool = True
   needs = frozenset({'hidden', 'slots'})
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     return slots - (slots - protected) // 2
 
   @nn.compact
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     metric = nn.Dense(self.features, dtype=jnp.float32, name='metric')(
         jax.lax.stop_gradient(signals.hidden))
     if self.has_rng('dropout'):
       count = tokens.slots if signals.slots is None else signals.slots
-      return soft_merge(tokens, metric, keep=keep, count=count, candidates=self.candidates,
+      return soft_merge(tokens, metric, num_slots=num_slots, count=count,
+                        candidates=self.candidates,
                         temperature=self.temperature, choice_temperature=self.choice_temperature)
-    order = arranged(tokens)
-    return bipartite(tokens, metric, order[:, ::2], order[:, 1::2], keep=keep,
+    order = parity_order(tokens)
+    return bipartite(tokens, metric, order[:, ::2], order[:, 1::2], num_slots=num_slots,
                      order='given' if tokens.protected else 'score')
 
 
-def soft_merge(tokens: TokenSet, metric: Array, *, keep: int, count: int, candidates: int,
+def soft_merge(tokens: TokenSet, metric: Array, *, num_slots: int, count: int, candidates: int,
                temperature: float, choice_temperature: float) -> Mix:
   """Shares every second free token out among those between, as far as a relaxed choice wants.
 
@@ -75,7 +76,7 @@ def soft_merge(tokens: TokenSet, metric: Array, *, keep: int, count: int, candid
     candidates, temperature, choice_temperature: see `relaxed_choice`.
   """
   slots = tokens.slots
-  part = tokens.free & (place(tokens.real) < count)
+  part = tokens.free & (rank_of(tokens.real) < count)
   # Those that take part first, in slot order: every second one gives.
   order = jnp.argsort(~part, axis=1, stable=True).astype(jnp.int32)
   a, c = order[:, ::2], order[:, 1::2]
@@ -83,8 +84,9 @@ def soft_merge(tokens: TokenSet, metric: Array, *, keep: int, count: int, candid
   scores = cosine(take(metric, a), take(metric, c))
   there, free = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
                  for flags in (tokens.real, part))
-  picks = jnp.clip(there - keep, 0, free // 2)
-  given = relaxed_choice(scores, among, picks, most=max(count - keep, 0), candidates=candidates,
+  picks = jnp.clip(there - num_slots, 0, free // 2)
+  given = relaxed_choice(scores, among, picks, most=max(count - num_slots, 0),
+                         candidates=candidates,
                          temperature=temperature, choice_temperature=choice_temperature)
 
   # share[m, n], in the order above: what slot m has of slot n afterwards.
@@ -105,7 +107,7 @@ def soft_merge(tokens: TokenSet, metric: Array, *, keep: int, count: int, candid
 
   # Back to slots: columns as the tokens came, rows as they leave.
   back = ranks(order, slots)
-  leaves = top(take(after, back), slots, forced=tokens.kept, excluded=~part & ~tokens.kept)
+  leaves = top(take(after, back), slots, forced=tokens.fixed, excluded=~part & ~tokens.fixed)
   rows = take(back, leaves)
   weights, share = (jnp.take_along_axis(take(matrix, rows), back[:, None], axis=2)
                     for matrix in (weights, share))

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.compressors.mixing import HIDDEN
-from ops.argmax import highest
+from ops.argmax import max_and_index
 from ops.assignments import Assignment, Gather, take
-from ops.primitives.match import put
+from ops.primitives.match import scatter
 from ops.primitives.select import top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -71,20 +71,20 @@ class DToP(Reducer, nn.Module):
   layers: int = 2
   head_width: int = 64
   site = 'after'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
   adaptive = 'tokens leave as soon as they are certain'
 
   def setup(self) -> None:
     self.head = MaskHead(self.classes, self.layers, self.head_width)
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
     probability = jax.lax.stop_gradient(self.grade(tokens).probabilities())
-    certainty, likeliest = highest(probability, axis=2)
+    certainty, likeliest = max_and_index(probability, axis=2)
     gone = leaves(certainty, likeliest, tokens.free,
                   threshold=self.threshold, spared=self.spared)
     stays = tokens.real & ~gone
-    picked = top(-certainty, keep, forced=tokens.kept, excluded=~stays)
+    picked = top(-certainty, num_slots, forced=tokens.fixed, excluded=~stays)
     src = jnp.sort(jnp.where(take(stays, picked), picked, tokens.slots), axis=1)
     valid = src < tokens.slots
     return Gather(jnp.minimum(src, tokens.slots - 1), tokens.slots, valid=valid,
@@ -117,7 +117,7 @@ def leaves(certainty: Array, klass: Array, among: Array, *, threshold: float,
   new = jnp.concatenate([jnp.ones_like(sure[:, :1]), sorted_class[:, 1:] != sorted_class[:, :-1]],
                         axis=1)
   first = jax.lax.cummax(jnp.where(new, place, 0), axis=1)
-  return sure & (put(place, order, place - first) >= spared)
+  return sure & (scatter(place, order, place - first) >= spared)
 
 
 def paint(canvas: Array, tokens: TokenSet, masks: Array) -> Array:

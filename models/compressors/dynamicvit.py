@@ -35,21 +35,21 @@ class DynamicViT(Reducer, nn.Module):
   ratio_weight: float = 2.0
   site = 'before'
   proportional = True
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   @nn.compact
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
     free = tokens.free
     before = jnp.where(free, tokens.sizes, 0.0)
     scores = Predictor(name='predictor')(tokens.x, before)
     if not self.has_rng('dropout'):
-      return keep_top(tokens, scores[..., 0], keep=keep, order='score')
+      return keep_top(tokens, scores[..., 0], num_slots=num_slots, order='score')
     decision = jnp.where(free, decide(scores, self.make_rng('dropout')), 1.0)
     count = jnp.maximum(jnp.sum(free, axis=1, dtype=jnp.float32), 1.0)
     share = jnp.sum(before * decision, axis=1) / count
     # Nothing left the row, so its free tokens are as many as at the start.
-    budget = keep - jnp.sum(tokens.kept, axis=1, dtype=jnp.float32)
+    budget = num_slots - jnp.sum(tokens.fixed, axis=1, dtype=jnp.float32)
     target = jnp.clip(budget / count, 0.0, 1.0)
     self.sow('losses', 'ratio', self.ratio_weight * (share - target) ** 2)
     return identity(tokens).replace(policy=decision)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Mix
-from ops.primitives.select import place
+from ops.primitives.select import rank_of
 from ops.tokens import TokenSet
 
 Array = jax.Array
@@ -28,8 +28,8 @@ def mixtures(tokens: TokenSet, weights: Array, features: Array) -> Mix:
     weights: float32[B, K, N]; only those of free slots count.
     features: float[B, N, D], what is mixed in place of the free tokens' own features.
   """
-  kept, free, count = tokens.kept, tokens.free, weights.shape[1]
-  same = place(kept)[:, None] == jnp.arange(tokens.protected)[None, :, None]
+  kept, free, count = tokens.fixed, tokens.free, weights.shape[1]
+  same = rank_of(kept)[:, None] == jnp.arange(tokens.protected)[None, :, None]
   lead = (same & kept[:, None]).astype(jnp.float32)
   weights = jnp.where(free[:, None], weights, 0.0)
   valid = None

@@ -30,12 +30,12 @@ class PatchMerger(Reducer, nn.Module):
   site = 'before'
 
   @nn.compact
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
     hidden = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False,
                           name='norm')(tokens.x)
     queries = self.param('queries', nn.initializers.normal(1.0),
-                         (keep - tokens.protected, tokens.x.shape[-1]))
+                         (num_slots - tokens.protected, tokens.x.shape[-1]))
     scores = jnp.einsum('kd,bnd->bkn', queries, hidden, precision='highest') * self.scale
     weights = jax.nn.softmax(jnp.where(tokens.free[:, None], scores, HIDDEN), axis=2)
     return mixtures(tokens, weights, hidden)

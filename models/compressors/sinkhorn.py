@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from models.compressors.mixing import HIDDEN, mixtures
 from ops.assignments import Assignment
-from ops.primitives.match import inverse_norm, unit
+from ops.primitives.match import inverse_norm, l2_normalize
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -34,13 +34,13 @@ class Sinkhorn(Reducer, nn.Module):
   site = 'before'
 
   @nn.compact
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
     centres = self.param('v', nn.initializers.normal(1.0),
-                         (keep - tokens.protected, tokens.x.shape[-1]))
+                         (num_slots - tokens.protected, tokens.x.shape[-1]))
     # Lengths apart from directions: unit vectors in float32 would be a second copy of the tokens.
     inverse = inverse_norm(tokens.x)
-    scores = jnp.einsum('kd,bnd->bkn', unit(centres), tokens.x.astype(jnp.float32),
+    scores = jnp.einsum('kd,bnd->bkn', l2_normalize(centres), tokens.x.astype(jnp.float32),
                         precision='highest') * inverse[:, None] / self.eps
     free = tokens.free
     used = jnp.arange(scores.shape[1])[None] < jnp.sum(free, axis=1, keepdims=True)

@@ -26,7 +26,7 @@ class SiT(Reducer, nn.Module):
   site = 'before'
 
   @nn.compact
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
 
     def dense(features: int, name: str) -> nn.Dense:
@@ -36,7 +36,7 @@ class SiT(Reducer, nn.Module):
     x = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False,
                      name='norm')(tokens.x)
     x = nn.gelu(dense(tokens.x.shape[-1] // 2, 'fc1')(x), approximate=False)
-    scores = dense(keep - tokens.protected, 'fc2')(x).swapaxes(1, 2)
+    scores = dense(num_slots - tokens.protected, 'fc2')(x).swapaxes(1, 2)
     scores *= self.param('scale', nn.initializers.ones, ())
     weights = jax.nn.softmax(jnp.where(tokens.free[:, None], scores, HIDDEN), axis=2)
     return mixtures(tokens, weights, tokens.x)

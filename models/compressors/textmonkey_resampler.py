@@ -35,11 +35,11 @@ class TextMonkeyResampler(Reducer, nn.Module):
   heads: int = 8
   head_dim: int = 128
   site = 'after'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   @nn.compact
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    answer = TextMonkey()(tokens, signals, keep=keep)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    answer = TextMonkey()(tokens, signals, num_slots=num_slots)
     down = _dense(self.width, 'downsample')(tokens.x)
     free, chosen = tokens.free, take(tokens.free, answer.src)
     seen = Attention(self.width, self.heads, self.head_dim, name='attention')(

@@ -80,13 +80,13 @@ class Buckets:
                        'cuts by an adaptive method')
     first, *later = vit.plan.cuts
     check_split(vit, first.layer)
-    self.layer, self.full = first.layer, first.keep
-    least = 1 + (later[0].keep if later else vit.host.protected)
+    self.layer, self.full = first.layer, first.slots_out
+    least = 1 + (later[0].slots_out if later else vit.host.protected)
     if sizes is None:
-      sizes = np.linspace(least, first.keep, 5).round().astype(int)[1:].tolist()
-    if not sizes or min(sizes) < 1 or max(sizes) > first.keep:
+      sizes = np.linspace(least, first.slots_out, 5).round().astype(int)[1:].tolist()
+    if not sizes or min(sizes) < 1 or max(sizes) > first.slots_out:
       raise ValueError(f'buckets of {tuple(sizes)} slots do not fit a cut that leaves '
-                       f'{first.keep}: give sizes from 1 to {first.keep}')
+                       f'{first.slots_out}: give sizes from 1 to {first.slots_out}')
     self.sizes = tuple(sorted({max(size, least) for size in sizes}))
     self.rows = rows
     self.compiled: dict[tuple[int, int, int], float] = {}

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.backbones.lm import LM
-from models.backbones.vlm import VLM, at_door
+from models.backbones.vlm import VLM, with_projector_reduction
 from models.plan import make_cache_plan, make_plan
 
 Layout = tuple[int, int, int]  # As models.backbones.vlm.Images tells it.
 
 
-class Fitted:
+class ModelWithPlans:
   """A model for prompts of any number of slots: its plans count slots, so each needs its own.
 
-  Made by `fitted`.
+  Made by `with_plans`.
   """
 
   def __init__(self, model: LM | VLM, reduce: Mapping[str, Mapping[str, Any] | None],
@@ -64,7 +64,8 @@ class Fitted:
       model = model.clone(tower=model.tower.clone(plan=plan))
     if 'projector' in place:
       together = layout[1] if place['projector'].get('across') == 'prompt' else 1
-      model = at_door(model, place['projector'], slots=together * model.each_image(layout))
+      model = with_projector_reduction(model, place['projector'],
+                                       slots=together * model.each_image(layout))
     return model
 
   def _make(self, slots: int, layout: Layout | None) -> LM | VLM:
@@ -87,9 +88,9 @@ class Fitted:
     return model.clone(lm=lm) if isinstance(model, VLM) else lm
 
 
-def fitted(model: LM | VLM, *, vision: Mapping[str, Any] | None = None,
+def with_plans(model: LM | VLM, *, vision: Mapping[str, Any] | None = None,
            projector: Mapping[str, Any] | None = None, language: Mapping[str, Any] | None = None,
-           cache: Mapping[str, Any] | None = None, **counts: int) -> Fitted:
+               cache: Mapping[str, Any] | None = None, **counts: int) -> ModelWithPlans:
   """What makes a model with reductions for prompts of any number of slots.
 
   Args:
@@ -100,10 +101,10 @@ def fitted(model: LM | VLM, *, vision: Mapping[str, Any] | None = None,
 
   Raises:
     ValueError: reductions of images in a model that sees none; and, once called, as
-      `models.plan.make_plan` and `models.backbones.vlm.at_door` do.
+      `models.plan.make_plan` and `models.backbones.vlm.with_projector_reduction` do.
   """
   reduce = {'vision': vision, 'projector': projector, 'language': language, 'cache': cache}
-  return Fitted(model, reduce, counts)
+  return ModelWithPlans(model, reduce, counts)
 
 
 def _given(config: Mapping[str, Any] | None) -> dict[str, Any]:

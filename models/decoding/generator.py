@@ -31,7 +31,7 @@ from absl import logging
 
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
-from models.decoding.fitted import Fitted, Layout, fitted
+from models.decoding.fitted import Layout, ModelWithPlans, with_plans
 from models.decoding.sampling import SIDES, Sampling, padded, sample
 from ops import splice
 from ops.assignments import take
@@ -41,7 +41,7 @@ Array = jax.Array
 
 ENDED = -1
 # A cache has room for a power of two of tokens, and for so many at least.
-LEAST_ROOM = 16
+MIN_ROOM = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +71,18 @@ class Generator:
 
   def __init__(self, lm: LM | VLM, params: Any, *, ends: Sequence[int] = (),
                buckets: Sequence[int] = (64, 256, 1024, 4096), side: str = 'left',
-               fit: Fitted | None = None):
+               fit: ModelWithPlans | None = None):
     """Nothing is compiled yet.
 
     Args:
       lm: an LM or a VLM.
-      params: its parameters; with the blocks as a tuple (`weights.load(form='unstacked')`) decoding
-        copies no weights.
+      params: its parameters; with the blocks as a tuple (`weights.load_run(form='unstacked')`)
+        decoding copies no weights.
       ends: token ids that end an answer.
       buckets: slots of ids that prompts are padded to; the context limits them.
       side: where padding goes; in a VLM that of the ids alone, see its `pad_side`.
-      fit: the model with its plans for prompts of any number of slots (`fitted`), None for `lm` as
-        it is.
+      fit: the model with its plans for prompts of any number of slots (`with_plans`), None for `lm`
+        as it is.
 
     Raises:
       ValueError: for no bucket or an unknown side.
@@ -93,7 +93,7 @@ class Generator:
     self.compilations: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
     self._lm, self._params, self._ends = lm, params, np.asarray(ends, np.int32)
     self._buckets, self._side = sorted(buckets), side
-    self.fit = fit or fitted(lm)
+    self.fit = fit or with_plans(lm)
     self._prefill = functools.cache(self._make_prefill)
     self._first = jax.jit(lambda logits, keys, sampling: sample(logits, _folded(keys, 0), sampling),
                           static_argnums=2)
@@ -118,7 +118,7 @@ class Generator:
       raise ValueError(f'a prompt of {longest} tokens{beside} and {new_tokens} new ones are '
                        f'impossible: they may be {self._lm.context} (the context) together at '
                        'most; shorten the prompt, or ask for fewer')
-    room = max(LEAST_ROOM, 1 << (new_tokens - 1).bit_length()) if new_tokens else 0
+    room = max(MIN_ROOM, 1 << (new_tokens - 1).bit_length()) if new_tokens else 0
     room = min(room, context - longest)
     found = [bucket for bucket in self._buckets if bucket >= longest]
     return min(found[0] if found else context, context - room), room

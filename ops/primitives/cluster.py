@@ -11,9 +11,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.argmax import lowest
+from ops.argmax import min_and_index
 from ops.assignments import take
-from ops.primitives.select import place, ranks
+from ops.primitives.select import rank_of, ranks
 
 Array = jax.Array
 
@@ -71,7 +71,7 @@ def nearest(distance: Array, centres: Array, is_open: Array) -> Array:
   """
   slots, clusters = distance.shape[1], centres.shape[1]
   reach = jnp.where(is_open[:, :, None], take(distance, centres), jnp.inf)
-  joined = lowest(reach, axis=1).index
+  joined = min_and_index(reach, axis=1).index
   joined = jnp.where(jnp.any(is_open, axis=1, keepdims=True), joined, clusters)
   own = ranks(centres, slots)
   return jnp.where(own < clusters, own, joined)
@@ -101,7 +101,7 @@ def medoids(distance: Array, seeds: Array, weight: Array, among: Array, *,
 
   def move(_: int, centres: Array) -> Array:
     member = nearest(distance, centres, is_open)[:, None, :] == cluster
-    best = lowest(jnp.where(member, cost, jnp.inf), axis=2).index
+    best = min_and_index(jnp.where(member, cost, jnp.inf), axis=2).index
     return jnp.where(is_open, best, centres)
 
   return jax.lax.fori_loop(0, iterations, move, seeds)
@@ -121,7 +121,7 @@ def farthest_first(distance: Array, among: Array, *, start: int, count: int) -> 
   """
   batch, slots = among.shape
   last = jnp.sum(among, axis=1, keepdims=True) - 1
-  first = among & (place(among) == jnp.minimum(start, last))
+  first = among & (rank_of(among) == jnp.minimum(start, last))
   chosen = jnp.argmax(first, axis=1)[:, None]
   iota = jnp.arange(slots)[None]
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.argmax import lowest
+from ops.argmax import min_and_index
 from ops.assignments import take
 from ops.primitives import cluster
-from ops.primitives.match import cosine, unit
+from ops.primitives.match import cosine, l2_normalize
 
 Array = jax.Array
 DISTANCES = ('euclidean', 'manhattan', 'cosine', 'chord')
@@ -31,7 +31,7 @@ def pairwise(x: Array, distance: str) -> Array:
     # Row by row: all differences at once would be D times as large as what is wanted.
     rows = jax.lax.map(lambda row: jnp.sum(jnp.abs(row[:, None] - x), axis=2), x.swapaxes(0, 1))
     return rows.swapaxes(0, 1)
-  return cluster.distances(unit(x) if distance == 'chord' else x)
+  return cluster.distances(l2_normalize(x) if distance == 'chord' else x)
 
 
 def affinity(distance: Array, among: Array, *, sigma: float, graph: str,
@@ -65,7 +65,7 @@ def embed(weight: Array, among: Array, count: Array, *, clusters: int) -> tuple[
   laplacian -= scale[:, :, None] * weight * scale[:, None]
   vectors = jnp.linalg.eigh(laplacian)[1][:, :, :clusters]
   vectors = jnp.where(jnp.arange(clusters)[None, None] < count[:, None, None], vectors, 0.0)
-  return unit(vectors), jnp.linalg.norm(vectors, axis=2)
+  return l2_normalize(vectors), jnp.linalg.norm(vectors, axis=2)
 
 
 def seeds(distance: Array, length: Array, among: Array, *, clusters: int) -> Array:
@@ -113,7 +113,7 @@ def medoids(distance: Array, centres: Array, among: Array, count: Array, *,
 
   def assign(centres: Array) -> Array:
     reach = jnp.where(is_open[:, :, None], take(distance, centres), jnp.inf)
-    return lowest(reach, axis=1).index
+    return min_and_index(reach, axis=1).index
 
   def move(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     step, centres, _ = state
@@ -121,7 +121,7 @@ def medoids(distance: Array, centres: Array, among: Array, count: Array, *,
     mates = (joined[:, :, None] == joined[:, None]) & among[:, None]
     cost = jnp.where(among, jnp.sum(jnp.where(mates, distance, 0.0), axis=2), jnp.inf)
     cost = jnp.where(joined[:, None] == column[:, :, None], cost[:, None], jnp.inf)
-    moved = jnp.where(is_open, lowest(cost, axis=2).index, centres)
+    moved = jnp.where(is_open, min_and_index(cost, axis=2).index, centres)
     return step + 1, moved, jnp.any(moved != centres)
 
   _, centres, _ = jax.lax.while_loop(

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
-from ops.primitives.select import place, top
+from ops.primitives.select import rank_of, top
 from ops.tokens import TokenSet
 
 Array = jax.Array
 
 
-def keep_best(tokens: TokenSet, scores: Array, *, keep: int, forced: Array | None = None,
+def keep_best(tokens: TokenSet, scores: Array, *, num_slots: int, forced: Array | None = None,
               order: str = 'score') -> KVGather:
   """Keeps the `keep` best entries of every kv head; padding goes first.
 
@@ -40,11 +40,11 @@ def keep_best(tokens: TokenSet, scores: Array, *, keep: int, forced: Array | Non
   def each_head(flags: Array | None) -> Array | None:
     return None if flags is None else jnp.repeat(flags, heads, axis=0)
 
-  picked = top(scores.reshape(-1, slots), keep, forced=each_head(forced),
+  picked = top(scores.reshape(-1, slots), num_slots, forced=each_head(forced),
                excluded=each_head(~tokens.real))
   if order == 'slot':
     picked = jnp.sort(picked, axis=1)
-  return KVGather(picked.reshape(batch, heads, keep))
+  return KVGather(picked.reshape(batch, heads, num_slots))
 
 
 def by_kv_head(attention: Array, heads: int) -> Array:
@@ -52,7 +52,7 @@ def by_kv_head(attention: Array, heads: int) -> Array:
   return attention.reshape(attention.shape[0], heads, -1, *attention.shape[2:])
 
 
-def everywhere(scores: Array, heads: int) -> Array:
+def broadcast_to_heads(scores: Array, heads: int) -> Array:
   """float[B, N] -> float[B, K, N]: one score for all heads."""
   return jnp.broadcast_to(scores[:, None], (scores.shape[0], heads, scores.shape[1]))
 
@@ -60,12 +60,12 @@ def everywhere(scores: Array, heads: int) -> Array:
 def latest(tokens: TokenSet, count: int) -> Array:
   """bool[B, N], True for the last `count` real entries of a row."""
   real = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
-  return tokens.real & (place(tokens.real) >= real - count)
+  return tokens.real & (rank_of(tokens.real) >= real - count)
 
 
 def earliest(tokens: TokenSet, count: int) -> Array:
   """bool[B, N], True for the first `count` real entries of a row."""
-  return tokens.real & (place(tokens.real) < count)
+  return tokens.real & (rank_of(tokens.real) < count)
 
 
 def pool_neighbours(values: Array, tokens: TokenSet, *, kernel: int, pool: str) -> Array:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.argmax import highest
+from ops.argmax import max_and_index
 from ops.assignments import Merge, take
 from ops.primitives.select import ranks, top
-from ops.tokens import FILLER, TokenSet
+from ops.tokens import FIXED_PADDING, TokenSet
 
 Array = jax.Array
 
@@ -22,7 +22,7 @@ def inverse_norm(x: Array, *, eps: float = 1e-12) -> Array:
   return jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1), eps * eps))
 
 
-def unit(x: Array, *, eps: float = 1e-12) -> Array:
+def l2_normalize(x: Array, *, eps: float = 1e-12) -> Array:
   """Vectors of length one along the last axis; zero vectors stay zero and keep finite gradients."""
   return x.astype(jnp.float32) * inverse_norm(x, eps=eps)[..., None]
 
@@ -30,34 +30,34 @@ def unit(x: Array, *, eps: float = 1e-12) -> Array:
 def cosine(a: Array, b: Array) -> Array:
   """float[B, A, D], float[B, C, D] -> float32[B, A, C]; highest precision, so that the best match
   does not depend on the device."""
-  return jnp.einsum('bad,bcd->bac', unit(a), unit(b), precision='highest')
+  return jnp.einsum('bad,bcd->bac', l2_normalize(a), l2_normalize(b), precision='highest')
 
 
-def arranged(tokens: TokenSet) -> Array:
+def parity_order(tokens: TokenSet) -> Array:
   """int32[B, N], slots in the order kept, free, padding, each in slot order.
 
   Methods that pair by parity number the slots so: no padding then shifts who meets whom, nor does
   the place where tokens of another kind stand.
   """
-  order = jnp.where(tokens.free, 1, jnp.where(tokens.kept & (tokens.kind != FILLER), 0, 2))
+  order = jnp.where(tokens.free, 1, jnp.where(tokens.fixed & (tokens.kind != FIXED_PADDING), 0, 2))
   return jnp.argsort(order, axis=1, stable=True).astype(jnp.int32)
 
 
-def spare(tokens: TokenSet, keep: int) -> Array:
+def num_excess(tokens: TokenSet, num_slots: int) -> Array:
   """int32[B, 1], tokens that each row has too many, at most half of its free ones."""
   real, free = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
                 for flags in (tokens.real, tokens.free))
-  return jnp.clip(real - keep, 0, free // 2)
+  return jnp.clip(real - num_slots, 0, free // 2)
 
 
-def evenly(rank: Array, count: Array, picks: Array, *, late: int = 0) -> Array:
+def evenly_spaced(rank: Array, count: Array, picks: Array, *, late: int = 0) -> Array:
   """bool[B, N], True where rank is floor((i + late / 2) * count / picks) for some whole i."""
   if not late:
     return (-rank * picks) % jnp.maximum(count, 1) < picks
   return (late * count - 2 * rank * picks) % (2 * jnp.maximum(count, 1)) < 2 * picks
 
 
-def put(values: Array, index: Array, new: Array) -> Array:
+def scatter(values: Array, index: Array, new: Array) -> Array:
   """[B, N] with the entries at int[B, A] replaced by [B, A]."""
   return jax.vmap(lambda v, i, n: v.at[i].set(n))(values, index, new)
 
@@ -76,11 +76,11 @@ def nearest(metric: Array, a: Array, b: Array, *, use_a: Array,
   """
   scores = cosine(take(metric, a), take(metric, b))
   scores = jnp.where(use_a[:, :, None] & use_b[:, None], scores, -jnp.inf)
-  best, index = highest(scores, axis=2)
+  best, index = max_and_index(scores, axis=2)
   return best, take(b, index)
 
 
-def pairs(metric: Array, among: Array) -> Array:
+def pairwise_cosine(metric: Array, among: Array) -> Array:
   """Cosines of all pairs of slots, -inf outside `among` and between a slot and itself.
 
   Exactly symmetric, as a product of matrices need not be: methods that look at whole graphs meet a
@@ -99,7 +99,7 @@ def pairs(metric: Array, among: Array) -> Array:
   return jnp.where(among[:, :, None] & among[:, None] & other, scores, -jnp.inf)
 
 
-def bipartite(tokens: TokenSet, metric: Array, a: Array, b: Array, *, keep: int,
+def bipartite(tokens: TokenSet, metric: Array, a: Array, b: Array, *, num_slots: int,
               order: str) -> Merge:
   """Merges slots of `a` into their most similar slots of `b`, the most similar pairs first.
 
@@ -115,16 +115,16 @@ def bipartite(tokens: TokenSet, metric: Array, a: Array, b: Array, *, keep: int,
   """
   best, match = nearest(metric, a, b, use_a=take(tokens.free, a), use_b=take(tokens.free, b))
   place = ranks(top(best, a.shape[1]), a.shape[1])
-  source = (place < spare(tokens, keep)) & (best > -jnp.inf)
+  source = (place < num_excess(tokens, num_slots)) & (best > -jnp.inf)
   own = _iota(tokens)
   if order == 'given':
     place = own[:, :a.shape[1]]
-  turn = put(own, a, place)
-  turn = put(turn, b, tokens.slots + own[:, :b.shape[1]])
-  return join(tokens, put(own, a, jnp.where(source, match, a)), turn, keep=keep)
+  turn = scatter(own, a, place)
+  turn = scatter(turn, b, tokens.slots + own[:, :b.shape[1]])
+  return join(tokens, scatter(own, a, jnp.where(source, match, a)), turn, num_slots=num_slots)
 
 
-def join(tokens: TokenSet, partner: Array, turn: Array, *, keep: int) -> Merge:
+def join(tokens: TokenSet, partner: Array, turn: Array, *, num_slots: int) -> Merge:
   """Merges every slot with its partner, by size-weighted mean.
 
   Args:
@@ -136,7 +136,7 @@ def join(tokens: TokenSet, partner: Array, turn: Array, *, keep: int) -> Merge:
   slots, own = tokens.slots, _iota(tokens)
   gone = 3 * slots + own
   turn = jnp.where(tokens.free & (partner == own), slots + turn, gone)
-  src = jnp.argsort(jnp.where(tokens.kept, own, turn), axis=1)[:, :keep].astype(jnp.int32)
+  src = jnp.argsort(jnp.where(tokens.fixed, own, turn), axis=1)[:, :num_slots].astype(jnp.int32)
   dst = take(ranks(src, slots), partner)
   return Merge.mean(src, dst, jnp.where(tokens.real, tokens.sizes, 0.0))
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Mix
-from ops.primitives.select import place
+from ops.primitives.select import rank_of
 from ops.tokens import TokenSet
 
 Array = jax.Array
@@ -24,10 +24,10 @@ def mix(tokens: TokenSet, weights: Array) -> Mix:
     tokens: N slots, of which P = tokens.protected in a row are not free.
     weights: float32[B, K, N], zero where a slot is not free.
   """
-  kept, free, count = tokens.kept, tokens.free, weights.shape[1]
+  kept, free, count = tokens.fixed, tokens.free, weights.shape[1]
   output = jnp.arange(max(count, tokens.protected))[None, :, None]
-  lead = kept[:, None] & (place(kept)[:, None] == output[:, :tokens.protected])
-  alone = free[:, None] & (place(free)[:, None] == output[:, :count])
+  lead = kept[:, None] & (rank_of(kept)[:, None] == output[:, :tokens.protected])
+  alone = free[:, None] & (rank_of(free)[:, None] == output[:, :count])
   total = jnp.sum(free, axis=1, keepdims=True)
   rest = jnp.where(total[:, :, None] > count, weights, alone)
   valid = None

@@ -16,7 +16,7 @@ from ops.tokens import TokenSet
 Array = jax.Array
 
 
-def top(scores: Array, keep: int, *, forced: Array | None = None,
+def top(scores: Array, num_slots: int, *, forced: Array | None = None,
         excluded: Array | None = None) -> Array:
   """The `keep` best slots, best first.
 
@@ -37,7 +37,7 @@ def top(scores: Array, keep: int, *, forced: Array | None = None,
     scores = jnp.where(forced, 2 * limit, scores)
   if excluded is not None:
     scores = jnp.where(excluded, -2 * limit, scores)
-  return jax.lax.top_k(scores, keep)[1].astype(jnp.int32)
+  return jax.lax.top_k(scores, num_slots)[1].astype(jnp.int32)
 
 
 def ranks(order: Array, slots: int) -> Array:
@@ -48,7 +48,7 @@ def ranks(order: Array, slots: int) -> Array:
   return jax.vmap(lambda s, o, p: s.at[o].set(p))(start, order, place)
 
 
-def keep_top(tokens: TokenSet, scores: Array, *, keep: int, order: str = 'slot') -> Gather:
+def keep_top(tokens: TokenSet, scores: Array, *, num_slots: int, order: str = 'slot') -> Gather:
   """Prunes to the `keep` best tokens; those that may not be touched always stay.
 
   Args:
@@ -63,12 +63,12 @@ def keep_top(tokens: TokenSet, scores: Array, *, keep: int, order: str = 'slot')
   """
   if order not in ('slot', 'score'):
     raise ValueError(f"order={order!r} is unknown: choose 'slot' or 'score'")
-  picked = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
+  picked = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
   if order == 'slot':
     picked = jnp.sort(picked, axis=1)
   return Gather(picked, tokens.slots)
 
 
-def place(flags: Array) -> Array:
+def rank_of(flags: Array) -> Array:
   """bool[B, N] -> int32[B, N]: how many True come before each slot."""
   return jnp.cumsum(flags, axis=1, dtype=jnp.int32) - flags.astype(jnp.int32)

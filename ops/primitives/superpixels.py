@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops.argmax import lowest
-from ops.primitives.match import unit
+from ops.argmax import min_and_index
+from ops.primitives.match import l2_normalize
 
 Array = jax.Array
 # Hides a cluster from a softmax; finite, so that a row where all are hidden stays finite too.
@@ -156,7 +156,7 @@ def cluster_map(x: Array, shape: tuple[int, int], *, iterations: int = 5, temper
 def labels(x: Array, centres: Array) -> Array:
   """The nearest centre of each token: float[B, N, D], float[B, K, D] -> int32[B, N]."""
   distance = squares(centres.astype(jnp.float32), x.astype(jnp.float32))
-  return lowest(distance, axis=1).index
+  return min_and_index(distance, axis=1).index
 
 
 def reconstruct(before: Array, centres: Array, deep: Array, *, nearest: int = 20,
@@ -182,7 +182,7 @@ def reconstruct(before: Array, centres: Array, deep: Array, *, nearest: int = 20
   if valid is not None:
     weights = jnp.where(valid[:, None], weights, 0.0)
   least = jax.lax.top_k(weights, min(nearest, weights.shape[2]))[0][:, :, -1:]
-  weights = unit(jnp.where(weights >= least, weights, 0.0))
+  weights = l2_normalize(jnp.where(weights >= least, weights, 0.0))
   return jnp.einsum('bnk,bke->bne', weights, deep.astype(jnp.float32),
                     precision='highest').astype(deep.dtype)
 

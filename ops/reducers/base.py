@@ -19,7 +19,7 @@ ATTENTIONS = ('cls_attention', 'received_attention')
 class Reducer:
   """Defaults of a method; a method states only where it differs.
 
-  A method is called as `method(tokens, signals, keep=M)` with M a static int, and answers an
+  A method is called as `method(tokens, signals, num_slots=M)` with M a static int, and answers an
   Assignment (ops/tokens.py). A method with parameters is a Flax module with this class beside it.
 
   A method that looks at other layers than the one it cuts in also has
@@ -34,7 +34,7 @@ class Reducer:
     site: where it acts unless a config says otherwise: 'before', 'inside', 'between' or 'after'.
     proportional: whether attention should count a slot as many times as it has tokens.
     extra_slots: slots it makes beside those it keeps (a fused token).
-    conserves: '' if every original token stays in some slot, else why not.
+    drops: '' if every original token stays in some slot, else why not.
     adaptive: '' if every slot it leaves is filled, else what decides how many are.
     positions: in language models, which positions the tokens left have: 'keep', 'compact' or
       'restart' (models/plan.py); '' for the host's own choice.
@@ -46,19 +46,19 @@ class Reducer:
   site: str = 'between'
   proportional: bool = False
   extra_slots: int = 0
-  conserves: str = ''
+  drops: str = ''
   adaptive: str = ''
   positions: str = ''
   span: int = 0
 
   @property
-  def joins(self) -> bool:
+  def merges(self) -> bool:
     """Whether its outputs are made of several slots (Merge, Mix) rather than picked (Gather).
 
     Decides what a cut inside attention costs. Who only picks loses tokens, so the default follows
-    from `conserves`; a method that joins and yet loses some says `joins = True`.
+    from `drops`; a method that joins and yet loses some says `merges = True`.
     """
-    return not self.conserves
+    return not self.drops
 
   def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
     """Layers that it watches unless a config says otherwise, given those that it cuts in."""
@@ -69,11 +69,11 @@ class Reducer:
     """bool[B, N], the queries whose mean is row_attention: all text, unless a method says."""
     return tokens.real & (tokens.kind == TEXT)
 
-  def most_rows(self, tokens: TokenSet) -> int:
+  def max_rows(self, tokens: TokenSet) -> int:
     """How many of those there can be; the fewer, the less is computed."""
     return tokens.slots
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     """Fewest slots it can leave of `slots`, the protected ones included."""
     del slots
     return protected + self.extra_slots + 1
@@ -89,7 +89,7 @@ class CacheReducer(Reducer):
 
   needs = frozenset({'keys'})
   site = 'cache'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
 
 @dataclasses.dataclass(frozen=True)

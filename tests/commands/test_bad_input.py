@@ -111,7 +111,7 @@ def test_unknown_names_list_the_choices(model, message):
 def test_texts_longer_than_the_context_as_strings():
   from helpers.parity import FOLDER
   assert 'tokens and the' in said(
-      preprocess.Texts(FOLDER / 'tokenizer', context=4), ['a photo of a cat'])
+      preprocess.TextTowerTokenizer(FOLDER / 'tokenizer', context=4), ['a photo of a cat'])
 
 
 def test_released_sizes_divide_by_their_patches():

@@ -20,12 +20,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from lib import assistant
-from lib.data.tokenizers import Words
+from lib.data.tokenizers import WordTokenizer
 from lib.tasks import trained
 from models import checkpoints
-from models.backbones.vlm import at_door
+from models.backbones.vlm import with_projector_reduction
 from models.checkpoints.lm_config import from_config
-from models.decoding.fitted import fitted
+from models.decoding.fitted import with_plans
 from models.decoding.generator import Generator
 
 
@@ -85,11 +85,11 @@ def test_no_visual_token_kept(place, given, message):
   """One at least must stay: methods pick among scores, and a token of none has no place."""
   vlm = llava()[0]._lm
   own = {'of': 'visual'} if place == 'language' else {}
-  fit = fitted(vlm, **{place: {'method': 'stride', **own, **given}})
+  fit = with_plans(vlm, **{place: {'method': 'stride', **own, **given}})
   assert message in said(fit, 16, (2, 2, 16))
   # What rounds up keeps one.
   if given == {'keep_ratio': 0.01, 'rounding': 'floor'}:
-    door = at_door(vlm, {'method': 'stride', 'keep_ratio': 0.01}, slots=16)
+    door = with_projector_reduction(vlm, {'method': 'stride', 'keep_ratio': 0.01}, slots=16)
     assert door.visual_slots((2, 2, 16)) == 2
 
 
@@ -159,7 +159,7 @@ def test_tokenizers_of_other_models(broken):
 def test_placeholders_behind_the_table_are_no_error(folder):
   made = assistant.load(folder)
   far = dataclasses.replace(made, model=made.model.clone(image_token=40))
-  words = Words(tuple(f'w{number}' for number in range(41)))
+  words = WordTokenizer(tuple(f'w{number}' for number in range(41)))
   assistant.check_tokens(words, far.model, ())
   assert 'has ids up to 40' in said(assistant.check_tokens, words, made.model, ())
 
@@ -190,7 +190,7 @@ def test_folders_that_are_no_model(tmp_path, broken):
       'config.json and tokenizer are needed as well')
   assert 'there is no checkpoint at' in said(assistant.load, tmp_path / 'nothing')
   with pytest.raises(FileNotFoundError, match=r'lacks config\.json: train one'):
-    trained.load(tmp_path)
+    trained.load_run(tmp_path)
   (tmp_path / 'config.json').write_text(json.dumps({'model': {'variant': 'S/16'}}))
   assert 'was not trained to answer questions' in said(assistant.load, tmp_path)
   assert 'choose one of float32, bfloat16' in said(assistant.load, broken, dtype='float64')
@@ -207,7 +207,7 @@ def test_images_for_models_that_see_none(tmp_path):
 
 
 def test_words_that_are_not_there():
-  words = Words(('<pad>', 'row', 'column'), (0,))
+  words = WordTokenizer(('<pad>', 'row', 'column'), (0,))
   assert said(words.encode, 'row colum') == (
       "'colum' is no word of this model (did you mean 'column'?): it has <pad>, row, column; put "
       'spaces around each')

@@ -44,9 +44,9 @@ def test_pieces_redo_what_the_model_did(name):
 
 @pytest.mark.parametrize(('site', 'joins'), [('between', True), ('inside', True),
                                              ('inside', False)])
-def test_slicing_keeps_the_first_slots(site, joins):
+def test_slicing_keeps_the_first_slots(site, merges):
   plan, args, _, _, model = asked('tome')
-  sliced = Plan('slice', speed.Slicing(joins), site, plan.cuts)
+  sliced = Plan('slice', speed.Slicing(merges), site, plan.cuts)
   _, out = model.clone(plan=sliced).apply({'params': args[0]}, args[1])
   before, after = out['before'][2], out['cuts'][2]
   np.testing.assert_array_equal(after.x, before.x[:, :after.slots])

@@ -104,11 +104,11 @@ def test_the_fallback_reads_received_attention_as_it_would_cls_attention(name):
   received = methods()[name](by='received_attention')
   assert received.needs == methods()[name]().needs - {'cls_attention'} | {'received_attention'}
   signals = case.signals(received.needs)
-  answer = received(case.tokens(), signals, keep=keep)
+  answer = received(case.tokens(), signals, num_slots=keep)
   same = methods()[name]()(case.tokens(), signals.replace(
-      cls_attention=signals.received_attention, received_attention=None), keep=keep)
+      cls_attention=signals.received_attention, received_attention=None), num_slots=keep)
   jax.tree.map(np.testing.assert_array_equal, answer, same)
-  other = methods()[name]()(case.tokens(), case.signals(methods()[name]().needs), keep=keep)
+  other = methods()[name]()(case.tokens(), case.signals(methods()[name]().needs), num_slots=keep)
   assert (tk.reduce(case.tokens(), other).pos != tk.reduce(case.tokens(), answer).pos).any()
 
 

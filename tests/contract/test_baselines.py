@@ -31,8 +31,8 @@ def patches(count, *, batch=2, shuffle=False):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def reduced(method, tokens, keep, grid=None):
-  return tk.reduce(tokens, method(tokens, Signals(grid=grid), keep=keep))
+def reduced(method, tokens, num_slots, grid=None):
+  return tk.reduce(tokens, method(tokens, Signals(grid=grid), num_slots=num_slots))
 
 
 @pytest.mark.parametrize(('count', 'kept'), [(16, 8), (16, 5), (17, 16), (13, 1)])

@@ -41,13 +41,13 @@ class Broken(Reducer):
   """Keeps the tokens with the longest keys."""
 
   needs = frozenset({'keys'})
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   def scores(self, keys):
     return jnp.sum(keys * keys, axis=(2, 3))
 
-  def __call__(self, tokens, signals, *, keep):
-    return keep_top(tokens, self.scores(signals.keys), keep=keep)
+  def __call__(self, tokens, signals, *, num_slots):
+    return keep_top(tokens, self.scores(signals.keys), num_slots=num_slots)
 
 
 class CouplesRows(Broken):
@@ -56,9 +56,9 @@ class CouplesRows(Broken):
 
 
 class HighestTies(Broken):
-  def __call__(self, tokens, signals, *, keep):
+  def __call__(self, tokens, signals, *, num_slots):
     return keep_top(tokens, self.scores(signals.keys) + 1e-3 * jnp.arange(tokens.slots)[None],
-                    keep=keep)
+                    num_slots=num_slots)
 
 
 class CountsPadding(Broken):
@@ -67,20 +67,20 @@ class CountsPadding(Broken):
 
 
 class KeepsPadding(Broken):
-  def __call__(self, tokens, signals, *, keep):
-    return Gather(top(self.scores(signals.keys), keep, forced=tokens.kept), tokens.slots)
+  def __call__(self, tokens, signals, *, num_slots):
+    return Gather(top(self.scores(signals.keys), num_slots, forced=tokens.fixed), tokens.slots)
 
 
 class DropsText(Broken):
-  def __call__(self, tokens, signals, *, keep):
+  def __call__(self, tokens, signals, *, num_slots):
     first = jnp.arange(tokens.slots)[None] < 1
-    return Gather(top(self.scores(signals.keys), keep, forced=first & tokens.real,
+    return Gather(top(self.scores(signals.keys), num_slots, forced=first & tokens.real,
                       excluded=~tokens.real), tokens.slots)
 
 
 class DropsClass(Broken):
-  def __call__(self, tokens, signals, *, keep):
-    picked = top(self.scores(signals.keys), keep, excluded=~tokens.real | tokens.kept)
+  def __call__(self, tokens, signals, *, num_slots):
+    picked = top(self.scores(signals.keys), num_slots, excluded=~tokens.real | tokens.fixed)
     return Gather(picked, tokens.slots)
 
 
@@ -88,39 +88,40 @@ class DividesByZero(Broken):
   def scores(self, keys):
     return jnp.sum(keys / jnp.linalg.norm(keys, axis=3, keepdims=True), axis=(2, 3))
 
-  def __call__(self, tokens, signals, *, keep):
-    picked = keep_top(tokens, self.scores(signals.keys), keep=keep)
+  def __call__(self, tokens, signals, *, num_slots):
+    picked = keep_top(tokens, self.scores(signals.keys), num_slots=num_slots)
     return Merge(picked.src, picked.dst, self.scores(signals.keys))
 
 
 class ClaimsMass(Broken):
-  conserves = ''
+  drops = ''
 
 
 class DeniesMass(ToMe):
-  conserves = 'so it says'
+  drops = 'so it says'
 
 
 class LosesOne(Broken):
-  def __call__(self, tokens, signals, *, keep):
-    return super().__call__(tokens, signals, keep=keep - 1)
+  def __call__(self, tokens, signals, *, num_slots):
+    return super().__call__(tokens, signals, num_slots=num_slots - 1)
 
 
 class HidesOne(Broken):
-  def __call__(self, tokens, signals, *, keep):
-    picked = super().__call__(tokens, signals, keep=keep)
-    return picked.replace(valid=tokens.real[:, :keep] & (jnp.arange(keep)[None] < keep - 1))
+  def __call__(self, tokens, signals, *, num_slots):
+    picked = super().__call__(tokens, signals, num_slots=num_slots)
+    others = jnp.arange(num_slots)[None] < num_slots - 1
+    return picked.replace(valid=tokens.real[:, :num_slots] & others)
 
 
 class Repeats(Broken):
-  def __call__(self, tokens, signals, *, keep):
-    picked = super().__call__(tokens, signals, keep=keep)
+  def __call__(self, tokens, signals, *, num_slots):
+    picked = super().__call__(tokens, signals, num_slots=num_slots)
     return picked.replace(src=picked.src.at[:, -1].set(picked.src[:, -2]))
 
 
 class StrangeAnchor(ToMe):
-  def __call__(self, tokens, signals, *, keep):
-    merged = super().__call__(tokens, signals, keep=keep)
+  def __call__(self, tokens, signals, *, num_slots):
+    merged = super().__call__(tokens, signals, num_slots=num_slots)
     return merged.replace(src=merged.src.at[:, 1:].set(jnp.roll(merged.src[:, 1:], 1, axis=1)))
 
 

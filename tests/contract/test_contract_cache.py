@@ -69,7 +69,7 @@ def compiled(name, keep, padded, dtype):
         made.needs - signals.STATIC, q=rope.rotate(q, pos), k=rope.rotate(k, pos), v=v, lse=None,
         bias=None if not padded else jnp.where(valid, 0.0, -1e9), positions=pos, span=made.span,
         query_valid=tokens.valid)
-    return made(tokens, told.replace(plain_queries=q, rope=rope), keep=keep)
+    return made(tokens, told.replace(plain_queries=q, rope=rope), num_slots=keep)
 
   return answer
 
@@ -108,13 +108,13 @@ def declares(name):
   assert 'arXiv:' in type(made).__doc__
   assert hash(made) == hash(method(name))
   for slots in (1, LENGTH, 600):
-    assert 1 <= made.fewest(slots, 0) <= slots
+    assert 1 <= made.min_slots(slots, 0) <= slots
 
 
 def shapes(name):
   """int32[B, K, M], no entry twice in a head, for every count it claims to reach."""
-  for keep in (method(name).fewest(LENGTH, 0), KEEP, LENGTH):
-    src = run(name, projections(), keep=keep).src
+  for keep in (method(name).min_slots(LENGTH, 0), KEEP, LENGTH):
+    src = run(name, projections(), num_slots=keep).src
     assert src.shape == (BATCH, KV, keep)
     assert src.dtype == np.int32
     ordered = np.sort(src, axis=2)
@@ -168,7 +168,7 @@ def ties(name):
     np.testing.assert_array_equal(np.sort(src, axis=2)[0, 0],
                                   [*range(KEEP - last), *range(LENGTH - last, LENGTH)])
   np.testing.assert_array_equal(src, np.broadcast_to(src[:1, :1], src.shape))
-  assert made.conserves
+  assert made.drops
 
 
 def content(name):
@@ -191,8 +191,8 @@ def test_contract(check, name):
 class Broken(CacheReducer):
   """Keeps the entries whose keys are longest; arXiv:0000.00000."""
 
-  def __call__(self, tokens, told, *, keep):
-    return kv_select.keep_best(tokens, self.scores(told.keys), keep=keep)
+  def __call__(self, tokens, told, *, num_slots):
+    return kv_select.keep_best(tokens, self.scores(told.keys), num_slots=num_slots)
 
   def scores(self, keys):
     return jnp.sum(keys * keys, axis=3).swapaxes(1, 2)
@@ -204,13 +204,13 @@ class CouplesRows(Broken):
 
 
 class KeepsPadding(Broken):
-  def __call__(self, tokens, told, *, keep):
-    return super().__call__(tokens.replace(valid=None), told, keep=keep)
+  def __call__(self, tokens, told, *, num_slots):
+    return super().__call__(tokens.replace(valid=None), told, num_slots=num_slots)
 
 
 class Repeats(Broken):
-  def __call__(self, tokens, told, *, keep):
-    src = super().__call__(tokens, told, keep=keep).src
+  def __call__(self, tokens, told, *, num_slots):
+    src = super().__call__(tokens, told, num_slots=num_slots).src
     return KVGather(src.at[:, :, -1].set(src[:, :, 0]))
 
 

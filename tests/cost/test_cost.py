@@ -38,9 +38,9 @@ def planned(vit, **reduction):
 
 def read_before_joining(vit):
   """Products of rows that a cut inside attention joins only after they have read."""
-  if vit.plan is None or vit.plan.site != 'inside' or not vit.plan.method.joins:
+  if vit.plan is None or vit.plan.site != 'inside' or not vit.plan.method.merges:
     return 0
-  return sum(cut.slots ** 2 - cut.keep ** 2 for cut in vit.plan.cuts) * vit.width
+  return sum(cut.slots_in ** 2 - cut.slots_out ** 2 for cut in vit.plan.cuts) * vit.width
 
 
 def agree(vit, *, extra=0):
@@ -86,7 +86,7 @@ def test_attention_pooling_costs_less_after_a_cut():
 def test_mean_pooling_adds_one_product():
   vit = planned(TINY.clone(class_token=False, pool='mean'), method='tome', remove=3)
   # The weighted mean over the slots is written as a product; no convention counts it.
-  agree(vit, extra=vit.plan.cuts[-1].keep * vit.width)
+  agree(vit, extra=vit.plan.cuts[-1].slots_out * vit.width)
 
 
 @pytest.mark.parametrize('name', sorted(methods(TINY.host).keys() - {'none'}))
@@ -98,8 +98,8 @@ def test_every_method_equals_the_trace(name, site, budget):
   args = {'visionzip': {'contextual': 2}}.get(name, {})
   vit = planned(TINY, method=name, args=args, site=site, **budget)
   method = vit.plan.method
-  both = site == 'inside' and method.joins and 'values' in method.needs
-  agree(vit, extra=both * sum(cut.slots for cut in vit.plan.cuts) * vit.width ** 2)
+  both = site == 'inside' and method.merges and 'values' in method.needs
+  agree(vit, extra=both * sum(cut.slots_in for cut in vit.plan.cuts) * vit.width ** 2)
 
 
 @pytest.mark.parametrize('name', ['tome', 'random'])
@@ -291,8 +291,8 @@ N, M, C = 10, 6, 8
     ('inside', True, 2 * N * C ** 2 + N ** 2 * C + 2 * M * C ** 2 + M ** 2 * C + 8 * M * C ** 2),
     ('inside', False, 3 * N * C ** 2 + N ** 2 * C + M * N * C + M * C ** 2 + 8 * M * C ** 2),
 ])
-def test_sites_follow_their_formulas(site, joins, macs):
-  found = vit_cost.compute(ONE, (Cut(0, N, M),), site=site, joins=joins)
+def test_sites_follow_their_formulas(site, merges, macs):
+  found = vit_cost.compute(ONE, (Cut(0, N, M),), site=site, merges=merges)
   assert found.layers[0].macs == macs
   assert found.macs == macs + 9 * 12 * C + 5 * C
   assert found.layers[0].left == M
@@ -313,7 +313,7 @@ def test_activation_bytes_count_each_operand_once():
   assert layer.activation_bytes == 4 * features
   half = vit_cost.compute(dataclasses.replace(ONE, activation_bytes=2)).layers[0]
   assert half.activation_bytes == 2 * features
-  picked = vit_cost.compute(ONE, (Cut(0, N, M),), site='inside', joins=False).layers[0]
+  picked = vit_cost.compute(ONE, (Cut(0, N, M),), site='inside', merges=False).layers[0]
   inside = N * C + 3 * N * C + 3 * N * C + M * C + 2 * M * C + 2 * M * (C + 32)
   assert picked.activation_bytes == 4 * inside + 4 * 2 * 2 * (N * N + M * N)
 
@@ -378,7 +378,7 @@ def test_the_table_holds_every_row_of_the_sources():
 @pytest.mark.parametrize('row', [row for row in published.TABLE if row.method == 'mctf'], ids=label)
 def test_mctf_figures_come_out_once_the_matching_is_counted(row):
   vit = row.model()
-  compared = sum(-(-cut.slots // 2) * (cut.slots // 2) for cut in vit.plan.cuts) * vit.width
+  compared = sum(-(-cut.slots_in // 2) * (cut.slots_in // 2) for cut in vit.plan.cuts) * vit.width
   full = vit_cost.fvcore(vit_cost.of(vit)) + compared
   assert full / 1e9 == pytest.approx(row.value, abs=0.005)
   assert f'{full / 1e9:.3f}' in row.mismatch or not row.mismatch
@@ -409,7 +409,7 @@ def test_find_gives_the_figures_of_this_model_and_budget_only():
 def test_pitome_counts_as_its_release():
   # The release's own counter on the tiny ViT of the golden files, ratio 0.9.
   vit = planned(golden_vit.model(), method='pitome', keep_ratio=0.9)
-  assert [cut.slots for cut in vit.plan.cuts] == [65, 59, 54, 49]
+  assert [cut.slots_in for cut in vit.plan.cuts] == [65, 59, 54, 49]
   assert vit_cost.pitome_repo(vit_cost.of(vit)) == 12824448
 
 
@@ -482,7 +482,7 @@ def test_diffrate_schedules(variant, name, target, gmacs):
   slots, cuts = made.slots, []
   for layer, pair in enumerate(zip(*(json.loads(kept) for kept in rates.values()), strict=True)):
     cuts.append(Cut(layer, slots, min(slots, *pair)))
-    slots = cuts[-1].keep
+    slots = cuts[-1].slots_out
   found = vit_cost.compute(made, tuple(cuts))
   assert vit_cost.diffrate_paper(found) / 1e9 == pytest.approx(gmacs, abs=5e-4)
 

@@ -104,7 +104,7 @@ def test_two_frames_share_patches(arrays):
     ((28, 28), (56, 56)), ((100, 200), (112, 196)), ((4000, 3000), (1148, 840)),
     ((10, 900), (28, 532))])
 def test_sizes_are_multiples_within_two_areas(size, wanted):
-  found = anyres.smart_resize(size, factor=28, fewest=56 * 56, most=28 * 28 * 1280)
+  found = anyres.smart_resize(size, factor=28, min_slots=56 * 56, most=28 * 28 * 1280)
   assert found == wanted
 
 
@@ -113,7 +113,7 @@ def test_errors_say_what_to_change(arrays):
   with pytest.raises(ValueError, match='does not fit into the grid of 12 x 12'):
     make.of_pixels(np.zeros((2, 56, 8, 3), np.float32))
   with pytest.raises(ValueError, match='200 times'):
-    anyres.smart_resize((1, 300), factor=28, fewest=1, most=100)
+    anyres.smart_resize((1, 300), factor=28, min_slots=1, most=100)
   with pytest.raises(ValueError, match='known are llava'):
     processor('llava_pad', 'blip')
   square = processor('llava_pad', 'llava')(Image.fromarray(arrays['wide']))

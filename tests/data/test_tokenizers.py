@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from lib.data.tokenizers import Chat, Tokens
+from lib.data.tokenizers import Chat, HubTokenizer
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity_vlm' / 'chat'
 EXPECTED = json.loads((FOLDER / 'expected.json').read_text())
@@ -17,7 +17,7 @@ def test_text_and_ids_are_those_of_the_reference(name):
   wanted = EXPECTED[name]
   text = Chat(FOLDER)(wanted['messages'], answer=wanted['answer'], **wanted['more'])
   assert text == wanted['text']
-  tokens = Tokens.of(FOLDER)
+  tokens = HubTokenizer.of(FOLDER)
   assert tokens.encode(text, special=False) == wanted['ids']
   assert tokens.encode(text, special=True) == wanted['ids_special']
   assert wanted['ids'].count(tokens.id_of('<image>')) == text.count('<image>')
@@ -59,9 +59,9 @@ def test_a_template_may_refuse_and_may_not_reach_out(tmp_path):
 
 
 def test_ids_back_to_text_and_errors(tmp_path):
-  tokens = Tokens.of(FOLDER)
+  tokens = HubTokenizer.of(FOLDER)
   assert tokens.decode([1, 4, 5, 2]) == 'a cat'
   with pytest.raises(ValueError, match="'<dog>' is no token"):
     tokens.id_of('<dog>')
   with pytest.raises(ValueError, match=r'there is no .*tokenizer\.json'):
-    Tokens.of(tmp_path)
+    HubTokenizer.of(tmp_path)

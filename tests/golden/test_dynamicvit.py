@@ -78,8 +78,8 @@ def test_decisions_are_exact_and_as_likely_as_predicted():
 def test_rows_draw_noise_of_their_own():
   tokens = TokenSet.create(jnp.zeros((2, 64, 8)))
   module = DynamicViT()
-  params = module.init(KEY, tokens, Signals(), keep=32)
-  policy = module.apply(params, tokens, Signals(), keep=32, rngs={'dropout': KEY}).policy
+  params = module.init(KEY, tokens, Signals(), num_slots=32)
+  policy = module.apply(params, tokens, Signals(), num_slots=32, rngs={'dropout': KEY}).policy
   assert np.any(np.asarray(policy[0]) != np.asarray(policy[1]))
 
 
@@ -143,12 +143,12 @@ def test_the_kept_share_follows_the_target(keep):
   """Gradient descent on the ratio loss alone, from a predictor that keeps half."""
   tokens = TokenSet.create(jax.random.normal(KEY, (8, 64, 16)), protected=0)
   module = DynamicViT()
-  params = module.init(jax.random.key(0), tokens, Signals(), keep=keep)
+  params = module.init(jax.random.key(0), tokens, Signals(), num_slots=keep)
 
   @jax.jit
   def step(params, key):
     def loss(params):
-      answer, sown = module.apply(params, tokens, Signals(), keep=keep, rngs={'dropout': key},
+      answer, sown = module.apply(params, tokens, Signals(), num_slots=keep, rngs={'dropout': key},
                                   mutable=['losses'])
       return jnp.mean(sown['losses']['ratio'][0]), jnp.mean(answer.policy)
     grads, share = jax.grad(loss, has_aux=True)(params)
@@ -170,14 +170,14 @@ def test_ratio_loss_counts_free_tokens_only():
   size = jnp.asarray([[1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]])
   tokens = TokenSet.create(x, kind=kind, valid=valid, size=size, protected=1)
   module = DynamicViT(ratio_weight=3.0)
-  params = module.init(KEY, tokens, Signals(), keep=3)
+  params = module.init(KEY, tokens, Signals(), num_slots=3)
   params['params']['predictor']['out']['bias'] = jnp.asarray([1e4, -1e4])
-  answer, sown = module.apply(params, tokens, Signals(), keep=3, rngs={'dropout': KEY},
+  answer, sown = module.apply(params, tokens, Signals(), num_slots=3, rngs={'dropout': KEY},
                               mutable=['losses'])
   # Everything is wanted, but two of the four were dropped before: a share of 1/2, on target.
   np.testing.assert_array_equal(tk.reduce(tokens, answer).size, jnp.where(valid, size, 0.0))
   np.testing.assert_array_equal(sown['losses']['ratio'][0], [0.0])
-  _, sown = module.apply(params, tokens.replace(size=jnp.ones((1, 7))), Signals(), keep=3,
+  _, sown = module.apply(params, tokens.replace(size=jnp.ones((1, 7))), Signals(), num_slots=3,
                          rngs={'dropout': KEY}, mutable=['losses'])
   np.testing.assert_allclose(sown['losses']['ratio'][0], [3 * 0.5 ** 2])
 

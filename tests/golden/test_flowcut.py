@@ -72,10 +72,10 @@ def test_steps(monkeypatch):
     tokens = tokens.replace(stats=method.watch(tokens, signals))
     if layer % 2:
       capacity = tokens.slots - 1 if layer < 5 else target + 1
-      answer = method(tokens, signals, keep=capacity)
+      answer = method(tokens, signals, num_slots=capacity)
       count = int(answer.valid.sum())
       assert answer.valid[:, :count].all()
-      fixed = FlowCut()(tokens, signals, keep=count)
+      fixed = FlowCut()(tokens, signals, num_slots=count)
       np.testing.assert_array_equal(answer.src[:, :count], fixed.src)
       tokens = tk.reduce(tokens, fixed)
     np.testing.assert_allclose(tokens.stats['flow'][:, 1:], raw[f'L{layer}_cum_score_out'], **CLOSE)
@@ -173,7 +173,7 @@ def test_without_a_class_token():
         received_attention=jnp.asarray(attention), values=jnp.asarray(values))))
   expected = (first.mean(axis=1) + second.mean(axis=1)) / 2 * length
   np.testing.assert_allclose(tokens.stats['flow'], expected, **CLOSE)
-  answer = method(tokens, Signals(), keep=4)
+  answer = method(tokens, Signals(), num_slots=4)
   np.testing.assert_array_equal(answer.src, np.sort(np.argsort(-expected, axis=1)[:, :4], axis=1))
 
 

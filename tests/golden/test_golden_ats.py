@@ -38,24 +38,24 @@ def test_op(case):
   found = quantiles(jnp.asarray(total), jnp.ones(total.shape, bool), points=points)
   np.testing.assert_allclose(found, raw[f'{case}_ys'], **CLOSE)
 
-  assignment = ATS(points=points)(tokens, signals, keep=slots)
+  assignment = ATS(points=points)(tokens, signals, num_slots=slots)
   reduced = tk.reduce(tokens, assignment)
   policy = raw[f'{case}_policy'][..., 0] == 1
   np.testing.assert_array_equal(reduced.valid, policy)
   np.testing.assert_allclose(reduced.x, np.where(policy[..., None], raw[f'{case}_selected_x'], 0),
                              **CLOSE)
   rows = raw[f'{case}_new_attn'] * policy[:, None, :, None]
-  np.testing.assert_allclose(tk.regroup(assignment, attention), rows, **CLOSE)
+  np.testing.assert_allclose(tk.reduce_attention_map(assignment, attention), rows, **CLOSE)
 
 
 @dataclasses.dataclass(frozen=True)
 class WithPadding(ATS):
   """The release's reading of padding: sampled like tokens, at no significance."""
 
-  def __call__(self, tokens, signals, *, keep):
+  def __call__(self, tokens, signals, *, num_slots):
     scores = jnp.where(tokens.real, significance(signals), 0.0)
     hit = sample(scores, tokens.kind == VISUAL, points=self.points)
-    return keep_sampled(tokens, scores, hit & tokens.free, keep=keep)
+    return keep_sampled(tokens, scores, hit & tokens.free, num_slots=num_slots)
 
 
 def run(method, keep):
@@ -107,8 +107,8 @@ def test_overflow_drops_the_least_significant():
   kind = jnp.asarray([[SPECIAL] + [VISUAL] * 5], jnp.int8)
   tokens = TokenSet.create(jnp.ones((1, 6, 2)), kind=kind, protected=1)
   hit = jnp.asarray([[False, True, True, True, False, True]])
-  np.testing.assert_array_equal(keep_sampled(tokens, scores, hit, keep=4).src, [[0, 5, 3, 1]])
-  wide = keep_sampled(tokens, scores, hit, keep=6)
+  np.testing.assert_array_equal(keep_sampled(tokens, scores, hit, num_slots=4).src, [[0, 5, 3, 1]])
+  wide = keep_sampled(tokens, scores, hit, num_slots=6)
   np.testing.assert_array_equal(wide.src[:, :5], [[0, 2, 5, 3, 1]])
   np.testing.assert_array_equal(wide.valid, [[True] * 5 + [False]])
 
@@ -135,12 +135,13 @@ def test_spatial_op(case):
   tokens = TokenSet.create(jnp.ones((batch, slots, 1)), kind=kind, protected=1,
                            valid=None if mask.all() else jnp.asarray(mask))
   signals = Signals(cls_attention=jnp.asarray(attention[:, :, 0]), values=v.transpose(0, 2, 1, 3))
-  assignment = ATSSpatial()(tokens, signals, keep=int(raw[f'{case}_K']))
+  assignment = ATSSpatial()(tokens, signals, num_slots=int(raw[f'{case}_K']))
   valid = np.asarray(tk.reduce(tokens, assignment).valid)
   np.testing.assert_array_equal(valid, raw[f'{case}_new_mask'])
   np.testing.assert_array_equal(np.where(valid, assignment.src, 0), ids)
   rows = np.where(valid[:, None, :, None], raw[f'{case}_new_attn'], 0)
-  np.testing.assert_allclose(tk.regroup(assignment, jnp.asarray(attention)), rows, **CLOSE)
+  np.testing.assert_allclose(tk.reduce_attention_map(assignment, jnp.asarray(attention)), rows,
+                             **CLOSE)
 
 
 def test_spatial_model():

@@ -67,7 +67,7 @@ def same_order(method, tokens, told, name, index, scores=None):
   """The recorded choice in its order; where scores tie, the release leaves the order open."""
   raw = load(f'kvpress_{name}')
   want, recorded = raw[f'kept_idx_l{index}'], raw[f'score_l{index}']
-  kept = method(tokens, told, keep=want.shape[1])
+  kept = method(tokens, told, num_slots=want.shape[1])
   got = np.asarray(kept.src[0])
   np.testing.assert_array_equal(np.sort(got, axis=1), np.sort(want, axis=1))
   if scores is not None:
@@ -95,7 +95,7 @@ def test_the_recorded_layer_is_the_one_worked_out_here(index):
 def test_streaming_llm(index):
   told = layer(index, frozenset({'keys'}))
   same_order(StreamingLLM(), text(1, N), told, 'streaming_llm', index)
-  kept = StreamingLLM()(text(1, N), told, keep=24)
+  kept = StreamingLLM()(text(1, N), told, num_slots=24)
   np.testing.assert_array_equal(kept.src[0, 0], [*range(4), *range(28, 48)])
 
 
@@ -129,7 +129,7 @@ def test_snapkv_of_kvpress(name, index):
   scores = method.scores(text(1, N), told)
   mine, recorded = same_order(method, text(1, N), told, name, index, scores)
   close(mine[:, :-8], recorded[:, :-8])
-  np.testing.assert_array_equal(method(text(1, N), told, keep=24).src[0, :, 8:],
+  np.testing.assert_array_equal(method(text(1, N), told, num_slots=24).src[0, :, 8:],
                                 load(f'kvpress_{name}')[f'kept_idx_l{index}'][:, 8:])
 
 
@@ -140,7 +140,7 @@ def test_snapkv_as_released():
   told = signals.measure(SnapKV.needs, q=q, k=k, v=v, lse=None, span=window,
                          positions=jnp.arange(48, dtype=jnp.int32)[None])
   method = SnapKV(window=window, kernel=kernel)
-  kept = method(text(1, 48), told, keep=capacity)
+  kept = method(text(1, 48), told, num_slots=capacity)
   np.testing.assert_array_equal(kept.src[0], raw['kept_idx'])
   np.testing.assert_array_equal(kept.apply(jnp.asarray(raw['key'])), raw['keys_out'])
   np.testing.assert_array_equal(kept.apply(jnp.asarray(raw['value'])), raw['values_out'])
@@ -187,7 +187,7 @@ def heavy_hitters():
                          received_attention=attention.mean(axis=2))
   heavy, recent = (int(x) for x in raw['hh_recent'])
   method = H2O(recent=recent)
-  kept = method(text(1, 32), told, keep=heavy + recent)
+  kept = method(text(1, 32), told, num_slots=heavy + recent)
   return raw, kept, kept.apply(method.scores(text(1, 32), told))
 
 

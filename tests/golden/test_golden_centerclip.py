@@ -19,7 +19,7 @@ from ops.signals import Signals
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 
 CLOSE = {'atol': 1e-5, 'rtol': 0}
-ask = jax.jit(lambda method, tokens, keep: method(tokens, Signals(), keep=keep),
+ask = jax.jit(lambda method, tokens, num_slots: method(tokens, Signals(), num_slots=num_slots),
               static_argnums=(0, 2))
 CASES = {'a': 'euclidean', 'b': 'manhattan', 'c': 'cosine', 'd': 'chord'}
 

@@ -105,7 +105,7 @@ def test_kmedoids_op(case, weights):
   else:
     start = int(raw[f'{case}_eq_init'][0])
   method = KMedoids(weights=weights, start=start, iterations=iterations)
-  assignment = method(tokens, Signals(received_attention=received), keep=keep)
+  assignment = method(tokens, Signals(received_attention=received), num_slots=keep)
   np.testing.assert_array_equal(assignment.src, raw[f'{prefix}_center_idx'])
   np.testing.assert_allclose(assignment.apply(x), raw[f'{prefix}_centers'], **CLOSE)
   is_open = jnp.ones(assignment.src.shape, bool)
@@ -142,7 +142,7 @@ def test_kmedoids_picks_no_token_twice():
   tokens = TokenSet.create(jnp.ones((1, 6, 2)))
   for weights in ('attention', 'equal'):
     signals = Signals(received_attention=jnp.ones((1, 2, 6)))
-    assert KMedoids(weights=weights)(tokens, signals, keep=4).src.tolist() == [[0, 1, 2, 3]]
+    assert KMedoids(weights=weights)(tokens, signals, num_slots=4).src.tolist() == [[0, 1, 2, 3]]
 
 
 def test_bad_weights():

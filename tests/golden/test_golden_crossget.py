@@ -36,7 +36,7 @@ def operate(method, raw, *, ends=(0, -1), free=VISUAL, **signals):
                            protected=len(ends), of=(free,))
   keep = raw['stable_out'].shape[1]
   assignment = jax.jit(method, static_argnames='keep')(
-      tokens, Signals(**signals), keep=keep)
+      tokens, Signals(**signals), num_slots=keep)
   return assignment, tk.reduce(tokens, assignment)
 
 
@@ -56,9 +56,9 @@ def test_image(case):
   method = CrossGET(form='cross')
   slots, keep = raw['x'].shape[1], raw['stable_out'].shape[1]
   assert slots - keep == int(raw['r_effective'])
-  assert method.fewest(slots, 2) <= keep
+  assert method.min_slots(slots, 2) <= keep
   if int(raw['r']) > slots:
-    assert method.fewest(slots, 2) == keep
+    assert method.min_slots(slots, 2) == keep
   assignment, reduced = operate(method, raw, keys=heads(raw['k']), queries=heads(raw['q']))
   compare(reduced, raw)
   # Who went, and where to, as the release lists them; its own sort gave the same in these cases.
@@ -117,13 +117,14 @@ def test_image_form_reads_the_first_special_token():
 @pytest.mark.parametrize('form', ['cross', 'text', 'attention'])
 def test_padding_changes_nothing_in_other_forms(form):
   method, case = CrossGET(form=form), contract.random_case()
-  keep = max(contract.KEEP, method.fewest(contract.SLOTS, contract.PROTECTED))
+  keep = max(contract.KEEP, method.min_slots(contract.SLOTS, contract.PROTECTED))
   call = jax.jit(method, static_argnames='keep')
 
   def run(case):
     tokens = case.tokens()
     ids = np.where(case.real, (7 * tokens.pos + 11) % 19, 1e3).astype(np.float32)
-    answer = call(tokens.replace(stats={'token_id': ids}), case.signals(method.needs), keep=keep)
+    answer = call(tokens.replace(stats={'token_id': ids}), case.signals(method.needs),
+                  num_slots=keep)
     return jax.tree.map(np.asarray, tk.reduce(tokens, answer))
 
   without = run(case)

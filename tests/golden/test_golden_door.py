@@ -15,7 +15,7 @@ import pytest
 
 from ops import tokens as tk
 from ops.primitives import farthest
-from ops.primitives.match import unit
+from ops.primitives.match import l2_normalize
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.hiprune import HiPrune
@@ -42,9 +42,9 @@ def close(got, want):
 def test_divprune(case):
   raw = load(f'divprune_case{case}')
   tokens, keep = TokenSet.create(jnp.asarray(raw['features'])[None]), int(raw['num_keep'])
-  answer = jax.jit(lambda t: DivPrune()(t, Signals(), keep=keep))(tokens)
+  answer = jax.jit(lambda t: DivPrune()(t, Signals(), num_slots=keep))(tokens)
   np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])
-  vectors, every = unit(tokens.x), jnp.ones((1, tokens.slots), bool)
+  vectors, every = l2_normalize(tokens.x), jnp.ones((1, tokens.slots), bool)
   first = jnp.asarray(raw['selected_in_order'][:1])
   turn = farthest.farthest_first(vectors, every, first, count=keep)
   np.testing.assert_array_equal(np.argsort(turn[0])[:keep], raw['selected_in_order'])
@@ -56,7 +56,7 @@ def test_divprune(case):
 def test_divprune_takes_the_last_when_more_are_wanted_than_there_are():
   tokens = TokenSet.create(jax.random.normal(jax.random.key(0), (1, 6, 4)),
                            valid=jnp.asarray([[True, False, True, True, False, False]]))
-  reduced = tk.reduce(tokens, DivPrune()(tokens, Signals(), keep=5))
+  reduced = tk.reduce(tokens, DivPrune()(tokens, Signals(), num_slots=5))
   np.testing.assert_array_equal(reduced.pos[reduced.real], [0, 2, 3])
 
 
@@ -65,7 +65,7 @@ def test_fastervlm(case):
   raw = load(f'fastervlm_case{case}')
   tokens = TokenSet.create(jnp.asarray(raw['features']))
   told = Signals(cls_attention=jnp.asarray(raw['cls_attn']))
-  answer = FasterVLM()(tokens, told, keep=int(raw['keep']))
+  answer = FasterVLM()(tokens, told, num_slots=int(raw['keep']))
   close(told.cls_attention.mean(axis=1), raw['score'])
   np.testing.assert_array_equal(answer.src, raw['kept_indices'])
   np.testing.assert_array_equal(tk.reduce(tokens, answer).x, raw['kept_features'])
@@ -79,7 +79,7 @@ def test_fastervlm_on_crops_stands_in_the_order_of_the_whole_image():
   place = np.concatenate([np.arange(side * side)[None], crops.reshape(4, -1)]).astype(np.int32)
   tokens = TokenSet.create(jnp.asarray(raw['features_tagged']), pos=jnp.asarray(place))
   told = Signals(cls_attention=jnp.asarray(raw['cls_attn'])[:, None])
-  reduced = tk.reduce(tokens, FasterVLM()(tokens, told, keep=keep))
+  reduced = tk.reduce(tokens, FasterVLM()(tokens, told, num_slots=keep))
   order = np.argsort(np.asarray(reduced.pos).reshape(-1))
   found = np.asarray(reduced.x).reshape(-1, 4)[order]
   np.testing.assert_array_equal(found[:, 0], raw['out_crop_ids'])
@@ -96,7 +96,7 @@ def zipped(raw, hidden, attention, *, dominant, contextual):
   told = Signals(cls_attention=jnp.asarray(attention),
                  keys=jnp.asarray(raw['key_metric'])[:, :, None])
   method = VisionZip(contextual=contextual)
-  answer = jax.jit(lambda t, s: method(t, s, keep=dominant + contextual))(tokens, told)
+  answer = jax.jit(lambda t, s: method(t, s, num_slots=dominant + contextual))(tokens, told)
   return tk.reduce(tokens, answer), answer
 
 
@@ -130,7 +130,7 @@ def test_vtc_cls():
     stats = method.watch(tokens, Signals(cls_attention=layers[layer]))
     tokens = tokens.replace(stats=tokens.stats | stats)
   close(tokens.stats['attended'][0], raw['score'])
-  answer = method(tokens, Signals(cls_attention=layers[22]), keep=int(raw['keep']))
+  answer = method(tokens, Signals(cls_attention=layers[22]), num_slots=int(raw['keep']))
   np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])
   np.testing.assert_array_equal(tk.reduce(tokens, answer).x, raw['out_tokens'])
 
@@ -146,7 +146,7 @@ def test_hiprune(case):
   tokens = tokens.replace(stats=method.watch(tokens, Signals(received_attention=middle)))
   grid = tuple(int(side) for side in raw['grid'])
   answer = method(tokens, Signals(received_attention=deep, grid=grid),
-                  keep=int(raw['retention_total']) // crops)
+                  num_slots=int(raw['retention_total']) // crops)
   np.testing.assert_array_equal((answer.dst < answer.src.shape[1]), raw['index_mask'] > 0)
 
 
@@ -162,6 +162,6 @@ def test_prumerge(case):
   told = Signals(queries=queries.reshape(batch, slots, 4, -1),
                  keys=keys.reshape(batch, slots, 4, -1))
   keep = 1 + raw['out_tokens'].shape[1]
-  answer = jax.jit(lambda t, s: PruMerge()(t, s, keep=keep))(tokens, told)
+  answer = jax.jit(lambda t, s: PruMerge()(t, s, num_slots=keep))(tokens, told)
   np.testing.assert_array_equal(answer.src[:, 1:-1] - 1, raw['topk_indices_first'])
   close(tk.reduce(tokens, answer).x[:, 1:], raw['out_tokens'])

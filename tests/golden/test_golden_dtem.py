@@ -120,7 +120,7 @@ def test_evaluation_merges_the_best_pairs():
   module = DTEM(features=rows + count)
   params = {'metric': {'kernel': jnp.eye(rows + count), 'bias': jnp.zeros(rows + count)}}
   assignment = module.apply({'params': params}, tokens, Signals(hidden=jnp.asarray(metric)),
-                            keep=keep)
+                            num_slots=keep)
   joined = np.asarray(tk.reduce(tokens, assignment).owner)
   for row in range(2):
     best = np.argsort(-scores[row].max(axis=1))[:3]
@@ -187,7 +187,7 @@ def test_the_metric_learns_and_the_model_below_does_not():
   module = DTEM(features=width)
 
   def loss(params, hidden):
-    answer = module.apply({'params': params}, tokens, Signals(hidden=hidden), keep=14,
+    answer = module.apply({'params': params}, tokens, Signals(hidden=hidden), num_slots=14,
                           rngs={'dropout': jax.random.key(0)})
     reduced = tk.reduce(tokens, answer)
     return jnp.sum(reduced.x[:, 1] * reduced.size[:, 1:2])
@@ -221,7 +221,7 @@ def test_model_trains_on_all_slots_and_evaluates_on_fewer():
 
   grads, cuts = compiled(jax.grad(loss, has_aux=True))(params)
   for cut, part in zip(cuts, (slots, slots - 8), strict=True):
-    assert cut.slots == slots
+    assert cut.slots_in == slots
     np.testing.assert_allclose(cut.size.sum(axis=1), [slots, slots], rtol=1e-5)
     assert (np.diff(np.asarray(cut.size)[:, 1:part], axis=1) <= 0).all()
   for path, leaf in jax.tree.leaves_with_path(grads):

@@ -64,10 +64,10 @@ def stage_of(stage):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def act(method, params, tokens, keep):
+def act(method, params, tokens, num_slots):
   """The head's grades, the method's answer and the tokens it leaves."""
   grades = method.apply({'params': params}, tokens, method='grade')
-  answer = method.apply({'params': params}, tokens, Signals(), keep=keep)
+  answer = method.apply({'params': params}, tokens, Signals(), num_slots=num_slots)
   return grades, answer, tk.reduce(tokens, answer)
 
 

@@ -37,8 +37,8 @@ def prepare(raw):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def run(method, tokens, keys, keep):
-  answer = method(tokens, Signals(keys=keys), keep=keep)
+def run(method, tokens, keys, num_slots):
+  answer = method(tokens, Signals(keys=keys), num_slots=num_slots)
   return answer, tk.reduce(tokens, answer)
 
 

@@ -27,7 +27,7 @@ RECONSTRUCT = jax.jit(sp.reconstruct, static_argnames=('nearest', 'temperature')
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def reduced(method, x, grid, keep):
   tokens = TokenSet.create(x)
-  return tk.reduce(tokens, method(tokens, Signals(grid=grid), keep=keep))
+  return tk.reduce(tokens, method(tokens, Signals(grid=grid), num_slots=keep))
 
 
 @pytest.mark.parametrize('case', ['a', 'b', 'c'])

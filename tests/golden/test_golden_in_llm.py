@@ -42,7 +42,7 @@ def test_fastv():
   told = Signals(last_attention=jnp.asarray(raw['last_row_attn_heads'])[None])
   np.testing.assert_allclose(told.last_attention.mean(axis=1)[0, 35:611], raw['image_score'],
                              atol=1e-5, rtol=0)
-  reduced = tk.reduce(tokens, FastV()(tokens, told, keep=332))
+  reduced = tk.reduce(tokens, FastV()(tokens, told, num_slots=332))
   np.testing.assert_array_equal(reduced.pos[0], raw['keep_index'])
   np.testing.assert_array_equal(reduced.pos, raw['position_ids_last'])
   np.testing.assert_array_equal(reduced.x[0], raw['hs_layer3_in_full'][raw['keep_index']])
@@ -57,7 +57,7 @@ def test_pyramiddrop(stage):
   scores[start:start + now] = raw[f'score_stage{stage}']
   tokens = prompt(np.zeros((len(scores), 1), np.float32), start, now)
   told = Signals(next_last_attention=jnp.asarray(scores)[None, None])
-  reduced = tk.reduce(tokens, PyramidDrop()(tokens, told, keep=keep + start + text))
+  reduced = tk.reduce(tokens, PyramidDrop()(tokens, told, num_slots=keep + start + text))
   chosen = np.asarray(reduced.pos[0][np.asarray(reduced.kind[0]) == VISUAL]) - start
   np.testing.assert_array_equal(chosen, np.sort(raw[f'topk_stage{stage}']))
   assert reduced.slots == raw['layer_in_len'][raw['layer_list'][stage]]
@@ -77,7 +77,7 @@ def gemfilter(raw, places=None):
                            else jnp.asarray(valid), of=(TEXT,),
                            kind=jnp.full((1, length), TEXT, jnp.int8))
   told, method = Signals(queries=jnp.asarray(query), keys=jnp.asarray(key)), GemFilter()
-  return np.asarray(method(tokens, told, keep=int(raw['topk'])).src[0]), np.asarray(
+  return np.asarray(method(tokens, told, num_slots=int(raw['topk'])).src[0]), np.asarray(
       method.scores(tokens, told)[0])
 
 

@@ -17,7 +17,7 @@ from models.plan import make_plan
 from models.storage import unstack
 from ops import tokens as tk
 from ops.attention import attend
-from ops.primitives.match import unit
+from ops.primitives.match import l2_normalize
 from ops.signals import Signals
 from ops.tokens import TokenSet, key_bias
 
@@ -74,7 +74,7 @@ def run(method, *, unstacked=False):
 def operate(module, params, x, *, keep):
   """A method on unprotected tokens: its assignment and the reduced tokens."""
   tokens = TokenSet.create(jnp.asarray(x))
-  assignment = module.apply({'params': params}, tokens, Signals(), keep=keep)
+  assignment = module.apply({'params': params}, tokens, Signals(), num_slots=keep)
   return assignment, tk.reduce(tokens, assignment)
 
 
@@ -83,7 +83,7 @@ def test_patchmerger_op():
   width = raw['a_x'].shape[-1]
   params = {'queries': raw['a_queries'], 'norm': {'scale': np.ones(width, np.float32),
                                                   'bias': np.zeros(width, np.float32)}}
-  assignment, reduced = operate(PatchMerger(), params, raw['a_x'], keep=4)
+  assignment, reduced = operate(PatchMerger(), params, raw['a_x'], num_slots=4)
   np.testing.assert_allclose(assignment.matrix(), raw['a_weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['a_out'], **CLOSE)
 
@@ -94,15 +94,15 @@ def test_sinkhorn_op(case, centres):
   raw = {key[2:]: value for key, value in golden_vit.load('sinkhorn').items()
          if key.startswith(f'{case}_')}
   module = Sinkhorn(eps=float(raw['eps']), iterations=int(raw['iters']))
-  np.testing.assert_allclose(unit(jnp.asarray(raw['v'])), raw['v_after'], **CLOSE)
-  assignment, reduced = operate(module, {'v': raw[centres]}, raw['x'], keep=len(raw['v']))
+  np.testing.assert_allclose(l2_normalize(jnp.asarray(raw['v'])), raw['v_after'], **CLOSE)
+  assignment, reduced = operate(module, {'v': raw[centres]}, raw['x'], num_slots=len(raw['v']))
   np.testing.assert_allclose(assignment.matrix(), raw['weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['out'], **CLOSE)
 
 
 def test_sit_op():
   raw = golden_vit.load('sit')
-  assignment, reduced = operate(SiT(), slimming(raw, 'a_param_'), raw['a_x'], keep=4)
+  assignment, reduced = operate(SiT(), slimming(raw, 'a_param_'), raw['a_x'], num_slots=4)
   np.testing.assert_allclose(assignment.matrix(), raw['a_weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['a_out'], **CLOSE)
 
@@ -179,7 +179,7 @@ def test_sinkhorn_clusters_are_equally_heavy():
   """Converged, both marginals hold: columns add up to 1 and rows to N / K."""
   tokens = TokenSet.create(jax.random.normal(jax.random.key(1), (2, 20, 8)))
   module = Sinkhorn(eps=0.1, iterations=200)
-  params = module.init(jax.random.key(0), tokens, Signals(), keep=5)
-  weights = module.apply(params, tokens, Signals(), keep=5).matrix()
+  params = module.init(jax.random.key(0), tokens, Signals(), num_slots=5)
+  weights = module.apply(params, tokens, Signals(), num_slots=5).matrix()
   np.testing.assert_allclose(jnp.sum(weights, axis=1), np.ones((2, 20)), rtol=1e-5)
   np.testing.assert_allclose(jnp.sum(weights, axis=2), np.full((2, 5), 4.0), rtol=1e-3)

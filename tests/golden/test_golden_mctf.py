@@ -38,8 +38,9 @@ def operate(reducer, x, attention, size, protected, keep):
   """The assignment, the reduced tokens and the fused map."""
   tokens = tokens_of(x, size, protected)
   signals = Signals(received_attention=jnp.asarray(attention).mean(axis=2))
-  assignment = reducer(tokens, signals, keep=keep)
-  return assignment, tk.reduce(tokens, assignment), tk.regroup(assignment, jnp.asarray(attention))
+  assignment = reducer(tokens, signals, num_slots=keep)
+  return assignment, tk.reduce(tokens, assignment), tk.reduce_attention_map(assignment,
+                                                                            jnp.asarray(attention))
 
 
 def members(owner, slots):
@@ -80,8 +81,8 @@ def test_op(case):
 def test_fewest_slots():
   """At most half of the free tokens go, and ten stay: the clamp of case d, and of small sets."""
   raw, reducer = golden_vit.load('mctf'), MCTF()
-  assert 21 - reducer.fewest(21, 1) == int(raw['d_r_effective'])
-  assert [reducer.fewest(slots, 0) for slots in (24, 12, 10, 4)] == [12, 10, 10, 4]
+  assert 21 - reducer.min_slots(21, 1) == int(raw['d_r_effective'])
+  assert [reducer.min_slots(slots, 0) for slots in (24, 12, 10, 4)] == [12, 10, 10, 4]
 
 
 def loop(x, attention, groups, weight):

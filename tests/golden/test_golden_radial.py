@@ -40,7 +40,7 @@ def test_radii_as_released():
   for layer in (1, 2, 3):
     count = int(inside[layer].sum())
     tokens = TokenSet.create(jnp.ones((1, 64, 2)))
-    picked = Radial()(tokens, Signals(grid=(8, 8)), keep=count)
+    picked = Radial()(tokens, Signals(grid=(8, 8)), num_slots=count)
     np.testing.assert_array_equal(picked.src[0], np.flatnonzero(inside[layer]))
     np.testing.assert_array_equal(picked.src[0],
                                   raw[f'contig_l2_Kept_Tokens_Abs_block{layer}'][0])

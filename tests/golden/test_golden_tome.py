@@ -34,9 +34,9 @@ def given(x, *, protected=0, size=None):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def ask(method, tokens, metric, keep):
+def ask(method, tokens, metric, num_slots):
   """A method's answer to a metric, given as the keys of one head."""
-  return method(tokens, Signals(keys=metric[:, :, None]), keep=keep)
+  return method(tokens, Signals(keys=metric[:, :, None]), num_slots=num_slots)
 
 
 reduce = jax.jit(tk.reduce)
@@ -67,9 +67,9 @@ def test_tome(case):
   tokens = given(raw[f'{case}_x'], protected=protected, size=raw[f'{case}_size'])
   removed = int(raw[f'{case}_r'])
   cut, = resolve({'remove': removed}, Limits(
-      1, tokens.slots, protected, 0, functools.partial(ToMe().fewest, protected=protected)))
-  assert cut.slots - cut.keep == raw[f'{case}_r_effective']
-  merge = ask(ToMe(), tokens, raw[f'{case}_metric'], cut.keep)
+      1, tokens.slots, protected, 0, functools.partial(ToMe().min_slots, protected=protected)))
+  assert cut.slots_in - cut.slots_out == raw[f'{case}_r_effective']
+  merge = ask(ToMe(), tokens, raw[f'{case}_metric'], cut.slots_out)
 
   odd = np.broadcast_to(np.arange(1, tokens.slots, 2), (len(tokens.x), tokens.slots // 2))
   same(merge.src, np.concatenate([2 * raw[f'{case}_unm_idx'], odd], axis=1))
@@ -183,9 +183,9 @@ def test_pitome(case):
   text, protected = case.startswith('t'), int(raw[f'{case}_class_token'])
   tokens = given(raw[f'{case}_x'], protected=protected, size=raw.get(f'{case}_size'))
   cut, = resolve({'keep_ratio': float(raw[f'{case}_ratio'])}, Limits(1, tokens.slots, protected))
-  assert cut.slots - cut.keep == raw[f'{case}_r']
+  assert cut.slots_in - cut.slots_out == raw[f'{case}_r']
   method = PiToMe(pairing='text' if text else 'energy', margin=float(raw[f'{case}_margin']))
-  merge = ask(method, tokens, raw[f'{case}_metric'], cut.keep)
+  merge = ask(method, tokens, raw[f'{case}_metric'], cut.slots_out)
 
   a, b, alone = (raw[f'{case}_{name}_idx'] + protected for name in ('a', 'b', 'protected'))
   lead = np.zeros((len(a), protected), int)
@@ -229,7 +229,7 @@ def test_pitome_pairing_by_layer():
 
 def test_pitome_leaves_at_least_half():
   for slots in range(4, 30):
-    assert slots - PiToMe().fewest(slots, 1) == (slots - 1) // 2
+    assert slots - PiToMe().min_slots(slots, 1) == (slots - 1) // 2
   with pytest.raises(ValueError, match='can leave no fewer than 33'):
     run('pitome', layers=1, keep_ratio=0.4)
 

@@ -30,7 +30,7 @@ def run_block(method, x, keep):
   params = {'params': jax.tree.map(lambda leaf: leaf[0], golden_vit.params()['stack']['blocks'])}
   tokens, signals = block.apply(params, tokens, needs=method.needs, proportional=False,
                                 method='attend')
-  answer = method(tokens, signals, keep=keep)
+  answer = method(tokens, signals, num_slots=keep)
   return signals.cls_attention, answer, block.apply(params, tk.reduce(tokens, answer),
                                                     method='feed')
 

@@ -61,8 +61,8 @@ def test_entropy_in_chunks(rows, monkeypatch):
 
 
 def test_half_of_the_tokens_go_at_most():
-  assert VidTLDR().fewest(24, 0) == 12
-  assert VidTLDR().fewest(25, 2) == 14
+  assert VidTLDR().min_slots(24, 0) == 12
+  assert VidTLDR().min_slots(25, 2) == 14
 
 
 def test_equal_tokens_have_no_saliency():

@@ -25,7 +25,7 @@ def load(name):
 def test_filter(case):
   raw = load(f'select_case{case}')
   tokens = TokenSet.create(jnp.asarray(raw['x']))
-  answer = TextMonkey()(tokens, Signals(), keep=int(raw['keep']))
+  answer = TextMonkey()(tokens, Signals(), num_slots=int(raw['keep']))
   np.testing.assert_array_equal(answer.src, raw['kept_indices'])
   np.testing.assert_array_equal(tk.reduce(tokens, answer).x, raw['kept_tokens'])
 
@@ -61,17 +61,17 @@ def test_resampler():
       'fc1': kernel(f'{parts[1]}.fc1'), 'fc2': kernel(f'{parts[1]}.fc2')}
   method = TextMonkeyResampler(width=12, heads=int(raw['heads']), head_dim=int(raw['dim_head']))
   tokens, keep = TokenSet.create(jnp.asarray(raw['x'])), int(raw['keep'])
-  shapes = jax.eval_shape(lambda key: method.init(key, tokens, Signals(), keep=keep),
+  shapes = jax.eval_shape(lambda key: method.init(key, tokens, Signals(), num_slots=keep),
                           jax.random.key(0))['params']
   assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
-  answer = method.apply({'params': params}, tokens, Signals(), keep=keep)
+  answer = method.apply({'params': params}, tokens, Signals(), num_slots=keep)
   np.testing.assert_allclose(tk.reduce(tokens, answer).x, raw['out'], atol=1e-5, rtol=0)
 
 
 def test_fresh_resampler_changes_nothing():
   tokens = TokenSet.create(jnp.asarray(load('resampler')['x']))
   answer, params = TextMonkeyResampler(12, 3, 4).init_with_output(
-      jax.random.key(0), tokens, Signals(), keep=10)
-  kept = TextMonkey()(tokens, Signals(), keep=10)
+      jax.random.key(0), tokens, Signals(), num_slots=10)
+  kept = TextMonkey()(tokens, Signals(), num_slots=10)
   np.testing.assert_array_equal(tk.reduce(tokens, answer).x, tk.reduce(tokens, kept).x)
   assert not np.any(params['params']['fc2']['kernel'])

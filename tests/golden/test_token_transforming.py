@@ -33,7 +33,7 @@ def test_matrix(by, tau):
   method = TokenTransforming(by=by, tau=tau)
   assert method.needs == {'keys', by}
   signals = case.signals(method.needs)
-  found = method(case.tokens(), signals, keep=KEEP).matrix()
+  found = method(case.tokens(), signals, num_slots=KEEP).matrix()
   np.testing.assert_allclose(found, oracle(case, getattr(signals, by), tau=tau), **CLOSE)
 
 
@@ -43,7 +43,7 @@ def test_a_sharp_similarity_picks():
   case = case.change(size=np.ones_like(case.size))
   method = TokenTransforming(tau=1e5)
   signals = case.signals(method.needs)
-  found = np.asarray(method(case.tokens(), signals, keep=KEEP).matrix())
+  found = np.asarray(method(case.tokens(), signals, num_slots=KEEP).matrix())
   order = np.argsort(-signals.cls_attention.mean(1)[:, 1:], axis=1)[:, :KEEP - 1] + 1
   np.testing.assert_array_equal(found[:, 1:].argmax(2), order)
   np.testing.assert_allclose(found.max(2), 1.0, **CLOSE)
@@ -54,7 +54,7 @@ def test_nothing_to_remove():
   case = contract.random_case()
   case = contract.spread(case, [np.arange(KEEP), np.arange(21), np.arange(3)])
   method = TokenTransforming()
-  answer = method(case.tokens(), case.signals(method.needs), keep=KEEP)
+  answer = method(case.tokens(), case.signals(method.needs), num_slots=KEEP)
   np.testing.assert_array_equal(answer.matrix()[0], np.eye(KEEP, 24))
   np.testing.assert_array_equal(answer.matrix()[2][:3], np.eye(3, 24))
   np.testing.assert_array_equal(answer.matrix()[2][3:], 0)

@@ -194,7 +194,7 @@ class Outcome:
     applied: float[B, M, D], the assignment applied to the features.
     totals: float32[B, M], the sizes added up.
     restored: float[B, N], a constant 2.5 applied, then restored.
-    reduced, masked: the tokens after `reduce` and `mask_only`.
+    reduced, masked: the tokens after `reduce` and `reduce_masked`.
   """
 
   assignment: Any
@@ -214,7 +214,7 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
       assignment=assignment, src=assignment.src, dst=assignment.dst, matrix=assignment.matrix(),
       applied=assignment.apply(tokens.x), totals=assignment.totals(tokens.sizes),
       restored=assignment.restore(assignment.apply(const)), reduced=tk.reduce(tokens, assignment),
-      masked=tk.mask_only(tokens, assignment))
+      masked=tk.reduce_masked(tokens, assignment))
 
 
 # Settings other than the defaults, at which a method does to tokens as random as these, and as few,
@@ -236,7 +236,7 @@ def names() -> list[str]:
 
 def budget(name: str, slots: int, keep: int, protected: int = PROTECTED) -> int:
   """`keep`, or the fewest that the method can leave."""
-  return max(keep, method(name).fewest(slots, protected))
+  return max(keep, method(name).min_slots(slots, protected))
 
 
 def learned(name: str) -> bool:
@@ -244,23 +244,25 @@ def learned(name: str) -> bool:
   return isinstance(method(name), nn.Module)
 
 
-def ask(name: str, params: Any, tokens: TokenSet, signals: Signals, *, keep: int,
+def ask(name: str, params: Any, tokens: TokenSet, signals: Signals, *, num_slots: int,
         rng: Any = None) -> tuple[assignments.Assignment, dict[str, Any]]:
   """A method's own answer, and its losses; with a key, as in training."""
   made = method(name)
   if not learned(name):
-    return made(tokens, signals, keep=keep), {}
-  answer, sown = made.apply({'params': params}, tokens, signals, keep=keep, mutable=['losses'],
+    return made(tokens, signals, num_slots=num_slots), {}
+  answer, sown = made.apply({'params': params}, tokens, signals, num_slots=num_slots,
+                            mutable=['losses'],
                             rngs=None if rng is None else {'dropout': rng})
   return answer, {key: value for key, (value,) in sown.get('losses', {}).items()}
 
 
-def parameters(name: str, tokens: TokenSet, signals: Signals, *, keep: int,
+def parameters(name: str, tokens: TokenSet, signals: Signals, *, num_slots: int,
                scale: float = 0.3) -> Any:
   """Random parameters of a learned method ({} of others): none is zero, as after training."""
   if not learned(name):
     return {}
-  shapes = jax.eval_shape(functools.partial(method(name).init, keep=keep), jax.random.key(0),
+  shapes = jax.eval_shape(functools.partial(method(name).init, num_slots=num_slots),
+                          jax.random.key(0),
                           tokens, signals).get('params', {})
   rng = np.random.default_rng(7)
   return jax.tree.map(lambda s: (scale * rng.normal(size=s.shape)).astype(s.dtype), shapes)
@@ -277,7 +279,7 @@ def compiled(name: str, keep: int) -> Any:
     shape = (name, keep, *tokens.x.shape, tokens.valid is None, tokens.size is None,
              tokens.protected)
     TRACES[shape] = TRACES.get(shape, 0) + 1
-    return ask(name, params, tokens, signals, keep=keep)[0]
+    return ask(name, params, tokens, signals, num_slots=keep)[0]
 
   return jax.jit(answer)
 
@@ -304,11 +306,11 @@ def run(name: str, case: Case, keep: int, *, scale: float = 0.3) -> Outcome:
   keep = budget(name, case.x.shape[1], keep, case.protected)
   tokens, signals = case.tokens(), case.signals(method(name).needs)
 
-  def asked(tokens: TokenSet, signals: Signals, *, keep: int) -> assignments.Assignment:
-    params = parameters(name, tokens, signals, keep=keep, scale=scale)
-    return compiled(name, keep)(params, tokens, signals)
+  def asked(tokens: TokenSet, signals: Signals, *, num_slots: int) -> assignments.Assignment:
+    params = parameters(name, tokens, signals, num_slots=num_slots, scale=scale)
+    return compiled(name, num_slots)(params, tokens, signals)
 
-  answer = tk.decide(asked, tokens, signals, keep=keep)
+  answer = tk.decide(asked, tokens, signals, num_slots=keep)
   return jax.tree.map(np.asarray, follow(tokens, answer))
 
 
@@ -326,7 +328,8 @@ def gradients(name: str, dtype: Any) -> Any:
 
   def loss(inputs: Any, tokens: TokenSet, signals: Signals, rng: Any) -> Any:
     params, x, floats = inputs
-    answer, losses = ask(name, params, tokens.replace(x=x), signals.replace(**floats), keep=keep,
+    answer, losses = ask(name, params, tokens.replace(x=x), signals.replace(**floats),
+                         num_slots=keep,
                          rng=rng)
     reduced = tk.reduce(tokens.replace(x=x), answer)
     real = jnp.where(reduced.real[..., None], reduced.x.astype(jnp.float32), 0.0)
@@ -338,7 +341,7 @@ def gradients(name: str, dtype: Any) -> Any:
   def call(case: Case) -> tuple[Any, Any]:
     needs = method(name).needs
     tokens, signals = case.tokens(dtype), case.signals(needs, dtype)
-    params = parameters(name, tokens, signals, keep=keep)
+    params = parameters(name, tokens, signals, num_slots=keep)
     floats = {key: getattr(signals, key) for key in needs if key not in STATIC}
     rng = jax.random.key(5) if learned(name) else None
     (value, reduced), grads = step((params, tokens.x, floats), tokens, signals, rng)

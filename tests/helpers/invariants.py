@@ -57,13 +57,13 @@ def declares(name):
     again = type(method)(**contract.SETTINGS.get(name, {}))
     assert hash(method) == hash(again), 'equal settings must be equal methods'
   for slots in (SLOTS, WIDE, 60):
-    fewest = method.fewest(slots, 1)
-    assert 1 + method.extra_slots < fewest <= slots
+    min_slots = method.min_slots(slots, 1)
+    assert 1 + method.extra_slots < min_slots <= slots
   return ''
 
 
-def arrays(name, keep, params, tokens, signals):
-  answer, _ = contract.ask(name, params, tokens, signals, keep=keep)
+def arrays(name, num_slots, params, tokens, signals):
+  answer, _ = contract.ask(name, params, tokens, signals, num_slots=num_slots)
   return answer.src, answer.dst, answer.matrix()
 
 
@@ -71,9 +71,9 @@ def shapes(name):
   """Every count it claims to reach is a static shape, and calls of one shape trace once."""
   case = random_case()
   tokens, signals = case.tokens(), case.signals(contract.method(name).needs)
-  fewest = contract.budget(name, SLOTS, 2)
-  for keep in {fewest, min(fewest + 1, SLOTS), (fewest + SLOTS) // 2, SLOTS}:
-    params = contract.parameters(name, tokens, signals, keep=keep)
+  min_slots = contract.budget(name, SLOTS, 2)
+  for keep in {min_slots, min(min_slots + 1, SLOTS), (min_slots + SLOTS) // 2, SLOTS}:
+    params = contract.parameters(name, tokens, signals, num_slots=keep)
     answer = jax.eval_shape(functools.partial(arrays, name, keep), params, tokens, signals)
     assert [leaf.shape for leaf in answer] == [
         (contract.BATCH, keep), (contract.BATCH, SLOTS), (contract.BATCH, keep, SLOTS)]
@@ -91,7 +91,7 @@ def identity(name):
   case = random_case()
   tokens, signals = case.tokens(), case.signals(contract.method(name).needs)
   for keep in (SLOTS, SLOTS + 3):
-    answer = tk.decide(contract.method(name), tokens, signals, keep=keep)
+    answer = tk.decide(contract.method(name), tokens, signals, num_slots=keep)
     jax.tree.map(same, tokens, tk.reduce(tokens, answer))
   return ''
 
@@ -124,7 +124,7 @@ def matrix(name):
 def mass(name):
   """Sizes count the original tokens a slot owns, by share if given, and add up to all of them."""
   case, out = random_case(), base(name)
-  reason, reduced = contract.method(name).conserves, out.reduced
+  reason, reduced = contract.method(name).drops, out.reduced
   real = np.ones(reduced.x.shape[:2], bool) if reduced.valid is None else reduced.valid
   before, after = case.size.sum(1), np.where(real, reduced.size, 0).sum(1)
   if not isinstance(out.assignment, Mix):
@@ -200,7 +200,7 @@ def other_kinds(name):
         same(after[field][now], before[field][was])
       if not contract.method(name).adaptive:
         assert len(now) == out.src.shape[1]
-    if not (isinstance(out.assignment, Mix) or contract.method(name).conserves):
+    if not (isinstance(out.assignment, Mix) or contract.method(name).drops):
       close(out.reduced.size.sum(1), case.size.sum(1))
   return ''
 

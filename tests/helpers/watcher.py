@@ -18,7 +18,7 @@ class Watcher(Reducer):
   """
 
   first: int = 0
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
   watch_needs = frozenset({'cls_attention', 'layer'})
 
   def watched(self, cuts):
@@ -33,5 +33,5 @@ class Watcher(Reducer):
     layers = tokens.stats.get('layers', jnp.zeros((*tokens.real.shape, 0)))
     return {'seen': past + seen, 'layers': jnp.concatenate([layers, count], axis=2)}
 
-  def __call__(self, tokens, signals, *, keep):
-    return keep_top(tokens, tokens.stats['seen'], keep=keep)
+  def __call__(self, tokens, signals, *, num_slots):
+    return keep_top(tokens, tokens.stats['seen'], num_slots=num_slots)

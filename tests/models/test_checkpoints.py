@@ -337,8 +337,8 @@ def test_a_config_names_weights_and_they_land_where_the_state_lies():
   mesh = sharding.make_mesh({'data': 1})
   params = jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 40, 40, 3)))['params']
   params['head']['bias'] += 1.0
-  params = jax.device_put(params, sharding.place(params, VIT_SHARDING, mesh))
-  made = checkpoints.overlay(params, loaded)
+  params = jax.device_put(params, sharding.make_shardings(params, VIT_SHARDING, mesh))
+  made = checkpoints.merge_params(params, loaded)
   assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
   for name, leaf in flatten(made).items():
     source = flatten(params) if name.startswith('head') else flatten(loaded)
@@ -367,7 +367,7 @@ def test_every_parameter_of_named_models_has_a_sharding_rule(name):
   vit = make_vit(name)
   side = vit.image_size
   params = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))['params']
-  sharding.place(params, VIT_SHARDING, sharding.make_mesh({'data': 1}))
+  sharding.make_shardings(params, VIT_SHARDING, sharding.make_mesh({'data': 1}))
 
 
 def test_paths_nest_and_flatten():
@@ -417,10 +417,10 @@ def test_grey_images_get_three_channels_and_unknown_steps_are_errors(tmp_path):
 
 def test_token_ids_equal_the_reference_tokenizer():
   wanted = json.loads((FOLDER / 'tokenizer' / 'expected.json').read_text())
-  texts = preprocess.Texts(FOLDER / 'tokenizer', context=16)
+  texts = preprocess.TextTowerTokenizer(FOLDER / 'tokenizer', context=16)
   np.testing.assert_array_equal(texts(wanted['texts']), wanted['ids'])
   with pytest.raises(ValueError, match=r"'a photo of a cat' has 11 tokens and the .* is 10:"):
-    preprocess.Texts(FOLDER / 'tokenizer', context=10)(wanted['texts'])
+    preprocess.TextTowerTokenizer(FOLDER / 'tokenizer', context=10)(wanted['texts'])
 
 
 def test_texts_are_made_canonical_and_ended_as_the_settings_say(tmp_path):
@@ -429,7 +429,7 @@ def test_texts_are_made_canonical_and_ended_as_the_settings_say(tmp_path):
   (tmp_path / 'tokenizer.json').write_text((folder / 'tokenizer.json').read_text())
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(
       settings | {'add_bos_token': False, 'add_eos_token': True, 'padding_side': 'left'}))
-  words = preprocess.Texts(tmp_path, context=4, canonical='words')
+  words = preprocess.TextTowerTokenizer(tmp_path, context=4, canonical='words')
   vocabulary = json.loads((folder / 'tokenizer.json').read_text())['model']['vocab']
   cat, end = vocabulary['cat</w>'], vocabulary['<|endoftext|>']
   np.testing.assert_array_equal(words(['  CAT!', 'cat  Cat']),
@@ -438,15 +438,15 @@ def test_texts_are_made_canonical_and_ended_as_the_settings_say(tmp_path):
 
 def test_a_tokenizer_without_its_package_or_files_is_a_worded_error(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r'there is no tokenizer\.json'):
-    preprocess.Texts(tmp_path, context=4)
+    preprocess.TextTowerTokenizer(tmp_path, context=4)
   with pytest.raises(ValueError, match='choose one of none, lower, words'):
-    preprocess.Texts(tmp_path, context=4, canonical='upper')
+    preprocess.TextTowerTokenizer(tmp_path, context=4, canonical='upper')
   (tmp_path / 'tokenizer.json').write_text((FOLDER / 'tokenizer' / 'tokenizer.json').read_text())
   with pytest.raises(ValueError, match='names no pad_token'):
-    preprocess.Texts(tmp_path, context=9)(['a'])
+    preprocess.TextTowerTokenizer(tmp_path, context=9)(['a'])
   monkeypatch.setitem(sys.modules, 'tokenizers', None)
   with pytest.raises(ValueError, match=r'pip install -r requirements-hub\.txt'):
-    preprocess.Texts(tmp_path, context=4)
+    preprocess.TextTowerTokenizer(tmp_path, context=4)
 
 
 def test_nothing_here_needs_the_reference_libraries():

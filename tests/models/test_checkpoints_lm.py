@@ -59,7 +59,7 @@ def test_arrays_are_made_where_they_belong(form, tmp_path):
   sharded(tmp_path)
   plain = checkpoints.load(lm, tmp_path, form=form)
   mesh = sharding.make_mesh({'data': 1})
-  places = sharding.place(plain, LM_SHARDING, mesh)
+  places = sharding.make_shardings(plain, LM_SHARDING, mesh)
   found = checkpoints.load(lm, tmp_path, form=form, shardings=places, dtype=jnp.bfloat16)
   assert isinstance(found['stack']['blocks'], tuple) == (form == 'unstacked')
   for leaf, place, wanted in zip(*map(jax.tree.leaves, (found, places, plain)), strict=True):
@@ -128,4 +128,5 @@ def test_unknown_forms_are_worded_errors():
 def test_every_parameter_has_a_sharding_rule():
   mesh = sharding.make_mesh({'data': 1})
   for name in CASES:
-    sharding.place(checkpoints.load(from_config(config(name)), path(name)), LM_SHARDING, mesh)
+    sharding.make_shardings(checkpoints.load(from_config(config(name)), path(name)), LM_SHARDING,
+                            mesh)

@@ -14,8 +14,8 @@ import pytest
 from helpers import parity_vlm as parity
 
 from lib.data import anyres
-from models.backbones.vlm import at_door
-from models.decoding.fitted import fitted
+from models.backbones.vlm import with_projector_reduction
+from models.decoding.fitted import with_plans
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
 from models.plan import Plan
@@ -63,7 +63,7 @@ def generator(family, **settings):
   reduce = {place: settings.pop(place) for place in ('vision', 'projector', 'language', 'cache')
             if place in settings}
   vlm, params = model(family)
-  return Generator(vlm, params, buckets=(SLOTS,), fit=fitted(vlm, **reduce), **settings)
+  return Generator(vlm, params, buckets=(SLOTS,), fit=with_plans(vlm, **reduce), **settings)
 
 
 @functools.cache
@@ -142,8 +142,8 @@ class Told(Reducer):
 
   positions: str = 'keep'
 
-  def __call__(self, tokens, signals, *, keep):
-    return keep_top(tokens, tokens.stats['stays'], keep=keep)
+  def __call__(self, tokens, signals, *, num_slots):
+    return keep_top(tokens, tokens.stats['stays'], num_slots=num_slots)
 
 
 @pytest.mark.parametrize('method', LANGUAGE)
@@ -152,7 +152,7 @@ def test_cuts_in_the_language_model_answer_as_hiding_the_same_tokens(method):
   found = generator('llava', language=LANGUAGE[method])(*given('llava'), new_tokens=NEW)
   prompts, images = given('llava')
   ids, valid = padded(prompts, SLOTS)
-  reduced = fitted(vlm, language=LANGUAGE[method])(SLOTS, images.layout)
+  reduced = with_plans(vlm, language=LANGUAGE[method])(SLOTS, images.layout)
   plan = reduced.lm.plan
   _, out = jax.jit(reduced.apply)({'params': params}, ids, valid, images)
   # How many cuts each token of the prompt lives through.
@@ -162,7 +162,8 @@ def test_cuts_in_the_language_model_answer_as_hiding_the_same_tokens(method):
   visual = np.asarray(tokens.valid & (tokens.kind == VISUAL))
   assert (visual & (stays < len(plan.cuts))).sum(axis=1).tolist()[1:2] == [0]
   assert 0 < (visual & (stays < len(plan.cuts))).sum() < visual.sum()
-  cuts = tuple(Cut(cut.layer, tokens.slots + NEW, tokens.slots + NEW - (tokens.slots - cut.keep))
+  cuts = tuple(Cut(cut.layer, tokens.slots + NEW,
+                   tokens.slots + NEW - (tokens.slots - cut.slots_out))
                for cut in plan.cuts)
   hiding = Plan('told', Told(), 'before', cuts, mode='mask', of=(VISUAL,), positions=plan.positions,
                 protected=plan.protected + NEW)
@@ -177,7 +178,7 @@ def test_a_cut_at_the_door_answers_as_a_prompt_of_what_is_left():
   prompts, images = given('llava')
   projector = {'method': 'topk', 'args': {'by': 'cls_attention'}, 'keep': 5}
   found = generator('llava', projector=projector)(prompts, images, new_tokens=NEW)
-  left = sequence(at_door(vlm, projector, slots=16), params, prompts, images)
+  left = sequence(with_projector_reduction(vlm, projector, slots=16), params, prompts, images)
   tokens = sequence(vlm, params, prompts, images)
   # Which of the unreduced tokens those are, by their features.
   same = (np.abs(np.asarray(tokens.x)[:, :, None] - np.asarray(left.x)[:, None]).max(axis=-1) < 1e-6
@@ -206,7 +207,7 @@ def test_a_cut_at_the_door_answers_as_a_prompt_of_what_is_left():
 def test_plans_fit_the_slots_that_images_take(family, reduce, visual):
   vlm, params = model(family)
   prompts, images = given(family)
-  fit = fitted(vlm, **reduce)
+  fit = with_plans(vlm, **reduce)
   visual = visual or 2 * -(-images.index.shape[2] // 4)
   assert fit.visual(images.layout) == visual
   assert fit(SLOTS, images.layout) is fit(SLOTS, images.layout)
@@ -233,10 +234,10 @@ def test_no_reductions_leave_the_model_as_it_is():
   vlm, _ = model('llava')
   images = given('llava')[1]
   none = {'method': 'none', 'keep': None, 'across': 'image'}
-  assert fitted(vlm, projector=none, language={'method': 'none'})(SLOTS, images.layout) is vlm
+  assert with_plans(vlm, projector=none, language={'method': 'none'})(SLOTS, images.layout) is vlm
   with pytest.raises(ValueError, match=r'reduce\.projector acts on images, and this model reads'):
-    fitted(vlm.lm, projector={'method': 'topk', 'keep': 4})
-  assert fitted(vlm.lm, vision=none)(SLOTS) is vlm.lm
+    with_plans(vlm.lm, projector={'method': 'topk', 'keep': 4})
+  assert with_plans(vlm.lm, vision=none)(SLOTS) is vlm.lm
 
 
 def test_leaving_midway_breaks_nothing_and_shapes_share_programs():
@@ -282,5 +283,5 @@ def test_the_context_is_for_visual_tokens_as_well():
                                        r'new ones are impossible: they may be 64 \(the context\)'):
     made(prompts, images, new_tokens=30)
   # Fewer visual tokens leave room for more of others.
-  fit = fitted(short, projector={'method': 'stride', 'keep': 4})
+  fit = with_plans(short, projector={'method': 'stride', 'keep': 4})
   assert made.slots(longest, 30, visual=fit.visual(images.layout)) == (24, 32)

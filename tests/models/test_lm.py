@@ -187,14 +187,14 @@ def test_compacted_keys_are_those_of_a_prompt_without_gaps(rope):
 def test_caches_of_restarted_prompts_shrink_too():
   lm = planned(visual=0, of='text', positions='restart', keep=7, layers=2, site='before')
   lm = with_cache(lm, keep=3)
-  assert [(cut.slots, cut.keep) for cut in lm.cache_plan.cuts] == [(7, 3)] * 3
+  assert [(cut.slots_in, cut.slots_out) for cut in lm.cache_plan.cuts] == [(7, 3)] * 3
   _, cache = prefill(lm, ids()[:, :PROMPT])
   assert [kv.filled for kv in cache.layers] == [3] * 3
 
 
 def test_caches_shrink_after_tokens_did():
   lm = with_cache(planned(), visual=VISUALS, keep_ratio=0.5, args={'sinks': 1})
-  assert [(cut.slots, cut.keep) for cut in lm.cache_plan.cuts] == [
+  assert [(cut.slots_in, cut.slots_out) for cut in lm.cache_plan.cuts] == [
       (12, 6), (12, 6), (10, 5)]
   _, cache = prefill(lm, image_and_text())
   assert [kv.filled for kv in cache.layers] == [6, 6, 5]
@@ -207,10 +207,10 @@ class Heads(Reducer):
   site = 'cache'
   span = 3
 
-  def __call__(self, tokens, signals, *, keep):
+  def __call__(self, tokens, signals, *, num_slots):
     assert signals.window_attention.shape[1:3] == (4, 3)
-    src = jnp.stack([jnp.arange(keep), tokens.slots - 1 - jnp.arange(keep)])
-    valid = jnp.stack([jnp.ones(keep, bool), jnp.arange(keep) < 2])
+    src = jnp.stack([jnp.arange(num_slots), tokens.slots - 1 - jnp.arange(num_slots)])
+    valid = jnp.stack([jnp.ones(num_slots, bool), jnp.arange(num_slots) < 2])
     shape = (tokens.x.shape[0], *src.shape)
     return KVGather(jnp.broadcast_to(src, shape), jnp.broadcast_to(valid, shape))
 
@@ -344,12 +344,12 @@ class Look(Reducer):
   def rows(self, tokens):
     return (tokens.kind == TEXT) & (tokens.pos >= 8)
 
-  def most_rows(self, tokens):
+  def max_rows(self, tokens):
     return 4
 
-  def __call__(self, tokens, signals: Signals, *, keep):
+  def __call__(self, tokens, signals: Signals, *, num_slots):
     self.told = {name: getattr(signals, name) for name in self.needs}
-    src = jnp.broadcast_to(jnp.arange(tokens.slots)[-keep:], (tokens.x.shape[0], keep))
+    src = jnp.broadcast_to(jnp.arange(tokens.slots)[-num_slots:], (tokens.x.shape[0], num_slots))
     return Gather(src, tokens.slots)
 
 
@@ -410,11 +410,11 @@ def test_padding_of_other_kinds_keeps_its_place_and_is_no_text():
   seen = {}
 
   class Count(Reducer):
-    def __call__(self, tokens, signals, *, keep):
+    def __call__(self, tokens, signals, *, num_slots):
       seen['text'] = (tokens.kind == TEXT) & tokens.real
-      seen['kept'] = tokens.kept
+      seen['kept'] = tokens.fixed
       seen['protected'] = tokens.protected
-      order = jnp.argsort(tokens.free, axis=1, stable=True)[:, :keep]
+      order = jnp.argsort(tokens.free, axis=1, stable=True)[:, :num_slots]
       return Gather(order, tokens.slots)
 
   lm = planned(layers=(1,), keep=2)
@@ -606,7 +606,7 @@ def test_hosts_count_kinds():
   assert host.counts == (('visual', 6), ('special', 2), ('text', 4))
   plan = make_plan({'method': 'random', 'of': 'visual', 'keep': 3, 'layers': 1}, host)
   assert (plan.of, plan.protected) == ((VISUAL,), 6)
-  assert [(cut.slots, cut.keep) for cut in plan.cuts] == [(12, 9)]
+  assert [(cut.slots_in, cut.slots_out) for cut in plan.cuts] == [(12, 9)]
   plan = make_plan({'method': 'random', 'of': ('visual', 'special'), 'keep': 3, 'layers': 1}, host)
   assert (plan.of, plan.protected) == ((VISUAL, SPECIAL), 4)
   with pytest.raises(ValueError, match='a prompt of 12 slots with'):

@@ -27,7 +27,7 @@ def test_every_method_can_be_planned_on_a_vit(name):
   assert made.method == methods()[name]()
   assert made.site == made.method.site
   for cut in made.cuts:
-    assert made.method.fewest(cut.slots, HOST.protected) <= cut.keep == cut.slots - 5
+    assert made.method.min_slots(cut.slots_in, HOST.protected) <= cut.slots_out == cut.slots_in - 5
     assert made.cut(cut.layer) == cut
   assert made.cut(3) is None
   assert hash(made) == hash(plan(method=name, remove=5, layers=(2, 4)))
@@ -65,8 +65,8 @@ def test_the_site_is_the_methods_unless_the_config_says():
 
 def test_budgets_in_macs_get_the_hosts_cost():
   made = make_plan({'method': 'tome', 'gmacs': 1.0}, HOST, macs=lambda cuts: 2e9 - 2e7 * sum(
-      cut.slots - cut.keep for cut in cuts))
-  assert sum(cut.slots - cut.keep for cut in made.cuts) == 50
+      cut.slots_in - cut.slots_out for cut in cuts))
+  assert sum(cut.slots_in - cut.slots_out for cut in made.cuts) == 50
 
 
 @pytest.mark.parametrize(('config', 'message'), [
@@ -122,7 +122,7 @@ def test_a_method_that_needs_what_the_host_lacks():
 class Wanting(Reducer):
   """Needs whatever a test says."""
 
-  def __call__(self, tokens, signals, *, keep):
+  def __call__(self, tokens, signals, *, num_slots):
     return identity(tokens)
 
 

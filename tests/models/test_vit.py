@@ -12,7 +12,7 @@ from models.backbones.clip import make_clip
 from models.backbones.vit import make_vit, sincos
 from models.families import NAMED, PAIRS, SIZES
 from models.plan import make_plan
-from models.storage import best_form, restack, unstack
+from models.storage import fastest_storage, restack, unstack
 
 # Published counts: torchvision and timm model cards, DeiT (arXiv:2012.12877, Table 1 exact forms);
 # of later families what timm 1.0.31 counts.
@@ -126,9 +126,9 @@ def test_unstack_and_restack_are_inverse():
 def test_cuts_on_cpu_are_read_layer_by_layer():
   host = golden_vit.model().host
   cut = make_plan({'method': 'tome', 'remove': 8}, host)
-  assert best_form(cut, platform='cpu') == 'unstacked'
-  assert best_form(None, platform='cpu') == 'stacked'
-  assert best_form(cut, platform='tpu') == 'stacked'
+  assert fastest_storage(cut, platform='cpu') == 'unstacked'
+  assert fastest_storage(None, platform='cpu') == 'stacked'
+  assert fastest_storage(cut, platform='tpu') == 'stacked'
 
 
 def test_tracing_follows_stages_not_depth():

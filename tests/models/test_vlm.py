@@ -10,7 +10,7 @@ import pytest
 from lib.data import anyres
 from models import checkpoints
 from models.backbones.qwen_vision import QwenVision
-from models.backbones.vlm import Images, at_door
+from models.backbones.vlm import Images, with_projector_reduction
 from models.checkpoints.vlm_config import from_config, make_vlm
 from models.plan import make_plan
 from ops.tokens import VISUAL
@@ -82,7 +82,8 @@ def visual_of(out, row, image=0):
 @pytest.mark.parametrize('by', ['cls_attention', 'received_attention'])
 def test_the_door_keeps_what_the_towers_last_layer_attends_to(by):
   vlm, params = llava()
-  reduced = at_door(vlm, {'method': 'topk', 'args': {'by': by}, 'keep': 5}, slots=16)
+  reduced = with_projector_reduction(vlm, {'method': 'topk', 'args': {'by': by}, 'keep': 5},
+                                     slots=16)
   out = look(reduced, params, squares())
   plain = look(vlm, params, squares())
   # The same attention by the tower alone, asked for by another way.
@@ -102,7 +103,8 @@ def test_the_door_keeps_what_the_towers_last_layer_attends_to(by):
 
 def test_a_pool_of_all_images_of_a_prompt():
   vlm, params = llava()
-  reduced = at_door(vlm, {'method': 'topk', 'args': {'by': 'cls_attention'}, 'keep': 9,
+  reduced = with_projector_reduction(vlm,
+                                     {'method': 'topk', 'args': {'by': 'cls_attention'}, 'keep': 9,
                               'across': 'prompt'}, slots=32)
   out = look(reduced, params, squares())
   plain = look(vlm, params, squares())
@@ -120,16 +122,16 @@ def test_a_pool_of_all_images_of_a_prompt():
 def test_a_door_that_keeps_everything_changes_nothing():
   vlm, params = llava()
   wanted, _ = run(vlm, params, squares())
-  door = at_door(vlm, {'method': 'tome', 'keep': 16}, slots=16)
+  door = with_projector_reduction(vlm, {'method': 'tome', 'keep': 16}, slots=16)
   found, _ = run(door, params, squares())
   np.testing.assert_allclose(found, wanted, atol=1e-5)
-  assert at_door(door, {'method': 'none'}, slots=16).door is None
+  assert with_projector_reduction(door, {'method': 'none'}, slots=16).door is None
 
 
 @pytest.mark.parametrize('method', ['tome', 'pitome', 'stride'])
 def test_methods_that_join_or_read_keys_act_at_the_door(method):
   vlm, params = llava()
-  door = at_door(vlm, {'method': method, 'keep': 10}, slots=16)
+  door = with_projector_reduction(vlm, {'method': method, 'keep': 10}, slots=16)
   logits, out = run(door, params, squares())
   assert len(visual_of(out, 0)) == 10
   assert jnp.isfinite(logits).all()
@@ -163,7 +165,8 @@ def test_a_door_behind_crops_pools_patches_and_newlines():
   vlm, params = llava('next')
   images = crops()
   slots = images.index.shape[2]
-  door = at_door(vlm, {'method': 'topk', 'args': {'by': 'cls_attention'}, 'keep': 12}, slots=slots)
+  door = with_projector_reduction(vlm, {'method': 'topk', 'args': {'by': 'cls_attention'},
+                                        'keep': 12}, slots=slots)
   out = look(door, params, images)
   assert [len(visual_of(out, row, image)) for row, image in ((0, 0), (1, 0), (1, 1))] == [12] * 3
   every = visual_of(look(vlm, params, images), 0)
@@ -239,8 +242,9 @@ def test_positions_survive_a_door_and_text_stays_where_it_was():
   vlm, params = qwen()
   images, _ = qwen_images()
   plain = look(vlm, params, images)
-  door = at_door(vlm, {'method': 'topk', 'args': {'by': 'received_attention'}, 'keep': 3},
-                 slots=images.index.shape[2])
+  door = with_projector_reduction(vlm, {'method': 'topk', 'args': {'by': 'received_attention'},
+                                        'keep': 3},
+                                  slots=images.index.shape[2])
   out = look(door, params, images)
   for row, image, count in ((0, 0, 3), (1, 0, 3), (1, 1, 1)):
     every, left = (visual_of(each, row, image) for each in (plain, out))
@@ -288,7 +292,7 @@ def test_patches_may_be_merged_inside_a_qwen_tower(window):
 ])
 def test_doors_that_cannot_be(config, message):
   with pytest.raises(ValueError, match=message):
-    at_door(llava()[0], config, slots=16)
+    with_projector_reduction(llava()[0], config, slots=16)
 
 
 def test_one_place_reads_the_tower_at_a_time():
@@ -296,9 +300,9 @@ def test_one_place_reads_the_tower_at_a_time():
   plan = make_plan({'method': 'tome', 'remove': 2}, vlm.tower.host)
   reduced = vlm.clone(tower=vlm.tower.clone(plan=plan))
   with pytest.raises(ValueError, match='reduce at one of the two places'):
-    at_door(reduced, {'method': 'topk', 'keep': 4}, slots=16)
+    with_projector_reduction(reduced, {'method': 'topk', 'keep': 4}, slots=16)
   with pytest.raises(ValueError, match='made for 20 visual tokens and gets 16'):
-    run(at_door(vlm, {'method': 'tome', 'keep': 12}, slots=20), params, squares())
+    run(with_projector_reduction(vlm, {'method': 'tome', 'keep': 12}, slots=20), params, squares())
 
 
 def test_models_that_cannot_be():

@@ -68,7 +68,7 @@ def test_unfolding_undoes_folding(special):
   np.testing.assert_array_equal(tk.restore(there, there.x), tokens_of(windows).x)
 
 
-def by_hand(windows, tokens, keys, method, keep):
+def by_hand(windows, tokens, keys, method, num_slots):
   """The reducer on each window alone, as slices of the image: a row an image, in window order."""
   special, size = windows.special, windows.window[0] * windows.window[1]
   pos = np.concatenate([np.full(special, -1), np.arange(size)]).astype(np.int32)
@@ -79,7 +79,7 @@ def by_hand(windows, tokens, keys, method, keep):
                              size=sizes)
     signals = Signals(keys=keys, cls_attention=keys[..., 0].transpose(0, 2, 1),
                       grid=windows.window, layer=1, depth=4)
-    return tk.reduce(tokens, method(tokens, signals, keep=keep))
+    return tk.reduce(tokens, method(tokens, signals, num_slots=num_slots))
 
   def cut(values, image, window):
     lead, patches = values[image, :special], values[image, special:]
@@ -95,7 +95,7 @@ def test_a_reduction_acts_on_every_window_by_itself(name):
   windows, method = Windows(GRID, WINDOW, 1), methods()[name]()
   tokens = tokens_of(windows)
   keys = jax.random.normal(jax.random.key(1), (2, 25, 3, 4))
-  expected = by_hand(windows, tokens, keys, method, keep=5)
+  expected = by_hand(windows, tokens, keys, method, num_slots=5)
 
   @jax.jit
   def together(tokens, keys):
@@ -104,7 +104,7 @@ def test_a_reduction_acts_on_every_window_by_itself(name):
     folded = windows.fold(arranged)
     signals = Signals(keys=keys, cls_attention=keys[..., 0].transpose(0, 2, 1), grid=WINDOW,
                       layer=1, depth=4)
-    return windows.unfold(tk.reduce(folded, method(folded, signals, keep=5)))
+    return windows.unfold(tk.reduce(folded, method(folded, signals, num_slots=5)))
 
   reduced = together(tokens, keys)
   assert reduced.slots == 1 + 4 * 4

@@ -15,7 +15,7 @@ LIMITS = Limits(depth=12, slots=197, protected=1)
 
 
 def counts(budget, limits=LIMITS, macs=None):
-  return [(cut.layer, cut.slots, cut.keep) for cut in resolve(budget, limits, macs=macs)]
+  return [(cut.layer, cut.slots_in, cut.slots_out) for cut in resolve(budget, limits, macs=macs)]
 
 
 def half(slots, protected=1):
@@ -28,11 +28,11 @@ def half(slots, protected=1):
 
 def test_remove_the_same_everywhere_and_stop_where_the_method_must():
   assert counts({'remove': 13, 'layers': (0, 3)}) == [(0, 197, 184), (3, 184, 171)]
-  limits = Limits(depth=4, slots=21, protected=1, fewest=half)
+  limits = Limits(depth=4, slots=21, protected=1, min_slots=half)
   assert counts({'remove': 8}, limits) == [(0, 21, 13), (1, 13, 7), (2, 7, 4), (3, 4, 3)]
   assert counts({'remove': 50}, Limits(depth=3, slots=10, protected=1)) == [(0, 10, 1)]
   assert counts({'remove': 0}) == []
-  assert counts({'remove': 5}, Limits(depth=3, slots=10, fewest=lambda slots: slots)) == []
+  assert counts({'remove': 5}, Limits(depth=3, slots=10, min_slots=lambda slots: slots)) == []
 
 
 def test_remove_rising_and_falling():
@@ -118,7 +118,7 @@ def model(depth, width=64, protected=1, slots=197):
     there, total = slots, 0
     for layer in range(depth):
       total += 4 * there * width**2 + 2 * there**2 * width
-      there = next((cut.keep for cut in cuts if cut.layer == layer), there)
+      there = next((cut.slots_out for cut in cuts if cut.layer == layer), there)
       total += 8 * there * width**2
     return total
 
@@ -130,14 +130,14 @@ def evenly(total, limits):
   cuts, slots = [], limits.slots
   for layer in range(limits.depth):
     count = total * (layer + 1) // limits.depth - total * layer // limits.depth
-    keep = max(slots - count, limits.fewest(slots))
+    keep = max(slots - count, limits.min_slots(slots))
     cuts, slots = cuts + [Cut(layer, slots, keep)] * (keep < slots), keep
   return tuple(cuts)
 
 
 @given(percent=st.integers(20, 110))
 def test_even_removal_meets_a_target_and_no_gentler_one_does(percent):
-  limits, macs = Limits(12, 197, 1, fewest=half), model(12)
+  limits, macs = Limits(12, 197, 1, min_slots=half), model(12)
   cuts = resolve({'flops_ratio': percent / 100}, limits, macs=macs)
   target = percent / 100 * macs(())
   total = next(total for total in range(12 * 197) if macs(evenly(total, limits)) <= target)
@@ -164,10 +164,10 @@ def test_targets_in_gmacs():
 
 
 def test_a_target_is_met_where_the_method_limits_each_cut():
-  limits, macs = Limits(12, 197, 1, fewest=lambda slots: slots - (slots - 1) // 4), model(12)
+  limits, macs = Limits(12, 197, 1, min_slots=lambda slots: slots - (slots - 1) // 4), model(12)
   cuts = resolve({'flops_ratio': 0.6, 'layers': (2, 4, 6, 8)}, limits, macs=macs)
   assert macs(cuts) <= 0.6 * macs(())
-  assert all(cut.keep >= limits.fewest(cut.slots) for cut in cuts)
+  assert all(cut.slots_out >= limits.min_slots(cut.slots_in) for cut in cuts)
 
 
 # layers
@@ -231,12 +231,12 @@ def test_errors_name_the_value_and_the_way_out(budget, message):
 
 
 def test_errors_where_a_method_cannot_cut_so_deep():
-  limits = Limits(4, 21, 1, fewest=half)
+  limits = Limits(4, 21, 1, min_slots=half)
   with pytest.raises(ValueError, match=r'keep_ratio=0\.25 leaves 6 of 21 slots in layer 1, but '
                                        r'this method can leave no fewer than 11 \(1 protected\)'):
     resolve({'keep_ratio': 0.25, 'layers': 1}, limits)
   with pytest.raises(ValueError, match=r'flops_ratio=0\.05 cannot be met: cutting all that this '
                                        r'method can cut leaves 0\.\d+ of 0\.\d+ GMACs; raise'):
-    resolve({'flops_ratio': 0.05}, Limits(12, 197, 1, fewest=half), macs=model(12))
+    resolve({'flops_ratio': 0.05}, Limits(12, 197, 1, min_slots=half), macs=model(12))
   with pytest.raises(ValueError, match='cannot be met'):
     resolve({'flops_ratio': 0.5, 'layers': (10, 11)}, LIMITS, macs=model(12))

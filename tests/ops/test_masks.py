@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ops import masks
-from ops.rope import variable
+from ops.rope import v2pe_positions
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'in_llm'
 STRIDES = (1, 16, 64, 256)
@@ -24,20 +24,20 @@ def test_mutual_mask(case):
   raw = load('aki_mma_mask')
   image, question, end = raw['img_start_text_start_text_end']
   slots = np.arange(24)[None]
-  seen = masks.mutual(jnp.asarray((slots >= image) & (slots < question)),
-                      jnp.asarray((slots >= question) & (slots < end)),
-                      valid=jnp.asarray(raw[f'attn2d_{case}'])[None] == 1)
+  seen = masks.modality_mutual_mask(jnp.asarray((slots >= image) & (slots < question)),
+                                    jnp.asarray((slots >= question) & (slots < end)),
+                                    valid=jnp.asarray(raw[f'attn2d_{case}'])[None] == 1)
   np.testing.assert_array_equal(seen, raw[f'mask_{case}'] == 1)
 
 
 @pytest.mark.parametrize('window', [3, 7])
 def test_neighbours(window):
-  np.testing.assert_array_equal(masks.neighbours((24, 24), window=window),
+  np.testing.assert_array_equal(masks.local_2d_mask((24, 24), window=window),
                                 load('yopo_neighbor_mask')[f'allowed_w{window}'])
 
 
 def test_neighbours_of_a_wide_grid():
-  seen = np.asarray(masks.neighbours((2, 5), window=3))
+  seen = np.asarray(masks.local_2d_mask((2, 5), window=3))
   np.testing.assert_array_equal(np.flatnonzero(seen[4]), [3, 4, 8, 9])
 
 
@@ -53,7 +53,7 @@ def test_variable_positions(stride):
   raw = load('v2pe_position_ids')
   visual = visual_tokens()
   assert visual.sum() == 256 * raw['num_tiles'].sum()
-  got = variable(jnp.asarray(visual), stride=stride)
+  got = v2pe_positions(jnp.asarray(visual), stride=stride)
   assert got.dtype == jnp.float32
   np.testing.assert_array_equal(got[0], raw[f'pos_stride{stride}'])
 
@@ -64,12 +64,12 @@ def test_variable_positions_among_padding(stride):
   places = np.sort(np.random.default_rng(0).permutation(900)[:visual.shape[1]])
   wide, valid = np.ones((1, 900), bool), np.zeros((1, 900), bool)
   wide[:, places], valid[:, places] = visual, True
-  got = jax.jit(lambda v, r: variable(v, stride=stride, valid=r))(wide, valid)
-  np.testing.assert_array_equal(got[:, places], variable(jnp.asarray(visual), stride=stride))
+  got = jax.jit(lambda v, r: v2pe_positions(v, stride=stride, valid=r))(wide, valid)
+  np.testing.assert_array_equal(got[:, places], v2pe_positions(jnp.asarray(visual), stride=stride))
 
 
 def test_variable_positions_of_an_image_that_nothing_comes_before():
   visual = jnp.asarray([[True, True, True, False, False, True]])
-  np.testing.assert_array_equal(variable(visual, stride=128), [[-0.5, 0, 0.5, 2, 3, 3.5]])
+  np.testing.assert_array_equal(v2pe_positions(visual, stride=128), [[-0.5, 0, 0.5, 2, 3, 3.5]])
   with pytest.raises(ValueError, match='stride=0 must be in 1 to 256'):
-    variable(visual, stride=0)
+    v2pe_positions(visual, stride=0)

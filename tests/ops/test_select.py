@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ops.primitives.select import keep_top, place, ranks, top
+from ops.primitives.select import keep_top, rank_of, ranks, top
 from ops.tokens import SPECIAL, VISUAL, TokenSet, reduce
 
 SLOTS = 8
@@ -57,7 +57,7 @@ def test_ranks_invert_a_selection(order, picked):
 
 @given(flags=FLAGS)
 def test_place_counts_what_came_before(flags):
-  found = place(jnp.array([flags]))
+  found = rank_of(jnp.array([flags]))
   assert found.dtype == jnp.int32
   assert found[0].tolist() == [sum(flags[:slot]) for slot in range(SLOTS)]
 
@@ -69,20 +69,20 @@ def tokens(valid=None):
 
 def test_keep_top_keeps_what_it_may_not_touch_in_either_order():
   scores = jnp.array([[1.0, -9.0, 3.0, 2.0, -9.0, 3.0]])
-  assert keep_top(tokens(), scores, keep=4).src.tolist() == [[1, 2, 4, 5]]
-  assert keep_top(tokens(), scores, keep=5, order='score').src.tolist() == [[1, 4, 2, 5, 3]]
+  assert keep_top(tokens(), scores, num_slots=4).src.tolist() == [[1, 2, 4, 5]]
+  assert keep_top(tokens(), scores, num_slots=5, order='score').src.tolist() == [[1, 4, 2, 5, 3]]
 
 
 def test_keep_top_prefers_any_token_to_padding():
   valid = jnp.array([[True, True, False, True, False, False]])
   scores = jnp.array([[-jnp.inf, 0.0, 9.0, jnp.nan, 9.0, jnp.inf]])
   for order in ('slot', 'score'):
-    kept = reduce(tokens(valid), keep_top(tokens(valid), scores, keep=3, order=order))
+    kept = reduce(tokens(valid), keep_top(tokens(valid), scores, num_slots=3, order=order))
     assert sorted(kept.pos[0].tolist()) == [0, 1, 3]
     assert kept.valid.all()
-    assert reduce(tokens(valid), keep_top(tokens(valid), scores, keep=5)).valid.sum() == 3
+    assert reduce(tokens(valid), keep_top(tokens(valid), scores, num_slots=5)).valid.sum() == 3
 
 
 def test_keep_top_knows_two_orders():
   with pytest.raises(ValueError, match="order='best' is unknown: choose 'slot' or 'score'"):
-    keep_top(tokens(), jnp.zeros((1, 6)), keep=2, order='best')
+    keep_top(tokens(), jnp.zeros((1, 6)), num_slots=2, order='best')

@@ -275,7 +275,7 @@ def test_masking_leaves_the_real_tokens_of_reducing(kind, seed, holes, padded):
     tokens = tokens.replace(valid=jnp.asarray(rng.random((BATCH, 9)) < 0.7),
                             owner=jnp.where(rng.random((BATCH, 9)) < 0.2, -1, tokens.owner))
   assignment = make(kind, 9, 6, seed, holes=holes)
-  less, masked = reduce(tokens, assignment), jitted(tk.mask_only)(tokens, assignment)
+  less, masked = reduce(tokens, assignment), jitted(tk.reduce_masked)(tokens, assignment)
   assert masked.x.shape == tokens.x.shape
   all_real = np.asarray(less.real)
   for b in range(BATCH):
@@ -332,13 +332,15 @@ def test_regrouping_an_attention_map(seed):
   rng = np.random.default_rng(seed)
   attention = rng.random((BATCH, 2, 9, 9)).astype(np.float32)
   gather, merge, mix = (make(kind, 9, 4, seed) for kind in KINDS)
-  regroup = jitted(tk.regroup)
-  close(regroup(gather, attention), np.einsum('bmn,bhnk->bhmk', matrix(gather), attention))
-  joins = np.asarray(merge.dst)[:, None] == np.arange(4)[None, :, None]
-  close(regroup(merge, attention),
-        np.einsum('bmn,bhnk,bjk->bhmj', matrix(merge), attention, joins.astype(np.float32)))
+  reduce_attention_map = jitted(tk.reduce_attention_map)
+  close(reduce_attention_map(gather, attention),
+        np.einsum('bmn,bhnk->bhmk', matrix(gather), attention))
+  merges = np.asarray(merge.dst)[:, None] == np.arange(4)[None, :, None]
+  close(reduce_attention_map(merge, attention),
+        np.einsum('bmn,bhnk,bjk->bhmj', matrix(merge), attention, merges.astype(np.float32)))
   shares = np.abs(matrix(mix)) / np.maximum(np.abs(matrix(mix)).sum(1, keepdims=True), 1e-20)
-  close(regroup(mix, attention), np.einsum('bmn,bhnk,bjk->bhmj', matrix(mix), attention, shares))
+  close(reduce_attention_map(mix, attention),
+        np.einsum('bmn,bhnk,bjk->bhmj', matrix(mix), attention, shares))
 
 
 @given(seed=SEEDS)
@@ -349,13 +351,13 @@ def test_attending_is_the_regrouped_map_times_values(seed):
     assignment = make(kind, 9, 4, seed)
     rows = 9 if kind == 'gather' else 4
     values = rng.normal(size=(BATCH, rows, 2, 3)).astype(np.float32)
-    wanted = np.einsum('bhmk,bkhd->bmhd', tk.regroup(assignment, attention), values)
-    close(jitted(tk.attend)(assignment, attention, values), wanted)
+    wanted = np.einsum('bhmk,bkhd->bmhd', tk.reduce_attention_map(assignment, attention), values)
+    close(jitted(tk.attend_after_cut)(assignment, attention, values), wanted)
     if kind == 'merge':
       for other in (assignment.replace(op='max'),
                     assignment.replace(share=jnp.asarray(rng.random((BATCH, 9)), jnp.float32))):
-        wanted = np.einsum('bhmk,bkhd->bmhd', tk.regroup(other, attention), values)
-        close(jitted(tk.attend)(other, attention, values), wanted)
+        wanted = np.einsum('bhmk,bkhd->bmhd', tk.reduce_attention_map(other, attention), values)
+        close(jitted(tk.attend_after_cut)(other, attention, values), wanted)
 
 
 def test_regrouped_means_are_still_attention():
@@ -363,7 +365,7 @@ def test_regrouped_means_are_still_attention():
   attention = rng.dirichlet(np.ones(9), size=(BATCH, 2, 9)).astype(np.float32)
   merge = make('merge', 9, 4, 0)
   everyone = jnp.minimum(merge.dst, 3)
-  rows = tk.regroup(Merge.mean(merge.src, everyone, jnp.ones((BATCH, 9))), attention)
+  rows = tk.reduce_attention_map(Merge.mean(merge.src, everyone, jnp.ones((BATCH, 9))), attention)
   close(rows.sum(-1), np.ones((BATCH, 2, 4)))
 
 
@@ -397,21 +399,21 @@ def test_free_slots_are_real_and_of_the_kinds_at_hand():
   kind = jnp.array([[SPECIAL, VISUAL, TEXT, VISUAL]], jnp.int8)
   tokens = TokenSet.create(jnp.zeros((1, 4, 2)), kind=kind)
   same(tokens.free, [[False, True, False, True]])
-  same(tokens.kept, [[True, False, True, False]])
+  same(tokens.fixed, [[True, False, True, False]])
   padded = tokens.replace(valid=jnp.array([[True, True, False, False]]), of=(VISUAL, TEXT))
   same(padded.free, [[False, True, False, False]])
-  same(padded.kept, [[True, False, False, False]])
+  same(padded.fixed, [[True, False, False, False]])
 
 
 def test_a_method_that_may_keep_everything_is_not_asked():
   tokens, asked = fresh(9, 0), []
 
-  def method(tokens, signals, *, keep):
-    asked.append((signals, keep))
-    return make('gather', 9, keep, 0)
+  def method(tokens, signals, *, num_slots):
+    asked.append((signals, num_slots))
+    return make('gather', 9, num_slots, 0)
 
-  same(tk.decide(method, tokens, 'signals', keep=9).src, np.tile(np.arange(9), (BATCH, 1)))
-  assert tk.decide(method, tokens, 'signals', keep=12).src.shape == (BATCH, 9)
+  same(tk.decide(method, tokens, 'signals', num_slots=9).src, np.tile(np.arange(9), (BATCH, 1)))
+  assert tk.decide(method, tokens, 'signals', num_slots=12).src.shape == (BATCH, 9)
   assert not asked
-  assert tk.decide(method, tokens, 'signals', keep=8).src.shape == (BATCH, 8)
+  assert tk.decide(method, tokens, 'signals', num_slots=8).src.shape == (BATCH, 8)
   assert asked == [('signals', 8)]

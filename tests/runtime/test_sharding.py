@@ -183,9 +183,9 @@ def test_placement_errors_name_the_parameter():
   mesh = sharding.make_mesh({'data': 1})
   leaf = jax.ShapeDtypeStruct((4, 6), jnp.float32)
   with pytest.raises(ValueError, match=r"'odd/kernel' .* matches no sharding rule"):
-    sharding.place({'odd': {'kernel': leaf}}, (('bias', ()),), mesh)
+    sharding.make_shardings({'odd': {'kernel': leaf}}, (('bias', ()),), mesh)
   with pytest.raises(ValueError, match=r"'odd/kernel' of shape \(4, 6\) has fewer dimensions"):
-    sharding.place({'odd': {'kernel': leaf}}, (('kernel', (None, None, 'tensor')),), mesh)
+    sharding.make_shardings({'odd': {'kernel': leaf}}, (('kernel', (None, None, 'tensor')),), mesh)
   for sizes, message in [({'data': 1000}, 'needs 1000 devices'), ({'date': 1}, "'date' is unknown"),
                          ({'data': -1, 'fsdp': -1}, 'one may be -1'), ({'data': 0}, 'positive')]:
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -17,7 +17,7 @@ from lib.cost import lm as lm_cost
 from lib.runtime import sharding
 from models.backbones.lm import LM
 from models.plan import make_plan
-from models.storage import to_form
+from models.storage import to_storage
 from ops.attention import pick
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
@@ -40,13 +40,13 @@ def built(name, tensor, plan=None):
 def shapes_of(lm, *, blocks):
   plain = lm.clone(mesh=None, plan=None, implementation='xla')
   found = jax.eval_shape(plain.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
-  return jax.eval_shape(functools.partial(to_form, form=blocks), found)
+  return jax.eval_shape(functools.partial(to_storage, form=blocks), found)
 
 
 def placed(lm, mesh, blocks):
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16),
                         shapes_of(lm, blocks=blocks))
-  return {'params': sharding.shapes(shapes, sharding.place(shapes, LM_SHARDING, mesh))}
+  return {'params': sharding.shapes(shapes, sharding.make_shardings(shapes, LM_SHARDING, mesh))}
 
 
 def prompt(mesh, batch, slots=SLOTS):

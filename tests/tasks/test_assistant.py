@@ -25,7 +25,7 @@ from lib.data.anyres import Picture
 from lib.data.datasets import digit_scenes, stdlib_needle
 from lib.report import overlay, provenance
 from lib.tasks import qa as qa_task
-from models.decoding.fitted import fitted
+from models.decoding.fitted import with_plans
 from models.decoding.sampling import padded
 
 SLOTS = 24
@@ -175,7 +175,7 @@ def test_patches_are_followed_to_the_last_cut(case):
   vlm, params = parity_vlm.model(family)
   ids, valid, images = parity_vlm.inputs(family, 'three')
   prompts = [row[real].tolist() for row, real in zip(ids, valid, strict=True)]
-  reduced = fitted(vlm, **reduce)(SLOTS, images.layout)
+  reduced = with_plans(vlm, **reduce)(SLOTS, images.layout)
   ids, valid = padded(prompts, SLOTS)
   _, out = jax.jit(reduced.apply)({'params': params}, ids, valid, images)
   row = 2
@@ -220,7 +220,7 @@ def test_pictures_show_every_crop(tmp_path):
   picture = made.look(photo())
   images = made.see([[picture]])
   prompt = made.prompt('w5', images=1)
-  reduced = fitted(made.model, **reduce)(len(prompt), images.layout)
+  reduced = with_plans(made.model, **reduce)(len(prompt), images.layout)
   _, out = jax.jit(reduced.apply)({'params': made.params}, *padded([prompt], len(prompt)), images)
   stage, = provenance.stages(reduced, out)
   assert stage.labels.shape == (5, 4, 4)

@@ -51,7 +51,7 @@ def test_decoding_is_right_where_every_token_is(name):
   np.testing.assert_array_equal(found, [1, 0, 1, 1])
   # What stands in the places of the answer is not read before it is asked for.
   logits, out = qa_task.apply(model, params, batch)
-  whole = qa_task.right_and_all(logits, out, batch, 3)
+  whole = qa_task.correct_and_total(logits, out, batch, 3)
   np.testing.assert_array_equal(whole.sum(axis=0), [3, 4])
 
 
@@ -77,7 +77,7 @@ def test_a_budget_is_the_share_that_the_last_cut_leaves(row, ratio, left):
   model = qa_task.build(config.model, reduce, SCENES, context=12)
   visual = qa_task.visual_tokens(model)
   cuts = model.lm.plan.cuts if model.lm.plan else ()
-  assert (cuts[-1].keep - 12 if cuts else visual) == left
+  assert (cuts[-1].slots_out - 12 if cuts else visual) == left
 
 
 def test_every_candidate_of_the_configs_is_a_model():

@@ -49,7 +49,7 @@ def test_a_step_is_taken_and_every_parameter_has_a_place(case):
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   optimizer = optax.adamw(1e-3)
   state = train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
-  sharding.place(state, config.sharding, mesh)
+  sharding.make_shardings(state, config.sharding, mesh)
   update = functools.partial(train.update, functools.partial(qa_task.loss, model, config.optimizer),
                              optimizer, config.optimizer, optax.constant_schedule(1e-3))
   batch, before = batch_of(info, 14), None
@@ -96,7 +96,7 @@ def test_scores_count_whole_answers_by_kind(case):
   ids[2, np.flatnonzero(batch['answer'][2])[1]] += 1
   batch = {**batch, 'mask': np.float32([1, 1, 1, 0])}
   fixed = {**batch, 'ids': ids}
-  counts = qa_task.right_and_all(logits, out, fixed, 3)
+  counts = qa_task.correct_and_total(logits, out, fixed, 3)
   assert counts.tolist() == [[1, 1], [1, 2], [0, 0]]
   found = qa_task.scores(np.asarray(counts), ('a', 'b', 'c'))
   assert found == {'accuracy': pytest.approx(2 / 3), 'accuracy_a': 1, 'accuracy_b': 0.5,

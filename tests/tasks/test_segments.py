@@ -131,8 +131,8 @@ def test_mean_iou_is_that_of_all_pixels_together():
   true, said = labels[:5], guess[:5]
   shares = [((true == k) & (said == k)).sum() / ((true == k) | (said == k)).sum()
             for k in (0, 1, 3, 4)]
-  assert task.total(tasks.add_up(counts)) == pytest.approx(np.mean(shares), rel=1e-6)
-  assert task.total(tasks.add_up([task.counts(
+  assert task.total(tasks.sum_counts(counts)) == pytest.approx(np.mean(shares), rel=1e-6)
+  assert task.total(tasks.sum_counts([task.counts(
       jnp.asarray(np.eye(5, dtype=np.float32)[labels]), jnp.asarray(labels), jnp.asarray(mask))
   ])) == 1
 
@@ -141,7 +141,7 @@ def test_accuracy_counts_images():
   task = tasks.TASKS['classify']
   logits = jnp.asarray([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
   counts = task.counts(logits, jnp.asarray([1, 1, 1, 1]), jnp.asarray([1.0, 1.0, 1.0, 0.0]))
-  assert task.total(tasks.add_up([counts, counts])) == pytest.approx(2 / 3)
+  assert task.total(tasks.sum_counts([counts, counts])) == pytest.approx(2 / 3)
 
 
 def test_cross_entropy_of_pixels_is_their_mean():

@@ -42,7 +42,7 @@ def step(method, *, distil):
     return train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   before = jax.eval_shape(init, jax.random.key(0))
-  places = sharding.place(before, config.sharding, mesh)
+  places = sharding.make_shardings(before, config.sharding, mesh)
   batch = {'image': jax.ShapeDtypeStruct((ROWS, 32, 32, 1), np.float32),
            'label': jax.ShapeDtypeStruct((ROWS,), np.int32)}
   teacher = {**before.params, 'stack': {'blocks': before.params['stack']['blocks']}}
@@ -135,7 +135,7 @@ def test_a_share_of_cuts():
   ratio = annealed_keep_ratio(0.5, step=3, start_step=0, stop_step=10)
   share = 1 - annealed_keep_ratio(0.0, step=3, start_step=0, stop_step=10)
   assert part_of(cuts, share, limits) == resolve({'keep_ratio': ratio, 'layers': (3, 6)}, limits)
-  pairs = Limits(depth=12, slots=65, protected=1, fewest=lambda slots: slots - 4)
+  pairs = Limits(depth=12, slots=65, protected=1, min_slots=lambda slots: slots - 4)
   assert part_of((Cut(0, 65, 61),), 0.9, pairs) == (Cut(0, 65, 62),)
   with pytest.raises(ValueError, match=r'share=1\.5 is outside'):
     part_of(cuts, 1.5, limits)
@@ -144,7 +144,7 @@ def test_a_share_of_cuts():
 def test_phases_of_a_model():
   vit = tiny('evit')
   found = anneal.phases(vit, {'start_step': 2, 'stop_step': 8, 'phases': 2})
-  kept = [[cut.keep for cut in phase.model.plan.cuts] for phase in found]
+  kept = [[cut.slots_out for cut in phase.model.plan.cuts] for phase in found]
   # 9 of 16 free slots are to stay (8 and the fused one): 1 - share * 7 / 16 of them, rounded up.
   assert kept == [[], [16], [12], [10]]
   assert [anneal.at(found, done).start_step for done in (0, 1, 2, 4, 5, 7, 8, 99)] == [
@@ -243,8 +243,8 @@ def test_training_adds_the_loss_of_a_gentler_plan():
   (_, less), (logits, whole) = (jax.jit(model.apply)({'params': params}, batch['image'])
                                 for model in (vit, vit.clone(plan=None)))
   logs = np.asarray(logits) - np.log(np.exp(logits).sum(-1, keepdims=True))
-  assert measured['gentler_loss'] == pytest.approx(-logs[np.arange(8), batch['label']].mean(),
-                                                   rel=1e-5)
+  assert measured['weak_plan_loss'] == pytest.approx(-logs[np.arange(8), batch['label']].mean(),
+                                                     rel=1e-5)
   apart = np.asarray(less['pre_logits']) - np.asarray(whole['pre_logits'])
   assert measured['consistency'] == pytest.approx(3 * (apart ** 2).mean(), rel=1e-4)
   assert measured['consistency'] > 0
@@ -252,7 +252,7 @@ def test_training_adds_the_loss_of_a_gentler_plan():
 
 def test_levels_remove_less_and_less():
   found = anneal.levels(tiny('tome'), {'levels': 2})
-  assert [[cut.keep for cut in vit.plan.cuts] for vit in found] == [[], [13]]
+  assert [[cut.slots_out for cut in vit.plan.cuts] for vit in found] == [[], [13]]
   with pytest.raises(ValueError, match=r'optimizer\.consistency\.levels asks for fewer tokens'):
     anneal.levels(tiny(), {'levels': 2})
 

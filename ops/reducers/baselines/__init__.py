@@ -1,13 +1,13 @@
 """Baselines, which know nothing of the tokens but where they stand."""
 
-from ops.reducers.baselines.none import Nothing
+from ops.reducers.baselines.none import Identity
 from ops.reducers.baselines.pool import Pool
 from ops.reducers.baselines.radial import Radial
 from ops.reducers.baselines.random import Random
 from ops.reducers.baselines.stride import Stride
 
 BASELINES: dict[str, type] = {
-    'none': Nothing,
+    'none': Identity,
     'random': Random,
     'stride': Stride,
     'pool': Pool,

@@ -9,13 +9,13 @@ from ops.tokens import TokenSet, identity
 
 
 @dataclasses.dataclass(frozen=True)
-class Nothing(Reducer):
+class Identity(Reducer):
   """Keeps every token, whatever the budget."""
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     del protected
     return slots
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    del signals, keep
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    del signals, num_slots
     return identity(tokens)

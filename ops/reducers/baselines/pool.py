@@ -32,13 +32,13 @@ class Pool(Reducer):
 
   needs = frozenset({'grid'})
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     height, width = signals.grid
     count, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                   for flags in (tokens.free, tokens.kept))
+                   for flags in (tokens.free, tokens.fixed))
     count = jnp.maximum(count, 1)
-    cells = jnp.clip(keep - kept, 1, count)
-    bands = max(1, round(math.sqrt((keep - tokens.protected) * height / width)))
+    cells = jnp.clip(num_slots - kept, 1, count)
+    bands = max(1, round(math.sqrt((num_slots - tokens.protected) * height / width)))
 
     def cell(order: Array) -> Array:
       """The cell of each slot: the last i with floor(i n / m) up to its place in the order."""
@@ -53,4 +53,4 @@ class Pool(Reducer):
     first = jnp.minimum(cell(order) * count // cells, tokens.slots - 1)
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), first.shape)
     partner = jnp.where(tokens.free, take(order, first), own)
-    return join(tokens, partner, ranks(order, tokens.slots), keep=keep)
+    return join(tokens, partner, ranks(order, tokens.slots), num_slots=num_slots)

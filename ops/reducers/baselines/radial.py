@@ -31,17 +31,17 @@ class Radial(Reducer):
   norm: str = 'l2'
   site = 'before'
   needs = frozenset({'grid'})
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:
     if self.norm not in NORMS:
       raise ValueError(f'norm={self.norm!r} is unknown: choose one of {", ".join(NORMS)}')
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     height, width = signals.grid
     # Twice the offset from the centre, so that distances are whole numbers and ties exact.
     down = jnp.abs(2 * (tokens.pos // width) - height + 1)
     right = jnp.abs(2 * (tokens.pos % width) - width + 1)
     distance = {'l1': down + right, 'l2': down ** 2 + right ** 2,
                 'linf': jnp.maximum(down, right)}[self.norm]
-    return keep_top(tokens, -distance.astype(jnp.float32), keep=keep)
+    return keep_top(tokens, -distance.astype(jnp.float32), num_slots=num_slots)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.select import keep_top, place
+from ops.primitives.select import keep_top, rank_of
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -28,9 +28,9 @@ class Random(Reducer):
   """
 
   seed: int = 0
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
     key = jax.random.key(self.seed)
 
@@ -38,5 +38,5 @@ class Random(Reducer):
       return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, count), rank))
 
     count = jnp.sum(tokens.free, axis=1)
-    scores = jax.vmap(jax.vmap(score, in_axes=(None, 0)))(count, place(tokens.free))
-    return keep_top(tokens, scores, keep=keep)
+    scores = jax.vmap(jax.vmap(score, in_axes=(None, 0)))(count, rank_of(tokens.free))
+    return keep_top(tokens, scores, num_slots=num_slots)

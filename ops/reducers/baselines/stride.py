@@ -8,8 +8,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.match import evenly
-from ops.primitives.select import keep_top, place
+from ops.primitives.match import evenly_spaced
+from ops.primitives.select import keep_top, rank_of
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -28,16 +28,16 @@ class Stride(Reducer):
   """
 
   phase: str = 'first'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:
     if self.phase not in PHASES:
       raise ValueError(f'phase={self.phase!r} is unknown: choose one of {", ".join(PHASES)}')
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
     count, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                   for flags in (tokens.free, tokens.kept))
-    stays = evenly(place(tokens.free), count, jnp.clip(keep - kept, 0, count),
-                   late=PHASES.index(self.phase))
-    return keep_top(tokens, stays.astype(jnp.float32), keep=keep)
+                   for flags in (tokens.free, tokens.fixed))
+    stays = evenly_spaced(rank_of(tokens.free), count, jnp.clip(num_slots - kept, 0, count),
+                          late=PHASES.index(self.phase))
+    return keep_top(tokens, stays.astype(jnp.float32), num_slots=num_slots)

@@ -1,6 +1,6 @@
 """Methods that act on the cache of keys and values after the prompt: the one dict that names them.
 
-Each is called as `method(tokens, signals, keep=M)` in a layer, and answers an
+Each is called as `method(tokens, signals, num_slots=M)` in a layer, and answers an
 `ops.kv_cache.KVGather`.
 """
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import by_kv_head, earliest, keep_best
 from ops.reducers.base import CacheReducer
-from ops.rope import Rope, order
+from ops.rope import Rope, sequence_index
 from ops.signals import Signals
 from ops.tokens import PADDING_BIAS, TokenSet
 
@@ -45,8 +45,8 @@ class ExpectedAttention(CacheReducer):
     if self.covariance not in ('full', 'none'):
       raise ValueError(f"covariance={self.covariance!r} is unknown: choose 'full' or 'none'")
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
-    return keep_best(tokens, self.scores(tokens, signals), keep=keep,
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
+    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
                      forced=earliest(tokens, self.sinks))
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
@@ -57,7 +57,7 @@ class ExpectedAttention(CacheReducer):
     counts = tokens.real & ~earliest(tokens, self.sinks)
     share = counts / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
     mean = jnp.einsum('bn,bnhd->bhd', share, queries, precision='highest')
-    after = jnp.max(jnp.where(tokens.real, order(tokens.pos), -1), axis=1) + 1
+    after = jnp.max(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1) + 1
     turn = mean_rotation(signals.rope, after, self.future)
     ahead = by_kv_head(jnp.einsum('bij,bhj->bhi', turn, mean, precision='highest'), heads)
     logits = jnp.einsum('bkgd,bnkd->bkgn', ahead, keys, precision='highest') / width ** 0.5
@@ -71,7 +71,7 @@ class ExpectedAttention(CacheReducer):
     expected = jax.nn.softmax(logits, axis=3).mean(axis=2) + self.epsilon
     return expected * jnp.sqrt(jnp.sum(values * values, axis=3)).swapaxes(1, 2)
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     del protected
     return min(slots, self.sinks + 1)
 

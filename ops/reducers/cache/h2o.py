@@ -34,9 +34,10 @@ class H2O(CacheReducer):
   recent: int | None = None
   needs = frozenset({'keys', 'received_attention'})
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
-    recent = latest(tokens, keep // 2 if self.recent is None else self.recent)
-    return keep_best(tokens, self.scores(tokens, signals), keep=keep, forced=recent, order='slot')
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
+    recent = latest(tokens, num_slots // 2 if self.recent is None else self.recent)
+    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots, forced=recent,
+                     order='slot')
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], attention that each entry got from all queries."""
@@ -44,7 +45,7 @@ class H2O(CacheReducer):
     received = by_kv_head(signals.received_attention, signals.keys.shape[2])
     return received.sum(axis=2) * real
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     del protected
     return min(slots, (self.recent or 1) + 1)
 

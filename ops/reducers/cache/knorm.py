@@ -22,8 +22,8 @@ class KNorm(CacheReducer):
   arXiv:2406.11430. Rotation leaves the length of a key as it is.
   """
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
-    return keep_best(tokens, self.scores(signals), keep=keep)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
+    return keep_best(tokens, self.scores(signals), num_slots=num_slots)
 
   def scores(self, signals: Signals) -> jnp.ndarray:
     """float32[B, K, N], minus the length of each key."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import by_kv_head, keep_best
-from ops.primitives.select import place
+from ops.primitives.select import rank_of
 from ops.reducers.base import CacheReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -29,12 +29,12 @@ class ObservedAttention(CacheReducer):
 
   needs = frozenset({'keys', 'received_attention'})
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
-    return keep_best(tokens, self.scores(tokens, signals), keep=keep)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
+    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], attention a query that sees the key."""
     real = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.float32)
-    seen = jnp.maximum(real - place(tokens.real), 1.0)
+    seen = jnp.maximum(real - rank_of(tokens.real), 1.0)
     received = by_kv_head(signals.received_attention, signals.keys.shape[2]).mean(axis=2)
     return received * (real / seen)[:, None]

@@ -52,8 +52,8 @@ class SnapKV(CacheReducer):
   def span(self) -> int:
     return self.window
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
-    kept = keep_best(tokens, self.scores(tokens, signals), keep=keep,
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
+    kept = keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
                      forced=latest(tokens, self.window))
     if self.variant == 'kvpress':
       return kept
@@ -67,6 +67,6 @@ class SnapKV(CacheReducer):
     pooled = by_kv_head(pooled, signals.keys.shape[2]).mean(axis=2)
     return jnp.where(before[:, None], pooled, 0.0)
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     del protected
     return min(slots, self.window + 1)

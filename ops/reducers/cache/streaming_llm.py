@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
-from ops.primitives.select import place, top
+from ops.primitives.select import rank_of, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -28,13 +28,13 @@ class StreamingLLM(Reducer):
   sinks: int = 4
   site = 'cache'
   needs = frozenset({'keys'})
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
     real = tokens.real
-    rank, count = place(real), jnp.sum(real, axis=1, keepdims=True)
-    first = rank < min(self.sinks, keep)
+    rank, count = rank_of(real), jnp.sum(real, axis=1, keepdims=True)
+    first = rank < min(self.sinks, num_slots)
     # Of the others the latest: a later token scores higher.
-    src = jnp.sort(top(rank - count, keep, forced=first, excluded=~real), axis=1)
+    src = jnp.sort(top(rank - count, num_slots, forced=first, excluded=~real), axis=1)
     heads = signals.keys.shape[2]
-    return KVGather(jnp.broadcast_to(src[:, None], (src.shape[0], heads, keep)))
+    return KVGather(jnp.broadcast_to(src[:, None], (src.shape[0], heads, num_slots)))

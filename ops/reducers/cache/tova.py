@@ -6,7 +6,7 @@ Axes: B batch, N entries now, M entries after, H heads, K kv heads.
 import dataclasses
 
 from ops.kv_cache import KVGather
-from ops.primitives.kv_select import everywhere, keep_best, latest
+from ops.primitives.kv_select import broadcast_to_heads, keep_best, latest
 from ops.reducers.base import CacheReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -22,6 +22,6 @@ class TOVA(CacheReducer):
 
   needs = frozenset({'keys', 'last_attention'})
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> KVGather:
-    scores = everywhere(signals.last_attention.mean(axis=1), signals.keys.shape[2])
-    return keep_best(tokens, scores, keep=keep, forced=latest(tokens, 1))
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
+    scores = broadcast_to_heads(signals.last_attention.mean(axis=1), signals.keys.shape[2])
+    return keep_best(tokens, scores, num_slots=num_slots, forced=latest(tokens, 1))

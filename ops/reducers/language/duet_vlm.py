@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.rope import order
+from ops.rope import sequence_index
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet
 
@@ -30,19 +30,19 @@ class DUETVLM(Reducer):
   needs = frozenset({'next_row_attention'})
   site = 'before'
   positions = 'compact'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   def rows(self, tokens: TokenSet) -> Array:
     """bool[B, N], text after the last visual token."""
     return text_after_images(tokens)
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    return keep_top(tokens, signals.next_row_attention.mean(axis=1), keep=keep)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    return keep_top(tokens, signals.next_row_attention.mean(axis=1), num_slots=num_slots)
 
 
 def text_after_images(tokens: TokenSet) -> Array:
   """bool[B, N], text after the last visual token of its row; all text where there is none."""
-  place = order(tokens.pos)
+  place = sequence_index(tokens.pos)
   visual = tokens.real & (tokens.kind == VISUAL)
   last = jnp.max(jnp.where(visual, place, -1), axis=1, keepdims=True)
   return tokens.real & (tokens.kind == TEXT) & (place > last)

@@ -24,7 +24,7 @@ class FastV(Reducer):
   needs = frozenset({'last_attention'})
   site = 'before'
   positions = 'keep'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    return keep_top(tokens, signals.last_attention.mean(axis=1), keep=keep)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    return keep_top(tokens, signals.last_attention.mean(axis=1), num_slots=num_slots)

@@ -35,14 +35,14 @@ class GemFilter(Reducer):
   kernel: int = 5
   needs = frozenset({'queries', 'keys'})
   positions = 'restart'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:
     if self.kernel < 1 or self.kernel % 2 == 0:
       raise ValueError(f'kernel={self.kernel} must be an odd number, 1 for no pooling')
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    return keep_top(tokens, self.scores(tokens, signals), keep=keep)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    return keep_top(tokens, self.scores(tokens, signals), num_slots=num_slots)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, N]."""

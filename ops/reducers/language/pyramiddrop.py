@@ -26,7 +26,7 @@ class PyramidDrop(Reducer):
   needs = frozenset({'next_last_attention'})
   site = 'before'
   positions = 'compact'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    return keep_top(tokens, signals.next_last_attention.mean(axis=1), keep=keep)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    return keep_top(tokens, signals.next_last_attention.mean(axis=1), num_slots=num_slots)

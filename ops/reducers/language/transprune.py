@@ -35,7 +35,7 @@ class TransPrune(Reducer):
   watch_needs = frozenset({'hidden', 'attention_out', 'mlp_in', 'mlp_out'})
   site = 'before'
   positions = 'compact'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   def rows(self, tokens: TokenSet) -> Array:
     """bool[B, N], text after the last visual token."""
@@ -50,11 +50,11 @@ class TransPrune(Reducer):
               + transition(tokens, signals.mlp_in, signals.mlp_out))
     return {'change': tokens.stats.get('change', 0.0) + jax.lax.stop_gradient(change)}
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = share(signals.next_row_attention.mean(axis=1), tokens.free)
     if 'change' in tokens.stats:
       scores += share(tokens.stats['change'], tokens.free)
-    return keep_top(tokens, scores, keep=keep)
+    return keep_top(tokens, scores, num_slots=num_slots)
 
 
 def transition(tokens: TokenSet, before: Array, added: Array) -> Array:

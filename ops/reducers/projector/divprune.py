@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.primitives.farthest import farthest_first, largest_cosine
-from ops.primitives.match import unit
+from ops.primitives.match import l2_normalize
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -27,12 +27,12 @@ class DivPrune(Reducer):
   """
 
   site = 'after'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
-    vectors = jax.lax.stop_gradient(unit(tokens.x))
+    vectors = jax.lax.stop_gradient(l2_normalize(tokens.x))
     alike = jnp.where(tokens.free, largest_cosine(vectors, tokens.free), jnp.inf)
     turn = farthest_first(vectors, tokens.free, jnp.argmin(alike, axis=1).astype(jnp.int32),
-                          count=max(keep - tokens.protected, 0))
-    return keep_top(tokens, -turn, keep=keep)
+                          count=max(num_slots - tokens.protected, 0))
+    return keep_top(tokens, -turn, num_slots=num_slots)

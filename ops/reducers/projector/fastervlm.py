@@ -23,7 +23,7 @@ class FasterVLM(ByAttention):
   """
 
   site = 'after'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    return keep_top(tokens, self.attention(signals).mean(axis=1), keep=keep)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    return keep_top(tokens, self.attention(signals).mean(axis=1), num_slots=num_slots)

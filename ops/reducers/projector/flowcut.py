@@ -45,7 +45,7 @@ class FlowCut(ByAttention):
 
   target: int | None = None
   spare: int = 2
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -78,18 +78,18 @@ class FlowCut(ByAttention):
     past = tokens.stats.get('flow')
     return {'flow': score if past is None else 0.5 * past + 0.5 * score}
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = tokens.stats.get('flow')
     if scores is None:
       scores = self.watch(tokens, signals)['flow']
     if self.target is None:
-      return keep_top(tokens, scores, keep=keep)
+      return keep_top(tokens, scores, num_slots=num_slots)
     left = signals.depth - self.spare - 1 - signals.layer
     lost = surplus(self.attention(signals).mean(axis=1), tokens.free, target=self.target, left=left)
     real = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
-    order = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
-    stays = ranks(order, tokens.slots) < jnp.minimum(real - lost, keep)
-    src = jnp.argsort(~stays, axis=1, stable=True)[:, :keep].astype(jnp.int32)
+    order = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
+    stays = ranks(order, tokens.slots) < jnp.minimum(real - lost, num_slots)
+    src = jnp.argsort(~stays, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
     return Gather(src, tokens.slots, valid=take(stays, src))
 
 

@@ -37,7 +37,7 @@ class HiPrune(ByAttention):
   middle: int = 8
   alpha: float = 0.1
   site = 'after'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   @property
   def needs(self) -> frozenset[str]:
@@ -55,13 +55,13 @@ class HiPrune(ByAttention):
     del tokens
     return {'object': jax.lax.stop_gradient(self.attention(signals).mean(axis=1))}
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     deep = self.attention(signals).mean(axis=1)
-    count = round(max(keep - tokens.protected, 0) * self.alpha / 5)
+    count = round(max(num_slots - tokens.protected, 0) * self.alpha / 5)
     anchors = top(tokens.stats.get('object', deep), count, excluded=~tokens.free)
     forced = (ranks(anchors, tokens.slots) < count) | near(tokens, anchors, signals.grid)
     # Far above any attention, and finite, so that what may not be touched still comes first.
-    return keep_top(tokens, jnp.where(forced & tokens.free, 2.0, 0.0) + deep, keep=keep)
+    return keep_top(tokens, jnp.where(forced & tokens.free, 2.0, 0.0) + deep, num_slots=num_slots)
 
 
 def near(tokens: TokenSet, anchors: Array, grid: tuple[int, int]) -> Array:

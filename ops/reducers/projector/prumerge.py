@@ -39,14 +39,14 @@ class PruMerge(Reducer):
   site = 'after'
   extra_slots = 1
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     slots = tokens.slots
     queries, keys = (x.astype(jnp.float32).reshape(*x.shape[:2], -1)
                      for x in (signals.queries, signals.keys))
     scores = whole_attention(tokens, queries, keys)
-    order = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
-    enough = jnp.sum(tokens.real, axis=1, keepdims=True) <= keep
-    kept = (jnp.arange(keep)[None] < keep - 1) | enough
+    order = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
+    enough = jnp.sum(tokens.real, axis=1, keepdims=True) <= num_slots
+    kept = (jnp.arange(num_slots)[None] < num_slots - 1) | enough
     rows = kept[:, :, None] & (order[:, :, None] == jnp.arange(slots)[None, None])
     weights = rows.astype(jnp.float32)
 
@@ -57,8 +57,8 @@ class PruMerge(Reducer):
     closest = jax.lax.top_k(jax.lax.stop_gradient(alike), count)[1].astype(jnp.int32)
     near = ranks(closest.reshape(-1, count), slots).reshape(alike.shape) < count
     near &= (alike > -jnp.inf) & refined[:, :, None]
-    rest = tokens.free & (ranks(order, slots) >= keep - 1) & ~enough
-    last = (jnp.arange(keep) == keep - 1)[None, :, None]
+    rest = tokens.free & (ranks(order, slots) >= num_slots - 1) & ~enough
+    last = (jnp.arange(num_slots) == num_slots - 1)[None, :, None]
     weights += jnp.where(near | (last & rest[:, None]), scores[:, None], 0.0)
     return Mix(weights, valid=None if tokens.valid is None else take(tokens.valid, order))
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.match import unit
+from ops.primitives.match import l2_normalize
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -28,11 +28,11 @@ class TextMonkey(Reducer):
   """
 
   site = 'after'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
-    return keep_top(tokens, -repeated(tokens.x, tokens.free), keep=keep)
+    return keep_top(tokens, -repeated(tokens.x, tokens.free), num_slots=num_slots)
 
 
 def repeated(x: Array, among: Array, *, chunk: int = 64) -> Array:
@@ -46,7 +46,7 @@ def repeated(x: Array, among: Array, *, chunk: int = 64) -> Array:
   Returns:
     float32[B, N], -2 where no token follows.
   """
-  x = jax.lax.stop_gradient(unit(x))
+  x = jax.lax.stop_gradient(l2_normalize(x))
   places = jnp.arange(x.shape[1])
 
   def largest(item: tuple[Array, Array]) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import cosine
-from ops.primitives.select import place, ranks, top
+from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -41,27 +41,27 @@ class VisionZip(ByAttention):
   def needs(self) -> frozenset[str]:
     return super().needs | {'keys'}
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     slots, context = tokens.slots, self.contextual
     own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), tokens.kind.shape)
-    order = top(self.attention(signals).mean(axis=1), keep - context, forced=tokens.kept,
+    order = top(self.attention(signals).mean(axis=1), num_slots - context, forced=tokens.fixed,
                 excluded=~tokens.real)
-    rest = tokens.real & (ranks(order, slots) == keep - context)
+    rest = tokens.real & (ranks(order, slots) == num_slots - context)
     step = jnp.maximum(jnp.sum(rest, axis=1, keepdims=True, dtype=jnp.int32) // context, 1)
-    rank = place(rest)
+    rank = rank_of(rest)
     target = rest & (rank % step == 0) & (rank // step < context)
     group = jnp.where(rest, jnp.where(target, 1, 3), jnp.where(tokens.real, 0, 2))
-    src = jnp.argsort(slots * group + own, axis=1)[:, :keep].astype(jnp.int32)
+    src = jnp.argsort(slots * group + own, axis=1)[:, :num_slots].astype(jnp.int32)
 
     metric = jax.lax.stop_gradient(signals.keys.astype(jnp.float32).mean(axis=2))
-    targets = src[:, keep - context:]
+    targets = src[:, num_slots - context:]
     alike = jnp.where(take(target, targets)[:, None], cosine(metric, take(metric, targets)), -2.0)
-    joins = rest & ~target
-    partner = jnp.where(joins, take(targets, jnp.argmax(alike, axis=2)), own)
+    merges = rest & ~target
+    partner = jnp.where(merges, take(targets, jnp.argmax(alike, axis=2)), own)
     dst = take(ranks(src, slots), partner)
-    count = Merge(src, dst, jnp.ones(dst.shape)).apply(joins.astype(jnp.float32))
+    count = Merge(src, dst, jnp.ones(dst.shape)).apply(merges.astype(jnp.float32))
     shares = take(jnp.pad(1 / jnp.maximum(count, 1.0), ((0, 0), (0, 1))), dst)
-    return Merge(src, dst, jnp.where(joins, shares, jnp.where(tokens.real, 1.0, 0.0)))
+    return Merge(src, dst, jnp.where(merges, shares, jnp.where(tokens.real, 1.0, 0.0)))
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     return min(slots, protected + self.contextual + 1)

@@ -31,7 +31,7 @@ class VTCCLS(ByAttention):
 
   start: int = 14
   site = 'after'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   @property
   def watch_needs(self) -> frozenset[str]:
@@ -45,8 +45,8 @@ class VTCCLS(ByAttention):
     attended = jax.lax.stop_gradient(self.attention(signals).mean(axis=1))
     return {'attended': tokens.stats.get('attended', 0.0) + attended}
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = tokens.stats.get('attended')
     if scores is None:
       scores = self.attention(signals).mean(axis=1)
-    return keep_top(tokens, scores, keep=keep)
+    return keep_top(tokens, scores, num_slots=num_slots)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ops.argmax import lowest
+from ops.argmax import min_and_index
 from ops.assignments import Assignment, take
-from ops.primitives.match import join, pairs
+from ops.primitives.match import join, pairwise_cosine
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -50,15 +50,15 @@ class ATC(Reducer):
     if self.linkage not in LINKAGES:
       raise ValueError(f'linkage={self.linkage!r} is unknown: choose one of {", ".join(LINKAGES)}')
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     keys = jax.lax.stop_gradient(signals.keys.astype(jnp.float32))
     real, free = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
                   for flags in (tokens.real, tokens.free))
-    merges = jnp.clip(real - keep, 0, jnp.maximum(free - 1, 0))
-    cluster = agglomerate(1 - pairs(keys.mean(axis=2), tokens.free), merges,
-                          most=max(tokens.slots - keep, 0), linkage=self.linkage)
+    merges = jnp.clip(real - num_slots, 0, jnp.maximum(free - 1, 0))
+    cluster = agglomerate(1 - pairwise_cosine(keys.mean(axis=2), tokens.free), merges,
+                          most=max(tokens.slots - num_slots, 0), linkage=self.linkage)
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), cluster.shape)
-    return join(tokens, cluster, own, keep=keep)
+    return join(tokens, cluster, own, num_slots=num_slots)
 
 
 def agglomerate(distance: Array, merges: Array, *, most: int, linkage: str) -> Array:
@@ -80,11 +80,11 @@ def agglomerate(distance: Array, merges: Array, *, most: int, linkage: str) -> A
     distance, count, cluster = state
     # The first row that holds the smallest, so a < b. Rows first: a search of the whole matrix for
     # its smallest number takes longer than all other work of a step.
-    a = lowest(jnp.min(distance, axis=2), axis=1).index[:, None]
+    a = min_and_index(jnp.min(distance, axis=2), axis=1).index[:, None]
     row_a = take(distance, a)[:, 0]
-    b = lowest(row_a, axis=1).index[:, None]
-    joins = number < merges
-    is_a, is_b = (iota == a) & joins, (iota == b) & joins
+    b = min_and_index(row_a, axis=1).index[:, None]
+    goes_on = number < merges
+    is_a, is_b = (iota == a) & goes_on, (iota == b) & goes_on
     count_a, count_b = take(count, a), take(count, b)
     new = LINKAGES[linkage](row_a, take(distance, b)[:, 0], count_a, count_b)
     new = jnp.where(is_a | is_b, jnp.inf, new)
@@ -92,7 +92,7 @@ def agglomerate(distance: Array, merges: Array, *, most: int, linkage: str) -> A
     distance = jnp.where(is_a[:, None], new[:, :, None], distance)
     distance = jnp.where(is_b[:, :, None] | is_b[:, None], jnp.inf, distance)
     count = jnp.where(is_a, count_a + count_b, count)
-    return distance, count, jnp.where(joins & (cluster == b), a, cluster)
+    return distance, count, jnp.where(goes_on & (cluster == b), a, cluster)
 
   start = (distance, jnp.ones((batch, slots)), jnp.broadcast_to(iota, (batch, slots)))
   return jax.lax.fori_loop(0, most, step, start)[2]

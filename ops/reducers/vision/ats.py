@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Gather, take
-from ops.primitives.match import put
+from ops.primitives.match import scatter
 from ops.primitives.select import top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
@@ -38,7 +38,7 @@ class ATS(ByAttention):
 
   points: int | None = None
   site = 'inside'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
   adaptive = 'a token that is sampled twice fills one slot'
 
   def __post_init__(self) -> None:
@@ -50,10 +50,11 @@ class ATS(ByAttention):
   def needs(self) -> frozenset[str]:
     return super().needs | {'values'}
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = significance(signals, by=self.by)
-    points = max(keep - tokens.protected, 1) if self.points is None else self.points
-    return keep_sampled(tokens, scores, sample(scores, tokens.free, points=points), keep=keep)
+    points = max(num_slots - tokens.protected, 1) if self.points is None else self.points
+    return keep_sampled(tokens, scores, sample(scores, tokens.free, points=points),
+                        num_slots=num_slots)
 
 
 def significance(signals: Signals, *, by: str = 'cls_attention') -> Array:
@@ -84,7 +85,7 @@ def sample(scores: Array, among: Array, *, points: int) -> Array:
   share = (share - share[:, :1]) / jnp.maximum(share[:, -1:] - share[:, :1], 1e-20)
   wanted = quantiles(share, there, points=points)
   nearest = take(order, jax.vmap(nearest_share)(jnp.where(there, share, jnp.inf), wanted))
-  return put(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among
+  return scatter(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among
 
 
 def quantiles(share: Array, there: Array, *, points: int) -> Array:
@@ -101,7 +102,7 @@ def nearest_share(share: Array, quantiles: Array) -> Array:
   return jnp.where(lower, below, above).astype(jnp.int32)
 
 
-def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, keep: int,
+def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, num_slots: int,
                  turn: Array | None = None) -> Gather:
   """Protected tokens, then those that were hit, then padding.
 
@@ -112,9 +113,10 @@ def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, keep: int,
     keep: M slots.
     turn: float32[B, N], the order of those that were hit; None for the lowest score first.
   """
-  picked = top(scores, keep, forced=tokens.kept, excluded=~(tokens.kept | hit))
-  rank = jnp.where(tokens.kept, -jnp.inf, jnp.where(hit, scores if turn is None else turn, jnp.inf))
+  picked = top(scores, num_slots, forced=tokens.fixed, excluded=~(tokens.fixed | hit))
+  rank = jnp.where(tokens.fixed, -jnp.inf,
+                   jnp.where(hit, scores if turn is None else turn, jnp.inf))
   src = take(picked, jnp.argsort(take(rank, picked), axis=1))
-  stays = tokens.kept | hit
+  stays = tokens.fixed | hit
   return Gather(src, tokens.slots, valid=take(stays, src),
                 wanted=jnp.sum(stays, axis=1, dtype=jnp.int32))

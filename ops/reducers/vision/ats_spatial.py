@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
-from ops.primitives.match import put
+from ops.primitives.match import scatter
 from ops.reducers.vision.ats import ATS, keep_sampled, nearest_share
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -29,12 +29,12 @@ class ATSSpatial(ATS):
   end. `keep` is a capacity; with `points` above it, the least significant are dropped.
   """
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = significance_by_head(signals, by=self.by)
-    points = max(keep - tokens.protected, 1) if self.points is None else self.points
+    points = max(num_slots - tokens.protected, 1) if self.points is None else self.points
     hit = sample_in_order(scores, tokens.free, points=points)
     turn = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.float32), scores.shape)
-    return keep_sampled(tokens, scores, hit, keep=keep, turn=turn)
+    return keep_sampled(tokens, scores, hit, num_slots=num_slots, turn=turn)
 
 
 def significance_by_head(signals: Signals, *, by: str = 'cls_attention') -> Array:
@@ -62,4 +62,4 @@ def sample_in_order(scores: Array, among: Array, *, points: int) -> Array:
   quantiles = (2 * jnp.arange(points, dtype=jnp.float32) + 1) / (2 * points + 2)
   quantiles = jnp.broadcast_to(quantiles, (len(scores), points))
   nearest = take(order, jax.vmap(nearest_share)(jnp.where(there, share, jnp.inf), quantiles))
-  return put(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among
+  return scatter(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among

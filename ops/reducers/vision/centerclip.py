@@ -66,17 +66,17 @@ class CenterCLIP(Reducer):
         raise ValueError(f'{field}={getattr(self, field)} must be positive')
 
   @property
-  def conserves(self) -> str:
+  def drops(self) -> str:
     return 'pruning drops tokens' if self.outputs == 'medoids' else ''
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     return min(slots, protected + self.segments)
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
-    slot, among, count = divide(tokens, segments=self.segments, keep=keep)
+    slot, among, count = divide(tokens, segments=self.segments, num_slots=num_slots)
     x = jax.vmap(take, (None, 1), 1)(tokens.x, slot).reshape(*among.shape, -1)
-    clusters = min(-(-(keep - tokens.protected) // self.segments), among.shape[1])
+    clusters = min(-(-(num_slots - tokens.protected) // self.segments), among.shape[1])
     if self.by == 'spectral':
       alike = kmedoids.affinity(cluster.distances(x), among, sigma=self.sigma, graph=self.graph,
                                 neighbours=self.neighbours)
@@ -95,13 +95,13 @@ class CenterCLIP(Reducer):
     place = jnp.where(among.reshape(medoid.shape), slot.reshape(medoid.shape), tokens.slots)
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), tokens.kind.shape)
     medoid = jax.vmap(lambda o, p, m: o.at[p].set(m, mode='drop'))(own, place, medoid)
-    picked = keep_top(tokens, (medoid == own) & tokens.free, keep=keep)
+    picked = keep_top(tokens, (medoid == own) & tokens.free, num_slots=num_slots)
     if self.outputs == 'medoids':
       return picked
     return Merge.mean(picked.src, take(ranks(picked.src, tokens.slots), medoid), tokens.real)
 
 
-def divide(tokens: TokenSet, *, segments: int, keep: int) -> tuple[Array, Array, Array]:
+def divide(tokens: TokenSet, *, segments: int, num_slots: int) -> tuple[Array, Array, Array]:
   """Divides the free tokens of each row, and the slots to be filled, evenly.
 
   Returns:
@@ -109,11 +109,11 @@ def divide(tokens: TokenSet, *, segments: int, keep: int) -> tuple[Array, Array,
     clusters of each segment, never more than it has tokens.
   """
   free, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                for flags in (tokens.free, tokens.kept))
+                for flags in (tokens.free, tokens.fixed))
   s = jnp.arange(segments, dtype=jnp.int32)[None]
   length, start = free // segments + (s < free % segments), free // segments * s
   start = (start + jnp.minimum(s, free % segments))[:, :, None]
-  room = jnp.clip(keep - kept, 0, free)
+  room = jnp.clip(num_slots - kept, 0, free)
   count = room // segments + (s < room % segments)
   i = jnp.arange(-(-(tokens.slots - tokens.protected) // segments), dtype=jnp.int32)[None, None]
   order = jnp.argsort(~tokens.free, axis=1, stable=True).astype(jnp.int32)

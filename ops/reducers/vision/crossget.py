@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.argmax import highest
+from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge, take
-from ops.primitives.match import cosine, pairs, spare
+from ops.primitives.match import cosine, num_excess, pairwise_cosine
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -58,10 +58,10 @@ class CrossGET(Reducer):
       return frozenset({'keys', 'cls_attention', 'received_attention'})
     return frozenset({'keys', 'queries'})
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     return slots - max(slots - protected - (self.form == 'text'), 0) // 2
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     keys = jax.lax.stop_gradient(signals.keys.astype(jnp.float32))
     if self.form == 'attention':
       metric, importance = keys.mean(axis=2), _from_attention(tokens, signals)
@@ -74,19 +74,19 @@ class CrossGET(Reducer):
       metric, query = keys.reshape(flat), take(signals.queries.reshape(flat), slot)
       importance = cosine(metric, jax.lax.stop_gradient(query))[..., 0]
 
-    similarity = pairs(metric, tokens.free)
-    source = _sources(tokens, similarity, importance, keep)
-    match = highest(jnp.where(source[:, None], -jnp.inf, similarity), axis=2).index
+    similarity = pairwise_cosine(metric, tokens.free)
+    source = _sources(tokens, similarity, importance, num_slots)
+    match = max_and_index(jnp.where(source[:, None], -jnp.inf, similarity), axis=2).index
     weight = 2 * jax.nn.sigmoid(importance - take(importance, match))
 
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), source.shape)
     stays = tokens.real & ~source
-    src = jnp.argsort(~stays, axis=1, stable=True)[:, :keep].astype(jnp.int32)
+    src = jnp.argsort(~stays, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
     dst = take(ranks(src, tokens.slots), jnp.where(source, match, own))
     merge = Merge.mean(src, dst, jnp.where(tokens.real, tokens.sizes, 0.0))
     # The other half of each pair's weight of 2, beyond the 1 that the target has anyway.
     change = merge.totals(jnp.where(source, 1 - weight, 0.0))
-    factor = jnp.where(source, weight, 1 + take(change, jnp.minimum(dst, keep - 1)))
+    factor = jnp.where(source, weight, 1 + take(change, jnp.minimum(dst, num_slots - 1)))
     return merge.replace(weight=merge.weight * factor)
 
   def _query_slot(self, tokens: TokenSet) -> Array:
@@ -115,10 +115,10 @@ def _from_attention(tokens: TokenSet, signals: Signals) -> Array:
   return query + (received * count - query) / jnp.maximum(count - 1, 1.0)
 
 
-def _sources(tokens: TokenSet, similarity: Array, importance: Array, keep: int) -> Array:
+def _sources(tokens: TokenSet, similarity: Array, importance: Array, num_slots: int) -> Array:
   """bool[B, N], the tokens that go."""
   rank = ranks(top(jnp.max(similarity, axis=2), tokens.slots), tokens.slots)
   later = rank[:, None, :] > rank[:, :, None]
   best = jnp.max(jnp.where(later, similarity, -jnp.inf), axis=2)
   order = top(best - importance, tokens.slots, excluded=~tokens.free)
-  return ranks(order, tokens.slots) < spare(tokens, keep)
+  return ranks(order, tokens.slots) < num_excess(tokens, num_slots)

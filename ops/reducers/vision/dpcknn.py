@@ -37,13 +37,13 @@ class DPCKNN(Reducer):
   smoothing: float = 0.0
   site = 'before'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
-    src, dst = density_clusters(tokens, keep=keep, neighbours=self.neighbours)
+    src, dst = density_clusters(tokens, num_slots=num_slots, neighbours=self.neighbours)
     return average(tokens, src, dst, tokens.real, smoothing=self.smoothing)
 
 
-def density_clusters(tokens: TokenSet, *, keep: int, neighbours: int,
+def density_clusters(tokens: TokenSet, *, num_slots: int, neighbours: int,
                      noise: Array | None = None) -> tuple[Array, Array]:
   """Groups the free tokens around density peaks.
 
@@ -58,14 +58,14 @@ def density_clusters(tokens: TokenSet, *, keep: int, neighbours: int,
   """
   distance = cluster.distances(tokens.x) * tokens.x.shape[2] ** -0.5
   scores = cluster.peaks(distance, tokens.free, neighbours=neighbours, noise=noise)
-  centres = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
+  centres = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
   group = cluster.nearest(distance, centres, take(tokens.free, centres))
-  return centres, jnp.where(tokens.real, group, keep)
+  return centres, jnp.where(tokens.real, group, num_slots)
 
 
 def average(tokens: TokenSet, src: Array, dst: Array, weight: Array, *, smoothing: float) -> Merge:
   """The groups of `density_clusters` as means by float[B, N]; protected tokens stay as they are."""
-  weight = jnp.where(tokens.free, weight, tokens.kept).astype(jnp.float32)
+  weight = jnp.where(tokens.free, weight, tokens.fixed).astype(jnp.float32)
   merge = Merge.mean(src, dst, weight)
   if not smoothing:
     return merge

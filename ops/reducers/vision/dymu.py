@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
-from ops.primitives.match import arranged, join, nearest, put, spare
+from ops.primitives.match import join, nearest, num_excess, parity_order, scatter
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -44,7 +44,7 @@ class DyMU(Reducer):
     if self.most is not None and self.most < 1:
       raise ValueError(f'most={self.most} must be at least 1, or None for no limit')
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     return slots - (slots - protected) // 2
 
   def threshold_at(self, layer: int, depth: int) -> float:
@@ -56,22 +56,22 @@ class DyMU(Reducer):
                        'each layer, or one for all')
     return self.threshold[layer]
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     threshold = self.threshold_at(signals.layer, signals.depth)
     a, b, best, match = candidates(tokens, signals.keys)
-    half, crowd = spare(tokens, 0), spare(tokens, keep)
+    half, crowd = num_excess(tokens, 0), num_excess(tokens, num_slots)
     alike = jnp.sum(best > threshold, axis=1, keepdims=True)
     alike = jnp.minimum(alike, half if self.most is None else jnp.minimum(half, self.most))
     place = ranks(top(best, a.shape[1]), a.shape[1])
     source = (place < jnp.maximum(alike, crowd)) & (best > -jnp.inf)
 
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), tokens.kind.shape)
-    turn = put(own, a, own[:, :a.shape[1]] if tokens.protected else place)
-    turn = put(turn, b, tokens.slots + own[:, :b.shape[1]])
-    merge = join(tokens, put(own, a, jnp.where(source, match, a)), turn, keep=keep)
+    turn = scatter(own, a, own[:, :a.shape[1]] if tokens.protected else place)
+    turn = scatter(turn, b, tokens.slots + own[:, :b.shape[1]])
+    merge = join(tokens, scatter(own, a, jnp.where(source, match, a)), turn, num_slots=num_slots)
     count = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
     left = count - jnp.sum(source, axis=1, keepdims=True, dtype=jnp.int32)
-    return merge.replace(valid=jnp.arange(keep)[None] < left, wanted=(count - alike)[:, 0])
+    return merge.replace(valid=jnp.arange(num_slots)[None] < left, wanted=(count - alike)[:, 0])
 
 
 def candidates(tokens: TokenSet, keys: Array) -> tuple[Array, Array, Array, Array]:
@@ -85,7 +85,7 @@ def candidates(tokens: TokenSet, keys: Array) -> tuple[Array, Array, Array, Arra
     int32[B, A] and [B, N - A], slots; float32[B, A], the best cosine, -inf where nothing may merge;
     int32[B, A], the slot that has it.
   """
-  order = arranged(tokens)
+  order = parity_order(tokens)
   a, b = order[:, ::2], order[:, 1::2]
   metric = jax.lax.stop_gradient(keys).astype(jnp.float32).mean(axis=2)
   return a, b, *nearest(metric, a, b, use_a=take(tokens.free, a), use_b=take(tokens.free, b))

@@ -25,12 +25,12 @@ class EViT(ByAttention):
 
   extra_slots = 1
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = self.attention(signals).mean(axis=1)
-    order = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
+    order = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
     # The last slot belongs to the fused token, whose anchor is the best of the dropped.
     place = ranks(order, tokens.slots)
-    dst = jnp.where(tokens.real, jnp.minimum(place, keep - 1), keep)
-    enough = jnp.sum(tokens.real, axis=1, keepdims=True) <= keep
-    weight = jnp.where((place < keep - 1) | enough, 1.0, scores)
+    dst = jnp.where(tokens.real, jnp.minimum(place, num_slots - 1), num_slots)
+    enough = jnp.sum(tokens.real, axis=1, keepdims=True) <= num_slots
+    weight = jnp.where((place < num_slots - 1) | enough, 1.0, scores)
     return Merge(order, dst, weight)

@@ -53,8 +53,8 @@ class Expedit(Reducer):
     if self.reach < 0:
       raise ValueError(f'reach={self.reach} must not be negative')
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    made = cells(signals.grid, keep - tokens.protected, bands=self.bands, reach=self.reach)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    made = cells(signals.grid, num_slots - tokens.protected, bands=self.bands, reach=self.reach)
     pos = jnp.clip(tokens.pos, 0, made.near.shape[1] - 1)
     inside, near = (jnp.asarray(mask.T)[pos].swapaxes(1, 2) for mask in (made.inside, made.near))
     soft = soft_clusters(tokens.x, inside, near, tokens.free, iterations=self.iterations,

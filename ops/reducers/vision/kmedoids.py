@@ -39,7 +39,7 @@ class KMedoids(Reducer):
   start: int = 0
   iterations: int = 3
   site = 'before'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:
     if self.weights not in WEIGHTS:
@@ -49,13 +49,13 @@ class KMedoids(Reducer):
   def needs(self) -> frozenset[str]:
     return frozenset({'received_attention'} if self.weights == 'attention' else ())
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     distance = cluster.distances(tokens.x)
     if self.weights == 'attention':
       weight = scores = jax.lax.stop_gradient(signals.received_attention.mean(axis=1))
     else:
       weight = jnp.ones(tokens.x.shape[:2])
-      scores = cluster.farthest_first(distance, tokens.free, start=self.start, count=keep)
-    seeds = top(scores, keep, forced=tokens.kept, excluded=~tokens.real)
+      scores = cluster.farthest_first(distance, tokens.free, start=self.start, count=num_slots)
+    seeds = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
     picked = cluster.medoids(distance, seeds, weight, tokens.free, iterations=self.iterations)
     return Gather(picked, tokens.slots)

@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.argmax import highest
+from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge, take
-from ops.primitives.match import arranged, cosine, join, put, spare
+from ops.primitives.match import cosine, join, num_excess, parity_order, scatter
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -67,23 +67,23 @@ class MCTF(Reducer):
   def needs(self) -> frozenset[str]:
     return frozenset({self.attention})
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     return max(slots - (slots - protected) // 2, min(slots, 10))
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     received = jax.lax.stop_gradient(getattr(signals, self.attention).mean(axis=1))
-    order = arranged(tokens)
+    order = parity_order(tokens)
     a, b = order[:, ::2], order[:, 1::2]
     scores = self._scores(tokens, received, a, b)
-    removed = spare(tokens, keep)
+    removed = num_excess(tokens, num_slots)
 
-    best, index = highest(scores, axis=2)
+    best, index = max_and_index(scores, axis=2)
     rank_a = _rank(best, take(tokens.free, a))
     source_a = rank_a < (removed // 2 if self.direction == 'both' else removed)
     source_a &= best > -jnp.inf
     match_a = take(b, index)
     back = jnp.where(source_a[:, :, None], -jnp.inf, scores)
-    best, index = highest(back, axis=1)
+    best, index = max_and_index(back, axis=1)
     rank_b = _rank(best, take(tokens.free, b))
     source_b = rank_b < removed - jnp.sum(source_a, axis=1, keepdims=True)
     source_b &= (best > -jnp.inf) & (self.direction == 'both')
@@ -91,11 +91,11 @@ class MCTF(Reducer):
 
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), order.shape)
     # An odd slot that moves on takes along the even slots that joined it.
-    partner = put(own, b, jnp.where(source_b, match_b, b))
-    partner = put(partner, a, jnp.where(source_a, take(partner, match_a), a))
-    turn = put(own, a, own[:, :a.shape[1]] if tokens.protected else rank_a)
+    partner = scatter(own, b, jnp.where(source_b, match_b, b))
+    partner = scatter(partner, a, jnp.where(source_a, take(partner, match_a), a))
+    turn = scatter(own, a, own[:, :a.shape[1]] if tokens.protected else rank_a)
     last = rank_b if self.direction == 'both' else own[:, :b.shape[1]]
-    merge = join(tokens, partner, put(turn, b, tokens.slots + last), keep=keep)
+    merge = join(tokens, partner, scatter(turn, b, tokens.slots + last), num_slots=num_slots)
 
     if self.pooling == 'max':
       return merge.replace(op='max')

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Merge, take
-from ops.primitives.match import bipartite, cosine, join, nearest, put, spare
+from ops.primitives.match import bipartite, cosine, join, nearest, num_excess, scatter
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -52,7 +52,7 @@ class PiToMe(Reducer):
     if self.pairing not in PAIRINGS:
       raise ValueError(f'pairing={self.pairing!r} is unknown: choose one of {", ".join(PAIRINGS)}')
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     return slots - (slots - protected) // 2
 
   def pairing_at(self, layer: int, depth: int) -> str:
@@ -62,7 +62,7 @@ class PiToMe(Reducer):
     early = 2 * layer < depth
     return 'bipartite' if early == (self.pairing == 'deit') else 'energy'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     pairing = self.pairing_at(signals.layer, signals.depth)
     metric = signals.keys.astype(jnp.float32).mean(axis=2)
     margin = self.margin + (self.last_margin - self.margin) * signals.layer / signals.depth
@@ -70,8 +70,9 @@ class PiToMe(Reducer):
     energy = (gaussian_energy if pairing == 'text' else elu_energy)(similarity, tokens.free, margin)
     order = top(energy, tokens.slots, excluded=~tokens.free)
     if pairing == 'bipartite':
-      return bipartite(tokens, metric, order[:, ::2], order[:, 1::2], keep=keep, order='score')
-    return _pairs(tokens, metric, order, pairing, keep)
+      return bipartite(tokens, metric, order[:, ::2], order[:, 1::2], num_slots=num_slots,
+                       order='score')
+    return _pairs(tokens, metric, order, pairing, num_slots)
 
 
 def elu_energy(similarity: Array, free: Array, margin: float) -> Array:
@@ -91,17 +92,17 @@ def _mean(values: Array, free: Array) -> Array:
   return total / jnp.maximum(jnp.sum(free, axis=1, keepdims=True), 1)
 
 
-def _pairs(tokens: TokenSet, metric: Array, order: Array, pairing: str, keep: int) -> Merge:
+def _pairs(tokens: TokenSet, metric: Array, order: Array, pairing: str, num_slots: int) -> Merge:
   """Merges r of the 2 r first slots in the order into the others."""
-  number = jnp.arange(max(tokens.slots - keep, 1), dtype=jnp.int32)[None]
-  removed = spare(tokens, keep)
+  number = jnp.arange(max(tokens.slots - num_slots, 1), dtype=jnp.int32)[None]
+  removed = num_excess(tokens, num_slots)
   first, second = (number, number + removed) if pairing == 'text' else (2 * number, 2 * number + 1)
   a, b = (take(order, jnp.broadcast_to(jnp.minimum(i, tokens.slots - 1),
                                        (len(order), number.size))) for i in (first, second))
   use = number < removed
   _, match = nearest(metric, a, b, use_a=use, use_b=use)
   own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), order.shape)
-  partner = put(own, a, jnp.where(use, match, a))
+  partner = scatter(own, a, jnp.where(use, match, a))
   rank = ranks(order, tokens.slots)
   turn = jnp.where(rank < 2 * removed, tokens.slots + rank, rank)
-  return join(tokens, partner, turn, keep=keep)
+  return join(tokens, partner, turn, num_slots=num_slots)

@@ -46,9 +46,9 @@ class TokenTransforming(ByAttention):
   def needs(self) -> frozenset[str]:
     return super().needs | {'keys'}
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = self.attention(signals).mean(axis=1)
-    chosen = top(scores, keep - tokens.protected, excluded=~tokens.free)
+    chosen = top(scores, num_slots - tokens.protected, excluded=~tokens.free)
     keys = signals.keys.astype(jnp.float32).mean(axis=2)
     logits = self.tau * cosine(take(keys, chosen), keys) + log_weight(tokens.sizes)[:, None]
     logits = jnp.where(tokens.free[:, None], logits, PADDING_BIAS)

@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.match import arranged, bipartite
+from ops.primitives.match import bipartite, parity_order
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -31,11 +31,11 @@ class ToMe(Reducer):
   proportional: bool = True
   needs = frozenset({'keys'})
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     return slots - (slots - protected) // 2
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    order = arranged(tokens)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    order = parity_order(tokens)
     metric = signals.keys.astype(jnp.float32).mean(axis=2)
-    return bipartite(tokens, metric, order[:, ::2], order[:, 1::2], keep=keep,
+    return bipartite(tokens, metric, order[:, ::2], order[:, 1::2], num_slots=num_slots,
                      order='given' if tokens.protected else 'score')

@@ -8,8 +8,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.match import evenly, join, nearest
-from ops.primitives.select import place
+from ops.primitives.match import evenly_spaced, join, nearest
+from ops.primitives.select import rank_of
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -28,14 +28,15 @@ class ToMeKth(Reducer):
   proportional: bool = True
   needs = frozenset({'keys'})
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     count, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                   for flags in (tokens.free, tokens.kept))
-    stays = tokens.free & evenly(place(tokens.free) + 1, count, jnp.clip(keep - kept, 0, count))
+                   for flags in (tokens.free, tokens.fixed))
+    stays = tokens.free & evenly_spaced(rank_of(tokens.free) + 1, count,
+                                        jnp.clip(num_slots - kept, 0, count))
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), stays.shape)
-    target = jnp.argsort(~stays, axis=1, stable=True)[:, :keep].astype(jnp.int32)
+    target = jnp.argsort(~stays, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
     source = tokens.free & ~stays
     metric = signals.keys.astype(jnp.float32).mean(axis=2)
     _, match = nearest(metric, own, target, use_a=source,
                        use_b=jnp.take_along_axis(stays, target, axis=1))
-    return join(tokens, jnp.where(source, match, own), own, keep=keep)
+    return join(tokens, jnp.where(source, match, own), own, num_slots=num_slots)

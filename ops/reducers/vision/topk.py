@@ -24,7 +24,8 @@ class TopK(ByAttention):
   """
 
   order: str = 'score'
-  conserves = 'pruning drops tokens'
+  drops = 'pruning drops tokens'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
-    return keep_top(tokens, self.attention(signals).mean(axis=1), keep=keep, order=self.order)
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    return keep_top(tokens, self.attention(signals).mean(axis=1), num_slots=num_slots,
+                    order=self.order)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ops import attention
 from ops.assignments import Assignment, Merge, take
-from ops.primitives.match import arranged, bipartite
+from ops.primitives.match import bipartite, parity_order
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, key_bias
@@ -34,19 +34,20 @@ class VidTLDR(Reducer):
 
   needs = frozenset({'queries', 'keys'})
   proportional = True
-  conserves = 'a token merged away counts only as far as it is salient'
-  joins = True
+  drops = 'a token merged away counts only as far as it is salient'
+  merges = True
 
-  def fewest(self, slots: int, protected: int) -> int:
+  def min_slots(self, slots: int, protected: int) -> int:
     return slots - (slots - protected) // 2
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, keep: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     entropy = negative_entropy(signals.queries, signals.keys,
                                bias=key_bias(tokens, proportional=False))
     salient = jax.lax.stop_gradient(saliency(entropy, tokens.free))
-    order = arranged(tokens)
-    merge = bipartite(tokens, tokens.x, order[:, ::2], order[:, 1::2], keep=keep, order='given')
-    anchor = take(merge.src, jnp.minimum(merge.dst, keep - 1))
+    order = parity_order(tokens)
+    merge = bipartite(tokens, tokens.x, order[:, ::2], order[:, 1::2], num_slots=num_slots,
+                      order='given')
+    anchor = take(merge.src, jnp.minimum(merge.dst, num_slots - 1))
     own = jnp.arange(tokens.slots, dtype=jnp.int32)[None]
     share = jnp.where(tokens.free & (anchor != own), salient, 1.0)
     return Merge.mean(merge.src, merge.dst, share * tokens.sizes).replace(share=share)
