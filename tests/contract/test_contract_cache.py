@@ -114,7 +114,7 @@ def declares(name):
 def shapes(name):
   """int32[B, K, M], no entry twice in a head, for every count it claims to reach."""
   for keep in (method(name).min_slots(LENGTH, 0), KEEP, LENGTH):
-    src = run(name, projections(), num_slots=keep).src
+    src = run(name, projections(), keep=keep).src
     assert src.shape == (BATCH, KV, keep)
     assert src.dtype == np.int32
     ordered = np.sort(src, axis=2)

@@ -122,7 +122,7 @@ def test_stats_are_those_of_the_layers_watched(site, layers):
   expected = 0
   for layer in layers:
     # One layer alone, of the untouched model.
-    _, probe = run(model, params, images, layers=layer, watch=layer, num_slots=63)
+    _, probe = run(model, params, images, layers=layer, watch=layer, keep=63)
     expected += probe['before'][layer].stats['seen']
   np.testing.assert_allclose(out['before'][3].stats['seen'], expected, atol=1e-6, rtol=0)
   kept = np.sort(np.argsort(-np.asarray(expected)[:, 1:], axis=1)[:, :20], axis=1)
@@ -134,7 +134,7 @@ def test_stats_are_those_of_the_layers_watched(site, layers):
 def test_the_attention_watched_is_the_layers_own():
   """Against attention recomputed from the features that the layer got."""
   model, params, images = golden_vit.model(), golden_vit.params(), golden_vit.images()
-  _, out = run(model, params, images, layers=2, num_slots=20, watch=(1,))
+  _, out = run(model, params, images, layers=2, keep=20, watch=(1,))
   _, full = compiled(model)(params, images)
   blocks = jax.tree.map(lambda leaf: leaf[1], params['stack']['blocks'])
   x = np.asarray(full['hidden'][0], np.float64)
@@ -152,7 +152,7 @@ def test_the_attention_watched_is_the_layers_own():
 def test_stats_follow_their_tokens_through_cuts(mode):
   """Layer 3 adds to the sums of those that layer 1 left."""
   model, params, images = golden_vit.model(), golden_vit.params(), golden_vit.images()
-  _, out = run(model, params, images, layers=(1, 3), num_slots=(30, 12), mode=mode)
+  _, out = run(model, params, images, layers=(1, 3), keep=(30, 12), mode=mode)
   first, before, last = out['cuts'][1], out['before'][3], out['cuts'][3]
   np.testing.assert_array_equal(before.pos, first.pos)
   real = np.asarray(before.real)

@@ -284,7 +284,7 @@ ONE = vit_cost.Architecture(width=8, depth=1, mlp=32, heads=2, kv_heads=2, slots
 N, M, C = 10, 6, 8
 
 
-@pytest.mark.parametrize(('site', 'joins', 'macs'), [
+@pytest.mark.parametrize(('site', 'merges', 'macs'), [
     ('before', True, 12 * M * C ** 2 + 2 * M ** 2 * C),
     ('between', True, 4 * N * C ** 2 + 2 * N ** 2 * C + 8 * M * C ** 2),
     ('after', True, 12 * N * C ** 2 + 2 * N ** 2 * C),

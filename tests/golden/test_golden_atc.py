@@ -22,7 +22,7 @@ def operate(linkage, x, size, keys, *, protected, keep):
   kind = np.where(np.arange(x.shape[1]) < protected, SPECIAL, VISUAL).astype(np.int8)
   tokens = TokenSet.create(jnp.asarray(x), kind=np.tile(kind, (len(x), 1)), size=size,
                            protected=protected)
-  method = jax.jit(functools.partial(ATC(linkage=linkage), keep=keep))
+  method = jax.jit(functools.partial(ATC(linkage=linkage), num_slots=keep))
   return tk.reduce(tokens, method(tokens, Signals(keys=keys[:, :, None])))
 
 
@@ -38,7 +38,7 @@ def test_op(case):
   labels, protected = raw[f'{case}_labels'], int(raw[f'{case}_class_token'])
   keep = int(raw[f'{case}_num_clusters']) + protected
   reduced = operate(str(raw[f'{case}_linkage']), x, size[..., 0], metric, protected=protected,
-                    num_slots=keep)
+                    keep=keep)
   for row in range(len(x)):
     owner = np.asarray(reduced.owner[row])
     same_partition(owner, labels[row])
@@ -54,7 +54,7 @@ def test_op(case):
 @pytest.mark.parametrize('keep', [1, 4, 17])
 def test_every_linkage_clusters_as_scikit_learn_does(linkage, keep):
   metric = np.random.default_rng(keep).normal(size=(2, 24, 6)).astype(np.float32)
-  reduced = operate(linkage, metric, None, metric, protected=0, num_slots=keep)
+  reduced = operate(linkage, metric, None, metric, protected=0, keep=keep)
   unit = metric / np.linalg.norm(metric, axis=2, keepdims=True)
   for row in range(2):
     theirs = AgglomerativeClustering(n_clusters=keep, metric='precomputed', linkage=linkage).fit(

@@ -24,7 +24,7 @@ def test_dpcknn_op(case):
   mask = raw.get(f'{case}_token_mask')
   valid = None if mask is None else jnp.asarray(mask > 0)
   tokens = TokenSet.create(jnp.asarray(x), valid=valid)
-  src, dst = density_clusters(tokens, keep=keep, neighbours=int(raw[f'{case}_k']),
+  src, dst = density_clusters(tokens, num_slots=keep, neighbours=int(raw[f'{case}_k']),
                               noise=jnp.asarray(raw[f'{case}_noise']))
   np.testing.assert_array_equal(src, raw[f'{case}_centers'])
   real = np.asarray(tokens.real)

@@ -35,7 +35,7 @@ def operate(method, raw, *, ends=(0, -1), free=VISUAL, **signals):
   tokens = TokenSet.create(jnp.asarray(x), kind=kind, size=raw['size'], stats=stats,
                            protected=len(ends), of=(free,))
   keep = raw['stable_out'].shape[1]
-  assignment = jax.jit(method, static_argnames='keep')(
+  assignment = jax.jit(method, static_argnames='num_slots')(
       tokens, Signals(**signals), num_slots=keep)
   return assignment, tk.reduce(tokens, assignment)
 
@@ -118,7 +118,7 @@ def test_image_form_reads_the_first_special_token():
 def test_padding_changes_nothing_in_other_forms(form):
   method, case = CrossGET(form=form), contract.random_case()
   keep = max(contract.KEEP, method.min_slots(contract.SLOTS, contract.PROTECTED))
-  call = jax.jit(method, static_argnames='keep')
+  call = jax.jit(method, static_argnames='num_slots')
 
   def run(case):
     tokens = case.tokens()

@@ -42,13 +42,13 @@ def training(raw):
   tokens, width = with_cls(raw['x'], raw['size']), raw['metric'].shape[-1]
   module = DTEM(features=width, **settings(raw))
   params = {'metric': {'kernel': jnp.eye(width), 'bias': jnp.zeros(width)}}
-  call = compiled(functools.partial(module.apply, keep=raw['x'].shape[1] - int(raw['r'])))
+  call = compiled(functools.partial(module.apply, num_slots=raw['x'].shape[1] - int(raw['r'])))
   return tokens, call({'params': params}, tokens, Signals(hidden=jnp.asarray(raw['metric'])),
                       rngs={'dropout': jax.random.key(0)})
 
 
 @functools.partial(jax.jit, static_argnames=(
-    'keep', 'count', 'candidates', 'temperature', 'choice_temperature'))
+    'num_slots', 'count', 'candidates', 'temperature', 'choice_temperature'))
 def merged(tokens, metric, **how):
   return tk.reduce(tokens, soft_merge(tokens, metric, **how))
 
@@ -134,7 +134,7 @@ def test_a_sharp_choice_is_the_hard_merge():
   """At low temperatures the soft merge moves whole tokens, and empties as many slots."""
   rng = np.random.default_rng(0)
   x, metric = rng.normal(size=(2, 2, 15, 6)).astype(np.float32)
-  merge = functools.partial(merged, keep=11, count=15, candidates=3, temperature=0.2,
+  merge = functools.partial(merged, num_slots=11, count=15, candidates=3, temperature=0.2,
                             choice_temperature=1e-4)
   reduced = merge(with_cls(x, None), metric)
   np.testing.assert_allclose(reduced.size, np.round(reduced.size), atol=1e-5)
@@ -149,7 +149,7 @@ def test_only_the_first_count_slots_take_part():
   """As in the release's later layers: what an earlier cut emptied stays as it is, at the end."""
   raw = case_of('a')
   x, size, metric = raw['x'], raw['size'], raw['metric']
-  merge = functools.partial(merged, keep=9, count=12, **settings(raw))
+  merge = functools.partial(merged, num_slots=9, count=12, **settings(raw))
   alone = merge(with_cls(x[:, :12], size[:, :12]), metric[:, :12])
   reduced = merge(with_cls(x, size), metric)
   np.testing.assert_array_equal(reduced.x[:, 12:], x[:, 12:])
@@ -162,7 +162,7 @@ def test_padding_changes_nothing_in_training():
   raw = case_of('b')
   x, size, metric = raw['x'], raw['size'], raw['metric']
   slots, extra = x.shape[1], 3
-  merge = functools.partial(merged, keep=slots - 6, **settings(raw))
+  merge = functools.partial(merged, num_slots=slots - 6, **settings(raw))
   plain = merge(with_cls(x, size), metric, count=slots)
   for place in (np.arange(slots), np.arange(extra, slots + extra),
                 np.setdiff1d(np.arange(slots + extra), [3, 4, 9])):
@@ -221,7 +221,7 @@ def test_model_trains_on_all_slots_and_evaluates_on_fewer():
 
   grads, cuts = compiled(jax.grad(loss, has_aux=True))(params)
   for cut, part in zip(cuts, (slots, slots - 8), strict=True):
-    assert cut.slots_in == slots
+    assert cut.slots == slots
     np.testing.assert_allclose(cut.size.sum(axis=1), [slots, slots], rtol=1e-5)
     assert (np.diff(np.asarray(cut.size)[:, 1:part], axis=1) <= 0).all()
   for path, leaf in jax.tree.leaves_with_path(grads):

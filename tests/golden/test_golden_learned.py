@@ -83,7 +83,7 @@ def test_patchmerger_op():
   width = raw['a_x'].shape[-1]
   params = {'queries': raw['a_queries'], 'norm': {'scale': np.ones(width, np.float32),
                                                   'bias': np.zeros(width, np.float32)}}
-  assignment, reduced = operate(PatchMerger(), params, raw['a_x'], num_slots=4)
+  assignment, reduced = operate(PatchMerger(), params, raw['a_x'], keep=4)
   np.testing.assert_allclose(assignment.matrix(), raw['a_weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['a_out'], **CLOSE)
 
@@ -95,14 +95,14 @@ def test_sinkhorn_op(case, centres):
          if key.startswith(f'{case}_')}
   module = Sinkhorn(eps=float(raw['eps']), iterations=int(raw['iters']))
   np.testing.assert_allclose(l2_normalize(jnp.asarray(raw['v'])), raw['v_after'], **CLOSE)
-  assignment, reduced = operate(module, {'v': raw[centres]}, raw['x'], num_slots=len(raw['v']))
+  assignment, reduced = operate(module, {'v': raw[centres]}, raw['x'], keep=len(raw['v']))
   np.testing.assert_allclose(assignment.matrix(), raw['weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['out'], **CLOSE)
 
 
 def test_sit_op():
   raw = golden_vit.load('sit')
-  assignment, reduced = operate(SiT(), slimming(raw, 'a_param_'), raw['a_x'], num_slots=4)
+  assignment, reduced = operate(SiT(), slimming(raw, 'a_param_'), raw['a_x'], keep=4)
   np.testing.assert_allclose(assignment.matrix(), raw['a_weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['a_out'], **CLOSE)
 

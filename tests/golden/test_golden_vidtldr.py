@@ -38,7 +38,7 @@ def test_op(case):
   scores = saliency(negative_entropy(queries, keys, bias=None), tokens.free)
   np.testing.assert_allclose(scores, raw[f'{case}_scores'][..., 0], **CLOSE)
 
-  method = jax.jit(functools.partial(VidTLDR(), keep=keep))
+  method = jax.jit(functools.partial(VidTLDR(), num_slots=keep))
   assignment = method(tokens, Signals(queries=queries, keys=keys))
   reduced = tk.reduce(tokens, assignment)
   np.testing.assert_allclose(reduced.x, raw[f'{case}_out'], **CLOSE)

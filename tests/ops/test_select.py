@@ -19,7 +19,7 @@ SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 3e38, -3e38, np.inf, -np
                   min_size=SLOTS, max_size=SLOTS)
 FLAGS = st.lists(st.booleans(), min_size=SLOTS, max_size=SLOTS)
 
-jitted = jax.jit(top, static_argnames='keep')
+jitted = jax.jit(top, static_argnames='num_slots')
 
 
 def order_of(scores, forced, excluded):
@@ -36,7 +36,7 @@ def order_of(scores, forced, excluded):
 
 @given(scores=SCORES, forced=FLAGS, excluded=FLAGS, keep=st.sampled_from([1, 3, SLOTS]))
 def test_top_sorts_by_class_then_score_then_slot(scores, forced, excluded, keep):
-  picked = jitted(np.array([scores], np.float32), keep=keep, forced=np.array([forced]),
+  picked = jitted(np.array([scores], np.float32), num_slots=keep, forced=np.array([forced]),
                   excluded=np.array([excluded]))
   assert picked.dtype == jnp.int32
   assert picked[0].tolist() == order_of(scores, forced, excluded)[:keep]
