@@ -4,7 +4,7 @@
   assistant = load('llava-1.5-7b-hf', dtype='bfloat16')     # a checkpoint's folder
   prompt = assistant.prompt('What is on the table?', images=1)
   generator = assistant.generator({'language': {'method': 'fastv', ...}})
-  answer = assistant.text(generator([prompt], assistant.see([[image]]), new_tokens=64)[0])
+  answer = assistant.text(generator([prompt], assistant.encode_images([[image]]), new_tokens=64)[0])
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from lib.data import anyres
 from lib.data.anyres import Patches, Picture, Square
 from lib.data.preprocess import Preprocess
 from lib.data.tokenizers import FILES, Chat, HubTokenizer, WordTokenizer
-from lib.tasks import qa as qa_task
 from lib.tasks import trained as runs
 from models import checkpoints
-from models.backbones import vlm as seeing
 from models.backbones.lm import LM
-from models.backbones.vlm import VLM, Images
+from models.backbones.vlm import VLM, Images, passed_on
 from models.build import DTYPES
 from models.checkpoints import files, lm_config, vlm_config
-from models.decoding.fitted import with_plans
 from models.decoding.generator import Generator
 from models.families import LM_FAMILIES
+from models.plan import reduction_settings
+from models.reduce_config import check_components, with_plans, without_plans
 from models.storage import to_storage
 from ops.attention import pick
 
@@ -87,19 +86,17 @@ class Assistant:
     """What decodes.
 
     Args:
-      reduce: reductions by place, one of `answers.PLACES`, as in `config.reduce`; those that it
-        was trained with where None.
+      reduce: reductions by place, one of `models.reduce_config.COMPONENTS`, as in `config.reduce`;
+        None for those that it was trained with.
       **settings: as of `Generator`.
 
     Raises:
       ValueError: an unknown place; or, once it runs, as `with_plans`.
     """
     reduce = self.reduce if reduce is None else reduce
-    for place in reduce:
-      if place not in qa_task.PLACES:
-        raise ValueError(f'reduce.{place} is unknown: choose from {", ".join(qa_task.PLACES)}')
-    return Generator(self.model, self.params, ends=self.ends, fit=with_plans(self.model, **reduce),
-                     **settings)
+    check_components(reduce)
+    return Generator(self.model, self.params, ends=self.ends,
+                     plans=with_plans(self.model, **reduce), **settings)
 
   def prompt(self, text: str, *, images: int = 0, template: bool = True) -> list[int]:
     """The ids of what somebody says.
@@ -141,7 +138,8 @@ class Assistant:
     """The text of an answer, without the token that ended it."""
     return self.tokens.decode([each for each in ids if each not in self.ends])
 
-  def see(self, rows: Sequence[Sequence[Image.Image | Picture]], **fixed: int) -> Images | None:
+  def encode_images(self, rows: Sequence[Sequence[Image.Image | Picture]],
+                    **fixed: int) -> Images | None:
     """The images of rows, in the order of their placeholders.
 
     Args:
@@ -149,7 +147,8 @@ class Assistant:
       **fixed: crops, images and tokens, as `lib.data.anyres.batch` takes them.
 
     Raises:
-      ValueError: images for a model that sees none, or that do not fit into its grid (`seeing`).
+      ValueError: images for a model that sees none, or that do not fit into its grid
+        (`with_grid_for`).
     """
     if not any(rows):
       return None
@@ -158,9 +157,9 @@ class Assistant:
                        'vision-language model')
     pictures = [[each if isinstance(each, Picture) else self.look(each) for each in row]
                 for row in rows]
-    return anyres.batch(pictures, patches=seeing.passed_on(self.model.tower)[0], **fixed)
+    return anyres.batch(pictures, patches=passed_on(self.model.tower)[0], **fixed)
 
-  def seeing(self, images: Sequence[Image.Image]) -> Assistant:
+  def with_grid_for(self, images: Sequence[Image.Image]) -> Assistant:
     """The same with a grid that these images fit into; itself where it has no grid, or one that
     they fit into."""
     if not isinstance(self.look, Patches) or not images:
@@ -206,20 +205,18 @@ def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = 
 def of_run(trained: runs.TrainedModel) -> Assistant:
   """A trained model."""
   info, model, config = trained.info, trained.model, trained.config
-  reduce = {place: dict(given) for place, given in config.reduce.items()
-            if given['method'] != 'none'}
+  reduce = {place: settings for place, given in config.reduce.items()
+            if (settings := reduction_settings(given))}
   silent = tuple(each for each in (info.pad, info.end, info.image) if each is not None)
   tokens = WordTokenizer(info.words, silent) if info.words else HubTokenizer(info.tokenizer)
   made = functools.partial(Assistant, tokens=tokens, ends=(info.end,), reduce=reduce,
                            data=config.data)
   if isinstance(model, LM):
-    return made(model.clone(plan=None, cache_plan=None), to_storage(trained.params, 'unstacked'))
-  plain = model.clone(tower=model.tower.clone(plan=None), door=None,
-                      lm=model.lm.clone(plan=None, cache_plan=None))
+    return made(without_plans(model), to_storage(trained.params, 'unstacked'))
   side = info.image_shape[0]
   steps = Preprocess((side, side), Image.Resampling.BICUBIC.value, None, 1 / 255,
                      tuple(config.data.mean), tuple(config.data.std))
-  return made(plain, to_storage(trained.params, 'unstacked'),
+  return made(without_plans(model), to_storage(trained.params, 'unstacked'),
               look=Square(steps, model.tower.grid[0]))
 
 
@@ -250,7 +247,7 @@ def _of_checkpoint(path: pathlib.Path, config: Mapping[str, Any], dtype: str) ->
   tokens, ends = HubTokenizer.of(path), _ends(path, config)
   check_tokens(tokens, model, ends, path)
   look = anyres.read(path, config, grid=model.tower.grid) if isinstance(model, VLM) else None
-  params = checkpoints.load(model, path, dtype=chosen, form='unstacked')
+  params = checkpoints.load(model, path, dtype=chosen, storage='unstacked')
   return Assistant(model, params, tokens, ends, look, _chat(path))
 
 

@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 from models import checkpoints
 from models.backbones.segmenter import segmenter
 from models.backbones.vit import ViT, make_vit
-from models.plan import make_plan
+from models.reduce_config import Macs, with_vision_plan
+from ops import choices
 from ops.attention import pick
-from ops.budgets import Cut
 
-Macs = Callable[[tuple[Cut, ...]], float]
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 # Fields of `config.model` that say where parameters come from, not what the model is.
 PRETRAINED = ('weights', 'weights_image_size', 'fresh', 'unused')
@@ -42,17 +41,13 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
   settings = {name: value for name, value in model.items()
               if value is not None and name not in PRETRAINED}
   dtype = settings.pop('dtype', 'float32')
-  if dtype not in DTYPES:
-    raise ValueError(f'dtype {dtype!r} is unknown: choose one of {", ".join(DTYPES)}')
+  choices.check('dtype ', dtype, DTYPES)
   settings.setdefault('implementation', pick(platform, DTYPES[dtype]))
   vit = make_vit(settings.pop('variant'), dtype=DTYPES[dtype], mesh=mesh, **settings)
   head = dict(task or {'name': 'classify'})
   if head.pop('name') == 'segment':
     vit = segmenter(vit, **head)
-  if reduce is None or reduce['method'] == 'none':
-    return vit
-  chosen = {name: value for name, value in reduce.items() if value is not None}
-  return vit.clone(plan=make_plan(chosen, vit.host, macs=macs and macs(vit, chosen)))
+  return with_vision_plan(vit, reduce, macs=macs)
 
 
 def pretrained(model: Mapping[str, Any], vit: ViT) -> dict[str, Any] | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from models.compressors import COMPRESSORS
+from ops import choices
 from ops.budgets import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
 from ops.reducers import REDUCERS, join
 from ops.reducers.cache import CACHE_REDUCERS
@@ -17,9 +17,9 @@ from ops.tokens import KINDS
 
 SITES = ('before', 'inside', 'between', 'after')
 MODES = ('gather', 'mask')
-# What positions the tokens after a cut, and those that are decoded, have: their own ('keep'), their
-# rank among those that are left ('compact'), or those of a prompt of which only they were ever
-# part: the whole model then runs again on them ('restart').
+# How tokens are numbered after a cut, decoded ones included. 'keep': by their own positions.
+# 'compact': by their rank among the tokens that are left. 'restart': the kept tokens become a new
+# prompt, numbered from 0, and the model runs again on it.
 POSITIONS = ('keep', 'compact', 'restart')
 KEYS = ('method', 'args', 'site', 'layers', 'watch', 'rounding', 'ratio_of', 'mode', 'of',
         'positions', *BUDGETS)
@@ -29,7 +29,7 @@ CACHE_KEYS = ('method', 'args', 'layers', 'rounding', 'positions', *CACHE_BUDGET
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-  """What a backbone is to a reduction.
+  """Describes a backbone to a reduction.
 
   Attributes:
     depth: number of layers.
@@ -37,9 +37,9 @@ class Host:
     protected: tokens at the start of every row that are never touched.
     offers: names of the `Signals` fields that it can measure.
     sites: where in a layer it lets methods act.
-    counts: (kind, slots) pairs, where a reduction may say by `of` which kinds it is about. All
-      other slots are then protected, padding included.
-    positions: the position policies that it knows, the usual one first.
+    counts: (kind, slots) pairs where there are several kinds, of which `of` in a reduction's config
+      names some. All slots of other kinds are then protected, padding included.
+    positions: the position policies that it supports, the default first.
   """
 
   depth: int
@@ -61,9 +61,9 @@ class Plan:
     site: 'before', 'inside', 'between' or 'after'.
     cuts: one Cut a layer that loses tokens.
     mode: 'gather' really removes slots; 'mask' keeps them as padding (to train hard decisions).
-    watch: layers that the method looks at, beside those it cuts in.
-    of: kinds that it may touch (ops/tokens.py), None for what the host says.
-    protected: slots of other kinds, padding included; None for what the host says.
+    watch: layers that the method measures in addition to those it cuts in.
+    of: kinds that it may remove (ops/tokens.py), None for the host's default.
+    protected: slots of other kinds, padding included; None for the host's own number.
     positions: one of `POSITIONS`.
   """
 
@@ -78,35 +78,52 @@ class Plan:
   positions: str = 'keep'
 
   def cut(self, layer: int) -> Cut | None:
-    """The cut in a layer, if there is one."""
+    """Returns the cut in a layer, or None."""
     return next((cut for cut in self.cuts if cut.layer == layer), None)
 
 
 def methods(host: Host | None = None) -> dict[str, type]:
-  """Every method by name, those with parameters included; with a host, those that it can run."""
-  known = join(REDUCERS, COMPRESSORS)
+  """Returns every method by name, learned ones included; with a host, those that it can run."""
+  every = join(REDUCERS, COMPRESSORS)
   if host is None:
-    return known
-  made = {name: method() for name, method in known.items()}
-  return {name: known[name] for name, method in made.items()
+    return every
+  instances = {name: method() for name, method in every.items()}
+  return {name: every[name] for name, method in instances.items()
           if method.needs | method.watch_needs <= host.offers
           and method.positions in ('', *host.positions)}
 
 
 def make_method(name: str, args: Mapping[str, Any],
-                known: Mapping[str, type] | None = None) -> Any:
-  """Builds a method; unknown names and arguments are errors that list what there is."""
-  known = methods() if known is None else known
-  if name not in known:
-    raise ValueError(f'method {name!r} is unknown{_near(name, known)}: choose one of '
-                     f'{", ".join(sorted(known))}')
-  fields = [f.name for f in dataclasses.fields(known[name]) if f.name not in ('parent', 'name')]
+                registry: Mapping[str, type] | None = None) -> Any:
+  """Builds a method from its name and arguments.
+
+  Args:
+    name: a name in the registry.
+    args: fields of the method; lists become tuples.
+    registry: methods by name, all of `methods()` by default.
+
+  Raises:
+    ValueError: for an unknown name or argument; it lists what there is.
+  """
+  registry = methods() if registry is None else registry
+  choices.check('method ', name, sorted(registry))
+  fields = [f.name for f in dataclasses.fields(registry[name]) if f.name not in ('parent', 'name')]
   for key in args:
     if key not in fields:
-      raise ValueError(f'{name} has no argument {key!r}{_near(key, fields)}: it takes '
+      raise ValueError(f'{name} has no argument {key!r}{choices.near(key, fields)}: it takes '
                        f'{", ".join(fields) or "none"}')
   frozen = {key: tuple(v) if isinstance(v, list) else v for key, v in args.items()}
-  return known[name](**frozen)
+  return registry[name](**frozen)
+
+
+def reduction_settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
+  """Returns the keys that a reduction's config sets; {} for None, or method='none'.
+
+  Args:
+    config: `config.reduce.<component>`; keys that are None are unset.
+  """
+  settings = {key: value for key, value in (config or {}).items() if value is not None}
+  return settings if settings.get('method', 'none') != 'none' else {}
 
 
 def make_plan(config: Mapping[str, Any], host: Host, *,
@@ -127,49 +144,42 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
       and the choices.
   """
   for key in config:
-    if key not in KEYS:
-      raise ValueError(f'a reduction has no key {key!r}{_near(key, KEYS)}: choose from '
-                       f'{", ".join(KEYS)}')
+    choices.check_key('a reduction has no key ', key, KEYS)
   name = config.get('method')
   method = make_method(name, config.get('args') or {})
   site, mode = config.get('site') or method.site, config.get('mode') or 'gather'
-  if site not in host.sites:
-    raise ValueError(f'site {site!r} is unknown{_near(site, host.sites)}: choose one of '
-                     f'{", ".join(host.sites)}')
-  if mode not in MODES:
-    raise ValueError(f'mode {mode!r} is unknown{_near(mode, MODES)}: choose one of '
-                     f'{", ".join(MODES)}')
+  choices.check('site ', site, host.sites)
+  choices.check('mode ', mode, MODES)
   if (mode, site) == ('mask', 'inside'):
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")
   check_needs(name, method, host, site)
-  of, protected = touched(config.get('of'), host)
+  of, protected = reducible_kinds(config.get('of'), host)
   cuts = resolve(config, limits_of(method, host, protected), macs=macs)
   check_layers(name, method, host, cuts, site)
   return Plan(name, method, site, cuts, mode,
               watched_layers(name, method, host, cuts, site, config.get('watch')), of,
-              protected if host.counts else None, policy(config.get('positions'), method, host))
+              protected if host.counts else None,
+              position_policy(config.get('positions'), method, host))
 
 
 def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None = None) -> Plan:
-  """Resolves `config.reduce.cache`: what each layer keeps of its keys and values after the prompt.
+  """Resolves `config.reduce.cache`: how many cache entries each layer keeps after the prompt.
 
-  Layers are cut one by one, each from the slots that its own attention saw.
+  Each layer is cut by itself, from the slots that its own attention saw.
 
   Args:
     config: method (one of ops/reducers/cache), args, layers, rounding, positions and one of the
       budgets keep_ratio (a share of what a layer has, one for all or one a listed layer), keep or
       remove.
     host: of the model.
-    plan: what already reduces the tokens between layers, or None.
+    plan: the plan that reduces tokens between layers, or None.
 
   Raises:
     ValueError: as `make_plan` does.
   """
   for key in config:
-    if key not in CACHE_KEYS:
-      raise ValueError(f'a reduction of the cache has no key {key!r}{_near(key, CACHE_KEYS)}: '
-                       f'choose from {", ".join(CACHE_KEYS)}')
+    choices.check_key('a reduction of the cache has no key ', key, CACHE_KEYS)
   name = config.get('method')
   method = make_method(name, config.get('args') or {}, CACHE_REDUCERS)
   offers = host.offers - NEXT_LAYER - {'attention'}
@@ -186,32 +196,40 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
     limits = Limits(host.depth, counts[layer], 0, method.extra_slots,
                     functools.partial(method.min_slots, protected=0))
     if budgets[0] == 'keep':
-      value = min(value, counts[layer])  # A capacity: what a shorter prompt has, it keeps.
+      value = min(value, counts[layer])  # A capacity: a shorter prompt keeps all that it has.
     budget = {budgets[0]: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
     cuts += resolve(budget, limits)
   policies = dataclasses.replace(host, positions=('keep', 'compact'))
   return Plan(name, method, 'cache', tuple(cuts),
-              positions=policy(config.get('positions'), method, policies))
+              positions=position_policy(config.get('positions'), method, policies))
 
 
 def slots_seen(host: Host, plan: Plan | None) -> tuple[int, ...]:
-  """Slots that each layer's attention sees under a plan: those that its cache holds."""
+  """Returns the slots that each layer's attention sees under a plan, which its cache then holds."""
   if plan and plan.cuts and plan.positions == 'restart':
     return (plan.cuts[-1].slots_out,) * host.depth
-  slots, found = host.slots, []
+  slots, counts = host.slots, []
   for layer in range(host.depth):
     cut = plan.cut(layer) if plan and plan.mode == 'gather' else None
     after = cut.slots_out if cut else slots
-    found.append(after if cut and plan.site == 'before' else slots)
+    counts.append(after if cut and plan.site == 'before' else slots)
     slots = after
-  return tuple(found)
+  return tuple(counts)
 
 
-def touched(of: Any, host: Host) -> tuple[tuple[int, ...] | None, int]:
-  """The kinds that a reduction may touch, and how many slots it may not.
+def reducible_kinds(of: str | Sequence[str] | None,
+                    host: Host) -> tuple[tuple[int, ...] | None, int]:
+  """Returns the kinds that a reduction may remove, and how many slots it must leave alone.
+
+  Args:
+    of: a name in `host.counts`, several, or None for all.
+    host: of the reduction.
+
+  Returns:
+    Numbers of kinds (ops/tokens.py), None where the host has one kind; and the protected slots.
 
   Raises:
-    ValueError: for a kind that is unknown or not there, or any where the host has one alone.
+    ValueError: for a kind of which the host has no tokens, or any kind where it has one alone.
   """
   counts = dict(host.counts)
   if of is None:
@@ -219,50 +237,50 @@ def touched(of: Any, host: Host) -> tuple[tuple[int, ...] | None, int]:
   names = (of,) if isinstance(of, str) else tuple(of)
   for name in names:
     if not counts.get(name):
-      there = [f'{kind} ({count})' for kind, count in counts.items() if count]
+      present = [f'{kind} ({count})' for kind, count in counts.items() if count]
       raise ValueError(f'of={name!r} names no tokens of this host: it has '
-                       f'{", ".join(there) or "one kind alone, so leave it out"}')
+                       f'{", ".join(present) or "one kind alone, so leave it out"}')
   others = sum(count for kind, count in counts.items() if kind not in names)
   return tuple(KINDS[name] for name in names), host.protected + others
 
 
-def policy(positions: str | None, method: Any, host: Host) -> str:
-  """The position policy of a reduction: what a config says, else the method, else the host.
+def position_policy(positions: str | None, method: Any, host: Host) -> str:
+  """Returns the position policy of a reduction: the config's, else the method's, else the host's.
 
   Raises:
-    ValueError: for one that the host does not know.
+    ValueError: for one that the host does not support.
   """
   chosen = positions or getattr(method, 'positions', '') or host.positions[0]
   if chosen not in host.positions:
-    raise ValueError(f'positions={chosen!r} is unknown here{_near(chosen, host.positions)}: choose '
-                     f'one of {", ".join(host.positions)}')
+    raise ValueError(f'positions={chosen!r} is unknown here{choices.near(chosen, host.positions)}: '
+                     f'choose one of {", ".join(host.positions)}')
   return chosen
 
 
 def limits_of(method: Any, host: Host, protected: int) -> Limits:
-  """What a host and a method allow, where so many slots are not to be touched."""
+  """Returns the limits that a host and a method set to budgets, with `protected` slots fixed."""
   return Limits(host.depth, host.slots, protected, method.extra_slots,
                 functools.partial(method.min_slots, protected=protected))
 
 
-def scaled_plan(plan: Plan, host: Host, share: float) -> Plan:
-  """A plan that removes only a share of what another does in each of its layers.
+def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
+  """Returns a plan that removes a fraction of the tokens that another removes in each layer.
 
   Args:
-    plan: the other.
+    plan: the other plan.
     host: the host that it was made for.
-    share: 0 removes nothing, 1 as much as `plan`.
+    fraction: 0 removes nothing, 1 as much as `plan`.
   """
   protected = host.protected if plan.protected is None else plan.protected
-  cuts = part_of(plan.cuts, share, limits_of(plan.method, host, protected))
+  cuts = part_of(plan.cuts, fraction, limits_of(plan.method, host, protected))
   last = cuts[-1].layer if cuts else -1
   return dataclasses.replace(plan, cuts=cuts,
                              watch=tuple(layer for layer in plan.watch if layer <= last))
 
 
-# What a layer can still tell before its own attention ran: only what is known without it.
+# Signals that a method can read before the first attention has run.
 FREE_OF_ATTENTION = STATIC | NEXT_LAYER
-# What is measured for a cut alone, never for a layer that is only watched.
+# Signals that are measured for a cut alone, never for a layer that is only watched.
 ONLY_CUTS = NEXT_LAYER | {'attention'}
 
 
@@ -291,11 +309,11 @@ def check_needs(name: str, method: Any, host: Host, site: str) -> None:
 
 def watched_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], site: str,
                    watch: Any) -> tuple[int, ...]:
-  """The layers that a method watches, from `config.watch` or the method's own choice.
+  """Returns the layers that a method watches, from `config.watch` or the method's own choice.
 
   Raises:
     ValueError: for layers that are not there, or that no cut comes after; a method that watches
-      none; or one whose watch asks for what a layer beside a cut cannot tell.
+      none; or one whose `watch` reads signals that are measured for a cut alone.
   """
   if not hasattr(method, 'watch'):
     if watch:
@@ -327,8 +345,3 @@ def check_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], site
   if ahead and cuts and cuts[-1].layer == host.depth - 1:
     raise ValueError(f'{name} after layer {host.depth - 1} has no next layer to look at: end at '
                      f'layer {host.depth - 2}')
-
-
-def _near(word: str, words: Any) -> str:
-  near = difflib.get_close_matches(str(word), list(words), n=1)
-  return f' (did you mean {near[0]!r}?)' if near else ''

@@ -1,34 +1,66 @@
-"""Between tower and language model: the projector, and reductions behind it."""
+"""The projector between a vision tower and a language model, and the reduction of its tokens.
+
+`with_projector_reduction` resolves `config.reduce.projector`, and `reduce_visual` applies it.
+
+Axes: B batch, I images of a row, V visual tokens of an image, M visual tokens after the reduction,
+W width of the tower, D width of the language model, H heads.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from models.blocks import ACTIVATIONS, dense
-from models.plan import Plan
-from ops import assignments
+from models.plan import Plan, make_plan, reduction_settings
+from ops import assignments, choices
 from ops import tokens as tk
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.splice import Visual
 from ops.tokens import TokenSet
 
+if TYPE_CHECKING:  # It holds a ProjectorReduction.
+  from models.backbones.vlm import VLM
+
 Array = jax.Array
 
-# What the door may ask of the tower's last layer; attention is stored with tokens in front.
+# Signals of the tower's last layer that a method behind the projector may read.
 FROM_TOWER = ('keys', 'queries', 'values', 'cls_attention', 'received_attention')
+# They travel as stats of the visual tokens, under these names.
+_PREFIX = 'tower_'
 ACROSS = ('image', 'prompt')
 ORDERS = ('raster', 'method')
 
 
+class Projector(nn.Module):
+  """Two products with an activation between them (arXiv:2310.03744, Sec. 3.2).
+
+  Attributes:
+    width: D.
+    activation: a name in `ACTIVATIONS`.
+    dtype: of the products.
+  """
+
+  width: int
+  activation: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Projects features: float[..., W] -> float[..., D]."""
+    x = dense(self.width, self.dtype, name='fc1')(x)
+    return dense(self.width, self.dtype, name='fc2')(ACTIVATIONS[self.activation](x))
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordSignals(Reducer):
-  """Cuts nothing: it keeps what a layer of the tower told for the door.
+  """Removes nothing: it keeps signals of a layer of the tower for the reduction at the projector.
 
   Attributes:
     wanted: names in `FROM_TOWER`.
@@ -38,15 +70,14 @@ class RecordSignals(Reducer):
 
   @property
   def watch_needs(self) -> frozenset[str]:
-    """What it keeps."""
+    """Names of the signals that it keeps."""
     return self.wanted
 
   def watch(self, tokens: TokenSet, signals: Signals) -> dict[str, Array]:
-    """{name: [B, N, ...]}."""
+    """Returns the signals as stats, {'tower_<name>': [B, N, ...]}."""
     del tokens
-    found = {name: getattr(signals, name) for name in self.wanted}
-    return {f'tower_{name}': jnp.swapaxes(value, 1, 2) if 'attention' in name else value
-            for name, value in found.items()}
+    return {f'{_PREFIX}{name}': _swap_attention(name, getattr(signals, name))
+            for name in self.wanted}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +87,8 @@ class ProjectorReduction:
   Attributes:
     plan: with one cut, of 'layer' 0.
     across: 'image', every image for itself, or 'prompt', one pool of all images of a row.
-    order: of what is left: 'raster', by the place of each token's anchor, or the 'method's own.
+    order: of the tokens after it: 'raster', by the position of each token's anchor, or the
+      'method's own.
     grid: (rows, columns) of the tokens, None where they are no grid.
   """
 
@@ -66,69 +98,115 @@ class ProjectorReduction:
   grid: tuple[int, int] | None = None
 
 
-class Projector(nn.Module):
-  """Two products with an activation between them (arXiv:2310.03744, Sec. 3.2)."""
+def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
+  """Returns a model that reduces its visual tokens between projector and language model.
 
-  width: int
-  activation: str
-  dtype: Any
+  Args:
+    vlm: the model.
+    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers;
+      and `across` and `order` of `ProjectorReduction`.
+    slots: V, tokens of an image (of all images of a row under across='prompt').
 
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """float[..., W] -> float[..., D]."""
-    x = dense(self.width, self.dtype, name='fc1')(x)
-    return dense(self.width, self.dtype, name='fc2')(ACTIVATIONS[self.activation](x))
+  Raises:
+    ValueError: as `make_plan`; a method that needs what a tower does not offer, or cannot offer
+      under a reduction of its own.
+  """
+  settings = {name: value for name, value in config.items() if value is not None}
+  across, order = settings.pop('across', 'image'), settings.pop('order', 'raster')
+  choices.check('reduce.projector.across=', across, ACROSS)
+  choices.check('reduce.projector.order=', order, ORDERS)
+  settings = reduction_settings(settings)
+  if not settings:
+    return vlm.clone(projector_reduction=None)
+  if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)):
+    raise ValueError('the projector has no layers and no sites: leave site and layers out of '
+                     'reduce.projector')
+  plan = make_plan(settings | {'site': 'after', 'layers': (0,)}, vlm.projector_host(slots))
+  wanted = plan.method.needs & set(FROM_TOWER)
+  tower = vlm.tower
+  if wanted:
+    if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):
+      raise ValueError(f'{plan.name} at the projector reads {", ".join(sorted(wanted))} of the '
+                       f'tower, which {tower.plan.name} reduces: reduce at one of the two places')
+    tower = tower.clone(plan=Plan('record_signals', RecordSignals(frozenset(wanted)), 'after', (),
+                                  watch=(vlm.tower_depth - 1,)))
+  reduction = ProjectorReduction(plan, across, order, vlm.projector_grid(slots))
+  return vlm.clone(tower=tower, projector_reduction=reduction)
 
 
-def reduce_visual(door: ProjectorReduction, visual: Visual) -> tuple[Visual, int | None,
-                                                                     TokenSet | None]:
-  """Visual tokens after the door, slots of a pool of all, and who was joined with whom."""
+def reduce_visual(reduction: ProjectorReduction,
+                  visual: Visual) -> tuple[Visual, int | None, TokenSet | None]:
+  """Reduces visual tokens after the projector.
+
+  Args:
+    reduction: made for as many tokens as an image (or a pool) has.
+    visual: x float[B, I, V, D]; stats 'tower_<name>' are signals of the tower.
+
+  Returns:
+    The visual tokens, x float[B, I, M, D]; the slots of a pool, which all images of a row share
+    under across='prompt', else None; and the reduced TokenSet, a row an image or a pool, None where
+    nothing is cut.
+
+  Raises:
+    ValueError: for another number of tokens.
+  """
   batch, images, each = visual.x.shape[:3]
-  across = images if door.across == 'prompt' else 1
-  slots = across * each
-  cut = door.plan.cut(0)
+  together = images if reduction.across == 'prompt' else 1
+  slots = together * each
+  cut = reduction.plan.cut(0)
   if cut is None:
     return visual, None, None
   if slots != cut.slots_in:
-    raise ValueError(f'the door was made for {cut.slots_in} visual tokens and gets {slots}: make '
-                     'it anew with with_projector_reduction(..., slots=...)')
-
-  def pooled(values: Array) -> Array:
-    return values.reshape(-1, slots, *values.shape[3:])
-
-  group = jnp.broadcast_to(jnp.arange(images, dtype=jnp.int32)[None, :, None],
-                           (batch, images, each))
-  told = {name.removeprefix('tower_'): pooled(value) for name, value in visual.stats.items()
-          if name.startswith('tower_')}
-  told = {name: jnp.swapaxes(value, 1, 2) if 'attention' in name else value
-          for name, value in told.items()}
-  stats = {name: pooled(value) for name, value in visual.stats.items()
-           if not name.startswith('tower_')}
-  tokens = TokenSet.create(pooled(visual.x), stats=stats | {'image': pooled(group)},
-                           valid=None if visual.valid is None else pooled(visual.valid))
-  method = door.plan.method
-  known = Signals(layer=0, depth=1, slots=slots, grid=door.grid, **told)
+    raise ValueError(f'the reduction at the projector was made for {cut.slots_in} visual tokens '
+                     f'and gets {slots}: make it anew with with_projector_reduction(..., '
+                     'slots=...)')
+  tokens, from_tower = _pools(visual, slots)
+  signals = Signals(layer=0, depth=1, slots=slots, grid=reduction.grid, **from_tower)
   with jax.named_scope('reduction'):
-    assignment = tk.decide(method, tokens, known, num_slots=cut.slots_out)
+    assignment = tk.decide(reduction.plan.method, tokens, signals, num_slots=cut.slots_out)
     reduced = tk.reduce(tokens, assignment)
-  if door.order == 'raster':
-    place = jnp.where(reduced.real, reduced.pos, slots)
-    order = jnp.argsort(place, axis=1, stable=True).astype(jnp.int32)
+  if reduction.order == 'raster':
+    position = jnp.where(reduced.real, reduced.pos, slots)
+    order = jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
     reduced = tk.reduce(reduced, assignments.Gather(order, reduced.slots))
-  left = reduced.slots
-  stats = {name: value.reshape(batch, images // across, left, *value.shape[2:])
-           for name, value in reduced.stats.items()}
-  x = reduced.x.reshape(batch, images // across, left, -1)
-  valid = None if reduced.valid is None else reduced.valid.reshape(x.shape[:3])
-  number = stats.pop('image')
-  if across == 1:
+  shape = (batch, images // together, reduced.slots)
+  x = reduced.x.reshape(*shape, -1)
+  stats = {name: value.reshape(*shape, *value.shape[2:]) for name, value in reduced.stats.items()}
+  valid = None if reduced.valid is None else reduced.valid.reshape(shape)
+  image = stats.pop('image')
+  if together == 1:
     return visual.replace(x=x, valid=valid, stats=stats), None, reduced
   # Every image gets all slots of the pool, and holds those that are its own.
-  own = number == jnp.arange(images, dtype=jnp.int32)[None, :, None]
+  own = image == jnp.arange(images, dtype=jnp.int32)[None, :, None]
   own = own if valid is None else own & valid
 
   def spread(values: Array) -> Array:
     return jnp.broadcast_to(values, (batch, images, *values.shape[2:]))
 
-  return visual.replace(x=spread(x), valid=own,
-                        stats={name: spread(value) for name, value in stats.items()}), left, reduced
+  spread_visual = visual.replace(x=spread(x), valid=own, stats=jax.tree.map(spread, stats))
+  return spread_visual, reduced.slots, reduced
+
+
+def _pools(visual: Visual, slots: int) -> tuple[TokenSet, dict[str, Array]]:
+  """Visual tokens, a row for every `slots` of them, with stats 'image'; and the tower's signals."""
+
+  def rows(values: Array) -> Array:
+    return values.reshape(-1, slots, *values.shape[3:])
+
+  batch, images, each = visual.x.shape[:3]
+  image = jnp.broadcast_to(jnp.arange(images, dtype=jnp.int32)[None, :, None],
+                           (batch, images, each))
+  stats, signals = {'image': rows(image)}, {}
+  for name, value in visual.stats.items():
+    if name.startswith(_PREFIX):
+      signal = name.removeprefix(_PREFIX)
+      signals[signal] = _swap_attention(signal, rows(value))
+    else:
+      stats[name] = rows(value)
+  valid = None if visual.valid is None else rows(visual.valid)
+  return TokenSet.create(rows(visual.x), stats=stats, valid=valid), signals
+
+
+def _swap_attention(name: str, value: Array) -> Array:
+  """Attention [B, H, N] as stats [B, N, H], and back; other signals have tokens in front anyway."""
+  return jnp.swapaxes(value, 1, 2) if 'attention' in name else value

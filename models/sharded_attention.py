@@ -1,4 +1,4 @@
-"""Attention over a mesh: a fused kernel gets the rows and heads of its own device.
+"""Attention over a mesh: a fused kernel runs on the rows and heads of its own device.
 
 Axes: B batch, N queries, S keys, H heads, K kv heads, d features a head.
 """
@@ -18,8 +18,7 @@ Array = jax.Array
 
 def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | None, *,
            mesh: Mesh | None, implementation: str, **settings: Any) -> attention.Attended:
-  """`ops.attention.attend_after_cut`, rows divided over the batch axes of a mesh and heads over
-  'tensor'.
+  """Attends with rows divided over the batch axes of a mesh, and heads over its axis 'tensor'.
 
   Args:
     q: float[B, N, H, d].
@@ -28,7 +27,7 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | 
     positions: int32[B, N] or None.
     mesh: of the devices, or None.
     implementation: of `ops.attention`; XLA's own is divided by the compiler.
-    **settings: what else `ops.attention.attend_after_cut` takes.
+    **settings: other arguments of `ops.attention.attend`.
   """
 
   def local(q: Array, k: Array, v: Array, bias: Array | None,

@@ -3,10 +3,9 @@
 Axes: B batch, N slots now, L layers.
 
 Parameters are stored once, stacked [L, ...], whatever the method and the schedule, so one
-checkpoint serves all. They are read in either of two forms: that stack, or a tuple of L trees
-(`unstack`). Storage is not execution: a layer that runs alone on a slice of the stack pays a copy
-of its weights on CPU, a run of equal layers as one `lax.scan` compiles once; `fastest_storage`
-picks.
+checkpoint serves all. They are read from either storage (models/storage.py): that stack, or a tuple
+of L trees. Storage is not execution: a layer that runs alone on a slice of the stack pays a copy of
+its weights on CPU, a run of equal layers as one `lax.scan` compiles once; `fastest_storage` picks.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.plan import Plan
 from models.storage import LayerSlice, layer_of, unstack
-from ops import assignments
+from ops import assignments, choices
 from ops import tokens as tk
 from ops.assignments import Assignment, Gather, Mix
 from ops.budgets import Cut
@@ -34,21 +33,23 @@ from ops.tokens import FIXED_PADDING, TokenSet
 
 Array = jax.Array
 REMAT = ('none', 'full', 'dots')
+# Axes of a mesh (lib/runtime/sharding.py) that divide the rows of a batch.
 BATCH_AXES = ('data', 'fsdp')
-# Those of them that a method names rows for.
+# Signals that are means over query rows of a method's choice (`rows`).
 ROWS = frozenset({'row_attention', 'next_row_attention'})
 
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-  """What a host takes out of every layer as it runs (a cache of keys and values).
+  """Reads something out of every layer as it runs (keys and values, for a cache).
 
   Attributes:
-    needs: names of `Signals` fields.
+    needs: names of `Signals` fields that it reads.
     read: (first, tokens, signals) -> a tree of arrays, with the tokens and signals of a layer's
       attention; `first` is static, the first layer of the run that the layer is in.
-    starts: layers from which on `read` may answer in other shapes: no run crosses them.
-    method: whose `span` and `rows` the needs are about, or None.
+    starts: layers at which `read` may return other shapes than in the layer above: no run crosses
+      them.
+    method: the method whose `span` and `rows` the needs refer to, or None.
   """
 
   needs: frozenset[str]
@@ -58,27 +59,27 @@ class Tap:
 
 
 class Stack(nn.Module):
-  """L equal blocks with a plan's reductions between them.
+  """Runs L equal blocks, with a plan's reductions between them.
 
-  Training is what a 'dropout' key turns on, here, in the blocks and in learned methods.
+  A 'dropout' key turns training on: here, in the blocks and in learned methods.
 
   Attributes:
     block: an unbound module that offers `attend(tokens, needs=, proportional=)` to
       (tokens, signals), `feed(tokens)` to tokens, `inside(tokens, decide, needs=, proportional=)`
-      to tokens, `look(tokens, needs=, proportional=)` to signals, and a `__call__` that makes its
+      to tokens, `probe(tokens, needs=, proportional=)` to signals, and a `__call__` that makes its
       parameters.
     depth: L.
-    plan: what to reduce where, or None.
-    grid: (rows, columns) of the patch grid, told to methods, or None.
+    plan: where to reduce tokens and how, or None.
+    grid: (rows, columns) of the patch grid, passed to methods, or None.
     remat: 'none', 'full' (the backward pass recomputes each half of a block) or 'dots' (keeps its
       products).
     mesh: the device mesh; with it, reductions run batch-local inside shard_map.
     capture: whether to return every layer's features (for parity tests and pictures).
     layers: (start, stop) to run layers start to stop - 1 alone, None for all.
-    causal: whether the blocks are; then a slot takes the latest position of what is joined in it,
-      so that no token sees a later one through a group, and slots stand in the order of their
-      positions, padding last (in mode 'mask' they stay where they are).
-    rope: how positions become rotations, told to methods, or None.
+    causal: whether the blocks are causal; then a slot takes the latest position of the tokens
+      merged into it, so that no token sees a later one through a group, and slots stand in the
+      order of their positions, padding last (in mode 'mask' they stay where they are).
+    rope: how positions become rotations, passed to methods, or None.
   """
 
   block: nn.Module
@@ -98,19 +99,18 @@ class Stack(nn.Module):
 
     Args:
       tokens: as the blocks take them.
-      tap: what to take out of every layer, or None.
+      tap: reads something out of every layer, or None.
 
     Returns:
       The final tokens, and a dict: 'before' and 'cuts' {layer: TokenSet before, and after, the
       cut}, 'overflow' {layer: int32[B], the tokens that an adaptive method wanted to keep beyond
       its capacity}, 'losses' {name: float32[B]} of learned methods, with `capture` 'hidden', the
-      features after each layer, and with a tap 'taps', what it read in each.
+      features after each layer, and with a tap 'taps', the tree that it read in each layer.
 
     Raises:
       ValueError: for an unknown `remat`, or a learned method whose parameters are missing.
     """
-    if self.remat not in REMAT:
-      raise ValueError(f'remat={self.remat!r} is unknown: choose one of {", ".join(REMAT)}')
+    choices.check('remat=', self.remat, REMAT)
     weights = self._weights(tokens)
     if self.plan and self.plan.of is not None:
       tokens = tokens.replace(of=self.plan.of, protected=self.plan.protected)
@@ -127,40 +127,52 @@ class Stack(nn.Module):
         out['hidden'] += hidden
         out['taps'] += taps
         continue
-      tokens = self._rows(tokens)
+      tokens = self._divide_rows(tokens)
       if key is None:
         # Else a compiler may slice and convert this layer's weights early, and hold them meanwhile.
         tokens, weights = jax.lax.optimization_barrier((tokens, weights))
-      layer = functools.partial(self._layer, layer_of(weights, start), start, key)
-      needs = self._needs(start) | (tap.needs if tap else frozenset())
-      fed = needs & MLP_SIGNALS
-      if cut and self.plan.site == 'inside':
-        tokens = layer('inside', tokens, functools.partial(self._inside, cut, key, out),
-                       **self._measure_args(needs, tokens))
-      else:
-        entered = tokens.x if 'hidden_in' in needs else None
-        tokens, signals = layer('attend', tokens, **self._measure_args(needs - fed, tokens, tap))
-        signals = signals.replace(hidden_in=entered)
-        if not fed:
-          tokens = self._watch(start, tokens, signals)
-      attended = tokens
-      if cut and self.plan.site == 'between':
-        tokens = self._reduce(tokens, signals, cut, weights, key, out)
-      if fed:
-        tokens, seen = layer('feed', tokens, needs=fed)
-        signals = signals.replace(**{name: getattr(seen, name) for name in fed})
-        tokens = self._watch(start, tokens, signals)
-      else:
-        tokens = layer('feed', tokens)
-      if tap:
-        out['taps'].append(tap.read(start, attended, signals))
-      if cut and self.plan.site == 'after':
-        tokens = self._reduce(tokens, signals, cut, weights, key, out)
+      tokens, signals = self._run_alone(tokens, signals, weights, start, key, tap, out)
       out['hidden'] += [tokens.x] if self.capture else []
     return tokens, out
 
+  def _run_alone(self, tokens: TokenSet, signals: Signals, weights: Any, index: int,
+                 key: Array | None, tap: Tap | None,
+                 out: dict[str, Any]) -> tuple[TokenSet, Signals]:
+    """One layer with its cut, but for a cut before it."""
+    plan, cut = self.plan, self.plan.cut(index) if self.plan else None
+    site = plan.site if plan and cut else None
+    layer = functools.partial(self._layer, layer_of(weights, index), index, key)
+    needs = self._needs(index) | (tap.needs if tap else frozenset())
+    mlp_needs = needs & MLP_SIGNALS
+    if site == 'inside':
+      tokens = layer('inside', tokens, functools.partial(self._inside, cut, key, out),
+                     **self._measure_args(needs, tokens))
+    else:
+      tokens, signals = self._attend(layer, tokens, needs, tap)
+      if not mlp_needs:
+        tokens = self._watch(index, tokens, signals)
+    attended = tokens
+    if site == 'between':
+      tokens = self._reduce(tokens, signals, cut, weights, key, out)
+    tokens, signals = _feed(layer, tokens, signals, mlp_needs)
+    if mlp_needs:
+      tokens = self._watch(index, tokens, signals)
+    if tap:
+      out['taps'].append(tap.read(index, attended, signals))
+    if site == 'after':
+      tokens = self._reduce(tokens, signals, cut, weights, key, out)
+    return tokens, signals
+
+  def _attend(self, layer: Any, tokens: TokenSet, needs: frozenset[str],
+              tap: Tap | None) -> tuple[TokenSet, Signals]:
+    """Attention of a layer, and the needed signals of it."""
+    hidden_in = tokens.x if 'hidden_in' in needs else None
+    tokens, signals = layer('attend', tokens,
+                            **self._measure_args(needs - MLP_SIGNALS, tokens, tap))
+    return tokens, signals.replace(hidden_in=hidden_in)
+
   def _weights(self, tokens: TokenSet) -> Any:
-    """The blocks' parameters, stacked or as a tuple; they are born stacked."""
+    """The blocks' parameters, stacked or as a tuple; fresh ones are stacked."""
     if not self.is_initializing():
       return self.get_variable('params', 'blocks')
 
@@ -171,20 +183,27 @@ class Stack(nn.Module):
     return self.param('blocks', init)
 
   def step(self, carry: Any, states: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Runs the blocks' own `step` on a carry and a state a layer: what decoding does.
+    """Runs the blocks' own `step`, for decoding.
 
-    Layer by layer, so that no state is copied into a loop. Give weights as a tuple (`unstack`): a
-    layer of the stack may be copied first.
+    It runs layer by layer, so that no state is copied into a loop. Give weights as a tuple
+    (`models.storage.unstack`): a layer of the stack may be copied first.
+
+    Args:
+      carry: passed from block to block.
+      states: one a layer.
+
+    Returns:
+      The last carry, and the new states.
     """
-    weights, made = self._weights(carry), []
+    weights, new_states = self._weights(carry), []
     for layer, state in enumerate(states):
       carry, state = self.block.apply({'params': layer_of(weights, layer)}, carry, state,
                                       method='step')
-      made.append(state)
-    return carry, tuple(made)
+      new_states.append(state)
+    return carry, tuple(new_states)
 
   def _stages(self, weights: Any, tap: Tap | None) -> Iterator[tuple[int, int]]:
-    """(start, stop) of runs of equal layers; one that is cut in, or looked at, runs alone."""
+    """(start, stop) of runs of equal layers; a layer that is cut in or measured runs alone."""
     begins = tap.starts if tap else ()
     alone = {layer for layer in range(self.depth)
              if isinstance(weights, tuple) or self._needs(layer)
@@ -198,28 +217,28 @@ class Stack(nn.Module):
       start = stop
 
   def _needs(self, layer: int) -> frozenset[str]:
-    """What the plan's method wants to know of a layer: a cut before a layer reads the one above."""
+    """Signals that the plan's method reads of a layer: a cut before a layer reads the one above."""
     if self.plan is None:
       return frozenset()
     cut = self.plan.cut(layer + 1 if self.plan.site == 'before' else layer)
-    seen = self.plan.method.watch_needs if layer in self.plan.watch else frozenset()
-    return seen | (self.plan.method.needs - NEXT_LAYER if cut else frozenset())
+    watch = self.plan.method.watch_needs if layer in self.plan.watch else frozenset()
+    return watch | (self.plan.method.needs - NEXT_LAYER if cut else frozenset())
 
   def _measure_args(self, needs: frozenset[str], tokens: TokenSet,
                     tap: Tap | None = None) -> dict[str, Any]:
-    """What a block is told to measure: the names, and the rows that some of them are about."""
-    asked: dict[str, Any] = {'needs': needs}
+    """Arguments of a block that measures: the signals' names, and the rows that some are of."""
+    args: dict[str, Any] = {'needs': needs}
     methods = [part.method for part in (self.plan, tap) if part and part.method]
     if 'window_attention' in needs:
-      asked['span'] = min(tokens.slots, max(method.span for method in methods))
+      args['span'] = min(tokens.slots, max(method.span for method in methods))
     if needs & ROWS:
       owners = [method for method in methods if (method.needs | method.watch_needs) & ROWS]
       if len(owners) > 1:
         raise ValueError(f'{" and ".join(type(owner).__name__ for owner in owners)} both ask for '
                          'attention rows of their own choice, which a layer measures for one: run '
                          'one of them')
-      asked |= {'rows': owners[0].rows(tokens), 'max_rows': owners[0].max_rows(tokens)}
-    return asked
+      args |= {'rows': owners[0].rows(tokens), 'max_rows': owners[0].max_rows(tokens)}
+    return args
 
   def _layer(self, params: Any, index: Any, key: Array | None, method: str, tokens: TokenSet,
              *args: Any, **kwargs: Any) -> Any:
@@ -229,8 +248,8 @@ class Stack(nn.Module):
     rngs = None if key is None else {'dropout': jax.random.fold_in(key, index)}
 
     def call(params: Any, tokens: TokenSet) -> Any:
-      # Here, so that the backward pass picks them anew instead of keeping them.
-      params = params.picked() if isinstance(params, LayerSlice) else params
+      # Here, so that the backward pass reads them anew instead of keeping them.
+      params = params.read() if isinstance(params, LayerSlice) else params
       return self.block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
 
     if self.remat != 'none' and method != 'inside':  # A decision must be taken once.
@@ -244,30 +263,23 @@ class Stack(nn.Module):
     needs = tap.needs if tap else frozenset()
 
     def body(tokens: TokenSet, item: Any) -> tuple[TokenSet, Any]:
-      index, params = item
-      tokens = self._rows(tokens)
-      entered = tokens.x if 'hidden_in' in needs else None
-      picked = layer_of(weights, index) if key is None else LayerSlice(weights, params, index)
-      layer = functools.partial(self._layer, picked, index, key)
-      tokens, signals = layer('attend', tokens,
-                              **self._measure_args(needs - MLP_SIGNALS, tokens, tap))
-      attended = tokens
-      if needs & MLP_SIGNALS:
-        tokens, seen = layer('feed', tokens, needs=needs & MLP_SIGNALS)
-        signals = signals.replace(**{name: getattr(seen, name) for name in needs & MLP_SIGNALS})
-      else:
-        tokens = layer('feed', tokens)
-      read = tap and tap.read(start, attended, signals.replace(hidden_in=entered))
+      index, own = item
+      tokens = self._divide_rows(tokens)
+      params = layer_of(weights, index) if key is None else LayerSlice(weights, own, index)
+      layer = functools.partial(self._layer, params, index, key)
+      attended, signals = self._attend(layer, tokens, needs, tap)
+      tokens, signals = _feed(layer, attended, signals, needs & MLP_SIGNALS)
+      read = tap.read(start, attended, signals) if tap else None
       return tokens, (tokens.x if self.capture else None, read)
 
     # In training slices of the stack are inputs of the loop: the gradient of an index taken inside
     # would add a whole stack of zeros in every step. They are not read, or they would be copied.
-    run = None if key is None else jax.tree.map(lambda leaf: leaf[start:stop], weights)
-    tokens, (hidden, read) = jax.lax.scan(body, tokens, (jnp.arange(start, stop), run))
+    own = None if key is None else jax.tree.map(lambda leaf: leaf[start:stop], weights)
+    tokens, (hidden, read) = jax.lax.scan(body, tokens, (jnp.arange(start, stop), own))
     taps = unstack(read, stop - start) if tap else ()
     return tokens, list(hidden) if self.capture else [], list(taps)
 
-  def _rows(self, tokens: TokenSet) -> TokenSet:
+  def _divide_rows(self, tokens: TokenSet) -> TokenSet:
     """Keeps tokens divided by rows: left alone, the partitioner may divide features instead."""
     if self.mesh is None:
       return tokens
@@ -276,14 +288,14 @@ class Stack(nn.Module):
 
   def _reduce(self, tokens: TokenSet, signals: Signals, cut: Cut, weights: Any,
               key: Array | None, out: dict[str, Any]) -> TokenSet:
-    """A cut between layers: decide, reduce, remember."""
+    """A cut outside attention, with the next layer's signals where the method reads them."""
     ahead = self.plan.method.needs & NEXT_LAYER
     if ahead:
       following = cut.layer + (self.plan.site == 'after')
       with jax.named_scope('signals'):
-        seen = self._layer(layer_of(weights, following), following, key, 'look', tokens,
-                           **self._measure_args(ahead, tokens))
-      signals = signals.replace(**{name: getattr(seen, name) for name in ahead})
+        probed = self._layer(layer_of(weights, following), following, key, 'probe', tokens,
+                             **self._measure_args(ahead, tokens))
+      signals = signals.replace(**{name: getattr(probed, name) for name in ahead})
     return self._decide(cut, key, out, tokens, signals)[0]
 
   def _inside(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
@@ -299,7 +311,7 @@ class Stack(nn.Module):
             not isinstance(assignment, Gather))
 
   def _watch(self, layer: int, tokens: TokenSet, signals: Signals) -> TokenSet:
-    """What the method remembers of a layer joins the stats, which travel with the tokens."""
+    """Adds the stats that the method's `watch` returns of a layer to those of the tokens."""
     if self.plan is None or layer not in self.plan.watch:
       return tokens
     method = self.plan.method
@@ -310,13 +322,18 @@ class Stack(nn.Module):
 
   def _signals_for(self, signals: Signals, needs: frozenset[str], layer: int,
                    slots: int | None = None) -> Signals:
-    """The named signals alone, and what is known without a layer."""
+    """The named signals alone, and those that are known without running a layer."""
     wanted = {name: getattr(signals, name) for name in needs - STATIC}
     return Signals(**wanted, grid=self.grid, rope=self.rope, layer=layer, depth=self.depth,
                    slots=slots)
 
   def by_rows(self, function: Any, whole: int = 0) -> Any:
-    """A function of `whole` trees, tokens and signals: on rows of one device if there is a mesh."""
+    """Returns a function that runs on the rows of each device by itself, if there is a mesh.
+
+    Args:
+      function: of `whole` trees, which every device has whole, then tokens and signals.
+      whole: how many.
+    """
     if self.mesh is None:
       return function
     rows = PartitionSpec(BATCH_AXES)
@@ -326,7 +343,7 @@ class Stack(nn.Module):
 
   def _decide(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
               signals: Signals) -> tuple[TokenSet, Assignment]:
-    """Runs the method on the rows at hand, batch-local when there is a mesh."""
+    """Asks the method, reduces the tokens, and records the cut in `out`."""
     method = self.plan.method
     signals = self._signals_for(signals, method.needs, cut.layer, cut.slots_in)
     params, rng = None, None
@@ -349,34 +366,39 @@ class Stack(nn.Module):
         return assignment
 
       assignment = tk.decide(method if params is None else learned, _mark_fixed_padding(tokens),
-                             signals,
-                             num_slots=cut.slots_out)
+                             signals, num_slots=cut.slots_out)
       return apply(tokens, assignment), assignment, losses
 
     # The names let lib/cost/jaxpr.py tell the method's own products from the backbone's.
     with jax.named_scope('reduction'):
       reduced, assignment, losses = self.by_rows(decide, whole=2)(params, rng, tokens, signals)
     if self.causal:
-      if isinstance(assignment, Mix) or getattr(assignment, 'features', None) is not None:
-        raise ValueError(f'{self.plan.name} mixes all tokens into each, so causal attention would '
-                         'see later ones: choose a method that picks or joins tokens')
-      reduced = reduced.replace(pos=_latest(tokens, reduced))
-      by_place = _by_place(reduced)
-      if self.plan.mode == 'gather':
-        sort = Gather(by_place, reduced.slots)
-        reduced, assignment = tk.reduce(reduced, sort), tk.compose(assignment, sort)
-        reduced = reduced.replace(padding='last')
-        by_place = tk.identity(reduced).src
-      if self.plan.positions == 'compact':
-        reduced = reduced.replace(pos=ranks(by_place, reduced.slots))
+      reduced, assignment = self._order_causally(tokens, reduced, assignment)
     out['before'][cut.layer], out['cuts'][cut.layer] = tokens, reduced
     if getattr(assignment, 'wanted', None) is not None:
       out['overflow'][cut.layer] = jnp.maximum(assignment.wanted - cut.slots_out, 0)
     out['losses'].update({f'{name}_{cut.layer:02d}': value for name, value in losses.items()})
     return reduced, assignment
 
+  def _order_causally(self, tokens: TokenSet, reduced: TokenSet,
+                      assignment: Assignment) -> tuple[TokenSet, Assignment]:
+    """Reduced tokens in the order of their positions, each at the latest of its group."""
+    if isinstance(assignment, Mix) or getattr(assignment, 'features', None) is not None:
+      raise ValueError(f'{self.plan.name} mixes all tokens into each, so causal attention would '
+                       'see later ones: choose a method that picks or joins tokens')
+    reduced = reduced.replace(pos=_latest_position(tokens, reduced))
+    order = _position_order(reduced)
+    if self.plan.mode == 'gather':
+      sort = Gather(order, reduced.slots)
+      reduced, assignment = tk.reduce(reduced, sort), tk.compose(assignment, sort)
+      reduced = reduced.replace(padding='last')
+      order = tk.identity(reduced).src
+    if self.plan.positions == 'compact':
+      reduced = reduced.replace(pos=ranks(order, reduced.slots))
+    return reduced, assignment
+
   def _learned(self, cut: Cut, tokens: TokenSet, signals: Signals) -> Any:
-    """Parameters of a learned method at one cut; they sit beside the blocks."""
+    """Parameters of a learned method at one cut, 'reducer_<layer>', next to 'blocks'."""
     name = f'reducer_{cut.layer:02d}'
     if self.is_initializing():
       method = self.plan.method
@@ -389,11 +411,20 @@ class Stack(nn.Module):
     return self.get_variable('params', name)
 
 
-def _mark_fixed_padding(tokens: TokenSet) -> TokenSet:
-  """What a method is shown: padding among what it may not touch stands there as a kind of its own.
+def _feed(layer: Any, tokens: TokenSet, signals: Signals,
+          needs: frozenset[str]) -> tuple[TokenSet, Signals]:
+  """MLP of a layer, and the needed signals of it joined to others."""
+  if not needs:
+    return layer('feed', tokens), signals
+  tokens, measured = layer('feed', tokens, needs=needs)
+  return tokens, signals.replace(**{name: getattr(measured, name) for name in needs})
 
-  Such slots then keep their place in every row, and the tokens that it may touch are as many as
-  the schedule says, however much text a row has.
+
+def _mark_fixed_padding(tokens: TokenSet) -> TokenSet:
+  """Marks padding among fixed tokens as FIXED_PADDING, which a method must keep like real ones.
+
+  Every row then has the same number of reducible tokens under the schedule, however much text it
+  has.
   """
   if tokens.valid is None or not tokens.protected:
     return tokens
@@ -402,22 +433,21 @@ def _mark_fixed_padding(tokens: TokenSet) -> TokenSet:
   return tokens.replace(kind=kind.astype(tokens.kind.dtype), valid=tokens.valid | ~free)
 
 
-def _by_place(tokens: TokenSet) -> Array:
+def _position_order(tokens: TokenSet) -> Array:
   """int32[B, N]: slots in the order of their positions, padding last."""
-  place = jnp.where(tokens.real, sequence_index(tokens.pos), jnp.iinfo(jnp.int32).max)
-  return jnp.argsort(place, axis=1, stable=True).astype(jnp.int32)
+  position = jnp.where(tokens.real, sequence_index(tokens.pos), jnp.iinfo(jnp.int32).max)
+  return jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
 
 
-def _latest(tokens: TokenSet, reduced: TokenSet) -> Array:
-  """int32[B, M(, P)]: position of the latest of the tokens of each slot; its own if it has none."""
-  place = assignments.take(sequence_index(tokens.pos), jnp.maximum(tokens.owner, 0))
+def _latest_position(tokens: TokenSet, reduced: TokenSet) -> Array:
+  """int32[B, M(, P)]: position of each slot's latest token; the slot's own if it has none."""
+  position = assignments.take(sequence_index(tokens.pos), jnp.maximum(tokens.owner, 0))
   slot = jnp.where(reduced.owner >= 0, reduced.owner, reduced.slots)
-  found = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=reduced.slots))(place, slot)
-  found = jnp.maximum(found, sequence_index(reduced.pos))
+  latest = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=reduced.slots))(position,
+                                                                                        slot)
+  latest = jnp.maximum(latest, sequence_index(reduced.pos))
   if reduced.pos.ndim == 2:
-    return found
+    return latest
   # Positions of several numbers follow the first one, from the slot that had it.
-  own = jnp.argmax(found[:, :, None] == sequence_index(tokens.pos)[:, None], axis=2)
-  return assignments.take(tokens.pos, own)
-
-
+  source = jnp.argmax(latest[:, :, None] == sequence_index(tokens.pos)[:, None], axis=2)
+  return assignments.take(tokens.pos, source)

@@ -1,4 +1,7 @@
-"""How a stack of blocks is stored and read: one stacked tree, or a tuple of a tree a layer."""
+"""Storage of a stack's blocks: one stacked tree [L, ...], or a tuple of one tree a layer.
+
+Axes: L layers.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,38 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.plan import Plan
+from ops import choices
 
 Array = jax.Array
+STORAGES = ('stacked', 'unstacked')
 
 
 def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
-  """A [L, ...] tree as a tuple of L trees."""
+  """Splits a [L, ...] tree into a tuple of L trees."""
   return tuple(jax.tree.map(lambda leaf: leaf[layer], stacked) for layer in range(depth))
 
 
 def restack(layers: tuple[Any, ...]) -> Any:
-  """A tuple of L trees as one [L, ...] tree."""
+  """Stacks a tuple of L trees as one [L, ...] tree."""
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def to_storage(params: Any, form: str) -> Any:
-  """A model's parameters with the blocks of each of its stacks in a form.
+def to_storage(params: Any, storage: str) -> Any:
+  """Returns a model's parameters with the blocks of each of its stacks in a storage.
 
   Args:
-    params: of the model or of several, such as a tower and a language model, the blocks stacked.
-    form: 'stacked', which changes nothing, or 'unstacked': a tuple of layers. Decoding over a tuple
-      copies no weights.
+    params: of one model or several, such as a tower and a language model, the blocks stacked.
+    storage: 'stacked', which changes nothing, or 'unstacked', a tuple of layers, over which
+      decoding copies no weights.
+
+  Raises:
+    ValueError: for another storage.
   """
-  if form == 'stacked' or not isinstance(params, Mapping):
+  choices.check('storage=', storage, STORAGES)
+  if storage == 'stacked' or not isinstance(params, Mapping):
     return params
   if 'stack' not in params:
-    return {name: to_storage(part, form) for name, part in params.items()}
+    return {name: to_storage(part, storage) for name, part in params.items()}
   blocks = params['stack']['blocks']
   depth = jax.tree.leaves(blocks)[0].shape[0]
   blocks = jax.jit(unstack, static_argnums=1)(blocks, depth)
@@ -43,7 +52,11 @@ def to_storage(params: Any, form: str) -> Any:
 
 
 def fastest_storage(plan: Plan | None, *, platform: str) -> str:
-  """'stacked' or 'unstacked', whichever inference runs faster, as measured.
+  """Returns the storage from which inference runs fastest, as measured.
+
+  Args:
+    plan: of the model, or None.
+    platform: 'cpu', 'gpu' or 'tpu'.
 
   On CPU a run over part of the stack, or a layer alone on a slice of it, copies its weights
   (ViT-S/16, batch 8: three cuts cost 258 ms with a tuple and 297 ms with the stack, twelve 237 and
@@ -55,13 +68,26 @@ def fastest_storage(plan: Plan | None, *, platform: str) -> str:
   return 'stacked' if platform == 'tpu' else 'unstacked'
 
 
+def layer_of(weights: Any, layer: Any) -> Any:
+  """Returns one layer's parameters, from either storage.
+
+  Args:
+    weights: [L, ...], or a tuple of L trees.
+    layer: index; of a stack it may be traced.
+  """
+  if isinstance(weights, tuple):
+    return weights[layer]
+  # Outside jit the leaves may be numpy's, which no traced index can read.
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[layer], weights)
+
+
 @struct.dataclass
 class LayerSlice:
   """One layer's parameters, read from the stack, while their gradient goes to a slice of it.
 
   Attributes:
     stack: [L, ...].
-    own: the slice.
+    own: the slice, whose values are never read.
     layer: index.
   """
 
@@ -69,27 +95,19 @@ class LayerSlice:
   own: Any
   layer: Any
 
-  def picked(self) -> Any:
-    """The layer's parameters."""
-    found = layer_of(jax.lax.stop_gradient(self.stack), self.layer)
-    return jax.tree.map(_as_if, found, self.own)
+  def read(self) -> Any:
+    """Returns the layer's parameters."""
+    values = layer_of(jax.lax.stop_gradient(self.stack), self.layer)
+    return jax.tree.map(_with_gradient_of, values, self.own)
 
 
 @jax.custom_jvp
-def _as_if(value: Array, own: Array) -> Array:
-  """A value, with the gradient of an equal one that is then never read."""
+def _with_gradient_of(value: Array, own: Array) -> Array:
+  """`value` in the forward pass; its gradient goes to `own`, whose values are never read."""
   del own
   return value
 
 
-@_as_if.defjvp
+@_with_gradient_of.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-  return _as_if(*primals), tangents[1]
-
-
-def layer_of(weights: Any, layer: int) -> Any:
-  """One layer's parameters from either form."""
-  if isinstance(weights, tuple):
-    return weights[layer]
-  # Outside jit the leaves may be numpy's, which no traced index can read.
-  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[layer], weights)
+  return _with_gradient_of(*primals), tangents[1]

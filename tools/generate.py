@@ -39,11 +39,11 @@ from lib.data import qa as qa_data
 from lib.data.anyres import Picture
 from lib.report import overlay, provenance
 from lib.runtime import cli
-from lib.tasks.qa import PLACES
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
+from models.reduce_config import COMPONENTS
 
 MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a checkpoint.")
 IMAGES = flags.DEFINE_multi_string('image', [], 'An image file; several in the order of the text.')
@@ -106,14 +106,14 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'{argv[1]!r} is not understood: put quotes around the prompt')
   model = assistant.load(MODEL.value, dtype=DTYPE.value, data_dir=DATA_DIR.value)
   model, question = asked(model) if EXAMPLE.value is None else (model, example(model))
-  reduce, images = chosen(model, REDUCE.value), model.see([question.images])
+  reduce, images = chosen(model, REDUCE.value), model.encode_images([question.images])
   if SHOW.value and not (question.images and set(DRAWN) & reduce.keys()):
     raise ValueError(f'--show={SHOW.value} has nothing to show: give an image, and a reduction of '
                      f'one of {", ".join(DRAWN)}')
   generator = model.generator(reduce, buckets=[int(size) for size in BUCKETS.value])
   sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
   layout = None if images is None else images.layout
-  visual = generator.fit.visual(layout)
+  visual = generator.plans.visual_slots(layout)
   room = model.model.context - visual - len(question.prompt)
   new_tokens = NEW_TOKENS.value if NEW_TOKENS.value is not None else max(1, min(64, room))
 
@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> None:
   if question.answer is not None:
     print(f'(the true answer: {question.answer})')
   slots, _ = generator.slots(len(question.prompt), new_tokens, visual=visual)
-  reduced = generator.fit(slots, layout)
+  reduced = generator.plans(slots, layout)
   print('\n'.join(took(generator, reduced, question, images, times)), file=sys.stderr)
   if SHOW.value:
     show(reduced, model, padded([question.prompt], slots), question.images, images,
@@ -156,7 +156,7 @@ def asked(model: Assistant) -> tuple[Assistant, Question]:
     with Image.open(path) as image:
       images.append(image.convert('RGB'))
   prompt = model.prompt(text, images=len(images), template=TEMPLATE.value)
-  model = model.seeing(images)
+  model = model.with_grid_for(images)
   return model, Question([model.look(image) for image in images], prompt)
 
 
@@ -179,7 +179,7 @@ def example(model: Assistant) -> Question:
 def chosen(model: Assistant, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """Reductions by place: of the flags, else those that the model was trained with."""
   found = {}
-  for place in PLACES:
+  for place in COMPONENTS:
     own = {name: value for name, value in given[place].items() if value is not None}
     if not own['method']:
       left = {name: value for name, value in own.items()
@@ -215,7 +215,8 @@ def kept(reduced: LM | VLM) -> list[str]:
   lm = reduced.lm if sees else reduced
   plans = {'language': lm.plan, 'cache': lm.cache_plan}
   if sees:
-    plans = {'vision': reduced.tower.plan, 'projector': reduced.door and reduced.door.plan} | plans
+    projector = reduced.projector_reduction and reduced.projector_reduction.plan
+    plans = {'vision': reduced.tower.plan, 'projector': projector} | plans
   lines = []
   for place, plan in plans.items():
     # A plan that only listens cuts nothing.
@@ -236,7 +237,8 @@ def show(reduced: VLM, model: Assistant, prompt: tuple[np.ndarray, np.ndarray],
   """Draws every image with what each reduction left of it."""
   def look(params: Any, images: Images) -> dict[str, Any]:
     _, out = reduced.apply({'params': params}, *prompt, images)
-    return {name: out.get(name) for name in ('seen', 'laid', 'door', 'visual', 'sequence', 'cuts')}
+    return {name: out.get(name) for name in ('tower_tokens', 'layout', 'projector', 'visual',
+                                             'sequence', 'cuts')}
 
   stages = provenance.stages(reduced, jax.jit(look)(model.params, images))
   first = 0

@@ -141,8 +141,8 @@ def compiled(target, step, method):
 def evaluation(vit, mesh, images, rows, whole):
   """Logits of a batch; parameters whole on every device, so that nothing need be gathered."""
   shapes = jax.eval_shape(functools.partial(start, vit), jax.random.key(0))
-  form = fastest_storage(vit.plan, platform=mesh.devices.flat[0].platform)
-  shapes = jax.eval_shape(functools.partial(to_storage, form=form), shapes)
+  storage = fastest_storage(vit.plan, platform=mesh.devices.flat[0].platform)
+  shapes = jax.eval_shape(functools.partial(to_storage, storage=storage), shapes)
   places = jax.tree.map(lambda _: whole, shapes)
   run = jax.jit(lambda params, images: vit.apply({'params': params}, images)[0],
                 out_shardings=rows)

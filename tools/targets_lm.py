@@ -295,7 +295,7 @@ def serving(vlm, mesh):
   """
   shapes = jax.eval_shape(functools.partial(fresh, vlm), jax.random.key(0))
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, vlm.lm.dtype), shapes)
-  shapes = jax.eval_shape(functools.partial(to_storage, form='unstacked'), shapes)
+  shapes = jax.eval_shape(functools.partial(to_storage, storage='unstacked'), shapes)
   return sharding.shapes(shapes, sharding.make_shardings(shapes, VLM_SHARDING, mesh))
 
 

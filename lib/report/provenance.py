@@ -51,16 +51,16 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
     out: what it told of a prompt (`VLM.__call__`).
     row: of the batch.
   """
-  seen, visual, door = out['seen'], out['visual'], out.get('door')
+  seen, visual, projected = out['tower_tokens'], out['visual'], out.get('projector')
   batch, images = visual.x.shape[:2]
   crops, each = len(seen.x) // batch, seen.slots
   # Patches to what the tower passes on, and tokens to what of that they are made of.
   passed = _numbered([_now(seen, row * crops + crop) for crop in range(crops)], each)
-  if out['laid'] is None:
+  if out['layout'] is None:
     index = np.arange(crops * each)[:, None]
     there = np.isin(index, passed)
   else:
-    index, weight = (np.asarray(part[row]).reshape(-1, part.shape[-1]) for part in out['laid'])
+    index, weight = (np.asarray(part[row]).reshape(-1, part.shape[-1]) for part in out['layout'])
     there = weight > 0
   now = np.where(there.any(axis=1), np.arange(len(index)), GONE)
   # Line ends are made of no patch.
@@ -79,11 +79,11 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
     return Stage(name, labels.reshape(shape), merged.reshape(shape), np.asarray(tokens))
 
   made = [stage('vision', now)] if vlm.tower.plan and vlm.tower.plan.cuts else []
-  pooled = door is not None and len(door.owner) == batch and images > 1
-  if door is not None:
-    across = len(door.owner) // batch
-    now = _follow(now, _numbered([_now(door, row * across + part) for part in range(across)],
-                                 door.slots))
+  pooled = projected is not None and len(projected.owner) == batch and images > 1
+  if projected is not None:
+    across = len(projected.owner) // batch
+    now = _follow(now, _numbered([_now(projected, row * across + part) for part in range(across)],
+                                 projected.slots))
     made.append(stage('projector', now))
   now = _follow(now, _entered(out, row, pooled))
   for layer, cut in sorted(out['cuts'].items()):

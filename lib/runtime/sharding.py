@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from models.stack import BATCH_AXES
+
 AXES = ('data', 'fsdp', 'tensor', 'sequence')
-BATCH_AXES = ('data', 'fsdp')
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:

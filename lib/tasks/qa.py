@@ -25,16 +25,18 @@ from lib.tasks import anneal
 from lib.tasks.base import Task
 from models.backbones.lm import LM
 from models.backbones.vit import ViT
-from models.backbones.vlm import VLM, Images, with_projector_reduction
+from models.backbones.vlm import VLM, Images
 from models.build import DTYPES
-from models.plan import make_cache_plan, make_plan
+from models.plan import reduction_settings
+from models.reduce_config import check_components, with_plans
 from ops.assignments import take
 from ops.attention import pick
 from ops.rope import Rope
 from ops.tokens import TokenSet
 
 Array = jax.Array
-PLACES = ('vision', 'projector', 'language', 'cache')
+# An image of a set is one crop in raster order (`models.backbones.vlm.Images.layout`).
+LAYOUT = (1, 1, 0)
 
 
 def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, context: int,
@@ -55,49 +57,30 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
   Raises:
     ValueError: as models/plan.py and the models do; a reduction in a place that is not there.
   """
-  for name in reduce:
-    if name not in PLACES:
-      raise ValueError(f'reduce.{name} is unknown: choose from {", ".join(PLACES)}')
+  check_components(reduce)
   if model['dtype'] not in DTYPES:
     raise ValueError(f'dtype {model["dtype"]!r} is unknown: choose one of {", ".join(DTYPES)}')
   dtype = DTYPES[model['dtype']]
   shared = {'dtype': dtype, 'mesh': mesh, 'implementation': pick(platform, dtype)}
   settings = dict(model['lm'])
   rope = Rope(settings['head_width'], theta=settings.pop('theta', 1e4))
-  cuts = {place: {key: value for key, value in config.items() if value is not None}
-          for place, config in reduce.items() if config['method'] != 'none'}
   lm = LM(**settings, vocabulary=info.vocabulary, rope=rope, **shared)
   if info.image_shape is None:
-    missing = [place for place in cuts if place in ('vision', 'projector')]
-    if missing:
-      raise ValueError(f'reduce.{missing[0]} acts on images, and this set has none: set its method '
-                       "to 'none'")
-    return _reduced(lm, cuts, context, 0)
+    for name in ('vision', 'projector'):
+      if reduction_settings(reduce.get(name)):
+        raise ValueError(f'reduce.{name} acts on images, and this set has none: set its method to '
+                         "'none'")
+    return with_plans(lm, **reduce)(context)
   tower = ViT(**model['tower'], num_classes=0, image_size=info.image_shape[0], pool='mean',
               last_norm='pooled', **shared)
-  slots = tower.grid[0] * tower.grid[1]
-  if 'vision' in cuts:
-    plan = make_plan(cuts['vision'], tower.host)
-    tower = tower.clone(plan=plan)
-    slots = (plan.cuts[-1].slots_out if plan.cuts else tower.host.slots) - tower.special
   vlm = VLM(tower, lm, info.image, model['projection'], patch_labels=model['patch_labels'])
-  if 'projector' in cuts:
-    vlm = with_projector_reduction(vlm, cuts['projector'], slots=slots)
-    slots = vlm.door.plan.cuts[-1].slots_out if vlm.door.plan.cuts else slots
-  return vlm.clone(lm=_reduced(lm, cuts, context + slots, slots))
-
-
-def _reduced(lm: LM, cuts: Mapping[str, Mapping[str, Any]], slots: int, visual: int) -> LM:
-  host = lm.host(slots, **({'visual': visual} if visual else {}))
-  plan = make_plan(cuts['language'], host) if 'language' in cuts else None
-  kept = make_cache_plan(cuts['cache'], host, plan=plan) if 'cache' in cuts else None
-  return lm.clone(plan=plan, cache_plan=kept)
+  return with_plans(vlm, **reduce)(context, LAYOUT)
 
 
 def visual_tokens(vlm: VLM) -> int:
   """Visual tokens of an image that the language model reads."""
-  if vlm.door and vlm.door.plan.cuts:
-    return vlm.door.plan.cuts[-1].slots_out
+  if vlm.projector_reduction and vlm.projector_reduction.plan.cuts:
+    return vlm.projector_reduction.plan.cuts[-1].slots_out
   return vit_cost.of(vlm.tower).layers[-1].left - vlm.tower.special
 
 

@@ -3,40 +3,42 @@
 Llama (Touvron et al., 2023), arXiv:2302.13971, arXiv:2307.09288 and 2407.21783; Mistral 7B,
 arXiv:2310.06825; Qwen 2 and 3, arXiv:2407.10671 and 2505.09388; grouped queries from
 arXiv:2305.13245, SwiGLU from arXiv:2002.05202, RMSNorm from arXiv:1910.07467. What a family sets is
-data, in models/families.py; `from_config` reads a checkpoint's config.json.
+data, in models/families.py; models/checkpoints/lm_config.py makes models of it, and of a
+checkpoint's config.json.
 
 INTERFACE
-  lm = make_lm('llama2_7b', dtype=jnp.bfloat16)        # or from_config(json)
-  host = lm.host(slots, visual=576)                    # N of the prompt, and of a kind in it
-  lm = lm.clone(plan=make_plan(config, host))          # between layers: site before, between, after
+  lm = make_lm('llama2_7b', dtype=jnp.bfloat16)  # models/checkpoints/lm_config.py; or from_config
+  host = lm.host(slots, visual=576)              # N of the prompt, and slots of a kind in it
+  lm = lm.clone(plan=make_plan(config, host))    # models/plan.py; site before, between or after
   lm = lm.clone(cache_plan=make_cache_plan(config, host, plan=lm.plan))       # on the cache
+  lm = with_plans(lm, language=config, cache=config, visual=576)(slots)  # models/reduce_config.py
   logits, out = lm.apply({'params': p}, tokens)        # all tokens that are left, training too
   logits, cache = lm.apply({'params': p}, tokens, room=64, method='prefill')  # the last real one
   logits, cache = lm.apply({'params': p}, ids, cache, method='decode')        # donate the cache
 * `tokens` are ids int[B, N] (with `valid=` bool[B, N]), or a TokenSet of embeddings (`lm.embed`
-  makes them of ids): `pos` the place in the sequence, real tokens in ascending order, padding
+  makes them of ids): `pos` the index in the sequence, real tokens in ascending order, padding
   anywhere (left, right, or between a row's image and its text); `kind` VISUAL, TEXT or SPECIAL,
   for padding too, since a plan's `of` counts slots by kind. For M-RoPE `pos` is int[B, N, P]:
-  column 0 the place in the sequence, by which attention is causal, then one a section.
+  column 0 the index in the sequence, by which attention is causal, then one a section.
 * Plans count slots: another length is an error, and parameters are made without plans (`init`).
-  Padding to few lengths, and the plans for each: models/decoding/generator.py, `Generator` and
-    `with_plans`.
-* Attention is causal by `pos`, RoPE turns by `pos`; a slot's index means nothing. After a cut slots
-  are sorted by `pos`; a merged slot takes the latest of its group.
-* A reducer sees the static number of slots of other kinds as `tokens.protected`, and padding among
-  them as real slots of kind FIXED_PADDING, which keep their place: keep - tokens.protected tokens
+  `Generator` (models/decoding/generator.py) pads prompts to few lengths; `with_plans` resolves the
+  plans of each.
+* Attention is causal by `pos`, RoPE rotates by `pos`; a slot's index means nothing. After a cut
+  slots are sorted by `pos`; a merged slot takes the latest of its group.
+* A method gets the static number of slots of other kinds as `tokens.protected`, and padding among
+  them as real slots of kind FIXED_PADDING, which it must keep: num_slots - tokens.protected tokens
   of `of` stay in every row, whatever its text. Text alone is `kind == TEXT`.
 * Signals (ops/signals.py): keys and values [B, N, K, d] (rotated), queries, plain_queries
   [B, N, H, d], last_attention [B, H, N], window_attention [B, H, W, N] (W = method.span),
   row_attention [B, H, N] (mean over method.rows(tokens), bool[B, N]), received_attention [B, H, N];
   next_last_attention, next_row_attention, next_received_attention, next_keys of the next layer on
-  today's tokens; hidden, hidden_in, attention_out, mlp_in, mlp_out, mlp_hidden; rope, layer, depth,
-  slots. Methods name them in `needs`, and in `watch_needs` for `watch`.
-* Methods between layers answer an Assignment as anywhere; `positions` ('keep', 'compact',
+  the current tokens; hidden, hidden_in, attention_out, mlp_in, mlp_out, mlp_hidden; rope, layer,
+  depth, slots. Methods name them in `needs`, and in `watch_needs` for `watch`.
+* Methods between layers return an Assignment as anywhere; `positions` ('keep', 'compact',
   'restart') is an attribute of the method, or of the config. Methods on the cache (site = 'cache',
   ops/reducers/cache) are called as method(tokens, signals, num_slots=M) once a layer, after its
-  attention, and answer ops.kv_cache.KVGather(src int32[B, K, M], valid=None): M slots a kv head,
-  padding last. `keep` is of the layer's own slots, 'rounding' floors unless a config says.
+  attention, and return ops.kv_cache.KVGather(src int32[B, K, M], valid=None): M slots a kv head,
+  padding last. `keep` counts slots of the layer's own; `rounding` is 'floor' by default.
 
 Axes: B batch, N slots now, T original tokens, D width, H heads, K kv heads, d width of a head, V
 vocabulary, S slots of a cache, F MLP width, P numbers in a position.
@@ -74,13 +76,13 @@ SITES = ('before', 'between', 'after')
 
 
 def rms_norm(eps: float) -> nn.RMSNorm:
-  """The norm of every block, in float32."""
+  """Returns the norm of every block, in float32."""
   return nn.RMSNorm(epsilon=eps, dtype=jnp.float32)
 
 
 def product(features: int | tuple[int, ...], dtype: Any, *, bias: bool = False,
             axis: int | tuple[int, ...] = -1) -> nn.DenseGeneral:
-  """A matrix product as the blocks have it."""
+  """Returns a matrix product with the initialisation of the blocks."""
   return nn.DenseGeneral(features, axis=axis, dtype=dtype, use_bias=bias,
                          kernel_init=nn.initializers.normal(0.02))
 
@@ -92,7 +94,7 @@ class Block(nn.Module):
     kv_heads: heads of keys and values, each shared by heads / kv_heads queries.
     head_width: d, features a head.
     rope: how positions become rotations; its width is d.
-    window: positions that a token sees back from its own, its own among them; 0 for all.
+    window: number of positions up to its own that a token sees; 0 for all.
     qkv_bias: whether queries, keys and values have biases (Qwen 2).
     qk_norm: whether each head's queries and keys are normed before they are rotated (Qwen 3).
     slots: 'ordered' where they stand in the order of positions, so that kernels may mask by slot;
@@ -115,32 +117,39 @@ class Block(nn.Module):
   slots: str = 'ordered'
 
   def setup(self) -> None:
-    """Two norms, attention's four products and the MLP's three."""
-    made = functools.partial(product, dtype=self.dtype)
+    """Makes two norms, attention's four products and the MLP's three."""
+    project = functools.partial(product, dtype=self.dtype)
     self.norm1, self.norm2 = rms_norm(self.norm_eps), rms_norm(self.norm_eps)
-    self.q = made((self.heads, self.head_width), bias=self.qkv_bias)
-    self.k = made((self.kv_heads, self.head_width), bias=self.qkv_bias)
-    self.v = made((self.kv_heads, self.head_width), bias=self.qkv_bias)
+    self.q = project((self.heads, self.head_width), bias=self.qkv_bias)
+    self.k = project((self.kv_heads, self.head_width), bias=self.qkv_bias)
+    self.v = project((self.kv_heads, self.head_width), bias=self.qkv_bias)
     if self.qk_norm:
       self.q_norm, self.k_norm = rms_norm(self.norm_eps), rms_norm(self.norm_eps)
-    self.out = made(self.width, axis=(-2, -1))
-    self.gate, self.up, self.down = made(self.mlp), made(self.mlp), made(self.width)
+    self.out = project(self.width, axis=(-2, -1))
+    self.gate, self.up, self.down = project(self.mlp), project(self.mlp), project(self.width)
 
   def __call__(self, tokens: TokenSet) -> TokenSet:
-    """The plain block; it makes the parameters."""
+    """Runs the block without signals; it makes the parameters."""
     return self.feed(self.attend(tokens, needs=frozenset(), proportional=False)[0])
 
   def attend(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
-             **asked: Any) -> tuple[TokenSet, Signals]:
-    """Attention and its residual, and what `needs` names of it; `asked` goes to `measure`."""
+             **query_rows: Any) -> tuple[TokenSet, Signals]:
+    """Adds attention to the tokens, and measures the signals that `needs` names.
+
+    Args:
+      tokens: [B, N].
+      needs: names of `Signals` fields.
+      proportional: whether a slot counts as often in attention as it has tokens.
+      **query_rows: which rows some signals are of (`ops.signals.measure`: span, rows, max_rows).
+    """
     hidden = self.norm1(tokens.x)
     q, k, plain = self._queries_and_keys(hidden, tokens.pos)
     v = self.v(hidden)
-    bias, places = key_bias(tokens, proportional=proportional), sequence_index(tokens.pos)
+    bias, positions = key_bias(tokens, proportional=proportional), sequence_index(tokens.pos)
     window = self._window(tokens)
     read = functools.partial(
-        measure, needs, v=v, bias=bias, hidden=hidden, query_valid=tokens.valid, positions=places,
-        window=window, **asked)
+        measure, needs, v=v, bias=bias, hidden=hidden, query_valid=tokens.valid,
+        positions=positions, window=window, **query_rows)
     mix = functools.partial(sharded_attention.attend, causal=True, window=window, mesh=self.mesh,
                             implementation=self.implementation)
     if self.implementation == 'xla':
@@ -148,64 +157,69 @@ class Block(nn.Module):
       # for them.
       signals = read(q=q, k=k, lse=None)
       q, k, signals = jax.lax.optimization_barrier((q, k, signals))
-      mixed = mix(q, k, v, bias, places)
+      mixed = mix(q, k, v, bias, positions)
     else:
       by_slot = self.slots == 'ordered'
       mixed = mix(q, k, v, self._kernel_bias(tokens, bias, proportional),
-                  None if by_slot else places)
+                  None if by_slot else positions)
       signals = read(q=q, k=k, lse=mixed.lse)
     change = self.out(mixed.out)
-    beside = {'plain_queries': plain, 'attention_out': change}
-    signals = signals.replace(**{name: x for name, x in beside.items() if name in needs})
+    extra_signals = {'plain_queries': plain, 'attention_out': change}
+    signals = signals.replace(**{name: x for name, x in extra_signals.items() if name in needs})
     return _add(tokens, change), signals
 
-  def look(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
-           **asked: Any) -> Signals:
-    """What this layer's attention would be on today's tokens, without running the layer."""
+  def probe(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
+            **query_rows: Any) -> Signals:
+    """Measures what this layer's attention would be on the current tokens, without running it."""
     q, k, _ = self._queries_and_keys(self.norm1(tokens.x), tokens.pos)
-    seen = measure(
+    measured = measure(
         frozenset(name.removeprefix('next_') for name in needs), q=q, k=k, v=k, lse=None,
         bias=key_bias(tokens, proportional=proportional), query_valid=tokens.valid,
-        positions=sequence_index(tokens.pos), window=self._window(tokens), **asked)
-    return Signals(**{name: getattr(seen, name.removeprefix('next_')) for name in needs})
+        positions=sequence_index(tokens.pos), window=self._window(tokens), **query_rows)
+    return Signals(**{name: getattr(measured, name.removeprefix('next_')) for name in needs})
 
   def feed(self, tokens: TokenSet, *, needs: frozenset[str] = frozenset(),
            **unused: Any) -> TokenSet | tuple[TokenSet, Signals]:
-    """MLP and its residual; with `needs` also what they name of it."""
+    """Adds the MLP to the tokens; with `needs` it also measures the signals that they name."""
     del unused
     hidden = self.norm2(tokens.x)
     inner = nn.silu(self.gate(hidden)) * self.up(hidden)
     change = self.down(inner)
-    known = {'mlp_in': hidden, 'mlp_hidden': inner, 'mlp_out': change}
-    signals = Signals(**{name: known[name] for name in needs})
+    measured = {'mlp_in': hidden, 'mlp_hidden': inner, 'mlp_out': change}
+    signals = Signals(**{name: measured[name] for name in needs})
     tokens = _add(tokens, change)
     return (tokens, signals) if needs else tokens
 
   def step(self, carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
-    """One token a row through the block, over its cache: ((float[B, D], step int32[]), KV)."""
+    """Runs one token a row through the block, over its cache.
+
+    Args:
+      carry: (float[B, D], int32[], the number of the step).
+      kv: the cache of this layer.
+    """
     x, step = carry
     pos = kv.start + step
-    places = pos if pos.ndim == 1 else pos[:, 0]
+    index = pos if pos.ndim == 1 else pos[:, 0]
     hidden = self.norm1(x)
     q, k, _ = self._queries_and_keys(hidden, pos)
-    kv = kv.append(k, self.v(hidden), places, step)
+    kv = kv.append(k, self.v(hidden), index, step)
     visible = kv.valid
     if self.window:
-      visible &= places.reshape(places.shape + (1,) * (kv.pos.ndim - 1)) - kv.pos < self.window
+      visible &= index.reshape(index.shape + (1,) * (kv.pos.ndim - 1)) - kv.pos < self.window
     x = x + self.out(attention.step(q, kv.k, kv.v, visible, bias=kv.bias)).astype(x.dtype)
     hidden = self.norm2(x)
     change = self.down(nn.silu(self.gate(hidden)) * self.up(hidden))
     return (x + change.astype(x.dtype), step), kv
 
   def _queries_and_keys(self, hidden: Array, pos: Array) -> tuple[Array, Array, Array]:
-    """Rotated queries [..., H, d], rotated keys [..., K, d], queries as they were before."""
+    """Rotated queries [..., H, d], rotated keys [..., K, d], and queries before the rotation."""
     q, k = self.q(hidden), self.k(hidden)
     if self.qk_norm:
       q, k = self.q_norm(q).astype(self.dtype), self.k_norm(k).astype(self.dtype)
     return self.rope.rotate(q, pos), self.rope.rotate(k, pos), q
 
   def _window(self, tokens: TokenSet) -> int | None:
-    """The window, None where all tokens that there ever were fit into it."""
+    """The window, None where all original tokens fit into it."""
     return self.window if 0 < self.window < tokens.owner.shape[1] else None
 
   def _kernel_bias(self, tokens: TokenSet, bias: Array | None,
@@ -234,8 +248,8 @@ class LM(nn.Module):
     rope, window, qkv_bias, qk_norm, norm_eps: see `Block`.
     dtype: of the products; norms, softmax and logits are float32. Give parameters of this dtype to
       prefill and decode, which would otherwise convert them in every call.
-    plan: what to reduce between layers, or None.
-    cache_plan: what to keep of the cache after the prompt, or None.
+    plan: how to reduce tokens between layers, or None.
+    cache_plan: which entries of the cache to keep after the prompt, or None.
     implementation: of attention over a prompt: 'xla', 'cudnn' or 'splash' (ops/attention.py picks).
     mesh, remat, capture: see models/stack.py.
   """
@@ -263,7 +277,7 @@ class LM(nn.Module):
   capture: bool = False
 
   def host(self, slots: int, **counts: int) -> Host:
-    """What plans need to know of this model with prompts of `slots` slots.
+    """Returns what plans need to know of this model with prompts of `slots` slots.
 
     Args:
       slots: N, padding included.
@@ -280,7 +294,7 @@ class LM(nn.Module):
     return Host(self.depth, slots, 0, OFFERS, SITES, kinds, POSITIONS)
 
   def setup(self) -> None:
-    """Embeddings, blocks, the last norm and the head."""
+    """Makes embeddings, blocks, the last norm and the head."""
     self.table = self.param('table', nn.initializers.normal(0.02), (self.vocabulary, self.width))
     slots = 'any' if self.plan and self.plan.mode == 'mask' else 'ordered'
     block = Block(self.width, self.heads, self.kv_heads, self.head_width, self.mlp, self.rope,
@@ -294,7 +308,7 @@ class LM(nn.Module):
                            kernel_init=nn.initializers.normal(0.02), dot_general=self._product)
 
   def embed(self, ids: Array, valid: Array | None = None) -> TokenSet:
-    """Token ids as tokens.
+    """Looks up the embeddings of token ids.
 
     Args:
       ids: int[B, N], each below V.
@@ -313,7 +327,7 @@ class LM(nn.Module):
     else:
       pos = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
     if self.rope.sections:
-      # Text alone has its place on every axis.
+      # Text alone has its index on every axis.
       pos = jnp.broadcast_to(pos[..., None], (*pos.shape, 1 + len(self.rope.sections)))
     kind = jnp.full(ids.shape, TEXT, jnp.int8)
     return TokenSet.create(self._embedded(ids), pos=pos, kind=kind, valid=valid,
@@ -321,7 +335,7 @@ class LM(nn.Module):
 
   def __call__(self, tokens: Array | TokenSet,
                valid: Array | None = None) -> tuple[Array, dict[str, Any]]:
-    """Scores the next token after every token that is left.
+    """Returns scores of the next token after every token that is left.
 
     Args:
       tokens: ids int[B, N], or a TokenSet of embeddings.
@@ -348,9 +362,9 @@ class LM(nn.Module):
     """Reads a prompt.
 
     Args:
-      tokens, valid: as in `__call__`. Of every row the latest real token must be left by the
-        plan: its logits are what is returned.
-      room: tokens that may be decoded after it.
+      tokens, valid: as in `__call__`. The plan must leave the latest real token of every row,
+        whose logits are returned.
+      room: number of tokens that may be decoded after the prompt.
 
     Returns:
       Logits float32[B, V] after the last real token, and the cache.
@@ -363,47 +377,61 @@ class LM(nn.Module):
       again = self.clone(plan=None, parent=None)
       return again.apply({'params': self.variables['params']}, self._restarted(tokens), room=room,
                          method='prefill')
-    after = _next(tokens)
-    compact = self.plan is not None and self.plan.positions == 'compact'
-    proportional = self.plan is not None and self.plan.method.proportional
-    seen = self.cache_plan
-
-    def read(first: int, tokens: TokenSet, signals: Signals) -> KV:
-      k, v = (jnp.swapaxes(x, 1, 2) for x in (signals.keys, signals.values))
-      bias = log_weight(tokens.size) if proportional and tokens.size is not None else None
-      kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=tokens.real, filled=tokens.slots,
-                     bias=bias,
-                     start=_next(tokens) if compact else after)
-      cut = seen and seen.cut(first)
-      if cut and cut.slots_in != tokens.slots:
-        raise ValueError(f'the plan of the cache is for {cut.slots_in} slots in layer '
-                         f'{first}, which sees {tokens.slots}: make one with lm.host(slots) and '
-                         'plan=lm.plan')
-      if cut:
-        wanted = {name: getattr(signals, name) for name in seen.method.needs - STATIC}
-        told = Signals(**wanted, rope=self.rope, layer=first, depth=self.depth, slots=cut.slots_in)
-        with jax.named_scope('reduction'):
-          choose = functools.partial(seen.method, num_slots=cut.slots_out)
-          kept = self.stack.by_rows(choose)(tokens, told)
-          kv = kv_cache.shrink(kv, kept, positions=seen.positions, rope=self.rope)
-      return kv_cache.with_room(kv, room)
-
-    needs = frozenset({'keys', 'values'}) | (seen.method.needs - STATIC if seen else frozenset())
-    tokens, out = self.stack(tokens, Tap(needs, read, _starts(seen), seen and seen.method))
+    cache_plan = self.cache_plan
+    needs = frozenset({'keys', 'values'})
+    if cache_plan:
+      needs |= cache_plan.method.needs - STATIC
+    tap = Tap(needs, functools.partial(self._store, _next_position(tokens), room),
+              _starts(cache_plan), cache_plan and cache_plan.method)
+    tokens, out = self.stack(tokens, tap)
     last = jnp.argmax(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1)
     x = take(tokens.x, last[:, None])[:, 0]
     return self._logits(self.norm(x)), Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
 
-  def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
-    """One more token a row.
+  def _store(self, start: Array, room: int, layer: int, tokens: TokenSet, signals: Signals) -> KV:
+    """Keys and values of a layer as its cache, reduced by the cache plan.
 
-    Writes into the cache in place where it is donated and the blocks' parameters are a tuple
-    (models/stack.py, `unstack`), and copies neither. Beyond the cache's room it would overwrite the
-    last token: whoever calls counts (models/decoding/generator.py does).
+    Args:
+      start: int32[B(, P)], the position of the first token to be decoded.
+      room: number of tokens that may be decoded.
+      layer: the first of the equal layers that run together.
+      tokens, signals: of the layer's attention.
+    """
+    plan, proportional = self.plan, bool(self.plan and self.plan.method.proportional)
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (signals.keys, signals.values))
+    bias = log_weight(tokens.size) if proportional and tokens.size is not None else None
+    compact = plan is not None and plan.positions == 'compact'
+    kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=tokens.real, filled=tokens.slots,
+                   bias=bias, start=_next_position(tokens) if compact else start)
+    return kv_cache.with_room(self._reduce_cache(kv, layer, tokens, signals), room)
+
+  def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> KV:
+    """A layer's cache with the entries that the cache plan keeps."""
+    plan = self.cache_plan
+    cut = plan.cut(layer) if plan else None
+    if plan is None or cut is None:
+      return kv
+    if cut.slots_in != tokens.slots:
+      raise ValueError(f'the plan of the cache is for {cut.slots_in} slots in layer '
+                       f'{layer}, which sees {tokens.slots}: make one with lm.host(slots) and '
+                       'plan=lm.plan')
+    wanted = {name: getattr(signals, name) for name in plan.method.needs - STATIC}
+    signals = Signals(**wanted, rope=self.rope, layer=layer, depth=self.depth, slots=cut.slots_in)
+    with jax.named_scope('reduction'):
+      choose = functools.partial(plan.method, num_slots=cut.slots_out)
+      kept = self.stack.by_rows(choose)(tokens, signals)
+      return kv_cache.shrink(kv, kept, positions=plan.positions, rope=self.rope)
+
+  def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
+    """Reads one more token a row.
+
+    It writes into the cache in place where it is donated and the blocks' parameters are a tuple
+    (models/storage.py, `unstack`), and copies neither. Beyond the cache's room it would overwrite
+    the last token: the caller counts (models/decoding/generator.py does).
 
     Args:
       ids: int[B], the tokens.
-      kvs: what `prefill` or the last call gave.
+      kvs: the cache that `prefill` or the last call returned.
 
     Returns:
       Logits float32[B, V] after them, and the cache.
@@ -430,8 +458,8 @@ class LM(nn.Module):
     return tokens.replace(x=tokens.x.astype(self.dtype))
 
   def _restarted(self, tokens: TokenSet) -> TokenSet:
-    """The prompt of those original tokens alone that the last cut leaves, in their order."""
-    if not self.plan.cuts:
+    """A new prompt of the original tokens that the last cut leaves, in their order, from 0."""
+    if not self.plan or not self.plan.cuts:
       return tokens
     _, out = self.stack(tokens)
     reduced = out['cuts'][self.plan.cuts[-1].layer]
@@ -440,8 +468,8 @@ class LM(nn.Module):
                        "(M-RoPE): choose 'keep'")
     count = self.plan.cuts[-1].slots_out
     left = (reduced.owner >= 0) & tokens.real
-    place = jnp.where(left, tokens.pos, jnp.iinfo(jnp.int32).max)
-    index = jnp.argsort(place, axis=1, stable=True)[:, :count]
+    position = jnp.where(left, tokens.pos, jnp.iinfo(jnp.int32).max)
+    index = jnp.argsort(position, axis=1, stable=True)[:, :count]
     pos = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), index.shape)
     valid = None if tokens.valid is None else take(left, index)
     return TokenSet.create(take(tokens.x, index), pos=pos, kind=take(tokens.kind, index),
@@ -456,28 +484,29 @@ class LM(nn.Module):
 
   def _embedded(self, ids: Array) -> Array:
     """float[..., D] of ids int[...]."""
-    table = self._divided(self.table.astype(self.dtype), 'tensor', None)
-    return self._divided(table[ids], BATCH_AXES)
+    table = self._constrain(self.table.astype(self.dtype), 'tensor', None)
+    return self._constrain(table[ids], BATCH_AXES)
 
   def _product(self, x: Array, weights: Array, dimensions: Any, **unused: Any) -> Array:
     """Logits, not rounded to the dtype of the factors; `weights` are [D, V] or [V, D]."""
     del unused
     vocabulary = 1 - dimensions[0][1][0]
-    weights = self._gathered(weights, *('tensor' if d == vocabulary else None for d in (0, 1)))
+    axes = ('tensor' if d == vocabulary else None for d in (0, 1))
+    weights = self._gather_weights(weights, *axes)
     logits = jax.lax.dot_general(x, weights, dimensions, preferred_element_type=jnp.float32)
-    return self._divided(logits, BATCH_AXES, *(None,) * (x.ndim - 2), 'tensor')
+    return self._constrain(logits, BATCH_AXES, *(None,) * (x.ndim - 2), 'tensor')
 
-  def _divided(self, x: Array, *axes: Any) -> Array:
-    """Keeps an array, and its gradient, divided along these axes of the mesh, if there is one."""
+  def _constrain(self, x: Array, *axes: Any) -> Array:
+    """An array divided along these axes of the mesh, if there is one, and so its gradient."""
     if self.mesh is None:
       return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
-  def _gathered(self, weights: Array, *axes: Any) -> Array:
-    """Parameters divided along these axes alone, for a product with rows, or a lookup of them.
+  def _gather_weights(self, weights: Array, *axes: Any) -> Array:
+    """Parameters divided along these axes of the mesh alone, for a product with rows or a lookup.
 
     Where they are sliced over the axes that divide the batch, the partitioner would otherwise
-    gather the batch of all devices. Their gradient goes back to slices as it likes.
+    gather the batch of all devices. Their gradient is not constrained.
     """
     if self.mesh is None:
       return weights
@@ -485,16 +514,16 @@ class LM(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _constrain_forward(x: Array, place: NamedSharding) -> Array:
-  """A sharding constraint that says nothing about the gradient."""
-  return jax.lax.with_sharding_constraint(x, place)
+def _constrain_forward(x: Array, sharding: NamedSharding) -> Array:
+  """A sharding constraint on the forward pass alone."""
+  return jax.lax.with_sharding_constraint(x, sharding)
 
 
-_constrain_forward.defvjp(lambda x, place: (_constrain_forward(x, place), None), lambda place, _,
-                          grad: (grad,))
+_constrain_forward.defvjp(lambda x, sharding: (_constrain_forward(x, sharding), None),
+                          lambda sharding, _, grad: (grad,))
 
 
-def _next(tokens: TokenSet) -> Array:
+def _next_position(tokens: TokenSet) -> Array:
   """int32[B(, P)]: the position after the latest; with M-RoPE its other numbers are all one more
   than the largest of them (Qwen2-VL, arXiv:2409.12191, Sec. 2.1)."""
   real = tokens.real.reshape(tokens.real.shape + (1,) * (tokens.pos.ndim - 2))
@@ -506,7 +535,7 @@ def _next(tokens: TokenSet) -> Array:
 
 
 def _starts(plan: Plan | None) -> tuple[int, ...]:
-  """Layers from which on the cache is cut otherwise than in the layer above."""
+  """Layers in which the cache is cut otherwise than in the layer above."""
   if plan is None:
     return ()
   depth = plan.cuts[-1].layer + 2 if plan.cuts else 0
@@ -516,5 +545,3 @@ def _starts(plan: Plan | None) -> tuple[int, ...]:
     return cut and (cut.slots_in, cut.slots_out)
 
   return tuple(layer for layer in range(1, depth) if size(layer) != size(layer - 1))
-
-

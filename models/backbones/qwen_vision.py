@@ -70,7 +70,7 @@ class RotaryBlock(Block):
     """The norm before attention and before the MLP."""
     return make_norm(self.norm, self.norm_eps)
 
-  def turn(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
+  def rotate_qk(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
     """Rotated queries and keys; a group turns with its anchor's place."""
     places = tokens.stats['patch']
     return rotate(q, places), rotate(k, places)

@@ -82,7 +82,7 @@ class Block(nn.Module):
     """The norm that stands before attention, and before the MLP."""
     return layer_norm(self.norm_eps)
 
-  def turn(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
+  def rotate_qk(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
     """Queries and keys as attention takes them: a block with rotary positions turns them."""
     del tokens
     return q, k
@@ -96,7 +96,7 @@ class Block(nn.Module):
     """Attention and its residual, and what `needs` names of it."""
     hidden = self.norm1(tokens.x)
     q, k, v = self.qkv(hidden)
-    q, k = self.turn(tokens, q, k)
+    q, k = self.rotate_qk(tokens, q, k)
     bias, places = key_bias(tokens, proportional=proportional), self._places(tokens)
     read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
                              query_valid=tokens.valid, positions=places)
@@ -126,7 +126,7 @@ class Block(nn.Module):
     what they make of the values [B, S, H, d], and whether these are those of the new tokens.
     """
     hidden = self.norm1(tokens.x)
-    q, k = self.turn(tokens, *self.qkv(hidden, last=2))
+    q, k = self.rotate_qk(tokens, *self.qkv(hidden, last=2))
     bias = key_bias(tokens, proportional=proportional)
     scores = attention.eager(q, k, bias=bias, positions=self._places(tokens))
     v, = self.qkv(hidden, first=2)
@@ -136,9 +136,9 @@ class Block(nn.Module):
       v, = self.qkv(self.norm1(tokens.x), first=2)
     return self._add(tokens, self.out(mix(v)), self.scale1)
 
-  def look(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool) -> Signals:
+  def probe(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool) -> Signals:
     """What this layer's attention would be on today's tokens, without running the layer."""
-    q, k = self.turn(tokens, *self.qkv(self.norm1(tokens.x), last=2))
+    q, k = self.rotate_qk(tokens, *self.qkv(self.norm1(tokens.x), last=2))
     bias = key_bias(tokens, proportional=proportional)
     assert needs == {'next_received_attention'}, needs
     received = attention.received(q, k, None, bias=bias, query_valid=tokens.valid,

@@ -205,7 +205,7 @@ class WindowStack(Stack):
     if method == 'feed' or not isinstance(index, int) or index not in self.whole:
       return run(tokens, *args, **kwargs)
     found = run(self.windows.unfold(tokens), *args, **kwargs)
-    if method == 'look':
+    if method == 'probe':
       return self._fold_signals(found)
     tokens, signals = found
     return self.windows.fold(tokens), self._fold_signals(signals)

@@ -30,15 +30,16 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import files, timm, transformers, transformers_vlm
 from models.checkpoints.layout import BLOCKS, Layout, Leaf, flatten, leaves, nest
+from models.storage import STORAGES
+from ops import choices
 
 SOURCES = (timm, transformers, transformers_vlm)
 Model = ViT | Text | Clip | LM | QwenVision | VLM
-FORMS = ('stacked', 'unstacked')
 Params = dict[str, Any]
 
 
 def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
-         unused: Sequence[str] = (), dtype: Any = np.float32, form: str = 'stacked',
+         unused: Sequence[str] = (), dtype: Any = np.float32, storage: str = 'stacked',
          shardings: Any = None) -> Params:
   """Reads a checkpoint into the tree of a model; the layout is found by its names.
 
@@ -49,7 +50,8 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
     fresh: paths in our tree to leave out, as ('head',): the caller makes them (`merge_params`).
     unused: patterns of names in the checkpoint to leave out, as ('head.*',).
     dtype: of the result; None keeps the stored ones.
-    form: of the blocks: 'stacked' [L, ...], or 'unstacked', a tuple of L trees (models/stack.py).
+    storage: of the blocks: 'stacked' [L, ...], or 'unstacked', a tuple of L trees
+      (models/storage.py).
     shardings: a tree as the result (lib/runtime/sharding.py, `make_shardings`): every array is then
       made where it belongs, device by device, and never lies on the host as a whole.
 
@@ -60,8 +62,7 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
     ValueError: nothing there, a pickle, another model's tensors, or tensors that do not fit; one
       line with what is missing, what is left over and which shapes differ.
   """
-  if form not in FORMS:
-    raise ValueError(f'form={form!r} is unknown: choose one of {", ".join(FORMS)}')
+  choices.check('storage=', storage, STORAGES)
   path = files.locate(source)
   shapes = {name: shape for name, shape in _shapes(model).items() if not _under(name, fresh)}
   with files.reading(files.tensor_files(path)) as tensors:
@@ -71,10 +72,10 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
     wanted = list(leaves(layout, prefix, shapes))
     left_out = [name for leaf in _possible(layout, prefix, _shapes(model), fresh)
                 for name in leaf.names]
-    _check(model, source, layout, wanted, tensors, {*left_out}, (*unused, *layout.beside))
+    _check(model, source, layout, wanted, tensors, {*left_out}, (*unused, *layout.ignorable))
     flat: dict[str, Any] = {}
     places = None if shardings is None else flatten(_keyed(shardings))
-    for where, parts in _grouped(wanted, form).items():
+    for where, parts in _grouped(wanted, storage).items():
       read = functools.partial(_read, tensors, dtype, parts)
       shape = (len(parts), *parts[0].shape) if parts[0].stacked else parts[0].shape
       if places is None:
@@ -84,12 +85,12 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
   return _tupled(nest(flat))
 
 
-def _grouped(wanted: Sequence[Leaf], form: str) -> dict[str, list[Leaf]]:
+def _grouped(wanted: Sequence[Leaf], storage: str) -> dict[str, list[Leaf]]:
   """The leaves of the result by path, each with the parts that it is made of."""
   found: dict[str, list[Leaf]] = {}
   for leaf in wanted:
     where = leaf.path
-    if form == 'unstacked' and leaf.layer is not None:
+    if storage == 'unstacked' and leaf.layer is not None:
       where = where.replace(BLOCKS, f'{BLOCKS}{leaf.layer}/')
       leaf = dataclasses.replace(leaf, layer=None)
     found.setdefault(where, []).append(leaf)

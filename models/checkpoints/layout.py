@@ -38,8 +38,8 @@ class Layout:
     prefixes: what may stand before the names; `save` writes the first.
     ranks: leaves that are stored with another number of axes; those of length one in front differ.
     patch: how the patch embedding is stored: 'conv', 'conv3d' (of two frames) or 'linear'.
-    beside: patterns of names (as in fnmatch) that such checkpoints hold beside the model, and that
-      are left out: buffers, mask tokens, decoders.
+    ignorable: patterns of names (as in fnmatch) of other tensors that such checkpoints hold, which
+      are not read: buffers, mask tokens, decoders.
   """
 
   name: str
@@ -47,7 +47,7 @@ class Layout:
   prefixes: tuple[str, ...] = ('',)
   ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
   patch: str = 'conv'
-  beside: tuple[str, ...] = ()
+  ignorable: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,24 +122,24 @@ def layouts(model: object) -> list[Layout]:
   """The layouts that could hold a model."""
   found = []
   if isinstance(model, LM):
-    beside = _NOT_LANGUAGE + (('*lm_head.weight',) if model.tied else ())
+    ignorable = _NOT_LANGUAGE + (('*lm_head.weight',) if model.tied else ())
     inner = {path: name if name[0] == '^' else f'model.{name}' for path, name in LANGUAGE.items()}
     whole = {path: name.removeprefix('^') for path, name in inner.items()}
-    return [Layout('transformers/lm', inner, beside=beside),
+    return [Layout('transformers/lm', inner, ignorable=ignorable),
             # Inside vision-language models, as they were saved before version 5 and since.
-            Layout('transformers/vlm4', whole, ('language_model.',), beside=beside),
+            Layout('transformers/vlm4', whole, ('language_model.',), ignorable=ignorable),
             Layout('transformers/vlm', LANGUAGE, ('model.language_model.', 'language_model.'),
-                   beside=beside)]
+                   ignorable=ignorable)]
   if isinstance(model, ViT):
     head = {'head': '^cls_classifier.*', 'head_dist': '^distillation_classifier.*'}
     found.append(Layout(
         'transformers/vit', VIT | (head if model.distilled else {'head': '^classifier.*'}),
         ('deit.' if model.distilled else 'vit.', 'vit.', 'deit.', ''),
-        beside=('*embeddings.mask_token', '*pooler.*', 'decoder.*')))
+        ignorable=('*embeddings.mask_token', '*pooler.*', 'decoder.*')))
     names = DINOV2 | (SWIGLU if model.activation == 'swiglu' else {})
     own = 'dinov2_with_registers.' if model.registers else 'dinov2.'
     found.append(Layout('transformers/dinov2', names, (own, ''),
-                        beside=('*embeddings.mask_token',)))
+                        ignorable=('*embeddings.mask_token',)))
   for name, (image, text, patch, axes) in PAIRS.items():
     if isinstance(model, ViT):
       found.append(Layout(f'transformers/{name}', image, ('vision_model.',), _RANKS, patch,
@@ -153,7 +153,7 @@ def layouts(model: object) -> list[Layout]:
                for tower in ('image', 'text')}
       scalars = {'logit_scale': axes, 'logit_bias': axes}
       found.append(Layout(f'transformers/{name}', names, ranks=ranks | scalars, patch=patch,
-                          beside=_BUFFERS))
+                          ignorable=_BUFFERS))
   return found
 
 

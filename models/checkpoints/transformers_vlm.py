@@ -25,7 +25,7 @@ _GATED = {'stack/blocks/fc1': ('blocks.{}.mlp.gate_proj.*', 'blocks.{}.mlp.up_pr
           'stack/blocks/fc2': 'blocks.{}.mlp.down_proj.*'}
 _PROJECTOR = {'projector/fc1': 'multi_modal_projector.linear_1.*',
               'projector/fc2': 'multi_modal_projector.linear_2.*', 'newline': 'image_newline'}
-_BESIDE = ('*rotary_emb.inv_freq', '*embeddings.position_ids')
+_IGNORABLE = ('*rotary_emb.inv_freq', '*embeddings.position_ids')
 # Layers of the tower behind the features that are used.
 _UNREAD = ('*vision_tower*post_layernorm.*', '*vision_tower*.head.*')
 _RANKS = {'tower/cls': 1, 'tower/pos': 2}
@@ -35,10 +35,10 @@ def layouts(model: object) -> list[Layout]:
   """The layouts that could hold a model."""
   if isinstance(model, QwenVision):
     return [Layout('transformers/qwen_vision', _qwen(model), ('visual.', 'model.visual.', ''),
-                   patch='conv3d', beside=_BESIDE)]
+                   patch='conv3d', ignorable=_IGNORABLE)]
   if not isinstance(model, VLM):
     return []
-  beside = _BESIDE + (('*lm_head.weight',) if model.lm.tied else ())
+  ignorable = _IGNORABLE + (('*lm_head.weight',) if model.lm.tied else ())
   inside = {path: name for path, name in LANGUAGE.items() if name[0] != '^'}
   found = []
   if isinstance(model.tower, QwenVision):
@@ -47,7 +47,7 @@ def layouts(model: object) -> list[Layout]:
                              ('vlm4', 'model.', 'visual.')):
       names = {**_under('tower', seen, tower), **_under('lm', text, inside),
                'lm/head': 'lm_head.*'}
-      found.append(Layout(f'transformers/{name}', names, patch='conv3d', beside=beside))
+      found.append(Layout(f'transformers/{name}', names, patch='conv3d', ignorable=ignorable))
     return found
   image = CLIP_IMAGE if model.tower.class_token else SIGLIP_IMAGE
   # As saved before version 5 of the library and since, with a tower that has a level more or not.
@@ -58,7 +58,7 @@ def layouts(model: object) -> list[Layout]:
       names = {**_under('tower', f'{rest}vision_tower.{ending}', image),
                **_under('lm', text, inside), **_under('', rest, _PROJECTOR), 'lm/head': head}
       found.append(Layout(f'transformers/{name}{"" if ending else "_flat"}', names, ranks=_RANKS,
-                          beside=beside + _unread(model)))
+                          ignorable=ignorable + _unread(model)))
   return found
 
 

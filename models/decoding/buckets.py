@@ -1,9 +1,9 @@
-"""Adaptive counts that save time: the rest of a model runs in the smallest capacity that fits.
+"""Buckets of capacities, so that adaptive token counts save time.
 
 Axes: B batch, R rows that share a bucket, N slots.
 
 Under jit an adaptive method leaves a fixed capacity of slots, some of them padding, and padding
-costs what tokens cost. So the model is cut in two behind the layer where the method first decides.
+costs as much as tokens. So the model is cut in two behind the layer where the method first decides.
 The first half runs at full capacity; the host reads how many tokens are real; the second half was
 compiled once for each of a few capacities, and the smallest one that holds them runs.
 """
@@ -32,7 +32,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What `Buckets` makes of a batch.
+  """Holds the outputs of `Buckets` for a batch.
 
   Attributes:
     logits: float32[B, ...], in the order of the images.
@@ -46,14 +46,14 @@ class Answer:
 
 
 class Buckets:
-  """A model under an adaptive plan, in two halves; call it with images float[B, S, S, C].
+  """Runs a model under an adaptive plan in two halves; call it with images float[B, S, S, C].
 
   Each capacity gives the same logits (to rounding), as padding changes nothing. A later cut asks
   its method only where it has more slots than it keeps, so buckets of fewer are raised to that.
 
   Args:
     vit: a model whose plan has an adaptive method.
-    params: its parameters, in either form (models/stack.py).
+    params: its parameters, in either storage (models/storage.py).
     sizes: capacities in slots, special tokens included; None for four even steps up to the cut's
       own. Rows that fit in none run at the cut's own capacity, and count as overflow.
     rows: R: a batch is sorted by count and its rows share buckets R at a time, so that a few hard
@@ -61,7 +61,7 @@ class Buckets:
 
   Attributes:
     layer: the layer of the first cut.
-    sizes: capacities there are, rising.
+    sizes: the capacities, rising.
     full: the cut's own capacity.
     compiled: {(batch, rows, capacity): seconds}, programs of the second half so far.
     runs: {capacity: groups of rows that ran in it}.
@@ -124,7 +124,7 @@ class Buckets:
     return Answer(logits, counts, capacity)
 
   def pick(self, count: int) -> int:
-    """The smallest bucket that holds `count` tokens, the full capacity where none does."""
+    """Returns the smallest bucket that holds `count` tokens, the full capacity where none does."""
     return next((size for size in self.sizes if size >= count), self.full)
 
   def warm(self, images: Array) -> None:
@@ -145,11 +145,11 @@ class Buckets:
 
 
 def first_half(vit: ViT, layer: int, params: Any, images: Array) -> tuple[TokenSet, Array, Array]:
-  """The model up to `layer`, that one included.
+  """Runs the model up to `layer`, that one included.
 
   Returns:
-    Tokens with the real ones first, in their order; int32[B], how many they are; int32, tokens that
-    the method wanted to keep beyond its capacity.
+    Tokens with the real ones first, in their order; int32[B], the number of real ones; int32, the
+    number of tokens that the method wanted to keep beyond its capacity.
   """
   tokens, out = vit.clone(layers=(0, layer + 1)).apply({'params': params}, images)
   order = jnp.argsort(~tokens.real, axis=1, stable=True).astype(jnp.int32)
@@ -160,7 +160,7 @@ def first_half(vit: ViT, layer: int, params: Any, images: Array) -> tuple[TokenS
 
 def second_half(vit: ViT, layer: int, size: int, params: Any, tokens: TokenSet,
                 index: Array) -> Array:
-  """The model behind `layer`, on the rows `index` and the first `size` slots: its logits."""
+  """Runs the model behind `layer` on the rows `index` and the first `size` slots, to its logits."""
   if len(index) < len(tokens.x):  # Else the group is the batch, in its order.
     tokens = jax.tree.map(lambda leaf: leaf[index], tokens)
   if size < tokens.slots:

@@ -1,13 +1,13 @@
-"""Decoding: sampling, end tokens, batches of prompts of any length, and few compilations.
+"""Decoding: batches of prompts of any length, end tokens, scores, and few compilations.
 
   generator = Generator(lm, params, ends=(2,), buckets=(128, 512, 2048))
   for tokens in generator.stream(prompts, new_tokens=64):   # int32[B] a step, -1 once a row ended
     ...
   answers = generator(prompts, new_tokens=64, sampling=Sampling(temperature=0.7, top_p=0.9))
 
-  fit = fitted(vlm, projector=config.reduce.projector, language=config.reduce.language)
-  generator = Generator(vlm, params, fit=fit)                # `images`: models.backbones.vlm.Images
-  for tokens in generator.stream(prompts, images, new_tokens=64):
+  plans = with_plans(vlm, projector=config.reduce.projector, language=config.reduce.language)
+  generator = Generator(vlm, params, plans=plans)
+  for tokens in generator.stream(prompts, images, new_tokens=64):  # models.backbones.vlm.Images
     ...
 
 A prompt of a vision-language model has one placeholder an image; its slots are those of its ids,
@@ -31,8 +31,8 @@ from absl import logging
 
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
-from models.decoding.fitted import Layout, ModelWithPlans, with_plans
 from models.decoding.sampling import SIDES, Sampling, padded, sample
+from models.reduce_config import Layout, ModelWithPlans, with_plans
 from ops import splice
 from ops.assignments import take
 from ops.kv_cache import Cache
@@ -40,17 +40,17 @@ from ops.kv_cache import Cache
 Array = jax.Array
 
 ENDED = -1
-# A cache has room for a power of two of tokens, and for so many at least.
+# A cache has room for a power of two of tokens, at least this many.
 MIN_ROOM = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """How likely an answer is.
+  """The likelihood of an answer.
 
   Attributes:
-    log_likelihood: natural logarithm, all tokens together.
-    greedy: whether greedy decoding gives it, as far as it goes.
+    log_likelihood: natural logarithm, summed over its tokens.
+    greedy: whether greedy decoding gives exactly these tokens.
   """
 
   log_likelihood: float
@@ -58,7 +58,7 @@ class Score:
 
 
 class Generator:
-  """A model ready to answer.
+  """Decodes answers with a model.
 
   Prompts are padded to the next of a few lengths, and the cache to a power of two, so that a
   program compiled once serves many prompts.
@@ -66,23 +66,23 @@ class Generator:
   Attributes:
     compilations: {(function, batch, slots, room): how often it was compiled}; each is logged. Slots
       are of ids; those of 'decode' are entries of the first layer's cache.
-    fit: the model with its plans for prompts of any number of slots.
+    plans: the model with its plans for prompts of any number of slots.
   """
 
   def __init__(self, lm: LM | VLM, params: Any, *, ends: Sequence[int] = (),
                buckets: Sequence[int] = (64, 256, 1024, 4096), side: str = 'left',
-               fit: ModelWithPlans | None = None):
-    """Nothing is compiled yet.
+               plans: ModelWithPlans | None = None):
+    """Prepares functions; nothing is compiled yet.
 
     Args:
       lm: an LM or a VLM.
-      params: its parameters; with the blocks as a tuple (`weights.load_run(form='unstacked')`)
+      params: its parameters; with the blocks as a tuple (`checkpoints.load(storage='unstacked')`)
         decoding copies no weights.
       ends: token ids that end an answer.
       buckets: slots of ids that prompts are padded to; the context limits them.
-      side: where padding goes; in a VLM that of the ids alone, see its `pad_side`.
-      fit: the model with its plans for prompts of any number of slots (`with_plans`), None for `lm`
-        as it is.
+      side: where padding goes, a name in `SIDES`; in a VLM of the ids alone, see its `pad_side`.
+      plans: the model with its plans for prompts of any number of slots
+        (`models.reduce_config.with_plans`), None for `lm` as it is.
 
     Raises:
       ValueError: for no bucket or an unknown side.
@@ -93,35 +93,35 @@ class Generator:
     self.compilations: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
     self._lm, self._params, self._ends = lm, params, np.asarray(ends, np.int32)
     self._buckets, self._side = sorted(buckets), side
-    self.fit = fit or with_plans(lm)
+    self.plans = plans or with_plans(lm)
     self._prefill = functools.cache(self._make_prefill)
     self._first = jax.jit(lambda logits, keys, sampling: sample(logits, _folded(keys, 0), sampling),
                           static_argnums=2)
     self._step = jax.jit(self._make_step(), static_argnames='sampling', donate_argnames='cache')
-    self._whole, self._follow = self._make_whole(), self._make_follow()
-    self._measured = jax.jit(_measured)
+    self._score_all, self._follow = self._make_score_all(), self._make_follow()
+    self._score_token = jax.jit(_likelihood)
 
   def slots(self, longest: int, new_tokens: int, *, visual: int = 0) -> tuple[int, int]:
-    """Slots for prompts up to a length, and room for what follows.
+    """Returns the slots for prompts up to a length, and the cache's room for an answer.
 
     Args:
-      longest: ids of the longest prompt.
+      longest: number of ids of the longest prompt.
       new_tokens: the most to decode; 0 to read alone.
-      visual: slots that images take beside them.
+      visual: slots that images take in addition.
 
     Raises:
       ValueError: where all together exceed the context.
     """
     context = self._lm.context - visual
     if longest + new_tokens > context:
-      beside = f' with {visual} visual ones' if visual else ''
-      raise ValueError(f'a prompt of {longest} tokens{beside} and {new_tokens} new ones are '
+      with_visual = f' with {visual} visual ones' if visual else ''
+      raise ValueError(f'a prompt of {longest} tokens{with_visual} and {new_tokens} new ones are '
                        f'impossible: they may be {self._lm.context} (the context) together at '
                        'most; shorten the prompt, or ask for fewer')
     room = max(MIN_ROOM, 1 << (new_tokens - 1).bit_length()) if new_tokens else 0
     room = min(room, context - longest)
-    found = [bucket for bucket in self._buckets if bucket >= longest]
-    return min(found[0] if found else context, context - room), room
+    bucket = next((bucket for bucket in self._buckets if bucket >= longest), context)
+    return min(bucket, context - room), room
 
   def stream(self, prompts: Sequence[Sequence[int]], images: Images | None = None, *,
              new_tokens: int, sampling: Sampling | None = None,
@@ -132,8 +132,8 @@ class Generator:
 
     Args:
       prompts: token ids, of any lengths; of a VLM with one placeholder an image.
-      images: those of all rows, in the order of the placeholders; of shapes that stay the same, a
-        program serves them all (lib/data/anyres.py, `batch`).
+      images: of all rows, in the order of the placeholders. Batches of the same shapes
+        (lib/data/anyres.py, `batch`) share one program.
       new_tokens: the most to decode.
       sampling: greedy by default.
       seeds: of all rows, or one a row: a row's answer then does not depend on the others.
@@ -148,41 +148,40 @@ class Generator:
     sampling = sampling or Sampling()
     if new_tokens < 1:
       raise ValueError(f'new_tokens={new_tokens} leaves nothing to decode: ask for one at least')
-    layout = None if images is None else images.layout
-    slots, room = self.slots(max(map(len, prompts), default=0), new_tokens,
-                             visual=self.fit.visual(layout))
-    ids, valid = padded(prompts, slots, side=self._side)
-    self._check(ids, valid, images)
-    keys = _keys(seeds, len(ids))
-    beside = (images,) if isinstance(self._lm, VLM) else ()
-    logits, cache = self._prefill(slots, room, layout)(self._params, ids, valid, *beside)
+    prefill = self._prepare(prompts, new_tokens, images)
+    keys = _keys(seeds, len(prompts))
+    logits, cache = prefill()
     tokens = self._first(logits, keys, sampling)
-    ended = np.zeros(len(ids), bool)
+    ended = np.zeros(len(prompts), bool)
     for step in range(1, new_tokens + 1):
-      made = tokens
+      current = tokens
       if step < new_tokens:
-        # Started before the last token is looked at: the device does not wait for whoever reads.
-        tokens, cache = self._step(self._params, made, keys, step, cache=cache, sampling=sampling)
-      found = np.where(ended, ENDED, np.asarray(made))
-      yield found
-      ended |= np.isin(found, self._ends)
+        # Started before the current token is read: the device does not wait for the caller.
+        tokens, cache = self._step(self._params, current, keys, step, cache=cache,
+                                   sampling=sampling)
+      answered = np.where(ended, ENDED, np.asarray(current))
+      yield answered
+      ended |= np.isin(answered, self._ends)
       if ended.all():
         return
 
   def __call__(self, prompts: Sequence[Sequence[int]], images: Images | None = None, *,
                new_tokens: int, sampling: Sampling | None = None,
                seeds: int | Sequence[int] = 0) -> list[list[int]]:
-    """Whole answers, each with the end token that it stopped at; arguments as of `stream`."""
+    """Returns whole answers, each with the end token that it stopped at.
+
+    Arguments are those of `stream`.
+    """
     steps = list(self.stream(prompts, images, new_tokens=new_tokens, sampling=sampling,
                              seeds=seeds))
     return [[int(token) for token in row if token != ENDED] for row in np.stack(steps, axis=1)]
 
   def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
             images: Images | None = None) -> list[Score]:
-    """How likely given answers are.
+    """Returns how likely given answers are.
 
-    A reduction acts on the prompt alone, as when the answer is decoded: it does not know what is
-    to come. Without reductions all of it is one pass; with them the answer is read token by token.
+    A reduction acts on the prompt alone, as when the answer is decoded. Without reductions prompt
+    and answer are read in one pass; with them the answer is read token by token.
 
     Args:
       prompts, images: as of `stream`.
@@ -194,79 +193,97 @@ class Generator:
     if len(answers) != len(prompts) or not all(map(len, answers)):
       raise ValueError(f'answers of {list(map(len, answers))} tokens do not fit {len(prompts)} '
                        'prompts: give one a prompt, none of them empty')
-    likely, best = (self._read if self.fit.plain else self._forced)(prompts, answers, images)
+    score = self._score_in_one_pass if self.plans.plain else self._score_by_decoding
+    likely, best = score(prompts, answers, images)
     return [Score(float(np.sum(row[:len(answer)], dtype=np.float64)),
                   bool(first[:len(answer)].all()))
             for row, first, answer in zip(likely, best, answers, strict=True)]
 
-  def _read(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
-            images: Images | None) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of likelihoods, and whether nothing was likelier: [B, longest answer]."""
+  def _score_in_one_pass(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+                         images: Images | None) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of likelihoods, and whether no token was likelier: [B, longest answer]."""
     layout = None if images is None else images.layout
     # Nothing follows the last token, so it need not be read.
     both = [[*prompt, *answer][:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-    slots, _ = self.slots(max(map(len, both)), 0, visual=self.fit.visual(layout))
+    slots, _ = self.slots(max(map(len, both)), 0, visual=self.plans.visual_slots(layout))
     ids, valid = padded(both, slots, side='right')
-    following, _ = padded(answers, max(map(len, answers)), side='right')
     self._check(ids, valid, images)
-    self._check_ids(following, following >= 0)
-    beside = (images,) if isinstance(self._lm, VLM) else ()
+    following = self._following(answers)
     starts = np.asarray([len(prompt) for prompt in prompts])[:, None]
-    places = starts + np.arange(following.shape[1])[None]
-    found = self._whole(self._params, ids, valid, following, places, *beside)
-    return tuple(map(np.asarray, found))
+    indices = starts + np.arange(following.shape[1])[None]
+    likely, best = self._score_all(self._params, ids, valid, following, indices,
+                                   *self._extra_inputs(images))
+    return np.asarray(likely), np.asarray(best)
 
-  def _forced(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
-              images: Images | None) -> tuple[np.ndarray, np.ndarray]:
-    """The same, decoding what is given."""
-    layout = None if images is None else images.layout
-    following, _ = padded(answers, max(map(len, answers)), side='right')
-    steps = following.shape[1]
+  def _score_by_decoding(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+                         images: Images | None) -> tuple[np.ndarray, np.ndarray]:
+    """The same, token by token after a reduced prompt."""
+    steps = max(map(len, answers))
     # Nothing follows the last token, so it need not be read.
-    slots, room = self.slots(max(map(len, prompts)), steps - 1, visual=self.fit.visual(layout))
-    ids, valid = padded(prompts, slots, side=self._side)
-    self._check(ids, valid, images)
-    self._check_ids(following, following >= 0)
-    beside = (images,) if isinstance(self._lm, VLM) else ()
-    logits, cache = self._prefill(slots, room, layout)(self._params, ids, valid, *beside)
-    found = [self._measured(logits, following[:, 0])]
+    prefill = self._prepare(prompts, steps - 1, images)
+    following = self._following(answers)
+    logits, cache = prefill()
+    scores = [self._score_token(logits, following[:, 0])]
     for step in range(1, steps):
       logits, cache = self._follow(self._params, following[:, step - 1], cache=cache)
-      found.append(self._measured(logits, following[:, step]))
-    return tuple(np.stack(part, axis=1) for part in zip(*found, strict=True))
+      scores.append(self._score_token(logits, following[:, step]))
+    likely, best = (np.stack(part, axis=1) for part in zip(*scores, strict=True))
+    return likely, best
+
+  def _prepare(self, prompts: Sequence[Sequence[int]], new_tokens: int,
+               images: Images | None) -> Callable[[], tuple[Array, Cache]]:
+    """Checks prompts, and returns the function that reads them."""
+    layout = None if images is None else images.layout
+    slots, room = self.slots(max(map(len, prompts), default=0), new_tokens,
+                             visual=self.plans.visual_slots(layout))
+    ids, valid = padded(prompts, slots, side=self._side)
+    self._check(ids, valid, images)
+    return functools.partial(self._prefill(slots, room, layout), self._params, ids, valid,
+                             *self._extra_inputs(images))
+
+  def _following(self, answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """int32[B, longest answer]: tokens to score, padded with 0."""
+    following, _ = padded(answers, max(map(len, answers)), side='right')
+    self._check_ids(following, following >= 0)
+    return following
+
+  def _extra_inputs(self, images: Images | None) -> tuple[Any, ...]:
+    """Arguments that a VLM takes after ids and mask."""
+    return (images,) if isinstance(self._lm, VLM) else ()
 
   def _check(self, ids: np.ndarray, valid: np.ndarray, images: Images | None) -> None:
-    """Raises where nothing else would: a lookup beyond the table is no error on a device."""
-    sees = isinstance(self._lm, VLM)
-    # What stands at a placeholder is never looked up.
-    self._check_ids(ids, valid & (ids != self._lm.image_token) if sees else valid)
-    if sees:
-      given = np.zeros((len(ids), 0), int) if images is None else image_counts(images)
-      if len(given) != len(ids):
-        raise ValueError(f'images of {len(given)} rows do not fit {len(ids)} prompts: give a row '
+    """Raises for ids and images that do not fit; a device would not: it reads past the table."""
+    if isinstance(self._lm, VLM):
+      # The id at a placeholder is never looked up.
+      self._check_ids(ids, valid & (ids != self._lm.image_token))
+      counts = np.zeros((len(ids), 0), int) if images is None else image_counts(images)
+      if len(counts) != len(ids):
+        raise ValueError(f'images of {len(counts)} rows do not fit {len(ids)} prompts: give a row '
                          'of images, which may be empty, for each')
-      splice.check(ids, valid, given, image=self._lm.image_token)
-    elif images is not None:
+      splice.check(ids, valid, counts, image=self._lm.image_token)
+      return
+    self._check_ids(ids, valid)
+    if images is not None:
       raise ValueError('this model reads text alone: leave the images out, or load a '
                        'vision-language model')
 
   def _check_ids(self, ids: np.ndarray, valid: np.ndarray) -> None:
-    strange = valid & ((ids < 0) | (ids >= self._lm.vocabulary))
-    if strange.any():
-      row = int(strange.any(axis=1).argmax())
-      raise ValueError(f'row {row} has the token {ids[row][strange[row]][0]}, and the model those '
+    unknown = valid & ((ids < 0) | (ids >= self._lm.vocabulary))
+    if unknown.any():
+      row = int(unknown.any(axis=1).argmax())
+      raise ValueError(f'row {row} has the token {ids[row][unknown[row]][0]}, and the model those '
                        f'from 0 to {self._lm.vocabulary - 1}: encode prompts with the tokenizer of '
                        'this checkpoint')
 
   def _count(self, name: str, batch: int, slots: int, room: int) -> None:
-    """Runs while a function is traced, which is once a compilation."""
+    """Counts a compilation: it runs while a function is traced."""
     self.compilations[name, batch, slots, room] += 1
     logging.info('compiling %s for %d rows, %d slots and room for %d tokens; %d programs so far',
                  name, batch, slots, room, sum(self.compilations.values()))
 
   def _make_prefill(self, slots: int, room: int,
                     layout: Layout | None) -> Callable[..., tuple[Array, Cache]]:
-    lm = self.fit(slots, layout)
+    lm = self.plans(slots, layout)
 
     def prefill(params: Any, ids: Array, valid: Array, *images: Any) -> tuple[Array, Cache]:
       self._count('prefill', len(ids), slots, room)
@@ -274,23 +291,23 @@ class Generator:
 
     return jax.jit(prefill)
 
-  def _make_whole(self) -> Callable[..., tuple[Array, Array]]:
+  def _make_score_all(self) -> Callable[..., tuple[Array, Array]]:
     lm = self._lm
 
-    def whole(params: Any, ids: Array, valid: Array, following: Array, places: Array,
+    def score(params: Any, ids: Array, valid: Array, following: Array, indices: Array,
               *images: Any) -> tuple[Array, Array]:
       self._count('score', *ids.shape, 0)
       logits, out = lm.apply({'params': params}, ids, valid, *images)
-      slot = places
+      slot = indices
       if images:
         real = out['sequence'].real
         end = 1 + jnp.max(jnp.where(real, jnp.arange(real.shape[1])[None], -1), axis=1)
-        slot = jnp.take_along_axis(out['slot'], jnp.minimum(places, ids.shape[1] - 1), axis=1)
-        slot = jnp.where(places < valid.sum(axis=1)[:, None], slot, end[:, None])
-      # What was predicted for a token stands in the slot before it.
-      return _measured(take(logits, jnp.clip(slot - 1, 0, logits.shape[1] - 1)), following)
+        slot = jnp.take_along_axis(out['slot'], jnp.minimum(indices, ids.shape[1] - 1), axis=1)
+        slot = jnp.where(indices < valid.sum(axis=1)[:, None], slot, end[:, None])
+      # The prediction of a token stands in the slot before it.
+      return _likelihood(take(logits, jnp.clip(slot - 1, 0, logits.shape[1] - 1)), following)
 
-    return jax.jit(whole)
+    return jax.jit(score)
 
   def _make_follow(self) -> Callable[..., tuple[Array, Cache]]:
     lm = self._lm
@@ -313,14 +330,15 @@ class Generator:
     return step
 
 
-def _measured(logits: Array, tokens: Array) -> tuple[Array, Array]:
+def _likelihood(logits: Array, tokens: Array) -> tuple[Array, Array]:
   """Logarithm of a token's likelihood, and whether greedy decoding gives it: [...] of [..., V]."""
-  likely = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  found = jnp.take_along_axis(likely, tokens[..., None], axis=-1)[..., 0]
-  return found, jnp.argmax(logits, axis=-1) == tokens
+  log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  likely = jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0]
+  return likely, jnp.argmax(logits, axis=-1) == tokens
 
 
 def _keys(seeds: int | Sequence[int], rows: int) -> Array:
+  """One random key a row."""
   if isinstance(seeds, int):
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seeds)))(jnp.arange(rows))
   if len(seeds) != rows:
@@ -330,4 +348,5 @@ def _keys(seeds: int | Sequence[int], rows: int) -> Array:
 
 
 def _folded(keys: Array, number: Any) -> Array:
+  """The keys of a step."""
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)

@@ -1,4 +1,7 @@
-"""How the next token is picked, and prompts of any lengths as one batch."""
+"""Sampling of the next token, and padding of prompts to one batch.
+
+Axes: B batch, N slots of a prompt, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops import choices
+
 Array = jax.Array
-
-
 SIDES = ('left', 'right')
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is picked from its logits; as it stands, greedily.
+  """Holds how a token is picked from its logits; greedily by default.
 
   Attributes:
     temperature: divides the logits; 0 picks the largest.
-    top_k: only among so many of the largest, 0 for all.
-    top_p: only among the fewest of the largest whose probabilities reach this sum (nucleus
-      sampling, arXiv:1904.09751), after top_k. Tokens as likely as the last of them join.
+    top_k: samples only among this many of the largest logits, 0 for all.
+    top_p: samples, after top_k, only among the fewest of the largest logits whose probabilities
+      reach this sum (nucleus sampling, arXiv:1904.09751), and those equal to the last of them.
   """
 
   temperature: float = 0.0
@@ -55,7 +58,7 @@ def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
     if 0 < sampling.top_k < logits.shape[-1]:
       ranked = jnp.where(jnp.arange(logits.shape[-1])[None] < sampling.top_k, ranked, -jnp.inf)
     chances = jax.nn.softmax(ranked, axis=-1)
-    # What the larger ones reach without it decides about a token, so that the first always stays.
+    # A token stays if the larger ones without it fall short of top_p: the first always does.
     inside = (jnp.cumsum(chances, axis=-1) - chances < sampling.top_p) & (chances > 0)
     least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits >= least, logits, -jnp.inf)
@@ -64,19 +67,24 @@ def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
 
 def padded(prompts: Sequence[Sequence[int]], slots: int, *, side: str = 'left',
            fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts of any lengths as ids int32[B, N] and valid bool[B, N].
+  """Returns prompts of any lengths as ids int32[B, N] and valid bool[B, N].
+
+  Args:
+    prompts: token ids.
+    slots: N.
+    side: where padding goes, a name in `SIDES`.
+    fill: id of padding.
 
   Raises:
     ValueError: no prompt, an empty one, one that is longer than `slots`, or an unknown side.
   """
-  if side not in SIDES:
-    raise ValueError(f'side={side!r} is unknown: choose one of {", ".join(SIDES)}')
+  choices.check('side=', side, SIDES)
   lengths = [len(prompt) for prompt in prompts]
   if not lengths or min(lengths) == 0 or max(lengths) > slots:
     raise ValueError(f'prompts of {lengths} tokens do not fit into {slots} slots: give at least '
                      'one, none of them empty or longer')
   ids, valid = np.full((len(lengths), slots), fill, np.int32), np.zeros((len(lengths), slots), bool)
   for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-    place = slice(slots - length, slots) if side == 'left' else slice(length)
-    ids[row, place], valid[row, place] = prompt, True
+    filled = slice(slots - length, slots) if side == 'left' else slice(length)
+    ids[row, filled], valid[row, filled] = prompt, True
   return ids, valid

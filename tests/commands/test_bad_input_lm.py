@@ -23,10 +23,10 @@ from lib import assistant
 from lib.data.tokenizers import WordTokenizer
 from lib.tasks import trained
 from models import checkpoints
-from models.backbones.vlm import with_projector_reduction
 from models.checkpoints.lm_config import from_config
-from models.decoding.fitted import with_plans
 from models.decoding.generator import Generator
+from models.projector import with_projector_reduction
+from models.reduce_config import with_plans
 
 
 @functools.cache
@@ -85,12 +85,12 @@ def test_no_visual_token_kept(place, given, message):
   """One at least must stay: methods pick among scores, and a token of none has no place."""
   vlm = llava()[0]._lm
   own = {'of': 'visual'} if place == 'language' else {}
-  fit = with_plans(vlm, **{place: {'method': 'stride', **own, **given}})
-  assert message in said(fit, 16, (2, 2, 16))
+  plans = with_plans(vlm, **{place: {'method': 'stride', **own, **given}})
+  assert message in said(plans, 16, (2, 2, 16))
   # What rounds up keeps one.
   if given == {'keep_ratio': 0.01, 'rounding': 'floor'}:
-    door = with_projector_reduction(vlm, {'method': 'stride', 'keep_ratio': 0.01}, slots=16)
-    assert door.visual_slots((2, 2, 16)) == 2
+    reduced = with_projector_reduction(vlm, {'method': 'stride', 'keep_ratio': 0.01}, slots=16)
+    assert reduced.visual_slots((2, 2, 16)) == 2
 
 
 def test_padding_in_the_middle_is_padding():
@@ -199,7 +199,7 @@ def test_folders_that_are_no_model(tmp_path, broken):
 def test_images_for_models_that_see_none(tmp_path):
   made = assistant.load(assistants.checkpoint(tmp_path / 'qwen3', 'qwen3'))
   assert 'reads text alone' in said(made.prompt, 'w5', images=1)
-  assert 'reads text alone' in said(made.see, [[Image.new('RGB', (4, 4))]])
+  assert 'reads text alone' in said(made.encode_images, [[Image.new('RGB', (4, 4))]])
   assert 'acts on images, and this model reads text alone' in said(
       made.generator, {'vision': {'method': 'tome', 'remove': 2}})
   assert said(made.generator, {'tower': {}}).endswith(

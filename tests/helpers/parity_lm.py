@@ -27,8 +27,9 @@ def expected(name):
 
 
 @functools.cache
-def params(name, form='unstacked'):
-  return checkpoints.load(from_config(config(name)), FOLDER / f'{name}.safetensors', form=form)
+def params(name, storage='unstacked'):
+  return checkpoints.load(from_config(config(name)), FOLDER / f'{name}.safetensors',
+                          storage=storage)
 
 
 NAME = 'qwen2'

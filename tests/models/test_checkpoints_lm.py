@@ -53,20 +53,20 @@ def test_shards_are_read_as_one_file_and_missing_ones_are_named(tmp_path):
     checkpoints.load(lm, tmp_path)
 
 
-@pytest.mark.parametrize('form', ['stacked', 'unstacked'])
-def test_arrays_are_made_where_they_belong(form, tmp_path):
+@pytest.mark.parametrize('storage', ['stacked', 'unstacked'])
+def test_arrays_are_made_where_they_belong(storage, tmp_path):
   lm = from_config(config(NAME))
   sharded(tmp_path)
-  plain = checkpoints.load(lm, tmp_path, form=form)
+  plain = checkpoints.load(lm, tmp_path, storage=storage)
   mesh = sharding.make_mesh({'data': 1})
   places = sharding.make_shardings(plain, LM_SHARDING, mesh)
-  found = checkpoints.load(lm, tmp_path, form=form, shardings=places, dtype=jnp.bfloat16)
-  assert isinstance(found['stack']['blocks'], tuple) == (form == 'unstacked')
+  found = checkpoints.load(lm, tmp_path, storage=storage, shardings=places, dtype=jnp.bfloat16)
+  assert isinstance(found['stack']['blocks'], tuple) == (storage == 'unstacked')
   for leaf, place, wanted in zip(*map(jax.tree.leaves, (found, places, plain)), strict=True):
     assert leaf.sharding == place
     assert leaf.dtype == jnp.bfloat16
     np.testing.assert_array_equal(leaf, wanted.astype(jnp.bfloat16))
-  if form == 'unstacked':
+  if storage == 'unstacked':
     jax.tree.map(np.testing.assert_array_equal, restack(plain['stack']['blocks']),
                  checkpoints.load(lm, tmp_path)['stack']['blocks'])
 
@@ -120,9 +120,10 @@ def test_other_architectures_do_not_fit(changes, message):
   assert message in str(caught.value)
 
 
-def test_unknown_forms_are_worded_errors():
-  with pytest.raises(ValueError, match="form='list' is unknown: choose one of stacked, unstacked"):
-    checkpoints.load(from_config(config(NAME)), path(NAME), form='list')
+def test_unknown_storages_are_worded_errors():
+  with pytest.raises(ValueError,
+                     match="storage='list' is unknown: choose one of stacked, unstacked"):
+    checkpoints.load(from_config(config(NAME)), path(NAME), storage='list')
 
 
 def test_every_parameter_has_a_sharding_rule():

@@ -9,9 +9,9 @@ import pytest
 from helpers import tiny_lm
 from helpers.tiny_lm import TINY, unstacked
 
-from models.decoding.fitted import with_plans
 from models.decoding.generator import ENDED, Generator
 from models.decoding.sampling import Sampling, padded, sample
+from models.reduce_config import with_plans
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9])
 BUCKETS = (8, 16)
@@ -139,15 +139,16 @@ def test_slots_stay_within_the_context():
 
 def test_pruned_caches_answer_whatever_the_bucket():
   cache = {'method': 'streaming_llm', 'keep': 4, 'args': {'sinks': 1}}
-  made = generator(fit=with_plans(LM, cache=cache))
+  made = generator(plans=with_plans(LM, cache=cache))
   found = made(PROMPTS, new_tokens=6)
   assert found[1] == greedy(tuple(PROMPTS[1]))
   assert found[0] != greedy(tuple(PROMPTS[0]))
-  longer = Generator(LM, unstacked(2)['params'], buckets=(16,), fit=with_plans(LM, cache=cache))
+  longer = Generator(LM, unstacked(2)['params'], buckets=(16,), plans=with_plans(LM, cache=cache))
   assert longer(PROMPTS, new_tokens=6) == found
   language = {'method': 'random', 'of': 'text', 'positions': 'restart', 'keep': 8, 'layers': 1,
               'site': 'before'}
-  made = Generator(LM, unstacked(2)['params'], buckets=(16,), fit=with_plans(LM, language=language))
+  made = Generator(LM, unstacked(2)['params'], buckets=(16,),
+                   plans=with_plans(LM, language=language))
   assert made(PROMPTS, new_tokens=6) == [greedy(tuple(prompt)) for prompt in PROMPTS]
 
 
@@ -162,7 +163,7 @@ def test_scores_are_those_of_whole_forward_passes_token_by_token_or_not():
     assert score.greedy == (rows.argmax(axis=-1) == np.asarray(answer)).all()
   assert whole[1].greedy
   # A reduction that keeps all is read token by token; one that drops some changes what is likely.
-  keeping, dropping = (generator(fit=with_plans(LM, cache={
+  keeping, dropping = (generator(plans=with_plans(LM, cache={
       'method': 'streaming_llm', 'keep': keep, 'args': {'sinks': 1}})).score(PROMPTS, answers)
       for keep in (8, 4))
   for found, wanted in zip(keeping, whole, strict=True):

@@ -14,11 +14,11 @@ import pytest
 from helpers import parity_vlm as parity
 
 from lib.data import anyres
-from models.backbones.vlm import with_projector_reduction
-from models.decoding.fitted import with_plans
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
 from models.plan import Plan
+from models.projector import with_projector_reduction
+from models.reduce_config import with_plans
 from ops.budgets import Cut
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
@@ -63,7 +63,7 @@ def generator(family, **settings):
   reduce = {place: settings.pop(place) for place in ('vision', 'projector', 'language', 'cache')
             if place in settings}
   vlm, params = model(family)
-  return Generator(vlm, params, buckets=(SLOTS,), fit=with_plans(vlm, **reduce), **settings)
+  return Generator(vlm, params, buckets=(SLOTS,), plans=with_plans(vlm, **reduce), **settings)
 
 
 @functools.cache
@@ -203,18 +203,18 @@ def test_a_cut_at_the_door_answers_as_a_prompt_of_what_is_left():
                     'language': LANGUAGE['fastv']}, 6),
     ('llava', {'cache': {'method': 'snapkv', 'keep': 20, 'args': {'window': 4}},
                'language': LANGUAGE['fastv']}, 2 * 16),
-], ids=['tower', 'door', 'crops', 'prompt', 'cache'])
+], ids=['tower', 'projector', 'crops', 'prompt', 'cache'])
 def test_plans_fit_the_slots_that_images_take(family, reduce, visual):
   vlm, params = model(family)
   prompts, images = given(family)
-  fit = with_plans(vlm, **reduce)
+  plans = with_plans(vlm, **reduce)
   visual = visual or 2 * -(-images.index.shape[2] // 4)
-  assert fit.visual(images.layout) == visual
-  assert fit(SLOTS, images.layout) is fit(SLOTS, images.layout)
+  assert plans.visual_slots(images.layout) == visual
+  assert plans(SLOTS, images.layout) is plans(SLOTS, images.layout)
   ids, valid = padded(prompts, SLOTS)
 
   def prefill(images):
-    reduced = fit(SLOTS, None if images is None else images.layout)
+    reduced = plans(SLOTS, None if images is None else images.layout)
     run = functools.partial(reduced.apply, room=NEW, method='prefill')
     _, cache = jax.eval_shape(run, {'params': params}, ids, valid, images)
     return [layer.filled for layer in cache.layers]
@@ -283,5 +283,5 @@ def test_the_context_is_for_visual_tokens_as_well():
                                        r'new ones are impossible: they may be 64 \(the context\)'):
     made(prompts, images, new_tokens=30)
   # Fewer visual tokens leave room for more of others.
-  fit = with_plans(short, projector={'method': 'stride', 'keep': 4})
-  assert made.slots(longest, 30, visual=fit.visual(images.layout)) == (24, 32)
+  plans = with_plans(short, projector={'method': 'stride', 'keep': 4})
+  assert made.slots(longest, 30, visual=plans.visual_slots(images.layout)) == (24, 32)

@@ -10,9 +10,10 @@ import pytest
 from lib.data import anyres
 from models import checkpoints
 from models.backbones.qwen_vision import QwenVision
-from models.backbones.vlm import Images, with_projector_reduction
+from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config, make_vlm
 from models.plan import make_plan
+from models.projector import with_projector_reduction
 from ops.tokens import VISUAL
 
 IMAGE, SIDE = 30, 4
@@ -76,7 +77,7 @@ def visual_of(out, row, image=0):
   return np.asarray(tokens.x[row])[here]
 
 
-# The door.
+# The projector.
 
 
 @pytest.mark.parametrize('by', ['cls_attention', 'received_attention'])
@@ -122,17 +123,17 @@ def test_a_pool_of_all_images_of_a_prompt():
 def test_a_door_that_keeps_everything_changes_nothing():
   vlm, params = llava()
   wanted, _ = run(vlm, params, squares())
-  door = with_projector_reduction(vlm, {'method': 'tome', 'keep': 16}, slots=16)
-  found, _ = run(door, params, squares())
+  reduced = with_projector_reduction(vlm, {'method': 'tome', 'keep': 16}, slots=16)
+  found, _ = run(reduced, params, squares())
   np.testing.assert_allclose(found, wanted, atol=1e-5)
-  assert with_projector_reduction(door, {'method': 'none'}, slots=16).door is None
+  assert with_projector_reduction(reduced, {'method': 'none'}, slots=16).projector_reduction is None
 
 
 @pytest.mark.parametrize('method', ['tome', 'pitome', 'stride'])
 def test_methods_that_join_or_read_keys_act_at_the_door(method):
   vlm, params = llava()
-  door = with_projector_reduction(vlm, {'method': method, 'keep': 10}, slots=16)
-  logits, out = run(door, params, squares())
+  reduced = with_projector_reduction(vlm, {'method': method, 'keep': 10}, slots=16)
+  logits, out = run(reduced, params, squares())
   assert len(visual_of(out, 0)) == 10
   assert jnp.isfinite(logits).all()
 
@@ -165,9 +166,9 @@ def test_a_door_behind_crops_pools_patches_and_newlines():
   vlm, params = llava('next')
   images = crops()
   slots = images.index.shape[2]
-  door = with_projector_reduction(vlm, {'method': 'topk', 'args': {'by': 'cls_attention'},
+  reduced = with_projector_reduction(vlm, {'method': 'topk', 'args': {'by': 'cls_attention'},
                                         'keep': 12}, slots=slots)
-  out = look(door, params, images)
+  out = look(reduced, params, images)
   assert [len(visual_of(out, row, image)) for row, image in ((0, 0), (1, 0), (1, 1))] == [12] * 3
   every = visual_of(look(vlm, params, images), 0)
   left = visual_of(out, 0)
@@ -242,10 +243,10 @@ def test_positions_survive_a_door_and_text_stays_where_it_was():
   vlm, params = qwen()
   images, _ = qwen_images()
   plain = look(vlm, params, images)
-  door = with_projector_reduction(vlm, {'method': 'topk', 'args': {'by': 'received_attention'},
+  reduced = with_projector_reduction(vlm, {'method': 'topk', 'args': {'by': 'received_attention'},
                                         'keep': 3},
                                   slots=images.index.shape[2])
-  out = look(door, params, images)
+  out = look(reduced, params, images)
   for row, image, count in ((0, 0, 3), (1, 0, 3), (1, 1, 1)):
     every, left = (visual_of(each, row, image) for each in (plain, out))
     assert len(left) == min(count, len(every))
@@ -290,7 +291,7 @@ def test_patches_may_be_merged_inside_a_qwen_tower(window):
     ({'method': 'topk', 'keep': 4, 'order': 'random'}, 'choose one of raster, method'),
     ({'method': 'fastv', 'keep': 4}, 'which this host does not offer'),
 ])
-def test_doors_that_cannot_be(config, message):
+def test_projector_reductions_that_cannot_be(config, message):
   with pytest.raises(ValueError, match=message):
     with_projector_reduction(llava()[0], config, slots=16)
 

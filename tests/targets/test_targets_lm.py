@@ -40,7 +40,7 @@ def built(name, tensor, plan=None):
 def shapes_of(lm, *, blocks):
   plain = lm.clone(mesh=None, plan=None, implementation='xla')
   found = jax.eval_shape(plain.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
-  return jax.eval_shape(functools.partial(to_storage, form=blocks), found)
+  return jax.eval_shape(functools.partial(to_storage, storage=blocks), found)
 
 
 def placed(lm, mesh, blocks):

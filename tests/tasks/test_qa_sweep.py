@@ -92,7 +92,8 @@ def test_every_candidate_of_the_configs_is_a_model():
         model = qa_task.build(config.model, reduce, info, context=shortest)
         lm = model.lm if info.image_shape else model
         tower = model.tower.plan if info.image_shape else None
-        assert any((tower, getattr(model, 'door', None), lm.plan, lm.cache_plan)), candidate
+        assert any((tower, getattr(model, 'projector_reduction', None), lm.plan,
+                    lm.cache_plan)), candidate
 
 
 @pytest.mark.parametrize('name', CONFIGS)

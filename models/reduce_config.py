@@ -1,0 +1,186 @@
+"""From `config.reduce` to a model with its plans: the one place that resolves reductions.
+
+  vit = with_vision_plan(vit, config.reduce.vision)
+  plans = with_plans(vlm, **config.reduce)
+  vlm = plans(slots, images.layout)
+
+Plans count slots, so prompts of another length need other plans: `with_plans` resolves them as they
+come.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from models.backbones.lm import LM
+from models.backbones.qwen_vision import QwenVision
+from models.backbones.vit import ViT
+from models.backbones.vlm import VLM
+from models.plan import make_cache_plan, make_plan, reduction_settings
+from models.projector import with_projector_reduction
+from ops import choices
+from ops.budgets import Cut
+
+# Parts of a model that `config.reduce` has a reduction for.
+COMPONENTS = ('vision', 'projector', 'language', 'cache')
+Layout = tuple[int, int, int]  # `models.backbones.vlm.Images.layout`.
+Macs = Callable[[tuple[Cut, ...]], float]
+Tower = TypeVar('Tower', ViT, QwenVision)
+
+
+def check_components(names: Iterable[str]) -> None:
+  """Raises a ValueError for a name that is none of `COMPONENTS`."""
+  for name in names:
+    choices.check_key('config.reduce has no component ', name, COMPONENTS)
+
+
+def with_vision_plan(tower: Tower, config: Mapping[str, Any] | None, *,
+                     macs: Callable[[Tower, Mapping[str, Any]], Macs] | None = None) -> Tower:
+  """Returns a tower with the plan of `config.reduce.vision`, the tower itself where it is none.
+
+  Args:
+    tower: without a plan.
+    config: as `models.plan.make_plan` reads it; None, or method='none', for no reduction. Keys that
+      are None are unset.
+    macs: (tower, settings) -> MACs as a function of cuts, for budgets in FLOPs (lib/cost/vit.py).
+
+  Raises:
+    ValueError: as `make_plan`.
+  """
+  settings = reduction_settings(config)
+  if not settings:
+    return tower
+  return tower.clone(plan=make_plan(settings, tower.host, macs=macs and macs(tower, settings)))
+
+
+def with_language_plans(lm: LM, *, language: Mapping[str, Any] | None,
+                        cache: Mapping[str, Any] | None, slots: int, **counts: int) -> LM:
+  """Returns a language model with the plans of `config.reduce.language` and `config.reduce.cache`.
+
+  Args:
+    lm: without plans.
+    language, cache: as `make_plan` and `make_cache_plan` read them; None, or method='none', for no
+      reduction. Keys that are None are unset.
+    slots: N of the prompt, visual tokens included.
+    **counts: slots by kind, as visual=576; the others are text.
+
+  Raises:
+    ValueError: as `make_plan` and `make_cache_plan`.
+  """
+  language, cache = reduction_settings(language), reduction_settings(cache)
+  if not language and not cache:
+    return lm
+  host = lm.host(slots, **counts)
+  plan = make_plan(language, host) if language else None
+  return lm.clone(plan=plan, cache_plan=make_cache_plan(cache, host, plan=plan) if cache else None)
+
+
+class ModelWithPlans:
+  """A model for prompts of any number of slots, each with the plans that it needs.
+
+  `with_plans` makes it.
+  """
+
+  def __init__(self, model: LM | VLM, reduce: Mapping[str, Mapping[str, Any] | None],
+               counts: Mapping[str, int]):
+    self._model, self._counts = model, counts
+    self._reduce = {name: settings for name, config in reduce.items()
+                    if (settings := reduction_settings(config))}
+    for name in ('vision', 'projector'):
+      if name in self._reduce and not isinstance(model, VLM):
+        raise ValueError(f'reduce.{name} acts on images, and this model reads text alone: leave '
+                         'it out')
+    self._cached = functools.cache(self._with_all_plans)
+    self._cached_visual = functools.cache(self._with_visual_plans)
+
+  def __call__(self, slots: int, layout: Layout | None = None) -> LM | VLM:
+    """Returns the model with its plans.
+
+    Args:
+      slots: N, of ids.
+      layout: of the images (`models.backbones.vlm.Images`), None for text alone: reductions of
+        visual tokens then do nothing.
+
+    Raises:
+      ValueError: as `make_plan`, `make_cache_plan` and `with_projector_reduction`.
+    """
+    return self._cached(slots, layout)
+
+  @property
+  def plain(self) -> bool:
+    """Returns whether nothing is reduced."""
+    model = self._model
+    lm = model.lm if isinstance(model, VLM) else model
+    plans: list[Any] = [lm.plan, lm.cache_plan]
+    if isinstance(model, VLM):
+      plans += [model.tower.plan, model.projector_reduction]
+    return not self._reduce and not any(plans)
+
+  def visual_slots(self, layout: Layout | None) -> int:
+    """Returns the slots that images take in addition to those of ids."""
+    if layout is None or not isinstance(self._model, VLM):
+      return 0
+    return self._cached_visual(layout).visual_slots(layout)
+
+  def _with_visual_plans(self, layout: Layout) -> VLM:
+    """The model with the reductions of its tower and at its projector."""
+    model = self._model
+    assert isinstance(model, VLM)
+    if 'vision' in self._reduce:
+      model = model.clone(tower=with_vision_plan(model.tower, self._reduce['vision']))
+    config = self._reduce.get('projector')
+    if config:
+      together = layout[1] if config.get('across') == 'prompt' else 1
+      model = with_projector_reduction(model, config, slots=together * model.each_image(layout))
+    return model
+
+  def _with_all_plans(self, slots: int, layout: Layout | None) -> LM | VLM:
+    model, language, cache = self._model, self._reduce.get('language'), self._reduce.get('cache')
+    if not isinstance(model, VLM):
+      return with_language_plans(model, language=language, cache=cache, slots=slots, **self._counts)
+    if not self._reduce:
+      return model
+    visual = self.visual_slots(layout)
+    if layout is not None:
+      model = self._cached_visual(layout)
+    if not visual and language and _of_visual_alone(language):
+      language = None
+    lm = with_language_plans(model.lm, language=language, cache=cache, slots=slots + visual,
+                             **({'visual': visual} if visual else {}))
+    return model.clone(lm=lm)
+
+
+def with_plans(model: LM | VLM, *, vision: Mapping[str, Any] | None = None,
+               projector: Mapping[str, Any] | None = None,
+               language: Mapping[str, Any] | None = None,
+               cache: Mapping[str, Any] | None = None, **counts: int) -> ModelWithPlans:
+  """Returns a model with reductions, for prompts of any number of slots.
+
+  Args:
+    model: without plans; only where no reduction is given may it have some, which stay.
+    vision, projector, language, cache: `config.reduce.vision` and so on; None, or method='none',
+      for no reduction. Keys that are None are unset.
+    **counts: of an LM, slots by kind, as visual=576; the others are text. A VLM counts its own.
+
+  Raises:
+    ValueError: reductions of images in a model that reads none; and, once called, as
+      `ModelWithPlans.__call__`.
+  """
+  reduce = {'vision': vision, 'projector': projector, 'language': language, 'cache': cache}
+  return ModelWithPlans(model, reduce, counts)
+
+
+def without_plans(model: LM | VLM) -> LM | VLM:
+  """Returns a model with all its reductions taken out."""
+  if not isinstance(model, VLM):
+    return model.clone(plan=None, cache_plan=None)
+  return model.clone(tower=model.tower.clone(plan=None), projector_reduction=None,
+                     lm=model.lm.clone(plan=None, cache_plan=None))
+
+
+def _of_visual_alone(config: Mapping[str, Any]) -> bool:
+  """Whether a reduction is of visual tokens and no others."""
+  of = config.get('of')
+  return of == 'visual' or (isinstance(of, Sequence) and tuple(of) == ('visual',))
