@@ -216,7 +216,7 @@ def tuned(made, entry, params, seed, mesh):
   start = image_sweep.complete(made.learner.model, params, seed=seed)
   zero = jnp.zeros((), jnp.int32)
   # Copied: each step takes the state's memory, and the unreduced model is needed again.
-  state = jax.tree.map(jnp.copy, train.State(zero, start, made.optimizer.init(start), start))
+  state = jax.tree.map(jnp.copy, train.TrainState(zero, start, made.optimizer.init(start), start))
   state = jax.device_put(state, made.places)
   iterator = image_data.train_iterator(config.data, seed=seed)
   teacher = params if entry.taught else None

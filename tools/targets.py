@@ -157,7 +157,7 @@ def training(vit, mesh, images, rows, whole):
 
   def state(key):
     params = start(vit, key)
-    return train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+    return train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   shapes = jax.eval_shape(state, jax.random.key(0))
   places = sharding.make_shardings(shapes, digits.get_config().sharding, mesh)

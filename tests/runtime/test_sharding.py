@@ -24,7 +24,7 @@ def losses(axes, reduce):
   optimizer = optax.adamw(schedule)
   def start(key):
     params = init(vit, key)
-    return train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+    return train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
   key = jax.random.key(0)
   places = sharding.place(jax.eval_shape(start, key), VIT_SHARDING, mesh, min_size_to_shard=0)
   state = jax.jit(start, out_shardings=places)(key)

@@ -48,7 +48,7 @@ def test_a_step_is_taken_and_every_parameter_has_a_place(case):
   name, config, info, model, params, _ = case
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   optimizer = optax.adamw(1e-3)
-  state = train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+  state = train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
   sharding.make_shardings(state, config.sharding, mesh)
   update = functools.partial(train.update, functools.partial(qa_task.loss, model, config.optimizer),
                              optimizer, config.optimizer, optax.constant_schedule(1e-3))
