@@ -19,10 +19,10 @@ from configs import digit_scenes as scenes_config
 from configs import stdlib_needle as needle_config
 from lib import assistant
 from lib.data import anyres
-from lib.data import images as image_data
 from lib.data import qa as qa_data
 from lib.data.anyres import Picture
 from lib.data.datasets import digit_scenes, stdlib_needle
+from lib.data.prepare import prepare
 from lib.report import overlay, provenance
 from lib.tasks import qa as qa_task
 from models.decoding.fitted import with_plans
@@ -42,7 +42,7 @@ def place(tmp_path_factory):
       patch.setattr(builder, 'BUILDER_CONFIGS', short)
       patch.setattr(builder, 'builder_configs', {config.name: config for config in short})
     for name in ('digit_scenes/64', 'stdlib_needle/64'):
-      image_data.prepare(name, data_dir=str(folder))
+      prepare(name, data_dir=str(folder))
   return folder
 
 
