@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from lib.data import anyres
-from lib.data.anyres import Patches, Picture, Square
+from lib.data.anyres import Patches, Square
+from lib.data.pictures import Picture, batch_pictures
 from lib.data.preprocess import Preprocess
 from lib.data.tokenizers import FILES, Chat, HubTokenizer, WordTokenizer
 from lib.tasks import qa as qa_task
@@ -146,7 +147,7 @@ class Assistant:
 
     Args:
       rows: of each row; those of `look` are taken as they are.
-      **fixed: crops, images and tokens, as `lib.data.anyres.batch` takes them.
+      **fixed: crops, images and tokens, as `lib.data.pictures.batch_pictures` takes them.
 
     Raises:
       ValueError: images for a model that sees none, or that do not fit into its grid (`seeing`).
@@ -156,9 +157,9 @@ class Assistant:
     if self.look is None:
       raise ValueError('this model reads text alone: leave the images out, or load a '
                        'vision-language model')
-    pictures = [[each if isinstance(each, Picture) else self.look(each) for each in row]
+    prepared = [[each if isinstance(each, Picture) else self.look(each) for each in row]
                 for row in rows]
-    return anyres.batch(pictures, patches=seeing.passed_on(self.model.tower)[0], **fixed)
+    return batch_pictures(prepared, patches=seeing.passed_on(self.model.tower)[0], **fixed)
 
   def seeing(self, images: Sequence[Image.Image]) -> Assistant:
     """The same with a grid that these images fit into; itself where it has no grid, or one that

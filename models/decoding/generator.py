@@ -133,7 +133,7 @@ class Generator:
     Args:
       prompts: token ids, of any lengths; of a VLM with one placeholder an image.
       images: those of all rows, in the order of the placeholders; of shapes that stay the same, a
-        program serves them all (lib/data/anyres.py, `batch`).
+        program serves them all (lib/data/pictures.py, `batch_pictures`).
       new_tokens: the most to decode.
       sampling: greedy by default.
       seeds: of all rows, or one a row: a row's answer then does not depend on the others.
