@@ -21,7 +21,7 @@ from PIL import Image
 
 from lib import assistant
 from lib.assistant import Assistant
-from lib.tasks.qa import PLACES
+from lib.tasks.qa import check_components
 from models.backbones.vlm import Images
 from models.decoding.generator import ENDED, Generator, Score
 from models.decoding.sampling import Sampling
@@ -172,7 +172,7 @@ class Answerer:
   def _chunk(self, questions: Sequence[Question], places: Sequence[int],
              alike: Callable[[Question], Any]) -> Iterator[
                  tuple[list[int], list[Question], Generator, Images | None]]:
-    seen = {place: self.assistant.seeing(questions[place].images) for place in places}
+    seen = {place: self.assistant.with_grid_for(questions[place].images) for place in places}
     pictures = {place: [seen[place].look(image) for image in questions[place].images]
                 for place in places}
 
@@ -188,7 +188,7 @@ class Answerer:
       for batch in self._parted(list(group), questions):
         filled = batch + batch[-1:] * (self.batch_size - len(batch))
         model = seen[batch[0]]
-        images = model.see([pictures[place] for place in filled])
+        images = model.encode_images([pictures[place] for place in filled])
         yield batch, [questions[place] for place in filled], self._answering(model), images
 
   def _parted(self, places: Sequence[int], questions: Sequence[Question]) -> Iterator[list[int]]:
@@ -233,9 +233,7 @@ def read_reductions(given: Any) -> Mapping[str, Mapping[str, Any]] | None:
                                                for each in given.values()):
     raise ValueError(f'reduce={given!r} is no dict of reductions by place: give one as '
                      '{"language": {"method": "fastv", "layers": 2, "keep_ratio": 0.5}}')
-  for place in given:
-    if place not in PLACES:
-      raise ValueError(f'reduce.{place} is unknown: choose from {", ".join(PLACES)}')
+  check_components(given)
   return given
 
 

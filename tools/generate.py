@@ -39,7 +39,7 @@ from lib.data.pictures import Picture
 from lib.data.token_layout import raster_layout
 from lib.report import overlay, provenance
 from lib.runtime import cli
-from lib.tasks.qa import PLACES
+from lib.tasks.qa import COMPONENTS
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
 from models.decoding.generator import Generator
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'{argv[1]!r} is not understood: put quotes around the prompt')
   model = assistant.load(MODEL.value, dtype=DTYPE.value, data_dir=DATA_DIR.value)
   model, question = asked(model) if EXAMPLE.value is None else (model, example(model))
-  reduce, images = chosen(model, REDUCE.value), model.see([question.images])
+  reduce, images = chosen(model, REDUCE.value), model.encode_images([question.images])
   if SHOW.value and not (question.images and set(DRAWN) & reduce.keys()):
     raise ValueError(f'--show={SHOW.value} has nothing to show: give an image, and a reduction of '
                      f'one of {", ".join(DRAWN)}')
@@ -156,7 +156,7 @@ def asked(model: Assistant) -> tuple[Assistant, Question]:
     with Image.open(path) as image:
       images.append(image.convert('RGB'))
   prompt = model.prompt(text, images=len(images), template=TEMPLATE.value)
-  model = model.seeing(images)
+  model = model.with_grid_for(images)
   return model, Question([model.look(image) for image in images], prompt)
 
 
@@ -179,7 +179,7 @@ def example(model: Assistant) -> Question:
 def chosen(model: Assistant, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """Reductions by place: of the flags, else those that the model was trained with."""
   found = {}
-  for place in PLACES:
+  for place in COMPONENTS:
     own = {name: value for name, value in given[place].items() if value is not None}
     if not own['method']:
       left = {name: value for name, value in own.items()

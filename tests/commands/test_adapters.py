@@ -316,7 +316,7 @@ def test_images_are_answered_about_under_the_reduction(seen):
   samples = sorted(found['samples']['toy_generate_until'], key=lambda sample: sample['doc_id'])
   for sample, doc in zip(samples, SEEN, strict=True):
     prompt = made.prompt(doc['text'], images=1)
-    answer, = generator([prompt], made.see([[image_of(doc)]]), new_tokens=3)
+    answer, = generator([prompt], made.encode_images([[image_of(doc)]]), new_tokens=3)
     assert sample['resps'][0][0] == made.text(answer)
 
 
@@ -329,7 +329,7 @@ def test_choices_about_images_are_losses(seen):
     losses = []
     for choice in doc['choices']:
       ids = made.tokens.encode(choice, special=False)
-      score, = generator.score([prompt], [ids], made.see([[image_of(doc)]]))
+      score, = generator.score([prompt], [ids], made.encode_images([[image_of(doc)]]))
       losses.append(-score.log_likelihood / len(ids))
     right += np.argmin(losses) == doc['gold']
   assert found['results']['toy_multiple_choice']['acc,none'] == pytest.approx(right / len(SEEN))

@@ -68,7 +68,7 @@ def pictures(family, found):
     target = anyres.best_resolution(tuple(size), pinpoints)
     crops = 1 + target[0] * target[1] // 16 ** 2
     made.append(Picture(image[:crops], *anyres_layout(
-        tuple(size), target, tile=16, side=4, most=2 if 'onevision' in family else 0)))
+        tuple(size), target, tile=16, side=4, max_crops=2 if 'onevision' in family else 0)))
   return made
 
 

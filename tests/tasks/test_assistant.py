@@ -90,7 +90,7 @@ def test_runs_answer_as_they_were_scored(scenes):
   prompts = [row['ids'][row['valid'] & ~row['answer']].tolist() for row in
              (qa_data.example(made.data, number) for number in range(6))]
   pictures = [[Picture(image[None], *raster_layout(16))] for image in batch['image']]
-  found = made.generator(buckets=(12,))(prompts, made.see(pictures), new_tokens=1)
+  found = made.generator(buckets=(12,))(prompts, made.encode_images(pictures), new_tokens=1)
   assert [row[0] for row in found] == wanted.tolist()
   assert made.text([4, 5, 1]) == '1 2'
   assert made.prompt('is there a 7 ?', images=1) == [2, *digit_scenes.encode('is there a 7 ?')]
@@ -128,9 +128,9 @@ def test_checkpoints_are_read_with_all_that_stands_around_them(family, tmp_path)
   assert made.prompt('w5', images=2, template=False) == [1, image, image, 5]
   assert made.prompt('w5 <image> w6', images=1, template=False) == [1, 5, image, 6]
   pictures = [photo(), photo(1, (9, 30))]
-  seen = made.seeing(pictures)
-  assert seen.see([pictures[:1], [], pictures]).layout[1] == 2
-  assert seen.see([[], []]) is None
+  seen = made.with_grid_for(pictures)
+  assert seen.encode_images([pictures[:1], [], pictures]).layout[1] == 2
+  assert seen.encode_images([[], []]) is None
   assert seen is made
 
 
@@ -141,10 +141,10 @@ def test_grids_grow_for_images_that_do_not_fit(tmp_path):
       look=dataclasses.replace(made.look, grid=(8, 8)))
   image = photo(2, (120, 20))
   with pytest.raises(ValueError, match='does not fit into the grid of 8 x 8'):
-    small.see([[image]])
-  grown = small.seeing([image])
+    small.encode_images([[image]])
+  grown = small.with_grid_for([image])
   assert grown.model.tower.grid == (8, 24)
-  batch = grown.see([[image]])
+  batch = grown.encode_images([[image]])
   assert batch.layout == (1, 1, len(grown.look(image).index))
   # What is shown is what there was, resized.
   shown = grown.look.shown(grown.look(image))
@@ -218,7 +218,7 @@ def test_pictures_show_every_crop(tmp_path):
   made = assistant.load(assistants.checkpoint(tmp_path / 'next', 'llava_next'))
   reduce = {'language': {'method': 'stride', 'of': 'visual', 'layers': 1, 'keep_ratio': 0.3}}
   picture = made.look(photo())
-  images = made.see([[picture]])
+  images = made.encode_images([[picture]])
   prompt = made.prompt('w5', images=1)
   reduced = with_plans(made.model, **reduce)(len(prompt), images.layout)
   _, out = jax.jit(reduced.apply)({'params': made.params}, *padded([prompt], len(prompt)), images)
@@ -273,6 +273,6 @@ def test_the_command_asks_a_checkpoint_about_an_image(tmp_path):
   made = assistant.load(folder)
   prompt = made.prompt('w5 w6', images=1)
   reduce = {'language': {'method': 'fastv', 'of': 'visual', 'layers': 1, 'keep_ratio': 0.5}}
-  answer, = made.generator(reduce)([prompt], made.see([[photo()]]), new_tokens=5)
+  answer, = made.generator(reduce)([prompt], made.encode_images([[photo()]]), new_tokens=5)
   assert said.strip() == made.text(answer).strip()
   assert 'language: fastv keeps 8 of 16 before layer 1' in told
