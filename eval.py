@@ -7,7 +7,8 @@
 
 Writes sweep.jsonl (a row a method and budget; rows that are there are not made again), a table,
 plots of the score against cost and latency, and pictures of what was kept, merged and dropped. What
-is measured of a task is lib/tasks/image_sweep.py's or lib/tasks/qa_sweep.py's.
+is measured of a task is lib/tasks/image_sweep.py's or lib/tasks/qa_sweep.py's; what a sweep is,
+lib/tasks/sweep.py's.
 """
 
 import json
@@ -19,10 +20,7 @@ from tqdm import tqdm
 
 from lib.report.rows import append_jsonl, read_jsonl
 from lib.runtime import cli, launch, sharding, timing
-from lib.tasks import image_sweep, qa_sweep
-
-SWEEPS = {'classify': image_sweep.Sweep, 'segment': image_sweep.Sweep,
-          'answers': qa_sweep.Sweep}
+from lib.tasks import registry
 
 
 def main(argv):
@@ -30,8 +28,7 @@ def main(argv):
   del argv
   config, workdir = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value)
   first = launch.start()
-  kind = config.get('task', {'name': 'classify'})['name']
-  sweep = SWEEPS[kind](config, workdir, sharding.make_mesh(config.mesh))
+  sweep = registry.make_sweep(config, workdir, sharding.make_mesh(config.mesh))
 
   path = workdir / 'sweep.jsonl'
   wanted = list(sweep.rows())

@@ -24,7 +24,7 @@ from flax import struct
 from lib.runtime import checkpoint, cli, launch, metrics, sharding
 from lib.runtime.meter import Meter
 from lib.tasks import anneal, registry
-from lib.tasks import base as tasks
+from lib.tasks.base import Task, sum_counts
 from models import checkpoints as weights
 
 
@@ -52,7 +52,7 @@ class Setup:
     count_batch: (parameters, batch) -> what the batch adds to the scores, compiled likewise.
   """
 
-  learner: tasks.Task
+  learner: Task
   optimizer: optax.GradientTransformation
   init: Callable[[jax.Array], TrainState]
   places: TrainState
@@ -72,7 +72,7 @@ def main(argv):
 
 def setup(config, mesh):
   """Model, optimizer and compiled functions of a config, on a mesh."""
-  learner = registry.of(config, mesh)
+  learner = registry.make_task(config, mesh)
   schedule = optax.warmup_cosine_decay_schedule(
       0.0, config.optimizer.peak_lr, config.optimizer.warmup_steps, config.total_steps)
   optimizer = optax.chain(
@@ -116,7 +116,7 @@ def run(config, workdir, *, first):
       process_count=jax.process_count())
   if first:
     (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
-    print(learner.about, end='', flush=True)
+    print(learner.summary, end='', flush=True)
 
   # State: shapes first, then placed where it will live.
   key = jax.random.key(config.seed)
@@ -135,7 +135,7 @@ def run(config, workdir, *, first):
       print(f'resumed at step {start} of {config.total_steps}', flush=True)
   else:
     start, state = 0, jax.jit(made.init, out_shardings=made.places)(key)
-    loaded = learner.loaded()
+    loaded = learner.pretrained()
     if config.get('start'):
       begun = checkpoint.best(config.start, template.ema, metric=learner.score)
       if begun is None:
@@ -236,7 +236,7 @@ def evaluate(made, params, config, mesh):
   """The scores on the test split."""
   batches = made.learner.eval_batches(config, process_index=jax.process_index(),
                                       process_count=jax.process_count())
-  return made.learner.scores(tasks.sum_counts(
+  return made.learner.scores(sum_counts(
       [made.count_batch(params, sharding.put(batch, mesh)) for batch in batches]))
 
 

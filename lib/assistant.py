@@ -4,7 +4,8 @@
   assistant = load('llava-1.5-7b-hf', dtype='bfloat16')     # a checkpoint's folder
   prompt = assistant.prompt('What is on the table?', images=1)
   generator = assistant.generator({'language': {'method': 'fastv', ...}})
-  answer = assistant.text(generator([prompt], assistant.encode_images([[image]]), new_tokens=64)[0])
+  images = assistant.encode_images([[image]])
+  answer = assistant.text(generator([prompt], images, new_tokens=64)[0])
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import numpy as np
 from PIL import Image
 
 from lib.data import anyres
-from lib.data.anyres import Patches, Picture, Square
+from lib.data.anyres import Patches, Square
+from lib.data.pictures import Picture, batch_pictures
 from lib.data.preprocess import Preprocess
 from lib.data.tokenizers import FILES, Chat, HubTokenizer, WordTokenizer
-from lib.tasks import trained as runs
+from lib.tasks.trained import TrainedModel, load_run
 from models import checkpoints
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, passed_on
@@ -36,30 +38,31 @@ from models.families import LM_FAMILIES
 from models.plan import reduction_settings
 from models.reduce_config import check_components, with_plans, without_plans
 from models.storage import to_storage
+from ops import choices
 from ops.attention import pick
 
-PLACE = '<image>'
+IMAGE_PLACEHOLDER = '<image>'
 # A Qwen tower's grid grows by so many patches: images of similar sizes share a program.
 GRID_STEP = 8
 
 
 class Tokenizer(Protocol):
-  """What texts are made of; lib/data/tokenizers.py has two."""
+  """Turns text into ids and back; lib/data/tokenizers.py has two."""
 
   @property
   def size(self) -> int:
-    """One more than its largest id."""
+    """One more than the largest id."""
 
   def encode(self, text: str, *, special: bool) -> list[int]:
-    """Ids of a text, with those that start it if `special`."""
+    """Returns the ids of a text, with those that start it if `special`."""
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids."""
+    """Returns the text of ids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Assistant:
-  """A model and what stands around it.
+  """Holds a model with its tokenizer, image processor and chat template.
 
   Attributes:
     model: without reductions.
@@ -68,7 +71,7 @@ class Assistant:
     ends: ids that end an answer.
     look: an image to a Picture; None for a model that sees none.
     chat: the template of conversations, or None.
-    reduce: reductions that it was trained with, by place; {} for none.
+    reduce: reductions that it was trained with, by component; {} for none.
     data: `config.data` of its run, whose test split has questions; None for a checkpoint.
   """
 
@@ -83,15 +86,15 @@ class Assistant:
 
   def generator(self, reduce: Mapping[str, Mapping[str, Any] | None] | None = None,
                 **settings: Any) -> Generator:
-    """What decodes.
+    """Makes a generator of answers.
 
     Args:
-      reduce: reductions by place, one of `models.reduce_config.COMPONENTS`, as in `config.reduce`;
-        None for those that it was trained with.
+      reduce: reductions by component, one of `models.reduce_config.COMPONENTS`, as in
+        `config.reduce`; those that the model was trained with where None.
       **settings: as of `Generator`.
 
     Raises:
-      ValueError: an unknown place; or, once it runs, as `with_plans`.
+      ValueError: an unknown component; or, once it runs, as `with_plans`.
     """
     reduce = self.reduce if reduce is None else reduce
     check_components(reduce)
@@ -99,12 +102,12 @@ class Assistant:
                      plans=with_plans(self.model, **reduce), **settings)
 
   def prompt(self, text: str, *, images: int = 0, template: bool = True) -> list[int]:
-    """The ids of what somebody says.
+    """Returns the ids of a user's message.
 
     Args:
       text: the words.
-      images: how many go with them. They stand where the text says '<image>', if it does so as
-        often; else where it has the model's own placeholders, or in front.
+      images: number of images that go with it. They stand where the text has '<image>', if it has
+        as many; else where it has the model's own placeholders, or in front.
       template: whether to wrap the text in the chat template, if there is one.
 
     Raises:
@@ -113,8 +116,8 @@ class Assistant:
     if images and not isinstance(self.model, VLM):
       raise ValueError('this model reads text alone: leave the images out, or load a '
                        'vision-language model')
-    there = images and text.count(PLACE) == images
-    pieces = text.split(PLACE) if there else [''] * images + [text]
+    marked = images and text.count(IMAGE_PLACEHOLDER) == images
+    pieces = text.split(IMAGE_PLACEHOLDER) if marked else [''] * images + [text]
     if template and self.chat is not None:
       content: Any = [{'type': 'text', 'text': pieces[0]}]
       for piece in pieces[1:]:
@@ -122,7 +125,7 @@ class Assistant:
       content = [part for part in content if part.get('text') != '']
       return self.encode(self.chat([{'role': 'user', 'content': content if images else text}]))
     ids = self.encode(text)
-    if not images or (not there and ids.count(self.model.image_token) == images):
+    if not images or (not marked and ids.count(self.model.image_token) == images):
       return ids
     ids = self.encode(pieces[0])
     for piece in pieces[1:]:
@@ -130,21 +133,21 @@ class Assistant:
     return ids
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a whole text; what starts texts is added unless the text has it."""
+    """Returns the ids of a whole text; tokens that start texts are added unless it has them."""
     start = self.chat.tokens.get('bos_token', '') if self.chat else ''
     return self.tokens.encode(text, special=not (start and text.startswith(start)))
 
   def text(self, ids: Sequence[int]) -> str:
-    """The text of an answer, without the token that ended it."""
+    """Returns the text of an answer, without the token that ended it."""
     return self.tokens.decode([each for each in ids if each not in self.ends])
 
   def encode_images(self, rows: Sequence[Sequence[Image.Image | Picture]],
                     **fixed: int) -> Images | None:
-    """The images of rows, in the order of their placeholders.
+    """Turns the images of rows, in the order of their placeholders, into the model's input.
 
     Args:
-      rows: of each row; those of `look` are taken as they are.
-      **fixed: crops, images and tokens, as `lib.data.anyres.batch` takes them.
+      rows: the images of each row, or Pictures that `look` made of them.
+      **fixed: crops, images and tokens, as `lib.data.pictures.batch_pictures` takes them.
 
     Raises:
       ValueError: images for a model that sees none, or that do not fit into its grid
@@ -155,13 +158,12 @@ class Assistant:
     if self.look is None:
       raise ValueError('this model reads text alone: leave the images out, or load a '
                        'vision-language model')
-    pictures = [[each if isinstance(each, Picture) else self.look(each) for each in row]
+    prepared = [[each if isinstance(each, Picture) else self.look(each) for each in row]
                 for row in rows]
-    return anyres.batch(pictures, patches=passed_on(self.model.tower)[0], **fixed)
+    return batch_pictures(prepared, patches=passed_on(self.model.tower)[0], **fixed)
 
   def with_grid_for(self, images: Sequence[Image.Image]) -> Assistant:
-    """The same with a grid that these images fit into; itself where it has no grid, or one that
-    they fit into."""
+    """Returns the same with a grid that these images fit into; itself where none is needed."""
     if not isinstance(self.look, Patches) or not images:
       return self
     tower = self.model.tower
@@ -176,7 +178,7 @@ class Assistant:
 
 
 def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = '') -> Assistant:
-  """A run of train.py, or a checkpoint of the transformers library's layout.
+  """Loads a run of train.py, or a checkpoint of the transformers library's layout.
 
   Args:
     source: the workdir of a run that learned to answer questions; a folder with config.json,
@@ -185,8 +187,8 @@ def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = 
     data_dir: where a run's set is, if not where the run found it.
 
   Raises:
-    ValueError, FileNotFoundError: nothing of both there, an architecture that is not known, a
-      tokenizer that is another model's; or as `models.checkpoints.load_run` and
+    ValueError, FileNotFoundError: neither of both, an unknown architecture, a tokenizer that is
+      another model's; or as `models.checkpoints.load_run` and
       `lib.tasks.trained.load_run`.
   """
   path = files.locate(source)
@@ -197,63 +199,60 @@ def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = 
   if 'model_type' in config:
     return _of_checkpoint(path, config, dtype)
   if 'model' in config:
-    return of_run(runs.load_run(path, data_dir=data_dir))
+    return of_run(load_run(path, data_dir=data_dir))
   raise ValueError(f'{path} is no model: it needs the config.json of a run (train.py) or of a '
                    'checkpoint, which names its model_type')
 
 
-def of_run(trained: runs.TrainedModel) -> Assistant:
-  """A trained model."""
+def of_run(trained: TrainedModel) -> Assistant:
+  """Makes an assistant of a trained model."""
   info, model, config = trained.info, trained.model, trained.config
-  reduce = {place: settings for place, given in config.reduce.items()
+  reduce = {component: settings for component, given in config.reduce.items()
             if (settings := reduction_settings(given))}
   silent = tuple(each for each in (info.pad, info.end, info.image) if each is not None)
   tokens = WordTokenizer(info.words, silent) if info.words else HubTokenizer(info.tokenizer)
-  made = functools.partial(Assistant, tokens=tokens, ends=(info.end,), reduce=reduce,
-                           data=config.data)
+  params = to_storage(trained.params, 'unstacked')
+  make = functools.partial(Assistant, params=params, tokens=tokens, ends=(info.end,),
+                           reduce=reduce, data=config.data)
   if isinstance(model, LM):
-    return made(without_plans(model), to_storage(trained.params, 'unstacked'))
+    return make(without_plans(model))
   side = info.image_shape[0]
   steps = Preprocess((side, side), Image.Resampling.BICUBIC.value, None, 1 / 255,
                      tuple(config.data.mean), tuple(config.data.std))
-  return made(without_plans(model), to_storage(trained.params, 'unstacked'),
-              look=Square(steps, model.tower.grid[0]))
+  return make(without_plans(model), look=Square(steps, model.tower.grid[0]))
 
 
 def build(config: Mapping[str, Any], **settings: Any) -> LM | VLM:
-  """The model that a checkpoint's config.json describes, with a tower or without.
+  """Builds the model that a checkpoint's config.json describes, with a tower or without.
 
   Args:
     config: the file's content.
     **settings: fields of LM, and of the tower, that differ: dtype, implementation.
 
   Raises:
-    ValueError: an architecture that is not known.
+    ValueError: an unknown architecture.
   """
   kind = config.get('model_type')
+  choices.check('model_type ', kind, (*LM_FAMILIES, *vlm_config.LLAVAS, *vlm_config.QWENS))
   if kind in (*vlm_config.LLAVAS, *vlm_config.QWENS):
     return vlm_config.from_config(config, tower=settings, lm=settings)
-  if kind in LM_FAMILIES:
-    return lm_config.from_config(config, **settings)
-  known = (*LM_FAMILIES, *vlm_config.LLAVAS, *vlm_config.QWENS)
-  raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(known)}')
+  return lm_config.from_config(config, **settings)
 
 
 def _of_checkpoint(path: pathlib.Path, config: Mapping[str, Any], dtype: str) -> Assistant:
-  if dtype not in DTYPES:
-    raise ValueError(f'dtype {dtype!r} is unknown: choose one of {", ".join(DTYPES)}')
-  chosen = DTYPES[dtype]
-  model = build(config, dtype=chosen, implementation=pick(jax.default_backend(), chosen))
+  choices.check('dtype ', dtype, DTYPES)
+  kind = DTYPES[dtype]
+  model = build(config, dtype=kind, implementation=pick(jax.default_backend(), kind))
   tokens, ends = HubTokenizer.of(path), _ends(path, config)
   check_tokens(tokens, model, ends, path)
   look = anyres.read(path, config, grid=model.tower.grid) if isinstance(model, VLM) else None
-  params = checkpoints.load(model, path, dtype=chosen, storage='unstacked')
+  params = checkpoints.load(model, path, dtype=kind, storage='unstacked')
   return Assistant(model, params, tokens, ends, look, _chat(path))
 
 
 def check_tokens(tokens: Tokenizer, model: LM | VLM, ends: Sequence[int],
                  source: Any = 'this folder') -> None:
-  """Raises ValueError where a tokenizer is not a model's: with ids that the model does not have.
+  """Raises ValueError where a tokenizer has ids that the model does not have.
 
   A table may be larger than the tokenizer: many are padded.
   """
@@ -271,19 +270,19 @@ def check_tokens(tokens: Tokenizer, model: LM | VLM, ends: Sequence[int],
 
 
 def _ends(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-  """Ids that end an answer: as for generating, else as the model's config has them."""
+  """Returns the ids that end an answer: as for generating, else as the model's config has them."""
   file = path / 'generation_config.json'
   settings = json.loads(file.read_text()) if file.exists() else {}
-  for given in (settings, config, config.get('text_config') or {}):
-    found = given.get('eos_token_id')
-    if found is not None:
-      return tuple(found) if isinstance(found, Sequence) else (found,)
+  for source in (settings, config, config.get('text_config') or {}):
+    ends = source.get('eos_token_id')
+    if ends is not None:
+      return tuple(ends) if isinstance(ends, Sequence) else (ends,)
   return ()
 
 
 def _chat(path: pathlib.Path) -> Chat | None:
-  """The chat template, if there is one."""
+  """Returns the chat template, if there is one."""
   jinja, *rest = (path / name for name in FILES)
-  there = jinja.exists() or any(
+  has_template = jinja.exists() or any(
       file.exists() and json.loads(file.read_text()).get('chat_template') for file in rest)
-  return Chat(path) if there else None
+  return Chat(path) if has_template else None

@@ -34,9 +34,9 @@ from PIL import Image
 from configs.common import reduction
 from lib import assistant
 from lib.assistant import Assistant
-from lib.data import anyres
 from lib.data import qa as qa_data
-from lib.data.anyres import Picture
+from lib.data.pictures import Picture
+from lib.data.token_layout import raster_layout
 from lib.report import overlay, provenance
 from lib.runtime import cli
 from models.backbones.lm import LM
@@ -172,7 +172,7 @@ def example(model: Assistant) -> Question:
   print(model.tokens.decode(prompt))
   images = []
   if 'image' in found:
-    images.append(Picture(found['image'][None], *anyres.plain(model.look.side ** 2)))
+    images.append(Picture(found['image'][None], *raster_layout(model.look.side ** 2)))
   return Question(images, prompt, model.text(found['ids'][found['answer']].tolist()))
 
 

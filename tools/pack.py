@@ -23,7 +23,7 @@ def main(argv):
   del argv
   config, workdir, out = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), OUT.value
   mesh = sharding.make_mesh(config.mesh)
-  learner = registry.of(config, mesh)
+  learner = registry.make_task(config, mesh)
   abstract = jax.eval_shape(learner.init, jax.random.key(0))
   template = sharding.shapes(abstract, sharding.make_shardings(abstract, config.sharding, mesh))
   found = checkpoint.best(workdir, template, metric=learner.score)

@@ -6,7 +6,7 @@
 
 from absl import flags
 
-from lib.data import images as image_data
+from lib.data.prepare import prepare
 from lib.runtime import cli
 
 NAME = flags.DEFINE_string('name', None, "A TFDS name: 'digits', 'cifar10', 'emnist/letters'.")
@@ -20,7 +20,7 @@ def main(argv):
   """Prepares one set and says where it is."""
   del argv
   print(f'{NAME.value} is ready in '
-        f'{image_data.prepare(NAME.value, data_dir=DATA_DIR.value, manual_dir=MANUAL_DIR.value)}')
+        f'{prepare(NAME.value, data_dir=DATA_DIR.value, manual_dir=MANUAL_DIR.value)}')
 
 
 if __name__ == '__main__':

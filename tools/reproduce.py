@@ -28,8 +28,9 @@ from lib.cost import vit as vit_cost
 from lib.data import images as image_data
 from lib.report.rows import append_jsonl, read_jsonl
 from lib.runtime import cli, launch, sharding
-from lib.tasks import base as tasks
 from lib.tasks import image_sweep
+from lib.tasks.base import sum_counts
+from lib.tasks.image_metrics import metric_of
 from models.backbones.vit import ViT
 from models.build import build
 from models.compressors import COMPRESSORS
@@ -160,7 +161,7 @@ def accuracies(name: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str
   vit = model(config, mesh=mesh if mesh.size > 1 else None, platform=platform)
   models = {'top1': vit} if vit.plan is None else {'top1': vit,
                                                    'unreduced_top1': vit.clone(plan=None)}
-  task, found = tasks.of(config), {}
+  task, found = metric_of(config), {}
   for key, made in models.items():
     own = to_storage(params, fastest_storage(made.plan, platform=platform))
     run = jax.jit(lambda p, x, made=made: made.apply({'params': p}, x)[0])
@@ -168,7 +169,7 @@ def accuracies(name: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str
     for batch in image_data.eval_batches(config.data):
       placed = sharding.put(batch, mesh)
       counts.append(task.counts(run(own, placed['image']), placed['label'], placed['mask']))
-    found[key] = 100 * task.total(tasks.sum_counts(counts))
+    found[key] = 100 * task.total(sum_counts(counts))
   return found
 
 

@@ -35,8 +35,9 @@ from lib.data import images as image_data
 from lib.report import plots, tables
 from lib.report.rows import append_jsonl, read_jsonl
 from lib.runtime import cli, launch, sharding, timing
-from lib.tasks import base as tasks
 from lib.tasks import image_sweep
+from lib.tasks.base import sum_counts
+from lib.tasks.image_metrics import metric_of
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.plan import methods
@@ -202,7 +203,7 @@ def measured(entry, trained, mesh):
       params = to_storage(params, fastest_storage(vit.plan, platform=mesh.devices.flat[0].platform))
       batches = test_batches(entry.config)
       run = run or image_sweep.compiled(vit, params, jnp.asarray(batches[0]['image']))[0]
-      row |= judged(functools.partial(run, params), vit, batches, tasks.of(entry.config))
+      row |= judged(functools.partial(run, params), vit, batches, metric_of(entry.config))
       learned = entry.config.reduce.vision.method in COMPRESSORS and not entry.training
       row['note'] = UNTRAINED if learned else ''
     except (ValueError, FloatingPointError) as reason:  # Ends only the rows of this entry.
@@ -249,7 +250,7 @@ def judged(run, vit, batches, task):
       left.append(cuts[max(cuts)].real.sum(1)[there])
   logits, labels = np.concatenate(logits), np.concatenate(labels)
   tokens = np.concatenate(left).mean() if left else vit.host.slots
-  return {task.score: task.total(tasks.sum_counts(counts)), 'nll': nll(logits, labels),
+  return {task.score: task.total(sum_counts(counts)), 'nll': nll(logits, labels),
           'tokens_left': float(tokens), 'gmacs': vit_cost.of(vit).macs / 1e9}
 
 
@@ -325,7 +326,7 @@ def verdict(row, reference):
 
 def text(rows, config):
   """The report: one table for each budget without training, one for the trained ones."""
-  wanted, score = config.study, tasks.of(config).score
+  wanted, score = config.study, metric_of(config).score
   made = list(summaries(rows, reference=wanted.reference, score=score))
   machine = rows[0]
   seconds = sum(row['seconds'] for row in rows)
@@ -397,7 +398,7 @@ def signed(values, scale, decimals):
 
 def plot(rows, path, config):
   """Score and cross-entropy over MACs: curves without training, points after it."""
-  wanted, own = config.study, tasks.of(config).score
+  wanted, own = config.study, metric_of(config).score
   made = [row for row in summaries(rows, reference=wanted.reference, score=own)
           if row.get('nll') is not None]
   figure = Figure(figsize=(15, 12), dpi=130, layout='constrained')

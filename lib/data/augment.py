@@ -1,11 +1,15 @@
-"""What a training image may become."""
+"""Augmentations of a training image: (image, size, random, *, filter, ...) -> size x size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from ops import choices
 
 FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC,
            'nearest': Image.Resampling.NEAREST}
@@ -13,7 +17,7 @@ FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BI
 
 def none(image: Image.Image, size: int, random: np.random.Generator, *,
          filter: str) -> Image.Image:
-  """The whole image, as in evaluation with test_crop=1."""
+  """Returns the whole image, as in evaluation with test_crop=1."""
   del random
   return whole(image, size, filter=filter)
 
@@ -21,7 +25,7 @@ def none(image: Image.Image, size: int, random: np.random.Generator, *,
 def crop(image: Image.Image, size: int, random: np.random.Generator, *, filter: str,
          area: tuple[float, float] = (0.08, 1.0), aspect: tuple[float, float] = (3 / 4, 4 / 3),
          flip: float = 0.5) -> Image.Image:
-  """A random part of the image, resized: the crop of Inception training.
+  """Returns a random part of the image, resized: the crop of Inception training.
 
   `area` is a fraction of the image's area, `aspect` width over height, `flip` the probability of a
   mirror image. Ten tries to fit, else the centre square.
@@ -46,7 +50,7 @@ def crop(image: Image.Image, size: int, random: np.random.Generator, *, filter: 
 def affine(image: Image.Image, size: int, random: np.random.Generator, *, filter: str,
            shift: float = 0.0, degrees: float = 0.0, scale: tuple[float, float] = (1.0, 1.0),
            flip: float = 0.0) -> Image.Image:
-  """A small random shift, rotation and scaling, in one resampling; black comes in from outside.
+  """Shifts, rotates and scales by small random amounts in one resampling; the outside is black.
 
   `shift` is at most this fraction of the side, each way; `degrees` at most this angle; `scale`
   above 1 enlarges; `flip` is the probability of a mirror image.
@@ -73,8 +77,40 @@ AUGMENTS: dict[str, Callable[..., Image.Image]] = {'none': none, 'crop': crop, '
 
 
 def whole(image: Image.Image, size: int, *, filter: str, fraction: float = 1.0) -> Image.Image:
-  """The centre square, `fraction` of the shorter side long, resized to size x size."""
+  """Resizes the centre square, `fraction` of the shorter side long, to size x size."""
   width, height = image.size
   side = min(width, height) * fraction
   left, top = (width - side) / 2, (height - side) / 2
   return image.resize((size, size), FILTERS[filter], box=(left, top, left + side, top + side))
+
+
+def make(arguments: Mapping[str, Any], *, filter: str) -> Callable[..., Image.Image]:
+  """Returns the augmentation of a config, with its keywords filled in.
+
+  Args:
+    arguments: `data.augment`: `method`, a name in `AUGMENTS` ('none' if absent), and that
+      function's keywords.
+    filter: a name in `FILTERS`.
+
+  Returns:
+    (image, size, random) -> image of size x size.
+
+  Raises:
+    ValueError: an unknown method, or a keyword that it does not take.
+  """
+  keywords = dict(arguments)
+  method = keywords.pop('method', 'none')
+  choices.check('data.augment.method=', method, AUGMENTS)
+  parameters = inspect.signature(AUGMENTS[method]).parameters.values()
+  accepted = [each.name for each in parameters
+              if each.kind is each.KEYWORD_ONLY and each.name != 'filter']
+  if keywords and not accepted:
+    raise ValueError(f'data.augment.method={method!r} takes no arguments, and data.augment has '
+                     f'{", ".join(keywords)}: take them out, or choose another method')
+  for key in keywords:
+    choices.check_key(f'data.augment: {method!r} has no argument ', key, accepted)
+
+  def run(image: Image.Image, size: int, random: np.random.Generator) -> Image.Image:
+    return AUGMENTS[method](image, size, random, filter=filter, **keywords)
+
+  return run

@@ -15,52 +15,20 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from lib.data import images as image_data
-from lib.data.images import EvalBatches, TrainIterator
+from lib.data import prepare
+from lib.data.settings import PAD_SIDES, Config, QASettings, qa_settings
+from lib.data.stream import EvalBatches, TrainIterator
+from ops import choices
 
-SIDES = ('left', 'right')
 # Features of a record that are one a question.
 PER_QUESTION = ('question', 'answer', 'evidence', 'place', 'depth')
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-  """What to read and how.
-
-  Attributes:
-    name: as 'digit_scenes/64' or 'stdlib_needle/4k'.
-    context: T, tokens of every row: question, answer and end token; shorter rows are padded.
-    batch_size: rows a step over all processes.
-    train_split, test_split: TFDS splits.
-    pad_side: 'left' or 'right'.
-    turns: questions of a record that a row of training asks, one after another, each seeing those
-      before it and their answers. The test split asks one.
-    kinds: names of the kinds of questions that are asked, () for all.
-    mean, std: one number a channel, for pixels in 0 to 1; of no use to text alone.
-    data_dir, threads, prefetch_batches: as in `lib.data.images.Settings`.
-  """
-
-  name: str
-  context: int
-  batch_size: int
-  train_split: str = 'train'
-  test_split: str = 'test'
-  pad_side: str = 'right'
-  turns: int = 1
-  kinds: tuple[str, ...] = ()
-  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-  std: tuple[float, ...] = (0.5, 0.5, 0.5)
-  data_dir: str = ''
-  threads: int = 2
-  prefetch_batches: int = 4
-
-
-@dataclasses.dataclass(frozen=True)
 class Info:
-  """What a set is.
+  """Describes a set.
 
   Attributes:
     vocabulary: number of ids.
@@ -68,7 +36,7 @@ class Info:
     kinds: names of the kinds of questions, () where there is one kind.
     num_train, num_test: questions of the splits.
     image_shape: (S, S, C), or None.
-    words: what the ids stand for, () where `tokenizer` says.
+    words: the word of each id, () where `tokenizer` decodes them.
     answer_length: tokens of the longest answer, its end not counted.
     tokenizer: the content of a tokenizer.json, '' where ids are words.
   """
@@ -86,14 +54,14 @@ class Info:
   tokenizer: str = ''
 
 
-def info(config: ml_collections.ConfigDict) -> Info:
-  """What the set that `config` names is, without reading a record.
+def info(config: Config) -> Info:
+  """Describes the set that `config` names, without reading a record.
 
   Raises:
     ValueError: an unknown field, name or split, or a set without questions.
   """
-  settings = _settings(config)
-  train, test = (Reader(settings, field) for field in ('train_split', 'test_split'))
+  settings = qa_settings(config)
+  train, test = (QAReader(settings, field) for field in ('train_split', 'test_split'))
   meta, features = train.meta, train.features
   return Info(meta['vocabulary'], meta['pad'], meta['end'], meta.get('image'),
               tuple(meta.get('kinds', ())), len(train), len(test),
@@ -102,9 +70,9 @@ def info(config: ml_collections.ConfigDict) -> Info:
               meta.get('tokenizer', ''))
 
 
-def train_iterator(config: ml_collections.ConfigDict, *, seed: int, process_index: int = 0,
+def train_iterator(config: Config, *, seed: int, process_index: int = 0,
                    process_count: int = 1) -> TrainIterator:
-  """Endless batches, as `lib.data.images.train_iterator`.
+  """Returns endless batches for training (`TrainIterator`).
 
   Returns:
     An iterator, with get_state and set_state, of dict(ids int32[B, T]: question, answer and end
@@ -118,33 +86,34 @@ def train_iterator(config: ml_collections.ConfigDict, *, seed: int, process_inde
     ValueError, FileNotFoundError: as `info`; batches that cannot be divided over processes; a row
       longer than the context (from next()).
   """
-  settings = _settings(config)
-  reader = Reader(settings, 'train_split')
+  settings = qa_settings(config)
+  reader = QAReader(settings, 'train_split')
   return TrainIterator(reader, settings, seed, process_index, process_count)
 
 
-def eval_batches(config: ml_collections.ConfigDict, *, process_index: int = 0,
+def eval_batches(config: Config, *, process_index: int = 0,
                  process_count: int = 1) -> EvalBatches:
-  """The test split once, in order, as `lib.data.images.eval_batches`.
+  """Returns the test split once, in order (`EvalBatches`).
 
   Returns:
-    A sized iterable of what `train_iterator` gives, and mask float32[B], 0 for rows of padding.
+    A sized iterable of dicts as of `train_iterator`, and mask float32[B], 0 for rows of padding.
   """
-  settings = _settings(config)
-  return EvalBatches(Reader(settings, 'test_split'), settings, process_index, process_count)
+  settings = qa_settings(config)
+  reader = QAReader(settings, 'test_split')
+  return EvalBatches(reader, settings, process_index, process_count)
 
 
-def example(config: ml_collections.ConfigDict, number: int) -> dict[str, np.ndarray]:
-  """One question of the test split: a row of `eval_batches`, by itself.
+def example(config: Config, number: int) -> dict[str, np.ndarray]:
+  """Returns one question of the test split: a row of `eval_batches`, without its batch axis.
 
   Args:
-    config: as of the others.
-    number: from 0 on.
+    config: of the set.
+    number: of the question, from 0 on.
 
   Raises:
     ValueError, FileNotFoundError: as `info`; no such question.
   """
-  reader = Reader(_settings(config), 'test_split')
+  reader = QAReader(qa_settings(config), 'test_split')
   if not 0 <= number < len(reader):
     raise ValueError(f'example {number} is out of range: the test split has {len(reader)}, from 0 '
                      'on')
@@ -153,29 +122,41 @@ def example(config: ml_collections.ConfigDict, number: int) -> dict[str, np.ndar
 
 def pad_rows(rows: Sequence[Sequence[int]], length: int, *, side: str,
              fill: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of several lengths as ids int32[B, length] and valid bool[B, length].
+  """Pads rows of several lengths: ids int32[B, length] and valid bool[B, length].
 
   Raises:
     ValueError: a row is longer, or an unknown side.
   """
-  if side not in SIDES:
-    raise ValueError(f'pad_side={side!r} is unknown: choose one of {", ".join(SIDES)}')
+  choices.check('pad_side=', side, PAD_SIDES)
   ids = np.full((len(rows), length), fill, np.int32)
   valid = np.zeros(ids.shape, bool)
   for number, row in enumerate(rows):
     if len(row) > length:
       raise ValueError(f'row {number} has {len(row)} tokens and a row of the batch {length}: raise '
                        'data.context, or shorten it')
-    place = slice(length - len(row), None) if side == 'left' else slice(len(row))
-    ids[number, place], valid[number, place] = row, True
+    slots = slice(length - len(row), None) if side == 'left' else slice(len(row))
+    ids[number, slots], valid[number, slots] = row, True
   return ids, valid
 
 
-class Reader:
-  """The questions of one split by index (lib/data/images.py streams them)."""
+class QAReader:
+  """Reads the questions of one split by index (lib/data/stream.py).
 
-  def __init__(self, settings: Settings, field: str):
-    builder = image_data.prepared(settings.name, settings.data_dir)
+  Args:
+    settings: of the set.
+    field: 'train_split' or 'test_split'.
+
+  Attributes:
+    features, meta: of the set.
+    corrupt: stays empty: a question that cannot be read raises.
+
+  Raises:
+    ValueError: an unknown name or split, a set without questions, or kinds that it does not have.
+    FileNotFoundError: the set is not prepared.
+  """
+
+  def __init__(self, settings: QASettings, field: str):
+    builder = prepare.prepared(settings.name, settings.data_dir)
     self.features = builder.info.features
     self.meta = dict(builder.info.metadata or {})
     if not {'question', 'answer'} <= set(self.features) or 'vocabulary' not in self.meta:
@@ -183,61 +164,74 @@ class Reader:
                        f'{", ".join(self.features)}; lib/data/images.py reads classes of images')
     self.corrupt: dict[int, str] = {}
     self._settings = settings
-    known = self.meta.get('kinds', ())
-    for kind in settings.kinds:
-      if kind not in known:
-        raise ValueError(f'data.kinds has {kind!r}: {settings.name} has '
-                         f'{", ".join(known) or "one kind of question"}')
-    numbers = range(self.features['answer'].shape[0])
     # Of a record's questions, those that are asked.
-    self._numbers = [each for each in numbers if not settings.kinds
-                          or known[each] in settings.kinds]
-    self._each = len(self._numbers)
-    if not 1 <= settings.turns <= self._each:
+    self._asked = self._numbers_of(settings.kinds)
+    if not 1 <= settings.turns <= len(self._asked):
       raise ValueError(f'data.turns={settings.turns} is impossible: {settings.name} asks '
-                       f'{self._each} questions a record')
+                       f'{len(self._asked)} questions a record')
     self._source = builder.as_data_source(getattr(settings, field), file_format='array_record')
     mean, std = (np.asarray(values, np.float32) for values in (settings.mean, settings.std))
     self._gain, self._bias = 1 / (255 * std), -mean / std
 
   def __len__(self) -> int:
-    return len(self._source) * self._each
+    return len(self._source) * len(self._asked)
 
-  def train_batch(self, examples: np.ndarray, places: np.ndarray,
+  def train_batch(self, examples: np.ndarray, positions: np.ndarray,
                   seed: int) -> dict[str, np.ndarray]:
-    """See `train_iterator`."""
+    """Returns a batch of `train_iterator`: each row asks `turns` questions of its record."""
+    count = len(self._asked)
     # The same rows whatever the number of processes.
-    others = [np.random.default_rng((seed, int(place))).permutation(self._each)
-              for place in places]
-    asked = [[first, *(other for other in more.tolist() if other != first)][:self._settings.turns]
-             for first, more in zip(examples % self._each, others, strict=True)]
-    return self._batch(self._load(examples, asked), len(examples))
+    orders = [np.random.default_rng((seed, int(position))).permutation(count)
+              for position in positions]
+    turns = [[first, *(other for other in order.tolist() if other != first)][:self._settings.turns]
+             for first, order in zip(examples % count, orders, strict=True)]
+    return self._batch(self._load(examples, turns), len(examples))
 
   def eval_batch(self, examples: np.ndarray, rows: int) -> dict[str, np.ndarray]:
-    """See `eval_batches`."""
+    """Returns a batch of `eval_batches`."""
     mask = (np.arange(rows) < len(examples)).astype(np.float32)
-    asked = (examples % self._each)[:, None].tolist()
-    return self._batch(self._load(examples, asked), rows) | {'mask': mask}
+    turns = (examples % len(self._asked))[:, None].tolist()
+    return self._batch(self._load(examples, turns), rows) | {'mask': mask}
 
-  def _load(self, examples: np.ndarray, asked: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """What is beside each row's first question, and 'turns': (question, answer) of all."""
-    found, pad = [], self.meta['pad']
-    records = self._source.__getitems__([int(each) // self._each for each in examples])
-    for record, places in zip(records, asked, strict=True):
-      numbers = [self._numbers[place] for place in places]
-      turns = [([int(token) for token in record['question'][number] if token != pad],
+  def _numbers_of(self, wanted: Sequence[str]) -> list[int]:
+    """Returns the numbers, within a record, of the questions of some kinds, () for all."""
+    kinds = self.meta.get('kinds', ())
+    for kind in wanted:
+      if kind not in kinds:
+        raise ValueError(f'data.kinds has {kind!r}{choices.near(kind, kinds)}: '
+                         f'{self._settings.name} has '
+                         f'{", ".join(kinds) or "one kind of question"}')
+    numbers = range(self.features['answer'].shape[0])
+    return [number for number in numbers if not wanted or kinds[number] in wanted]
+
+  def _load(self, examples: np.ndarray, turns: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Returns a record a row: the features of its first question, and 'turns'.
+
+    Args:
+      examples: int[B].
+      turns: of each row, the questions to ask, as indices of those that are asked.
+
+    Returns:
+      Dicts; 'turns' holds (question, answer) of each turn, as ids.
+    """
+    rows, pad = [], self.meta['pad']
+    records = self._source.__getitems__([int(each) // len(self._asked) for each in examples])
+    for record, indices in zip(records, turns, strict=True):
+      numbers = [self._asked[index] for index in indices]
+      pairs = [([int(token) for token in record['question'][number] if token != pad],
                 [*map(int, record['answer'][number]), self.meta['end']]) for number in numbers]
       # The image stands in front of the first, as a text does.
-      turns[1:] = [([token for token in question if token != self.meta.get('image')], answer)
-                   for question, answer in turns[1:]]
+      pairs[1:] = [([token for token in question if token != self.meta.get('image')], answer)
+                   for question, answer in pairs[1:]]
       if 'text' in record:
-        turns[0] = [*map(int, record['text']), *turns[0][0]], turns[0][1]
+        pairs[0] = [*map(int, record['text']), *pairs[0][0]], pairs[0][1]
       first = {name: record[name][numbers[0]] for name in PER_QUESTION if name in record}
       kind = numbers[0] if self.meta.get('kinds') else 0
-      found.append(record | first | {'kind': kind, 'turns': turns})
-    return found
+      rows.append(record | first | {'kind': kind, 'turns': pairs})
+    return rows
 
   def _batch(self, records: list[dict[str, Any]], rows: int) -> dict[str, np.ndarray]:
+    """Pads records of `_load` into a batch of so many rows."""
     settings = self._settings
     parts = [[part for turn in record['turns'] for part in turn] for record in records]
     whole = [list(itertools.chain(*row)) for row in parts]
@@ -258,24 +252,16 @@ class Reader:
     return batch
 
   def _column(self, name: str, values: list[Any], rows: int) -> np.ndarray:
-    """One feature of all rows; zeros where there is no record."""
+    """Returns one feature of all rows; zeros where there is no record."""
     # A batch of padding alone has no record to tell the shape.
     shape = tuple(self.features[name].shape) if name in self.features else ()
     shape = shape[1:] if name in PER_QUESTION else shape
-    given = np.zeros((rows, *shape), np.asarray(values).dtype if values else np.int32)
-    given[:len(values)] = values
+    column = np.zeros((rows, *shape), np.asarray(values).dtype if values else np.int32)
+    column[:len(values)] = values
     if name == 'image':
-      images = given * self._gain + self._bias
+      images = column * self._gain + self._bias
       images[len(values):] = 0
       return images.astype(np.float32)
     if name == 'evidence':
-      return given.astype(bool)
-    return given.astype(np.float32 if given.dtype.kind == 'f' else np.int32)
-
-
-def _settings(config: ml_collections.ConfigDict) -> Settings:
-  settings = image_data.read_settings(config, Settings)
-  if settings.pad_side not in SIDES:
-    raise ValueError(f'data.pad_side={settings.pad_side!r} is unknown: choose one of '
-                     f'{", ".join(SIDES)}')
-  return settings
+      return column.astype(bool)
+    return column.astype(np.float32 if column.dtype.kind == 'f' else np.int32)

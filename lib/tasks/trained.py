@@ -22,11 +22,11 @@ from models.backbones.vlm import VLM
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-  """A model that was trained to answer questions.
+  """Holds a model that was trained to answer questions.
 
   Attributes:
     step: of the checkpoint.
-    config: what it was trained with.
+    config: of the run.
     info: of its set.
     model: with the reductions that it was trained with.
     params: averaged over steps.
@@ -41,10 +41,10 @@ class TrainedModel:
 
 def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
              mesh: Mesh | None = None) -> TrainedModel:
-  """The best checkpoint of a run.
+  """Loads the best checkpoint of a run.
 
   Args:
-    workdir: the run's folder, with its config.json and checkpoints; or what tools/pack.py wrote.
+    workdir: the run's folder, with its config.json and checkpoints; or a folder of tools/pack.py.
     data_dir: where the set is, if not where the run found it.
     mesh: where parameters go; None for the first device.
 
@@ -68,12 +68,13 @@ def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
   shapes = jax.eval_shape(functools.partial(qa_task.init, model, info, config.data.context),
                           jax.random.key(0))
   if mesh is None:
-    place = SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda leaf: place, shapes)
+    first = SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda leaf: first, shapes)
   else:
-    places = sharding.make_shardings(shapes, config.sharding, mesh)
-  found = checkpoint.best(folder, sharding.shapes(shapes, places), metric='accuracy')
-  if found is None:
+    shardings = sharding.make_shardings(shapes, config.sharding, mesh)
+  best = checkpoint.best(folder, sharding.shapes(shapes, shardings), metric='accuracy')
+  if best is None:
     raise FileNotFoundError(f'no checkpoint in {folder / "checkpoints"}: let the run come to one '
                             '(config.checkpoint_steps)')
-  return TrainedModel(found[0], config, info, model, found[1])
+  step, params = best
+  return TrainedModel(step, config, info, model, params)

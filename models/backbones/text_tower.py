@@ -111,7 +111,7 @@ class Text(nn.Module):
     if ids.ndim != 2 or ids.shape[1] != self.context or not jnp.issubdtype(ids.dtype, jnp.integer):
       raise ValueError(f'token ids of shape {ids.shape} and dtype {ids.dtype} do not fit: expected '
                        f'integers [batch, {self.context}]; shorten the text, or pad it '
-                       '(lib/data/preprocess.py)')
+                       '(lib/data/tokenizers.py)')
     for name, known in (('pool', POOLS), ('activation', ACTIVATIONS)):
       if getattr(self, name) not in known:
         raise ValueError(f'{name}={getattr(self, name)!r} is unknown: choose one of '

@@ -3,7 +3,7 @@
 LLaVA-1.5 (Liu et al., 2023), arXiv:2310.03744; LLaVA-NeXT, its crops and newlines as released;
 LLaVA-OneVision (Li et al., 2024), arXiv:2408.03326; Qwen2-VL, arXiv:2409.12191; Qwen2.5-VL,
 arXiv:2502.13923. What an image becomes before the tower is lib/data/preprocess.py's; where each
-feature stands in the sequence is data (`Images`), made on the host by lib/data/anyres.py.
+feature stands in the sequence is data (`Images`), made on the host by lib/data/pictures.py.
 
 INTERFACE
   vlm = make_vlm('llava1.5_7b')        # models/checkpoints/vlm_config.py; or from_config(json)

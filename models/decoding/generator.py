@@ -133,7 +133,7 @@ class Generator:
     Args:
       prompts: token ids, of any lengths; of a VLM with one placeholder an image.
       images: of all rows, in the order of the placeholders. Batches of the same shapes
-        (lib/data/anyres.py, `batch`) share one program.
+        (lib/data/pictures.py, `batch_pictures`) share one program.
       new_tokens: the most to decode.
       sampling: greedy by default.
       seeds: of all rows, or one a row: a row's answer then does not depend on the others.

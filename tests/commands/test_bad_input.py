@@ -10,7 +10,7 @@ import pytest
 from helpers.errors import said
 from safetensors.numpy import save_file
 
-from lib.data import preprocess
+from lib.data.tokenizers import TextTowerTokenizer
 from models import checkpoints
 from models.backbones.clip import Clip
 from models.backbones.text_tower import Text
@@ -111,7 +111,7 @@ def test_unknown_names_list_the_choices(model, message):
 def test_texts_longer_than_the_context_as_strings():
   from helpers.parity import FOLDER
   assert 'tokens and the' in said(
-      preprocess.TextTowerTokenizer(FOLDER / 'tokenizer', context=4), ['a photo of a cat'])
+      TextTowerTokenizer(FOLDER / 'tokenizer', context=4), ['a photo of a cat'])
 
 
 def test_released_sizes_divide_by_their_patches():

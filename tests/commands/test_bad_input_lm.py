@@ -133,8 +133,8 @@ def change(folder, file, **changes):
 def test_architectures_that_are_not_known(broken):
   change(broken, 'config.json', model_type='gpt2')
   assert said(assistant.load, broken) == (
-      "model_type 'gpt2' is unknown: known are llama, mistral, qwen2, qwen3, llava, llava_next, "
-      'llava_onevision, qwen2_vl, qwen2_5_vl')
+      "model_type 'gpt2' is unknown: choose one of llama, mistral, qwen2, qwen3, llava, "
+      'llava_next, llava_onevision, qwen2_vl, qwen2_5_vl')
   text = json.loads((broken / 'config.json').read_text())['text_config'] | {'model_type': 'gemma'}
   change(broken, 'config.json', model_type='llava', text_config=text)
   assert 'known are llama, mistral, qwen2, qwen3' in said(assistant.load, broken)

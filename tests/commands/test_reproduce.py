@@ -11,6 +11,7 @@ import pytest
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
+from lib.data.prepare import prepare
 from lib.report.rows import read_jsonl
 from models import checkpoints
 from models.backbones.vit import ViT
@@ -109,7 +110,7 @@ def test_accuracies_are_those_of_the_file(tmp_path):
       f'from configs.reproduce import {ROW}\n\n\ndef get_config():\n'
       f'  config = {ROW}.get_config()\n  config.model.update({dict(config.model)!r})\n'
       f'  config.data.update({dict(config.data)!r})\n  return config\n')
-  image_data.prepare('digits', data_dir=str(tmp_path))
+  prepare('digits', data_dir=str(tmp_path))
   done = subprocess.run(
       [sys.executable, '-m', 'tools.reproduce', f'--config={tmp_path}/mine.py',
        f'--workdir={tmp_path}', '--config.reduce.vision.remove=7'],

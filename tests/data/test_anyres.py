@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.data import anyres
+from lib.data import anyres, token_layout
+from lib.data.pictures import batch_pictures
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity_vlm'
 IMAGES = ('wide', 'tall', 'small', 'long')
@@ -55,7 +56,7 @@ def test_patches_equal_the_reference(image, arrays):
 
 def test_bilinear_weights_reproduce_a_plane():
   grid = np.arange(30).reshape(5, 6)
-  index, weight = anyres.bilinear(grid, (3, 4))
+  index, weight = token_layout.bilinear(grid, (3, 4))
   np.testing.assert_allclose(weight.sum(axis=-1), 1, atol=1e-6)
   # A function linear in the place is interpolated exactly: here 6 y + x itself.
   rows, columns = (np.arange(3) + 0.5) * 5 / 3 - 0.5, (np.arange(4) + 0.5) * 6 / 4 - 0.5
@@ -65,23 +66,24 @@ def test_bilinear_weights_reproduce_a_plane():
 
 def test_layouts_leave_out_padding_and_end_rows():
   # 16 x 32 pixels of an image half as high: rows 1 and 2 of 4 hold it.
-  index, weight = anyres.laid_out((10, 40), (16, 32), tile=16, side=4)
+  index, weight = token_layout.anyres_layout((10, 40), (16, 32), tile=16, side=4)
   assert (weight == 1).all()
   small, grid = index[:16, 0], index[16:, 0].reshape(2, 9)
   assert small.tolist() == list(range(16))
-  assert (grid[:, -1] == anyres.NEWLINE).all()
+  assert (grid[:, -1] == token_layout.NEWLINE).all()
   # Left crop, then right crop, of the same row.
   assert grid[0].tolist() == [20, 21, 22, 23, 36, 37, 38, 39, -1]
-  every, _ = anyres.laid_out((10, 40), (16, 32), tile=16, side=4, unpad=False, newline=False)
+  every, _ = token_layout.anyres_layout((10, 40), (16, 32), tile=16, side=4, unpad=False,
+                                        newline=False)
   assert sorted(every[:, 0]) == list(range(48))
 
 
 def test_videos_are_pooled_frame_by_frame():
-  index, weight = anyres.video(3, 4)
+  index, weight = token_layout.video_layout(3, 4)
   assert index.shape == weight.shape == (3 * 4 + 1, 4)
   assert sorted(index[4]) == [16, 17, 20, 21]
   np.testing.assert_array_equal(weight[:12], 0.25)
-  assert index[-1].tolist() == [anyres.NEWLINE] * 4
+  assert index[-1].tolist() == [token_layout.NEWLINE] * 4
   assert weight[-1].tolist() == [1, 0, 0, 0]
 
 
@@ -104,7 +106,7 @@ def test_two_frames_share_patches(arrays):
     ((28, 28), (56, 56)), ((100, 200), (112, 196)), ((4000, 3000), (1148, 840)),
     ((10, 900), (28, 532))])
 def test_sizes_are_multiples_within_two_areas(size, wanted):
-  found = anyres.smart_resize(size, factor=28, min_slots=56 * 56, most=28 * 28 * 1280)
+  found = anyres.smart_resize(size, factor=28, min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
   assert found == wanted
 
 
@@ -113,13 +115,13 @@ def test_errors_say_what_to_change(arrays):
   with pytest.raises(ValueError, match='does not fit into the grid of 12 x 12'):
     make.of_pixels(np.zeros((2, 56, 8, 3), np.float32))
   with pytest.raises(ValueError, match='200 times'):
-    anyres.smart_resize((1, 300), factor=28, min_slots=1, most=100)
-  with pytest.raises(ValueError, match='known are llava'):
+    anyres.smart_resize((1, 300), factor=28, min_pixels=1, max_pixels=100)
+  with pytest.raises(ValueError, match="'blip' is unknown: choose one of llava"):
     processor('llava_pad', 'blip')
   square = processor('llava_pad', 'llava')(Image.fromarray(arrays['wide']))
   with pytest.raises(ValueError, match='tokens=9 are too few: a row has 16'):
-    anyres.batch([[square]], patches=16, tokens=9)
-  assert anyres.batch([[], []], patches=16) is None
+    batch_pictures([[square]], patches=16, tokens=9)
+  assert batch_pictures([[], []], patches=16) is None
 
 
 def test_pixels_behind_the_last_whole_patch_are_not_read(arrays):

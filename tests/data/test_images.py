@@ -14,9 +14,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lib.data import augment
+from lib.data import augment, prepare
 from lib.data import images as image_data
 from lib.data.datasets import digits
+from lib.data.image_reader import CorruptRecordError
+from lib.data.settings import ON_CORRUPT
 
 TRAIN, TEST = 23, 7
 MODES = {3: 'P', 4: 'RGBA'}
@@ -145,9 +147,9 @@ def test_the_split_of_the_digits_never_moves():
 
 def test_a_process_that_prepares_second_keeps_what_the_first_wrote(tmp_path):
   late = digits.Digits(data_dir=tmp_path, file_format='array_record')
-  folder = image_data.prepare('digits', data_dir=str(tmp_path))
+  folder = prepare.prepare('digits', data_dir=str(tmp_path))
   before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()}
-  image_data._prepare_bundled('digits', late)
+  prepare._prepare_bundled('digits', late)
   assert {file.name: (file.stat().st_mtime_ns, file.read_bytes())
           for file in folder.iterdir()} == before
   assert [entry.name for entry in folder.parent.iterdir()] == ['1.0.0']
@@ -339,9 +341,9 @@ def test_a_damaged_picture_raises_with_its_place(place):
   config = pictures(place, test_split='damaged', train_split='damaged')
   text = (rf"example {DAMAGED} of pictures 'damaged'.*pictures-damaged.array_record.*"
           rf'record {DAMAGED}')
-  with pytest.raises(image_data.CorruptRecordError, match=text):
+  with pytest.raises(CorruptRecordError, match=text):
     list(image_data.eval_batches(config))
-  with pytest.raises(image_data.CorruptRecordError, match=text):
+  with pytest.raises(CorruptRecordError, match=text):
     take(image_data.train_iterator(config, seed=0), 2)
 
 
@@ -373,7 +375,7 @@ def damage(folder, split, indices):
 def test_a_damaged_file_names_the_record_and_spares_the_others(tmp_path):
   Pictures(data_dir=tmp_path, file_format='array_record').download_and_prepare()
   damage(tmp_path, 'test', [2])
-  with pytest.raises(image_data.CorruptRecordError, match=r'example 2 of pictures .*, record 2\)'):
+  with pytest.raises(CorruptRecordError, match=r'example 2 of pictures .*, record 2\)'):
     list(image_data.eval_batches(pictures(tmp_path)))
   batches = image_data.eval_batches(pictures(tmp_path, on_corrupt='skip', batch_size=8))
   (batch,) = batches
@@ -387,11 +389,11 @@ def test_skipping_ends_where_nothing_can_be_read(tmp_path):
   config = pictures(tmp_path, on_corrupt='skip')
   assert labels_of(take(image_data.train_iterator(config, seed=0), 6)) == [0] * 24
   damage(tmp_path, 'train', [0])
-  with pytest.raises(image_data.CorruptRecordError, match=r'100 records in a row cannot be read'):
+  with pytest.raises(CorruptRecordError, match=r'100 records in a row cannot be read'):
     next(image_data.train_iterator(config, seed=0))
 
 
-@pytest.mark.parametrize('on_corrupt', image_data.ON_CORRUPT)
+@pytest.mark.parametrize('on_corrupt', ON_CORRUPT)
 def test_a_missing_file_is_never_skipped(tmp_path, on_corrupt):
   Pictures(data_dir=tmp_path, file_format='array_record').download_and_prepare()
   (file,) = tmp_path.rglob('pictures-test.array_record*')
@@ -412,15 +414,18 @@ def test_a_missing_file_is_never_skipped(tmp_path, on_corrupt):
      "no split 'validation': it has damaged, test, train,.*set data.train_split"),
     ({'channels': 1, 'mean': (0.5,), 'std': (0.5,)}, ValueError,
      'images of 3 channels, but data.channels=1'),
-    ({'channels': 2}, ValueError, 'data.channels=2 is not known: choose from 1, 3'),
+    ({'channels': 2}, ValueError, 'data.channels=2 is unknown: choose one of 1, 3'),
     ({'mean': (0.5,)}, ValueError, 'data.mean has 1 numbers for 3 channels'),
-    ({'batchsize': 3}, ValueError, "data has no field 'batchsize': it has name, image_size"),
+    ({'batchsize': 3}, ValueError,
+     r"data has no field 'batchsize' \(did you mean 'batch_size'\?\): choose from name, batch_"),
     ({'augment': {'method': 'mixup'}}, ValueError,
-     "augment.method='mixup' is not known: choose from none, crop, affine"),
+     "augment.method='mixup' is unknown: choose one of none, crop, affine"),
     ({'augment': {'method': 'affine', 'rotate': 3}}, ValueError,
-     "augment.rotate is not known to 'affine': it takes shift, degrees, scale, flip"),
-    ({'on_corrupt': 'ignore'}, ValueError, 'choose from raise, skip'),
-    ({'filter': 'lanczos'}, ValueError, 'choose from bilinear, bicubic'),
+     r"augment: 'affine' has no argument 'rotate'.*: choose from shift, degrees, scale, flip"),
+    ({'augment': {'flip': 0.5}}, ValueError,
+     "augment.method='none' takes no arguments, and data.augment has flip"),
+    ({'on_corrupt': 'ignore'}, ValueError, 'choose one of raise, skip'),
+    ({'filter': 'lanczos'}, ValueError, 'choose one of bilinear, bicubic'),
     ({'test_crop': 1.5}, ValueError, 'test_crop=1.5 must be above 0'),
 ])
 def test_mistakes_are_answered_in_one_line(place, changes, error, text):
@@ -465,14 +470,14 @@ def test_another_version_on_disk_is_offered(tmp_path):
 def test_preparing_says_what_a_person_must_download(tmp_path):
   with pytest.raises(ValueError, match=r'imagenet2012 has files that you must download yourself.*'
                                        r'downloads/manual has none.*ILSVRC2012_img_train.tar'):
-    image_data.prepare('imagenet2012', data_dir=str(tmp_path))
+    prepare.prepare('imagenet2012', data_dir=str(tmp_path))
 
 
 @pytest.mark.skipif(importlib.util.find_spec('tensorflow') is not None,
                     reason='TensorFlow is installed')
 def test_preparing_says_that_a_set_needs_tensorflow(tmp_path):
   with pytest.raises(ValueError, match='needs the package tensorflow to write arrays'):
-    image_data.prepare('arrays', data_dir=str(tmp_path))
+    prepare.prepare('arrays', data_dir=str(tmp_path))
 
 
 def test_other_formats_are_refused(tmp_path):

@@ -10,9 +10,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from lib.data import images as image_data
 from lib.data import qa as qa_data
 from lib.data.datasets import digit_scenes, digits, stdlib_needle
+from lib.data.prepare import prepare
 
 SMALL, EACH_DIGIT, LARGE = digit_scenes.DigitScenes.BUILDER_CONFIGS
 NEEDLES = stdlib_needle.StdlibNeedle.BUILDER_CONFIGS
@@ -29,7 +29,7 @@ def place(tmp_path_factory):
       patch.setattr(builder, 'BUILDER_CONFIGS', short)
       patch.setattr(builder, 'builder_configs', {config.name: config for config in short})
     for name in ('digit_scenes/64', 'stdlib_needle/64'):
-      image_data.prepare(name, data_dir=str(folder))
+      prepare(name, data_dir=str(folder))
   return folder
 
 

@@ -43,7 +43,7 @@ def test_a_template_may_lie_in_any_of_the_files(tmp_path):
   path.write_text(json.dumps(settings | {'chat_template': named}))
   assert render() == wanted['text']
   assert render(name='short') == 'hello'
-  with pytest.raises(ValueError, match='it has default, short'):
+  with pytest.raises(ValueError, match="no template 'long': choose from default, short"):
     render(name='long')
 
 

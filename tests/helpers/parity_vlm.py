@@ -7,6 +7,8 @@ import pathlib
 import numpy as np
 
 from lib.data import anyres
+from lib.data.pictures import Picture, batch_pictures
+from lib.data.token_layout import anyres_layout, cell_layout, raster_layout
 from models import checkpoints
 from models.backbones.vlm import image_counts
 from models.checkpoints.vlm_config import from_config
@@ -52,21 +54,21 @@ def pictures(family, found):
       patches = np.zeros((1, *GRID, flat.shape[-1]), np.float32)
       for place, (row, column) in enumerate(read_order(rows, columns, 2)):
         patches[0, row, column] = flat[place]
-      index, axes, extent = anyres.cells(1, (rows // 2, columns // 2), GRID[1] // 2,
+      index, axes, extent = cell_layout(1, (rows // 2, columns // 2), GRID[1] // 2,
                                          GRID[0] * GRID[1] // 4)
-      made.append(anyres.Picture(patches, index, np.ones(index.shape, np.float32),
+      made.append(Picture(patches, index, np.ones(index.shape, np.float32),
                                  np.int32([[rows, columns]]), axes, extent))
     return made
   pixels = np.moveaxis(found['pixel_values'], -3, -1)
   if family == 'llava':
-    return [anyres.Picture(image[None], *anyres.plain(16)) for image in pixels]
+    return [Picture(image[None], *raster_layout(16)) for image in pixels]
   pinpoints = [tuple(each) for each in config_of(family)['image_grid_pinpoints']]
   made = []
   for image, size in zip(pixels, found['image_sizes'], strict=True):
     target = anyres.best_resolution(tuple(size), pinpoints)
     crops = 1 + target[0] * target[1] // 16 ** 2
-    made.append(anyres.Picture(image[:crops], *anyres.laid_out(
-        tuple(size), target, tile=16, side=4, most=2 if 'onevision' in family else 0)))
+    made.append(Picture(image[:crops], *anyres_layout(
+        tuple(size), target, tile=16, side=4, max_crops=2 if 'onevision' in family else 0)))
   return made
 
 
@@ -90,6 +92,6 @@ def inputs(family, batch):
   image = image_token(family)
   ids, valid = collapse(found['ids'], found['mask'] > 0, image=image, counts=counts)
   patches = GRID[0] * GRID[1] // 4 if 'image_grid_thw' in found else 16
-  images = anyres.batch(rows, patches=patches)
+  images = batch_pictures(rows, patches=patches)
   check(ids, valid, image_counts(images), image=image)
   return ids, valid, images

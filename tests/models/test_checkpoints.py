@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from configs import deit_s16_sweep
 from configs.common import PRETRAINED, VIT_SHARDING
 from lib.data import preprocess
+from lib.data.tokenizers import TextTowerTokenizer
 from lib.runtime import sharding
 from lib.tasks import image_sweep
 from models import checkpoints
@@ -417,10 +418,10 @@ def test_grey_images_get_three_channels_and_unknown_steps_are_errors(tmp_path):
 
 def test_token_ids_equal_the_reference_tokenizer():
   wanted = json.loads((FOLDER / 'tokenizer' / 'expected.json').read_text())
-  texts = preprocess.TextTowerTokenizer(FOLDER / 'tokenizer', context=16)
+  texts = TextTowerTokenizer(FOLDER / 'tokenizer', context=16)
   np.testing.assert_array_equal(texts(wanted['texts']), wanted['ids'])
   with pytest.raises(ValueError, match=r"'a photo of a cat' has 11 tokens and the .* is 10:"):
-    preprocess.TextTowerTokenizer(FOLDER / 'tokenizer', context=10)(wanted['texts'])
+    TextTowerTokenizer(FOLDER / 'tokenizer', context=10)(wanted['texts'])
 
 
 def test_texts_are_made_canonical_and_ended_as_the_settings_say(tmp_path):
@@ -429,7 +430,7 @@ def test_texts_are_made_canonical_and_ended_as_the_settings_say(tmp_path):
   (tmp_path / 'tokenizer.json').write_text((folder / 'tokenizer.json').read_text())
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(
       settings | {'add_bos_token': False, 'add_eos_token': True, 'padding_side': 'left'}))
-  words = preprocess.TextTowerTokenizer(tmp_path, context=4, canonical='words')
+  words = TextTowerTokenizer(tmp_path, context=4, canonical='words')
   vocabulary = json.loads((folder / 'tokenizer.json').read_text())['model']['vocab']
   cat, end = vocabulary['cat</w>'], vocabulary['<|endoftext|>']
   np.testing.assert_array_equal(words(['  CAT!', 'cat  Cat']),
@@ -438,15 +439,15 @@ def test_texts_are_made_canonical_and_ended_as_the_settings_say(tmp_path):
 
 def test_a_tokenizer_without_its_package_or_files_is_a_worded_error(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r'there is no tokenizer\.json'):
-    preprocess.TextTowerTokenizer(tmp_path, context=4)
+    TextTowerTokenizer(tmp_path, context=4)
   with pytest.raises(ValueError, match='choose one of none, lower, words'):
-    preprocess.TextTowerTokenizer(tmp_path, context=4, canonical='upper')
+    TextTowerTokenizer(tmp_path, context=4, canonical='upper')
   (tmp_path / 'tokenizer.json').write_text((FOLDER / 'tokenizer' / 'tokenizer.json').read_text())
   with pytest.raises(ValueError, match='names no pad_token'):
-    preprocess.TextTowerTokenizer(tmp_path, context=9)(['a'])
+    TextTowerTokenizer(tmp_path, context=9)(['a'])
   monkeypatch.setitem(sys.modules, 'tokenizers', None)
   with pytest.raises(ValueError, match=r'pip install -r requirements-hub\.txt'):
-    preprocess.TextTowerTokenizer(tmp_path, context=4)
+    TextTowerTokenizer(tmp_path, context=4)
 
 
 def test_nothing_here_needs_the_reference_libraries():

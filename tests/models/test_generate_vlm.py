@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import parity_vlm as parity
 
-from lib.data import anyres
+from lib.data.pictures import batch_pictures
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
 from models.plan import Plan
@@ -55,8 +55,8 @@ def row_alone(family, row):
   patches = parity.GRID[0] * parity.GRID[1] // 4 if 'qwen' in family else 16
   # Of the same shapes, which the third row needs: one program.
   crops, count, tokens = given(family)[1].layout
-  return [given(family)[0][row]], anyres.batch([pictures], patches=patches, crops=crops,
-                                               images=count, tokens=tokens)
+  return [given(family)[0][row]], batch_pictures([pictures], patches=patches, crops=crops,
+                                                 images=count, tokens=tokens)
 
 
 def generator(family, **settings):

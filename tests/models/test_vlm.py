@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib.data import anyres
+from lib.data.pictures import Picture, batch_pictures
+from lib.data.token_layout import anyres_layout, cell_layout
 from models import checkpoints
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vlm import Images
@@ -55,9 +56,10 @@ def crops():
 
   def picture(size):
     pixels = random.normal(size=(3, 16, 16, 3)).astype(np.float32)
-    return anyres.Picture(pixels, *anyres.laid_out(size, (16, 32), tile=16, side=SIDE))
+    return Picture(pixels, *anyres_layout(size, (16, 32), tile=16, side=SIDE))
 
-  return anyres.batch([[picture((10, 40))], [picture((16, 20)), picture((16, 32))], []], patches=16)
+  return batch_pictures([[picture((10, 40))], [picture((16, 20)), picture((16, 32))], []],
+                        patches=16)
 
 
 def run(vlm, params, images, ids=IDS, valid=VALID):
@@ -213,12 +215,12 @@ def qwen_images(grid=(8, 8), fill=0.0):
   for rows, columns in ((6, 4), (4, 8), (2, 2)):
     patches = np.full((1, *grid, 3 * 2 * 4), fill, np.float32)
     patches[0, :rows, :columns] = random.normal(size=(rows, columns, 24))
-    index, axes, extent = anyres.cells(1, (rows // 2, columns // 2), grid[1] // 2,
+    index, axes, extent = cell_layout(1, (rows // 2, columns // 2), grid[1] // 2,
                                        grid[0] * grid[1] // 4)
-    made.append(anyres.Picture(patches, index, np.ones(index.shape, np.float32),
+    made.append(Picture(patches, index, np.ones(index.shape, np.float32),
                                np.int32([[rows, columns]]), axes, extent))
   rows = [made[:1], made[1:], []]
-  return anyres.batch(rows, patches=grid[0] * grid[1] // 4), rows
+  return batch_pictures(rows, patches=grid[0] * grid[1] // 4), rows
 
 
 @functools.cache

@@ -26,7 +26,8 @@ def losses(axes, reduce):
     params = init(vit, key)
     return train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
   key = jax.random.key(0)
-  places = sharding.place(jax.eval_shape(start, key), VIT_SHARDING, mesh, min_size_to_shard=0)
+  places = sharding.make_shardings(jax.eval_shape(start, key), VIT_SHARDING, mesh,
+                                   min_size_to_shard=0)
   state = jax.jit(start, out_shardings=places)(key)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   step = jax.jit(functools.partial(train.update, functools.partial(loss, vit, settings),
@@ -127,7 +128,7 @@ def gathered(tied):
           rope=Rope(16), tied=tied, mesh=mesh)
   ids = jax.ShapeDtypeStruct((16, 24), jnp.int32, sharding=rows)
   shapes = jax.eval_shape(lm.clone(mesh=None).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-  places = sharding.place(shapes, LM_SHARDING, mesh, min_size_to_shard=0)
+  places = sharding.make_shardings(shapes, LM_SHARDING, mesh, min_size_to_shard=0)
   def loss(variables, ids):
     return optax.softmax_cross_entropy_with_integer_labels(lm.apply(variables, ids)[0], ids).mean()
   program = jax.jit(jax.grad(loss), out_shardings=places).lower(
@@ -151,7 +152,7 @@ SAVE = '''
 from lib.runtime import checkpoint
 mesh = sharding.make_mesh(dict(data=2, fsdp=-1))
 params = {'stack': {'blocks': {'fc1': {'kernel': jnp.arange(4096.0).reshape(2, 32, 64)}}}}
-places = sharding.place(params, VIT_SHARDING, mesh, min_size_to_shard=0)
+places = sharding.make_shardings(params, VIT_SHARDING, mesh, min_size_to_shard=0)
 template = jax.tree.map(lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p),
                         params, places)
 store = checkpoint.Checkpoints(sys.argv[1], parts=['params'])

@@ -18,11 +18,11 @@ from PIL import Image
 from configs import digit_scenes as scenes_config
 from configs import stdlib_needle as needle_config
 from lib import assistant
-from lib.data import anyres
-from lib.data import images as image_data
 from lib.data import qa as qa_data
-from lib.data.anyres import Picture
 from lib.data.datasets import digit_scenes, stdlib_needle
+from lib.data.pictures import Picture
+from lib.data.prepare import prepare
+from lib.data.token_layout import raster_layout
 from lib.report import overlay, provenance
 from lib.tasks import qa as qa_task
 from models.decoding.sampling import padded
@@ -42,7 +42,7 @@ def place(tmp_path_factory):
       patch.setattr(builder, 'BUILDER_CONFIGS', short)
       patch.setattr(builder, 'builder_configs', {config.name: config for config in short})
     for name in ('digit_scenes/64', 'stdlib_needle/64'):
-      image_data.prepare(name, data_dir=str(folder))
+      prepare(name, data_dir=str(folder))
   return folder
 
 
@@ -89,7 +89,7 @@ def test_runs_answer_as_they_were_scored(scenes):
   wanted = np.asarray(likeliest)[np.arange(6), first]
   prompts = [row['ids'][row['valid'] & ~row['answer']].tolist() for row in
              (qa_data.example(made.data, number) for number in range(6))]
-  pictures = [[Picture(image[None], *anyres.plain(16))] for image in batch['image']]
+  pictures = [[Picture(image[None], *raster_layout(16))] for image in batch['image']]
   found = made.generator(buckets=(12,))(prompts, made.encode_images(pictures), new_tokens=1)
   assert [row[0] for row in found] == wanted.tolist()
   assert made.text([4, 5, 1]) == '1 2'

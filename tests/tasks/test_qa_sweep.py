@@ -47,7 +47,7 @@ def test_decoding_is_right_where_every_token_is(name):
   batch = says(model, params, batch_of(info, CONTEXT))
   wrong = np.flatnonzero(batch['answer'][1])[1]
   batch['ids'][1, wrong] = (batch['ids'][1, wrong] + 1) % info.vocabulary
-  found = jax.jit(functools.partial(qa_task.decoded, model, longest=3))(params, batch)
+  found = jax.jit(functools.partial(qa_task.exact_match, model, longest=3))(params, batch)
   np.testing.assert_array_equal(found, [1, 0, 1, 1])
   # What stands in the places of the answer is not read before it is asked for.
   logits, out = qa_task.apply(model, params, batch)
@@ -109,7 +109,7 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
   with config.unlocked():
     config.sweep = {'title': 'a title', 'sets': (), 'candidates': chosen, 'budgets': (0.5,),
                     'rounds': 2, 'baselines': ()}
-  sweep = qa_sweep.Sweep(config, tmp_path, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
+  sweep = qa_sweep.QASweep(config, tmp_path, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
   wanted = list(sweep.rows())
   assert len({evaluation.identity(row, wanted[0]) for row in wanted}) == 3
   rows = [row | sweep.measure(row) for row in wanted]

@@ -131,7 +131,7 @@ def test_a_run_trains_scores_and_goes_on(tmp_path):
       'import sys, dataclasses; from lib.data.datasets import stdlib_needle as s;'
       'B = s.StdlibNeedle; c = [dataclasses.replace(B.BUILDER_CONFIGS[0], train=24, test=6)];'
       'B.BUILDER_CONFIGS = c; B.builder_configs = {"64": c[0]};'
-      'import train; from lib import cli; cli.run(train.main)',
+      'import train; from lib.runtime import cli; cli.run(train.main)',
       '--config=configs/stdlib_needle.py', f'--workdir={tmp_path / "run"}', '--compile_cache=',
       f'--config.data.data_dir={tmp_path}', '--config.data.batch_size=4', '--config.log_steps=1',
       '--config.optimizer.warmup_steps=1', '--config.model.lm.width=16',

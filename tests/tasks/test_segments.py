@@ -17,8 +17,9 @@ from lib.data import images as image_data
 from lib.data.datasets import digit_segments, digits
 from lib.report import overlay
 from lib.report.rows import read_jsonl
-from lib.tasks import base as tasks
 from lib.tasks import registry
+from lib.tasks.base import sum_counts
+from lib.tasks.image_metrics import METRICS, cross_entropy, metric_of
 from models.build import build
 from ops import assignments
 from ops import tokens as tk
@@ -125,38 +126,38 @@ def test_mean_iou_is_that_of_all_pixels_together():
   guess = np.where(random.random(labels.shape) < 0.6, labels, other)
   logits = np.eye(5, dtype=np.float32)[guess]
   mask = np.array([1, 1, 1, 1, 1, 0], np.float32)
-  task = tasks.TASKS['segment']
+  task = METRICS['segment']
   counts = [task.counts(jnp.asarray(logits[part]), jnp.asarray(labels[part]),
                         jnp.asarray(mask[part])) for part in (slice(0, 2), slice(2, 6))]
   true, said = labels[:5], guess[:5]
   shares = [((true == k) & (said == k)).sum() / ((true == k) | (said == k)).sum()
             for k in (0, 1, 3, 4)]
-  assert task.total(tasks.sum_counts(counts)) == pytest.approx(np.mean(shares), rel=1e-6)
-  assert task.total(tasks.sum_counts([task.counts(
+  assert task.total(sum_counts(counts)) == pytest.approx(np.mean(shares), rel=1e-6)
+  assert task.total(sum_counts([task.counts(
       jnp.asarray(np.eye(5, dtype=np.float32)[labels]), jnp.asarray(labels), jnp.asarray(mask))
   ])) == 1
 
 
 def test_accuracy_counts_images():
-  task = tasks.TASKS['classify']
+  task = METRICS['classify']
   logits = jnp.asarray([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
   counts = task.counts(logits, jnp.asarray([1, 1, 1, 1]), jnp.asarray([1.0, 1.0, 1.0, 0.0]))
-  assert task.total(tasks.sum_counts([counts, counts])) == pytest.approx(2 / 3)
+  assert task.total(sum_counts([counts, counts])) == pytest.approx(2 / 3)
 
 
 def test_cross_entropy_of_pixels_is_their_mean():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 4)), jnp.float32)
   labels = jnp.asarray(np.random.default_rng(1).integers(0, 4, (2, 3, 3)))
-  flat = tasks.cross_entropy(logits.reshape(18, 4), labels.reshape(18), label_smoothing=0.1)
-  assert tasks.cross_entropy(logits, labels, label_smoothing=0.1) == pytest.approx(float(flat))
+  flat = cross_entropy(logits.reshape(18, 4), labels.reshape(18), label_smoothing=0.1)
+  assert cross_entropy(logits, labels, label_smoothing=0.1) == pytest.approx(float(flat))
 
 
 def test_unknown_tasks_and_settings_are_refused():
   with pytest.raises(ValueError, match='classify, segment'):
-    tasks.of(ml_collections.ConfigDict({'task': {'name': 'detect'}}))
+    metric_of(ml_collections.ConfigDict({'task': {'name': 'detect'}}))
   with pytest.raises(ValueError, match='classify, segment, answers'):
-    registry.of(ml_collections.ConfigDict({'task': {'name': 'detect'}}), None)
-  assert tasks.of(ml_collections.ConfigDict()) is tasks.TASKS['classify']
+    registry.make_task(ml_collections.ConfigDict({'task': {'name': 'detect'}}), None)
+  assert metric_of(ml_collections.ConfigDict()) is METRICS['classify']
   model = {'variant': 'Ti/4', 'image_size': 16, 'num_classes': 0}
   for given in ({'pixel_classes': 3, 'upsample': 2}, {'way': 'restore'}):
     with pytest.raises(ValueError, match='pixel_classes'):
