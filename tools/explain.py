@@ -1,12 +1,23 @@
-"""What a config's model will cost, layer by layer, before anything runs.
+"""What a model will cost, layer by layer, before anything runs.
 
   python -m tools.explain --config=configs/vit_s16_tome.py
   python -m tools.explain --config=configs/vit_s16_tome.py --config.reduce.vision.method=pitome
+  python -m tools.explain --config=configs/digit_scenes.py --config.reduce.language.method=fastv \\
+      --config.reduce.language.layers=1 --config.reduce.language.keep_ratio=0.5
+  python -m tools.explain --model=llava1.5_7b --prompt=36 --new_tokens=64 \\
+      --reduce.language.method=fastv --reduce.language.layers=2 --reduce.language.keep_ratio=0.5 \\
+      --reduce.cache.method=snapkv --reduce.cache.keep=1024
+  python -m tools.explain --model=results/digit_scenes --reduce.vision.method=tome \\
+      --reduce.vision.remove=8
 
-Prints tokens, MACs and bytes of every layer; totals under the conventions of different papers,
-beside the unreduced model; the products that the method itself adds, from the traced program; and
-the published figures where this is a model and a budget that somebody published. No parameters are
-made. --notrace leaves out the tracing, which takes seconds for deep models.
+Prints tokens, MACs and bytes of every layer; of language models also the cache, as it is kept and
+as it is allocated, and a decode step; totals under the conventions of different papers, beside the
+unreduced model; of vision transformers the products that the method itself adds, from the traced
+program; and the published figures where this is a model and a budget that somebody published. No
+parameters are made. --notrace leaves out the tracing, which takes seconds for deep models.
+
+A prompt counts what it holds: text and visual tokens. When it runs, an image's placeholder leaves a
+slot of padding, and prompts are padded to one of a few lengths (models/decoding/generator.py).
 """
 
 from __future__ import annotations
@@ -15,114 +26,96 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
-from lib.cost import jaxpr as jaxpr_cost
-from lib.cost import published
-from lib.cost import vit as vit_cost
+from configs.common import reduction
+from lib import architecture
+from lib.architecture import Source
+from lib.cost.explain import describe
 from lib.runtime import cli
-from models.backbones.vit import ViT
-from models.build import build
+from models.backbones.vlm import VLM
+from models.reduce_config import COMPONENTS
 
-TOWERS = ('vision',)
+MODEL = flags.DEFINE_string('model', None, "A family, as llava1.5_7b; a run's workdir; or a folder "
+                            'with the config.json of a checkpoint.')
+PROMPT = flags.DEFINE_integer('prompt', None, 'Text tokens of the prompt.')
+NEW_TOKENS = flags.DEFINE_integer('new_tokens', None, 'The most to decode; by default 64, or what '
+                                  'the context has room for.')
+IMAGES = flags.DEFINE_integer('images', 1, 'Images beside the prompt.')
+IMAGE_SIZE = flags.DEFINE_list('image_size', None, 'Height,width of each image in pixels, where a '
+                               'model reads crops, or patches of any number.')
+DTYPE = flags.DEFINE_string('dtype', 'bfloat16', "Of a family's or a checkpoint's parameters and "
+                            'products: float32 or bfloat16.')
+TRACE = flags.DEFINE_bool('trace', True, "Whether to count the method's own products.")
+
+
+def reductions() -> ConfigDict:
+  """Returns what --reduce can set; a method '' leaves a place to the config."""
+  unset = config_dict.placeholder
+  return ConfigDict({
+      'vision': reduction(''),
+      'projector': reduction('', across=unset(str), order=unset(str)),
+      'language': reduction('', of=unset(object), positions=unset(str)),
+      'cache': reduction('', positions=unset(str))})
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints the explanation of --config."""
+  """Prints the explanation of --config or --model."""
   if len(argv) > 1:
-    raise ValueError(f'{argv[1]!r} is not understood: everything is set with --config')
-  if flags.FLAGS.config is None:
-    raise ValueError('nothing to explain: give a config, as --config=configs/vit_s16_tome.py')
-  print(explain(flags.FLAGS.config, trace=flags.FLAGS.trace))
+    raise ValueError(f'{argv[1]!r} is not understood: everything is set with --config, --model, '
+                     '--reduce and the lengths')
+  config = flags.FLAGS.config
+  if (config is None) == (MODEL.value is None):
+    raise ValueError('one of --config and --model says what to explain: give '
+                     '--config=configs/vit_s16_tome.py, or --model=llava1.5_7b')
+  source = (architecture.find(MODEL.value, dtype=DTYPE.value) if config is None
+            else architecture.of_config(config))
+  print(explain(source, flags.FLAGS.reduce))
 
 
-def explain(config: Mapping[str, Any], *, trace: bool = True) -> str:
-  """The whole text for one config.
+def explain(source: Source, overrides: Mapping[str, Any]) -> str:
+  """Returns the whole text, under the reductions of the source and those of the flags.
 
   Raises:
-    ValueError: for a config that describes no model; one line, naming what to change.
+    ValueError: as `lib.cost.explain.describe`; flags of a place without a method.
   """
-  vit = model(config)
-  parts = [vit_cost.table(vit), totals(vit)]
-  if trace:
-    parts.append(traced(vit))
-  parts.append(papers(vit))
-  return '\n\n'.join(parts)
+  reduce = chosen(source, overrides)
+  size = None
+  if IMAGE_SIZE.value:
+    if len(IMAGE_SIZE.value) != 2 or not all(side.isdigit() for side in IMAGE_SIZE.value):
+      raise ValueError(f'--image_size={",".join(IMAGE_SIZE.value)} is no size: give height,width, '
+                       'as 672,672')
+    size = int(IMAGE_SIZE.value[0]), int(IMAGE_SIZE.value[1])
+  prompt = source.prompt if PROMPT.value is None else PROMPT.value
+  model, layout = source.model, source.layout(IMAGES.value, size)
+  if isinstance(model, VLM) and layout is None:
+    raise ValueError('--images=0 leaves a vision-language model nothing to see: give 1 or more, or '
+                     'the family of its language model')
+  return describe(model, reduce=reduce, prompt=prompt, new_tokens=NEW_TOKENS.value, layout=layout,
+                  trace=TRACE.value)
 
 
-def model(config: Mapping[str, Any]) -> ViT:
-  """The model that a config describes, with its budgets resolved."""
-  if not config.get('model') or not config['model'].get('variant'):
-    raise ValueError("the config says no model: it needs config.model = dict(variant='S/16', ...)")
-  reduce = config.get('reduce') or {}
-  for tower in reduce:
-    if tower not in TOWERS:
-      raise ValueError(f'config.reduce.{tower} is unknown: choose from {", ".join(TOWERS)}')
-  vision = reduce.get('vision')
-  if vision is not None and not vision.get('method'):
-    raise ValueError("config.reduce.vision names no method: set method='tome', or another")
-  return build(config['model'], vision, macs=vit_cost.solver)
-
-
-def totals(vit: ViT) -> str:
-  """Totals under every convention, and what a training step takes, beside the unreduced model."""
-  ours, full = vit_cost.of(vit), vit_cost.compute(vit_cost.architecture(vit))
-  prefix, scale = vit_cost.unit(ours.macs)
-  rows = [(f'{name} ({prefix})', convention(ours) / scale, convention(full) / scale)
-          for name, convention in vit_cost.CONVENTIONS.items()]
-  rows += [
-      (f'macs of a training step ({prefix})', ours.training_macs / scale,
-       full.training_macs / scale),
-      ('tokens into attention, layer mean', ours.attention_mean, full.attention_mean),
-      ('tokens into the MLP, layer mean', ours.mlp_mean, full.mlp_mean),
-      ('activations read and written (MB)', ours.activation_bytes / 1e6,
-       full.activation_bytes / 1e6),
-  ]
-  lines = [f'{"one image":<36}{"reduced":>12}{"unreduced":>12}{"ratio":>8}{"saving":>9}']
-  for name, less, all_of_it in rows:
-    lines.append(f'{name:<36}{less:12.3f}{all_of_it:12.3f}{less / all_of_it:8.3f}'
-                 f'{all_of_it / less:8.2f}x')
-  if vit.mlp != 4 * vit.width:
-    lines.append('(diffrate_paper and pitome_repo take the MLP to be 4 times as wide as the model; '
-                 f'here it is {vit.mlp / vit.width:g})')
-  return '\n'.join(lines)
-
-
-def traced(vit: ViT) -> str:
-  """What the traced program multiplies, and how much of it is the method's own work."""
-  found, ours = jaxpr_cost.of_vit(vit), vit_cost.of(vit).macs
-  backbone = found.macs.get('', 0)
-  words = 'as above' if backbone == ours else f'{backbone - ours:+,} from above'
-  lines = [f'traced program: {backbone:,} MACs in the backbone, {words}']
-  names = {'signals': 'score rows beside attention', 'reduction': "the method's own products"}
-  for scope, name in names.items():
-    share = found.macs.get(scope, 0)
-    lines.append(f'  {name}: {share:,} MACs, {share / found.total:.2%}')
-  if found.uncounted:
-    left = ', '.join(sorted(f'{primitive} in {scope or "the backbone"}'
-                            for scope, primitive in found.uncounted))
-    lines.append(f'  not counted: {left}')
-  return '\n'.join(lines)
-
-
-def papers(vit: ViT) -> str:
-  """The published figures for this very model and budget, beside ours."""
-  found = published.find(vit)
-  if not found:
-    return 'published: nothing known for this model and budget'
-  lines = ['published']
-  for row, ours in found:
-    figures = {
-        'gmacs': f'{row.value:g} GMACs ({row.convention}), here {ours:.3f}',
-        'parameters': f'{row.value:,} parameters, here {ours:,}',
-        'speedup': f'{row.value:.2f}x as fast, here {ours:.2f}x fewer MACs',
-    }
-    verdict = 'agrees' if abs(ours - row.value) <= row.tolerance else f'differs: {row.mismatch}'
-    lines.append(f'  {figures[row.quantity]}: {verdict}. {row.source}')
-  return '\n'.join(lines)
+def chosen(source: Source, overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns the reductions by place: of the flags, else of the source."""
+  reduce = {place: dict(config) for place, config in source.reduce.items() if config is not None}
+  for place in COMPONENTS:
+    settings = {name: value for name, value in overrides[place].items() if value is not None}
+    method, layers = settings['method'], settings['layers']
+    if not method:
+      if len(settings) > 2 or layers != 'all':
+        raise ValueError(f'--reduce.{place} names no method: add --reduce.{place}.method=...')
+      continue
+    if place == 'language' and isinstance(source.model, VLM):
+      settings.setdefault('of', 'visual')
+    reduce[place] = settings
+  return reduce
 
 
 if __name__ == '__main__':
   config_flags.DEFINE_config_file('config', None, 'What to explain.', lock_config=True)
-  flags.DEFINE_bool('trace', True, "Whether to count the method's own products.")
+  try:
+    config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by place.')
+  except (AttributeError, KeyError) as error:
+    # It reads the command line before absl does.
+    cli.stop(error)
   cli.run(main)

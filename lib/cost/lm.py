@@ -1,10 +1,9 @@
-"""What a language model costs, without running anything: prompt and cache, layer by layer.
+"""The cost of a language model, without running anything: prompt and cache, layer by layer.
 
 Papers on pruning inside language models count differently and rarely say how: `CONVENTIONS` names
 the ways that their tables come from, and tests/cost/test_lm_cost.py holds the tables. Two things
-decide
-beside the formula: whether n is the visual tokens alone or the whole prompt, and whether the layer
-that scores still counts as whole (it does: a cut before layer l saves from l on).
+decide beside the formula: whether n is the visual tokens alone or the whole prompt, and whether the
+layer that scores still counts as whole (it does: a cut before layer l saves from l on).
 
 Axes: n tokens of a layer, D width, F MLP width, H heads, K kv heads, d features a head, V
 vocabulary.
@@ -22,12 +21,13 @@ from models.backbones.lm import LM
 # A slot's position and its mask: of a layer, or of each head where these hold different tokens.
 SHARED_BYTES = 4 + 1
 BIAS_BYTES = 4  # More, where slots that stand for several tokens count as many.
-START_BYTES = 4  # Where a row's answer begins.
+START_BYTES = 4  # Where a row's answer begins, in each number of a position.
+LOGIT_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """One layer, for one row.
+  """Holds the cost of one layer, for one row.
 
   Attributes:
     index: which layer.
@@ -38,6 +38,9 @@ class Layer:
       it runs.
     kv_bytes: keys and values of the slots that are cached: what papers call the KV cache.
     allocated_bytes: all that is set aside: room for what is decoded, positions and masks too.
+    weight_bytes: of all parameters that the layer reads.
+    activation_bytes: of what its products read and write over the prompt, each once; attention is
+      taken as fused.
   """
 
   index: int
@@ -47,11 +50,13 @@ class Layer:
   macs: int
   kv_bytes: int
   allocated_bytes: int
+  weight_bytes: int
+  activation_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class LMCost:
-  """A model's cost for one row.
+  """Holds a model's cost for one row.
 
   Attributes:
     lm: the model.
@@ -78,10 +83,10 @@ class LMCost:
   @property
   def decode_macs(self) -> int:
     """MACs of the first token that is decoded."""
-    made = self.lm
+    lm = self.lm
     cached = sum(layer.cached + 1 for layer in self.layers)
-    each = projections(made) + 3 * made.width * made.mlp
-    return made.depth * each + 2 * cached * made.heads * made.head_width + self.head
+    each = projections(lm) + 3 * lm.width * lm.mlp
+    return lm.depth * each + 2 * cached * lm.heads * lm.head_width + self.head
 
   @property
   def kv_bytes(self) -> int:
@@ -94,6 +99,26 @@ class LMCost:
     return sum(layer.allocated_bytes for layer in self.layers)
 
   @property
+  def weight_bytes(self) -> int:
+    """Bytes of all parameters, in the dtype of the products."""
+    return parameters(self.lm) * jnp.dtype(self.lm.dtype).itemsize
+
+  @property
+  def decode_weight_bytes(self) -> int:
+    """Bytes of the parameters that one decoded token reads: all but the embeddings of other ids."""
+    lm = self.lm
+    unread = 0 if lm.tied else (lm.vocabulary - 1) * lm.width
+    return (parameters(lm) - unread) * jnp.dtype(lm.dtype).itemsize
+
+  @property
+  def activation_bytes(self) -> int:
+    """Bytes that the products read and write over a prompt; logits are float32."""
+    lm = self.lm
+    ends = (self.slots + 1) * lm.width * jnp.dtype(lm.dtype).itemsize
+    return ends + LOGIT_BYTES * lm.vocabulary + sum(
+        layer.activation_bytes for layer in self.layers)
+
+  @property
   def attention_mean(self) -> float:
     """Slots that enter attention, averaged over the layers."""
     return sum(layer.attention for layer in self.layers) / len(self.layers)
@@ -104,8 +129,21 @@ def projections(lm: LM) -> int:
   return 2 * lm.width * (lm.heads + lm.kv_heads) * lm.head_width
 
 
+def layer_parameters(lm: LM) -> int:
+  """Numbers in one block: seven products, the biases that a family has, and its norms."""
+  biases = lm.qkv_bias * (lm.heads + 2 * lm.kv_heads) * lm.head_width
+  norms = 2 * lm.width + lm.qk_norm * 2 * lm.head_width
+  return projections(lm) + 3 * lm.width * lm.mlp + biases + norms
+
+
+def parameters(lm: LM) -> int:
+  """Numbers in the whole model; those of learned reductions are not among them."""
+  tables = (1 if lm.tied else 2) * lm.vocabulary * lm.width
+  return tables + lm.depth * layer_parameters(lm) + lm.width
+
+
 def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
-  """The cost of a model under its plans.
+  """Returns the cost of a model under its plans.
 
   Under positions='restart' the whole model runs again on what is left, and only that is cached; the
   first run goes no further than the cut.
@@ -129,7 +167,7 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
     passed = of(lm.clone(plan=dataclasses.replace(plan, positions='keep'), cache_plan=None), slots)
     through = first.layer + (plan.site != 'before')
     return dataclasses.replace(again, slots=slots, layers=tuple(
-        dataclasses.replace(layer, macs=layer.macs + (old.macs if layer.index < through else 0))
+        _both_runs(layer, old) if layer.index < through else layer
         for layer, old in zip(again.layers, passed.layers, strict=True)))
   layers, now = [], slots
   for index in range(lm.depth):
@@ -147,13 +185,23 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
   return LMCost(lm, slots, room, tuple(layers))
 
 
+def _both_runs(layer: Layer, first: Layer) -> Layer:
+  """A layer that runs on the whole prompt first, and then again on what is left."""
+  return dataclasses.replace(layer, macs=layer.macs + first.macs,
+                             activation_bytes=layer.activation_bytes + first.activation_bytes)
+
+
 def _layer(lm: LM, index: int, attention: int, mlp: int, cached: int, room: int, *,
            own: int = SHARED_BYTES) -> Layer:
   inner = lm.heads * lm.head_width
   macs = attention * projections(lm) + 2 * attention ** 2 * inner + 3 * mlp * lm.width * lm.mlp
-  slot = kv_slot_bytes(lm)
+  slot, size = kv_slot_bytes(lm), jnp.dtype(lm.dtype).itemsize
+  # Projections write what attention reads; both read or write the width, the MLP twice.
+  moved = attention * (2 * lm.width + 4 * inner + 4 * lm.kv_heads * lm.head_width)
+  moved += mlp * (2 * lm.width + 3 * lm.mlp)
   return Layer(index, attention, mlp, cached, macs, cached * slot,
-               (cached + room) * (slot + own) + START_BYTES)
+               (cached + room) * (slot + own) + START_BYTES * (1 + len(lm.rope.sections)),
+               layer_parameters(lm) * size, moved * size)
 
 
 def kv_slot_bytes(lm: LM) -> int:
@@ -209,21 +257,3 @@ CONVENTIONS: dict[str, Convention] = {
     'mac2': mac2,
     'viewer': viewer,
 }
-
-
-# -- on the screen -------------------------------------------------------------------------------
-
-
-def table(lm: LM, slots: int, *, room: int = 0) -> str:
-  """Tokens, MACs and bytes of the cache, a line a layer, for one row."""
-  cost = of(lm, slots, room=room)
-  lines = [f'language model of {lm.depth} layers, width {lm.width}, {lm.heads} heads, '
-           f'{lm.kv_heads} kv heads; a prompt of {slots} slots, room for {room}', '',
-           'layer  attention    MLP  cached     GMACs      KV MB  allocated MB']
-  for layer in cost.layers:
-    lines.append(f'{layer.index:5d} {layer.attention:10d} {layer.mlp:6d} {layer.cached:7d} '
-                 f'{layer.macs / 1e9:9.3f} {layer.kv_bytes / 1e6:10.3f} '
-                 f'{layer.allocated_bytes / 1e6:13.3f}')
-  lines.append(f'all   {cost.attention_mean:10.1f} {"":6} {"":7} {cost.macs / 1e9:9.3f} '
-               f'{cost.kv_bytes / 1e6:10.3f} {cost.allocated_bytes / 1e6:13.3f}')
-  return '\n'.join(lines)

@@ -1,4 +1,4 @@
-"""Published costs of vision transformers, with their sources, and what our cost model gives.
+"""Published costs, with their sources, and what our cost model gives.
 
 Only figures that need no weights. Where ours is not the published one, the row says why.
 `UNREPRODUCED` lists figures that cannot be had from what is here. How schedules and conventions
@@ -14,20 +14,25 @@ were read off the releases:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lib.cost import lm as lm_cost
 from lib.cost import vit as vit_cost
+from lib.cost.lm import LMCost
 from lib.cost.vit import Cost
+from models.backbones.lm import LM
 from models.backbones.vit import ViT, make_vit
+from models.checkpoints.lm_config import make_lm
 from models.plan import make_plan
+from ops.tokens import VISUAL
 
 QUANTITIES = ('gmacs', 'parameters', 'speedup')
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """One published figure.
+  """Holds one published figure of a vision transformer.
 
   Attributes:
     variant, image_size: the model, as `make_vit` takes them.
@@ -53,35 +58,35 @@ class Published:
   mismatch: str = ''
 
   def model(self) -> ViT:
-    """The model that the figure is about, with its plan."""
+    """Returns the model that the figure is about, with its plan."""
     vit = make_vit(self.variant, image_size=self.image_size)
     if self.method == 'none':
       return vit
     return vit.clone(plan=make_plan({'method': self.method, **self.budget}, vit.host))
 
-  def ours(self, found: Cost) -> float:
-    """What we give for a model of this cost."""
+  def ours(self, cost: Cost) -> float:
+    """Returns our figure for a model of this cost."""
     if self.quantity == 'parameters':
-      return found.architecture.parameters
+      return cost.architecture.parameters
     if self.quantity == 'speedup':
-      return vit_cost.compute(found.architecture).macs / found.macs
-    return vit_cost.CONVENTIONS[self.convention](found) / 1e9
+      return vit_cost.compute(cost.architecture).macs / cost.macs
+    return vit_cost.CONVENTIONS[self.convention](cost) / 1e9
 
 
 def find(vit: ViT) -> list[tuple[Published, float]]:
-  """The figures published for exactly this model and these cuts, each with what we give for it."""
-  found, name, plan = [], vit.plan.name if vit.plan else 'none', vit.plan
-  ours = vit_cost.of(vit)
+  """Returns the figures published for exactly this model and these cuts, each with ours."""
+  plan, ours = vit.plan, vit_cost.of(vit)
+  name, rows = plan.name if plan else 'none', []
+  arch = dataclasses.replace(ours.architecture, activation_bytes=4)
   for row in TABLE:
     if row.method != name:
       continue
     other = row.model()
     same_cuts = not plan or (plan.cuts, plan.site, plan.mode) == (
         other.plan.cuts, other.plan.site, other.plan.mode)
-    made = dataclasses.replace(ours.architecture, activation_bytes=4)
-    if same_cuts and made == vit_cost.architecture(other):
-      found.append((row, row.ours(ours)))
-  return found
+    if same_cuts and arch == vit_cost.architecture(other):
+      rows.append((row, row.ours(ours)))
+  return rows
 
 
 _TORCHVISION = 'torchvision, ViT_{}_Weights'
@@ -177,4 +182,125 @@ UNREPRODUCED: tuple[tuple[str, str, str], ...] = (
      'counts a segmentation decoder; by our savings alone 318.6, and 530.7 and 445.2 for the '
      'published 529.81 and 443.84'),
     ('SegViT, ViT-B, arXiv:2308.01045', '109.9 GMACs', 'counts its heads; the backbone has 106.9'),
+)
+
+
+# -- language models behind a tower --------------------------------------------------------------
+
+LM_QUANTITIES = ('tmacs', 'share', 'gmacs_layer')
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedLM:
+  """Holds one published figure of a language model that reads visual tokens.
+
+  Attributes:
+    family: the language model, a name of `models.families.LMS`; its vocabulary plays no part.
+    method: the reduction in the language model, 'none' for no reduction.
+    runs: (visual tokens, layers) pairs, in the order of the layers.
+    quantity: 'tmacs' (10^12, whatever the paper calls them), 'share' of the unreduced model's, or
+      'gmacs_layer' (10^9, of the first layer).
+    value: the figure.
+    tolerance: how far ours may be, in the figure's own unit.
+    source: where it is printed.
+    convention: which of `lm_cost.CONVENTIONS` the source counts by.
+    text: tokens beside the visual ones that the source counts.
+    mismatch: why ours lies outside the tolerance; empty where it does not.
+  """
+
+  family: str
+  method: str
+  runs: tuple[tuple[int, int], ...]
+  quantity: str
+  value: float
+  tolerance: float
+  source: str
+  convention: str = 'mac3'
+  text: int = 0
+  mismatch: str = ''
+
+  @property
+  def counts(self) -> tuple[int, ...]:
+    """Visual tokens of each layer."""
+    return tuple(count for count, layers in self.runs for _ in range(layers))
+
+  def ours(self, lm: LM, counts: Sequence[int]) -> float:
+    """Returns our figure for a language model with so many visual tokens in each layer."""
+    convention = lm_cost.CONVENTIONS[self.convention]
+    read = [count + self.text for count in counts]
+    if self.quantity == 'gmacs_layer':
+      return convention(lm, read[:1]) / 1e9
+    if self.quantity == 'share':
+      return convention(lm, read) / convention(lm, read[:1] * len(read))
+    return convention(lm, read) / 1e12
+
+
+def whole_counts(cost: LMCost) -> list[int] | None:
+  """Returns the slots that enter each layer's attention, None where the model runs twice."""
+  plan = cost.lm.plan
+  if plan and plan.cuts and plan.positions == 'restart':
+    return None
+  return [layer.attention for layer in cost.layers]
+
+
+def visual_counts(cost: LMCost, visual: int) -> list[int] | None:
+  """Returns the visual tokens of each layer, None where a plan touches others, or there are none.
+
+  Args:
+    cost: of the language model.
+    visual: visual slots of its prompt.
+  """
+  counts, plan = whole_counts(cost), cost.lm.plan
+  if not visual or counts is None or (plan and plan.cuts and plan.of != (VISUAL,)):
+    return None
+  return [count - (cost.slots - visual) for count in counts]
+
+
+def find_lm(cost: LMCost, visual: int) -> list[tuple[PublishedLM, float]]:
+  """Returns the figures published for exactly these visual tokens a layer, each with ours.
+
+  Args:
+    cost: of the language model.
+    visual: visual slots of its prompt.
+  """
+  counts, plan, rows = visual_counts(cost, visual), cost.lm.plan, []
+  name = plan.name if plan and plan.cuts else 'none'
+  for row in LM_TABLE:
+    if counts is None or (row.method, row.counts) != (name, tuple(counts)):
+      continue
+    if _sizes(make_lm(row.family)) == _sizes(cost.lm):
+      rows.append((row, row.ours(cost.lm, counts)))
+  return rows
+
+
+def _sizes(lm: LM) -> tuple[int, ...]:
+  return lm.width, lm.depth, lm.mlp, lm.heads, lm.kv_heads
+
+
+_PDROP = 'PyramidDrop, project page (arXiv:2410.17247)'
+_FASTV = 'FastV, README (arXiv:2403.06764)'
+_MEMORY = ', quoted from memory'
+_LLAVA = ((576, 32),)
+_NEXT = ((2880, 32),)
+
+LM_TABLE: tuple[PublishedLM, ...] = (
+    PublishedLM('vicuna_7b', 'none', _LLAVA, 'tmacs', 3.82, 0.005, _PDROP),
+    PublishedLM('vicuna_7b', 'pyramiddrop', ((576, 8), (288, 8), (144, 8), (72, 8)), 'tmacs', 1.78,
+                0.005, _PDROP),
+    PublishedLM('vicuna_7b', 'none', _NEXT, 'tmacs', 20.8, 0.05, 'PyramidDrop (arXiv:2410.17247)'
+                + _MEMORY),
+    PublishedLM('vicuna_7b', 'pyramiddrop', ((2880, 8), (1440, 8), (720, 8), (360, 8)), 'tmacs',
+                9.46, 0.0055, 'PyramidDrop (arXiv:2410.17247)' + _MEMORY),
+    PublishedLM('vicuna_7b', 'fastv', ((576, 3), (288, 29)), 'share', 0.57, 0.005, _FASTV, 'mac2',
+                36),
+    PublishedLM('vicuna_7b', 'fastv', ((576, 2), (288, 30)), 'share', 0.55, 0.005, _FASTV, 'mac2',
+                36),
+    PublishedLM('vicuna_13b', 'fastv', ((576, 2), (288, 38)), 'share', 0.55, 0.005, _FASTV, 'mac2',
+                36),
+    PublishedLM('vicuna_7b', 'fastv', ((576, 2), (144, 30)), 'share', 0.33, 0.005,
+                'FastV (arXiv:2403.06764)' + _MEMORY, 'mac2', 36),
+    PublishedLM('vicuna_7b', 'none', _LLAVA, 'gmacs_layer', 99.3, 0.05,
+                'FastV (arXiv:2403.06764)' + _MEMORY, 'mac2', 36),
+    PublishedLM('vicuna_13b', 'none', ((576, 40),), 'gmacs_layer', 154.6, 0.05,
+                'FastV (arXiv:2403.06764)' + _MEMORY, 'mac2', 36),
 )

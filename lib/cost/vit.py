@@ -1,4 +1,4 @@
-"""What a model costs under given cuts, without running anything.
+"""The cost of a vision transformer, or a text tower, under given cuts, without running anything.
 
 Counted exactly, layer by layer: tokens, multiply-accumulates of every matrix product, bytes of
 weights and activations. Papers disagree on what a FLOP is; `CONVENTIONS` names their ways, and
@@ -6,7 +6,7 @@ lib/cost/published.py holds their figures. lib/cost/jaxpr.py counts the same pro
 program, and the tests hold the two equal.
 
 Not counted, as in the papers: softmax, norms, activations, and the method's own scores and matching
-(tools/explain.py shows those from the traced program).
+(lib/cost/explain.py shows those from the traced program).
 
 Axes: N tokens of a layer before a cut, M after it, C width, F MLP width, L layers.
 """
@@ -19,18 +19,23 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from models.backbones.qwen_vision import QwenVision
+from models.backbones.segmenter import SegmentViT
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.windows import Windows
 from models.plan import SITES, make_method
+from ops import choices
 from ops.budgets import Cut
+
+Tower = ViT | Text | QwenVision
 
 MAP_BYTES = 4  # A map that a method inside attention sees is float32.
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """What the cost of a transformer depends on, beside its cuts.
+  """Holds the sizes that the cost of a transformer depends on, beside its cuts.
 
   Attributes:
     width, depth, mlp, heads: of the blocks.
@@ -50,6 +55,12 @@ class Architecture:
     windows: of an image, in which its patches attend (models/backbones/windows.py); 1 for none.
     special: tokens that join every window.
     whole_layers: layers whose attention sees all windows together.
+    runs: (start, stop) of the layers that run; None for all. A model that stops early has nothing
+      behind its blocks.
+    norm_vectors: learned vectors of a norm: 2, scale and shift, or 1.
+    merge: neighbouring tokens that a merger behind the blocks joins into one by an MLP of two
+      products (Qwen2-VL); 0 for none.
+    merged: features of a token behind the merger.
     parameter_bytes, activation_bytes: of one number.
   """
 
@@ -73,6 +84,10 @@ class Architecture:
   windows: int = 1
   special: int = 0
   whole_layers: tuple[int, ...] = ()
+  runs: tuple[int, int] | None = None
+  norm_vectors: int = 2
+  merge: int = 0
+  merged: int = 0
   parameter_bytes: int = 4
   activation_bytes: int = 4
 
@@ -87,21 +102,39 @@ class Architecture:
     attention = 2 * (self.width + self.kv_width) * self.width
     mlp = self.mlp_products * self.mlp * self.width
     biases = 3 * self.width + 2 * self.kv_width + (self.mlp_products - 1) * self.mlp
-    return attention + mlp + biases + 4 * self.width + self.layer_extra
+    norms = 2 * self.norm_vectors * self.width
+    return attention + mlp + biases + norms + self.layer_extra
+
+  @property
+  def starts(self) -> bool:
+    """Whether the first layer runs, and the embedding before it."""
+    return self.runs is None or self.runs[0] == 0
+
+  @property
+  def ends(self) -> bool:
+    """Whether the last layer runs, and what stands behind it."""
+    return self.runs is None or self.runs[1] == self.depth
+
+  @property
+  def merger_parameters(self) -> int:
+    """Numbers of the merger's two products, with their biases."""
+    inner = self.merge * self.width
+    return bool(self.merge) * (inner * (inner + 1) + (inner + 1) * self.merged)
 
   @property
   def pooling_parameters(self) -> int:
     """Numbers of the learned query's attention and MLP: a block without its first norm."""
-    block = self.layer_parameters - self.layer_extra - 2 * self.width
+    block = self.layer_parameters - self.layer_extra - self.norm_vectors * self.width
     return self.attention_pool * (block + self.width)
 
   @property
   def parameters(self) -> int:
     """Numbers in the whole model; those of learned reductions are not among them."""
     embed = self.channels * self.patch ** 2 * self.width + self.loose_parameters
-    ends = self.pooling_parameters + self.pooled * self.projection
+    ends = self.norm_vectors * self.width + self.pooling_parameters
+    ends += self.pooled * self.projection + self.merger_parameters
     ends += self.classifiers * self.classes * (self.classified + 1)
-    return embed + self.depth * self.layer_parameters + 2 * self.width + ends
+    return embed + self.depth * self.layer_parameters + self.ends * ends
 
   @property
   def classified(self) -> int:
@@ -162,22 +195,30 @@ class Cost:
   @property
   def embed(self) -> int:
     """MACs of the patch embedding."""
-    made = self.architecture
-    return made.patches * made.channels * made.patch ** 2 * made.width
+    arch = self.architecture
+    return arch.starts * arch.patches * arch.channels * arch.patch ** 2 * arch.width
 
   @property
   def pooling(self) -> int:
     """MACs of a learned query over the last tokens, and of the MLP behind it."""
-    made, slots = self.architecture, self.layers[-1].left
-    products = (2 + 2 * slots) * made.width ** 2 + 2 * slots * made.width
-    return made.attention_pool * (products + made.mlp_products * made.width * made.mlp)
+    arch, slots = self.architecture, self.layers[-1].left
+    products = (2 + 2 * slots) * arch.width ** 2 + 2 * slots * arch.width
+    return arch.attention_pool * (products + arch.mlp_products * arch.width * arch.mlp)
+
+  @property
+  def merger(self) -> int:
+    """MACs of the merger, which reads every patch whatever was reduced before it."""
+    arch = self.architecture
+    if not arch.merge:
+      return 0
+    return arch.patches * arch.width * (arch.merge * arch.width + arch.merged)
 
   @property
   def head(self) -> int:
-    """MACs of what follows the blocks: pooling by attention, projection, classifiers."""
-    made = self.architecture
-    classes = made.classifiers * made.classes * made.classified
-    return self.pooling + made.pooled * made.projection + classes
+    """MACs of what follows the blocks: pooling by attention, projection, classifiers, merger."""
+    arch = self.architecture
+    classes = arch.classifiers * arch.classes * arch.classified
+    return arch.ends * (self.pooling + arch.pooled * arch.projection + classes + self.merger)
 
   @property
   def macs(self) -> int:
@@ -200,14 +241,17 @@ class Cost:
   @property
   def activation_bytes(self) -> int:
     """Bytes that the products read and write beside the parameters, for one image."""
-    made = self.architecture
-    ends = made.patches * (made.channels * made.patch ** 2 + made.width)
-    ends += made.classifiers * (made.classified + made.classes)
-    ends += bool(made.projection) * (made.pooled + made.projection)
-    if made.attention_pool:
-      slots = self.layers[-1].left
-      ends += (5 * slots + 8) * made.width + made.mlp_products * made.mlp
-    return ends * made.activation_bytes + sum(layer.activation_bytes for layer in self.layers)
+    arch = self.architecture
+    moved = arch.starts * arch.patches * (arch.channels * arch.patch ** 2 + arch.width)
+    if arch.ends:
+      moved += arch.classifiers * (arch.classified + arch.classes)
+      moved += bool(arch.projection) * (arch.pooled + arch.projection)
+      if arch.attention_pool:
+        slots = self.layers[-1].left
+        moved += (5 * slots + 8) * arch.width + arch.mlp_products * arch.mlp
+      if arch.merge:
+        moved += 3 * arch.patches * arch.width + arch.patches // arch.merge * arch.merged
+    return moved * arch.activation_bytes + sum(layer.activation_bytes for layer in self.layers)
 
   @property
   def attention_mean(self) -> float:
@@ -220,19 +264,15 @@ class Cost:
     return sum(layer.mlp_in for layer in self.layers) / len(self.layers)
 
 
-def architecture(vit: ViT | Text) -> Architecture:
-  """The architecture of a vision transformer, or of a text tower, from its settings.
+def architecture(vit: Tower) -> Architecture:
+  """Returns the architecture of a tower from its settings.
 
   Causal attention counts as whole: that is what runs, whatever the mask hides.
   """
   if isinstance(vit, Text):
-    loose = (vit.vocabulary + vit.context) * vit.width
-    return Architecture(
-        width=vit.width, depth=vit.depth, mlp=vit.mlp, heads=vit.heads, kv_heads=vit.heads,
-        slots=vit.context, patches=0, patch=0, channels=0, classes=0, pooled=vit.width,
-        projection=vit.projection, mlp_products=2 + (vit.activation == 'swiglu'),
-        loose_parameters=loose + (vit.projection_bias and vit.projection),
-        activation_bytes=jnp.dtype(vit.dtype).itemsize)
+    return _text_architecture(vit)
+  if isinstance(vit, QwenVision):
+    return _qwen_architecture(vit)
   rows, columns = vit.grid
   leading = vit.class_token + vit.distilled
   positions = vit.special_positions * leading + rows * columns
@@ -249,13 +289,35 @@ def architecture(vit: ViT | Text) -> Architecture:
       mlp_products=2 + (vit.activation == 'swiglu'), loose_parameters=loose,
       layer_extra=2 * vit.width * (vit.layer_scale is not None),
       windows=Windows(vit.grid, vit.window).count if vit.window else 1, special=vit.special,
-      whole_layers=vit.whole_layers,
+      whole_layers=vit.whole_layers, runs=vit.layers,
       activation_bytes=jnp.dtype(vit.dtype).itemsize)
 
 
-def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'between',
+def _text_architecture(text: Text) -> Architecture:
+  loose = (text.vocabulary + text.context) * text.width
+  return Architecture(
+      width=text.width, depth=text.depth, mlp=text.mlp, heads=text.heads, kv_heads=text.heads,
+      slots=text.context, patches=0, patch=0, channels=0, classes=0, pooled=text.width,
+      projection=text.projection, mlp_products=2 + (text.activation == 'swiglu'),
+      loose_parameters=loose + (text.projection if text.projection_bias else 0),
+      activation_bytes=jnp.dtype(text.dtype).itemsize)
+
+
+def _qwen_architecture(tower: QwenVision) -> Architecture:
+  patches = tower.grid[0] * tower.grid[1]
+  windows = Windows(tower.grid, (tower.window, tower.window)).count if tower.window else 1
+  return Architecture(
+      width=tower.width, depth=tower.depth, mlp=tower.mlp, heads=tower.heads, kv_heads=tower.heads,
+      slots=patches, patches=patches, patch=tower.patch, channels=tower.channels * tower.temporal,
+      classes=0, mlp_products=2 + (tower.activation == 'swiglu'), windows=windows,
+      whole_layers=tower.whole_layers, norm_vectors=1 if tower.norm == 'rms' else 2,
+      merge=tower.merge ** 2, merged=tower.projection,
+      activation_bytes=jnp.dtype(tower.dtype).itemsize)
+
+
+def compute(arch: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'between',
             merges: bool = True) -> Cost:
-  """The cost of an architecture under cuts.
+  """Returns the cost of an architecture under cuts.
 
   A cut from N to M tokens leaves, in its layer, for each site:
     before   attention at M, MLP at M
@@ -268,22 +330,21 @@ def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'betw
              (`ops.tokens.attend_after_cut`), and NC² where they ask for the values of all N tokens.
 
   Args:
-    made: the architecture.
+    arch: the architecture.
     cuts: in layer order, each starting from what the one before it left.
     site: where in its layer each cut acts.
-    joins: whether the method joins slots or picks them (`Reducer.merges`); only 'inside' asks.
+    merges: whether the method joins slots or picks them (`Reducer.merges`); only 'inside' asks.
 
   Raises:
     ValueError: for an unknown site, or cuts that do not follow from each other.
   """
-  if site not in SITES:
-    raise ValueError(f'site {site!r} is unknown: choose one of {", ".join(SITES)}')
+  choices.check('site ', site, SITES)
   by_layer = {cut.layer: cut for cut in cuts}
-  if len(by_layer) < len(cuts) or any(not 0 <= layer < made.depth for layer in by_layer):
+  if len(by_layer) < len(cuts) or any(not 0 <= layer < arch.depth for layer in by_layer):
     raise ValueError(f'cuts in layers {[cut.layer for cut in cuts]} do not fit: each must be one '
-                     f'of 0 to {made.depth - 1}, once')
-  layers, slots = [], made.slots
-  for index in range(made.depth):
+                     f'of 0 to {arch.depth - 1}, once')
+  layers, slots = [], arch.slots
+  for index in range(arch.depth):
     cut = by_layer.get(index)
     if cut is not None and not (cut.slots_in == slots and 0 < cut.slots_out <= slots):
       raise ValueError(f'the cut in layer {index} goes from {cut.slots_in} to {cut.slots_out} '
@@ -296,88 +357,104 @@ def compute(made: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'betw
         'inside': (slots, keep if merges else slots, keep, keep),
     }[site]
     seen = cut is not None and site == 'inside'
-    layers.append(_in_windows(made, index, (*counts, keep), map_seen=seen))
+    layers.append(_in_windows(arch, index, (*counts, keep), map_seen=seen))
     slots = keep
-  return Cost(made, tuple(layers))
+  return Cost(arch, tuple(layers[slice(*(arch.runs or (0, arch.depth)))]))
 
 
-def _in_windows(made: Architecture, index: int, counts: tuple[int, ...], *,
+def _in_windows(arch: Architecture, index: int, counts: tuple[int, ...], *,
                 map_seen: bool) -> Layer:
   """A layer of an image, attention in windows where there are any.
 
   Each window has the special tokens beside its patches, and its MLP runs on both.
   """
-  whole = _layer(made, index, *counts, map_seen=map_seen)
-  if made.windows == 1:
+  whole = _layer(arch, index, *counts, map_seen=map_seen)
+  if arch.windows == 1:
     return whole
-  each = [made.special + (count - made.special) // made.windows for count in counts]
-  part = _layer(made, index, *each, map_seen=map_seen)
-  if index in made.whole_layers:
-    return dataclasses.replace(whole, mlp_in=made.windows * part.mlp_in,
-                               mlp=made.windows * part.mlp)
+  each = [arch.special + (count - arch.special) // arch.windows for count in counts]
+  part = _layer(arch, index, *each, map_seen=map_seen)
+  if index in arch.whole_layers:
+    return dataclasses.replace(whole, mlp_in=arch.windows * part.mlp_in,
+                               mlp=arch.windows * part.mlp)
   once = ('index', 'weight_bytes')
   return dataclasses.replace(part, **{
-      field.name: made.windows * getattr(part, field.name)
+      field.name: arch.windows * getattr(part, field.name)
       for field in dataclasses.fields(Layer) if field.name not in once})
 
 
-def _layer(made: Architecture, index: int, attention_in: int, keys: int, attention_out: int,
+def _layer(arch: Architecture, index: int, attention_in: int, keys: int, attention_out: int,
            mlp_in: int, left: int, *, map_seen: bool) -> Layer:
-  width, kv_width = made.width, made.kv_width
+  width, kv_width = arch.width, arch.kv_width
   project = attention_in * (width + kv_width) + keys * kv_width
   moved = attention_in * width + project  # into and out of the projections
   moved += project + attention_out * width  # attention
-  moved += 2 * attention_out * width + mlp_in * (2 * width + made.mlp_products * made.mlp)
-  entries = made.heads * (attention_in ** 2 + attention_out * keys)
+  moved += 2 * attention_out * width + mlp_in * (2 * width + arch.mlp_products * arch.mlp)
+  entries = arch.heads * (attention_in ** 2 + attention_out * keys)
   return Layer(
       index, attention_in, keys, attention_out, mlp_in, left,
       qkv=width * project, scores=attention_in ** 2 * width,
       values=attention_out * keys * width, out=attention_out * width ** 2,
-      mlp=made.mlp_products * mlp_in * width * made.mlp,
-      weight_bytes=made.layer_parameters * made.parameter_bytes,
-      activation_bytes=moved * made.activation_bytes + map_seen * 2 * entries * MAP_BYTES)
+      mlp=arch.mlp_products * mlp_in * width * arch.mlp,
+      weight_bytes=arch.layer_parameters * arch.parameter_bytes,
+      activation_bytes=moved * arch.activation_bytes + map_seen * 2 * entries * MAP_BYTES)
 
 
-def of(vit: ViT | Text) -> Cost:
-  """The cost of a model under its plan.
+def of(vit: Tower, arch: Architecture | None = None) -> Cost:
+  """Returns the cost of a model under its plan.
 
   A plan in mode 'mask' keeps every slot to the end, so it costs what no plan costs.
+
+  Args:
+    vit: the model.
+    arch: its architecture where that differs from `architecture(vit)`, as in bytes of a number.
   """
-  plan = vit.plan
+  plan, arch = vit.plan, arch or architecture(vit)
   if plan is None or plan.mode == 'mask':
-    return compute(architecture(vit))
-  return compute(architecture(vit), plan.cuts, site=plan.site, merges=plan.method.merges)
+    return compute(arch)
+  return compute(arch, plan.cuts, site=plan.site, merges=plan.method.merges)
 
 
 def in_training(vit: ViT) -> Cost:
-  """The cost of an image in training, where patch dropout may leave fewer patches than there are.
+  """Returns the cost of an image in training, where patch dropout may leave some patches alone.
 
   Cuts that would leave more than those are not made.
   """
   if not vit.training_patches:
     return of(vit)
-  made = dataclasses.replace(architecture(vit), slots=vit.special + vit.training_patches)
+  arch = dataclasses.replace(architecture(vit), slots=vit.special + vit.training_patches)
   plan = vit.plan
   if plan is None or plan.mode == 'mask':
-    return compute(made)
-  cuts, slots = [], made.slots
+    return compute(arch)
+  cuts, slots = [], arch.slots
   for cut in plan.cuts:
     if cut.slots_out < slots:
       cuts.append(Cut(cut.layer, slots, cut.slots_out))
       slots = cut.slots_out
-  return compute(made, tuple(cuts), site=plan.site, merges=plan.method.merges)
+  return compute(arch, tuple(cuts), site=plan.site, merges=plan.method.merges)
 
 
-def solver(vit: ViT | Text, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut, ...]], int]:
-  """MACs as a function of the cuts: what `make_plan(macs=...)` solves budgets in FLOPs with.
+def decoder(vit: SegmentViT) -> tuple[int, int]:
+  """Returns MACs and parameters of a segmenter's decoder, which `of` leaves out.
+
+  Filling in the features of dropped patches is not counted.
+  """
+  outputs = vit.cells ** 2 * vit.pixel_classes
+  each, biases = vit.width * outputs, outputs
+  if vit.decoder == 'conv':
+    each, biases = each + 9 * vit.width ** 2, biases + vit.width
+  return vit.grid[0] * vit.grid[1] * each, each + biases
+
+
+def solver(vit: Tower, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut, ...]], int]:
+  """Returns MACs as a function of the cuts, which `make_plan(macs=...)` solves budgets with.
 
   Args:
     vit: the model that will be reduced.
     reduction: `config.reduce.<tower>`, for the method and its site.
   """
   method = make_method(reduction['method'], reduction.get('args') or {})
-  made, site = architecture(vit), reduction.get('site') or method.site
-  return lambda cuts: compute(made, cuts, site=site, merges=method.merges).macs
+  arch, site = architecture(vit), reduction.get('site') or method.site
+  return lambda cuts: compute(arch, cuts, site=site, merges=method.merges).macs
 
 
 # -- what papers count ---------------------------------------------------------------------------
@@ -395,12 +472,12 @@ def flops(cost: Cost) -> int:
 
 def fvcore(cost: Cost) -> int:
   """MACs, and 5 for each value that a norm reads: fvcore's counter, used by many model tables."""
-  made, normed = cost.architecture, cost.layers[-1].left
+  arch, normed = cost.architecture, cost.layers[-1].left
   for layer in cost.layers:
     # Joined inside attention, tokens are normed again before their values are made.
     again = layer.keys if layer.keys < layer.attention_in else 0
     normed += layer.attention_in + again + layer.mlp_in
-  return cost.macs + 5 * normed * made.width
+  return cost.macs + 5 * normed * arch.width
 
 
 def diffrate_paper(cost: Cost) -> int:
@@ -409,11 +486,11 @@ def diffrate_paper(cost: Cost) -> int:
   DiffRate (arXiv:2305.17997), calculate_flop_inference of the release. It embeds [CLS] as if it
   were a patch, and takes the MLP to be 4C wide.
   """
-  made = cost.architecture
-  embed = (made.patches + 1) * made.channels * made.patch ** 2 * made.width
-  blocks = sum(4 * layer.attention_in * made.width ** 2 + 2 * layer.attention_in ** 2 * made.width
-               + 8 * layer.mlp_in * made.width ** 2 for layer in cost.layers)
-  return embed + blocks + made.classes * made.width
+  arch = cost.architecture
+  embed = (arch.patches + 1) * arch.channels * arch.patch ** 2 * arch.width
+  blocks = sum(4 * layer.attention_in * arch.width ** 2 + 2 * layer.attention_in ** 2 * arch.width
+               + 8 * layer.mlp_in * arch.width ** 2 for layer in cost.layers)
+  return embed + blocks + arch.classes * arch.width
 
 
 def pitome_repo(cost: Cost) -> int:
@@ -433,61 +510,3 @@ CONVENTIONS: dict[str, Callable[[Cost], int]] = {
     'diffrate_paper': diffrate_paper,
     'pitome_repo': pitome_repo,
 }
-
-
-def unit(macs: float) -> tuple[str, float]:
-  """The prefix that suits a number of MACs, and what it stands for."""
-  return ('G', 1e9) if macs >= 1e9 else ('M', 1e6)
-
-
-def table(vit: ViT | Text) -> str:
-  """A model's tokens, MACs and bytes, a line a layer, for one image."""
-  cost = of(vit)
-  prefix, scale = unit(cost.macs)
-  lines = [describe(vit), '',
-           f'layer  attention  keys    MLP  left      {prefix}MACs   so far  weights MB  '
-           'activations MB']
-
-  def end(name: str, macs: int) -> None:
-    lines.append(f'{name:33}{macs / scale:11.3f} {done / cost.macs:8.1%}')
-
-  done = cost.embed
-  end('embed', cost.embed)
-  for layer in cost.layers:
-    done += layer.macs
-    lines.append(
-        f'{layer.index:5d} {layer.attention_in:10d} {layer.keys:5d} {layer.mlp_in:6d} '
-        f'{layer.left:5d}{layer.macs / scale:10.3f} {done / cost.macs:8.1%} '
-        f'{layer.weight_bytes / 1e6:11.2f} {layer.activation_bytes / 1e6:15.2f}')
-  done += cost.head
-  end('head', cost.head)
-  lines.append(
-      f'all   {cost.attention_mean:10.1f} {"":5} {cost.mlp_mean:6.1f} {cost.layers[-1].left:5d}'
-      f'{cost.macs / scale:10.3f} {"":8} {cost.weight_bytes / 1e6:11.2f} '
-      f'{cost.activation_bytes / 1e6:15.2f}')
-  return '\n'.join(lines)
-
-
-def describe(vit: ViT | Text) -> str:
-  """One line: the model, and what its plan does to it."""
-  sizes = f'{vit.depth} layers, width {vit.width}, {vit.heads} heads'
-  if isinstance(vit, Text):
-    model = f'text tower of {sizes}, {vit.context} tokens'
-  else:
-    rows, columns = vit.grid
-    model = (f'ViT of {sizes}, {rows} x {columns} patches and {vit.special} special '
-             f'token{"s" * (vit.special != 1)}')
-  plan = vit.plan
-  if plan is None or not plan.cuts:
-    return f'{model}; nothing is reduced'
-  layers = ', '.join(str(cut.layer) for cut in plan.cuts)
-  where = 'every layer' if len(plan.cuts) == vit.depth else f'layers {layers}'
-  line = (f'{model}; {plan.name} ({plan.site}) in {where}: {plan.cuts[0].slots_in} to '
-          f'{plan.cuts[-1].slots_out} tokens')
-  if plan.mode == 'mask':
-    line += '; masked, so that every slot is still computed'
-  if plan.method.adaptive:
-    line += f'; at most, {plan.method.adaptive}'
-  return line
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -20,24 +21,25 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   try:
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
   except USER_ERRORS as error:
-    _stop(error)
+    stop(error)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError, TypeError, *USER_ERRORS) as error:
-    _stop(error)
+    stop(error)
 
 
 def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
   try:
     main(argv)
   except USER_ERRORS as error:
-    _stop(error)
+    stop(error)
 
 
-def _stop(error: Exception) -> None:
+def stop(error: Exception) -> NoReturn:
+  """Prints a user's mistake in one line, and exits with status 2."""
   text = ' '.join(str(error).strip('\'"').replace('\\n', ' ').split())
   print(f'error: {text} (--debug shows where)', file=sys.stderr)
   sys.exit(2)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lib.cost import explain
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
 from lib.tasks import anneal, distill
@@ -48,7 +49,7 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
       scores=lambda counts: {metric.score: metric.total(counts)},
       train_iterator=image_data.train_iterator, eval_batches=image_data.eval_batches,
       macs=lambda model: vit_cost.in_training(model).training_macs, slots=vit.host.slots,
-      summary=vit_cost.table(vit) + '\n' + anneal.describe(phases))
+      summary=explain.tower_table(vit) + '\n' + anneal.describe(phases))
 
 
 def init(vit: ViT, key: Array) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from helpers.tiny_lm import PROMPT, ROOM, TINY, VISUALS, planned, variables, with_cache
 
+from lib.cost import explain
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import lm as lm_cost
+from lib.cost import published as papers
 from models.checkpoints.lm_config import make_lm
 from models.plan import make_plan
 from ops.tokens import TEXT, VISUAL, TokenSet
@@ -179,7 +181,61 @@ def test_counts_equal_the_traced_program_and_the_arrays(name):
 
 
 def test_the_table_shows_every_layer():
-  lines = lm_cost.table(with_cache(keep=5, layers=(1, 2)), PROMPT, room=ROOM).splitlines()
+  lines = explain.lm_table(with_cache(keep=5, layers=(1, 2)), PROMPT, room=ROOM).splitlines()
   assert len(lines) == 3 + 3 + 1
   assert lines[4].split()[:4] == ['1', '12', '12', '5']
   assert variables()['params']['table'].shape[0] * 16 == lm_cost.of(TINY, 8).head
+
+
+@pytest.mark.parametrize('settings', [
+    {}, {'tied': True}, {'qkv_bias': True}, {'qk_norm': True, 'dtype': jnp.bfloat16}], ids=str)
+def test_parameters_and_weight_bytes_equal_the_models(settings):
+  lm = TINY.clone(**settings)
+  tree = jax.eval_shape(lm.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  size = sum(leaf.size for leaf in jax.tree.leaves(tree))
+  cost = lm_cost.of(lm, PROMPT)
+  assert lm_cost.parameters(lm) == size
+  assert cost.weight_bytes == size * jnp.dtype(lm.dtype).itemsize
+  block = sum(leaf.size for leaf in jax.tree.leaves(tree['stack']))
+  assert cost.layers[0].weight_bytes == block // lm.depth * jnp.dtype(lm.dtype).itemsize
+  # A step reads one row of an untied table.
+  unread = 0 if lm.tied else 28 * 16
+  assert cost.decode_weight_bytes == (size - unread) * jnp.dtype(lm.dtype).itemsize
+
+
+def test_activation_bytes_count_each_operand_once():
+  layer = lm_cost.of(TINY, PROMPT).layers[0]
+  q, kv = 4 * 8, 2 * 2 * 8
+  attention = 16 + (q + kv) + (q + kv) + q + q + 16
+  assert layer.activation_bytes == 4 * PROMPT * (attention + 16 + 2 * 24 + 24 + 16)
+  halved = lm_cost.of(planned(site='between'), PROMPT).layers[1]
+  assert halved.activation_bytes == 4 * (PROMPT * attention + 10 * (16 + 2 * 24 + 24 + 16))
+
+
+def label(row):
+  return f'{row.family}-{row.method}-{row.quantity}-{row.value:g}'
+
+
+@pytest.mark.parametrize('row', papers.LM_TABLE, ids=label)
+def test_published_figures_of_language_models(row):
+  assert row.quantity in papers.LM_QUANTITIES
+  lm = make_lm(row.family)
+  assert len(row.counts) == lm.depth
+  distance = abs(row.ours(lm, row.counts) - row.value)
+  assert (distance > row.tolerance) == bool(row.mismatch), distance
+
+
+def test_find_gives_the_figures_of_these_tokens_only():
+  def values(visual=576, **config):
+    host = LLAVA.host(visual + 20, visual=visual)
+    lm = LLAVA.clone(plan=make_plan(config, host)) if config else LLAVA
+    return [(row.quantity, row.value) for row, _ in papers.find_lm(
+        lm_cost.of(lm, visual + 20), visual)]
+
+  fastv = {'of': 'visual', 'method': 'fastv', 'layers': 2}
+  assert values() == [('tmacs', 3.82), ('gmacs_layer', 99.3)]
+  assert values(**fastv, keep_ratio=0.5) == [('share', 0.55)]
+  assert values(**fastv, keep_ratio=0.25) == [('share', 0.33)]
+  assert values(**(fastv | {'method': 'random'}), site='before', keep_ratio=0.5) == []
+  assert values(**(fastv | {'of': ('visual', 'text')}), keep_ratio=0.5) == []
+  assert values(visual=577) == values(**fastv, keep_ratio=0.4) == []

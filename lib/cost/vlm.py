@@ -1,0 +1,107 @@
+"""The cost of a vision-language model, without running anything: tower, projector, language model.
+
+Axes: C crops of a row, I images of a row, V tokens of an image (`models.backbones.vlm.Images`),
+W width of the tower, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lib.cost import lm as lm_cost
+from lib.cost import vit as vit_cost
+from models.backbones.vlm import VLM, passed_on
+
+Layout = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMCost:
+  """Holds the cost of a model for one row: its images, and a prompt.
+
+  Attributes:
+    vlm: the model.
+    crops: C, rows of the tower.
+    passed: tokens of a crop that the tower passes on.
+    visual_in: visual tokens of the row before the projector's reduction.
+    visual: visual slots that the language model reads.
+    tower: the cost of one crop, its parameters in the dtype of the language model's, as checkpoints
+      are loaded.
+    lm: the cost of the language model, visual slots included.
+  """
+
+  vlm: VLM
+  crops: int
+  passed: int
+  visual_in: int
+  visual: int
+  tower: vit_cost.Cost
+  lm: lm_cost.LMCost
+
+  @property
+  def tower_macs(self) -> int:
+    """MACs of the tower over all crops."""
+    return self.crops * self.tower.macs
+
+  @property
+  def projector_macs(self) -> int:
+    """MACs of the projector's two products, on every token that the tower passes on."""
+    if not self.vlm.projection:
+      return 0
+    width = self.vlm.lm.width
+    return self.crops * self.passed * (self.vlm.tower.width + width) * width
+
+  @property
+  def projector_parameters(self) -> int:
+    """Numbers between tower and language model: projector, newline, and the patches' probe."""
+    vlm, (narrow, wide) = self.vlm, (self.vlm.tower.width, self.vlm.lm.width)
+    products = (narrow + 1) * wide + (wide + 1) * wide if vlm.projection else 0
+    return products + vlm.newline * wide + vlm.patch_labels * (narrow + 1)
+
+  @property
+  def macs(self) -> int:
+    """MACs of reading the images and the prompt."""
+    return self.tower_macs + self.projector_macs + self.lm.macs
+
+  @property
+  def weight_bytes(self) -> int:
+    """Bytes of all parameters."""
+    size = jnp.dtype(self.vlm.lm.dtype).itemsize
+    return self.tower.weight_bytes + size * self.projector_parameters + self.lm.weight_bytes
+
+  @property
+  def projector_activation_bytes(self) -> int:
+    """Bytes that the projector's products read and write."""
+    if not self.vlm.projection:
+      return 0
+    moved = self.vlm.tower.width + 3 * self.vlm.lm.width
+    return self.crops * self.passed * moved * jnp.dtype(self.vlm.lm.dtype).itemsize
+
+  @property
+  def activation_bytes(self) -> int:
+    """Bytes that all products read and write beside the parameters."""
+    return (self.crops * self.tower.activation_bytes + self.projector_activation_bytes
+            + self.lm.activation_bytes)
+
+
+def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
+  """Returns the cost of a model under its plans.
+
+  Args:
+    vlm: with its plans, those of its language model for prompts of `prompt` ids and these images.
+    prompt: ids of a row. Counted as they run, with placeholders and padding, all is what the
+      program costs; without them, what the row's own tokens cost.
+    layout: (C, I, V) of the images, as `models.backbones.vlm.Images.layout`.
+    room: tokens that may be decoded after the prompt.
+
+  Raises:
+    ValueError: plans of the language model that are about other prompts.
+  """
+  arch = dataclasses.replace(vit_cost.architecture(vlm.tower),
+                             parameter_bytes=jnp.dtype(vlm.lm.dtype).itemsize)
+  visual = vlm.visual_slots(layout)
+  return VLMCost(
+      vlm, layout[0], passed_on(vlm.tower)[1], layout[1] * vlm.each_image(layout), visual,
+      vit_cost.of(vlm.tower, arch), lm_cost.of(vlm.lm, prompt + visual, room=room))
