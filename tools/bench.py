@@ -32,7 +32,7 @@ from models.backbones.vit import make_vit
 from models.compressors import COMPRESSORS
 from models.plan import methods
 from models.stack import STATIC
-from ops import assignments, attention
+from ops import assignments, attention, choices
 from ops import tokens as tk
 from ops.primitives import select
 from ops.signals import Signals
@@ -240,8 +240,16 @@ def layer_inputs(batch: int, dtype: Any) -> tuple[tk.TokenSet, dict[str, Any]]:
 
 
 def chosen() -> list[str]:
-  """Returns the names of the methods to time, 'none' left out."""
-  return METHODS.value or sorted(set(methods(make_vit('S/16').host)) - {'none'})
+  """Returns the names of the methods to time; by default all but 'none'.
+
+  Raises:
+    ValueError: a name that a ViT knows no method of.
+  """
+  offered = methods(make_vit('S/16').host)
+  names = METHODS.value or sorted(set(offered) - {'none'})
+  for name in names:
+    choices.check('method ', name, offered)
+  return names
 
 
 SECTIONS = {'primitives': primitives, 'reducers': reducers}
