@@ -116,7 +116,9 @@ def main(argv: Sequence[str]) -> None:
       rows += result[section]
   path = timing.result_path('bench', 'json', path=OUT.value)
   path.write_text(json.dumps(result, indent=1) + '\n')
-  print(tables.table(measuring.measured(rows), SHOWN))
+  good = measuring.measured(rows)
+  if good:
+    print(tables.table(good, SHOWN))
   print(path)
   measuring.check_faults(rows, ('name',))
 
