@@ -1,4 +1,4 @@
-"""The loop of every tool that measures: reads the rows that a file has, measures the missing ones.
+"""Measures row by row: reads the rows that a file has, measures the missing ones, adds them.
 
 A row (lib/report/rows.py) is told from others by its head: the keys that it has before anything is
 measured, such as a method and a batch size. Of several rows with one head the newest counts.
@@ -44,7 +44,7 @@ def measure_rows(heads: Iterable[Row], measure: Callable[[Row], Row], *,
   rows = []
   with tqdm(heads, disable=not sys.stderr.isatty(), unit='row') as bar:
     for head in bar:
-      bar.set_description(', '.join(map(str, head.values())))
+      bar.set_description(', '.join(map(str, head.values()))[:60])
       before = stored.get(identity(head, tuple(head)))
       if before is not None and not again and not before.get('failed'):
         rows.append(before)
