@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('nothing is reduced: name an adaptive method, as with '
                      '--config.reduce.vision.method=ats')
   params = to_storage(params, fastest_storage(vit.plan, platform=jax.default_backend()))
-  sizes = SIZES.value and [int(size) for size in SIZES.value]
+  sizes = [int(size) for size in SIZES.value] if SIZES.value else None
   whole = Buckets(vit, params, sizes=sizes)
   sorted_ = Buckets(vit, params, sizes=sizes, rows=ROWS.value)
 

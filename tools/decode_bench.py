@@ -196,7 +196,7 @@ def measured(name: str, speed: tuple[float, float]) -> list[Row]:
   cache_bytes = lm_cost.of(full.lm, full.slots, room=ROOM).allocated_bytes
   bandwidth = (speed[1] if weight_bytes < IN_CACHE
                else timing.read_speed(weight_bytes + cache_bytes))
-  rows = []
+  rows: list[Row] = []
   for plan, case in cases.items():
     row = {'model': name, 'plan': plan, 'dtype': 'float32', 'batch': 1, 'slots': case.slots,
            'decoded': TOKENS.value, 'reading_rounds': rounds['reading'],

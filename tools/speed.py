@@ -203,13 +203,13 @@ class Slicing:
     return assignments.Gather(Slice(num_slots, *tokens.x.shape[1::-1]).src, tokens.slots)
 
 
-def told(needs: frozenset[str] | set[str], signals: Signals) -> Signals:
+def told(needs: frozenset[str] | set[str], signals: Any) -> Any:
   """Returns the signals that a method asked for, without those recorded beside them."""
   return signals.replace(**{name: None for name in AT_HAND | COMPUTED if name not in needs})
 
 
 def ask(method: Any, params: Params, tokens: tk.TokenSet, signals: Signals, *,
-        num_slots: int) -> assignments.Assignment:
+        num_slots: int) -> Any:
   """Asks a method for its assignment, with its parameters at this cut if it has any."""
   if isinstance(method, nn.Module):
     params = params[f'reducer_{signals.layer:02d}']
@@ -243,7 +243,7 @@ def record(vit: ViT, plan: Plan, params: Params, images: jax.Array) -> list[Aske
   return jax.jit(run)(params, images)
 
 
-def parts(plan: Plan, stack: Params, asked: Sequence[Asked]) -> Pieces:
+def parts(plan: Plan, stack: Params, asked: Sequence[Any]) -> Pieces:
   """Returns {part: (function, arguments)}: the method's own work at all its cuts, in pieces.
 
   Args:
@@ -267,12 +267,12 @@ def parts(plan: Plan, stack: Params, asked: Sequence[Asked]) -> Pieces:
   return pieces
 
 
-def _needed(method: Any, one: Asked) -> frozenset[str]:
+def _needed(method: Any, one: Any) -> frozenset[str]:
   """Returns the signals that a method needs at a cut, or in a watched layer."""
   return method.needs if one.keep is not None else method.watch_needs
 
 
-def _scoring(method: Any, inside: bool, asked: Sequence[Asked]) -> list[Any]:
+def _scoring(method: Any, inside: bool, asked: Sequence[Any]) -> list[Any]:
   """Measures the rows of attention that the method asks for."""
   rows = []
   for one in asked:
@@ -286,17 +286,17 @@ def _scoring(method: Any, inside: bool, asked: Sequence[Asked]) -> list[Any]:
   return rows
 
 
-def _selection(method: Any, own: Params, asked: Sequence[Asked]) -> list[Any]:
+def _selection(method: Any, own: Params, asked: Sequence[Any]) -> list[Any]:
   """Asks the method itself, in watched layers too."""
   return [method.watch(one.tokens, one.signals) if one.keep is None else
           ask(method, own, one.tokens, one.signals, num_slots=one.keep) for one in asked]
 
 
-def _applying(inside: bool, asked: Sequence[Asked]) -> list[Any]:
+def _applying(inside: bool, asked: Sequence[Any]) -> list[Any]:
   """Applies the method's answers to tokens, and inside attention to the map or what it read."""
   results: list[Any] = []
   for one in asked:
-    reduced = tk.reduce(one.tokens, one.answer)
+    reduced: Any = tk.reduce(one.tokens, one.answer)
     # Who owns what is for those who ask afterwards: the model's answer does not need it.
     results.append(reduced.replace(owner=None))
     if inside and isinstance(one.answer, assignments.Gather):
@@ -307,7 +307,7 @@ def _applying(inside: bool, asked: Sequence[Asked]) -> list[Any]:
   return results
 
 
-def _lse(one: Asked, method: Any) -> jax.Array:
+def _lse(one: Any, method: Any) -> jax.Array:
   """Computes float32[B, N, H] of one layer: attention has it, whoever asks."""
   bias = tk.key_bias(one.tokens, proportional=method.proportional)
   q, k = one.signals.queries, one.signals.keys

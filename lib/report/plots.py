@@ -180,7 +180,8 @@ def _shares_axis(axes: Axes, whole: float, left: float, right: float, step: floa
   """Draws lines at multiples of a share of the unreduced cost `whole`, and an upper axis."""
   first, last = math.ceil(left / whole / step - 0.2), math.floor(right / whole / step + 1e-9)
   shares = [step * i for i in range(first, last + 1)]
-  upper = axes.secondary_xaxis('top', functions=(lambda c: c / whole, lambda s: s * whole))
+  upper = axes.secondary_xaxis('top', functions=(
+      lambda costs: np.asarray(costs) / whole, lambda parts: np.asarray(parts) * whole))
   upper.set_xticks(shares)
   upper.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
   upper.tick_params(labelsize=10, colors='#666666')
