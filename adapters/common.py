@@ -1,4 +1,4 @@
-"""What every harness asks of a model: answers in batches until some text, and how likely texts are.
+"""Answers what harnesses ask of a model: texts in batches until a stop, and how likely texts are.
 
 Rows of a batch are never mixed with others' sizes: those with images of other shapes get a batch of
 their own, so that a budget counts what a row has and no padding.
@@ -34,7 +34,7 @@ MOST = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How to answer.
+  """Holds how to answer.
 
   Attributes:
     new_tokens: the most to decode.
@@ -47,32 +47,32 @@ class Settings:
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
   @classmethod
-  def of(cls, given: Mapping[str, Any], *, new_tokens: int) -> Settings:
-    """From a task's generation arguments.
+  def of(cls, arguments: Mapping[str, Any], *, new_tokens: int) -> Settings:
+    """Reads a task's generation arguments.
 
     Args:
-      given: `until`, one of `MOST`, do_sample, temperature, top_k, top_p; others are about other
-        libraries.
+      arguments: `until`, one of `MOST`, do_sample, temperature, top_k, top_p; others are about
+        other libraries.
       new_tokens: where it does not say.
     """
-    until = given.get('until') or ()
+    until = arguments.get('until') or ()
     until = (until,) if isinstance(until, str) else tuple(until)
-    most = next((given[name] for name in MOST if given.get(name) is not None), new_tokens)
-    warm = float(given.get('temperature') or 0.0)
-    if given.get('do_sample') is False:
+    most = next((arguments[name] for name in MOST if arguments.get(name) is not None), new_tokens)
+    warm = float(arguments.get('temperature') or 0.0)
+    if arguments.get('do_sample') is False:
       warm = 0.0
-    elif given.get('do_sample') and given.get('temperature') is None:
+    elif arguments.get('do_sample') and arguments.get('temperature') is None:
       warm = 1.0
     if not warm:
       return cls(int(most), until)
-    top_p = given.get('top_p')
-    return cls(int(most), until, Sampling(warm, max(0, int(given.get('top_k') or 0)),
+    top_p = arguments.get('top_p')
+    return cls(int(most), until, Sampling(warm, max(0, int(arguments.get('top_k') or 0)),
                                           1.0 if top_p is None else float(top_p)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """One request.
+  """Holds one request.
 
   Attributes:
     prompt: token ids, with a placeholder an image.
@@ -88,57 +88,73 @@ class Question:
 
 
 class Answerer:
-  """A model behind a harness.
+  """Runs a model behind a harness.
 
   Args:
     path: as `lib.assistant.load_run` takes it.
     reduce: reductions by place (vision, projector, language, cache); as text JSON, or a file of it.
       None for those that a run was trained with.
-    batch_size: B.
+    batch_size: B; 'auto' is 8.
     dtype: 'float32' or 'bfloat16'.
-    buckets: lengths that prompts are padded to.
+    buckets: lengths that prompts are padded to, as '64:256:1024' or as numbers.
     data_dir: where a run's set is, if not where the run had it.
 
   Raises:
     ValueError: as `lib.assistant.load_run`; reductions that are none.
   """
 
-  def __init__(self, path: str, *, reduce: Any = None, batch_size: int = 8,
-               dtype: str = 'float32', buckets: Sequence[int] = BUCKETS, data_dir: str = ''):
+  def __init__(self, path: str, *, reduce: Any = None, batch_size: Any = 8,
+               dtype: str = 'float32', buckets: Any = BUCKETS, data_dir: str = ''):
     self.assistant = assistant.load(path, dtype=dtype, data_dir=data_dir)
     self.reduce = read_reductions(reduce)
-    self.batch_size, self._buckets = int(batch_size), tuple(buckets)
+    self.batch_size = 8 if str(batch_size).startswith('auto') else int(batch_size)
+    self._buckets = whole_numbers(buckets)
     self._generators: dict[Any, Generator] = {}
 
   @property
   def context(self) -> int:
-    """The longest prompt and answer together."""
+    """Tokens of the longest prompt and answer together."""
     return self.assistant.model.context
 
   def texts(self, questions: Sequence[Question]) -> list[str]:
-    """The answers."""
-    found = [''] * len(questions)
+    """Returns the answers."""
+    texts = [''] * len(questions)
     for places, rows, generator, images in self._batches(questions, lambda each: each.settings):
       # What a row samples depends on its own place among all, not on those beside it.
       seeds = [places[min(row, len(places) - 1)] for row in range(len(rows))]
       answers = self._until(generator, rows, images, seeds, len(places))
       for place, answer in zip(places, answers, strict=True):
-        found[place] = answer
-    return found
+        texts[place] = answer
+    return texts
+
+  def texts_of(self, requests: Sequence[Any], questions: Sequence[Question],
+               cache_hook: Any) -> list[str]:
+    """Returns the answers, and hands each to the harness's cache of 'generate_until'.
+
+    Args:
+      requests: of the harness.
+      questions: one a request.
+      cache_hook: of the harness's model.
+    """
+    answers = self.texts(questions)
+    for request, answer in zip(requests, answers, strict=True):
+      cache_hook.add_partial('generate_until', request.args, answer)
+    return answers
 
   def scores(self, questions: Sequence[Question]) -> list[Score]:
-    """How likely each question's answer is."""
-    found: list[Any] = [None] * len(questions)
+    """Returns how likely each question's answer is."""
+    results: list[Any] = [None] * len(questions)
     for places, rows, generator, images in self._batches(questions, lambda each: None):
       scores = generator.score([row.prompt for row in rows], [row.answer for row in rows], images)
       for place, score in zip(places, scores, strict=False):
-        found[place] = score
-    return found
+        results[place] = score
+    return results
 
   def _until(self, generator: Generator, rows: Sequence[Question], images: Images | None,
              seeds: Sequence[int], count: int) -> list[str]:
-    """Answers of the first `count` rows, each up to what ends it."""
+    """Returns answers of the first `count` rows, each up to what ends it."""
     settings, model = rows[0].settings, self.assistant
+    assert settings is not None
     ids: list[list[int]] = [[] for _ in range(count)]
     texts, done = [''] * count, [False] * count
     for tokens in generator.stream([row.prompt for row in rows], images, seeds=seeds,
@@ -160,7 +176,7 @@ class Answerer:
 
   def _batches(self, questions: Sequence[Question], alike: Callable[[Question], Any]) -> Iterator[
       tuple[list[int], list[Question], Generator, Images | None]]:
-    """(places of a batch in the list, its B rows, what answers it, its images).
+    """Yields (places of a batch in the list, its B rows, the generator for it, its images).
 
     The last rows of a batch that is not full are its last one again: one program for all.
     """
@@ -192,7 +208,7 @@ class Answerer:
         yield batch, [questions[place] for place in filled], self._answering(model), images
 
   def _parted(self, places: Sequence[int], questions: Sequence[Question]) -> Iterator[list[int]]:
-    """At most B places a batch, and its longest prompt and longest answer within the context."""
+    """Yields batches of at most B places; longest prompt and longest answer fit the context."""
     batch: list[int] = []
     for place in places:
       wider = [*batch, place]
@@ -206,39 +222,39 @@ class Answerer:
       yield batch
 
   def _answering(self, model: Assistant) -> Generator:
-    """What answers; one a grid, which keeps its programs."""
+    """Returns the generator of a grid, which keeps its programs."""
     grid = model.model.tower.grid if model.look else None
     if grid not in self._generators:
       self._generators[grid] = model.generator(self.reduce, buckets=self._buckets)
     return self._generators[grid]
 
 
-def read_reductions(given: Any) -> Mapping[str, Mapping[str, Any]] | None:
-  """Reductions by place, from text or as they are.
+def read_reductions(reduce: Any) -> Mapping[str, Mapping[str, Any]] | None:
+  """Returns reductions by place, from text or as they are.
 
   Raises:
     ValueError: what is none, or of an unknown place.
   """
-  if isinstance(given, str) and given.endswith('.json'):
-    given = json.loads(pathlib.Path(given).read_text())
-  elif isinstance(given, str):
+  if isinstance(reduce, str) and reduce.endswith('.json'):
+    reduce = json.loads(pathlib.Path(reduce).read_text())
+  elif isinstance(reduce, str):
     try:
-      given = ast.literal_eval(given) if given else None
+      reduce = ast.literal_eval(reduce) if reduce else None
     except (SyntaxError, ValueError) as error:
-      raise ValueError(f'reduce={given!r} is no dict: give one as {{"language": {{"method": '
+      raise ValueError(f'reduce={reduce!r} is no dict: give one as {{"language": {{"method": '
                        '"fastv", "layers": 2, "keep_ratio": 0.5}}, or a .json file') from error
-  if given is None:
+  if reduce is None:
     return None
-  if not isinstance(given, Mapping) or not all(isinstance(each, Mapping | None)
-                                               for each in given.values()):
-    raise ValueError(f'reduce={given!r} is no dict of reductions by place: give one as '
+  if not isinstance(reduce, Mapping) or not all(isinstance(each, Mapping | None)
+                                               for each in reduce.values()):
+    raise ValueError(f'reduce={reduce!r} is no dict of reductions by place: give one as '
                      '{"language": {"method": "fastv", "layers": 2, "keep_ratio": 0.5}}')
-  check_components(given)
-  return given
+  check_components(reduce)
+  return reduce
 
 
 def whole_numbers(text: Any) -> tuple[int, ...]:
-  """Buckets from '64:256', from a number, or as they are."""
+  """Returns buckets from '64:256', from a number, or as they are."""
   if isinstance(text, str):
     return tuple(int(part) for part in text.split(':'))
   return (text,) if isinstance(text, int) else tuple(np.asarray(text).tolist())

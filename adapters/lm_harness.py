@@ -25,12 +25,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from adapters.common import BUCKETS, Answerer, Question, Settings, whole_numbers
+from adapters.common import BUCKETS, Answerer, Question, Settings
 
 
 @register_model('winnow')
 class WinnowLM(TemplateLM):
-  """A model by its folder.
+  """Runs a model by its folder.
 
   Args:
     path, reduce, dtype, data_dir: as of `adapters.common.Answerer`.
@@ -45,39 +45,39 @@ class WinnowLM(TemplateLM):
                data_dir: str = '', max_batch_size: Any = None, device: Any = None):
     del max_batch_size, device
     super().__init__()
-    rows = 8 if str(batch_size).startswith('auto') else int(batch_size)
-    self.answerer = Answerer(path, reduce=reduce, batch_size=rows, dtype=dtype,
-                             buckets=whole_numbers(buckets), data_dir=data_dir)
-    self.batch_size, self._new_tokens, self._path = rows, int(new_tokens), str(path)
+    self.answerer = Answerer(path, reduce=reduce, batch_size=batch_size, dtype=dtype,
+                             buckets=buckets, data_dir=data_dir)
+    self.batch_size = self.answerer.batch_size
+    self._new_tokens, self._path = int(new_tokens), str(path)
 
   @property
   def max_length(self) -> int:
-    """The context."""
+    """Tokens that a prompt and its answer may have together."""
     return self.answerer.context
 
   @property
   def eot_token_id(self) -> int:
-    """What ends a text, or what starts one where nothing does."""
+    """Id of the token that ends a text, or of the one that starts texts where none ends them."""
     ends = self.answerer.assistant.ends
     return ends[0] if ends else self.prefix_token_id
 
   @property
   def prefix_token_id(self) -> int:
-    """What stands before a text that has nothing before it.
+    """Id of the token put before a text that has nothing before it.
 
     Raises:
       ValueError: neither a token that starts texts nor one that ends them is known.
     """
     assistant = self.answerer.assistant
-    found = [*assistant.encode('')[:1], *assistant.ends]
-    if not found:
+    ids = [*assistant.encode('')[:1], *assistant.ends]
+    if not ids:
       raise ValueError(f'{self._path} names no token that starts or ends a text: set eos_token_id '
                        'in its generation_config.json')
-    return found[0]
+    return ids[0]
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                  **kwargs: Any) -> list[int]:
-    """Ids of a text; None adds what starts texts unless the text has it."""
+    """Returns ids of a text; None adds what starts texts unless the text has it."""
     del kwargs
     assistant = self.answerer.assistant
     if add_special_tokens is None:
@@ -86,21 +86,21 @@ class WinnowLM(TemplateLM):
 
   def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]],
                             **kwargs: Any) -> list[tuple[float, bool]]:
-    """Likelihoods of continuations; the beginning of what is too long goes."""
+    """Returns likelihoods of continuations; the beginning of a context that is too long goes."""
     del kwargs
     questions = []
     for _, context, continuation in requests:
       left = max(1, self.max_length - len(continuation) + 1)
       questions.append(Question(tuple(context[-left:]), answer=tuple(continuation)))
-    found = [(score.log_likelihood, score.greedy) for score in self.answerer.scores(questions)]
-    for (key, *_), answer in zip(requests, found, strict=True):
+    answers = [(score.log_likelihood, score.greedy) for score in self.answerer.scores(questions)]
+    for (key, *_), answer in zip(requests, answers, strict=True):
       if key is not None:
         self.cache_hook.add_partial('loglikelihood', key, answer)
-    return found
+    return answers
 
   def loglikelihood_rolling(self, requests: Sequence[Instance],
                             disable_tqdm: bool = False) -> list[float]:
-    """Likelihoods of whole texts, in windows of the context where they are longer."""
+    """Returns likelihoods of whole texts, in windows of the context where they are longer."""
     del disable_tqdm
     windows, owners = [], []
     for number, request in enumerate(requests):
@@ -108,38 +108,35 @@ class WinnowLM(TemplateLM):
       for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
         windows.append((None, *make_disjoint_window(pair)))
         owners.append(number)
-    found = [0.0] * len(requests)
+    totals = [0.0] * len(requests)
     for number, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-      found[number] += score
-    for request, score in zip(requests, found, strict=True):
+      totals[number] += score
+    for request, score in zip(requests, totals, strict=True):
       self.cache_hook.add_partial('loglikelihood_rolling', request.args, score)
-    return found
+    return totals
 
   def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-    """Answers up to what a task says ends them."""
+    """Returns answers up to what a task says ends them."""
     del disable_tqdm
     questions = []
-    for context, given in (request.args for request in requests):
-      settings = Settings.of(given, new_tokens=self._new_tokens)
+    for context, arguments in (request.args for request in requests):
+      settings = Settings.of(arguments, new_tokens=self._new_tokens)
       left = self.max_length - settings.new_tokens
       if left < 1:
         raise ValueError(f'{settings.new_tokens} new tokens leave nothing of a context of '
                          f'{self.max_length} for the prompt: set --gen_kwargs max_gen_toks lower')
       questions.append(Question(tuple(self.tok_encode(context)[-left:]), settings=settings))
-    found = self.answerer.texts(questions)
-    for request, answer in zip(requests, found, strict=True):
-      self.cache_hook.add_partial('generate_until', request.args, answer)
-    return found
+    return self.answerer.texts_of(requests, questions, self.cache_hook)
 
   # Chats.
 
   @property
   def tokenizer_name(self) -> str:
-    """What caches of requests go by."""
+    """Name that caches of requests go by."""
     return self._path
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
-    """The checkpoint's template; only its default one.
+    """Returns the checkpoint's template; only its default one.
 
     Raises:
       ValueError: there is none.
@@ -152,7 +149,7 @@ class WinnowLM(TemplateLM):
 
   def apply_chat_template(self, chat_history: list[dict[str, str]],
                           add_generation_prompt: bool = True) -> str:
-    """The text of a conversation."""
+    """Returns the text of a conversation."""
     return self.answerer.assistant.chat(chat_history, answer=add_generation_prompt)
 
 

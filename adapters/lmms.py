@@ -22,13 +22,13 @@ from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
-from adapters.common import BUCKETS, Answerer, Question, Settings, whole_numbers
+from adapters.common import BUCKETS, Answerer, Question, Settings
 
 NAME = 'winnow'
 
 
 class WinnowLMM(lmms):
-  """A model by its folder.
+  """Runs a model by its folder.
 
   Args:
     path, reduce, dtype, data_dir: as of `adapters.common.Answerer`.
@@ -45,24 +45,21 @@ class WinnowLMM(lmms):
                device: Any = None):
     del max_batch_size, device
     super().__init__()
-    self.answerer = Answerer(path, reduce=reduce, batch_size=int(batch_size), dtype=dtype,
-                             buckets=whole_numbers(buckets), data_dir=data_dir)
+    self.answerer = Answerer(path, reduce=reduce, batch_size=batch_size, dtype=dtype,
+                             buckets=buckets, data_dir=data_dir)
     self._new_tokens, self._template = int(new_tokens), template
 
   def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-    """Answers up to what a task says ends them."""
+    """Returns answers up to what a task says ends them."""
     questions = []
-    for context, given, visual, *place in (request.args for request in requests):
+    for context, arguments, visual, *place in (request.args for request in requests):
       images = self._images(visual, *place)
       questions.append(Question(self._prompt(context, images), images,
-                                settings=Settings.of(given, new_tokens=self._new_tokens)))
-    found = self.answerer.texts(questions)
-    for request, answer in zip(requests, found, strict=True):
-      self.cache_hook.add_partial('generate_until', request.args, answer)
-    return found
+                                settings=Settings.of(arguments, new_tokens=self._new_tokens)))
+    return self.answerer.texts_of(requests, questions, self.cache_hook)
 
   def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-    """(loss, whether greedy decoding gives it) of each answer, as the `text` of a result.
+    """Returns (loss, whether greedy decoding gives it) of each answer, as the `text` of a result.
 
     The loss is the mean over the answer's tokens of minus the logarithm: this harness takes the
     choice with the smallest number, not the largest. A bare pair it would turn into text (0.7.3).
@@ -80,7 +77,7 @@ class WinnowLMM(lmms):
             for question, score in zip(questions, self.answerer.scores(questions), strict=True)]
 
   def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-    """Not offered.
+    """Refuses: several rounds are not offered.
 
     Raises:
       NotImplementedError: always.
@@ -93,7 +90,7 @@ class WinnowLMM(lmms):
                                                 template=self._template))
 
   def _images(self, visual: Any, number: int, task: str, split: str) -> tuple[Image.Image, ...]:
-    """What a task shows of a document.
+    """Returns the images that a task shows of a document.
 
     Raises:
       ValueError: anything but images.

@@ -10,11 +10,14 @@ tools/speed.py.
 Axes: B batch, N slots, M slots after, D features.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 import json
-import pathlib
-import re
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +25,14 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from lib.report import measuring, tables
+from lib.report.rows import Row
 from lib.runtime import cli, timing
 from models.backbones.vit import make_vit
 from models.compressors import COMPRESSORS
 from models.plan import methods
 from models.stack import STATIC
-from ops import assignments, attention
+from ops import assignments, attention, choices
 from ops import tokens as tk
 from ops.primitives import select
 from ops.signals import Signals
@@ -39,102 +44,186 @@ METHODS = flags.DEFINE_list('methods', None, 'Methods; all by default.')
 ROUNDS = flags.DEFINE_integer('rounds', 10, 'Interleaved rounds.')
 OUT = flags.DEFINE_string('out', None, 'Where the JSON goes; results/bench_<device>.json if unset.')
 
+SHOWN = ('name', 'slots', 'keep', 'latency', 'floor_ms', 'compile_s')
+Array = jax.Array
+Fused = Callable[..., attention.Attended]
 
-def main(argv):
-  """Times what --only names, and writes the file."""
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """Something to time beside others.
+
+  Attributes:
+    head: the first keys of its row, `name` among them.
+    function: of arrays.
+    args: its arguments.
+    floor_ms: the least that its work takes at this device's measured speed.
+  """
+
+  head: Row
+  function: Callable[..., Any]
+  args: tuple[Any, ...]
+  floor_ms: float
+
+
+class Turns:
+  """Candidates that take turns: all are compiled and timed when the first row is asked for."""
+
+  def __init__(self, candidates: Sequence[Candidate], title: str):
+    self._candidates = {candidate.head['name']: candidate for candidate in candidates}
+    self._title = title
+
+  def measure(self, head: Row) -> Row:
+    """Returns times and floor of one candidate; raises what its compilation raised."""
+    name = head['name']
+    ready, times = self._timed
+    if isinstance(ready[name], Exception):
+      raise ready[name]
+    return {'floor_ms': round(self._candidates[name].floor_ms, 4),
+            **{key: round(value, 4) for key, value in times[name].fields().items()},
+            'compile_s': round(ready[name].seconds, 3)}
+
+  @functools.cached_property
+  def _timed(self) -> tuple[dict[str, Any], Mapping[str, timing.Timing]]:
+    """{name: what is ready to run, or why it does not compile}, and times of the former."""
+    ready: dict[str, Any] = {}
+    for name, candidate in tqdm(self._candidates.items(), desc=self._title,
+                                disable=not sys.stderr.isatty()):
+      try:
+        ready[name] = timing.ready(candidate.function, candidate.args)
+      except measuring.FAILURES as reason:
+        ready[name] = reason
+    calls = {name: one.call for name, one in ready.items() if isinstance(one, timing.Ready)}
+    return ready, timing.interleave(calls, rounds=ROUNDS.value) if calls else {}
+
+
+def main(argv: Sequence[str]) -> None:
+  """Times what --only names, writes the file, and shows a table."""
   del argv
-  # A cached program would make compile times mean nothing.
-  jax.config.update('jax_enable_compilation_cache', False)
-  on_cpu = jax.default_backend() == 'cpu'
-  dtype = jnp.float32 if on_cpu else jnp.bfloat16
-  batch = BATCH.value or (8 if on_cpu else 256)
+  timing.compile_anew()
+  dtype = timing.usual_dtype()
+  batch = BATCH.value or (8 if jax.default_backend() == 'cpu' else 256)
   speed = timing.device_speed(dtype)
   result = {'machine': timing.machine(), 'dtype': jnp.dtype(dtype).name, 'rounds': ROUNDS.value,
             'measured_gflops': speed[0] / 1e9, 'measured_gbytes': speed[1] / 1e9}
-  if 'primitives' in ONLY.value:
-    result['primitives'] = primitives(batch, dtype, speed)
-  if 'reducers' in ONLY.value:
-    result['reducers'] = reducers(batch, dtype, speed)
-  device = re.sub(r'\W+', '_', result['machine']['device']).strip('_').lower()
-  path = pathlib.Path(OUT.value or f'results/bench_{device}.json')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=1) + '\n')
-  print(path)
-
-
-def timed(candidates, title):
-  """{name: (function, args)} -> {name: (Timing, compile seconds)}, all interleaved."""
-  calls = {name: timing.ready(*candidate) for name, candidate in tqdm(
-      candidates.items(), desc=title, disable=not sys.stderr.isatty())}
-  times = timing.interleave({name: call for name, (call, _) in calls.items()},
-                            rounds=ROUNDS.value)
-  return {name: (times[name], seconds) for name, (_, seconds) in calls.items()}
-
-
-def row(timing_, compile_s, **fields):
-  """A JSON row of one timing."""
-  return fields | {'median_ms': round(timing_.median_ms, 4), 'low_ms': round(timing_.low_ms, 4),
-                   'high_ms': round(timing_.high_ms, 4), 'compile_s': round(compile_s, 3)}
-
-
-def primitives(batch, dtype, speed):
-  """Ways of applying a merge, of selecting, and of scoring, each with its floor."""
   rows = []
+  for section in ('primitives', 'reducers'):
+    if section in ONLY.value:
+      result[section] = []
+      for group in SECTIONS[section](batch, dtype, speed):
+        result[section] += measuring.measure_rows([one.head for one in group],
+                                                  Turns(group, section).measure)
+      rows += result[section]
+  path = timing.result_path('bench', 'json', path=OUT.value)
+  path.write_text(json.dumps(result, indent=1) + '\n')
+  good = measuring.measured(rows)
+  if good:
+    print(tables.table(good, SHOWN))
+  print(path)
+  measuring.check_faults(rows, ('name',))
+
+
+# -- primitives ----------------------------------------------------------------------------------
+
+
+def primitives(batch: int, dtype: Any,
+               speed: tuple[float, float]) -> Iterator[Sequence[Candidate]]:
+  """Yields ways of applying a merge and of selecting, then ways of scoring, size by size.
+
+  Args:
+    batch: B.
+    dtype: of features.
+    speed: (FLOPs, bytes) a second of this device.
+  """
   for slots, keep, width in ((197, 184, 384), (197, 99, 768), (577, 288, 1024)):
-    random = np.random.default_rng(0)
-    src = np.stack([np.sort(random.permutation(slots)[:keep]) for _ in range(batch)])
-    dst = random.integers(0, keep, (batch, slots))
-    np.put_along_axis(dst, src, np.arange(keep)[None].repeat(batch, 0), 1)
-    merge = assignments.Merge(jnp.asarray(src, jnp.int32), jnp.asarray(dst, jnp.int32),
-                              jnp.ones((batch, slots)))
-    x = jnp.asarray(random.normal(size=(batch, slots, width)), dtype)
-    scores = jnp.asarray(random.normal(size=(batch, slots)), jnp.float32)
-    found = timed({
-        'apply: segment sum': (lambda m, x: m.apply(x), (merge, x)),
-        'apply: one-hot product': (
-            lambda m, x: jnp.einsum('bmn,bnd->bmd', m.matrix().astype(x.dtype), x), (merge, x)),
-        'apply: gather': (lambda m, x: assignments.take(x, m.src), (merge, x)),
-        'select: top_k': (lambda s: select.top(s, keep), (scores,)),
-        'select: argsort': (lambda s: jnp.argsort(-s, axis=1)[:, :keep], (scores,)),
-    }, f'primitives {slots}')
-    moved = (slots + keep) * width * batch * x.dtype.itemsize
-    for name, (time, seconds) in found.items():
-      floor = 1e3 * (moved if 'apply' in name else 2 * scores.nbytes) / speed[1]
-      rows.append(row(time, seconds, name=name, batch=batch, slots=slots, num_slots=keep,
-                      width=width,
-                      floor_ms=round(floor, 4)))
+    yield merging(batch, slots, keep, width, dtype, speed[1])
   for slots in (197, 577):
-    q, k, v = (jax.random.normal(jax.random.key(i), (batch, slots, 6, 64), dtype)
-               for i in range(3))
-    name = attention.pick(jax.default_backend(), dtype)
-    fused = functools.partial(attention.attend, implementation=name)
-    found = timed({
-        'attend': (lambda q, k, v: fused(q, k, v).out, (q, k, v)),
-        'attend with a [CLS] row': (lambda q, k, v: _with_row(fused, q, k, v), (q, k, v)),
-        'attend with received': (lambda q, k, v: _with_received(fused, q, k, v), (q, k, v)),
-        'eager map': (lambda q, k, v: jnp.einsum(
-            'bhnm,bmhd->bnhd', attention.eager(q, k).astype(v.dtype), v), (q, k, v)),
-    }, f'attention {slots}')
-    floor = 1e3 * 4 * batch * slots ** 2 * 384 / speed[0]
-    rows += [row(time, seconds, name=f'{label} ({name})', batch=batch, slots=slots,
-                 floor_ms=round(floor, 4)) for label, (time, seconds) in found.items()]
-  return rows
+    yield scoring(batch, slots, dtype, speed[0])
 
 
-def _with_row(fused, q, k, v):
+def merging(batch: int, slots: int, keep: int, width: int, dtype: Any,
+            bandwidth: float) -> list[Candidate]:
+  """Returns ways of merging N slots to `keep`, and of selecting so many."""
+  random = np.random.default_rng(0)
+  src = np.stack([np.sort(random.permutation(slots)[:keep]) for _ in range(batch)])
+  dst = random.integers(0, keep, (batch, slots))
+  np.put_along_axis(dst, src, np.arange(keep)[None].repeat(batch, 0), 1)
+  merge = assignments.Merge(jnp.asarray(src, jnp.int32), jnp.asarray(dst, jnp.int32),
+                            jnp.ones((batch, slots)))
+  x = jnp.asarray(random.normal(size=(batch, slots, width)), dtype)
+  scores = jnp.asarray(random.normal(size=(batch, slots)), jnp.float32)
+  applied, selected = (merge, x), (scores,)
+  moved = {'apply': (slots + keep) * width * batch * x.dtype.itemsize,
+           'select': 2 * scores.nbytes}
+  ways: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+      'apply: segment sum': (lambda m, x: m.apply(x), applied),
+      'apply: one-hot product': (
+          lambda m, x: jnp.einsum('bmn,bnd->bmd', m.matrix().astype(x.dtype), x), applied),
+      'apply: gather': (lambda m, x: assignments.take(x, m.src), applied),
+      'select: top_k': (lambda s: select.top(s, keep), selected),
+      'select: argsort': (lambda s: jnp.argsort(-s, axis=1)[:, :keep], selected)}
+  head = {'batch': batch, 'slots': slots, 'keep': keep, 'width': width}
+  return [Candidate({'name': name, **head}, function, args,
+                    1e3 * moved[name.partition(':')[0]] / bandwidth)
+          for name, (function, args) in ways.items()]
+
+
+def scoring(batch: int, slots: int, dtype: Any, peak_flops: float) -> list[Candidate]:
+  """Returns ways of measuring scores beside attention over N slots."""
+  qkv = tuple(jax.random.normal(jax.random.key(i), (batch, slots, 6, 64), dtype)
+              for i in range(3))
+  kernel = attention.pick(jax.default_backend(), dtype)
+  fused = functools.partial(attention.attend, implementation=kernel)
+  ways: dict[str, Callable[..., Any]] = {
+      'attend': lambda q, k, v: fused(q, k, v).out,
+      'attend with a [CLS] row': lambda q, k, v: _with_row(fused, q, k, v),
+      'attend with received': lambda q, k, v: _with_received(fused, q, k, v),
+      'eager map': lambda q, k, v: jnp.einsum(
+          'bhnm,bmhd->bnhd', attention.eager(q, k).astype(v.dtype), v)}
+  floor_ms = 1e3 * 4 * batch * slots ** 2 * 384 / peak_flops
+  return [Candidate({'name': f'{name} ({kernel})', 'batch': batch, 'slots': slots}, function, qkv,
+                    floor_ms) for name, function in ways.items()]
+
+
+def _with_row(fused: Fused, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
   mixed = fused(q, k, v)
   return mixed.out, attention.rows(q[:, :1], k, mixed.lse[:, :1])
 
 
-def _with_received(fused, q, k, v):
+def _with_received(fused: Fused, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
   mixed = fused(q, k, v)
   return mixed.out, attention.received(q, k, mixed.lse)
 
 
-def reducers(batch, dtype, speed):
-  """Every method alone: decide and reduce, from 197 tokens of a ViT-S to 138."""
+# -- methods -------------------------------------------------------------------------------------
+
+
+def reducers(batch: int, dtype: Any, speed: tuple[float, float]) -> Iterator[Sequence[Candidate]]:
+  """Yields every method alone, deciding and reducing 197 tokens of a ViT-S to 138."""
+  tokens, signals = layer_inputs(batch, dtype)
+  slots, width, keep = tokens.slots, tokens.x.shape[-1], 138
+  floor_ms = 1e3 * (slots + keep) * width * batch * tokens.x.dtype.itemsize / speed[1]
+  head = {'batch': batch, 'slots': slots, 'keep': keep, 'width': width}
+  yield [Candidate({'name': name, **head}, *reduction(name, tokens, signals, keep), floor_ms)
+         for name in chosen()]
+
+
+def reduction(name: str, tokens: tk.TokenSet, signals: Mapping[str, Any],
+              keep: int) -> tuple[Callable[..., Array], tuple[Any, ...]]:
+  """Returns a function that decides and reduces to `keep` slots, and its arguments."""
+  method = methods()[name]()
+  needed = Signals(**{key: signals[key] for key in method.needs | (STATIC & signals.keys())})
+  if name not in COMPRESSORS:
+    return lambda t, s: tk.reduce(t, method(t, s, num_slots=keep)).x, (tokens, needed)
+  params = method.init(jax.random.key(0), tokens, needed, num_slots=keep)
+  return (lambda p, t, s: tk.reduce(t, method.apply(p, t, s, num_slots=keep)).x,
+          (params, tokens, needed))
+
+
+def layer_inputs(batch: int, dtype: Any) -> tuple[tk.TokenSet, dict[str, Any]]:
+  """Returns random tokens of layer 3 of a ViT-S, and every signal that a ViT offers there."""
   host = make_vit('S/16').host
-  slots, heads, width, keep = host.slots, 6, 384, 138
+  slots, heads, width = host.slots, 6, 384
   kind = jnp.broadcast_to(jnp.where(jnp.arange(slots) == 0, tk.SPECIAL, tk.VISUAL).astype(jnp.int8),
                           (batch, slots))
   pos = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32) - 1, (batch, slots))
@@ -143,33 +232,29 @@ def reducers(batch, dtype, speed):
                               protected=1)
   shape = (batch, slots, heads, width // heads)
   q, k, v = (normal(jax.random.key(i), shape) for i in (1, 2, 3))
-  attended = attention.eager(q, k)
-  everything = {'keys': k, 'queries': q, 'values': v, 'cls_attention': attended[:, :, 0],
-                'received_attention': attended.mean(axis=2), 'attention': attended,
-                'next_received_attention': attended.mean(axis=2), 'hidden': tokens.x,
-                'grid': (14, 14), 'layer': 3, 'depth': 12, 'slots': slots}
-  assert everything.keys() == host.offers
-  candidates = {}
-  for name in chosen():
-    method = methods()[name]()
-    wanted = {key: everything[key] for key in method.needs | (STATIC & host.offers)}
-    signals = Signals(**wanted)
-    if name in COMPRESSORS:
-      params = method.init(jax.random.key(0), tokens, signals, num_slots=keep)
-      candidates[name] = (lambda p, t, s, method=method: tk.reduce(
-          t, method.apply(p, t, s, num_slots=keep)).x, (params, tokens, signals))
-    else:
-      candidates[name] = (lambda t, s, method=method: tk.reduce(
-          t, method(t, s, num_slots=keep)).x, (tokens, signals))
-  floor = 1e3 * (slots + keep) * width * batch * tokens.x.dtype.itemsize / speed[1]
-  return [row(time, seconds, name=name, batch=batch, slots=slots, num_slots=keep, width=width,
-              floor_ms=round(floor, 4))
-          for name, (time, seconds) in timed(candidates, 'reducers').items()]
+  scores = attention.eager(q, k)
+  signals = {'keys': k, 'queries': q, 'values': v, 'cls_attention': scores[:, :, 0],
+             'received_attention': scores.mean(axis=2), 'attention': scores,
+             'next_received_attention': scores.mean(axis=2), 'hidden': tokens.x,
+             'grid': (14, 14), 'layer': 3, 'depth': 12, 'slots': slots}
+  assert signals.keys() == host.offers
+  return tokens, signals
 
 
-def chosen():
-  """The methods to time, 'none' left out."""
-  return METHODS.value or sorted(set(methods(make_vit('S/16').host)) - {'none'})
+def chosen() -> list[str]:
+  """Returns the names of the methods to time; by default all but 'none'.
+
+  Raises:
+    ValueError: a name that a ViT knows no method of.
+  """
+  offered = methods(make_vit('S/16').host)
+  names = METHODS.value or sorted(set(offered) - {'none'})
+  for name in names:
+    choices.check('method ', name, offered)
+  return names
+
+
+SECTIONS = {'primitives': primitives, 'reducers': reducers}
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What an adaptive method saves when easy images may run in smaller programs, on real images.
+"""Times an adaptive method whose easy images may run in smaller programs, on real images.
 
   python -m tools.buckets --config=configs/digit_segments.py --workdir=runs/segments \\
       --config.reduce.vision.method=ats --config.reduce.vision.layers='(1,)' \\
@@ -12,8 +12,12 @@ few rows at a time. One JSON line a batch goes to --out.
 Axes: B batch, R rows that share a bucket.
 """
 
+from __future__ import annotations
+
 import functools
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,7 @@ from absl import flags
 
 from lib.data import images as image_data
 from lib.report import tables
+from lib.report.rows import append_jsonl
 from lib.runtime import cli, launch, sharding, timing
 from lib.tasks import image_sweep
 from models.build import build
@@ -35,51 +40,68 @@ ROUNDS = flags.DEFINE_integer('rounds', 20, 'Interleaved rounds.')
 OUT = flags.DEFINE_string('out', 'results/buckets.jsonl', 'Where rows are added.')
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
   """Counts, times, and prints a table."""
   del argv
   config = launch.CONFIG.value
   mesh = sharding.make_mesh(config.mesh)
   step, params = image_sweep.load(config, pathlib.Path(launch.WORKDIR.value), mesh)
   vit = build(config.model, config.reduce.vision, task=config.get('task'))
+  if vit.plan is None:
+    raise ValueError('nothing is reduced: name an adaptive method, as with '
+                     '--config.reduce.vision.method=ats')
   params = to_storage(params, fastest_storage(vit.plan, platform=jax.default_backend()))
-  sizes = SIZES.value and [int(size) for size in SIZES.value]
+  sizes = [int(size) for size in SIZES.value] if SIZES.value else None
   whole = Buckets(vit, params, sizes=sizes)
   sorted_ = Buckets(vit, params, sizes=sizes, rows=ROWS.value)
 
-  batches = list(image_data.eval_batches(config.data))
-  images = np.concatenate([batch['image'][batch['mask'] > 0] for batch in batches])
-  images = images[:len(images) // BATCH.value * BATCH.value]
-  counts = np.concatenate([whole(part).counts for part in np.split(
-      images, len(images) // BATCH.value)])
-  order = np.argsort(counts, kind='stable')
-  spread = np.linspace(0, len(order) - 1, BATCH.value).round().astype(int)
-  kinds = {'easy': order[:BATCH.value], 'hard': order[-BATCH.value:],
-           'mixed': np.random.default_rng(0).permutation(order[spread])}
   plain = jax.jit(lambda p, x: vit.clone(plan=None).apply({'params': p}, x)[0])
   full = jax.jit(lambda p, x: vit.apply({'params': p}, x)[0])
-  rows = [one(name, jnp.asarray(images[chosen]), params, plain, full, whole, sorted_) for
-          name, chosen in kinds.items()]
-  cuts = [[cut.layer, cut.slots_out] for cut in vit.plan.cuts]
-  about = {'step': step, 'method': vit.plan.name, 'cuts': cuts, 'sizes': whole.sizes,
+  ways: dict[str, Callable[[jax.Array], Any]] = {
+      'plain': functools.partial(plain, params), 'full': functools.partial(full, params),
+      'bucket': lambda x: whole(x).logits, 'sorted': lambda x: sorted_(x).logits}
+  rows = [measured(name, images, ways, sorted_)
+          for name, images in kinds(config.data, whole).items()]
+  about = {'step': step, 'method': vit.plan.name,
+           'cuts': [[cut.layer, cut.slots_out] for cut in vit.plan.cuts], 'sizes': whole.sizes,
            'batch': BATCH.value, 'rows_a_bucket': ROWS.value,
            'compilations': len(whole.compiled) + len(sorted_.compiled),
            'overflow': whole.overflow, **timing.machine()}
   for row in rows:
-    rows.append_jsonl(OUT.value, about | row)
+    append_jsonl(OUT.value, about | row)
   print(tables.table(rows, list(rows[0])))
   print(f'{about["compilations"]} programs for buckets {whole.sizes}, '
         f'{sum(whole.compiled.values()) + sum(sorted_.compiled.values()):.1f} s of compiling; '
         f'{whole.overflow} rows in no bucket')
 
 
-def one(name, images, params, plain, full, whole, sorted_):
-  """A row: one batch under every way of running it."""
-  answer, expected = sorted_(images), full(params, images)
-  runs = {'plain': functools.partial(plain, params, images),
-          'full': functools.partial(full, params, images),
-          'bucket': lambda: whole(images).logits, 'sorted': lambda: sorted_(images).logits}
-  times = timing.interleave(runs, rounds=ROUNDS.value)
+def kinds(data: Any, buckets: Buckets) -> dict[str, jax.Array]:
+  """Returns batches of the test images that keep the fewest tokens, the most, and of all kinds."""
+  batches = list(image_data.eval_batches(data))
+  images = np.concatenate([batch['image'][batch['mask'] > 0] for batch in batches])
+  images = images[:len(images) // BATCH.value * BATCH.value]
+  counts = np.concatenate([buckets(jnp.asarray(part)).counts for part in np.split(
+      images, len(images) // BATCH.value)])
+  order = np.argsort(counts, kind='stable')
+  spread = np.linspace(0, len(order) - 1, BATCH.value).round().astype(int)
+  chosen = {'easy': order[:BATCH.value], 'hard': order[-BATCH.value:],
+            'mixed': np.random.default_rng(0).permutation(order[spread])}
+  return {name: jnp.asarray(images[index]) for name, index in chosen.items()}
+
+
+def measured(name: str, images: jax.Array, ways: Mapping[str, Callable[[jax.Array], Any]],
+             sorted_: Buckets) -> dict[str, Any]:
+  """Measures a row: one batch under every way of running it.
+
+  Args:
+    name: of the row.
+    images: [B, height, width, C].
+    ways: {name: images -> logits}, 'full' among them.
+    sorted_: buckets that rows are sorted into.
+  """
+  answer, expected = sorted_(images), ways['full'](images)
+  times = timing.interleave({key: functools.partial(way, images) for key, way in ways.items()},
+                            rounds=ROUNDS.value)
   row = {'images': name, 'tokens_mean': float(answer.counts.mean()),
          'tokens_most': int(answer.counts.max()), 'capacity_mean': answer.capacity.mean(),
          'largest_difference': float(jnp.abs(answer.logits - expected).max())}

@@ -1,4 +1,4 @@
-"""What reducing tokens gains in answering: time to the first token, and tokens a second.
+"""Measures what reducing tokens gains in answering: time to the first token, tokens a second.
 
   python -m tools.decode_bench                   (results/decode_<device>.jsonl and .md)
   python -m tools.decode_bench --models=scenes --rounds=3
@@ -20,9 +20,11 @@ exceed a tenth of the cache, or which does not write into the cache in place.
 Axes: B batch, N slots.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import pathlib
-import re
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +35,8 @@ from configs import digit_scenes
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import lm as lm_cost
 from lib.data.qa import Info
-from lib.report.rows import append_jsonl, read_jsonl
+from lib.report import measuring, tables
+from lib.report.rows import Row
 from lib.runtime import cli, timing
 from lib.runtime.meter import floor_seconds
 from lib.tasks import qa as qa_task
@@ -41,6 +44,7 @@ from models.backbones.lm import LM
 from models.backbones.vlm import Images
 from models.plan import make_cache_plan, make_plan
 from models.storage import to_storage
+from ops import choices
 from ops.rope import Rope
 from ops.tokens import SPECIAL, TEXT
 
@@ -71,6 +75,11 @@ PLANS = {
         'streaming_llm, cache, 25 %': {'cache': {'method': 'streaming_llm', 'keep_ratio': 0.25}}},
 }
 MOST_TEMPORARIES = 0.1  # As a share of the cache.
+HEAD = ('model', 'plan')  # What tells a row from others.
+# What fits into a processor's cache is read as fast as the fastest copy.
+IN_CACHE = 2 ** 24
+
+Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,13 +98,13 @@ class Case:
   slots: int
   inputs: tuple[Any, ...]
 
-  def first(self, params, *inputs):
-    """The first token int32[B] and the cache: what a prompt costs."""
+  def first(self, params: Any, *inputs: Any) -> tuple[Array, Any]:
+    """Reads a prompt: the first token int32[B] and the cache."""
     logits, cache = self.model.apply({'params': params}, *inputs, room=ROOM, method='prefill')
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
-  def step(self, params, ids, cache):
-    """The next token and the cache."""
+  def step(self, params: Any, ids: Array, cache: Any) -> tuple[Array, Any]:
+    """Decodes: the next token int32[B] and the cache."""
     logits, cache = self.model.apply({'params': params}, ids, cache, method='decode')
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
@@ -103,11 +112,11 @@ class Case:
 class Decoding:
   """A cache, and a call that decodes so many tokens over it, again and again from its start."""
 
-  def __init__(self, run, params, ids, cache):
+  def __init__(self, run: Callable[..., Any], params: Any, ids: Array, cache: Any):
     self._run, self._params, self._ids, self._cache = run, params, ids, cache
 
-  def __call__(self):
-    """The last token."""
+  def __call__(self) -> Array:
+    """Decodes, and returns the last token int32[B]."""
     ids, cache = self._ids, self._cache
     for _ in range(TOKENS.value):
       ids, cache = self._run(self._params, ids, cache)
@@ -115,96 +124,149 @@ class Decoding:
     return ids
 
 
-def main(argv):
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """A case's two compiled programs, ready to take turns with those of others.
+
+  Attributes:
+    reading: reads the prompt.
+    decoding: decodes over the cache that it left.
+    step: one step of decoding.
+  """
+
+  reading: timing.Ready
+  decoding: Decoding
+  step: timing.Compiled
+
+  @classmethod
+  def of(cls, case: Case, params: Any) -> Programs:
+    """Compiles both."""
+    reading = timing.ready(case.first, (params, *case.inputs))
+    ids, cache = reading.call()
+    step = timing.compile_seconds(
+        jax.jit(case.step, donate_argnums=2).lower(params, ids, cache))
+    return cls(reading, Decoding(step.run, params, ids, cache), step)
+
+
+def main(argv: Sequence[str]) -> None:
   """Measures, adds rows, and writes the table."""
   del argv
   if not 0 < TOKENS.value <= ROOM:
     raise ValueError(f'tokens={TOKENS.value} is impossible: decode 1 to {ROOM}')
-  unknown = sorted(set(MODELS.value) - set(PLANS))
-  if unknown:
-    raise ValueError(f'model {unknown[0]!r} is unknown: choose from {", ".join(PLANS)}')
-  # A cached program would make compile times mean nothing.
-  jax.config.update('jax_enable_compilation_cache', False)
-  device = re.sub(r'\W+', '_', jax.devices()[0].device_kind).strip('_').lower()
-  out = pathlib.Path(OUT.value or f'results/decode_{device}.jsonl')
-  speed = timing.device_speed(jnp.float32)
   for name in MODELS.value:
-    for row in measured(name, speed):
-      append_jsonl(out, row)
-  rows = list({(row['model'], row['plan']): row for row in read_jsonl(out)}.values())
+    choices.check('model ', name, PLANS)
+  timing.compile_anew()
+  out = timing.result_path('decode', 'jsonl', path=OUT.value)
+  speed = timing.device_speed(jnp.float32)
+
+  @functools.cache
+  def by_plan(name: str) -> dict[str, Row]:
+    # Plans of a model take turns: their rows are measured together.
+    return {row['plan']: row for row in measured(name, speed)}
+
+  heads = [{'model': name, 'plan': plan} for name in MODELS.value for plan in PLANS[name]]
+  measuring.measure_rows(heads, lambda head: by_plan(head['model'])[head['plan']], path=out,
+                         about=timing.machine(), again=True)
+  rows = list(measuring.newest(out, HEAD).values())
   text = table(rows)
   out.with_suffix('.md').write_text(text)
   print(text)
-  faults = [f'{row["model"]}, {row["plan"]}: {row["fault"]}' for row in rows if row['fault']]
-  if faults:
-    raise ValueError('; '.join(faults))
+  measuring.check_faults(rows, HEAD)
 
 
-def measured(name, speed):
-  """Rows of one model under all its plans.
+def measured(name: str, speed: tuple[float, float]) -> list[Row]:
+  """Measures one model under all its plans.
 
   Args:
     name: of the model.
     speed: (FLOPs, bytes) a second of this device, the latter of the fastest copy.
   """
   cases = {plan: CASES[name](**places) for plan, places in PLANS[name].items()}
-  params = weights(cases['unreduced'])
-  reading, decoding, programs = {}, {}, {}
-  for plan, case in cases.items():
-    reading[plan] = timing.ready(case.first, (params, *case.inputs))
-    ids, cache = reading[plan].call()
-    step = jax.jit(case.step, donate_argnums=2).lower(params, ids, cache)
-    programs[plan] = timing.compile_seconds(step)
-    decoding[plan] = Decoding(programs[plan].run, params, ids, cache)
+  full = cases['unreduced']
+  params = weights(full)
+  programs = {plan: Programs.of(case, params) for plan, case in cases.items()}
   rounds = {part: ROUNDS.value or default for part, default in
             (('reading', 3 if name == 'lm' else 15), ('decoding', 5 if name == 'lm' else 15))}
-  first = timing.interleave({plan: ready.call for plan, ready in reading.items()}, warmup=1,
+  first = timing.interleave({plan: one.reading.call for plan, one in programs.items()}, warmup=1,
                             rounds=rounds['reading'])
-  after = timing.interleave(decoding, warmup=1, rounds=rounds['decoding'])
+  after = timing.interleave({plan: one.decoding for plan, one in programs.items()}, warmup=1,
+                            rounds=rounds['decoding'])
 
-  held = sum(leaf.nbytes for leaf in jax.tree.leaves(_read_by_steps(params)))
-  full = cases['unreduced']
-  cached = lm_cost.of(full.lm, full.slots, room=ROOM).allocated_bytes
-  # What fits into a processor's cache is read as fast as the fastest copy.
-  bandwidth = speed[1] if held < 2 ** 24 else timing.read_speed(held + cached)
-  rows = []
+  weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(_read_by_steps(params)))
+  cache_bytes = lm_cost.of(full.lm, full.slots, room=ROOM).allocated_bytes
+  bandwidth = (speed[1] if weight_bytes < IN_CACHE
+               else timing.read_speed(weight_bytes + cache_bytes))
+  rows: list[Row] = []
   for plan, case in cases.items():
-    costs, base = lm_cost.of(case.lm, case.slots, room=ROOM), lm_cost.of(
-        full.lm, full.slots, room=ROOM)
-    macs = jaxpr_cost.count(case.first, params, *case.inputs).total
-    floors = [1e3 * floor_seconds(work, moved, peak_flops=speed[0], bandwidth=bandwidth)
-              for work, moved in ((macs, held), (costs.decode_macs, held + costs.allocated_bytes))]
-    memory = programs[plan].run.memory_analysis()
     row = {'model': name, 'plan': plan, 'dtype': 'float32', 'batch': 1, 'slots': case.slots,
            'decoded': TOKENS.value, 'reading_rounds': rounds['reading'],
            'decoding_rounds': rounds['decoding'],
-           'cached': [layer.cached for layer in costs.layers]}
-    for part, times, tokens, floor, seconds in (
-        ('first', first, 1, floors[0], reading[plan].seconds),
-        ('token', after, TOKENS.value, floors[1], programs[plan].seconds)):
-      time, faster = times[plan], timing.speedup(times['unreduced'], times[plan])
-      row |= {f'{part}_ms': time.median_ms / tokens, f'{part}_low_ms': time.low_ms / tokens,
-              f'{part}_high_ms': time.high_ms / tokens, f'{part}_speedup': faster.ratio,
-              f'{part}_speedup_low': faster.low, f'{part}_speedup_high': faster.high,
-              f'{part}_floor_ms': floor, f'{part}_above_floor': time.median_ms / tokens / floor,
-              f'{part}_compile_s': seconds}
-    row |= {'tokens_a_second': 1e3 / row['token_ms'], 'first_gmacs': macs / 1e9,
-            'macs_ratio': costs.macs / base.macs, 'kv_ratio': costs.kv_bytes / base.kv_bytes,
-            'token_macs_ratio': costs.decode_macs / base.decode_macs,
-            'token_bytes_ratio': (held + costs.allocated_bytes) / (held + base.allocated_bytes),
-            'weights_mb': held / 2 ** 20, 'cache_mb': costs.allocated_bytes / 2 ** 20,
-            'temporaries_mb': memory.temp_size_in_bytes / 2 ** 20,
-            'temporaries_share': memory.temp_size_in_bytes / costs.allocated_bytes,
-            'device_gflops': speed[0] / 1e9, 'read_gbytes': bandwidth / 1e9}
-    row = {key: round(value, 4) if isinstance(value, float) else value
-           for key, value in row.items()}
-    row['fault'] = fault(row, memory.alias_size_in_bytes, costs.allocated_bytes)
-    rows.append(row | timing.machine())
+           **work(case, full, params, weight_bytes, programs[plan].step.run,
+                  peak_flops=speed[0], bandwidth=bandwidth)}
+    row |= part_fields('first', first, plan, 1, row['first_floor_ms'],
+                       programs[plan].reading.seconds)
+    row |= part_fields('token', after, plan, TOKENS.value, row['token_floor_ms'],
+                       programs[plan].step.seconds)
+    row |= {'tokens_a_second': 1e3 / row['token_ms'], 'device_gflops': speed[0] / 1e9,
+            'read_gbytes': bandwidth / 1e9}
+    rows.append({key: round(value, 4) if isinstance(value, float) else value
+                 for key, value in row.items()} | timing.machine())
   return rows
 
 
-def fault(row, aliased, cache_bytes):
-  """What a decode step copies that it should not, '' for nothing."""
+def part_fields(part: str, times: Mapping[str, timing.Timing], plan: str, tokens: int,
+                floor_ms: float, compile_s: float) -> dict[str, float]:
+  """Returns keys of a row about reading ('first') or decoding ('token'), in time a token."""
+  time, faster = times[plan], timing.speedup(times['unreduced'], times[plan])
+  return {f'{part}_ms': time.median_ms / tokens, f'{part}_low_ms': time.low_ms / tokens,
+          f'{part}_high_ms': time.high_ms / tokens, **faster.fields(f'{part}_'),
+          f'{part}_above_floor': time.median_ms / tokens / floor_ms,
+          f'{part}_compile_s': compile_s}
+
+
+def work(case: Case, full: Case, params: Any, weight_bytes: int, step: jax.stages.Compiled, *,
+         peak_flops: float, bandwidth: float) -> dict[str, Any]:
+  """Returns keys of a row about what is computed and held, beside the unreduced model.
+
+  Args:
+    case, full: the model under the plan, and under none.
+    params: of both.
+    weight_bytes: bytes of the parameters that a decode step reads.
+    step: the compiled decode step.
+    peak_flops, bandwidth: of this device.
+  """
+  costs, base = (lm_cost.of(each.lm, each.slots, room=ROOM) for each in (case, full))
+  macs = jaxpr_cost.count(case.first, params, *case.inputs).total
+  floors = {part: 1e3 * floor_seconds(products, moved, peak_flops=peak_flops, bandwidth=bandwidth)
+            for part, products, moved in (
+                ('first', macs, weight_bytes),
+                ('token', costs.decode_macs, weight_bytes + costs.allocated_bytes))}
+  memory = step.memory_analysis()
+  if memory is None:
+    raise ValueError('this backend does not tell what memory a program needs: measure on a CPU, '
+                     'GPU or TPU')
+  share = memory.temp_size_in_bytes / costs.allocated_bytes
+  return {'cached': [layer.cached for layer in costs.layers],
+          'first_floor_ms': floors['first'], 'token_floor_ms': floors['token'],
+          'first_gmacs': macs / 1e9, 'macs_ratio': costs.macs / base.macs,
+          'kv_ratio': costs.kv_bytes / base.kv_bytes,
+          'token_macs_ratio': costs.decode_macs / base.decode_macs,
+          'token_bytes_ratio': (weight_bytes + costs.allocated_bytes)
+                               / (weight_bytes + base.allocated_bytes),
+          'weights_mb': weight_bytes / 2 ** 20, 'cache_mb': costs.allocated_bytes / 2 ** 20,
+          'temporaries_mb': memory.temp_size_in_bytes / 2 ** 20, 'temporaries_share': share,
+          'fault': fault({'temporaries_share': share}, memory.alias_size_in_bytes,
+                         costs.allocated_bytes)}
+
+
+def fault(row: Row, aliased: int, cache_bytes: int) -> str:
+  """Names what a decode step copies that it should not, '' for nothing.
+
+  Args:
+    row: with 'temporaries_share'.
+    aliased: bytes that the program writes in place.
+    cache_bytes: those of the cache.
+  """
   if row['temporaries_share'] > MOST_TEMPORARIES:
     return f'temporaries are {row["temporaries_share"]:.0%} of the cache'
   return '' if aliased >= cache_bytes else 'the cache is not written in place'
@@ -213,8 +275,8 @@ def fault(row, aliased, cache_bytes):
 # -- models ----------------------------------------------------------------------------------------
 
 
-def scenes(**places):
-  """The vision-language model of configs/digit_scenes.py under reductions by place."""
+def scenes(**places: Any) -> Case:
+  """Builds the vision-language model of configs/digit_scenes.py under reductions by place."""
   # Imported here: it takes TFDS with it.
   from lib.data.datasets.digit_scenes import END, IMAGE, PAD, WORDS
   config = digit_scenes.get_config()
@@ -226,30 +288,30 @@ def scenes(**places):
   return Case(model, model.lm, ASKED + visual, (ids, jnp.ones(ids.shape, bool), Images(pixels)))
 
 
-def language(**places):
-  """A language model of 16 layers under reductions by place."""
+def language(**places: Any) -> Case:
+  """Builds a language model of 16 layers under reductions by place."""
   lm = LM(vocabulary=32000, width=1024, depth=16, mlp=2816, heads=16, kv_heads=4, head_width=64,
           context=2 * PROMPT, rope=Rope(64))
   ids = jax.random.randint(jax.random.key(0), (1, PROMPT), 0, lm.vocabulary)
   host = lm.host(PROMPT, special=QUESTION)
   plan = make_plan(places['language'], host) if 'language' in places else None
-  kept = make_cache_plan(places['cache'], host, plan=plan) if 'cache' in places else None
-  lm = lm.clone(plan=plan, cache_plan=kept)
-  return Case(_Asked(lm), lm, PROMPT, (ids,))
+  cache_plan = make_cache_plan(places['cache'], host, plan=plan) if 'cache' in places else None
+  lm = lm.clone(plan=plan, cache_plan=cache_plan)
+  return Case(_WithQuestion(lm), lm, PROMPT, (ids,))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _WithQuestion:
   """A language model whose last tokens are a question, of a kind that no reduction touches."""
 
   lm: LM
 
-  def init(self, key, ids):
+  def init(self, key: Array, ids: Array) -> Any:
     return self.lm.init(key, ids)
 
-  def apply(self, variables, *inputs, method, **settings):
+  def apply(self, variables: Any, *inputs: Any, method: str, **settings: Any) -> Any:
     if method == 'prefill':
-      tokens = self.lm.apply(variables, *inputs, method='embed')
+      tokens: Any = self.lm.apply(variables, *inputs, method='embed')
       kind = jnp.where(jnp.arange(tokens.slots) < tokens.slots - QUESTION, TEXT, SPECIAL)
       inputs = (tokens.replace(kind=jnp.broadcast_to(kind.astype(jnp.int8), tokens.kind.shape)),)
     return self.lm.apply(variables, *inputs, method=method, **settings)
@@ -258,14 +320,14 @@ class _Asked:
 CASES = {'scenes': scenes, 'lm': language}
 
 
-def weights(case):
-  """Random parameters, the blocks as a tuple, in which decoding copies none."""
+def weights(case: Case) -> Any:
+  """Makes random parameters, the blocks as a tuple, in which decoding copies none."""
   params = jax.jit(case.model.init)(jax.random.key(1), *case.inputs)['params']
   return to_storage(params, 'unstacked')
 
 
-def _read_by_steps(params):
-  """The parameters that a decode step reads whole: not the tower's, nor embeddings."""
+def _read_by_steps(params: Any) -> dict[str, Any]:
+  """Returns parameters that a decode step reads whole: not the tower's, nor embeddings."""
   params = params.get('lm', params)
   return {name: part for name, part in params.items() if name != 'table'}
 
@@ -273,8 +335,11 @@ def _read_by_steps(params):
 # -- the table -------------------------------------------------------------------------------------
 
 
-def table(rows):
-  """Markdown: a line a model and plan."""
+def table(rows: Sequence[Row]) -> str:
+  """Returns Markdown: a line a model and plan; rows that failed are left out."""
+  rows = measuring.measured(rows)
+  if not rows:
+    return 'Nothing was measured.\n'
   titles = ['model', 'plan', 'first token ms', 'speed-up', 'MACs ratio', 'above floor',
             'tokens/s', 'speed-up', 'bytes ratio', 'KV ratio', 'above floor', 'temporaries % of KV',
             'compile s']
@@ -286,20 +351,18 @@ def table(rows):
             _speedup(row, 'token'), f'{row["token_bytes_ratio"]:.2f}', f'{row["kv_ratio"]:.2f}',
             f'{row["token_above_floor"]:.1f}x', f'{100 * row["temporaries_share"]:.1f}',
             f'{row["first_compile_s"]:.1f} + {row["token_compile_s"]:.1f}'] for row in rows]
-  about = rows[-1]
   rounds = {row['model']: f'{row["model"]} {row["reading_rounds"]} rounds of reading and '
                           f'{row["decoding_rounds"]} of decoding {row["decoded"]} tokens'
             for row in rows}
-  head = (f'Batch 1, {about["dtype"]}, {about["cores"]} cores of {about["cpu"]}, jax '
-          f'{about["jax"]}, {about["date"]}; medians [quartiles]: {"; ".join(rounds.values())}. '
+  head = (f'Batch 1, {rows[-1]["dtype"]}, {tables.describe_machine(rows[-1])}; medians '
+          f'[quartiles]: {"; ".join(rounds.values())}. '
           "MACs, bytes and KV are shares of the unreduced model's; bytes are the weights and cache "
           'that a decode step reads. '
           'tools/decode_bench.py says what the rest means.')
-  body = [titles, ['---'] * len(titles), *cells]
-  return head + '\n\n' + '\n'.join('| ' + ' | '.join(line) + ' |' for line in body) + '\n'
+  return f'{head}\n\n{tables.markdown_lines(titles, cells)}'
 
 
-def _speedup(row, part):
+def _speedup(row: Row, part: str) -> str:
   return (f'{row[f"{part}_speedup"]:.2f} [{row[f"{part}_speedup_low"]:.2f}, '
           f'{row[f"{part}_speedup_high"]:.2f}]')
 

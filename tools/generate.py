@@ -73,7 +73,7 @@ MOST_LINES = 8
 
 
 def reductions() -> ConfigDict:
-  """What --reduce can set; a method '' leaves a place to the run's own config."""
+  """Returns the settings of --reduce; a method '' leaves a place to the run's own config."""
   unset = config_dict.placeholder
   return ConfigDict({
       'vision': reduction(''),
@@ -101,7 +101,7 @@ class Question:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Loads, answers, tells what it took."""
+  """Loads, answers, and prints what it took."""
   if len(argv) > 1:
     raise ValueError(f'{argv[1]!r} is not understood: put quotes around the prompt')
   model = assistant.load(MODEL.value, dtype=DTYPE.value, data_dir=DATA_DIR.value)
@@ -144,9 +144,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def asked(model: Assistant) -> tuple[Assistant, Question]:
-  """What the flags ask, and the model with a grid that fits the images."""
-  given = [flag.value for flag in (PROMPT, PROMPT_FILE) if flag.value is not None]
-  if len(given) != 1:
+  """Reads the question of the flags; returns it, and the model with a grid that fits its images."""
+  prompts = [flag.value for flag in (PROMPT, PROMPT_FILE) if flag.value is not None]
+  if len(prompts) != 1:
     raise ValueError('nothing to ask: give --prompt, --prompt_file or --example, one of them')
   text = PROMPT.value
   if text is None:
@@ -161,26 +161,26 @@ def asked(model: Assistant) -> tuple[Assistant, Question]:
 
 
 def example(model: Assistant) -> Question:
-  """A question of a run's test split, which is printed."""
+  """Reads a question of a run's test split, and prints it."""
   if PROMPT.value or PROMPT_FILE.value or IMAGES.value:
     raise ValueError('--example brings its own prompt and image: leave out --prompt, --prompt_file '
                      'and --image')
   if model.data is None:
     raise ValueError('a checkpoint has no examples: give --prompt, and --image for images')
-  found = qa_data.example(model.data, EXAMPLE.value)
-  prompt = found['ids'][found['valid'] & ~found['answer']].tolist()
+  row = qa_data.example(model.data, EXAMPLE.value)
+  prompt = row['ids'][row['valid'] & ~row['answer']].tolist()
   print(model.tokens.decode(prompt))
   images = []
-  if 'image' in found:
-    images.append(Picture(found['image'][None], *raster_layout(model.look.side ** 2)))
-  return Question(images, prompt, model.text(found['ids'][found['answer']].tolist()))
+  if 'image' in row:
+    images.append(Picture(row['image'][None], *raster_layout(model.look.side ** 2)))
+  return Question(images, prompt, model.text(row['ids'][row['answer']].tolist()))
 
 
-def chosen(model: Assistant, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """Reductions by place: of the flags, else those that the model was trained with."""
-  found = {}
+def chosen(model: Assistant, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns reductions by place: of the flags, else those that the model was trained with."""
+  by_place = {}
   for place in COMPONENTS:
-    own = {name: value for name, value in given[place].items() if value is not None}
+    own = {name: value for name, value in settings[place].items() if value is not None}
     if not own['method']:
       left = {name: value for name, value in own.items()
               if name not in ('method', 'layers')} or own['layers'] != 'all'
@@ -190,13 +190,13 @@ def chosen(model: Assistant, given: Mapping[str, Any]) -> dict[str, dict[str, An
     elif place == 'language' and own['method'] != 'none' and isinstance(model.model, VLM):
       own.setdefault('of', 'visual')
     if own:
-      found[place] = own
-  return found
+      by_place[place] = own
+  return by_place
 
 
 def took(generator: Generator, reduced: LM | VLM, question: Question, images: Images | None,
          times: Sequence[float]) -> list[str]:
-  """What it took, in lines."""
+  """Describes in lines what answering took."""
   lines = [f'{len(question.prompt)} ids in the prompt']
   if images is not None:
     lines[0] += f', {int(np.maximum(image_counts(images), 0).sum())} visual tokens'
@@ -210,7 +210,7 @@ def took(generator: Generator, reduced: LM | VLM, question: Question, images: Im
 
 
 def kept(reduced: LM | VLM) -> list[str]:
-  """What each reduction keeps, in lines."""
+  """Describes in lines what each reduction keeps."""
   sees = isinstance(reduced, VLM)
   lm = reduced.lm if sees else reduced
   plans = {'language': lm.plan, 'cache': lm.cache_plan}

@@ -1,5 +1,4 @@
-"""Writes what tests/models/test_parity.py compares with: checkpoints and outputs of other
-libraries.
+"""Writes checkpoints and outputs of other libraries, for tests/models/test_parity.py.
 
   python -m tools.make_parity --folder=tests/fixtures/parity [--part=language]
 
@@ -9,10 +8,14 @@ so that two of them exchanged would show. <case>.safetensors holds the checkpoin
 saves it, <case>.npz inputs and outputs, <case>.json how our model is to be built.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import pathlib
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import timm
@@ -36,7 +39,7 @@ THEIRS_TEXT = {**THEIRS, 'vocab_size': VOCABULARY, 'max_position_embeddings': CO
                'bos_token_id': VOCABULARY - 2, 'eos_token_id': VOCABULARY - 1, 'pad_token_id': 1}
 
 
-def main():
+def main() -> None:
   """Writes every case."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--folder', type=pathlib.Path, required=True)
@@ -49,31 +52,35 @@ def main():
     write_language(folder / 'lm', name, case)
   if args.part == 'language':
     return
-  for number, (name, case) in enumerate({**TIMM, **HUB}.items()):
+  for number, (name, make) in enumerate({**TIMM, **HUB}.items()):
     torch.manual_seed(number)
-    write(folder, name, *case())
+    write(folder, name, *make())
   write_preprocess(folder)
   write_tokenizer(folder)
   write_positions(folder)
 
 
+# A model, and our settings as JSON holds them.
+Case = tuple[Any, dict[str, Any]]
+
 # -- timm ----------------------------------------------------------------------------------------
 
 
-def timm_vit(layout_settings=None, *, cls=VisionTransformer, **theirs):
-  """A timm ViT, and our settings beside the common ones."""
+def timm_vit(layout_settings: Mapping[str, Any] | None = None, *, cls: Any = VisionTransformer,
+             **theirs: Any) -> Case:
+  """Builds a timm ViT; `layout_settings` are ours beside the common ones."""
   settings = {'img_size': SIDE, 'patch_size': PATCH, 'embed_dim': WIDTH, 'depth': DEPTH,
               'num_heads': HEADS, 'mlp_ratio': MLP / WIDTH, 'num_classes': CLASSES}
   model = cls(**(settings | theirs))
-  return model, {'layout': 'timm', 'image': OURS | (layout_settings or {})}
+  return model, {'layout': 'timm', 'image': {**OURS, **(layout_settings or {})}}
 
 
-def eps(value):
-  """A LayerNorm that adds `value` to the variance."""
+def eps(value: float) -> Callable[..., torch.nn.LayerNorm]:
+  """Returns a maker of LayerNorms that add `value` to the variance."""
   return lambda width, **rest: torch.nn.LayerNorm(width, eps=value, **rest)
 
 
-TIMM = {
+TIMM: dict[str, Callable[[], Case]] = {
     'timm_vit': timm_vit,
     'timm_deit_distilled': lambda: timm_vit(
         {'distilled': True}, cls=timm.models.deit.VisionTransformerDistilled),
@@ -97,13 +104,13 @@ TIMM = {
 # -- transformers --------------------------------------------------------------------------------
 
 
-def hub(cls, config, layout, **settings):
-  """A model of the transformers library with its own image tower, and our settings."""
+def hub(cls: Any, config: Any, layout: str, **settings: Any) -> Case:
+  """Builds a model of the transformers library with its own image tower; `settings` are ours."""
   return cls(config), {'layout': layout, 'image': OURS | settings}
 
 
-def dinov2(*, registers, swiglu):
-  """DINOv2 with a linear head on [CLS] and the patches' mean."""
+def dinov2(*, registers: int, swiglu: bool) -> Case:
+  """Builds DINOv2 with a linear head on [CLS] and the patches' mean."""
   family = transformers.Dinov2WithRegistersConfig if registers else transformers.Dinov2Config
   kind = (transformers.Dinov2WithRegistersForImageClassification if registers
           else transformers.Dinov2ForImageClassification)
@@ -116,14 +123,16 @@ def dinov2(*, registers, swiglu):
              layer_scale=1.0, activation='swiglu' if swiglu else 'gelu')
 
 
-def pair(cls, config, layout, image, text, *, bias):
-  """Two towers."""
+def pair(cls: Any, config: Any, layout: str, image: Mapping[str, Any], text: Mapping[str, Any], *,
+         bias: bool) -> Case:
+  """Builds two towers; `image`, `text` and `bias` are our settings."""
   return cls(config), {'layout': layout, 'bias': bias,
-                       'image': OURS | {'num_classes': 0} | image, 'text': OURS_TEXT | text}
+                       'image': {**OURS, 'num_classes': 0, **image},
+                       'text': {**OURS_TEXT, **text}}
 
 
-def clip():
-  """CLIP with the activation of the first release."""
+def clip() -> Case:
+  """Builds CLIP with the activation of the first release."""
   shared = {'hidden_act': 'quick_gelu', 'projection_dim': FEATURES}
   config = transformers.CLIPConfig(
       text_config=THEIRS_TEXT | shared, vision_config=THEIRS_IMAGE | shared,
@@ -134,17 +143,17 @@ def clip():
               both | {'causal': True, 'pool': 'eot'}, bias=False)
 
 
-def siglip(cls, config, layout, **more):
-  """SigLIP, and SigLIP 2 with its own patch embedding."""
-  made = config(text_config=THEIRS_TEXT | {'projection_size': WIDTH},
-                vision_config=THEIRS_IMAGE | more)
-  return pair(cls, made, layout,
+def siglip(cls: Any, family: Any, layout: str, **more: Any) -> Case:
+  """Builds SigLIP, or SigLIP 2 with its own patch embedding."""
+  config = family(text_config=THEIRS_TEXT | {'projection_size': WIDTH},
+                  vision_config=THEIRS_IMAGE | more)
+  return pair(cls, config, layout,
               {'class_token': False, 'pool': 'map', 'activation': 'gelu_tanh'},
               {'causal': False, 'pool': 'last', 'activation': 'gelu_tanh', 'projection': WIDTH,
                'projection_bias': True}, bias=True)
 
 
-HUB = {
+HUB: dict[str, Callable[[], Case]] = {
     'hub_vit': lambda: hub(transformers.ViTForImageClassification,
                            transformers.ViTConfig(**THEIRS_IMAGE), 'transformers/vit',
                            norm_eps=1e-12),
@@ -176,12 +185,12 @@ THEIRS_LANGUAGE = {'hidden_size': WIDTH, 'num_hidden_layers': 3, 'intermediate_s
                    'pad_token_id': 0, 'rms_norm_eps': 1e-5, 'attn_implementation': 'eager'}
 
 
-def rope(kind, theta=10000.0, **more):
-  """A config's rotations."""
+def rope(kind: str, theta: float = 10000.0, **more: Any) -> dict[str, Any]:
+  """Returns a config's rotations."""
   return {'rope_parameters': {'rope_type': kind, 'rope_theta': theta, **more}}
 
 
-LANGUAGE = {
+LANGUAGE: dict[str, tuple[Any, dict[str, Any]]] = {
     'llama2': (transformers.LlamaConfig, {'num_key_value_heads': 4}),
     'llama3': (transformers.LlamaConfig, {
         'tie_word_embeddings': True,
@@ -201,8 +210,8 @@ PROMPT, LENGTHS, DECODED = 14, (14, 9, 5), 16
 # -- running and writing -------------------------------------------------------------------------
 
 
-def randomise(model):
-  """Every parameter from a normal distribution of a size that keeps activations near one."""
+def randomise(model: torch.nn.Module) -> None:
+  """Draws every parameter from a normal distribution that keeps activations near one."""
   for name, value in model.named_parameters():
     noise = torch.randn(value.shape)
     if name == 'logit_scale':
@@ -216,22 +225,95 @@ def randomise(model):
       value.data = 0.3 * noise
 
 
-def watch(layers, found, prefix):
-  """Hooks that store what enters the first layer and what leaves each."""
-  def before(module, args, kwargs):
-    found[f'{prefix}embedded'] = args[0] if args else kwargs['hidden_states']
+def watch(layers: Sequence[torch.nn.Module], outputs: dict[str, Any],
+          prefix: str) -> list[Any]:
+  """Stores the input of the first layer and the output of each in `outputs`.
 
-  def after(module, args, output):
-    found.setdefault(f'{prefix}hidden', []).append(
+  Returns:
+    The hooks, to remove.
+  """
+  def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    outputs[f'{prefix}embedded'] = args[0] if args else kwargs['hidden_states']
+
+  def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+    outputs.setdefault(f'{prefix}hidden', []).append(
         output[0] if isinstance(output, tuple) else output)
 
-  layers[0].register_forward_pre_hook(before, with_kwargs=True)
-  for layer in layers:
-    layer.register_forward_hook(after)
+  return [layers[0].register_forward_pre_hook(before, with_kwargs=True),
+          *(layer.register_forward_hook(after) for layer in layers)]
 
 
-def stacks(model):
-  """The lists of layers of a model, {prefix: layers}; decoders are left out."""
+def read_saved(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+  """Returns tensors and config of a transformers model, as the library saves them."""
+  with tempfile.TemporaryDirectory() as scratch:
+    model.save_pretrained(scratch)
+    return (load_file(f'{scratch}/model.safetensors'),
+            json.loads(pathlib.Path(scratch, 'config.json').read_text()))
+
+
+def write_case(folder: pathlib.Path, name: str, tensors: Mapping[str, torch.Tensor],
+               outputs: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+  """Writes the three files of a case: checkpoint, inputs and outputs, and description.
+
+  Args:
+    folder: where.
+    name: of the case.
+    tensors: the checkpoint.
+    outputs: {name: tensor, array, or list of tensors to stack}.
+    about: what JSON holds.
+  """
+  save_file(dict(tensors), folder / f'{name}.safetensors')
+  arrays = {key: as_array(value) for key, value in outputs.items()}
+  savez(folder / f'{name}.npz', arrays)
+  write_json(folder / f'{name}.json', about)
+  print(name, {key: value.shape for key, value in arrays.items()})
+
+
+def as_array(value: Any) -> np.ndarray:
+  """Converts a tensor, or a list of equal ones, to an array; leaves arrays alone."""
+  if isinstance(value, list):
+    value = torch.stack(value)
+  return value.contiguous().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def savez(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes named arrays to one compressed file."""
+  named: dict[str, Any] = dict(arrays)
+  np.savez_compressed(path, **named)
+
+
+def write_json(path: pathlib.Path, about: Any) -> None:
+  """Writes indented JSON with sorted keys."""
+  path.write_text(json.dumps(about, indent=1, sort_keys=True) + '\n')
+
+
+def write_processed(folder: pathlib.Path, seed: int, sides: Mapping[str, tuple[int, int]],
+                    processors: Mapping[str, Any],
+                    read: Callable[[str, Any], Mapping[str, np.ndarray]]) -> None:
+  """Writes images and what image processors make of them; preprocess.json holds their configs.
+
+  Args:
+    folder: where.
+    seed: of the images.
+    sides: {name of an image: (height, width)}.
+    processors: by name.
+    read: takes '<processor>_<image>' and a processor's output, and returns the arrays to keep.
+  """
+  random = np.random.default_rng(seed)
+  images = {name: random.integers(0, 256, (*size, 3), dtype=np.uint8)
+            for name, size in sides.items()}
+  arrays = dict(images)
+  for name, processor in processors.items():
+    for image, pixels in images.items():
+      output = processor(Image.fromarray(pixels), return_tensors='np')
+      arrays |= read(f'{name}_{image}', output)
+  savez(folder / 'preprocess.npz', arrays)
+  write_json(folder / 'preprocess.json', {name: json.loads(processor.to_json_string())
+                                          for name, processor in processors.items()})
+
+
+def stacks(model: torch.nn.Module) -> dict[str, Any]:
+  """Returns the lists of layers of a model, {prefix: layers}; decoders are left out."""
   lists = {name: module for name, module in model.named_modules()
            if isinstance(module, torch.nn.ModuleList) and len(module) == DEPTH}
   if isinstance(model, VisionTransformer):
@@ -240,8 +322,8 @@ def stacks(model):
           if 'decoder' not in name}
 
 
-def token_ids():
-  """int64[3, CONTEXT]: texts of three lengths, with a first and an end token, padded by 1."""
+def token_ids() -> torch.Tensor:
+  """Draws int64[3, CONTEXT]: texts of three lengths, with a first and an end token, padded by 1."""
   ids = torch.randint(2, VOCABULARY - 2, (3, CONTEXT))
   ids[:, 0] = VOCABULARY - 2
   for row, end in enumerate((CONTEXT - 1, 6, 3)):
@@ -250,77 +332,66 @@ def token_ids():
   return ids
 
 
-def run(model, images, made):
-  """Outputs of a model by name."""
-  found = {}
+def run(model: Any, images: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns outputs of a model by name; `settings` are ours."""
+  outputs: dict[str, Any] = {}
   for prefix, layers in stacks(model).items():
-    watch(layers, found, prefix)
+    watch(layers, outputs, prefix)
   if isinstance(model, VisionTransformer):
-    found['image_out'] = model(images)
+    outputs['image_out'] = model(images)
   elif isinstance(model, transformers.ViTMAEForPreTraining):
     # Patches are masked and shuffled by noise; in order and unmasked they stay as they are.
     noise = torch.arange((SIDE // PATCH) ** 2)[None].expand(len(images), -1).float()
-    found['image_out'] = model.vit(images, noise=noise).last_hidden_state[:, 0]
-  elif 'text' not in made:
-    found['image_out'] = model(pixel_values=images).logits
+    outputs['image_out'] = model.vit(images, noise=noise).last_hidden_state[:, 0]
+  elif 'text' not in settings:
+    outputs['image_out'] = model(pixel_values=images).logits
   else:
-    pairs(model, images, made, found)
-  return found
+    outputs |= pairs(model, images, settings)
+  return outputs
 
 
-def pairs(model, images, made, found):
-  """The towers one by one and together."""
+def pairs(model: Any, images: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns ids, and outputs of the towers one by one and together."""
   ids = token_ids()
-  found['ids'] = ids
   inputs = {'pixel_values': images}
-  if made['layout'] == 'transformers/siglip2':
+  if settings['layout'] == 'transformers/siglip2':
     side = SIDE // PATCH
     patches = images.reshape(-1, 3, side, PATCH, side, PATCH).permute(0, 2, 4, 3, 5, 1)
     inputs = {'pixel_values': patches.reshape(len(images), side * side, -1),
               'pixel_attention_mask': torch.ones(len(images), side * side, dtype=torch.long),
               'spatial_shapes': torch.full((len(images), 2), side)}
   mask = {}
-  if made['text']['pool'] == 'eot':
+  if settings['text']['pool'] == 'eot':
     end = (ids == VOCABULARY - 1).int().argmax(dim=1)
     mask = {'attention_mask': (torch.arange(CONTEXT)[None] <= end[:, None]).long()}
   out = model(input_ids=ids, **inputs, **mask)
-  found['logits'] = out.logits_per_image
-  # As the library normalises them.
-  found['image_features'], found['text_features'] = out.image_embeds, out.text_embeds
+  # Features as the library normalises them.
+  return {'ids': ids, 'logits': out.logits_per_image, 'image_features': out.image_embeds,
+          'text_features': out.text_embeds}
 
 
 @torch.no_grad()
-def write(folder, name, model, made):
-  """One case: checkpoint, inputs, outputs and settings."""
+def write(folder: pathlib.Path, name: str, model: Any, settings: dict[str, Any]) -> None:
+  """Writes one case: checkpoint, inputs, outputs and settings."""
   model = model.eval()
   randomise(model)
   images = torch.randn(2, 3, SIDE, SIDE)
-  found = run(model, images, made)
+  outputs = run(model, images, settings)
   if isinstance(model, VisionTransformer):
-    save_file(model.state_dict(), folder / f'{name}.safetensors')
+    tensors = model.state_dict()
   else:
-    with tempfile.TemporaryDirectory() as scratch:
-      model.save_pretrained(scratch)
-      tensors = load_file(f'{scratch}/model.safetensors')
-      made['config'] = json.loads(pathlib.Path(scratch, 'config.json').read_text())
-    save_file(tensors, folder / f'{name}.safetensors')
-  arrays = {key: torch.stack(value) if isinstance(value, list) else value
-            for key, value in found.items()}
-  arrays['images'] = images.permute(0, 2, 3, 1)
-  arrays = {key: value.contiguous().numpy() for key, value in arrays.items()}
-  np.savez_compressed(folder / f'{name}.npz', **arrays)
+    tensors, settings['config'] = read_saved(model)
   versions = {library.__name__: library.__version__ for library in (torch, timm, transformers)}
-  (folder / f'{name}.json').write_text(
-      json.dumps({**made, 'made_with': versions}, indent=1, sort_keys=True) + '\n')
-  print(name, {key: value.shape for key, value in arrays.items()})
+  write_case(folder, name, tensors, {**outputs, 'images': images.permute(0, 2, 3, 1)},
+             {**settings, 'made_with': versions})
 
 
 @torch.no_grad()
-def write_language(folder, name, case):
-  """One language model: three prompts padded on the left, and what is decoded after them."""
-  config, settings = case
-  config = config(**(THEIRS_LANGUAGE | settings))
-  model = transformers.AutoModelForCausalLM.from_config(config).eval()
+def write_language(folder: pathlib.Path, name: str, case: tuple[Any, dict[str, Any]]) -> None:
+  """Writes a language model: three prompts padded on the left, and what is decoded after them."""
+  family, settings = case
+  model = transformers.AutoModelForCausalLM.from_config(
+      family(**(THEIRS_LANGUAGE | settings))).eval()
   randomise(model)
   model.tie_weights()
   ids = torch.randint(1, 64, (len(LENGTHS), PROMPT))
@@ -328,38 +399,25 @@ def write_language(folder, name, case):
   ids = torch.where(valid, ids, 0)
   inputs = {'input_ids': ids, 'attention_mask': valid.long(),
             'position_ids': (valid.long().cumsum(1) - 1).clamp(min=0)}
-  found = {}
-  watch(model.model.layers, found, '')
-  found['logits'] = model(**inputs).logits
-  for hook in [layer._forward_hooks for layer in model.model.layers]:
-    hook.clear()
-  model.model.layers[0]._forward_pre_hooks.clear()
+  outputs: dict[str, Any] = {}
+  hooks = watch(model.model.layers, outputs, '')
+  outputs['logits'] = model(**inputs).logits
+  for hook in hooks:
+    hook.remove()
   out = model.generate(input_ids=ids, attention_mask=valid.long(), do_sample=False,
                        max_new_tokens=DECODED)
-  found |= {'ids': ids, 'valid': valid, 'decoded': out[:, PROMPT:]}
-  with tempfile.TemporaryDirectory() as scratch:
-    model.save_pretrained(scratch)
-    tensors = load_file(f'{scratch}/model.safetensors')
-    made = json.loads(pathlib.Path(scratch, 'config.json').read_text())
-  save_file(tensors, folder / f'{name}.safetensors')
-  arrays = {key: torch.stack(value) if isinstance(value, list) else value
-            for key, value in found.items()}
-  np.savez_compressed(folder / f'{name}.npz',
-                      **{key: value.contiguous().numpy() for key, value in arrays.items()})
-  (folder / f'{name}.json').write_text(json.dumps(made, indent=1, sort_keys=True) + '\n')
-  print(name, {key: tuple(value.shape) for key, value in arrays.items()})
+  outputs |= {'ids': ids, 'valid': valid, 'decoded': out[:, PROMPT:]}
+  tensors, config = read_saved(model)
+  write_case(folder, name, tensors, outputs, config)
 
 
 # -- beside the models ---------------------------------------------------------------------------
 
 
-def write_preprocess(folder):
-  """Images, and what the image processors make of them; .json holds their configs."""
-  random = np.random.default_rng(0)
-  images = {name: random.integers(0, 256, (*sides, 3), dtype=np.uint8)
-            for name, sides in {'wide': (37, 53), 'tall': (61, 40), 'small': (18, 20)}.items()}
+def write_preprocess(folder: pathlib.Path) -> None:
+  """Writes images, and what the image processors make of them."""
   small = {'height': 24, 'width': 24}
-  made = {
+  processors = {
       'clip': transformers.CLIPImageProcessorPil(size={'shortest_edge': 28}, crop_size=small),
       'dinov2': transformers.BitImageProcessorPil(
           size={'shortest_edge': 31}, crop_size=small, resample=3),
@@ -370,18 +428,12 @@ def write_preprocess(folder):
       # Smaller than what is cut out of it.
       'padded': transformers.CLIPImageProcessorPil(size={'shortest_edge': 19}, crop_size=small),
   }
-  arrays, configs = dict(images), {}
-  for name, processor in made.items():
-    configs[name] = json.loads(processor.to_json_string())
-    for image, pixels in images.items():
-      out = processor(Image.fromarray(pixels), return_tensors='np')['pixel_values'][0]
-      arrays[f'{name}_{image}'] = out.transpose(1, 2, 0)
-  np.savez_compressed(folder / 'preprocess.npz', **arrays)
-  (folder / 'preprocess.json').write_text(json.dumps(configs, indent=1, sort_keys=True) + '\n')
+  write_processed(folder, 0, {'wide': (37, 53), 'tall': (61, 40), 'small': (18, 20)}, processors,
+                  lambda key, output: {key: output['pixel_values'][0].transpose(1, 2, 0)})
 
 
-def write_tokenizer(folder):
-  """A CLIP tokenizer of a few tokens as the library saves it, and what it makes of texts."""
+def write_tokenizer(folder: pathlib.Path) -> None:
+  """Writes a CLIP tokenizer of a few tokens as the library saves it, and its ids of texts."""
   letters = 'acdefghimnoprst'
   vocab = {token: place for place, token in enumerate(
       [*letters, *(f'{letter}</w>' for letter in letters), 'ph', 'ca', 'cat</w>', '!</w>',
@@ -394,13 +446,13 @@ def write_tokenizer(folder):
   (folder / 'tokenizer' / 'expected.json').write_text(json.dumps({'texts': texts, 'ids': ids}))
 
 
-def write_positions(folder):
-  """Position embeddings of 3 x 3 patches behind one special token, on larger and smaller grids."""
+def write_positions(folder: pathlib.Path) -> None:
+  """Writes position embeddings of 3 x 3 patches behind one special token, on other grids."""
   torch.manual_seed(0)
   old = torch.randn(1, 10, 8)
   arrays = {str(side): timm.layers.resample_abs_pos_embed(old, new_size=(side, side)).numpy()
             for side in (2, 5, 7)}
-  np.savez_compressed(folder / 'positions.npz', old=old.numpy(), **arrays)
+  savez(folder / 'positions.npz', {'old': old.numpy(), **arrays})
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Writes what tests/test_vlm_parity.py compares with: vision-language models of another library.
+"""Writes vision-language models of another library, for tests/models/test_parity_vlm.py.
 
   python -m tools.make_parity_vlm --folder=tests/fixtures/parity_vlm
 
@@ -8,19 +8,27 @@ inputs and outputs of a batch of one ('one_...') and of three rows padded on the
 an image, text alone, two images. <case>.json is its config.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import pathlib
-import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 import torch
 import transformers
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from tools.make_parity import randomise
+from tools.make_parity import (
+    as_array,
+    randomise,
+    read_saved,
+    watch,
+    write_case,
+    write_processed,
+)
 
 IMAGE, VIDEO, PAD, VOCABULARY = 30, 31, 0, 40
 STEPS = 4
@@ -32,10 +40,15 @@ TOWER = {'hidden_size': 24, 'intermediate_size': 40, 'num_hidden_layers': 3,
          'num_attention_heads': 2, 'image_size': 16, 'patch_size': 4}
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48]]
 # (height, width) of the images of the three rows.
-SIZES = [[(20, 37)], [], [(40, 22), (9, 9)]]
+SIZES: list[list[tuple[int, int]]] = [[(20, 37)], [], [(40, 22), (9, 9)]]
+
+Sizes = Sequence[tuple[int, int]]
+# A model and sizes -> its visual inputs, placeholders an image, and settings of the run.
+Visual = Callable[[Any, Sizes], tuple[dict[str, Any], list[int], dict[str, Any]]]
+Case = tuple[Any, Visual]
 
 
-def main():
+def main() -> None:
   """Writes every case."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--folder', type=pathlib.Path, required=True)
@@ -51,8 +64,8 @@ def main():
 # Models, and what makes their visual inputs.
 
 
-def llava():
-  """CLIP's last layer but one without [CLS], two products, Llama."""
+def llava() -> Case:
+  """Builds CLIP's last layer but one without [CLS], two products, Llama."""
   config = transformers.LlavaConfig(
       vision_config=transformers.CLIPVisionConfig(**TOWER, hidden_act='quick_gelu'),
       text_config=transformers.LlamaConfig(**TEXT), image_token_id=IMAGE, vision_feature_layer=-2,
@@ -60,8 +73,8 @@ def llava():
   return transformers.LlavaForConditionalGeneration(config), squares
 
 
-def llava_next():
-  """The same tower on crops."""
+def llava_next() -> Case:
+  """Builds the same tower on crops."""
   config = transformers.LlavaNextConfig(
       vision_config=transformers.CLIPVisionConfig(**TOWER, hidden_act='quick_gelu'),
       text_config=transformers.LlamaConfig(**TEXT), image_token_id=IMAGE,
@@ -69,8 +82,8 @@ def llava_next():
   return transformers.LlavaNextForConditionalGeneration(config), crops
 
 
-def llava_onevision():
-  """SigLIP, Qwen 2; grids of over 2 crops' tokens are made smaller."""
+def llava_onevision() -> Case:
+  """Builds SigLIP with Qwen 2; grids of over 2 crops' tokens are made smaller."""
   config = transformers.LlavaOnevisionConfig(
       vision_config=transformers.SiglipVisionConfig(**TOWER, vision_use_head=False),
       text_config=transformers.Qwen2Config(**TEXT, use_sliding_window=False),
@@ -82,8 +95,8 @@ def llava_onevision():
 ROPE = {'rope_type': 'default', 'rope_theta': 1e4, 'mrope_section': [1, 1, 2]}
 
 
-def qwen2_vl():
-  """Images of any size, positions of three axes."""
+def qwen2_vl() -> Case:
+  """Builds a model of images of any size, with positions of three axes."""
   config = transformers.Qwen2VLConfig(
       text_config={**TEXT, 'rope_parameters': ROPE},
       vision_config={'embed_dim': 24, 'hidden_size': 32, 'depth': 3, 'num_heads': 2, 'mlp_ratio': 2,
@@ -92,8 +105,8 @@ def qwen2_vl():
   return transformers.Qwen2VLForConditionalGeneration(config), patches
 
 
-def qwen2_5_vl():
-  """The same with attention in windows of 4 x 4 patches, but for layer 1."""
+def qwen2_5_vl() -> Case:
+  """Builds the same with attention in windows of 4 x 4 patches, but for layer 1."""
   config = transformers.Qwen2_5_VLConfig(
       text_config={**TEXT, 'rope_parameters': ROPE},
       vision_config={'hidden_size': 24, 'intermediate_size': 40, 'out_hidden_size': 32, 'depth': 3,
@@ -108,14 +121,14 @@ CASES = {'llava': llava, 'llava_next': llava_next, 'llava_onevision': llava_onev
          'qwen2_vl': qwen2_vl, 'qwen2_5_vl': qwen2_5_vl}
 
 
-def squares(model, sizes):
-  """One crop an image."""
+def squares(model: Any, sizes: Sizes) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
+  """Makes one crop an image."""
   count = len(sizes)
   return {'pixel_values': torch.randn(count, 3, 16, 16)}, [16] * count, {}
 
 
-def crops(model, sizes):
-  """A small whole and crops of each image, padded to one number."""
+def crops(model: Any, sizes: Sizes) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
+  """Makes a small whole and crops of each image, padded to one number."""
   name = type(model).__module__.rpartition('.')[2]
   library = __import__(f'transformers.models.{name.removeprefix("modeling_")}.{name}',
                        fromlist=[name])
@@ -123,119 +136,103 @@ def crops(model, sizes):
   pixels = torch.zeros(len(sizes), max(counts), 3, 16, 16)
   for row, count in enumerate(counts):
     pixels[row, :count] = torch.randn(count, 3, 16, 16)
-  given = {'pixel_values': pixels, 'image_sizes': torch.tensor(sizes)}
+  inputs = {'pixel_values': pixels, 'image_sizes': torch.tensor(sizes)}
   if 'onevision' in name:
     # Else two images of a row are not cut.
-    given['batch_num_images'] = torch.ones(len(sizes), dtype=torch.long)
-  found = model.get_image_features(**given)
-  lengths = [len(each) for each in found.pooler_output]
-  return given, lengths, {}
+    inputs['batch_num_images'] = torch.ones(len(sizes), dtype=torch.long)
+  features = model.get_image_features(**inputs)
+  lengths = [len(each) for each in features.pooler_output]
+  return inputs, lengths, {}
 
 
-def patches(model, sizes):
-  """Patches of images whose sides are multiples of two patches."""
+def patches(model: Any, sizes: Sizes) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
+  """Makes patches of images whose sides are multiples of two patches."""
   grids = torch.tensor([[1, height // 8 * 2, width // 8 * 2] for height, width in sizes])
   count = int(grids.prod(dim=1).sum())
-  given = {'pixel_values': torch.randn(count, 3 * 2 * 4 * 4), 'image_grid_thw': grids}
-  return given, (grids.prod(dim=1) // 4).tolist(), {'mm': True}
+  inputs = {'pixel_values': torch.randn(count, 3 * 2 * 4 * 4), 'image_grid_thw': grids}
+  return inputs, (grids.prod(dim=1) // 4).tolist(), {'mm': True}
 
 
 # Running and writing.
 
 
-def prompt(lengths):
-  """Token ids of a row: text, with a run of placeholders an image."""
+def prompt(lengths: Sequence[int]) -> list[int]:
+  """Draws token ids of a row: text, with a run of placeholders an image."""
   ids = torch.randint(2, 28, (4,)).tolist()
   for length in lengths:
     ids += [28, *[IMAGE] * length, 29, *torch.randint(2, 28, (3,)).tolist()]
   return ids + torch.randint(2, 28, (int(torch.randint(1, 5, ())),)).tolist()
 
 
-def layers_of(model):
-  """{prefix: list of layers} of the tower and of the language model."""
+def layers_of(model: Any) -> dict[str, Any]:
+  """Returns {prefix: list of layers} of the tower and of the language model."""
   core = model.model
   tower = core.visual if hasattr(core, 'visual') else core.vision_tower
-  found = [module for name, module in tower.named_modules()
+  lists = [module for name, module in tower.named_modules()
            if isinstance(module, torch.nn.ModuleList) and name.endswith(('layers', 'blocks'))]
-  return {'tower_': found[0], 'text_': core.language_model.layers}
+  return {'tower_': lists[0], 'text_': core.language_model.layers}
 
 
-def run(model, given, ids, mask, more):
-  """Every hidden state, positions, logits, and a few tokens more."""
-  found, handles = {}, []
+def run(model: Any, visual: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor,
+        settings: dict[str, Any]) -> dict[str, Any]:
+  """Returns every hidden state, logits, and a few tokens more, beside the inputs.
 
-  def before(module, args, kwargs, key):
-    found[f'{key}embedded'] = args[0] if args else kwargs['hidden_states']
-    if key == 'text_':
-      found['position_ids'] = kwargs.get('position_ids')
-
-  def after(module, args, output, key):
-    found.setdefault(f'{key}hidden', []).append(output[0] if isinstance(output, tuple) else output)
-
-  for key, layers in layers_of(model).items():
-    handles.append(layers[0].register_forward_pre_hook(
-        lambda m, a, k, key=key: before(m, a, k, key), with_kwargs=True))
-    handles += [layer.register_forward_hook(lambda m, a, o, key=key: after(m, a, o, key))
-                for layer in layers]
-  inputs = {**given, 'input_ids': ids, 'attention_mask': mask}
-  if more.get('mm'):
+  Args:
+    model: of the library.
+    visual: its visual inputs.
+    ids, mask: int64[B, N], padded on the left.
+    settings: 'mm' for a model with positions of three axes, which become 'axes'.
+  """
+  outputs: dict[str, Any] = {}
+  hooks = [hook for prefix, layers in layers_of(model).items()
+           for hook in watch(layers, outputs, prefix)]
+  inputs = {**visual, 'input_ids': ids, 'attention_mask': mask}
+  if settings.get('mm'):
     inputs['mm_token_type_ids'] = (ids == IMAGE).int()
-    found['axes'], _ = model.model.get_rope_index(
-        ids, inputs['mm_token_type_ids'], image_grid_thw=given['image_grid_thw'],
+    outputs['axes'], _ = model.model.get_rope_index(
+        ids, inputs['mm_token_type_ids'], image_grid_thw=visual['image_grid_thw'],
         attention_mask=mask)
   else:
     inputs['position_ids'] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-  found['logits'] = model(**inputs).logits
-  for handle in handles:
-    handle.remove()
+  outputs['logits'] = model(**inputs).logits
+  for hook in hooks:
+    hook.remove()
   inputs.pop('position_ids', None)
   out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
-  found['generated'] = out[:, ids.shape[1]:]
-  found.pop('position_ids')
-  return found | given | {'ids': ids, 'mask': mask}
+  outputs['generated'] = out[:, ids.shape[1]:]
+  return outputs | visual | {'ids': ids, 'mask': mask}
 
 
 @torch.no_grad()
-def write(folder, name, model, visual):
-  """One case."""
+def write(folder: pathlib.Path, name: str, model: Any, visual: Visual) -> None:
+  """Writes one case."""
   model = model.eval()
   randomise(model)
   for key, value in model.named_parameters():
     if key.endswith('image_newline'):
       value.data = torch.randn(value.shape)
-  arrays = {}
+  arrays: dict[str, Any] = {}
   for prefix, rows in {'one_': SIZES[:1], 'three_': SIZES}.items():
     flat = [size for row in rows for size in row]
-    given, lengths, more = visual(model, flat)
+    inputs, lengths, settings = visual(model, flat)
     left, texts = list(lengths), []
     for row in rows:
       texts.append(prompt([left.pop(0) for _ in row]))
     length = max(map(len, texts))
     ids = torch.tensor([[PAD] * (length - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (length - len(text)) + [1] * len(text) for text in texts])
-    for key, value in run(model, given, ids, mask, more).items():
-      value = torch.stack(value) if isinstance(value, list) else value
-      arrays[prefix + key] = value.contiguous().numpy()
+    arrays |= {prefix + key: as_array(value) for key, value in
+               run(model, inputs, ids, mask, settings).items()}
     arrays[f'{prefix}lengths'] = np.array(lengths)
-  with tempfile.TemporaryDirectory() as scratch:
-    model.save_pretrained(scratch)
-    tensors = load_file(f'{scratch}/model.safetensors')
-    config = json.loads(pathlib.Path(scratch, 'config.json').read_text())
-  save_file(tensors, folder / f'{name}.safetensors')
-  np.savez_compressed(folder / f'{name}.npz', **arrays)
-  (folder / f'{name}.json').write_text(json.dumps(config, indent=1, sort_keys=True) + '\n')
-  print(name, {key: value.shape for key, value in arrays.items()})
+  tensors, config = read_saved(model)
+  write_case(folder, name, tensors, arrays, config)
   print([key for key in tensors if '.1.' not in key and '.2.' not in key])
 
 
-def write_preprocess(folder):
-  """Images, and what the image processors make of them; .json holds their configs."""
-  random = np.random.default_rng(1)
-  images = {name: random.integers(0, 256, (*sides, 3), dtype=np.uint8)
-            for name, sides in {'wide': (37, 53), 'tall': (61, 30), 'small': (18, 20),
-                                'long': (20, 130)}.items()}
+def write_preprocess(folder: pathlib.Path) -> None:
+  """Writes images, and what the image processors make of them."""
   square = {'height': 16, 'width': 16}
-  made = {
+  processors = {
       'llava_pad': transformers.LlavaImageProcessorPil(
           do_pad=True, size={'shortest_edge': 16}, crop_size=square),
       'llava_next': transformers.LlavaNextImageProcessorPil(
@@ -245,16 +242,10 @@ def write_preprocess(folder):
       'qwen2_vl': transformers.Qwen2VLImageProcessorPil(
           patch_size=4, min_pixels=16 * 16, max_pixels=40 * 40),
   }
-  arrays, configs = dict(images), {}
-  for name, processor in made.items():
-    configs[name] = json.loads(processor.to_json_string())
-    for image, pixels in images.items():
-      out = processor(Image.fromarray(pixels), return_tensors='np')
-      for key in ('pixel_values', 'image_grid_thw'):
-        if key in out:
-          arrays[f'{name}_{image}_{key}'] = np.asarray(out[key])
-  np.savez_compressed(folder / 'preprocess.npz', **arrays)
-  (folder / 'preprocess.json').write_text(json.dumps(configs, indent=1, sort_keys=True) + '\n')
+  write_processed(
+      folder, 1, {'wide': (37, 53), 'tall': (61, 30), 'small': (18, 20), 'long': (20, 130)},
+      processors, lambda key, output: {f'{key}_{name}': np.asarray(output[name]) for name in
+                                       ('pixel_values', 'image_grid_thw') if name in output})
 
 
 TEMPLATE = """{%- set ns = namespace(images=0) -%}
@@ -295,8 +286,8 @@ CHATS = {
 }
 
 
-def write_chat(folder):
-  """A tokenizer with a chat template, and what the library makes of conversations."""
+def write_chat(folder: pathlib.Path) -> None:
+  """Writes a tokenizer with a chat template, and the library's texts of conversations."""
   words = ['<unk>', '<s>', '</s>', '<image>', 'a', 'cat', 'be', 'brief', 'yes', '<', '>', 'user']
   inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(
       {word: place for place, word in enumerate(words)}, unk_token='<unk>'))
@@ -308,18 +299,18 @@ def write_chat(folder):
       additional_special_tokens=['<image>'])
   tokenizer.chat_template = TEMPLATE
   tokenizer.save_pretrained(folder / 'chat')
-  tools = [{'name': 'é <b>', 'n': 1}]
-  made = {}
+  extras: tuple[dict[str, Any], ...] = ({}, {'tools': [{'name': 'é <b>', 'n': 1}]})
+  chats = {}
   for name, messages in CHATS.items():
     for answer in (True, False):
-      for more in ({}, {'tools': tools}):
+      for more in extras:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=answer, **more)
-        made[f'{name}/{answer}/{bool(more)}'] = {
+        chats[f'{name}/{answer}/{bool(more)}'] = {
             'messages': messages, 'answer': answer, 'more': more, 'text': text,
             'ids': tokenizer(text, add_special_tokens=False)['input_ids'],
             'ids_special': tokenizer(text)['input_ids']}
-  (folder / 'chat' / 'expected.json').write_text(json.dumps(made, indent=1) + '\n')
+  (folder / 'chat' / 'expected.json').write_text(json.dumps(chats, indent=1) + '\n')
 
 
 if __name__ == '__main__':

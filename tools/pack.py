@@ -6,8 +6,11 @@
 What it writes serves as a --workdir of eval.py, and as `config.start` of train.py.
 """
 
+from __future__ import annotations
+
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -18,22 +21,24 @@ from lib.tasks import registry
 OUT = flags.DEFINE_string('out', None, 'The folder to write.')
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
   """Reads the run, and writes three files."""
   del argv
-  config, workdir, out = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), OUT.value
+  config = launch.CONFIG.value
+  workdir, out = pathlib.Path(launch.WORKDIR.value), pathlib.Path(OUT.value)
   mesh = sharding.make_mesh(config.mesh)
   learner = registry.make_task(config, mesh)
   abstract = jax.eval_shape(learner.init, jax.random.key(0))
   template = sharding.shapes(abstract, sharding.make_shardings(abstract, config.sharding, mesh))
-  found = checkpoint.best(workdir, template, metric=learner.score)
-  if found is None:
+  best = checkpoint.best(workdir, template, metric=learner.score)
+  if best is None:
     raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
                             f'python -m train --config=... --workdir={workdir}')
-  path = checkpoint.pack(found[1], found[0], out)
+  step, params = best
+  path = checkpoint.pack(params, step, out)
   for name in ('config.json', 'metrics.jsonl'):
     shutil.copy(workdir / name, out)
-  print(f'{path}: step {found[0]}, {path.stat().st_size / 1e6:.1f} MB')
+  print(f'{path}: step {step}, {path.stat().st_size / 1e6:.1f} MB')
 
 
 if __name__ == '__main__':

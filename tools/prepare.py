@@ -4,6 +4,10 @@
   python -m tools.prepare --name=imagenet2012 --manual_dir=downloads
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 from absl import flags
 
 from lib.data.prepare import prepare
@@ -16,7 +20,7 @@ MANUAL_DIR = flags.DEFINE_string(
     'manual_dir', '', "Files you downloaded yourself; '' is downloads/manual in the data_dir.")
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
   """Prepares one set and says where it is."""
   del argv
   print(f'{NAME.value} is ready in '

@@ -1,4 +1,4 @@
-"""Published rows beside ours: the cost of each always, its accuracy where weights and data are.
+"""Shows published rows beside ours: the cost always, accuracy where weights and data are.
 
   python -m tools.reproduce
   python -m tools.reproduce --config=configs/reproduce/tome_deit_s16_r13.py
@@ -18,7 +18,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
-from lib.report.rows import append_jsonl, read_jsonl
+from lib.report import measuring
 from lib.runtime import cli, launch, sharding
 from lib.tasks import image_sweep
 from lib.tasks.base import sum_counts
@@ -44,7 +45,7 @@ WITHIN = {'GMACs': 0.01, 'speedup': 0.06}
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A published figure of cost beside ours.
+  """Holds a published figure of cost beside ours.
 
   Attributes:
     kind: 'GMACs', or 'speedup', which our ratio of MACs is held against.
@@ -65,25 +66,25 @@ class Figure:
     return near or (self.kind == 'GMACs' and round(self.ours, digits) == self.published)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
   """Prints the rows."""
   del argv
   workdir = pathlib.Path(launch.WORKDIR.value or WORKDIR)
-  given = flags.FLAGS['config']
-  named = [(pathlib.Path(given.config_filename).stem, given.value)] if given.value else rows()
+  flag: Any = flags.FLAGS['config']
+  named = [(pathlib.Path(flag.config_filename).stem, flag.value)] if flag.value else rows()
   for name, config in named:
     print(describe(name, config, workdir), flush=True)
 
 
 def rows() -> Iterator[tuple[str, ConfigDict]]:
-  """Name and config of every row, in order of name."""
+  """Yields name and config of every row, in order of name."""
   for path in sorted(FOLDER.glob('*.py')):
     if path.stem != '__init__':
       yield path.stem, importlib.import_module(f'configs.reproduce.{path.stem}').get_config()
 
 
 def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
-  """A row as text: costs, then accuracies or what they lack.
+  """Returns a row as text: costs, then accuracies or what they lack.
 
   Raises:
     ValueError: for a config that is no row, and as the loading of weights and data does.
@@ -100,15 +101,12 @@ def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
   lacks = missing(name, config, workdir)
   if lacks:
     lines.append(f'  top-1: published {expected.top1} %, not measured')
-    return '\n'.join([*lines, *(f'    missing: {what}' for what in lacks)])
-  path = workdir / 'rows.jsonl'
-  settings = config.to_json_best_effort(sort_keys=True)
-  known = {row['settings']: row for row in read_jsonl(path)} if path.exists() else {}
-  found = known.get(settings)
-  if found is None:
-    found = {'name': name, **accuracies(name, config, workdir), 'settings': settings}
-    append_jsonl(path, found)
-  for key, measured in found.items():
+    return '\n'.join([*lines, *(f'    missing: {lack}' for lack in lacks)])
+  row, = measuring.measure_rows(
+      [{'settings': config.to_json_best_effort(sort_keys=True)}],
+      lambda head: accuracies(name, config, workdir), path=workdir / 'rows.jsonl',
+      about={'name': name}, failures=())
+  for key, measured in row.items():
     if key in ('top1', 'unreduced_top1'):
       printed = expected.get(key)
       beside = f'published {printed} %, ' if printed else ''
@@ -117,27 +115,28 @@ def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
-def model(config: ConfigDict, **where: object) -> ViT:
-  """The reduced model of a row."""
+def model(config: ConfigDict, **where: Any) -> ViT:
+  """Builds the reduced model of a row."""
   return build(config.model, config.reduce.vision, macs=vit_cost.solver, **where)
 
 
 def figures(config: ConfigDict) -> list[Figure]:
-  """The published costs of a row, beside ours."""
-  vit, expected, found = model(config), config.expected, []
+  """Returns the published costs of a row, beside ours."""
+  vit, expected = model(config), config.expected
+  beside: list[Figure] = []
   ours, mismatch = vit_cost.of(vit), expected.get('mismatch', '')
   if 'gmacs' in expected:
     convention = vit_cost.CONVENTIONS[expected.get('convention', 'macs')]
-    found.append(Figure('GMACs', expected.gmacs, convention(ours) / 1e9, mismatch))
+    beside.append(Figure('GMACs', expected.gmacs, convention(ours) / 1e9, mismatch))
   if 'images_per_second' in expected:
     before, after = expected.images_per_second
     ratio = vit_cost.of(vit.clone(plan=None)).macs / ours.macs
-    found.append(Figure('speedup', after / before, ratio, mismatch))
-  return found
+    beside.append(Figure('speedup', after / before, ratio, mismatch))
+  return beside
 
 
 def missing(name: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
-  """What has to be there before the accuracy of a row can be measured, one line each."""
+  """Lists what has to be there before the accuracy of a row can be measured, one line each."""
   lacks = []
   method, trained = config.reduce.vision.method, workdir / name / 'checkpoints'
   if method in COMPRESSORS:
@@ -154,23 +153,23 @@ def missing(name: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
 
 
 def accuracies(name: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
-  """Per cent of the test images that are right: 'top1', and 'unreduced_top1' with a reduction."""
+  """Measures % of the test images right: 'top1', and 'unreduced_top1' with a reduction."""
   mesh = sharding.make_mesh(config.mesh)
   platform = mesh.devices.flat[0].platform
   _, params = image_sweep.load(config, workdir / name, mesh)
   vit = model(config, mesh=mesh if mesh.size > 1 else None, platform=platform)
   models = {'top1': vit} if vit.plan is None else {'top1': vit,
                                                    'unreduced_top1': vit.clone(plan=None)}
-  task, found = metric_of(config), {}
-  for key, made in models.items():
-    own = to_storage(params, fastest_storage(made.plan, platform=platform))
-    run = jax.jit(lambda p, x, made=made: made.apply({'params': p}, x)[0])
+  task, percent = metric_of(config), {}
+  for key, each in models.items():
+    own = to_storage(params, fastest_storage(each.plan, platform=platform))
+    run = jax.jit(lambda p, x, each=each: each.apply({'params': p}, x)[0])
     counts = []
     for batch in image_data.eval_batches(config.data):
       placed = sharding.put(batch, mesh)
       counts.append(task.counts(run(own, placed['image']), placed['label'], placed['mask']))
-    found[key] = 100 * task.total(sum_counts(counts))
-  return found
+    percent[key] = 100 * task.total(sum_counts(counts))
+  return percent
 
 
 if __name__ == '__main__':

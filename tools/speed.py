@@ -1,4 +1,4 @@
-"""What each method gains on this device, and where its time goes.
+"""Measures what each method gains on this device, and where its time goes.
 
   python -m tools.speed                                  (results/speed_<device>.jsonl and .md)
   python -m tools.speed --methods=tome,atc --batches=8
@@ -41,10 +41,12 @@ stops when its clusters do.
 Axes: B batch, N slots, M slots after.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import pathlib
-import re
-import sys
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -52,17 +54,17 @@ import jax.numpy as jnp
 from absl import flags
 from flax import struct
 from jax.interpreters import partial_eval
-from tqdm import tqdm
 
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
-from lib.report.rows import append_jsonl, read_jsonl
+from lib.report import measuring, tables
+from lib.report.rows import Row, read_jsonl
 from lib.runtime import cli, timing
 from lib.runtime.meter import floor_seconds
-from models.backbones.vit import make_vit
+from models.backbones.vit import ViT, make_vit
 from models.plan import Plan, make_plan, methods
 from models.storage import fastest_storage, to_storage
-from ops import assignments, attention
+from ops import assignments, attention, choices
 from ops import tokens as tk
 from ops.signals import Signals, measure, measure_map
 
@@ -89,11 +91,15 @@ ARGS = {'textmonkey_resampler': {'width': 96, 'heads': 3, 'head_dim': 32}}
 AT_HAND = frozenset({'keys', 'queries', 'values', 'hidden', 'attention'})
 COMPUTED = frozenset({'cls_attention', 'received_attention'})
 PARTS = ('scoring', 'selection', 'applying')
+HEAD = ('variant', 'method', 'schedule', 'batch')  # What tells a row from others.
+
+Params = Mapping[str, Any]
+Pieces = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
 @struct.dataclass
 class Asked:
-  """What a method was asked at a cut, or in a layer that it watches, and what it answered.
+  """Holds what a method was asked at a cut, or in a watched layer, and what it answered.
 
   Attributes:
     tokens: N slots.
@@ -111,27 +117,34 @@ class Asked:
 
 
 class Recorder:
-  """A method that also keeps what it is asked and what it answers."""
+  """Records what a method is asked and what it answers; stands in for the method in a plan.
 
-  def __init__(self, plan, params):
+  Args:
+    plan: that of the method.
+    params: of the stack, among them the method's own.
+  """
+
+  def __init__(self, plan: Plan, params: Params):
     self._method, self._params = plan.method, params
-    beside = {'attention'} if plan.site == 'inside' else {'queries', 'keys'}
-    self.needs = plan.method.needs | beside
-    self.asked = []
+    recorded = {'attention'} if plan.site == 'inside' else {'queries', 'keys'}
+    self.needs: frozenset[str] = plan.method.needs | recorded
+    self.asked: list[Asked] = []
     if plan.watch:
-      self.watch_needs, self.watch = plan.method.watch_needs | beside, self._watch
+      self.watch_needs: frozenset[str] = plan.method.watch_needs | recorded
+      self.watch = self._watch
 
-  def __getattr__(self, name):
+  def __getattr__(self, name: str) -> Any:
     return getattr(self._method, name)
 
-  def __call__(self, tokens, signals, *, num_slots):
-    """The method's answer."""
+  def __call__(self, tokens: tk.TokenSet, signals: Signals, *,
+               num_slots: int) -> assignments.Assignment:
+    """Returns the method's answer."""
     answer = ask(self._method, self._params, tokens, told(self._method.needs, signals),
                  num_slots=num_slots)
     self.asked.append(Asked(tokens, signals, answer, signals.layer, num_slots))
     return answer
 
-  def _watch(self, tokens, signals):
+  def _watch(self, tokens: tk.TokenSet, signals: Signals) -> dict[str, jax.Array]:
     stats = self._method.watch(tokens, told(self._method.watch_needs, signals))
     self.asked.append(Asked(tokens, signals, stats, signals.layer))
     return stats
@@ -139,7 +152,7 @@ class Recorder:
 
 @struct.dataclass
 class Slice:
-  """The first M slots, without an index."""
+  """Keeps the first M slots, without an index."""
 
   outputs: int = struct.field(pytree_node=False)
   slots: int = struct.field(pytree_node=False)
@@ -147,40 +160,42 @@ class Slice:
   valid = None
 
   @property
-  def src(self):
-    """int32[B, M]."""
+  def src(self) -> jax.Array:
+    """int32[B, M], the slot that each output holds."""
     return jnp.broadcast_to(jnp.arange(self.outputs, dtype=jnp.int32), (self.batch, self.outputs))
 
   @property
-  def dst(self):
-    """int32[B, N]."""
+  def dst(self) -> jax.Array:
+    """int32[B, N], the output that holds each slot, M for none."""
     slot = jnp.minimum(jnp.arange(self.slots, dtype=jnp.int32), self.outputs)
     return jnp.broadcast_to(slot, (self.batch, self.slots))
 
-  def apply(self, values):
-    """[B, N, ...] -> [B, M, ...]."""
+  def apply(self, values: jax.Array) -> jax.Array:
+    """Slices [B, N, ...] to [B, M, ...]."""
     return values[:, :self.outputs]
 
-  def totals(self, sizes):
-    """The same."""
+  def totals(self, sizes: jax.Array) -> jax.Array:
+    """Slices sizes as `apply` does."""
     return self.apply(sizes)
 
-  def restore(self, values):
-    """[B, M, ...] -> [B, N, ...], zeros behind."""
+  def restore(self, values: jax.Array) -> jax.Array:
+    """Pads [B, M, ...] with zeros to [B, N, ...]."""
     room = ((0, 0), (0, self.slots - self.outputs), *((0, 0) for _ in values.shape[2:]))
     return jnp.pad(values, room)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slicing:
-  """Keeps the first slots: what a reduction would cost if deciding and applying were free."""
+  """Keeps the first slots, as a reduction would if deciding and applying were free."""
 
   merges: bool
-  needs = watch_needs = frozenset()
-  proportional = False
+  needs: ClassVar[frozenset[str]] = frozenset()
+  watch_needs: ClassVar[frozenset[str]] = frozenset()
+  proportional: ClassVar[bool] = False
 
-  def __call__(self, tokens, signals, *, num_slots):
-    """The first `keep` slots."""
+  def __call__(self, tokens: tk.TokenSet, signals: Signals, *,
+               num_slots: int) -> Slice | assignments.Gather:
+    """Returns an assignment of the first `num_slots` slots."""
     del signals
     if self.merges:
       return Slice(num_slots, *tokens.x.shape[1::-1])
@@ -188,14 +203,14 @@ class Slicing:
     return assignments.Gather(Slice(num_slots, *tokens.x.shape[1::-1]).src, tokens.slots)
 
 
-def told(needs, signals):
-  """The signals that a method asked for, without those recorded beside them."""
-  beside = {name: None for name in AT_HAND | COMPUTED if name not in needs}
-  return signals.replace(**beside)
+def told(needs: frozenset[str] | set[str], signals: Any) -> Any:
+  """Returns the signals that a method asked for, without those recorded beside them."""
+  return signals.replace(**{name: None for name in AT_HAND | COMPUTED if name not in needs})
 
 
-def ask(method, params, tokens, signals, *, num_slots):
-  """What a method answers, with its parameters at this cut if it has any."""
+def ask(method: Any, params: Params, tokens: tk.TokenSet, signals: Signals, *,
+        num_slots: int) -> Any:
+  """Asks a method for its assignment, with its parameters at this cut if it has any."""
   if isinstance(method, nn.Module):
     params = params[f'reducer_{signals.layer:02d}']
     return method.apply({'params': params}, tokens, signals, num_slots=num_slots)
@@ -205,8 +220,9 @@ def ask(method, params, tokens, signals, *, num_slots):
 # -- programs --------------------------------------------------------------------------------------
 
 
-def forward(vit, plan, trained, images):
-  """A forward pass under a plan and its arguments, parameters in the form fastest here."""
+def forward(vit: ViT, plan: Plan | None, trained: Params,
+            images: jax.Array) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
+  """Returns a forward pass under a plan and its arguments, parameters stored as is fastest here."""
   vit = vit.clone(plan=plan)
   params = dict(trained)
   if plan is not None and isinstance(plan.method, nn.Module):
@@ -216,10 +232,10 @@ def forward(vit, plan, trained, images):
   return lambda p, x: vit.apply({'params': p}, x)[0], (params, images)
 
 
-def record(vit, plan, params, images):
-  """What the method was asked in every cut and watched layer of one pass."""
+def record(vit: ViT, plan: Plan, params: Params, images: jax.Array) -> list[Asked]:
+  """Records what the method is asked in every cut and watched layer of one pass."""
 
-  def run(params, images):
+  def run(params: Params, images: jax.Array) -> list[Asked]:
     recorder = Recorder(plan, params['stack'])
     vit.clone(plan=dataclasses.replace(plan, method=recorder)).apply({'params': params}, images)
     return recorder.asked
@@ -227,59 +243,72 @@ def record(vit, plan, params, images):
   return jax.jit(run)(params, images)
 
 
-def parts(plan, stack, asked):
-  """{part: (function, arguments)}: the method's own work at all its cuts, in three pieces."""
+def parts(plan: Plan, stack: Params, asked: Sequence[Any]) -> Pieces:
+  """Returns {part: (function, arguments)}: the method's own work at all its cuts, in pieces.
+
+  Args:
+    plan: the method and where it acts.
+    stack: parameters of the stack, among them the method's own.
+    asked: as `record` returns it. A method that needs no computed row has no 'scoring'.
+  """
   method, inside = plan.method, plan.site == 'inside'
   own = {name: value for name, value in stack.items() if name.startswith('reducer_')}
-  cuts = [one for one in asked if one.keep is not None]
-
-  def needed(one):
-    return method.needs if one.keep is not None else method.watch_needs
-
-  def scoring(asked):
-    rows = []
-    for one in asked:
-      wanted, valid = needed(one) & COMPUTED, one.tokens.valid
-      q, k = one.signals.queries, one.signals.keys
-      if inside:
-        rows.append(measure_map(wanted, one.signals.attention, q=q, k=k, v=k, query_valid=valid))
-      else:
-        bias = tk.key_bias(one.tokens, proportional=method.proportional)
-        rows.append(measure(wanted, q=q, k=k, v=k, lse=one.answer, bias=bias, query_valid=valid))
-    return rows
-
-  def selection(own, asked):
-    return [method.watch(one.tokens, one.signals) if one.keep is None else
-            ask(method, own, one.tokens, one.signals, num_slots=one.keep) for one in asked]
-
-  def applying(asked):
-    made = []
-    for one in asked:
-      reduced = tk.reduce(one.tokens, one.answer)
-      # Who owns what is for those who ask afterwards: the model's answer does not need it.
-      made.append(reduced.replace(owner=None))
-      if inside and isinstance(one.answer, assignments.Gather):
-        made.append(tk.reduce_attention_map(one.answer, one.signals.attention))
-      elif inside:
-        # As tk.attend does around the product with the values, which counts as the block's.
-        made.append(one.answer.apply(one.answer.restore(reduced.x)))
-    return made
-
-  found = {}
-  if any(needed(one) & COMPUTED for one in asked):
-    normal = [] if inside else [_lse(one, method) for one in asked]
-    found['scoring'] = (scoring, (
-        [one.replace(answer=lse) for one, lse in zip(asked, normal or [None] * len(asked),
-                                                     strict=True)],))
-  plain = [one.replace(signals=told(needed(one), one.signals), answer=None) for one in asked]
-  found['selection'] = (selection, (own, plain))
-  found['applying'] = (applying, (
-      [one.replace(signals=told({'attention'}, one.signals)) for one in cuts],))
-  return found
+  pieces: Pieces = {}
+  if any(_needed(method, one) & COMPUTED for one in asked):
+    # Inside attention there is a map, and no log-sum-exp to read.
+    scored = [one.replace(answer=None if inside else _lse(one, method)) for one in asked]
+    pieces['scoring'] = (functools.partial(_scoring, method, inside), (scored,))
+  plain = [one.replace(signals=told(_needed(method, one), one.signals), answer=None)
+           for one in asked]
+  pieces['selection'] = (functools.partial(_selection, method), (own, plain))
+  cuts = [one.replace(signals=told({'attention'}, one.signals)) for one in asked
+          if one.keep is not None]
+  pieces['applying'] = (functools.partial(_applying, inside), (cuts,))
+  return pieces
 
 
-def _lse(one, method):
-  """float32[B, N, H]: attention has it, whoever asks."""
+def _needed(method: Any, one: Any) -> frozenset[str]:
+  """Returns the signals that a method needs at a cut, or in a watched layer."""
+  return method.needs if one.keep is not None else method.watch_needs
+
+
+def _scoring(method: Any, inside: bool, asked: Sequence[Any]) -> list[Any]:
+  """Measures the rows of attention that the method asks for."""
+  rows = []
+  for one in asked:
+    wanted, valid = _needed(method, one) & COMPUTED, one.tokens.valid
+    q, k = one.signals.queries, one.signals.keys
+    if inside:
+      rows.append(measure_map(wanted, one.signals.attention, q=q, k=k, v=k, query_valid=valid))
+    else:
+      bias = tk.key_bias(one.tokens, proportional=method.proportional)
+      rows.append(measure(wanted, q=q, k=k, v=k, lse=one.answer, bias=bias, query_valid=valid))
+  return rows
+
+
+def _selection(method: Any, own: Params, asked: Sequence[Any]) -> list[Any]:
+  """Asks the method itself, in watched layers too."""
+  return [method.watch(one.tokens, one.signals) if one.keep is None else
+          ask(method, own, one.tokens, one.signals, num_slots=one.keep) for one in asked]
+
+
+def _applying(inside: bool, asked: Sequence[Any]) -> list[Any]:
+  """Applies the method's answers to tokens, and inside attention to the map or what it read."""
+  results: list[Any] = []
+  for one in asked:
+    reduced: Any = tk.reduce(one.tokens, one.answer)
+    # Who owns what is for those who ask afterwards: the model's answer does not need it.
+    results.append(reduced.replace(owner=None))
+    if inside and isinstance(one.answer, assignments.Gather):
+      results.append(tk.reduce_attention_map(one.answer, one.signals.attention))
+    elif inside:
+      # As tk.attend_after_cut does around the product with the values, which is the block's.
+      results.append(one.answer.apply(one.answer.restore(reduced.x)))
+  return results
+
+
+def _lse(one: Any, method: Any) -> jax.Array:
+  """Computes float32[B, N, H] of one layer: attention has it, whoever asks."""
   bias = tk.key_bias(one.tokens, proportional=method.proportional)
   q, k = one.signals.queries, one.signals.keys
   return attention.attend(q, k, k, bias=bias).lse
@@ -288,57 +317,99 @@ def _lse(one, method):
 # -- rows ------------------------------------------------------------------------------------------
 
 
-def measured(vit, trained, name, schedule, batch, base, slices, speed):
-  """A row: one method, one schedule, one batch size.
+class Bench:
+  """Measures rows of one ViT; programs and device speeds that several rows need are made once.
 
   Args:
-    vit, trained: the model without a plan, and its parameters.
-    name, schedule, batch: of the row.
-    base: the unreduced model's compiled call, and the images that it gets.
-    slices: compiled calls by plan; shared, and added to.
-    speed: (FLOPs, bytes) a second.
+    vit: the model without a plan.
+    dtype: of images and activations.
   """
-  call, images = base
-  plan = make_plan({'method': name, 'args': ARGS.get(name, {}), **SCHEDULES[schedule]}, vit.host)
-  function, args = forward(vit, plan, trained, images)
-  made = timing.ready(function, args)
-  calls, pieces = {'base': call, 'made': made.call}, {}
-  if batch == APART.value:
+
+  def __init__(self, vit: ViT, dtype: Any):
+    self._vit, self._dtype = vit, dtype
+    self._batch = 0
+    self._images: Any = None
+    self._base: Any = None
+    self._slices: dict[Plan, Callable[[], Any]] = {}
+
+  @functools.cached_property
+  def _speed(self) -> tuple[float, float]:
+    """(FLOPs, bytes) a second of this device."""
+    return timing.device_speed(self._dtype)
+
+  @functools.cached_property
+  def _trained(self) -> Params:
+    """The unreduced model's parameters."""
+    return jax.jit(self._vit.init)(jax.random.key(1), jnp.zeros((1, 224, 224, 3), self._dtype))[
+        'params']
+
+  def _use_batch(self, batch: int) -> None:
+    """Compiles the unreduced model for a batch size; what was compiled for another is let go."""
+    if batch != self._batch:
+      self._slices.clear()
+      self._images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3), self._dtype)
+      self._base = timing.ready(*forward(self._vit, None, self._trained, self._images)).call
+      self._batch = batch
+
+  def _slice(self, plan: Plan) -> Callable[[], Any]:
+    """Returns a pass with the counts of a plan, by slicing; rows with equal counts share it."""
     # What happens to slots that are joined or picked differs inside attention alone.
     merges = plan.method.merges or plan.site != 'inside'
     sliced = Plan('slice', Slicing(merges), plan.site, plan.cuts)
-    if sliced not in slices:
-      slices[sliced] = timing.ready(*forward(vit, sliced, trained, images)).call
-    calls['slice'] = slices[sliced]
-    pieces = parts(plan, args[0]['stack'], record(vit, plan, *args))
-  for part, (run, given) in pieces.items():
-    calls[part] = timing.ready(run, given).call
-    calls[f'{part} empty'] = timing.ready(lambda *given: (), given, keep_unused=True).call
-  rounds = ROUNDS.value or (15 if batch < 16 else 5)
-  times = timing.interleave(calls, rounds=rounds, warmup=1)
+    if sliced not in self._slices:
+      self._slices[sliced] = timing.ready(
+          *forward(self._vit, sliced, self._trained, self._images)).call
+    return self._slices[sliced]
 
-  full, reduced = vit_cost.of(vit), vit_cost.of(vit.clone(plan=plan))
-  faster, ratio = timing.speedup(times['base'], times['made']), full.macs / reduced.macs
-  whole = times['made'].median_ms
-  row = {'method': name, 'schedule': schedule, 'variant': VARIANT.value, 'batch': batch,
-         'site': plan.site, 'rounds': rounds, 'args': ARGS.get(name, {}),
-         'tokens': [layer.left for layer in reduced.layers], 'macs_ratio': ratio,
-         'base_ms': times['base'].median_ms, 'median_ms': whole,
-         'low_ms': times['made'].low_ms, 'high_ms': times['made'].high_ms,
-         'compile_s': made.seconds, 'speedup': faster.ratio, 'speedup_low': faster.low,
-         'speedup_high': faster.high, 'of_macs_ratio': faster.ratio / ratio}
-  if pieces:
-    row |= taken_apart(times, pieces, ratio, speed)
-  return {key: round(value, 4) if isinstance(value, float) else value
-          for key, value in row.items()} | timing.machine()
+  def measure(self, head: Row) -> Row:
+    """Returns the other keys of a row: one method, one schedule, one batch size."""
+    name, batch = head['method'], head['batch']
+    plan = make_plan({'method': name, 'args': ARGS.get(name, {}), **SCHEDULES[head['schedule']]},
+                     self._vit.host)
+    self._use_batch(batch)
+    function, args = forward(self._vit, plan, self._trained, self._images)
+    reduced_pass = timing.ready(function, args)
+    calls = {'base': self._base, 'made': reduced_pass.call}
+    pieces: Pieces = {}
+    if batch == APART.value:
+      calls['slice'] = self._slice(plan)
+      pieces = parts(plan, args[0]['stack'], record(self._vit, plan, *args))
+    for part, (run, inputs) in pieces.items():
+      calls[part] = timing.ready(run, inputs).call
+      calls[f'{part} empty'] = timing.ready(lambda *unread: (), inputs, keep_unused=True).call
+    rounds = ROUNDS.value or (15 if batch < 16 else 5)
+    times = timing.interleave(calls, rounds=rounds, warmup=1)
+
+    full, reduced = vit_cost.of(self._vit), vit_cost.of(self._vit.clone(plan=plan))
+    faster, ratio = timing.speedup(times['base'], times['made']), full.macs / reduced.macs
+    row = {'site': plan.site, 'rounds': rounds, 'args': ARGS.get(name, {}),
+           'tokens': [layer.left for layer in reduced.layers], 'macs_ratio': ratio,
+           'base_ms': times['base'].median_ms, **times['made'].fields(),
+           'compile_s': reduced_pass.seconds, **faster.fields(),
+           'of_macs_ratio': faster.ratio / ratio}
+    if pieces:
+      row |= taken_apart(times, pieces, ratio, self._speed)
+    return {**{key: round(value, 4) if isinstance(value, float) else value
+               for key, value in row.items()},
+            'dtype': jnp.dtype(self._dtype).name,
+            'device_gflops': round(self._speed[0] / 1e9, 1),
+            'device_gbytes': round(self._speed[1] / 1e9, 1)}
 
 
-def taken_apart(times, pieces, ratio, speed):
-  """Where the time of a pass goes, and the floor of the method's own work: keys of a row."""
+def taken_apart(times: Mapping[str, timing.Timing], pieces: Pieces, ratio: float,
+                speed: tuple[float, float]) -> dict[str, float]:
+  """Returns where the time of a pass goes, and the floor of the method's own work: keys of a row.
+
+  Args:
+    times: of the base, the reduced pass, the slices and the pieces, with and without their work.
+    pieces: as `parts` returns them.
+    ratio: MACs of the unreduced model over those of the reduced one.
+    speed: (FLOPs, bytes) a second.
+  """
   whole = times['made'].median_ms
   spent = {part: max(times[part].median_ms - times[f'{part} empty'].median_ms, 0.0)
            if part in pieces else 0.0 for part in PARTS}
-  work = [floor(run, given) for run, given in pieces.values()]
+  work = [floor(run, inputs) for run, inputs in pieces.values()]
   macs, moved = (sum(column) for column in zip(*work, strict=True))
   possible = timing.speedup(times['base'], times['slice']).ratio
   row = {'slice_ms': times['slice'].median_ms, 'slice_of_macs_ratio': possible / ratio}
@@ -351,8 +422,8 @@ def taken_apart(times, pieces, ratio, speed):
                                       bandwidth=speed[1])}
 
 
-def floor(function, args):
-  """(MACs, bytes) of one piece: its products, arguments that it uses, and results."""
+def floor(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, int]:
+  """Returns (MACs, bytes) of one piece: its products, arguments that it uses, and results."""
   closed = jax.make_jaxpr(function)(*args)
   _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
   read = sum(leaf.nbytes for leaf, use in zip(jax.tree.leaves(args), used, strict=True) if use)
@@ -360,90 +431,83 @@ def floor(function, args):
           read + sum(leaf.size * leaf.dtype.itemsize for leaf in closed.out_avals))
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
   """Measures what is missing, and writes the table."""
   if len(argv) > 1:
     raise ValueError(f'{argv[1]!r} is not understood: everything is set with flags')
-  # A cached program would make compile times mean nothing.
-  jax.config.update('jax_enable_compilation_cache', False)
-  dtype = jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
-  device = re.sub(r'\W+', '_', jax.devices()[0].device_kind).strip('_').lower()
-  out = pathlib.Path(OUT.value or f'results/speed_{device}.jsonl')
+  timing.compile_anew()
+  dtype = timing.usual_dtype()
+  out = timing.result_path('speed', 'jsonl', path=OUT.value)
   vit = make_vit(VARIANT.value, dtype=dtype,
                  implementation=attention.pick(jax.default_backend(), dtype))
   names = METHODS.value or [name for name in methods(vit.host) if name != 'none']
-  wanted = [(name, schedule, int(batch)) for batch in BATCHES.value for name in names
-            for schedule in SCHEDULES if schedule == '3 cuts' or name in EVERY_LAYER.value]
-  rows = newest(read_jsonl(out) if out.exists() else [])
-  missing = [key for key in wanted if AGAIN.value or (VARIANT.value, *key) not in rows]
-  if missing:
-    speed = timing.device_speed(dtype)
-    trained = jax.jit(vit.init)(jax.random.key(1), jnp.zeros((1, 224, 224, 3), dtype))['params']
-  bases, slices = {}, {}
-  bar = tqdm(missing, disable=not sys.stderr.isatty())
-  for name, schedule, batch in bar:
-    bar.set_description(f'{name}, {schedule}, batch {batch}')
-    if batch not in bases:
-      slices.clear()
-      images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3), dtype)
-      bases = {batch: (timing.ready(*forward(vit, None, trained, images)).call, images)}
-    row = measured(vit, trained, name, schedule, batch, bases[batch], slices, speed)
-    append_jsonl(out, row | {'dtype': jnp.dtype(dtype).name,
-                             'device_gflops': round(speed[0] / 1e9, 1),
-                             'device_gbytes': round(speed[1] / 1e9, 1)})
-  rows = newest(read_jsonl(out))
-  text = table([row for key, row in rows.items() if key[0] == VARIANT.value])
+  for name in names:
+    choices.check('method ', name, methods(vit.host))
+  heads = [{'variant': VARIANT.value, 'method': name, 'schedule': schedule, 'batch': int(batch)}
+           for batch in BATCHES.value for name in names for schedule in SCHEDULES
+           if schedule == '3 cuts' or name in EVERY_LAYER.value]
+  rows = measuring.measure_rows(heads, Bench(vit, dtype).measure, path=out,
+                                about=timing.machine(), again=AGAIN.value)
+  text = table([row for row in newest(read_jsonl(out)).values()
+                if row['variant'] == VARIANT.value])
   out.with_suffix('.md').write_text(text)
   print(text)
+  measuring.check_faults(rows, HEAD)
 
 
-def newest(rows):
-  """{(variant, method, schedule, batch): row}, the last of each, in the order of the methods."""
-  found = {(row['variant'], row['method'], row['schedule'], row['batch']): row for row in rows}
+def newest(rows: Iterable[Row]) -> dict[str, Row]:
+  """Returns the last row of each head, in the order of variants, methods, schedules, batches."""
+  latest = {measuring.identity(row, HEAD): row for row in rows}
   order = list(methods())
-  return dict(sorted(found.items(), key=lambda item: (item[0][0], order.index(item[0][1]),
-                                                      item[0][2:])))
+  return dict(sorted(latest.items(), key=lambda item: (
+      item[1]['variant'], order.index(item[1]['method']), item[1]['schedule'], item[1]['batch'])))
 
 
 # -- the table -------------------------------------------------------------------------------------
 
 
-def table(rows):
-  """Markdown: a line a method and schedule; speed by batch, shares where they were measured."""
+def table(rows: Sequence[Row]) -> str:
+  """Returns Markdown: a line a method and schedule; speed by batch, shares where measured.
+
+  Rows that failed are left out.
+  """
+  rows = measuring.measured(rows)
+  if not rows:
+    return 'Nothing was measured.\n'
   batches = sorted({row['batch'] for row in rows})
   shown = next((batch for batch in batches if any(
       row['batch'] == batch and 'floor_ms' in row for row in rows)), batches[-1])
-  lines = {}
+  lines: dict[tuple[str, str], dict[int, Row]] = {}
   for row in rows:
     lines.setdefault((row['method'], row['schedule']), {})[row['batch']] = row
   titles = ['method', 'cuts', 'MACs ratio', *(f'speed-up, batch {batch}' for batch in batches),
             'break-even batch', *(f'{part} %' for part in PARTS), 'own GFLOPs', 'own MB',
             'floor ms', 'own ms']
-  cells = [[name, schedule, f'{next(iter(found.values()))["macs_ratio"]:.2f}',
-            *(_speed(found.get(batch)) for batch in batches), _break_even(found),
-            *_shares(found.get(shown))] for (name, schedule), found in lines.items()]
-  about = rows[-1]
-  head = (f'{about["variant"]}, {about["dtype"]}, {about["cores"]} cores of {about["cpu"]}, jax '
-          f'{about["jax"]}, {about["date"]}. Speed-up over the unreduced model [quartiles] and, '
-          'behind it, that over the ratio of MACs. Shares of the time of a pass, floors and own '
-          f'milliseconds at batch {shown}: tools/speed.py says what they mean.')
-  body = [titles, ['---'] * len(titles), *cells]
-  return head + '\n\n' + '\n'.join('| ' + ' | '.join(line) + ' |' for line in body) + '\n'
+  cells = [[name, schedule, f'{next(iter(by_batch.values()))["macs_ratio"]:.2f}',
+            *(_speed(by_batch.get(batch)) for batch in batches), _break_even(by_batch),
+            *_shares(by_batch.get(shown))] for (name, schedule), by_batch in lines.items()]
+  last = rows[-1]
+  head = (f'{last["variant"]}, {last["dtype"]}, {tables.describe_machine(last)}. Speed-up over '
+          'the unreduced model [quartiles] and, behind it, that over the ratio of MACs. Shares of '
+          f'the time of a pass, floors and own milliseconds at batch {shown}: tools/speed.py says '
+          'what they mean.')
+  return f'{head}\n\n{tables.markdown_lines(titles, cells)}'
 
 
-def _speed(row):
+def _speed(row: Row | None) -> str:
   if row is None:
     return '-'
   return (f'{row["speedup"]:.2f} [{row["speedup_low"]:.2f}, {row["speedup_high"]:.2f}], '
           f'{row["of_macs_ratio"]:.2f}')
 
 
-def _break_even(found):
-  """The smallest batch measured at which a method is faster than no method."""
-  return str(next((batch for batch in sorted(found) if found[batch]['speedup'] > 1), 'never'))
+def _break_even(by_batch: Mapping[int, Row]) -> str:
+  """Returns the smallest batch measured at which a method is faster than no method."""
+  return str(next((batch for batch in sorted(by_batch) if by_batch[batch]['speedup'] > 1),
+                  'never'))
 
 
-def _shares(row):
+def _shares(row: Row | None) -> list[str]:
   if row is None or 'floor_ms' not in row:
     return ['-'] * (len(PARTS) + 4)
   own = sum(row[f'{part}_ms'] for part in PARTS)

@@ -26,29 +26,33 @@ devices; where a cut adds collectives, or bytes to them (scores apart); or where
 bytes than what it cuts away holds (`saved`).
 """
 
+from __future__ import annotations
+
 import collections
 import functools
 import json
-import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.common import VLM_SHARDING
 from lib.cost import hlo
 from lib.cost import lm as lm_cost
 from lib.cost.topology import MEMORY_GB, count, missing, topology_mesh
-from lib.report import tables
+from lib.report import measuring, tables
+from lib.report.rows import Row, update_json
 from lib.runtime import cli, sharding, timing
 from lib.tasks import qa as qa_task
-from models.backbones.vlm import Images
+from models.backbones.vlm import VLM, Images
 from models.checkpoints.vlm_config import make_vlm
 from models.plan import make_plan
 from models.storage import to_storage
+from ops import choices
 from ops.attention import pick
 from train import TrainState, decayed
 
@@ -72,71 +76,104 @@ SLOTS = IDS + VISUAL
 COLUMNS = ('target', 'step', 'plan', 'mesh', 'rows', 'peak_mb', 'argument_mb', 'output_mb',
            'saved_mb', 'collectives', 'compile_s', 'fault')
 
-TARGETS = flags.DEFINE_list('targets', list(SERVING), 'Which devices.')
+# Tests import several tools at once, whose flags share their names.
+TARGETS = flags.DEFINE_list('targets', list(SERVING), 'Which devices.', allow_override=True)
 STEPS_WANTED = flags.DEFINE_list('steps', list(STEPS), 'Which steps.')
-OUT = flags.DEFINE_string('out', 'results/targets_lm.json', 'Where the rows go.')
+OUT = flags.DEFINE_string('out', 'results/targets_lm.json', 'Where the rows go.',
+                          allow_override=True)
 
 
-def main(argv):
+HEAD = ('target', 'step', 'plan')  # What tells a row from others.
+
+# A jitted function, its arguments as shapes, and shapes of the parameters.
+Step = tuple[Any, tuple[Any, ...], Any]
+
+
+class Compiler:
+  """Compiles steps for one target, and holds each against the unreduced one, which comes first."""
+
+  def __init__(self) -> None:
+    self._unreduced: dict[str, Row] = {}
+
+  def measure(self, head: Row) -> Row:
+    """Returns the other keys of a row, which is printed as soon as it is there.
+
+    Raises:
+      ValueError: the unreduced step could not be compiled.
+    """
+    row = {**head, **compiled(head['target'], head['step'], head['plan'])}
+    if head['plan'] == 'none':
+      self._unreduced[head['step']] = row
+    if head['step'] not in self._unreduced:
+      raise ValueError(f'there is no unreduced step {head["step"]!r} to compare with: see why it '
+                       'failed')
+    full = self._unreduced[head['step']]
+    row['saved_mb'] = round(full['peak_mb'] - row['peak_mb'], 1)
+    row['fault'] = fault(row, full)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main(argv: Sequence[str]) -> None:
   """Compiles everything, shows it, and fails if anything is not as it should be."""
   del argv
+  for step in STEPS_WANTED.value:
+    choices.check('step ', step, STEPS)
   for target in TARGETS.value:
     reason = missing(target)
     if reason:
       raise ValueError(reason)
-  rows = []
+  rows: list[Row] = []
   for target in TARGETS.value:
-    unreduced, found = {}, []
-    wanted = [(step, plan) for step, plan in WANTED if step in STEPS_WANTED.value
-              and (step != 'train' or target in TRAINING)]
-    for step, plan in tqdm(wanted, desc=target, disable=not sys.stderr.isatty()):
-      row = {'target': target, 'step': step, 'plan': plan, **compiled(target, step, plan)}
-      full = unreduced.setdefault(step, row)
-      row['saved_mb'] = round(full['peak_mb'] - row['peak_mb'], 1)
-      row['fault'] = fault(row, full)
-      found.append(row)
-      print(json.dumps(row), flush=True)
-    rows += found
-    rows.update_json(OUT.value, {target: {
+    own = measuring.measure_rows(
+        [{'target': target, 'step': step, 'plan': plan} for step, plan in WANTED
+         if step in STEPS_WANTED.value and (step != 'train' or target in TRAINING)],
+        Compiler().measure)
+    update_json(OUT.value, {target: {
         'machine': timing.machine(), 'model': 'LLaVA-1.5-7B, bfloat16', 'slots': SLOTS,
-        'visual': VISUAL, 'room': ROOM, 'rows': found}})
-  print(tables.table([row | {'collectives': _short(row['collectives'])} for row in rows], COLUMNS))
-  faults = [f'{row["target"]} {row["step"]} {row["plan"]} ({row["fault"]})' for row in rows
-            if row['fault']]
-  if faults:
-    raise ValueError(f'{len(faults)} programs are not as they should be: {", ".join(faults)}')
+        'visual': VISUAL, 'room': ROOM, 'rows': own}})
+    rows += own
+  good = [{**row, 'collectives': _short(row['collectives'])} for row in measuring.measured(rows)]
+  if good:
+    print(tables.table(good, COLUMNS))
+  measuring.check_faults(rows, HEAD)
 
 
-def fault(row, full):
-  """What is wrong with a program, beside that of the unreduced model; '' for nothing."""
-  found = []
+def fault(row: Row, full: Row) -> str:
+  """Names what is wrong with a program, beside that of the unreduced model; '' for nothing."""
   limit = 1e9 * MEMORY_GB[row['target'].partition(':')[0]] / 2 ** 20
-  if row['peak_mb'] > limit:
-    found.append(f'does not fit {limit:.0f} MB')
+  wrong = [f'does not fit {limit:.0f} MB'] if row['peak_mb'] > limit else []
+  wrong += traffic_faults(row, full)
+  for name, least in row['expected_mb'].items():
+    less = full[f'{name}_mb'] - row[f'{name}_mb']
+    if less < 0.98 * least:
+      wrong.append(f'saves {less:.1f} MB of {name}, not {least:.1f}')
+  return '; '.join(wrong)
+
+
+def traffic_faults(row: Row, full: Row) -> list[str]:
+  """Names collectives that should not be, or that a cut adds to those of the unreduced model."""
+  wrong = []
   for name, (times, _) in row['collectives'].items():
     if name == 'all-gather of stacked parameters':
-      found.append('gathers the parameters of several layers')
+      wrong.append('gathers the parameters of several layers')
     if name == 'all-gather of others':
-      found.append('gathers what are no parameters')
+      wrong.append('gathers what are no parameters')
     if name.endswith('of scores'):
       continue
     before = full['collectives'].get(name, (0, 0))
     # Layers that run alone gather in an order of their own: of hundreds, a few more or less.
     if times > before[0] * (1.01 if row['step'] == 'train' else 1):
-      found.append(f'adds {name}: {times} for {before[0]}')
-  sent, before = (sum(mb for name, (_, mb) in one['collectives'].items()
-                      if not name.endswith('of scores')) for one in (row, full))
-  if sent > before * 1.001:
-    found.append(f'sends {sent:.0f} MB for {before:.0f}')
-  for name, least in row['expected_mb'].items():
-    less = full[f'{name}_mb'] - row[f'{name}_mb']
-    if less < 0.98 * least:
-      found.append(f'saves {less:.1f} MB of {name}, not {least:.1f}')
-  return '; '.join(found)
+      wrong.append(f'adds {name}: {times} for {before[0]}')
+  sent, before_mb = (sum(mb for name, (_, mb) in one['collectives'].items()
+                         if not name.endswith('of scores')) for one in (row, full))
+  if sent > before_mb * 1.001:
+    wrong.append(f'sends {sent:.0f} MB for {before_mb:.0f}')
+  return wrong
 
 
-def compiled(target, step, plan):
-  """Compiles one step under one plan for one target: how it is divided, its bytes, its traffic."""
+def compiled(target: str, step: str, plan: str) -> dict[str, Any]:
+  """Compiles one step under one plan; returns how it is divided, its bytes and its traffic."""
   axes, rows = (TRAINING if step == 'train' else SERVING)[target]
   mesh = topology_mesh(target, dict(zip(sharding.AXES, (*axes, 1), strict=True)))
   assert mesh.size == count(target)
@@ -145,30 +182,35 @@ def compiled(target, step, plan):
             'implementation': pick(platform, jnp.bfloat16),
             'remat': 'full' if step == 'train' else 'none'}
   vlm = make_vlm('llava1.5_7b', tower=shared, lm=shared)
-  if PLANS[plan]:
-    reduced = make_plan(PLANS[plan], vlm.lm.host(SLOTS, visual=VISUAL))
+  reduction = PLANS[plan]
+  if reduction:
+    reduced = make_plan(reduction, vlm.lm.host(SLOTS, visual=VISUAL))
     vlm = vlm.clone(lm=vlm.lm.clone(plan=reduced))
-  run, arguments, weights = {'prefill': reading, 'decode': decoding, 'train': training}[step](
-      vlm, mesh, rows * axes[0] * axes[1])
-  options = hlo.OPTIONS[platform] | (UNMERGED if platform != 'tpu' else {})
+  make_step = {'prefill': reading, 'decode': decoding, 'train': training}[step]
+  run, arguments, weights = make_step(vlm, mesh, rows * axes[0] * axes[1])
+  options: dict[str, Any] = hlo.OPTIONS[platform] | (UNMERGED if platform != 'tpu' else {})
   program, seconds = timing.compile_seconds(run.lower(*arguments), options=options)
-  sizes = parameter_sizes(weights, axes[2])
-  traffic = collections.defaultdict(lambda: [0, 0.0])
-  for one in hlo.collectives(program.as_text()):
-    total = traffic[f'{one.kind} of {carried(one, sizes, rows, axes[1])}']
-    total[0] += one.times
-    total[1] += one.bytes / 2 ** 20
   return {'mesh': 'data {} fsdp {} tensor {}'.format(*axes), 'rows': rows,
           **hlo.memory(program),
           'expected_mb': {name: round(size / 2 ** 20, 1)
                           for name, size in saved(vlm, step, rows, axes[2]).items()},
-          'collectives': {name: (times, round(mb, 1)) for name, (times, mb)
-                          in sorted(traffic.items())},
+          'collectives': traffic(program, parameter_sizes(weights, axes[2]), rows, axes[1]),
           'compile_s': round(seconds, 1)}
 
 
-def saved(vlm, step, rows, tensor):
-  """{figure: bytes a device that it must be less than the unreduced model's, at least}.
+def traffic(program: jax.stages.Compiled, sizes: Mapping[int, int], rows: int,
+            slices: int) -> dict[str, tuple[int, float]]:
+  """Returns {'collective of what it carries': (times, MB)} of a program; takes as `carried`."""
+  totals: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+  for one in hlo.collectives(program.as_text()):
+    total = totals[f'{one.kind} of {carried(one, sizes, rows, slices)}']
+    total[0] += one.times
+    total[1] += one.bytes / 2 ** 20
+  return {name: (int(times), round(mb, 1)) for name, (times, mb) in sorted(totals.items())}
+
+
+def saved(vlm: VLM, step: str, rows: int, tensor: int) -> dict[str, float]:
+  """Returns {figure: bytes a device that it must at least be below the unreduced model's}.
 
   Keys and values of the slots that are gone, where a cache is read or written; in training, the
   features before each half of each block, which the backward pass starts from.
@@ -184,9 +226,9 @@ def saved(vlm, step, rows, tensor):
   return {'peak': rows * slots * vlm.lm.width * jnp.dtype(vlm.lm.dtype).itemsize}
 
 
-def parameter_sizes(weights, tensor):
-  """{elements: layers}: of each parameter, whole or as 'tensor' divides it; of stacks too."""
-  found = {}
+def parameter_sizes(weights: Any, tensor: int) -> dict[int, int]:
+  """Returns {elements: layers} of parameters and stacks, whole or as 'tensor' divides them."""
+  sizes: dict[int, int] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
     names = [getattr(part, 'key', None) for part in path]
     stacked = 'blocks' in names and not any(hasattr(part, 'idx') for part in path)
@@ -195,12 +237,19 @@ def parameter_sizes(weights, tensor):
       for parts in {1, tensor}:
         size = leaf.size // layers * several // parts
         # What is one layer of a large parameter may be several of a small one.
-        found[size] = min(found.get(size, several), several)
-  return found
+        sizes[size] = min(sizes.get(size, several), several)
+  return sizes
 
 
-def carried(one, sizes, rows, slices):
-  """What a collective carries, by the size of its result and by where it comes from."""
+def carried(one: hlo.Collective, sizes: Mapping[int, int], rows: int, slices: int) -> str:
+  """Tells what a collective carries, by the size of its result and by where it comes from.
+
+  Args:
+    one: the collective.
+    sizes: as of `parameter_sizes`.
+    rows: B on each device.
+    slices: size of the 'fsdp' axis.
+  """
   layers = sizes.get(one.size * (slices if one.kind == 'reduce-scatter' else 1))
   if one.kind == 'collective-permute':
     return 'slices'
@@ -215,17 +264,17 @@ def carried(one, sizes, rows, slices):
   return 'others'
 
 
-def reading(vlm, mesh, batch):
-  """A prompt: logits after it, and the cache."""
+def reading(vlm: VLM, mesh: Mesh, batch: int) -> Step:
+  """Returns the step that reads a prompt: logits after it, and the cache."""
   weights = serving(vlm, mesh)
   run = functools.partial(vlm.apply, room=ROOM, method='prefill')
   arguments = ({'params': weights}, *prompt(mesh, batch))
-  return jax.jit(run, out_shardings=results(mesh, jax.eval_shape(run, *arguments))), arguments, (
-      weights)
+  outputs = results(mesh, jax.eval_shape(run, *arguments))
+  return jax.jit(run, out_shardings=outputs), arguments, weights
 
 
-def decoding(vlm, mesh, batch):
-  """One more token, over the cache that a prompt left; the cache is given away."""
+def decoding(vlm: VLM, mesh: Mesh, batch: int) -> Step:
+  """Returns the step of one more token over the cache that a prompt left, which is donated."""
   weights = serving(vlm, mesh)
   _, cache = jax.eval_shape(functools.partial(vlm.apply, room=ROOM, method='prefill'),
                             {'params': weights}, *prompt(mesh, batch))
@@ -237,17 +286,17 @@ def decoding(vlm, mesh, batch):
       mesh, jax.eval_shape(run, *arguments))), arguments, weights
 
 
-def training(vlm, mesh, batch):
-  """A step of training on the answers' tokens."""
+def training(vlm: VLM, mesh: Mesh, batch: int) -> Step:
+  """Returns a step of training on the answers' tokens."""
   optimizer = optax.chain(optax.clip_by_global_norm(1.0),
                           optax.adamw(2e-5, weight_decay=0.1, mask=decayed))
 
-  def start(key):
+  def start(key: jax.Array) -> TrainState:
     params = fresh(vlm, key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
-  def update(state, batch, key):
-    def loss_of(params):
+  def update(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, jax.Array]:
+    def loss_of(params: Any) -> jax.Array:
       logits, out = qa_task.apply(vlm, params, batch, rngs={'dropout': key})
       return qa_task.losses(logits, out, batch)['loss']
 
@@ -261,24 +310,24 @@ def training(vlm, mesh, batch):
   places = sharding.make_shardings(shapes, VLM_SHARDING, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   ids, valid, images = prompt(mesh, batch)
-  batch = {'ids': ids, 'valid': valid, 'answer': valid,
-           'image': jax.ShapeDtypeStruct((batch, *images.pixels.shape[2:]), jnp.float32,
-                                         sharding=rows)}
+  inputs = {'ids': ids, 'valid': valid, 'answer': valid,
+            'image': jax.ShapeDtypeStruct((batch, *images.pixels.shape[2:]), jnp.float32,
+                                          sharding=rows)}
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
   run = jax.jit(update, out_shardings=(places, whole), donate_argnums=0)
-  return run, (sharding.shapes(shapes, places), batch, key), shapes.params
+  return run, (sharding.shapes(shapes, places), inputs, key), shapes.params
 
 
-def prompt(mesh, batch):
-  """Ids, mask and one image a row, divided over the batch axes."""
+def prompt(mesh: Mesh, batch: int) -> tuple[Any, Any, Images]:
+  """Returns shapes of ids, mask and one image a row, divided over the batch axes."""
   rows = sharding.batch_sharding(mesh)
   return (jax.ShapeDtypeStruct((batch, IDS), jnp.int32, sharding=rows),
           jax.ShapeDtypeStruct((batch, IDS), bool, sharding=rows),
           Images(jax.ShapeDtypeStruct((batch, 1, 336, 336, 3), jnp.float32, sharding=rows)))
 
 
-def fresh(vlm, key):
-  """Parameters, whose shapes do not depend on mesh, plan, kernel or batch."""
+def fresh(vlm: VLM, key: jax.Array) -> Any:
+  """Makes parameters, whose shapes do not depend on mesh, plan, kernel or batch."""
   plain = {'mesh': None, 'plan': None, 'implementation': 'xla'}
   vlm = vlm.clone(tower=vlm.tower.clone(**plain), lm=vlm.lm.clone(**plain))
   ids = jnp.zeros((1, IDS), jnp.int32)
@@ -286,8 +335,8 @@ def fresh(vlm, key):
   return vlm.init(key, ids, ids == 0, Images(jnp.zeros((1, 1, side, side, 3))))['params']
 
 
-def serving(vlm, mesh):
-  """Shapes of bfloat16 parameters, each with its place.
+def serving(vlm: VLM, mesh: Mesh) -> Any:
+  """Returns shapes of bfloat16 parameters, each with its sharding.
 
   The blocks are a tuple, as for models/decoding/generator.py, which reads and decodes with the same
   ones: a run of layers as one loop would hold its part of the cache twice, as the loop leaves it
@@ -299,10 +348,10 @@ def serving(vlm, mesh):
   return sharding.shapes(shapes, sharding.make_shardings(shapes, VLM_SHARDING, mesh))
 
 
-def results(mesh, shapes):
-  """Places of logits and caches: rows over the batch axes, heads and vocabulary over 'tensor'."""
+def results(mesh: Mesh, shapes: Any) -> Any:
+  """Returns shardings of logits and caches: rows over the batch axes, other axes over 'tensor'."""
 
-  def place(leaf):
+  def place(leaf: Any) -> NamedSharding:
     if not leaf.ndim:
       return sharding.replicated(mesh)
     divided = ('tensor',) if jnp.issubdtype(leaf.dtype, jnp.floating) else ()
@@ -311,7 +360,7 @@ def results(mesh, shapes):
   return jax.tree.map(place, shapes)
 
 
-def _short(traffic):
+def _short(traffic: Mapping[str, tuple[int, float]]) -> str:
   return ', '.join(f'{name} {times} ({mb:.0f} MB)' for name, (times, mb) in traffic.items())
 
 

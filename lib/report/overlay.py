@@ -1,4 +1,4 @@
-"""Pictures of what a reduction kept, merged and dropped, layer by layer.
+"""Draws the tokens that a reduction kept, merged and dropped, layer by layer.
 
 Axes: B batch, N slots, T original tokens, C colour channels.
 """
@@ -34,7 +34,7 @@ MEANINGS = {'kept': 'kept as it is', 'merged': 'merged: mean colour of its group
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-  """What became of the patches of one image.
+  """Holds what became of the patches of one image.
 
   Attributes:
     labels: int[rows, columns], the slot that holds each patch, -1 where none does any more.
@@ -76,7 +76,7 @@ def groups(tokens: TokenSet, index: int, grid: tuple[int, int]) -> Groups:
 
 
 def untouched(tokens: int, grid: tuple[int, int]) -> Groups:
-  """The groups before any reduction, of `tokens` original tokens."""
+  """Returns the groups before any reduction, of `tokens` original tokens."""
   return Groups(np.arange(grid[0] * grid[1]).reshape(grid), np.zeros(grid, bool), tokens)
 
 
@@ -123,7 +123,7 @@ def composite(image: Array, labels: Array, merged: Array, *, scale: int = 1, lin
 
 
 def outline(labels: Array, merged: Array, *, cell: tuple[int, int], line: int = 1) -> Array:
-  """Where merged groups are outlined: bool[rows * cell height, columns * cell width].
+  """Marks outlines of merged groups: bool[rows * cell height, columns * cell width].
 
   True for pixels of merged patches with a pixel of another group less than or just `line` pixels
   away, diagonals included. The line lies inside its group, so patches kept as they are stay whole.
@@ -154,14 +154,14 @@ def paint(image: Array, classes: Array, *, strength: float = 0.7) -> Array:
   if pixels.shape[:2] != classes.shape:
     raise ValueError(f'classes of {classes.shape} pixels do not lie on an image of '
                      f'{pixels.shape[:2]}: give one a pixel')
-  colours = np.asarray(colormaps['tab10'].colors)[(classes - 1) % 10]
+  colours = colormaps['tab10'](np.arange(10))[:, :3][(classes - 1) % 10]
   tinted = np.where((classes > 0)[..., None], (1 - strength) * pixels + strength * colours, pixels)
   return np.round(255 * tinted).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of a figure.
+  """Holds a row of a figure.
 
   Attributes:
     name: written left of it.
@@ -264,14 +264,14 @@ def segments(images: Array, truth: Array, predicted: Array, cuts: Mapping[int, T
   names = list(names) or [''] * len(images)
   rows = []
   for index, (name, image) in enumerate(zip(names, images, strict=True)):
-    found = paint(image, predicted[index])
-    beside = {'true': paint(image, truth[index]), 'predicted': found}
-    rows.append(Row(name, image, cuts, index, beside, found))
+    painted = paint(image, predicted[index])
+    beside = {'true': paint(image, truth[index]), 'predicted': painted}
+    rows.append(Row(name, image, cuts, index, beside, painted))
   return _draw(rows, _columns(cuts, layers), grid, path, title)
 
 
 def _rgb(image: Array) -> Array:
-  """Any picture as a fresh float64[height, width, 3] in [0, 1]."""
+  """Converts any picture to a fresh float64[height, width, 3] in [0, 1]."""
   pixels = np.asarray(image)
   whole = pixels.dtype == np.uint8
   pixels = pixels.astype(np.float64) / (255 if whole else 1)
@@ -287,35 +287,35 @@ def _rgb(image: Array) -> Array:
 
 
 def _enlarge(values: Array, high: int, wide: int) -> Array:
-  """[rows, columns, ...] -> [rows * high, columns * wide, ...], by repeating."""
+  """Repeats [rows, columns, ...] to [rows * high, columns * wide, ...]."""
   return values.repeat(high, axis=0).repeat(wide, axis=1)
 
 
 def _columns(cuts: Mapping[int, Any], layers: Sequence[int] | None) -> list[int]:
-  """The layers to draw."""
-  there = sorted(cuts)
+  """Returns the layers to draw."""
+  reduced = sorted(cuts)
   if layers is None:
-    if len(there) <= COLUMNS:
-      return there
-    picks = np.linspace(0, len(there) - 1, COLUMNS).round().astype(int)
-    return [there[pick] for pick in picks]
+    if len(reduced) <= COLUMNS:
+      return reduced
+    picks = np.linspace(0, len(reduced) - 1, COLUMNS).round().astype(int)
+    return [reduced[pick] for pick in picks]
   for layer in layers:
     if layer not in cuts:
       raise ValueError(f'nothing was cut in layer {layer}: choose from '
-                       f'{", ".join(map(str, there)) or "none"}')
+                       f'{", ".join(map(str, reduced)) or "none"}')
   return list(layers)
 
 
 def _after(cuts: Mapping[int, TokenSet], layer: int, index: int,
            grid: tuple[int, int]) -> Groups | None:
-  """The groups that the last cut up to `layer` left, None before the first."""
+  """Returns the groups that the last cut up to `layer` left, None before the first."""
   done = [cut for cut in cuts if cut <= layer]
   return groups(cuts[max(done)], index, grid) if done else None
 
 
 def _draw(rows: Sequence[Row], layers: Sequence[int], grid: tuple[int, int], path: str | Path,
           title: str) -> Path:
-  """A figure of rows after cuts."""
+  """Draws a figure of rows after cuts."""
   start = next((tokens.owner.shape[1] for row in rows for tokens in row.cuts.values()),
                grid[0] * grid[1])
   before = untouched(start, grid)
@@ -382,7 +382,7 @@ def _figure(rows: Sequence[Row], table: Sequence[Sequence[Groups]], before: Grou
 
 
 def _points(size: float) -> int:
-  """Typographic points in pixels."""
+  """Converts typographic points to pixels."""
   return round(size * DPI / 72)
 
 
@@ -390,24 +390,25 @@ def _width(text: Text) -> float:
   return text.get_window_extent().width
 
 
-def _show(figure: Figure, picture: Array, *box: float) -> None:
-  axes = figure.add_axes(box)
+def _show(figure: Figure, picture: Array, left: float, bottom: float, width: float,
+          height: float) -> None:
+  axes = figure.add_axes((left, bottom, width, height))
   axes.imshow(picture, interpolation='none', aspect='auto')
   axes.set(xticks=[], yticks=[])
   axes.spines[:].set(color='#999999', linewidth=0.5)
 
 
 def _seen(table: Sequence[Sequence[Groups]]) -> list[str]:
-  """The fates that appear in a figure, in the order of `MEANINGS`."""
+  """Returns the fates that appear in a figure, in the order of `MEANINGS`."""
   states = [state for row in table for state in row]
-  found = {'kept': any(((s.labels >= 0) & ~s.merged).any() for s in states),
-           'merged': any(s.merged.any() for s in states),
-           'dropped': any((s.labels == DROPPED).any() for s in states)}
-  return [name for name in MEANINGS if found[name]]
+  appears = {'kept': any(((s.labels >= 0) & ~s.merged).any() for s in states),
+             'merged': any(s.merged.any() for s in states),
+             'dropped': any((s.labels == DROPPED).any() for s in states)}
+  return [name for name in MEANINGS if appears[name]]
 
 
 def _swatch(name: str) -> Array:
-  """A sample of one fate, drawn as in the figure: uint8[48, 72, 3]."""
+  """Draws a sample of one fate as in the figure: uint8[48, 72, 3]."""
   ramp = np.add.outer(np.linspace(0.1, 0.35, 4), np.linspace(0.0, 0.4, 6))
   picture = np.stack([ramp, ramp + 0.12, ramp + 0.25], axis=2)
   labels = {'kept': [[0, 1, 2], [3, 4, 5]], 'merged': [[0, 0, 1], [0, 1, 1]],
@@ -428,7 +429,7 @@ def _text_width(figure: Figure, words: str) -> float:
 
 
 def _legend(figure: Figure, seen: Sequence[str], left: float, wide: float, high: float) -> None:
-  """Swatches and words in the lower margin."""
+  """Draws swatches and words in the lower margin."""
   x, bottom = left, GAP
   for name in seen:
     _show(figure, _swatch(name), x / wide, bottom / high, 72 / wide, 48 / high)

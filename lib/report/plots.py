@@ -1,4 +1,4 @@
-"""Plots of measurements."""
+"""Draws measurements."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -65,8 +66,8 @@ def plot_accuracy_cost(rows: Sequence[Row], path: str | Path, *, title: str = ''
   full = max(lines.pop(reference), key=lambda row: row[cost]) if reference else None
   lines = {name: sorted(line, key=lambda row: row[cost]) for name, line in lines.items()}
 
-  figure = Figure(figsize=(10, max(5.6, 0.27 * len(lines) + 1.6)), dpi=200, layout='constrained')
-  figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+  figure = Figure(figsize=(10, max(5.6, 0.27 * len(lines) + 1.6)), dpi=200,
+                  layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
   FigureCanvasAgg(figure)
   axes = figure.subplots()
   if title:
@@ -112,21 +113,22 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def _stars(lines: Mapping[str, Sequence[Row]]) -> dict[str, str]:
-  """Each note that a drawn row has, and its mark."""
+  """Returns each note that a drawn row has, and its mark."""
   notes = dict.fromkeys(row['note'] for line in lines.values() for row in line if row.get('note'))
   return {note: STARS[i % len(STARS)] * (1 + i // len(STARS)) for i, note in enumerate(notes)}
 
 
 def _marked(lines: Mapping[str, Sequence[Row]]) -> dict[str, str]:
-  """Methods' names with the marks of their notes."""
+  """Returns methods' names with the marks of their notes."""
   stars = _stars(lines)
   return {name: name + ''.join(stars[note] for note in dict.fromkeys(
       row['note'] for row in line if row.get('note'))) for name, line in lines.items()}
 
 
 def _styles(names: Iterable[str], baselines: Sequence[str]) -> dict[str, dict[str, Any]]:
-  """Colour, marker and dashes of each line; colours run before markers do."""
-  styles, plain, coloured, markers = {}, 0, 0, list(MARKERS)
+  """Returns colour, marker and dashes of each line; colours run before markers do."""
+  styles: dict[str, dict[str, Any]] = {}
+  plain, coloured, markers = 0, 0, list(MARKERS)
   for name in names:
     if name in baselines:
       marker = markers[plain % len(markers)]
@@ -144,12 +146,12 @@ def _styles(names: Iterable[str], baselines: Sequence[str]) -> dict[str, dict[st
 
 
 def _low(row: Row, cost: str) -> float:
-  """Where a row's drawing begins: at its bar, if it has one."""
+  """Returns where a row's drawing begins: at its bar, if it has one."""
   return row['low_ms'] if cost == 'median_ms' and row.get('low_ms') is not None else row[cost]
 
 
 def _frame(axes: Axes, lines: Mapping[str, Sequence[Row]], full: Row | None, cost: str) -> None:
-  """Limits, grids, and the upper axis of shares."""
+  """Sets limits, grids, and the upper axis of shares."""
   drawn = [row for line in lines.values() for row in line] + ([full] if full else [])
   costs, scores = (np.array([row[key] for row in drawn], float) for key in (cost, 'height'))
   left, right = min(_low(row, cost) for row in drawn), costs.max()
@@ -171,19 +173,22 @@ def _frame(axes: Axes, lines: Mapping[str, Sequence[Row]], full: Row | None, cos
   if full is None:
     axes.grid(axis='x', color='#d0d0d0', linewidth=0.8)
     return
-  step = 0.1 if wide > 0.25 * full[cost] else 0.05
-  first, last = (math.ceil(left / full[cost] / step - 0.2),
-                 math.floor(right / full[cost] / step + 1e-9))
+  _shares_axis(axes, full[cost], left, right, 0.1 if wide > 0.25 * full[cost] else 0.05)
+
+
+def _shares_axis(axes: Axes, whole: float, left: float, right: float, step: float) -> None:
+  """Draws lines at multiples of a share of the unreduced cost `whole`, and an upper axis."""
+  first, last = math.ceil(left / whole / step - 0.2), math.floor(right / whole / step + 1e-9)
   shares = [step * i for i in range(first, last + 1)]
-  whole = full[cost]
-  upper = axes.secondary_xaxis('top', functions=(lambda c: c / whole, lambda s: s * whole))
+  upper = axes.secondary_xaxis('top', functions=(
+      lambda costs: np.asarray(costs) / whole, lambda parts: np.asarray(parts) * whole))
   upper.set_xticks(shares)
   upper.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
   upper.tick_params(labelsize=10, colors='#666666')
   upper.spines['top'].set_visible(False)
   upper.set_xlabel('of the unreduced model', fontsize=10, color='#666666', loc='right')
   for share in shares:
-    axes.axvline(share * full[cost], color='#d0d0d0', linewidth=0.8, zorder=1)
+    axes.axvline(share * whole, color='#d0d0d0', linewidth=0.8, zorder=1)
 
 
 def _draw(axes: Axes, line: Sequence[Row], cost: str, style: dict[str, Any]) -> None:
@@ -196,7 +201,7 @@ def _draw(axes: Axes, line: Sequence[Row], cost: str, style: dict[str, Any]) -> 
 
 
 def _draw_reference(axes: Axes, full: Row, cost: str) -> None:
-  """The unreduced model: a star, and its score as a level to measure losses from."""
+  """Draws the unreduced model: a star, and its score as a level to measure losses from."""
   axes.axhline(full['height'], color='black', linewidth=1.0, linestyle=(0, (1, 2)), zorder=2)
   axes.plot([full[cost]], [full['height']], marker='*', markersize=17, color='black',
             markeredgecolor='white', linestyle='none', zorder=6)

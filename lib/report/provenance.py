@@ -1,4 +1,4 @@
-"""What a vision-language model still sees of an image after each of its reductions.
+"""Traces which patches of an image a vision-language model still sees after each reduction.
 
 Axes: B batch, C crops of a row, I images of a row, n patches (cells of a Qwen tower) of a crop, V
 tokens of an image, N slots of a sequence, T original tokens.
@@ -22,7 +22,7 @@ GONE = -1
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """The patches of a row's crops after one reduction.
+  """Holds the patches of a row's crops after one reduction.
 
   Attributes:
     name: where, as 'vision', 'projector' or 'language, layer 2'.
@@ -39,16 +39,16 @@ class Stage:
 
 
 def grid(vlm: VLM) -> tuple[int, int]:
-  """Rows and columns of what the tower makes one feature of."""
+  """Returns rows and columns of the tower's features."""
   return vlm.tower.cells if isinstance(vlm.tower, QwenVision) else vlm.tower.grid
 
 
 def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
-  """What each reduction left of a row's images, in the order of the model.
+  """Returns the patches of a row's images after each reduction, in the order of the model.
 
   Args:
     vlm: the model with its reductions.
-    out: what it told of a prompt (`VLM.__call__`).
+    out: the auxiliary outputs of a prompt (`VLM.__call__`).
     row: of the batch.
   """
   seen, visual, projected = out['tower_tokens'], out['visual'], out.get('projector')
@@ -58,16 +58,16 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
   passed = _numbered([_now(seen, row * crops + crop) for crop in range(crops)], each)
   if out['layout'] is None:
     index = np.arange(crops * each)[:, None]
-    there = np.isin(index, passed)
+    holds = np.isin(index, passed)
   else:
     index, weight = (np.asarray(part[row]).reshape(-1, part.shape[-1]) for part in out['layout'])
-    there = weight > 0
-  now = np.where(there.any(axis=1), np.arange(len(index)), GONE)
+    holds = weight > 0
+  now = np.where(holds.any(axis=1), np.arange(len(index)), GONE)
   # Line ends are made of no patch.
-  there = there & (index < crops * each)
+  holds = holds & (index < crops * each)
 
   def stage(name: str, now: Array) -> Stage:
-    token, tap = np.nonzero(there & (now >= 0)[:, None])
+    token, tap = np.nonzero(holds & (now >= 0)[:, None])
     holder = np.full(crops * each, GONE)
     holder[index[token, tap][::-1]] = now[token][::-1]
     labels = _follow(passed, holder)
@@ -78,21 +78,21 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
     shape = (crops, *grid(vlm))
     return Stage(name, labels.reshape(shape), merged.reshape(shape), np.asarray(tokens))
 
-  made = [stage('vision', now)] if vlm.tower.plan and vlm.tower.plan.cuts else []
+  traced = [stage('vision', now)] if vlm.tower.plan and vlm.tower.plan.cuts else []
   pooled = projected is not None and len(projected.owner) == batch and images > 1
   if projected is not None:
     across = len(projected.owner) // batch
     now = _follow(now, _numbered([_now(projected, row * across + part) for part in range(across)],
                                  projected.slots))
-    made.append(stage('projector', now))
+    traced.append(stage('projector', now))
   now = _follow(now, _entered(out, row, pooled))
   for layer, cut in sorted(out['cuts'].items()):
-    made.append(stage(f'language, layer {layer}', _follow(now, _now(cut, row))))
-  return made
+    traced.append(stage(f'language, layer {layer}', _follow(now, _now(cut, row))))
+  return traced
 
 
 def _entered(out: Mapping[str, Any], row: int, pooled: bool) -> Array:
-  """int[I * M], or int[M] of a pool: the slot of the sequence that each visual token went to."""
+  """Returns int[I * M], or int[M] of a pool: the slot of the sequence of each visual token."""
   visual, group = out['visual'], np.asarray(out['sequence'].stats['group'][row])
   images, left = visual.x.shape[1:3]
   real = np.ones((images, left), bool) if visual.valid is None else np.asarray(visual.valid[row])
@@ -106,17 +106,17 @@ def _entered(out: Mapping[str, Any], row: int, pooled: bool) -> Array:
 
 
 def _now(tokens: TokenSet, row: int) -> Array:
-  """int[T], the real slot that holds each original token, -1 for none."""
+  """Returns int[T], the real slot that holds each original token, -1 for none."""
   owner, real = np.asarray(tokens.owner[row]), np.asarray(tokens.real[row])
   return np.where((owner >= 0) & real[np.maximum(owner, 0)], owner, GONE)
 
 
 def _numbered(parts: list[Array], slots: int) -> Array:
-  """Slots of several parts, of so many each, as slots of the whole."""
+  """Numbers the slots of several parts, of `slots` each, as slots of the whole."""
   return np.concatenate([np.where(part >= 0, part + number * slots, GONE)
                          for number, part in enumerate(parts)])
 
 
 def _follow(now: Array, then: Array) -> Array:
-  """Where what is now in some slot is then."""
+  """Composes two slot maps: for each token, the slot after the second reduction."""
   return np.where(now >= 0, then[np.maximum(now, 0)], GONE)

@@ -14,6 +14,8 @@ A row is a dict. Every key is optional; those known here:
   speedup             unreduced latency over this one
   compile_s           seconds to compile
   note                what a reader must know, such as 'untrained: has learned parameters'
+  fault               what is wrong with the thing measured, '' for nothing
+  failed              True where nothing could be measured; `note` says why
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Row = Mapping[str, Any]
 
@@ -35,7 +37,7 @@ def append_jsonl(path: str | Path, row: Row) -> None:
   Rows already there are never touched, whoever else is writing. What a killed writer left of a
   line is removed first. NumPy and JAX values become plain ones; NaN and infinity become null.
   """
-  line = json.dumps(_plain(row), allow_nan=False).encode() + b'\n'
+  line = json.dumps(plain(row), allow_nan=False).encode() + b'\n'
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('a+b') as file:
@@ -51,7 +53,7 @@ def append_jsonl(path: str | Path, row: Row) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-  """All rows of a file of JSON lines; a last line that was cut off is left out.
+  """Reads all rows of a file of JSON lines; a last line that was cut off is left out.
 
   Raises:
     ValueError: another line is not a JSON object; says which.
@@ -71,13 +73,26 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 def update_json(path: str | Path, entries: Mapping[str, Any]) -> None:
   """Puts entries into a JSON file of named ones, in place of those that had their names."""
   path = Path(path)
-  found = json.loads(path.read_text()) if path.exists() else {}
+  before = json.loads(path.read_text()) if path.exists() else {}
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(found | _plain(entries), indent=1) + '\n')
+  path.write_text(json.dumps(before | plain(entries), indent=1) + '\n')
+
+
+def plain(value: Any) -> Any:
+  """Returns a value of a row in JSON's types: arrays as lists, NaN and infinity as None."""
+  if isinstance(value, Mapping):
+    return {str(key): plain(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [plain(item) for item in value]
+  if hasattr(value, 'tolist'):
+    return plain(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-  """The row in a line, None where there is no whole one."""
+  """Parses the row in a line; None where the line is no whole JSON object."""
   try:
     row = json.loads(line)
   except ValueError:
@@ -89,24 +104,11 @@ def _excerpt(line: bytes) -> str:
   return line[:40].decode(errors='replace')
 
 
-def _tail(file: Any) -> bytes:
-  """What follows the last newline of a binary file."""
+def _tail(file: BinaryIO) -> bytes:
+  """Reads the bytes after the last newline of a binary file."""
   end, tail = file.seek(0, os.SEEK_END), b''
   while end and b'\n' not in tail:
     start = max(0, end - 4096)
     file.seek(start)
     tail, end = file.read(end - start) + tail, start
   return tail.rpartition(b'\n')[2]
-
-
-def _plain(value: Any) -> Any:
-  """Anything a row may hold, as what JSON knows."""
-  if isinstance(value, Mapping):
-    return {str(key): _plain(item) for key, item in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_plain(item) for item in value]
-  if hasattr(value, 'tolist'):
-    return _plain(value.tolist())
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value

@@ -12,7 +12,7 @@ from lib.report.rows import Row
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """How a table shows one thing.
+  """Describes how a table shows one thing.
 
   Attributes:
     title: above the column.
@@ -36,7 +36,7 @@ def _fixed(key: str, decimals: int, *, scale: float = 1.0,
 
 
 def _number(key: str) -> Callable[[Sequence[Row]], list[str]]:
-  """Numbers with as many decimals as give the largest of the column four digits."""
+  """Shows numbers with as many decimals as give the largest of the column four digits."""
   return lambda rows: _fixed(key, _decimals(rows, key))(rows)
 
 
@@ -46,7 +46,7 @@ def _decimals(rows: Sequence[Row], key: str) -> int:
 
 
 def _latency(rows: Sequence[Row]) -> list[str]:
-  """'median [low, high]', the median alone where quartiles are missing."""
+  """Shows 'median [low, high]', or the median alone where quartiles are missing."""
   decimals = _decimals(rows, 'median_ms')
   parts = [_fixed(key, decimals)(rows) for key in ('median_ms', 'low_ms', 'high_ms')]
   return [f'{median} [{low}, {high}]' if median and low and high else median
@@ -54,7 +54,7 @@ def _latency(rows: Sequence[Row]) -> list[str]:
 
 
 def _tokens(rows: Sequence[Row]) -> list[str]:
-  """Runs of equal counts, as '65x3 46x3'; of many runs the first two and the last two."""
+  """Shows runs of equal counts, as '65x3 46x3'; of many runs the first two and the last two."""
   cells = []
   for row in rows:
     runs = [(count, len(list(same))) for count, same in itertools.groupby(row.get('tokens') or ())]
@@ -84,7 +84,7 @@ USUAL = ('method', 'budget', 'accuracy', 'tokens', 'gmacs', 'gmacs_ratio', 'late
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] = USUAL, *, missing: str = '-') -> str:
-  """Rows as aligned plain text, with a rule under the titles.
+  """Lays out rows as aligned plain text, with a rule under the titles.
 
   Args:
     rows: in the order to show.
@@ -101,7 +101,7 @@ def table(rows: Sequence[Row], columns: Sequence[str] = USUAL, *, missing: str =
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[str] = USUAL, *, missing: str = '') -> str:
-  """`table` as Markdown, aligned in the source too."""
+  """Lays out rows as Markdown, aligned in the source too; takes what `table` takes."""
   titles, cells, right = _layout(rows, columns, missing)
   cells = [[cell.replace('|', r'\|') for cell in line] for line in cells]
   widths = [max(3, *map(len, column)) for column in zip(titles, *cells, strict=True)]
@@ -110,14 +110,37 @@ def markdown(rows: Sequence[Row], columns: Sequence[str] = USUAL, *, missing: st
   return '\n'.join(f'| {line} |' for line in lines)
 
 
+def markdown_lines(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+  """Lays out ready cells as Markdown, unaligned in the source, with a newline at the end.
+
+  Args:
+    titles: one a column; several may be equal.
+    cells: one list a row, as long as `titles`.
+
+  Raises:
+    ValueError: a row of another length.
+  """
+  for line in cells:
+    if len(line) != len(titles):
+      raise ValueError(f'a row of {len(line)} cells does not fit {len(titles)} titles: {line}')
+  lines = [titles, ['---'] * len(titles), *cells]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+
+
+def describe_machine(row: Row) -> str:
+  """Says in words where a row with the keys of `timing.machine()` was measured, and when."""
+  cores = f'{row["cores"]} core{"s" * (row["cores"] > 1)}'
+  return f'{cores} of {row["cpu"]}, jax {row["jax"]}, {row["date"]}'
+
+
 def _layout(rows: Sequence[Row], columns: Sequence[str],
             missing: str) -> tuple[list[str], list[list[str]], list[bool]]:
-  """Titles, cells by row, and which columns are right-aligned."""
-  there = {key for row in rows for key in row}
+  """Returns titles, cells by row, and which columns are right-aligned."""
+  keys = {key for row in rows for key in row}
   for name in columns:
-    if name not in COLUMNS and name not in there:
+    if name not in COLUMNS and name not in keys:
       raise ValueError(f'no row has a column {name!r}: choose from '
-                       f'{", ".join([*COLUMNS, *sorted(there - set(COLUMNS))])}')
+                       f'{", ".join([*COLUMNS, *sorted(keys - set(COLUMNS))])}')
   chosen = [COLUMNS.get(name) or Column(name, _text(name), right=False) for name in columns]
   shown = [[' '.join(cell.split()) or missing for cell in column.show(rows)] for column in chosen]
   return [c.title for c in chosen], [list(c) for c in zip(*shown, strict=True)], [

@@ -1,4 +1,4 @@
-"""Speed while training, and the floor that a device sets."""
+"""Measures speed while training, and computes the floor that a device sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """What a vendor says one chip can do.
+  """Holds a vendor's figures of one chip.
 
   Attributes:
     flops: dense bfloat16 operations a second, two for each multiply-accumulate.
@@ -40,12 +40,19 @@ DEVICES: dict[str, Device] = {
 
 
 def floor_seconds(macs: float, num_bytes: float, *, peak_flops: float, bandwidth: float) -> float:
-  """The least time for so much work on a device: the longer of computing and moving bytes."""
+  """Computes the least time for so much work: the longer of computing and of moving bytes.
+
+  Args:
+    macs: multiply-accumulates.
+    num_bytes: bytes to move.
+    peak_flops: operations a second, two for each multiply-accumulate.
+    bandwidth: bytes a second.
+  """
   return max(2 * macs / peak_flops, num_bytes / bandwidth)
 
 
 def measured_flops(device: jax.Device, *, side: int = 1024) -> float:
-  """Operations a second of a float32 product of side x side matrices, the best of five."""
+  """Measures operations a second of a float32 product of side x side matrices, best of five."""
   square = jax.device_put(jnp.ones((side, side), jnp.float32), device)
   product = jax.jit(jnp.matmul)
   product(square, square).block_until_ready()
@@ -58,7 +65,7 @@ def measured_flops(device: jax.Device, *, side: int = 1024) -> float:
 
 
 class Meter:
-  """Training speed, and how much of the devices' peak it uses."""
+  """Measures training speed, and how much of the devices' peak it uses."""
 
   def __init__(self, slots: int, *, batch_size: int, device: jax.Device, devices: int,
                clock: Callable[[], float] = time.perf_counter):
@@ -72,13 +79,13 @@ class Meter:
     """
     self._clock, self._start, self._idle = clock, clock(), 0.0
     self._batch_size, self._slots = batch_size, slots
-    known = DEVICES.get(device.device_kind)
-    self._peak = devices * (known.flops if known else measured_flops(device))
+    figures = DEVICES.get(device.device_kind)
+    self._peak = devices * (figures.flops if figures else measured_flops(device))
     self._last: tuple[int, float] | None = None
 
   @property
   def seconds(self) -> float:
-    """Wall-clock time since the meter was made, pauses left out."""
+    """Seconds of wall-clock time since the meter was made, pauses left out."""
     return self._clock() - self._start - self._idle
 
   @contextlib.contextmanager
@@ -89,7 +96,7 @@ class Meter:
     self._idle += self._clock() - begin
 
   def lap(self, step: int, *, kept: float, macs: float) -> dict[str, float]:
-    """Rates since the lap before; the first lap, which holds the compilation, gives none.
+    """Returns rates since the lap before; the first lap, which compiles, gives none.
 
     Args:
       step: steps done.

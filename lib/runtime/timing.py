@@ -11,6 +11,7 @@ import datetime
 import functools
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ Clock = Callable[[], float]
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Wall-clock times of one candidate, in milliseconds.
+  """Holds wall-clock times of one candidate, in milliseconds.
 
   Attributes:
     median_ms: median of the runs.
@@ -45,10 +46,14 @@ class Timing:
     low, median, high = np.quantile(runs, (0.25, 0.5, 0.75)).tolist()
     return cls(median, low, high, tuple(runs))
 
+  def fields(self) -> dict[str, float]:
+    """Returns the keys of a row (lib/report/rows.py): median and quartiles."""
+    return {'median_ms': self.median_ms, 'low_ms': self.low_ms, 'high_ms': self.high_ms}
+
 
 @dataclasses.dataclass(frozen=True)
 class Speedup:
-  """How many times as fast one candidate is as another.
+  """Holds how many times as fast one candidate is as another.
 
   Attributes:
     ratio: of the two medians; above 1 the other is faster than the base.
@@ -60,9 +65,14 @@ class Speedup:
   low: float
   high: float
 
+  def fields(self, prefix: str = '') -> dict[str, float]:
+    """Returns the keys of a row: `<prefix>speedup` of the medians, and its quartiles."""
+    return {f'{prefix}speedup': self.ratio, f'{prefix}speedup_low': self.low,
+            f'{prefix}speedup_high': self.high}
+
 
 class Compiled(NamedTuple):
-  """A compiled function, and the seconds that compiling it took."""
+  """Holds a compiled function, and the seconds that compiling it took."""
 
   run: jax.stages.Compiled
   seconds: float
@@ -102,7 +112,7 @@ def interleave(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 10,
 
 
 def speedup(base: Timing, other: Timing) -> Speedup:
-  """How many times as fast as `base` is `other`, both from one call of `interleave`.
+  """Computes how many times as fast as `base` is `other`, both from one call of `interleave`.
 
   Raises:
     ValueError: the two have different numbers of runs, or a run took no time at all.
@@ -118,18 +128,18 @@ def speedup(base: Timing, other: Timing) -> Speedup:
 
 
 def compile_seconds(lowered: jax.stages.Lowered, *, clock: Clock = time.perf_counter,
-                    options: Mapping[str, Any] | None = None) -> Compiled:
+                    options: Mapping[str, str | bool] | None = None) -> Compiled:
   """Compiles `jitted.lower(args)`, with compiler options; tracing, done by then, is not timed.
 
   With a persistent compilation cache a second call reads from it, and the time says so.
   """
   start = clock()
-  compiled = lowered.compile(compiler_options=options and dict(options))
+  compiled = lowered.compile(compiler_options=dict(options) if options else None)
   return Compiled(compiled, clock() - start)
 
 
 class Ready(NamedTuple):
-  """A compiled call without arguments, and the seconds that compiling it took."""
+  """Holds a compiled call without arguments, and the seconds that compiling it took."""
 
   call: Callable[[], Any]
   seconds: float
@@ -150,29 +160,30 @@ def ready(function: Callable[..., Any], args: Sequence[Any], *,
 
 
 def device_speed(dtype: Any) -> tuple[float, float]:
-  """(FLOPs a second of a large product, bytes a second of the fastest copy) of this device.
+  """Measures FLOPs a second of a large product, and bytes a second of the fastest copy, here.
 
   Copies of several sizes: what a small batch moves may never leave a processor's cache.
   """
   side = 2048 if jax.default_backend() == 'cpu' else 8192
   square = jnp.ones((side, side), dtype)
-  copies = {elements: jnp.ones((elements,), jnp.float32) for elements in (2**18, 2**22, 2**26)}
-  runs = {n: functools.partial(jax.jit(lambda x: x + 1), x) for n, x in copies.items()}
+  arrays = [jnp.ones((elements,), jnp.float32) for elements in (2**18, 2**22, 2**26)]
+  copy = jax.jit(lambda x: x + 1)
+  runs = {f'copy {x.size}': functools.partial(copy, x) for x in arrays}
   runs['product'] = functools.partial(jax.jit(jnp.matmul), square, square)
   times = interleave(runs, rounds=20)
   return (2e3 * side ** 3 / min(times['product'].runs),
-          max(2e3 * x.nbytes / min(times[n].runs) for n, x in copies.items()))
+          max(2e3 * x.nbytes / min(times[f'copy {x.size}'].runs) for x in arrays))
 
 
 def read_speed(num_bytes: int) -> float:
-  """Bytes a second at which an array of so many bytes is read, at best (sums of its rows)."""
+  """Measures the bytes a second at which sums of rows read an array of so many bytes, at best."""
   rows = jnp.ones((max(1, num_bytes // 2 ** 14), 2 ** 12), jnp.float32)
   run = functools.partial(jax.jit(lambda x: jnp.sum(x, axis=1)), rows)
   return 1e3 * rows.nbytes / min(interleave({'read': run}, rounds=10)['read'].runs)
 
 
 def machine() -> dict[str, Any]:
-  """What every timing should carry: device, versions, processor and date, ready for JSON."""
+  """Describes this machine for a row: device, versions, processor and date, ready for JSON."""
   devices = jax.devices()
   return {
       'platform': devices[0].platform,
@@ -187,15 +198,33 @@ def machine() -> dict[str, Any]:
   }
 
 
+def usual_dtype() -> Any:
+  """Returns the dtype to measure in here: float32 on a CPU, else bfloat16."""
+  return jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
+
+
+def result_path(name: str, ending: str, *, path: str | None = None) -> Path:
+  """Returns `path`, or without one results/<name>_<device>.<ending>, and makes its folder."""
+  device = re.sub(r'\W+', '_', jax.devices()[0].device_kind).strip('_').lower()
+  result = Path(path or f'results/{name}_{device}.{ending}')
+  result.parent.mkdir(parents=True, exist_ok=True)
+  return result
+
+
+def compile_anew() -> None:
+  """Turns the compilation cache off: compile times mean nothing of programs read from it."""
+  jax.config.update('jax_enable_compilation_cache', False)
+
+
 def _cores() -> int:
-  """Cores that this process may use: fewer than the machine has, in many containers."""
+  """Counts cores that this process may use: fewer than the machine has, in many containers."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def _cpu(info: Path = Path('/proc/cpuinfo')) -> str:
-  """The processor's name; Linux tells it only there."""
+  """Returns the processor's name; Linux tells it only in /proc/cpuinfo."""
   if info.exists():
     for line in info.read_text().splitlines():
       key, _, value = line.partition(':')

@@ -120,7 +120,7 @@ def test_the_config_resolves():
   """Every entry is another measurement, and says what it trains."""
   config = digits_study.get_config()
   found = list(study.entries(config))
-  keys = [entry.key(0) for entry in found]
+  keys = [tuple(entry.head(0).values()) for entry in found]
   assert len(set(keys)) == len(keys)
   assert sum(entry.training is not None for entry in found) > 30
   by_name = {(entry.name, entry.budget): entry for entry in found if entry.training}
