@@ -1,6 +1,7 @@
 """The three ways of making fewer tokens, as matrices W with x' = W x.
 
-Axes: B batch, N slots now, M slots after, D features, H heads."""
+Axes: B batch, N slots now, M slots after, D features, H heads, K keys of an attention map.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +16,77 @@ from ops.argmax import max_and_index
 Array = jax.Array
 
 
-class Assignment(Protocol):
-  """What a method answers: which input slots make up each output slot.
+class Extras(Protocol):
+  """Members of an assignment that most assignments leave at None.
 
-  Attributes:
-    src: int32[B, M], the slot that anchors each output: gives it position and kind.
-    dst: int32[B, N], the output that each input joins most, M where it joins none.
-    valid: bool[B, M] or None, False where an output is padding (fewer tokens than slots).
+  A class that inherits them declares those that it has as fields, and has None for the others.
   """
 
-  src: Array
-  dst: Array
-  valid: Array | None
+  @property
+  def valid(self) -> Array | None:
+    """bool[B, M], False where an output is padding (fewer tokens than slots); None for all real."""
+    return None
+
+  @property
+  def size_weights(self) -> Array | None:
+    """The part of each slot's size that its outputs get (see the class); None for the rule."""
+    return None
+
+  @property
+  def policy(self) -> Array | None:
+    """float32[B, M], a soft decision (1 keep, 0 drop) that scales the size of each output."""
+    return None
+
+  @property
+  def features(self) -> Array | None:
+    """float[B, N, D] that `reduce` works on in place of the tokens' own features."""
+    return None
+
+  @property
+  def wanted(self) -> Array | None:
+    """int32[B], the outputs that an adaptive method would have filled, had it had room."""
+    return None
+
+
+class Assignment(Extras, Protocol):
+  """Says which input slots make up each output slot: the answer of a method."""
+
+  @property
+  def src(self) -> Array:
+    """int32[B, M], the slot that anchors each output: gives it position and kind."""
+    ...
+
+  @property
+  def dst(self) -> Array:
+    """int32[B, N], the output that each input joins most, M where it joins none."""
+    ...
 
   def apply(self, values: Array) -> Array:
-    """[B, N, ...] -> [B, M, ...]: W times values."""
+    """Multiplies by W: [B, N, ...] -> [B, M, ...]."""
+    ...
 
   def matrix(self) -> Array:
-    """float32[B, M, N]: W itself, for tests, exports and pictures."""
+    """Returns W itself, float32[B, M, N], for tests, exports and pictures."""
+    ...
 
   def restore(self, values: Array) -> Array:
-    """[B, M, ...] -> [B, N, ...]: every input slot gets its output's value, dropped ones zero."""
+    """Gives every input slot its output's value, dropped ones zero: [B, M, ...] -> [B, N, ...]."""
+    ...
 
   def totals(self, sizes: Array) -> Array:
-    """float32[B, N, ...] -> [B, M, ...]: values added up, whatever the weights."""
+    """Adds values up, whatever the weights: float32[B, N, ...] -> [B, M, ...]."""
+    ...
+
+  def apply_by_head(self, values: Array) -> Array:
+    """Multiplies by W in every head: [B, H, N, K] -> [B, H, M, K]."""
+    ...
+
+  def reduce_keys(self, attention: Array) -> Array:
+    """Reduces the keys of a map, for a cut inside attention: float[B, H, N, N] -> [B, H, N, K].
+
+    K = M where slots are merged, N where they are picked: dropped slots are keys of this layer.
+    """
+    ...
 
 
 def take(values: Array, index: Array) -> Array:
@@ -53,24 +101,23 @@ def expand_like(mask: Array, like: Array) -> Array:
 
 
 def _hide(values: Array, valid: Array | None) -> Array:
-  """Zeroes the rows of padding outputs, so that nothing odd ever sits in them."""
+  """Zeroes the rows of padding outputs, so that no garbage is left in them."""
   return values if valid is None else jnp.where(expand_like(valid, values), values, 0)
 
 
 def _take_or_zero(values: Array, index: Array) -> Array:
-  """`take`, with zeros where index equals the number of rows (no such row)."""
+  """Picks rows as `take`, with zeros where an index equals the number of rows (no such row)."""
   rows = values.shape[1]
   picked = take(values, jnp.minimum(index, rows - 1))
   return jnp.where(expand_like(index < rows, picked), picked, 0)
 
 
 def _one_hot_rows(index: Array, rows: int) -> Array:
-  """int[B, N] -> float32[B, rows, N], column n has its one in row index[n]."""
+  """Puts a one into row index[n] of column n: int[B, N] -> float32[B, rows, N]."""
   return (index[:, None, :] == jnp.arange(rows)[None, :, None]).astype(jnp.float32)
 
 
-@struct.dataclass
-class Gather:
+class Gather(Extras, struct.PyTreeNode):
   """Keeps some slots as they are: pruning and reordering.
 
   Attributes:
@@ -79,10 +126,10 @@ class Gather:
     valid: bool[B, M] or None, False where an output is padding.
     policy: float32[B, M] or None, a soft decision (1 keep, 0 drop) that scales the size of each
       output: where attention is proportional to size, gradients reach the decision through it.
-    features: float[B, N, D] or None, what `reduce` keeps in place of the tokens' own features
-      (methods that refine what they keep).
+    features: float[B, N, D] or None, features that `reduce` keeps in place of the tokens' own
+      (for methods that refine what they keep).
     wanted: int32[B] or None, the outputs that an adaptive method would have filled, had it had
-      room: what exceeds M is overflow.
+      room; the number beyond M is overflow.
   """
 
   src: Array
@@ -94,7 +141,7 @@ class Gather:
 
   @property
   def dst(self) -> Array:
-    """int32[B, N], the output that keeps each slot, M where none does."""
+    """Returns the output that keeps each slot, int32[B, N], M where none does."""
     batch, outputs = self.src.shape
     index = self.src if self.valid is None else jnp.where(self.valid, self.src, self.slots)
     to = jnp.broadcast_to(jnp.arange(outputs, dtype=jnp.int32), (batch, outputs))
@@ -102,26 +149,35 @@ class Gather:
     return jax.vmap(lambda d, i, t: d.at[i].set(t, mode='drop'))(start, index, to)
 
   def apply(self, values: Array) -> Array:
-    """[B, N, ...] -> [B, M, ...]: the kept rows, bit for bit."""
+    """Picks the kept rows, bit for bit: [B, N, ...] -> [B, M, ...]."""
     return _hide(take(values, self.src), self.valid)
 
   def matrix(self) -> Array:
-    """float32[B, M, N], a single one in every valid row."""
+    """Returns W, float32[B, M, N], with a single one in every valid row."""
     ones = (self.src[:, :, None] == jnp.arange(self.slots)[None, None]).astype(jnp.float32)
     return _hide(ones, self.valid)
 
   def restore(self, values: Array) -> Array:
-    """[B, M, ...] -> [B, N, ...]: kept slots get their value back, dropped ones zero."""
+    """Gives kept slots their value back, dropped ones zero: [B, M, ...] -> [B, N, ...]."""
     return _take_or_zero(values, self.dst)
 
   def totals(self, sizes: Array) -> Array:
-    """float32[B, N, ...] -> [B, M, ...]: the kept rows, times `policy` where there is one."""
+    """Picks rows, times `policy` where there is one: float32[B, N, ...] -> [B, M, ...]."""
     kept = self.apply(sizes)
     return kept if self.policy is None else kept * expand_like(self.policy, kept)
 
+  def apply_by_head(self, values: Array) -> Array:
+    """Picks rows in every head, bit for bit: [B, H, N, K] -> [B, H, M, K]."""
+    # Picked where they lie: a transposed copy would be the largest buffer of the layer.
+    rows = jnp.take_along_axis(values, self.src[:, None, :, None], axis=2)
+    return rows if self.valid is None else jnp.where(self.valid[:, None, :, None], rows, 0)
 
-@struct.dataclass
-class Merge:
+  def reduce_keys(self, attention: Array) -> Array:
+    """Returns the map as it is, float[B, H, N, N]: dropped slots are still keys of this layer."""
+    return attention
+
+
+class Merge(Extras, struct.PyTreeNode):
   """Adds slots together, each into at most one output.
 
   `weight` is final: a size-weighted mean, a sum and a non-convex ensemble differ only in it. The
@@ -133,8 +189,8 @@ class Merge:
     dst: int32[B, N], the output that each slot joins, M for none.
     weight: float32[B, N], the slot's factor in its output.
     valid: bool[B, M] or None, False where an output is padding.
-    share: float32[B, N] or None, the part of each slot's size that its output gets; all of it
-      where None.
+    size_weights: float32[B, N] or None, the part of each slot's size that its output gets; all of
+      it where None.
     wanted: int32[B] or None, as in `Gather`.
     op: 'sum', or 'max' for the elementwise maximum of the members (weights unused). Static.
   """
@@ -143,20 +199,20 @@ class Merge:
   dst: Array
   weight: Array
   valid: Array | None = None
-  share: Array | None = None
+  size_weights: Array | None = None
   wanted: Array | None = None
   op: str = struct.field(pytree_node=False, default='sum')
 
   @classmethod
   def mean(cls, src: Array, dst: Array, weight: Array, *, valid: Array | None = None) -> Merge:
-    """A merge whose outputs are means of their members, weighted by float[B, N] (often sizes)."""
+    """Makes a merge whose outputs are means of their members, weighted by float[B, N]."""
     weight = weight.astype(jnp.float32)
     plain = cls(src, dst, jnp.ones_like(weight))
     total = _take_or_zero(plain.apply(weight), dst)
     return cls(src, dst, weight / jnp.where(total == 0, 1.0, total), valid=valid)
 
   def apply(self, values: Array) -> Array:
-    """[B, N, ...] -> [B, M, ...]: weighted sums (or maxima) of each output's members."""
+    """Takes weighted sums (or maxima) of each output's members: [B, N, ...] -> [B, M, ...]."""
     outputs = self.src.shape[1]
     if self.op == 'max':
       merged = jax.vmap(lambda v, d: jax.ops.segment_max(v, d, num_segments=outputs))(
@@ -171,26 +227,28 @@ class Merge:
     return _hide(merged, self.valid)
 
   def matrix(self) -> Array:
-    """float32[B, M, N], each column with one weight at most."""
+    """Returns W, float32[B, M, N], with at most one weight in each column."""
     if self.op != 'sum':
       raise ValueError(f"a merge with op={self.op!r} is not a matrix; only op='sum' is")
     return _hide(_one_hot_rows(self.dst, self.src.shape[1]) * self.weight[:, None, :], self.valid)
 
   def restore(self, values: Array) -> Array:
-    """[B, M, ...] -> [B, N, ...]: every member gets its output's value, dropped ones zero."""
+    """Gives every member its output's value, dropped ones zero: [B, M, ...] -> [B, N, ...]."""
     return _take_or_zero(values, self.dst)
 
   def totals(self, sizes: Array) -> Array:
-    """float32[B, N, ...] -> [B, M, ...]: sums of each output's members, by `share` if given."""
-    return self._by_share().apply(sizes)
+    """Sums each output's members, by `size_weights` if given: [B, N, ...] -> [B, M, ...]."""
+    return self._by_size_weights().apply(sizes)
 
-  def totals_by_key(self, attention: Array) -> Array:
-    """`totals` along the last axis: float32[B, H, N, N] -> [B, H, N, M]."""
+  def reduce_keys(self, attention: Array) -> Array:
+    """Adds up the attention of each output's members: float[B, H, N, N] -> float32[B, H, N, M]."""
+    attention = attention.astype(jnp.float32)
     # A product takes the map as it lies; sums of segments would need it transposed, and back.
-    return jnp.einsum('bhnk,bmk->bhnm', attention, self._by_share().matrix(), precision='highest')
+    matrix = self._by_size_weights().matrix()
+    return jnp.einsum('bhnk,bmk->bhnm', attention, matrix, precision='highest')
 
   def apply_by_head(self, values: Array) -> Array:
-    """`apply` for every head: float[B, H, N, K] -> [B, H, M, K]."""
+    """Applies W in every head: float[B, H, N, K] -> [B, H, M, K]."""
     batch, heads, _, width = values.shape
     outputs = self.src.shape[1]
     # The heads' slots in a row, as one segment sum: one a head takes three times as long on CPU.
@@ -202,46 +260,45 @@ class Merge:
                  valid=None if self.valid is None else jnp.tile(self.valid, (1, heads)))
     return flat.apply(values.reshape(batch, -1, width)).reshape(batch, heads, outputs, width)
 
-  def _by_share(self) -> Merge:
-    share = jnp.ones_like(self.weight) if self.share is None else self.share
-    return self.replace(weight=share, op='sum')
+  def _by_size_weights(self) -> Merge:
+    weight = jnp.ones_like(self.weight) if self.size_weights is None else self.size_weights
+    return self.replace(weight=weight, op='sum')
 
 
-@struct.dataclass
-class Mix:
-  """Makes every output from any of the slots: soft, many-to-many.
+class Mix(Extras, struct.PyTreeNode):
+  """Mixes every output from any of the slots: soft, many-to-many.
 
   Attributes:
     weights: float32[B, M, N], W itself.
     valid: bool[B, M] or None, False where an output is padding.
-    features: float[B, N, D] or None, what `reduce` mixes in place of the tokens' own features
-      (methods that normalise first).
-    share: float32[B, M, N] or None, the part of each slot's size that each output gets; in
+    features: float[B, N, D] or None, features that `reduce` mixes in place of the tokens' own (for
+      methods that normalise first).
+    size_weights: float32[B, M, N] or None, the part of each slot's size that each output gets; in
       proportion to the weights where None.
   """
 
   weights: Array
   valid: Array | None = None
   features: Array | None = None
-  share: Array | None = None
+  size_weights: Array | None = None
 
   @property
   def src(self) -> Array:
-    """int32[B, M], the slot that weighs most in each output."""
+    """Returns the slot that weighs most in each output, int32[B, M]."""
     return max_and_index(jnp.abs(self.weights), axis=2).index
 
   @property
   def dst(self) -> Array:
-    """int32[B, N], the output in which each slot weighs most, M where it weighs nothing.
+    """Returns the output in which each slot weighs most, int32[B, N], M where it weighs nothing.
 
-    With a `share`, the output that gets most of its size.
+    With `size_weights`, the output that gets most of its size.
     """
-    shares = jnp.abs(self.matrix()) if self.share is None else self.shares()
+    shares = jnp.abs(self.matrix()) if self.size_weights is None else self.shares()
     most, heaviest = max_and_index(shares, axis=1)
     return jnp.where(most > 0, heaviest, self.weights.shape[1])
 
   def apply(self, values: Array) -> Array:
-    """[B, N, ...] -> [B, M, ...]: W times values."""
+    """Multiplies by W: [B, N, ...] -> [B, M, ...]."""
     flat = values.reshape((*values.shape[:2], -1))
     # Adding bf16 up in float32 is what backends do anyway. Asked for by name, XLA's on CPU refuses
     # where the weights are a transpose.
@@ -249,34 +306,35 @@ class Mix:
     return _hide(mixed.reshape(mixed.shape[:2] + values.shape[2:]), self.valid)
 
   def matrix(self) -> Array:
-    """float32[B, M, N], W with zero rows for padding outputs."""
+    """Returns W, float32[B, M, N], with zero rows for padding outputs."""
     return _hide(self.weights, self.valid)
 
   def shares(self) -> Array:
-    """float32[B, M, N]: how each input divides itself among the outputs.
+    """Returns how each input divides itself among the outputs, float32[B, M, N].
 
-    Columns add up to 1, unless a `share` of its own says otherwise.
+    Columns add up to 1, unless `size_weights` say otherwise.
     """
-    if self.share is not None:
-      return _hide(self.share, self.valid)
+    if self.size_weights is not None:
+      return _hide(self.size_weights, self.valid)
     size = jnp.abs(self.matrix())
     return size / jnp.maximum(jnp.sum(size, axis=1, keepdims=True), 1e-20)
 
   def restore(self, values: Array) -> Array:
-    """[B, M, ...] -> [B, N, ...]: every slot gets the outputs in its shares."""
+    """Gives every slot the outputs in its `shares`: [B, M, ...] -> [B, N, ...]."""
     flat = values.reshape((*values.shape[:2], -1))
     out = jnp.einsum('bmn,bmd->bnd', self.shares().astype(flat.dtype), flat)
     return out.reshape(out.shape[:2] + values.shape[2:])
 
   def apply_by_head(self, values: Array) -> Array:
-    """`apply` for every head: float[B, H, N, K] -> [B, H, M, K]."""
+    """Applies W in every head: float[B, H, N, K] -> [B, H, M, K]."""
     mixed = jnp.einsum('bmn,bhnk->bhmk', self.weights.astype(values.dtype), values)
     return mixed if self.valid is None else jnp.where(self.valid[:, None, :, None], mixed, 0)
 
-  def totals_by_key(self, attention: Array) -> Array:
-    """`totals` along the last axis: float32[B, H, N, N] -> [B, H, N, M]."""
+  def reduce_keys(self, attention: Array) -> Array:
+    """Adds up the attention of each output's members: float[B, H, N, N] -> float32[B, H, N, M]."""
+    attention = attention.astype(jnp.float32)
     return jnp.einsum('bhnk,bmk->bhnm', attention, self.shares(), precision='highest')
 
   def totals(self, sizes: Array) -> Array:
-    """float32[B, N, ...] -> [B, M, ...]: values divided among the outputs by `shares`."""
+    """Divides values among the outputs by `shares`: float32[B, N, ...] -> [B, M, ...]."""
     return jnp.einsum('bmn,bn...->bm...', self.shares(), sizes)

@@ -13,6 +13,7 @@ extra columns of q and k, because the bias they accept themselves is an N x S bu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,10 @@ from ops.attention_kernels import LOWEST_BIAS, cudnn, splash
 Array = jax.Array
 
 IMPLEMENTATIONS = ('xla', 'cudnn', 'splash')
+# Hides a key, slot or cluster from a softmax. Finite, so that a row where all are hidden stays
+# finite too. As a bias in `attend` it counts as LOWEST_BIAS: kernels carry a bias inside q . k,
+# where -1e9 would leave float32 no digits for the logits themselves.
+HIDDEN_LOGIT = -1e9
 # The least weight of a key: a weight of 0 keeps a finite bias and a finite gradient.
 TINY = 1e-20
 # Of one row and head: the largest map that XLA forms whole, 1,024 x 1,024, and the entries of a
@@ -31,10 +36,12 @@ TINY = 1e-20
 # of 2 ** 20, 1.2 s of 2 ** 18, 1.1 s of 2 ** 17).
 _WHOLE, _PART = 2 ** 20, 2 ** 18
 
+# (causal, scale, q, k, v, bias) -> out, lse.
+_FUSED: dict[str, Callable[..., tuple[Array, Array]]] = {'cudnn': cudnn, 'splash': splash}
 
-@struct.dataclass
-class Attended:
-  """What attention gives.
+
+class Attended(struct.PyTreeNode):
+  """Holds the results of attention.
 
   Attributes:
     out: float[B, N, H, d], in the dtype of the queries.
@@ -94,15 +101,15 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
   if implementation == 'xla':
     last = jnp.arange(q.shape[1])[None] if causal and positions is None else positions
     return Attended(*_xla(q, k, v, bias, scale, last, positions, window))
-  fused = {'cudnn': cudnn, 'splash': splash}[implementation]
+  fused = _FUSED[implementation]
   if positions is None:
     return Attended(*fused(causal, scale, q, k, v, bias))
   # Kernels mask by slot, so the slots take the order of their positions, and go back.
   order = jnp.argsort(positions, axis=1)
-  q, k, v, bias = (x if x is None else _rearranged(x, order) for x in (q, k, v, bias))
-  found = fused(True, scale, q, k, v, bias)
+  q, k, v = (_rearranged(x, order) for x in (q, k, v))
+  results = fused(True, scale, q, k, v, None if bias is None else _rearranged(bias, order))
   back = jnp.argsort(order, axis=1)
-  return Attended(*(_rearranged(x, back) for x in found))
+  return Attended(*(_rearranged(x, back) for x in results))
 
 
 def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
@@ -154,8 +161,8 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
     index, q, lse, counts, last = item
     if causal and last is None:
       last = index * chunk + jnp.arange(chunk)
-    found = rows(q, k, lse, bias=bias, scale=scale, last=last, positions=positions, window=window)
-    return total + jnp.sum(jnp.where(counts[:, None, :, None], found, 0.0), axis=2), None
+    part = rows(q, k, lse, bias=bias, scale=scale, last=last, positions=positions, window=window)
+    return total + jnp.sum(jnp.where(counts[:, None, :, None], part, 0.0), axis=2), None
 
   last = positions if last is None else last
   chunks = jax.tree.map(lambda x: _cut(x, chunk), (q, lse, counts, last))
@@ -334,10 +341,10 @@ def _highest(q: Array, k: Array, bias: Array | None, scale: float | None,
              chunk: int = 64) -> Array:
   """The largest logit of every row, float32[B, N, H]; a constant to gradients."""
   q, k, bias = jax.lax.stop_gradient((q, k, bias))
-  found = jax.lax.map(lambda q: jnp.max(_logits(q, k, bias, scale, None), axis=-1),
-                      _cut(q, min(chunk, q.shape[1])))
-  found = jnp.moveaxis(found, 0, 2).reshape(q.shape[0], q.shape[2], -1)
-  return jnp.swapaxes(found[..., :q.shape[1]], 1, 2)
+  largest = jax.lax.map(lambda q: jnp.max(_logits(q, k, bias, scale, None), axis=-1),
+                        _cut(q, min(chunk, q.shape[1])))
+  largest = jnp.moveaxis(largest, 0, 2).reshape(q.shape[0], q.shape[2], -1)
+  return jnp.swapaxes(largest[..., :q.shape[1]], 1, 2)
 
 
 def _xla(q: Array, k: Array, v: Array, bias: Array | None, scale: float, last: Array | None,
@@ -374,11 +381,4 @@ def _weigh(logits: Array, q: Array, v: Array) -> tuple[Array, Array]:
   out = jnp.einsum('bkgns,bskd->bnkgd',
                    weights.reshape(batch, kv_heads, heads // kv_heads, length, keys), v)
   return out.reshape(q.shape).astype(q.dtype), jnp.swapaxes(lse, 1, 2)
-
-
-# Fused implementations: (causal, scale, q, k, v, bias) -> out, lse.
-
-
-# Kernels: (causal, scale, q, k, v) -> out, lse. Gradients reach q, k and v from `out` alone.
-
 

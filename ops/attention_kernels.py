@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ Array = jax.Array
 
 
 # A lower bias counts as this. It hides a key from any row that has another one, while a row with
-# hidden keys only keeps finite logits whose differences float32 still resolves.
+# hidden keys only keeps finite logits whose differences float32 still resolves: so it is no lower,
+# and another number than HIDDEN_LOGIT (ops/attention.py), which no kernel adds to a logit.
 LOWEST_BIAS = -3e4
 _LANES = 128  # Block lengths on a TPU are multiples of this.
 _GROUP_ROWS = 2 ** 15  # Heads times queries that one call of a TPU kernel takes, or one row of it.
@@ -76,8 +78,9 @@ def _splash_forward(causal: bool, scale: float, *args: Any) -> Any:
 def _splash_backward(causal: bool, scale: float, saved: Any, grads: Any) -> Any:
   grad_out, grad_lse = (None if isinstance(grad, SymbolicZero) else grad for grad in grads)
 
-  def run(q: Array, *rest: Array | None) -> tuple[Array | None, Array | None]:
-    out, lse = _fused(_splash_gradients, causal, 1.0, _scaled(q, scale), *rest)
+  def run(q: Array, k: Array, v: Array,
+          bias: Array | None) -> tuple[Array | None, Array | None]:
+    out, lse = _fused(_splash_gradients, causal, 1.0, _scaled(q, scale), k, v, bias)
     return None if grad_out is None else out, None if grad_lse is None else lse
 
   # The shipped kernel gives either its log-sum-exp or its gradient, so the forward pass runs again.
@@ -91,7 +94,7 @@ def _scaled(q: Array, scale: float) -> Array:
   return (q.astype(jnp.float32) * scale).astype(q.dtype)
 
 
-def _in_groups(function: Any, q: Array, *args: Any) -> Any:
+def _in_groups(function: Callable[..., Any], q: Array, *args: Any) -> Any:
   """Runs over a few rows of the batch at a time.
 
   A TPU kernel wants heads first, lengths padded and heads widened, and returns the log-sum-exp 128
@@ -104,8 +107,8 @@ def _in_groups(function: Any, q: Array, *args: Any) -> Any:
   size = max(sizes, default=1)
   items = jax.tree.map(lambda x: x.reshape(batch // size, size, *x.shape[1:]), (q, *args))
   with jax.default_matmul_precision('highest' if q.dtype == jnp.float32 else None):
-    found = jax.lax.map(lambda item: function(*item), items)
-  return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), found)
+    results = jax.lax.map(lambda item: function(*item), items)
+  return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
 def _fused(kernel: Any, causal: bool, scale: float, q: Array, k: Array, v: Array,
@@ -159,7 +162,7 @@ def _cudnn_kernel(causal: bool, scale: float, q: Array, k: Array, v: Array) -> t
   batch, length, keys, features = *q.shape[:2], k.shape[1], v.shape[3]
   masks = {(False, False): 'NO_MASK', (True, False): 'CAUSAL',
            (False, True): 'PADDING', (True, True): 'PADDING_CAUSAL'}
-  lengths = {}
+  lengths: dict[str, Any] = {}
   odd = bool(length % 2 or keys % 2)
   if odd:
     # Its gradient refuses odd lengths, such as 196 patches and a class token.
@@ -215,10 +218,10 @@ def _run_splash(causal: bool, q: Array, k: Array, v: Array, *, residuals: bool) 
     # A query sees keys of its own segment: those that pad the length form another.
     padding = (jnp.arange(total_kv) >= keys).astype(jnp.int32)
     segments = splash.SegmentIds(jnp.zeros(total_q, jnp.int32), padding)
-  found = kernel(lay(q, total_q), lay(k, total_kv), lay(v, total_kv), segments)
+  result = kernel(lay(q, total_q), lay(k, total_kv), lay(v, total_kv), segments)
   if not residuals:
-    return unlay(found)
-  out, (lse,) = found
+    return unlay(result)
+  out, (lse,) = result
   return unlay(out), unlay(lse)
 
 

@@ -1,13 +1,13 @@
-"""Budgets to counts: the one place where a ratio or a FLOPs target becomes static integers.
+"""Turns budgets into counts: a ratio or a FLOPs target becomes static integers here alone.
 
-A budget is written for the tokens that a reduction may touch; protected ones ([CLS] and its like)
-and the slots that a method adds (EViT's fused token) come on top. The forms:
+A budget counts the tokens that a reduction may touch. Protected tokens ([CLS] and its like) and the
+slots that a method adds (EViT's fused token) come on top. The forms:
 
   remove=13                 so many fewer in every listed layer, clamped where a method cannot
   remove=(13, -1.0)         the same number in all, falling (negative) or rising over the layers:
                             layer i removes int(lo + (hi - lo) i / (L - 1)), lo = int(r (1 - c)),
                             hi = 2 r - lo (ToMe, arXiv:2210.09461, released code)
-  keep_ratio=0.7            in every listed layer, of what is there (ratio_of='current') or
+  keep_ratio=0.7            in every listed layer, of its tokens (ratio_of='current') or
                             0.7, 0.49, … of what the model started with (ratio_of='start')
   keep_ratio=(0.7, 0.5)     one a listed layer, of either
   keep=(48, 32, 16)         counts, one for all or one a listed layer
@@ -27,10 +27,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
-ROUNDING = {'ceil': math.ceil, 'floor': math.floor, 'round': round}
+ROUNDING: dict[str, Callable[[Fraction], int]] = {
+    'ceil': math.ceil, 'floor': math.floor, 'round': round}
 RATIO_OF = ('current', 'start')
 
 
@@ -45,14 +46,14 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What a host and a method allow.
+  """Holds the limits that a host and a method set.
 
   Attributes:
     depth: number of layers.
     slots: tokens at the start, protected ones included.
     protected: tokens that are never touched.
-    extra: slots that the method adds beside those it keeps.
-    min_slots: slots -> fewest slots that the method can leave of them, protected included.
+    extra: slots that the method adds to those it keeps.
+    min_slots: slots -> the fewest that the method can leave of them, protected ones included.
   """
 
   depth: int
@@ -104,14 +105,18 @@ def resolve(budget: Mapping[str, Any], limits: Limits, *,
 
 
 def parse_layers(layers: Any, depth: int) -> tuple[int, ...]:
-  """'all' (or None), one index or several, checked against the depth and sorted."""
+  """Returns layer indices, sorted, from 'all' (or None), one index or several.
+
+  Raises:
+    ValueError: an index that the depth does not have, or one that is named twice.
+  """
   if layers is None or layers == 'all':
     return tuple(range(depth))
   if isinstance(layers, str):
     raise ValueError(f"layers={layers!r} is unknown: give 'all', a layer index or several")
   chosen = tuple(layers) if isinstance(layers, Iterable) else (layers,)
   for layer in chosen:
-    if not isinstance(layer, Integral) or not 0 <= layer < depth:
+    if not _is_count(layer) or not 0 <= layer < depth:
       raise ValueError(f'layer {layer!r} is out of range: the model has layers 0 to {depth - 1}')
   if len(set(chosen)) != len(chosen) or not chosen:
     raise ValueError(f'layers={chosen} must name at least one layer, each once')
@@ -119,28 +124,39 @@ def parse_layers(layers: Any, depth: int) -> tuple[int, ...]:
 
 
 def constant_or_inflected(remove: int | Sequence[float], count: int) -> tuple[int, ...]:
-  """`remove` to one number a layer; (r, inflection) as ToMe's released parse_r.
+  """Returns the tokens to remove in each layer; (r, inflection) as ToMe's released parse_r.
 
-  In exact fractions, where the release's floats may fall one short: its int(10 (1 - 0.9)) is 0.
+  Fractions are exact. The release's floats may fall one short: its int(10 (1 - 0.9)) is 0.
+
+  Raises:
+    ValueError: a value that is neither a count nor such a pair.
   """
-  if isinstance(remove, Integral) and remove >= 0:
+  if _is_count(remove) and remove >= 0:
     return (int(remove),) * count
-  pair = isinstance(remove, Sequence) and len(remove) == 2 and all(map(_is_number, remove))
-  if not pair or not remove[0] >= 0 or not -1 <= remove[1] <= 1:
+  pair = tuple(remove) if isinstance(remove, Sequence) else ()
+  if len(pair) != 2 or not all(map(_is_number, pair)) or pair[0] < 0 or not -1 <= pair[1] <= 1:
     raise ValueError(f'remove={remove!r} must be a count from 0 or (count, inflection in [-1, 1])')
-  rate, inflection = Fraction(str(remove[0])), Fraction(str(remove[1]))
+  rate, inflection = (Fraction(str(number)) for number in pair)
   low = int(rate * (1 - inflection))
   high = 2 * rate - low
   step = (high - low) / (count - 1) if count > 1 else Fraction(0)
   return tuple(int(low + step * i) for i in range(count))
 
 
-def _is_number(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
+  return isinstance(value, Integral)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
   return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def per_layer(value: Any, layers: Sequence[int], name: str) -> tuple[Any, ...]:
-  """One value for all layers, or one each."""
+  """Returns one value for each layer, from one for all or one each.
+
+  Raises:
+    ValueError: another number of values than layers.
+  """
   if not isinstance(value, Sequence):
     return (value,) * len(layers)
   if len(value) != len(layers):
@@ -152,55 +168,54 @@ def per_layer(value: Any, layers: Sequence[int], name: str) -> tuple[Any, ...]:
 def _remove(counts: Sequence[int], layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
   cuts, slots = [], limits.slots
   for layer, count in zip(layers, counts, strict=True):
-    keep = max(slots - count, limits.min_slots(slots))
-    if keep < slots:
-      cuts.append(Cut(layer, slots, keep))
-      slots = keep
+    slots_out = max(slots - count, limits.min_slots(slots))
+    if slots_out < slots:
+      cuts.append(Cut(layer, slots, slots_out))
+      slots = slots_out
   return tuple(cuts)
 
 
 def _keep_ratio(value: Any, layers: Sequence[int], limits: Limits, rounding: str,
                 base: str) -> tuple[Cut, ...]:
-  given = per_layer(value, layers, 'keep_ratio')
-  for ratio in given:
+  ratio_by_layer = per_layer(value, layers, 'keep_ratio')
+  for ratio in ratio_by_layer:
     if not _is_number(ratio) or not 0 < ratio <= 1:
       raise ValueError(f'keep_ratio={ratio!r} is outside (0, 1]: it is the share of tokens that '
                        'stays')
-  ratios = [Fraction(str(ratio)) for ratio in given]
+  ratios = [Fraction(str(ratio)) for ratio in ratio_by_layer]
   cuts, slots, start = [], limits.slots, limits.slots - limits.protected
   for i, (layer, ratio) in enumerate(zip(layers, ratios, strict=True)):
-    there = slots - limits.protected
+    unprotected = slots - limits.protected
     if base == 'start':
-      share = ratio if isinstance(value, Sequence) else ratio ** (i + 1)
-      left = ROUNDING[rounding](share * start)
+      of_start = ratio if isinstance(value, Sequence) else ratio ** (i + 1)
+      count = ROUNDING[rounding](of_start * start)
     else:
-      left = ROUNDING[rounding](ratio * there)
-    if left >= there:
+      count = ROUNDING[rounding](ratio * unprotected)
+    if count >= unprotected:
       continue
-    keep = limits.protected + limits.extra + left
-    if keep < slots:
-      cuts.append(_checked(Cut(layer, slots, keep), f'keep_ratio={float(ratio)}', limits))
-      slots = keep
+    slots_out = limits.protected + limits.extra + count
+    if slots_out < slots:
+      cuts.append(_checked(Cut(layer, slots, slots_out), f'keep_ratio={float(ratio)}', limits))
+      slots = slots_out
   return tuple(cuts)
 
 
 def _keep(value: Any, layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
   cuts, slots = [], limits.slots
   for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
-    there = slots - limits.protected
-    if not isinstance(count, Integral) or not 0 < count <= there:
-      raise ValueError(f'keep={count!r} in layer {layer} is impossible: {there} tokens are there '
-                       f'to keep, so give 1 to {there}')
-    keep = limits.protected + limits.extra + int(count)
-    if keep < slots:
-      cuts.append(_checked(Cut(layer, slots, keep), f'keep={count}', limits))
-      slots = keep
+    unprotected = slots - limits.protected
+    if not _is_count(count) or not 0 < count <= unprotected:
+      raise ValueError(f'keep={count!r} in layer {layer} is impossible: {unprotected} tokens are '
+                       f'there to keep, so give 1 to {unprotected}')
+    slots_out = limits.protected + limits.extra + int(count)
+    if slots_out < slots:
+      cuts.append(_checked(Cut(layer, slots, slots_out), f'keep={count}', limits))
+      slots = slots_out
   return tuple(cuts)
 
 
 def _checked(cut: Cut, budget: str, limits: Limits) -> Cut:
-  min_slots = limits.min_slots(cut.slots_in)
-  least = max(min_slots, limits.protected + 1)
+  least = max(limits.min_slots(cut.slots_in), limits.protected + 1)
   if cut.slots_out < least:
     raise ValueError(f'{budget} leaves {cut.slots_out} of {cut.slots_in} slots in layer '
                      f'{cut.layer}, but this method can leave no fewer than {least} '
@@ -210,7 +225,7 @@ def _checked(cut: Cut, budget: str, limits: Limits) -> Cut:
 
 def _solve(target: float, budget: str, layers: Sequence[int], limits: Limits,
            macs: Callable[[tuple[Cut, ...]], float], rounding: str) -> tuple[Cut, ...]:
-  """The gentlest schedule within the target: even removal over all layers, else one ratio."""
+  """Finds the schedule closest under the target: even removal over all layers, else one ratio."""
   free = limits.slots - limits.protected
 
   def spread(total: int) -> tuple[Cut, ...]:
@@ -221,11 +236,13 @@ def _solve(target: float, budget: str, layers: Sequence[int], limits: Limits,
   def ratio(removed: int) -> tuple[Cut, ...]:
     return _keep_ratio((1000 - removed) / 1000, layers, limits, rounding, 'current')
 
+  make: Callable[[int], tuple[Cut, ...]]
+  low = 0
   if len(layers) == limits.depth:
     # More in all than there is: the first layers give what they can, as ToMe with a large r.
-    make, low, high = spread, 0, free * len(layers)
+    make, high = spread, free * len(layers)
   else:
-    make, low = ratio, 0
+    make = ratio
     high = max(step for step in range(1000) if _possible(ratio, step))
   if macs(make(high)) > target:
     raise ValueError(f'{budget} cannot be met: cutting all that this method can cut leaves '
@@ -245,57 +262,59 @@ def _possible(make: Callable[[int], tuple[Cut, ...]], step: int) -> bool:
   return True
 
 
-def part_of(cuts: Sequence[Cut], share: float, limits: Limits) -> tuple[Cut, ...]:
-  """Cuts in the same layers that remove only a share of the tokens.
+def part_of(cuts: Sequence[Cut], fraction: float, limits: Limits) -> tuple[Cut, ...]:
+  """Returns cuts in the same layers that remove only a fraction of the tokens.
 
-  Where a cut keeps the part p of the free slots, this keeps 1 - share (1 - p) of those that are
-  there now, rounded up: EViT's way to a keep ratio (`annealed_keep_ratio`), for any budget. At
-  share 1 the cuts are the same ones.
+  Where a cut keeps the part p of the free slots, the new one keeps 1 - fraction (1 - p) of the
+  slots at that point, rounded up: EViT's way to a keep ratio (`annealed_keep_ratio`), for any
+  budget. At fraction 1 the cuts are equal.
 
   Raises:
-    ValueError: a share outside [0, 1].
+    ValueError: a fraction outside [0, 1].
   """
-  if not 0 <= share <= 1:
-    raise ValueError(f'share={share!r} is outside [0, 1]: it is the part of the removal to do')
-  made, slots = [], limits.slots
+  if not 0 <= fraction <= 1:
+    raise ValueError(f'fraction={fraction!r} is outside [0, 1]: it is the part of the removal to '
+                     'do')
+  weaker, slots = [], limits.slots
   for cut in cuts:
-    kept = Fraction(cut.slots_out - limits.protected, cut.slots_in - limits.protected)
-    part = 1 - Fraction(str(share)) * (1 - kept)
-    left = limits.protected + math.ceil(part * (slots - limits.protected))
-    keep = max(left, limits.min_slots(slots))
-    if keep < slots:
-      made.append(Cut(cut.layer, slots, keep))
-      slots = keep
-  return tuple(made)
+    ratio = Fraction(cut.slots_out - limits.protected, cut.slots_in - limits.protected)
+    weaker_ratio = 1 - Fraction(str(fraction)) * (1 - ratio)
+    count = limits.protected + math.ceil(weaker_ratio * (slots - limits.protected))
+    slots_out = max(count, limits.min_slots(slots))
+    if slots_out < slots:
+      weaker.append(Cut(cut.layer, slots, slots_out))
+      slots = slots_out
+  return tuple(weaker)
 
 
 def phases(start_step: int, stop_step: int, count: int) -> tuple[tuple[int, float], ...]:
-  """(first step, share of the removal) while a model learns to do with fewer tokens.
+  """Divides training into phases, each (first step, fraction of the removal).
 
-  Nothing is removed up to `start_step`, everything from `stop_step` on; between are `count` phases
-  of equal length, to a step, each with the share of the cosine at its middle.
+  Nothing is removed up to `start_step`, everything from `stop_step` on. Between them lie `count`
+  phases of equal length, to a step, each with the cosine's fraction at its middle.
 
   Raises:
     ValueError: steps that are not in order, or not enough of them for so many phases.
   """
-  if not isinstance(count, Integral) or not 1 <= count <= stop_step - start_step:
+  if not _is_count(count) or not 1 <= count <= stop_step - start_step:
     raise ValueError(f'phases={count!r} must be 1 to the {stop_step - start_step} steps between '
                      f'start_step={start_step} and stop_step={stop_step}')
   edges = [start_step + (stop_step - start_step) * i // count for i in range(count + 1)]
-  found = [(0, 0.0)] if start_step > 0 else []
+  schedule = [(0, 0.0)] if start_step > 0 else []
   for first, end in itertools.pairwise(edges):
-    # The part of all tokens that goes, when all of them were to go.
-    found.append((first, 1 - annealed_keep_ratio(0.0, step=(first + end) / 2,
-                                                 start_step=start_step, stop_step=stop_step)))
-  return (*found, (stop_step, 1.0))
+    # The fraction of all tokens that goes at this step, when in the end all of them go.
+    ratio = annealed_keep_ratio(0.0, step=(first + end) / 2, start_step=start_step,
+                                stop_step=stop_step)
+    schedule.append((first, 1 - ratio))
+  return (*schedule, (stop_step, 1.0))
 
 
 def annealed_keep_ratio(keep_ratio: float, *, step: float, start_step: int,
                         stop_step: int) -> float:
-  """The keep ratio while a model learns to do with fewer tokens: from 1 down along a cosine.
+  """Returns the keep ratio at a training step: it falls from 1 along a cosine.
 
   EViT (arXiv:2202.07800, released code): 1 up to `start_step`, `keep_ratio` from `stop_step` on.
-  Every new count compiles anew: `phases` asks once in many steps.
+  Every new count compiles anew, so `phases` changes it only once in many steps.
 
   Raises:
     ValueError: if the steps are not in order.
@@ -303,5 +322,5 @@ def annealed_keep_ratio(keep_ratio: float, *, step: float, start_step: int,
   if not 0 <= start_step < stop_step:
     raise ValueError(f'start_step={start_step} and stop_step={stop_step} must be in order, and not '
                      'negative')
-  done = min(max((step - start_step) / (stop_step - start_step), 0.0), 1.0)
-  return keep_ratio + (1 - keep_ratio) * (1 + math.cos(math.pi * done)) / 2
+  progress = min(max((step - start_step) / (stop_step - start_step), 0.0), 1.0)
+  return keep_ratio + (1 - keep_ratio) * (1 + math.cos(math.pi * progress)) / 2

@@ -18,9 +18,8 @@ from ops.rope import Rope
 Array = jax.Array
 
 
-@struct.dataclass
-class KVGather:
-  """What a method keeps of one layer's cache: slots of its own for every kv head.
+class KVGather(struct.PyTreeNode):
+  """Selects the slots that a method keeps of one layer's cache, for each kv head.
 
   Attributes:
     src: int32[B, K, M], the slot kept in each place; distinct among valid places.
@@ -36,8 +35,7 @@ class KVGather:
         values, self.src.reshape(self.src.shape + (1,) * (values.ndim - 3)), axis=2)
 
 
-@struct.dataclass
-class KV:
+class KV(struct.PyTreeNode):
   """One layer's cache: what a prompt left, then room for what is decoded.
 
   Attributes:
@@ -108,8 +106,7 @@ def _folded(x: Array) -> Array:
   return x.reshape(*(n for n in x.shape[:2] if n > 1), *x.shape[2:])
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
   """All layers' caches.
 
   Attributes:
@@ -141,12 +138,11 @@ def shrink(kv: KV, kept: KVGather, *, positions: str, rope: Rope) -> KV:
   """
   heads, slots = kv.k.shape[1:3]
 
-  def own(x: Array | None) -> Array | None:
-    if x is None:
-      return None
+  def pick(x: Array) -> Array:
     return kept.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
 
-  pos, valid, bias = own(kv.pos), own(kv.valid), own(kv.bias)
+  pos, valid = pick(kv.pos), pick(kv.valid)
+  bias = None if kv.bias is None else pick(kv.bias)
   k, v = kept.apply(kv.k), kept.apply(kv.v)
   if kept.valid is not None:
     valid &= kept.valid

@@ -23,7 +23,7 @@ SPREADS = ('blocks', 'interleaved')
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """How positions become rotations.
+  """Turns positions into rotations.
 
   Attributes:
     width: d, features that are rotated, an even number.

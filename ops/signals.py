@@ -6,19 +6,24 @@ width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from ops import attention
+from ops.assignments import take
 from ops.rope import Rope
 
 Array = jax.Array
+# The value of a signal that nobody asked for. Typed so that a method may read without a check what
+# its `needs` names, and hosts measure.
+_UNMEASURED: Any = None
 
 
-@struct.dataclass
-class Signals:
-  """What a host measured in the layer where a reduction acts. None: nobody asked for it.
+class Signals(struct.PyTreeNode):
+  """Holds the measurements of the layer where a reduction acts; None where no method asked.
 
   In a language model attention is causal by position, keys and queries are rotated, and keys and
   values have K heads, each for H / K of the queries' in order.
@@ -48,28 +53,28 @@ class Signals:
       more); None where there is no schedule. Static.
   """
 
-  keys: Array | None = None
-  queries: Array | None = None
-  values: Array | None = None
-  cls_attention: Array | None = None
-  received_attention: Array | None = None
-  attention: Array | None = None
-  next_received_attention: Array | None = None
-  hidden: Array | None = None
-  plain_queries: Array | None = None
-  last_attention: Array | None = None
-  window_attention: Array | None = None
-  row_attention: Array | None = None
-  next_last_attention: Array | None = None
-  next_row_attention: Array | None = None
-  next_keys: Array | None = None
-  hidden_in: Array | None = None
-  attention_out: Array | None = None
-  mlp_in: Array | None = None
-  mlp_out: Array | None = None
-  mlp_hidden: Array | None = None
-  rope: Rope | None = struct.field(pytree_node=False, default=None)
-  grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
+  keys: Array = _UNMEASURED
+  queries: Array = _UNMEASURED
+  values: Array = _UNMEASURED
+  cls_attention: Array = _UNMEASURED
+  received_attention: Array = _UNMEASURED
+  attention: Array = _UNMEASURED
+  next_received_attention: Array = _UNMEASURED
+  hidden: Array = _UNMEASURED
+  plain_queries: Array = _UNMEASURED
+  last_attention: Array = _UNMEASURED
+  window_attention: Array = _UNMEASURED
+  row_attention: Array = _UNMEASURED
+  next_last_attention: Array = _UNMEASURED
+  next_row_attention: Array = _UNMEASURED
+  next_keys: Array = _UNMEASURED
+  hidden_in: Array = _UNMEASURED
+  attention_out: Array = _UNMEASURED
+  mlp_in: Array = _UNMEASURED
+  mlp_out: Array = _UNMEASURED
+  mlp_hidden: Array = _UNMEASURED
+  rope: Rope = struct.field(pytree_node=False, default=_UNMEASURED)
+  grid: tuple[int, int] = struct.field(pytree_node=False, default=_UNMEASURED)
   layer: int = struct.field(pytree_node=False, default=0)
   depth: int = struct.field(pytree_node=False, default=1)
   slots: int | None = struct.field(pytree_node=False, default=None)
@@ -107,47 +112,49 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     max_rows: how many there are at most, None for N.
     span: W, rows of window_attention.
   """
-  given = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden}
-  found = {name: value for name, value in given.items() if name in needs}
+  inputs = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden}
+  measured: dict[str, Any] = {name: value for name, value in inputs.items() if name in needs}
   if 'cls_attention' in needs:
     row = slice(cls_slot, cls_slot + 1)
-    found['cls_attention'] = attention.rows(
+    measured['cls_attention'] = attention.rows(
         q[:, row], k, None if lse is None else lse[:, row], bias=bias, positions=positions,
         last=None if positions is None else positions[:, row])[:, :, 0]
   if 'received_attention' in needs:
-    found['received_attention'] = attention.received(q, k, lse, bias=bias, positions=positions,
-                                                     query_valid=query_valid, window=window)
-  seen = {'k': k, 'bias': bias, 'positions': positions, 'window': window}
+    measured['received_attention'] = attention.received(
+        q, k, lse, bias=bias, positions=positions, query_valid=query_valid, window=window)
 
-  def pick(values: Array | None, index: Array) -> Array | None:
-    """The rows at int[B, R] of [B, N, ...]."""
-    if values is None:
-      return None
-    return jnp.take_along_axis(values, index.reshape(index.shape + (1,) * (values.ndim - 2)), 1)
-
-  def these(index: Array) -> Array:
-    """float32[B, H, R, N], the attention rows of the queries at int[B, R]."""
-    return attention.rows(pick(q, index), lse=pick(lse, index), last=pick(positions, index), **seen)
+  def attention_rows(index: Array) -> Array:
+    """Attention rows of the queries at int[B, R], float32[B, H, R, N]."""
+    return attention.rows(take(q, index), k, _take(lse, index), bias=bias,
+                          last=_take(positions, index), positions=positions, window=window)
 
   if needs & {'last_attention', 'window_attention'}:
-    ranked = latest(positions, query_valid, q.shape[:2])
+    by_position = latest(positions, query_valid, q.shape[:2])
     if 'last_attention' in needs:
-      found['last_attention'] = these(ranked[:, -1:])[:, :, 0]
+      measured['last_attention'] = attention_rows(by_position[:, -1:])[:, :, 0]
     if 'window_attention' in needs:
-      index = ranked[:, -span:]
-      real = jnp.ones(index.shape, bool) if query_valid is None else pick(query_valid, index)
-      found['window_attention'] = jnp.where(real[:, None, :, None], these(index), 0.0)
+      index = by_position[:, -span:]
+      real = jnp.ones(index.shape, bool) if query_valid is None else take(query_valid, index)
+      measured['window_attention'] = jnp.where(real[:, None, :, None], attention_rows(index), 0.0)
   if 'row_attention' in needs:
+    if rows is None:
+      raise ValueError("row_attention is a mean over the rows that a method names: give rows, as "
+                       "the method's `rows` returns them")
     if query_valid is not None:
       rows = rows & query_valid
     index = jnp.argsort(~rows, axis=1, stable=True)[:, :max_rows]
-    found['row_attention'] = attention.received(
-        pick(q, index), lse=pick(lse, index), query_valid=pick(rows, index),
-        last=pick(positions, index), **seen)
-  return Signals(**found)
+    measured['row_attention'] = attention.received(
+        take(q, index), k, _take(lse, index), bias=bias, query_valid=take(rows, index),
+        last=_take(positions, index), positions=positions, window=window)
+  return Signals(**measured)
 
 
-def latest(positions: Array | None, valid: Array | None, shape: tuple[int, int]) -> Array:
+def _take(values: Array | None, index: Array) -> Array | None:
+  """Picks rows as `take`, of None none."""
+  return None if values is None else take(values, index)
+
+
+def latest(positions: Array | None, valid: Array | None, shape: tuple[int, ...]) -> Array:
   """int32[B, N]: slots in the order of their positions, padding first, so that the last is last."""
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
@@ -161,13 +168,13 @@ def measure_map(needs: frozenset[str], attention_map: Array, *, q: Array, k: Arr
                 hidden: Array | None = None, query_valid: Array | None = None,
                 cls_slot: int = 0) -> Signals:
   """`measure` for a method inside attention, where the whole map float32[B, H, N, N] exists."""
-  given = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden, 'attention': attention_map}
-  found = {name: value for name, value in given.items() if name in needs}
+  inputs = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden, 'attention': attention_map}
+  measured: dict[str, Any] = {name: value for name, value in inputs.items() if name in needs}
   if 'cls_attention' in needs:
-    found['cls_attention'] = attention_map[:, :, cls_slot]
+    measured['cls_attention'] = attention_map[:, :, cls_slot]
   if 'received_attention' in needs:
     count = query_valid if query_valid is not None else jnp.ones(attention_map.shape[::3], bool)
     count = count[:, None, :, None].astype(jnp.float32)
     total = jnp.sum(attention_map * count, axis=2)
-    found['received_attention'] = total / jnp.maximum(jnp.sum(count, axis=2), 1.0)
-  return Signals(**found)
+    measured['received_attention'] = total / jnp.maximum(jnp.sum(count, axis=2), 1.0)
+  return Signals(**measured)

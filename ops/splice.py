@@ -21,8 +21,7 @@ Array = jax.Array
 SIDES = ('left', 'right')
 
 
-@struct.dataclass
-class Visual:
+class Visual(struct.PyTreeNode):
   """The visual tokens of a batch of rows.
 
   Attributes:

@@ -21,9 +21,8 @@ Array = jax.Array
 LUMA = (0.299, 0.587, 0.114)
 
 
-@struct.dataclass
-class Stream:
-  """What a stream remembers from frame to frame.
+class Stream(struct.PyTreeNode):
+  """Holds the memory of a stream between frames.
 
   Attributes:
     frame: int32[B], frames seen. Setting a row to 0 starts its stream anew.

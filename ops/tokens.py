@@ -17,22 +17,19 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops.assignments import Assignment, Gather, Merge, Mix, expand_like, take
-from ops.attention import log_weight
+from ops.attention import HIDDEN_LOGIT, log_weight
 
 Array = jax.Array
 
 # Kinds of slots. SPECIAL covers [CLS], registers, distillation, newline and similar tokens.
 SPECIAL, VISUAL, TEXT = 0, 1, 2
 KINDS = {'special': SPECIAL, 'visual': VISUAL, 'text': TEXT}
-# What a reduction sees padding of a kind as that it may not touch: such slots keep their place, so
-# that a row with less text keeps no more of its other tokens.
+# Kind given to padding among fixed tokens. These slots are never removed, so every row keeps
+# the same number of reducible tokens, however much text it has.
 FIXED_PADDING = 3
 
-PADDING_BIAS = -1e9
 
-
-@struct.dataclass
-class TokenSet:
+class TokenSet(struct.PyTreeNode):
   """The tokens that flow through a model.
 
   Attributes:
@@ -122,17 +119,17 @@ def reduce(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   valid = None if tokens.valid is None else take(tokens.valid, src)
   if assignment.valid is not None:
     valid = assignment.valid if valid is None else valid & assignment.valid
-  size, plain = tokens.size, isinstance(assignment, Gather) and assignment.policy is None
-  if size is not None or not plain:
+  size, sizes_stay = tokens.size, isinstance(assignment, Gather) and assignment.policy is None
+  if size is not None or not sizes_stay:
     size = assignment.totals(tokens.sizes)
-  features = getattr(assignment, 'features', None)
+  features = assignment.features
   x = assignment.apply(tokens.x if features is None else features)
   # Token t sat in slot owner[t]; it follows that slot, or is gone if the slot is.
   moved = take(dst, jnp.maximum(tokens.owner, 0))
-  there = (tokens.owner >= 0) & (moved < outputs)
+  survives = (tokens.owner >= 0) & (moved < outputs)
   if valid is not None:
-    there &= take(valid, jnp.minimum(moved, outputs - 1))
-  owner = jnp.where(there, moved, -1)
+    survives &= take(valid, jnp.minimum(moved, outputs - 1))
+  owner = jnp.where(survives, moved, -1)
   return tokens.replace(
       x=x.astype(tokens.x.dtype), pos=take(tokens.pos, src), kind=take(tokens.kind, src),
       owner=owner, valid=valid, size=size, padding='anywhere',
@@ -148,23 +145,24 @@ def reduce_masked(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   reduced = reduce(tokens, assignment)
   batch, slots = tokens.x.shape[:2]
   outputs = reduced.slots
-  place = assignment.src
+  slot_of_output = assignment.src
   if isinstance(assignment, Mix):
-    place = jnp.broadcast_to(jnp.arange(outputs, dtype=jnp.int32), (batch, outputs))
-  home = jnp.where(reduced.real, place, slots)
+    slot_of_output = jnp.broadcast_to(jnp.arange(outputs, dtype=jnp.int32), (batch, outputs))
+  target = jnp.where(reduced.real, slot_of_output, slots)
   start = jnp.full((batch, slots), outputs, jnp.int32)
-  to = jnp.broadcast_to(jnp.arange(outputs, dtype=jnp.int32), (batch, outputs))
-  back = jax.vmap(lambda d, i, t: d.at[i].set(t, mode='drop'))(start, home, to)
-  here = back < outputs
+  number = jnp.broadcast_to(jnp.arange(outputs, dtype=jnp.int32), (batch, outputs))
+  output_of_slot = jax.vmap(lambda d, i, t: d.at[i].set(t, mode='drop'))(start, target, number)
+  filled = output_of_slot < outputs
 
   def spread(new: Array, old: Array) -> Array:
-    picked = take(new, jnp.minimum(back, outputs - 1))
-    return jnp.where(expand_like(here, picked), picked, old)
+    picked = take(new, jnp.minimum(output_of_slot, outputs - 1))
+    return jnp.where(expand_like(filled, picked), picked, old)
 
-  owner = jnp.where(reduced.owner >= 0, take(place, jnp.maximum(reduced.owner, 0)), -1)
+  owner = jnp.where(reduced.owner >= 0,
+                    take(slot_of_output, jnp.maximum(reduced.owner, 0)), -1)
   return tokens.replace(
       x=spread(reduced.x, jnp.zeros_like(tokens.x)), pos=spread(reduced.pos, tokens.pos),
-      kind=spread(reduced.kind, tokens.kind), owner=owner, valid=here, padding='anywhere',
+      kind=spread(reduced.kind, tokens.kind), owner=owner, valid=filled, padding='anywhere',
       size=None if reduced.size is None else spread(reduced.size, jnp.zeros((batch, slots))),
       stats={name: spread(value, tokens.stats[name]) for name, value in reduced.stats.items()})
 
@@ -174,17 +172,18 @@ def compose(first: Assignment, second: Assignment) -> Assignment:
 
   Raises:
     ValueError: where no single assignment does: a maximum beside a sum, a `policy` beside anything
-      but a Gather, a `share` beside a Mix, or `features` of the second's own or before a Merge.
+      but a Gather, `size_weights` beside a Mix, or `features` of the second's own or before a
+      Merge.
   """
   valid = None if first.valid is None else take(first.valid, second.src)
   if second.valid is not None:
     valid = second.valid if valid is None else valid & second.valid
   src = take(first.src, second.src)
-  features = getattr(first, 'features', None)
-  if getattr(second, 'features', None) is not None:
+  features = first.features
+  if second.features is not None:
     raise ValueError("the second has features of its own, which no matrix on the first one's input "
                      'gives: apply them one by one')
-  policies = [getattr(part, 'policy', None) for part in (first, second)]
+  policies = [part.policy for part in (first, second)]
   if isinstance(first, Gather) and isinstance(second, Gather):
     policy = policies[1]
     if policies[0] is not None:
@@ -192,9 +191,9 @@ def compose(first: Assignment, second: Assignment) -> Assignment:
     return Gather(src, first.slots, valid=valid, policy=policy, features=features)
   if any(policy is not None for policy in policies):
     raise ValueError('a soft decision composes only with another Gather: apply them one by one')
-  shares = [getattr(part, 'share', None) for part in (first, second)]
+  size_weights = [part.size_weights for part in (first, second)]
   if isinstance(first, Mix) or isinstance(second, Mix):
-    if any(share is not None for share in shares):
+    if any(part is not None for part in size_weights):
       raise ValueError('sizes shared out otherwise than features are no single Mix: apply them one '
                        'by one')
     weights = jnp.einsum('bkm,bmn->bkn', second.matrix(), first.matrix())
@@ -212,14 +211,14 @@ def compose(first: Assignment, second: Assignment) -> Assignment:
     joined &= take(first.valid, middle)
   dst = jnp.where(joined, take(second.dst, middle), outputs)
   weight = _weight(first) * take(_weight(second), middle)
-  share = shares[0]
-  if shares[1] is not None:
-    share = take(shares[1], middle) * (1.0 if share is None else share)
-  return Merge(src, dst, weight, valid=valid, share=share, op=ops.pop())
+  sized = size_weights[0]
+  if size_weights[1] is not None:
+    sized = take(size_weights[1], middle) * (1.0 if sized is None else sized)
+  return Merge(src, dst, weight, valid=valid, size_weights=sized, op=ops.pop())
 
 
-def _weight(assignment: Gather | Merge) -> Array:
-  """float32[B, N]: each input's factor in the output that it joins."""
+def _weight(assignment: Assignment) -> Array:
+  """Returns each input's factor in the output that it joins, float32[B, N]: of no Mix."""
   if isinstance(assignment, Merge):
     return assignment.weight
   return (assignment.dst < assignment.src.shape[1]).astype(jnp.float32)
@@ -238,18 +237,12 @@ def reduce_attention_map(assignment: Assignment, attention: Array) -> Array:
   the sum of what its members were (K = M; MCTF, arXiv:2403.10030, Sec. 3.4). Where slots are only
   picked, the dropped ones are still keys of this layer (K = N; ATS, arXiv:2111.15667, Sec. 3.2).
   """
-  if isinstance(assignment, Gather):
-    # Picked where they lie: a transposed copy would be the largest buffer of the layer.
-    rows = jnp.take_along_axis(attention, assignment.src[:, None, :, None], axis=2)
-    valid = assignment.valid
-    return rows if valid is None else jnp.where(valid[:, None, :, None], rows, 0)
   # Keys first: under op='max' the order matters.
-  return assignment.apply_by_head(assignment.totals_by_key(attention.astype(jnp.float32)))
+  return assignment.apply_by_head(assignment.reduce_keys(attention))
 
 
 def attend_after_cut(assignment: Assignment, attention: Array, values: Array) -> Array:
-  """What tokens read by the map of a cut inside attention: `reduce_attention_map`'s map times their
-  values.
+  """Computes attention after a cut inside attention: the reduced map times the values.
 
   Where slots are joined, every old key reads its group's value by the old map, and the rows are
   joined after that: sums may be taken in any order, and a row of values is shorter than one of the
@@ -263,12 +256,12 @@ def attend_after_cut(assignment: Assignment, attention: Array, values: Array) ->
   Returns:
     float[B, M, H, d].
   """
-  linear = not isinstance(assignment, Gather) and getattr(assignment, 'op', 'sum') == 'sum'
+  linear = isinstance(assignment, Mix) or (isinstance(assignment, Merge) and assignment.op == 'sum')
   with jax.named_scope('reduction'):
     if linear:
       values = assignment.restore(values)
-      if isinstance(assignment, Merge) and assignment.share is not None:
-        values = values * expand_like(assignment.share, values).astype(values.dtype)
+      if isinstance(assignment, Merge) and assignment.size_weights is not None:
+        values = values * expand_like(assignment.size_weights, values).astype(values.dtype)
     else:
       attention = reduce_attention_map(assignment, attention)
   mixed = jnp.einsum('bhnm,bmhd->bnhd', attention.astype(values.dtype), values)
@@ -287,5 +280,5 @@ def key_bias(tokens: TokenSet, *, proportional: bool) -> Array | None:
   if proportional and tokens.size is not None:
     bias = log_weight(tokens.size)
   if tokens.valid is not None:
-    bias = jnp.where(tokens.valid, 0.0 if bias is None else bias, PADDING_BIAS)
+    bias = jnp.where(tokens.valid, 0.0 if bias is None else bias, HIDDEN_LOGIT)
   return bias

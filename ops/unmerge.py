@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ops import attention
 from ops.assignments import take
-from ops.tokens import PADDING_BIAS
+from ops.attention import HIDDEN_LOGIT
 
 Array = jax.Array
 
@@ -32,7 +32,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def expand(values: Array, owner: Array) -> Array:
-  """What each original token's slot holds: [B, M, ...], int32[B, T] -> [B, T, ...]."""
+  """Copies each slot's values to its original tokens: [B, M, ...], int32[B, T] -> [B, T, ...]."""
   return take(values, jnp.maximum(owner, 0))
 
 
@@ -80,7 +80,7 @@ def attend(q: Array, k: Array, v: Array, owner: Array, cos: Array, sin: Array, *
     float[B, M, H, d].
   """
   rows_q, rows_k = (rotate(expand(x, owner), cos, sin) for x in (q, k))
-  bias = jnp.where(owner >= 0, 0.0, PADDING_BIAS)
+  bias = jnp.where(owner >= 0, 0.0, HIDDEN_LOGIT)
   mixed = attention.attend(rows_q, rows_k, expand(v, owner), bias=bias, causal=causal, scale=scale,
                            implementation=implementation)
   return collapse(mixed.out, owner, slots=q.shape[1])

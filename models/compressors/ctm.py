@@ -14,11 +14,12 @@ from ops.tokens import TokenSet
 
 
 class CTM(Reducer, nn.Module):
-  """DPC-KNN whose groups are averaged with the weight exp(w . x + b) of each token.
+  """Averages DPC-KNN clusters of tokens by a learned token score.
 
-  Clustering-based token merging of TCFormer (Zeng et al., 2022), Sec. 3, arXiv:2204.08680, in the
-  plain form of Which Tokens to Use? (Haurum et al., 2023), arXiv:2308.04657: without TCFormer's
-  convolution and norm before the score, its bias on attention, and its random tie-breaks.
+  The weight of a token is exp(w . x + b). Clustering-based token merging of TCFormer (Zeng et al.,
+  2022), Sec. 3, arXiv:2204.08680, in the plain form of Which Tokens to Use? (Haurum et al., 2023),
+  arXiv:2308.04657: without TCFormer's convolution and norm before the score, its bias on attention,
+  and its random tie-breaks.
 
   Attributes:
     neighbours: nearest tokens that make up the density.

@@ -1,4 +1,4 @@
-"""DTEM: learns, beside the model, which tokens to merge.
+"""DTEM: learns a metric for merging, apart from the features of the model.
 
 Axes: B batch, N slots now, M slots after, A and C the odd and the even tokens that may merge, G
 candidates of each, D features, E features of the learned metric.
@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.compressors.mixing import HIDDEN
 from ops.assignments import Assignment, Mix, take
+from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import bipartite, cosine, parity_order
 from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import Reducer
@@ -20,12 +20,12 @@ Array = jax.Array
 
 
 class DTEM(Reducer, nn.Module):
-  """ToMe on a learned metric; in training a soft merge that keeps all N slots.
+  """Merges similar pairs of even and odd tokens, as ToMe does, on a learned metric.
 
-  Learning to Merge Tokens via Decoupled Embedding (Lee and Hong, 2024), Sec. 3, arXiv:2412.10569,
-  as released. The metric is a linear map of the layer's normed input, from which no gradient flows
-  back. `soft_merge` says how training merges; attention counts a slot by its size, down to 0. Only
-  slots that the cuts before would have left take part.
+  In training a soft merge keeps all N slots. Learning to Merge Tokens via Decoupled Embedding (Lee
+  and Hong, 2024), Sec. 3, arXiv:2412.10569, as released. The metric is a linear map of the layer's
+  normed input, from which no gradient flows back. `soft_merge` says how training merges; attention
+  counts a slot by its size, down to 0. Only slots that the cuts before would have left take part.
 
   Attributes:
     features: E, width of the metric. The release takes that of a head, twice that from D = 1024 on.
@@ -62,15 +62,16 @@ class DTEM(Reducer, nn.Module):
 
 def soft_merge(tokens: TokenSet, metric: Array, *, num_slots: int, count: int, candidates: int,
                temperature: float, choice_temperature: float) -> Mix:
-  """Shares every second free token out among those between, as far as a relaxed choice wants.
+  """Divides every second free token among the ones between, as a relaxed choice decides.
 
-  What a token gives away its size loses, its features stay. Slots come out protected ones first,
-  then those that took part by falling size, so that those emptied are last, then the others.
+  A token's size shrinks by the part that it gives away; its features stay. Slots come out protected
+  ones first, then those that took part by falling size, so that those emptied are last, then the
+  others.
 
   Args:
     tokens: N slots.
     metric: float[B, N, E], compared by cosine.
-    keep: M, tokens that a hard merge would leave.
+    num_slots: M, tokens that a hard merge would leave.
     count: slots, protected ones included, of which those that are free take part: the first so many
       that are real.
     candidates, temperature, choice_temperature: see `relaxed_choice`.
@@ -82,25 +83,25 @@ def soft_merge(tokens: TokenSet, metric: Array, *, num_slots: int, count: int, c
   a, c = order[:, ::2], order[:, 1::2]
   among = take(part, a)[:, :, None] & take(part, c)[:, None]
   scores = cosine(take(metric, a), take(metric, c))
-  there, free = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                 for flags in (tokens.real, part))
-  picks = jnp.clip(there - num_slots, 0, free // 2)
-  given = relaxed_choice(scores, among, picks, most=max(count - num_slots, 0),
+  real, free = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
+                for flags in (tokens.real, part))
+  picks = jnp.clip(real - num_slots, 0, free // 2)
+  moved = relaxed_choice(scores, among, picks, most=max(count - num_slots, 0),
                          candidates=candidates,
                          temperature=temperature, choice_temperature=choice_temperature)
 
-  # share[m, n], in the order above: what slot m has of slot n afterwards.
-  moved = given.swapaxes(1, 2)
+  # size_weights[m, n], in the order above: the part of slot n that slot m has afterwards.
+  moved = moved.swapaxes(1, 2)
   moved = jnp.stack([moved, jnp.zeros_like(moved)], axis=3).reshape(*moved.shape[:2], -1)
   moved = jnp.stack([jnp.zeros_like(moved), moved], axis=2).reshape(len(order), -1, moved.shape[2])
   moved = jnp.pad(moved, ((0, 0), (0, slots % 2), (0, 0)))[:, :, :slots]
   rest = 1 - jnp.sum(moved, axis=1)
   rest += jax.lax.stop_gradient(jnp.clip(rest, 0.0, 1.0) - rest)
   eye = jnp.eye(slots, dtype=jnp.float32)[None]
-  share = moved + eye * rest[:, None]
+  size_weights = moved + eye * rest[:, None]
 
   sizes = take(tokens.sizes, order)
-  held = share * sizes[:, None]
+  held = size_weights * sizes[:, None]
   after = jnp.sum(held, axis=2)
   gets = (jnp.arange(slots) % 2 == 1)[None] & take(part, order) & (after > 0)
   weights = jnp.where(gets[:, :, None], held / jnp.where(gets, after, 1.0)[:, :, None], eye)
@@ -109,14 +110,14 @@ def soft_merge(tokens: TokenSet, metric: Array, *, num_slots: int, count: int, c
   back = ranks(order, slots)
   leaves = top(take(after, back), slots, forced=tokens.fixed, excluded=~part & ~tokens.fixed)
   rows = take(back, leaves)
-  weights, share = (jnp.take_along_axis(take(matrix, rows), back[:, None], axis=2)
-                    for matrix in (weights, share))
-  return Mix(weights, share=share)
+  weights, size_weights = (jnp.take_along_axis(take(matrix, rows), back[:, None], axis=2)
+                           for matrix in (weights, size_weights))
+  return Mix(weights, size_weights=size_weights)
 
 
 def relaxed_choice(scores: Array, among: Array, picks: Array, *, most: int, candidates: int,
                    temperature: float, choice_temperature: float) -> Array:
-  """How far each token of A gives itself to each of C when the best `picks` pairs are to merge.
+  """Returns the part that each token of A gives to each of C when the best `picks` pairs merge.
 
   One softmax over all pairs picks one; its token's other pairs are made less likely by as much, and
   the next is picked. What a token was picked for beyond once is scaled back to once.
@@ -135,18 +136,18 @@ def relaxed_choice(scores: Array, among: Array, picks: Array, *, most: int, cand
   """
   best, index = jax.lax.top_k(jnp.where(among, scores, -jnp.inf),
                               min(candidates, scores.shape[2]))
-  there = best > -jnp.inf
+  allowed = best > -jnp.inf
   eps = jnp.finfo(jnp.float32).eps
 
   def pick(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
     logits, chosen = state
-    flat = jnp.where(there, logits / choice_temperature, HIDDEN).reshape(len(logits), -1)
-    one = jnp.where(there, jax.nn.softmax(flat, axis=1).reshape(logits.shape), 0.0)
+    flat = jnp.where(allowed, logits / choice_temperature, HIDDEN_LOGIT).reshape(len(logits), -1)
+    one = jnp.where(allowed, jax.nn.softmax(flat, axis=1).reshape(logits.shape), 0.0)
     one = jnp.where((number < picks)[..., None], one, 0.0)
     left = jnp.maximum(1 - jnp.sum(one, axis=2, keepdims=True), eps)
     return logits + jnp.log(left), chosen + one
 
-  start = jnp.where(there, best, 0.0) / temperature, jnp.zeros_like(best)
+  start = jnp.where(allowed, best, 0.0) / temperature, jnp.zeros_like(best)
   chosen = jax.lax.fori_loop(0, most, pick, start)[1]
   total = jax.lax.stop_gradient(jnp.sum(chosen, axis=2, keepdims=True))
   chosen = chosen / jnp.maximum(total, 1.0)

@@ -1,4 +1,4 @@
-"""DToP: tokens of a segmentation model leave once an auxiliary head is sure of their class.
+"""DToP: drops tokens of a segmentation model once an auxiliary head is sure of their class.
 
 Axes: B batch, N slots now, M slots after, T original tokens, C classes, D features, H heads,
 d features of a head, S keys.
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from models.compressors.mixing import HIDDEN
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Gather, take
+from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import scatter
 from ops.primitives.select import top
 from ops.reducers.base import Reducer
@@ -23,9 +23,8 @@ from ops.tokens import TokenSet, restore
 Array = jax.Array
 
 
-@struct.dataclass
-class Grades:
-  """What a mask head says.
+class Grades(struct.PyTreeNode):
+  """Holds the predictions of a mask head.
 
   Attributes:
     masks: float32[B, N, C], logits of "this token is of that class".
@@ -36,17 +35,17 @@ class Grades:
   classes: Array
 
   def probabilities(self) -> Array:
-    """float32[B, N, C]: the class is there, times the token is of it."""
+    """Multiplies the chances of a class in the image and of a token in it, float32[B, N, C]."""
     return jax.nn.softmax(self.classes)[:, None, :, 0] * jax.nn.sigmoid(self.masks)
 
 
 class DToP(Reducer, nn.Module):
-  """Lets the tokens go whose class is certain, but for the surest few of each class.
+  """Drops the tokens with a certain class, except a few of each class.
 
   Dynamic Token Pruning (Tang et al., 2023), Sec. 3, arXiv:2308.01045, as released for SegViT (the
-  head: Zhang et al., 2022, Sec. 3, arXiv:2210.05844). `keep` is a capacity: where more tokens stay
-  than fit, the most certain go too. Tokens stay in slot order. Two things are not here: dropout in
-  the head, and its loss, which needs the segmentation.
+  head: Zhang et al., 2022, Sec. 3, arXiv:2210.05844). `num_slots` is a capacity: where more tokens
+  stay than fit, the most certain go too. Tokens stay in slot order. Two things are not here:
+  dropout in the head, and its loss, which needs the segmentation.
 
   A token that left has its mask logits already. The caller collects them, cut by cut, from the
   tokens before the cut and the cut's parameters:
@@ -91,20 +90,20 @@ class DToP(Reducer, nn.Module):
                   wanted=jnp.sum(stays, axis=1, dtype=jnp.int32))
 
   def grade(self, tokens: TokenSet) -> Grades:
-    """What the head says of the tokens; of those that are not free it means nothing."""
+    """Grades the tokens by the head; grades of tokens that are not free have no meaning."""
     return self.head(tokens.x, tokens.free)
 
 
 def leaves(certainty: Array, klass: Array, among: Array, *, threshold: float,
            spared: int) -> Array:
-  """Which tokens are certain enough to leave.
+  """Selects the tokens that are certain enough to leave, bool[B, N].
 
   Args:
     certainty: float32[B, N], probability of the likeliest class.
     klass: int[B, N], that class.
     among: bool[B, N], tokens that may leave.
-    threshold: those above it do,
-    spared: except so many of each class, the surest ones, of equals the first.
+    threshold: tokens above it leave.
+    spared: the most certain tokens of each class that stay nevertheless; ties go to the first.
 
   Returns:
     bool[B, N].
@@ -113,11 +112,11 @@ def leaves(certainty: Array, klass: Array, among: Array, *, threshold: float,
   klass = jnp.where(sure, klass, -1)
   order = jnp.lexsort((-certainty, klass), axis=1)
   sorted_class = take(klass, order)
-  place = jnp.broadcast_to(jnp.arange(klass.shape[1]), klass.shape)
+  rank = jnp.broadcast_to(jnp.arange(klass.shape[1]), klass.shape)
   new = jnp.concatenate([jnp.ones_like(sure[:, :1]), sorted_class[:, 1:] != sorted_class[:, :-1]],
                         axis=1)
-  first = jax.lax.cummax(jnp.where(new, place, 0), axis=1)
-  return sure & (scatter(place, order, place - first) >= spared)
+  first = jax.lax.cummax(jnp.where(new, rank, 0), axis=1)
+  return sure & (scatter(rank, order, rank - first) >= spared)
 
 
 def paint(canvas: Array, tokens: TokenSet, masks: Array) -> Array:
@@ -133,7 +132,7 @@ def paint(canvas: Array, tokens: TokenSet, masks: Array) -> Array:
 
 
 class MaskHead(nn.Module):
-  """One query a class attends to the tokens; its attention logits are the masks."""
+  """Predicts masks: the attention logits of one query for each class over the tokens."""
 
   classes: int
   layers: int
@@ -182,6 +181,6 @@ class _Attention(nn.Module):
 
     q, k, v = split('query', x), split('key', y), split('value', y)
     logits = jnp.einsum('bnhd,bshd->bhns', q, k, precision='highest') * q.shape[3] ** -0.5
-    weights = jax.nn.softmax(jnp.where(among[:, None, None], logits, HIDDEN))
+    weights = jax.nn.softmax(jnp.where(among[:, None, None], logits, HIDDEN_LOGIT))
     mixed = jnp.einsum('bhns,bshd->bnhd', weights, v).reshape(x.shape)
     return _dense(x.shape[2], 'out')(mixed), jnp.mean(logits, axis=1)

@@ -17,7 +17,7 @@ Array = jax.Array
 
 
 class DynamicViT(Reducer, nn.Module):
-  """Keeps the tokens that a learned predictor wants most; trains by sampled hard decisions.
+  """Keeps the tokens with the highest scores of a learned predictor.
 
   DynamicViT (Rao et al., 2021), Sec. 3.2 to 3.4, arXiv:2106.02034. In evaluation the best stay,
   best first. In training all N slots stay: a Gumbel softmax decides token by token, straight
@@ -56,7 +56,7 @@ class DynamicViT(Reducer, nn.Module):
 
 
 class Predictor(nn.Module):
-  """Scores every token by itself and by the mean of those that are still kept."""
+  """Scores every token by its own features and by the mean of the tokens still kept."""
 
   @nn.compact
   def __call__(self, x: Array, weight: Array) -> Array:

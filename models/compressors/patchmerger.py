@@ -1,4 +1,4 @@
-"""PatchMerger: learned queries attend to the tokens, and what they see is what goes on.
+"""PatchMerger: learned queries attend to the tokens; their outputs replace the tokens.
 
 Axes: B batch, N slots now, K queries, D features.
 """
@@ -7,19 +7,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.compressors.mixing import HIDDEN, mixtures
 from ops.assignments import Assignment
+from ops.attention import HIDDEN_LOGIT
+from ops.primitives.mixing import mix_free
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
 
 class PatchMerger(Reducer, nn.Module):
-  """Mixes the layer-normed tokens into one output a learned query, softmax over the tokens.
+  """Mixes the tokens into one output for each learned query, by attention.
 
   Learning to Merge Tokens in Vision Transformers (Renggli et al., 2022), arXiv:2202.12015. The
-  outputs are mixtures of the normed features, without a residual; the protected tokens pass as
-  they are.
+  outputs are mixtures of the layer-normed features, without a residual; the protected tokens pass
+  as they are.
 
   Attributes:
     scale: of the scores. 1 as in the paper; D ** -0.5 is the scaled variant of the benchmark in
@@ -37,5 +38,5 @@ class PatchMerger(Reducer, nn.Module):
     queries = self.param('queries', nn.initializers.normal(1.0),
                          (num_slots - tokens.protected, tokens.x.shape[-1]))
     scores = jnp.einsum('kd,bnd->bkn', queries, hidden, precision='highest') * self.scale
-    weights = jax.nn.softmax(jnp.where(tokens.free[:, None], scores, HIDDEN), axis=2)
-    return mixtures(tokens, weights, hidden)
+    weights = jax.nn.softmax(jnp.where(tokens.free[:, None], scores, HIDDEN_LOGIT), axis=2)
+    return mix_free(tokens, weights, hidden)

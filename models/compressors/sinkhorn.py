@@ -1,4 +1,4 @@
-"""Sinkhorn: tokens share themselves out among learned clusters, evenly, by optimal transport.
+"""Sinkhorn: divides tokens evenly among learned clusters by optimal transport.
 
 Axes: B batch, N slots now, K clusters, D features.
 """
@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.compressors.mixing import HIDDEN, mixtures
 from ops.assignments import Assignment
+from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import inverse_norm, l2_normalize
+from ops.primitives.mixing import mix_free
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -18,11 +19,12 @@ Array = jax.Array
 
 
 class Sinkhorn(Reducer, nn.Module):
-  """Mixes unit-length tokens by an entropic transport plan between tokens and learned centres.
+  """Mixes unit-length tokens by an optimal transport plan to learned centres.
 
-  The Sinkhorn baseline of Which Tokens to Use? (Haurum et al., 2023), arXiv:2308.04657; transport
-  after Cuturi (2013), arXiv:1306.0895. The released code brings its centres back to unit length by
-  writing to the parameter in every forward pass; here the forward pass normalises them.
+  The plan is entropic. The Sinkhorn baseline of Which Tokens to Use? (Haurum et al., 2023),
+  arXiv:2308.04657; transport after Cuturi (2013), arXiv:1306.0895. The released code brings its
+  centres back to unit length by writing to the parameter in every forward pass; here the forward
+  pass normalises them.
 
   Attributes:
     eps: temperature of the plan; smaller is harder.
@@ -45,7 +47,7 @@ class Sinkhorn(Reducer, nn.Module):
     free = tokens.free
     used = jnp.arange(scores.shape[1])[None] < jnp.sum(free, axis=1, keepdims=True)
     weights = plan(scores, used, free, iterations=self.iterations)
-    return mixtures(tokens, weights, tokens.x * inverse[..., None].astype(tokens.x.dtype))
+    return mix_free(tokens, weights, tokens.x * inverse[..., None].astype(tokens.x.dtype))
 
 
 def plan(scores: Array, rows: Array, columns: Array, *, iterations: int) -> Array:
@@ -65,7 +67,7 @@ def plan(scores: Array, rows: Array, columns: Array, *, iterations: int) -> Arra
   """
   part = rows[:, :, None] & columns[:, None]
   for _ in range(iterations):
-    scores = jnp.where(part, scores, HIDDEN)
+    scores = jnp.where(part, scores, HIDDEN_LOGIT)
     scores = scores - jax.nn.logsumexp(scores, axis=2, keepdims=True)
-    scores = jax.nn.log_softmax(jnp.where(part, scores, HIDDEN), axis=1)
+    scores = jax.nn.log_softmax(jnp.where(part, scores, HIDDEN_LOGIT), axis=1)
   return jnp.where(part, jnp.exp(scores), 0.0)

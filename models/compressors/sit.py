@@ -1,4 +1,4 @@
-"""SiT: a small network tells each token how much of it goes into each output.
+"""SiT: a small network predicts the part of each token that goes into each output.
 
 Axes: B batch, N slots now, K outputs, D features.
 """
@@ -7,15 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.compressors.mixing import HIDDEN, mixtures
 from ops.assignments import Assignment
+from ops.attention import HIDDEN_LOGIT
+from ops.primitives.mixing import mix_free
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
 
 class SiT(Reducer, nn.Module):
-  """Mixes the tokens by weights that each predicts from itself, softmax over the tokens.
+  """Mixes the tokens by weights that an MLP predicts from each token.
 
   The token slimming module of Self-slimmed Vision Transformer (Zong et al., 2022), Sec. 3,
   arXiv:2111.12624, in the form of Which Tokens to Use? (Haurum et al., 2023), arXiv:2308.04657:
@@ -38,5 +39,5 @@ class SiT(Reducer, nn.Module):
     x = nn.gelu(dense(tokens.x.shape[-1] // 2, 'fc1')(x), approximate=False)
     scores = dense(num_slots - tokens.protected, 'fc2')(x).swapaxes(1, 2)
     scores *= self.param('scale', nn.initializers.ones, ())
-    weights = jax.nn.softmax(jnp.where(tokens.free[:, None], scores, HIDDEN), axis=2)
-    return mixtures(tokens, weights, tokens.x)
+    weights = jax.nn.softmax(jnp.where(tokens.free[:, None], scores, HIDDEN_LOGIT), axis=2)
+    return mix_free(tokens, weights, tokens.x)

@@ -1,4 +1,4 @@
-"""TextMonkey's resampler: the tokens that its filter keeps look once more at all of them.
+"""TextMonkey's resampler: the tokens that its filter keeps attend to all tokens once more.
 
 Axes: B batch, N slots now, M slots after, D features, C inner features, H heads, d features a head.
 """
@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.compressors.mixing import HIDDEN
 from ops.assignments import Assignment, take
+from ops.attention import HIDDEN_LOGIT
 from ops.reducers.base import Reducer
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.signals import Signals
@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 class TextMonkeyResampler(Reducer, nn.Module):
-  """Keeps what `textmonkey` keeps, and adds to it what it learns from all tokens.
+  """Keeps the tokens of `textmonkey` and adds learned attention over all tokens to them.
 
   The token resampler of TextMonkey (Liu et al., 2024), Sec. 3.2, arXiv:2403.04473, as released.
   Tokens are projected to C features; those that stay attend to all, and to themselves once more;
@@ -86,7 +86,7 @@ class Attention(nn.Module):
                for part in (queries, *jnp.split(pairs, 2, axis=2)))
     scores = jnp.einsum('bmhd,bnhd->bhmn', q, k) * self.head_dim ** -0.5
     seen = jnp.concatenate([free, chosen], axis=1)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, HIDDEN), axis=3)
+    weights = jax.nn.softmax(jnp.where(seen, scores, HIDDEN_LOGIT), axis=3)
     mixed = jnp.einsum('bhmn,bnhd->bmhd', weights, v)
     return _dense(self.width, 'out')(mixed.reshape(*mixed.shape[:2], inner))
 

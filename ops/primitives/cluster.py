@@ -28,7 +28,7 @@ def distances(x: Array) -> Array:
 
 
 def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None = None) -> Array:
-  """How well each slot would do as the centre of a cluster: DPC-KNN, arXiv:2204.08680, Sec. 3.
+  """Scores each slot as the centre of a cluster: DPC-KNN, arXiv:2204.08680, Sec. 3.
 
   Density is exp(-mean squared distance to the nearest neighbours, the slot itself included). A
   good centre is dense and far from any denser slot: the score is the product of the two, here as

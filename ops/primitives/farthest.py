@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 def largest_cosine(vectors: Array, among: Array, *, chunk: int = 64) -> Array:
-  """How like its nearest neighbour each slot is, C = `chunk` slots at a time.
+  """Finds each slot's similarity to its nearest neighbour, C = `chunk` slots at a time.
 
   Args:
     vectors: float32[B, N, D], of length one.

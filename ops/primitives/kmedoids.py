@@ -125,6 +125,7 @@ def medoids(distance: Array, centres: Array, among: Array, count: Array, *,
     return step + 1, moved, jnp.any(moved != centres)
 
   _, centres, _ = jax.lax.while_loop(
-      lambda state: (state[0] < iterations) & state[2], move, (0, centres, jnp.array(True)))
+      lambda state: (state[0] < iterations) & state[2], move,
+      (jnp.int32(0), centres, jnp.array(True)))
   centres = jnp.sort(jnp.where(is_open, centres, among.shape[1]), axis=1)
   return centres, assign(jnp.minimum(centres, among.shape[1] - 1))

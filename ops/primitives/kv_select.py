@@ -8,6 +8,8 @@ of entries means nothing to attention.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -20,12 +22,12 @@ Array = jax.Array
 
 def keep_best(tokens: TokenSet, scores: Array, *, num_slots: int, forced: Array | None = None,
               order: str = 'score') -> KVGather:
-  """Keeps the `keep` best entries of every kv head; padding goes first.
+  """Keeps the `num_slots` best entries of every kv head; padding goes first.
 
   Args:
     tokens: N entries.
     scores: float[B, K, N], higher stays.
-    keep: M, entries left.
+    num_slots: M, entries left.
     forced: bool[B, N] or None, entries that stay whatever their score, as far as they fit.
     order: 'score' puts forced entries first, in their order, then the best; 'slot' keeps the
       order.
@@ -84,5 +86,6 @@ def pool_neighbours(values: Array, tokens: TokenSet, *, kernel: int, pool: str) 
     values = jnp.take_along_axis(values, packed, axis=2)
   ends = jnp.pad(values, ((0, 0), (0, 0), (kernel // 2, kernel // 2)))
   shifted = [ends[:, :, i:i + values.shape[2]] for i in range(kernel)]
-  pooled = sum(shifted) / kernel if pool == 'avg' else jnp.stack(shifted).max(axis=0)
+  pooled = (functools.reduce(jnp.add, shifted) / kernel if pool == 'avg'
+            else jnp.stack(shifted).max(axis=0))
   return pooled if tokens.valid is None else jnp.take_along_axis(pooled, back, axis=2)

@@ -107,7 +107,7 @@ def bipartite(tokens: TokenSet, metric: Array, a: Array, b: Array, *, num_slots:
     tokens: N slots, all of them in either `a` or `b`; only free ones are merged.
     metric: float[B, N, D], compared by cosine.
     a, b: int32[B, A] and [B, C], slots.
-    keep: M slots left; a row of n real tokens loses max(0, n - M).
+    num_slots: M slots left; a row of n real tokens loses max(0, n - M).
     order: of what is left of `a`: 'given', or 'score' for the most similar first.
 
   Returns:
@@ -131,7 +131,7 @@ def join(tokens: TokenSet, partner: Array, turn: Array, *, num_slots: int) -> Me
     tokens: N slots.
     partner: int32[B, N], the slot that each slot joins; itself where it stays.
     turn: int32[B, N] in [0, 2N), the order of the free slots that stay. Kept tokens lead.
-    keep: M slots left; as many real slots as that, or all where there are fewer, must stay.
+    num_slots: M slots left; as many real slots as that, or all where there are fewer, must stay.
   """
   slots, own = tokens.slots, _iota(tokens)
   gone = 3 * slots + own

@@ -18,11 +18,11 @@ Array = jax.Array
 
 def top(scores: Array, num_slots: int, *, forced: Array | None = None,
         excluded: Array | None = None) -> Array:
-  """The `keep` best slots, best first.
+  """Picks the `num_slots` best slots, best first.
 
   Args:
     scores: float[B, N], higher is better; NaN counts as worst.
-    keep: M, slots to pick, at most N.
+    num_slots: M, slots to pick, at most N.
     forced: bool[B, N], slots that come first whatever their score, in slot order.
     excluded: bool[B, N], slots that come last whatever their score, even where forced.
 
@@ -49,12 +49,12 @@ def ranks(order: Array, slots: int) -> Array:
 
 
 def keep_top(tokens: TokenSet, scores: Array, *, num_slots: int, order: str = 'slot') -> Gather:
-  """Prunes to the `keep` best tokens; those that may not be touched always stay.
+  """Prunes to the `num_slots` best tokens; those that may not be touched always stay.
 
   Args:
     tokens: N slots. Protected and other-kind tokens stay; padding goes first.
     scores: float[B, N], higher stays.
-    keep: M, slots left, protected ones included.
+    num_slots: M, slots left, protected ones included.
     order: 'slot' keeps the tokens in their order, 'score' puts the best first (protected ones
       lead, in slot order).
 

@@ -19,16 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops.argmax import min_and_index
+from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import l2_normalize
 
 Array = jax.Array
-# Hides a cluster from a softmax; finite, so that a row where all are hidden stays finite too.
-HIDDEN = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-  """Where clusters start, and which tokens may join them.
+  """Holds the tokens where clusters start, and the tokens that may join them.
 
   Attributes:
     inside: bool[K, H * W], the tokens whose mean a cluster starts from. Neighbouring cells overlap
@@ -71,7 +70,7 @@ def cells(grid: tuple[int, int], count: int, *, bands: int | None = None, reach:
 
 
 def _span(places: np.ndarray, index: int, count: int, length: int) -> np.ndarray:
-  """Which places lie in interval `index` of `count` that cover [0, length)."""
+  """Selects the places in interval `index` of `count` that cover [0, length)."""
   return (places >= index * length // count) & (places < -(-(index + 1) * length // count))
 
 
@@ -119,7 +118,7 @@ def soft_clusters(x: Array, inside: Array, near: Array, among: Array, *, iterati
     return 2 * with_centres - jnp.sum(with_centres * weights, axis=2, keepdims=True)
 
   def share(_: int, weights: Array) -> Array:
-    scores = jnp.where(near, temperature * nearness(weights), HIDDEN)
+    scores = jnp.where(near, temperature * nearness(weights), HIDDEN_LOGIT)
     shares = jnp.where(near, jax.nn.softmax(scores, axis=1), 0.0)
     return jnp.where(jnp.sum(shares, axis=2, keepdims=True) > 0, _mean(shares), fallback)
 

@@ -1,4 +1,4 @@
-"""What every reduction declares: a frozen dataclass, or a Flax module, with these attributes.
+"""Base classes of methods: a method is a frozen dataclass, or a Flax module, that inherits one.
 
 Axes: B batch, N slots now, H heads.
 """
@@ -17,74 +17,74 @@ ATTENTIONS = ('cls_attention', 'received_attention')
 
 
 class Reducer:
-  """Defaults of a method; a method states only where it differs.
+  """Holds the defaults of a `Method` (ops/reducers/method.py), which documents the members.
 
-  A method is called as `method(tokens, signals, num_slots=M)` with M a static int, and answers an
-  Assignment (ops/tokens.py). A method with parameters is a Flax module with this class beside it.
+  A method inherits this class and states only where it differs, by a class attribute, a dataclass
+  field or a property. A method with parameters is a Flax module with this class beside it.
 
-  A method that looks at other layers than the one it cuts in also has
-  `watch(tokens, signals)`, which answers stats, {name: [B, N, ...]}. They join `tokens.stats`, and
-  so travel with the tokens to the cut. A watched layer shows the tokens after its attention (inside
-  attention: before it; where it reads the MLP: after that); in a layer that is both watched and
-  cut, the watch comes first.
-
-  Attributes:
-    needs: names of `Signals` fields that it reads.
-    watch_needs: those that its `watch` reads.
-    site: where it acts unless a config says otherwise: 'before', 'inside', 'between' or 'after'.
-    proportional: whether attention should count a slot as many times as it has tokens.
-    extra_slots: slots it makes beside those it keeps (a fused token).
-    drops: '' if every original token stays in some slot, else why not.
-    adaptive: '' if every slot it leaves is filled, else what decides how many are.
-    positions: in language models, which positions the tokens left have: 'keep', 'compact' or
-      'restart' (models/plan.py); '' for the host's own choice.
-    span: rows of window_attention that it needs.
+  `needs`, `watch_needs`, `drops`, `adaptive` and `span` may depend on a method's settings.
   """
 
-  needs: frozenset[str] = frozenset()
-  watch_needs: frozenset[str] = frozenset()
   site: str = 'between'
   proportional: bool = False
   extra_slots: int = 0
-  drops: str = ''
-  adaptive: str = ''
   positions: str = ''
-  span: int = 0
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return frozenset()
+
+  @property
+  def watch_needs(self) -> frozenset[str]:
+    return frozenset()
+
+  @property
+  def drops(self) -> str:
+    return ''
+
+  @property
+  def adaptive(self) -> str:
+    return ''
+
+  @property
+  def span(self) -> int:
+    return 0
 
   @property
   def merges(self) -> bool:
     """Whether its outputs are made of several slots (Merge, Mix) rather than picked (Gather).
 
-    Decides what a cut inside attention costs. Who only picks loses tokens, so the default follows
-    from `drops`; a method that joins and yet loses some says `merges = True`.
+    Decides the cost of a cut inside attention. Gather drops tokens; Merge and Mix usually do not.
+    So the default is derived from `drops`. A method that merges and also drops tokens sets
+    `merges = True`.
     """
     return not self.drops
 
   def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
-    """Layers that it watches unless a config says otherwise, given those that it cuts in."""
+    """Returns the layers that it watches unless a config names some: none."""
     del cuts
     return ()
 
   def rows(self, tokens: TokenSet) -> Array:
-    """bool[B, N], the queries whose mean is row_attention: all text, unless a method says."""
+    """Names the queries whose mean is row_attention, bool[B, N]: all text."""
     return tokens.real & (tokens.kind == TEXT)
 
   def max_rows(self, tokens: TokenSet) -> int:
-    """How many of those there can be; the fewer, the less is computed."""
+    """Returns the most queries that `rows` can name: N."""
     return tokens.slots
 
   def min_slots(self, slots: int, protected: int) -> int:
-    """Fewest slots it can leave of `slots`, the protected ones included."""
+    """Returns the fewest slots that it can leave: the protected ones, its own, and one more."""
     del slots
     return protected + self.extra_slots + 1
 
 
 class CacheReducer(Reducer):
-  """A method that thins out a layer's cache of keys and values once the prompt has been read.
+  """Prunes a layer's cache of keys and values once the prompt has been read.
 
-  It is called as any other method, with the tokens that the cache holds (whatever their kind; their
-  features unused) and the signals of the layer's attention over them. It answers a `KVGather`
-  (ops/kv_cache.py), which names entries a kv head.
+  The call is that of any other method, with the tokens that the cache holds (of any kind; their
+  features are not used) and the signals of the layer's attention over them. The answer is a
+  `KVGather` (ops/kv_cache.py), which names entries for each kv head.
   """
 
   needs = frozenset({'keys'})
@@ -94,11 +94,11 @@ class CacheReducer(Reducer):
 
 @dataclasses.dataclass(frozen=True)
 class ByAttention(Reducer):
-  """A method that ranks tokens by how much they are attended to.
+  """Ranks tokens by the attention that they receive.
 
   Attributes:
-    by: the attention: 'cls_attention', that of the [CLS] token, or 'received_attention', the mean
-      over all tokens, for backbones without one.
+    by: the signal to rank by: 'cls_attention', the attention of the [CLS] token, or
+      'received_attention', the mean over all tokens, for backbones without a [CLS] token.
   """
 
   by: str = 'cls_attention'
@@ -109,9 +109,9 @@ class ByAttention(Reducer):
 
   @property
   def needs(self) -> frozenset[str]:
-    """The attention that `by` names."""
+    """Names the signal that `by` is."""
     return frozenset({self.by})
 
   def attention(self, signals: Signals) -> Array:
-    """float32[B, H, N], the attention that each token gets."""
-    return getattr(signals, self.by)
+    """Returns the attention that each token receives, float32[B, H, N]."""
+    return signals.cls_attention if self.by == 'cls_attention' else signals.received_attention

@@ -45,8 +45,8 @@ def test_op(case):
   np.testing.assert_allclose(reduced.size, raw[f'{case}_out_size'][..., 0], **CLOSE)
   # How much of each token every slot holds.
   member = np.asarray(assignment.dst)[:, None] == np.arange(keep)[None, :, None]
-  np.testing.assert_allclose(member * np.asarray(assignment.share)[:, None], raw[f'{case}_source'],
-                             **CLOSE)
+  np.testing.assert_allclose(member * np.asarray(assignment.size_weights)[:, None],
+                             raw[f'{case}_source'], **CLOSE)
   removed = float(raw[f'{case}_r'])
   assert slots - keep == (int(slots * removed) if removed < 1 else removed)
 

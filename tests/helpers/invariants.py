@@ -101,7 +101,7 @@ def matrix(name):
   case, out = random_case(), base(name)
   answer, weights = out.assignment, out.matrix
   close(out.applied, weights @ case.x)
-  features = getattr(answer, 'features', None)
+  features = answer.features
   close(out.reduced.x, weights @ (case.x if features is None else features))
   assert np.isfinite(weights).all()
   valid = np.ones(out.src.shape, bool) if answer.valid is None else answer.valid
@@ -122,18 +122,18 @@ def matrix(name):
 
 
 def mass(name):
-  """Sizes count the original tokens a slot owns, by share if given, and add up to all of them."""
+  """Sizes count the original tokens a slot owns, by `size_weights`, and add up to all of them."""
   case, out = random_case(), base(name)
   reason, reduced = contract.method(name).drops, out.reduced
   real = np.ones(reduced.x.shape[:2], bool) if reduced.valid is None else reduced.valid
   before, after = case.size.sum(1), np.where(real, reduced.size, 0).sum(1)
   if not isinstance(out.assignment, Mix):
-    share = getattr(out.assignment, 'share', None)
-    share = np.ones(case.x.shape[:2]) if share is None else share
+    size_weights = out.assignment.size_weights
+    size_weights = np.ones(case.x.shape[:2]) if size_weights is None else size_weights
     for row, size in enumerate(np.where(real, reduced.size, 0)):
-      owner, part = reduced.owner[row], share[row][case.owner[row]]
+      owner, part = reduced.owner[row], size_weights[row][case.owner[row]]
       count = np.bincount(owner[owner >= 0], weights=part[owner >= 0], minlength=len(size))
-      (same if (share == 1).all() else close)(count, size)
+      (same if (size_weights == 1).all() else close)(count, size)
   if reason:
     if contract.learned(name):
       # What a softmax leaves out it leaves out for certain only where parameters are extreme.
@@ -153,7 +153,7 @@ def bits(name):
     assert ((inner > 0).sum(2) > 1).all(), 'mixes nothing: should be a Gather or a Merge'
     return 'mixes all tokens'
   valid = np.ones(out.src.shape, bool) if out.reduced.valid is None else out.reduced.valid
-  if getattr(out.assignment, 'features', None) is not None:
+  if out.assignment.features is not None:
     assert (out.reduced.x[:, 1:] != assignments.take(case.x, out.src)[:, 1:]).any(axis=2).all()
     return 'refines what it keeps'
   count = 0
@@ -241,7 +241,7 @@ def short(name):
     assert len(after['pos']) == len(place)
     if isinstance(out.assignment, Mix):
       continue
-    if getattr(out.assignment, 'features', None) is not None:
+    if out.assignment.features is not None:
       same(np.sort(after['pos']), np.sort(before['pos']))
     else:
       order_after, order_before = np.argsort(after['pos']), np.argsort(before['pos'])
@@ -343,7 +343,7 @@ def compose(name):
       size=first.reduced.size, valid=first.reduced.valid)
   second = contract.run(name, again, KEEP_AGAIN)
   assert second.reduced.x.shape[1] == keep
-  if getattr(second.assignment, 'features', None) is not None:
+  if second.assignment.features is not None:
     with pytest.raises(ValueError, match='features of its own'):
       tk.compose(first.assignment, second.assignment)
     return 'mixes other features than it gets'

@@ -354,8 +354,9 @@ def test_attending_is_the_regrouped_map_times_values(seed):
     wanted = np.einsum('bhmk,bkhd->bmhd', tk.reduce_attention_map(assignment, attention), values)
     close(jitted(tk.attend_after_cut)(assignment, attention, values), wanted)
     if kind == 'merge':
+      size_weights = jnp.asarray(rng.random((BATCH, 9)), jnp.float32)
       for other in (assignment.replace(op='max'),
-                    assignment.replace(share=jnp.asarray(rng.random((BATCH, 9)), jnp.float32))):
+                    assignment.replace(size_weights=size_weights)):
         wanted = np.einsum('bhmk,bkhd->bmhd', tk.reduce_attention_map(other, attention), values)
         close(jitted(tk.attend_after_cut)(other, attention, values), wanted)
 

@@ -137,7 +137,7 @@ def test_a_share_of_cuts():
   assert part_of(cuts, share, limits) == resolve({'keep_ratio': ratio, 'layers': (3, 6)}, limits)
   pairs = Limits(depth=12, slots=65, protected=1, min_slots=lambda slots: slots - 4)
   assert part_of((Cut(0, 65, 61),), 0.9, pairs) == (Cut(0, 65, 62),)
-  with pytest.raises(ValueError, match=r'share=1\.5 is outside'):
+  with pytest.raises(ValueError, match=r'fraction=1\.5 is outside'):
     part_of(cuts, 1.5, limits)
 
 

@@ -1,4 +1,4 @@
-"""Baselines, which know nothing of the tokens but where they stand."""
+"""Baselines: methods that read positions of tokens and nothing else."""
 
 from ops.reducers.baselines.none import Identity
 from ops.reducers.baselines.pool import Pool

@@ -1,4 +1,4 @@
-"""Average pooling: a baseline that knows where tokens are and nothing else.
+"""Average pooling: a baseline that reads positions and nothing else.
 
 Axes: B batch, N slots now, M slots after.
 """
@@ -21,7 +21,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Pool(Reducer):
-  """Averages neighbouring tokens, in exactly as many cells as the budget allows.
+  """Averages neighbouring tokens in cells of the grid, one cell for each token of the budget.
 
   Adaptive average pooling, as DeCo (Yao et al., 2024), arXiv:2405.20985, puts before a language
   model; but for any count, on any subset of a grid, and without overlap. The n free tokens in

@@ -1,4 +1,4 @@
-"""Radial masks: a baseline that looks at where a token stands and at nothing else.
+"""Radial masks: a baseline that reads positions and nothing else.
 
 Axes: B batch, N slots now, M slots after.
 """
@@ -18,7 +18,7 @@ NORMS = ('l1', 'l2', 'linf')
 
 @dataclasses.dataclass(frozen=True)
 class Radial(Reducer):
-  """Keeps the tokens that stand nearest to the centre of the image, in slot order.
+  """Keeps the tokens nearest to the centre of the image, in slot order.
 
   The fixed patterns of Which Tokens to Use? (Haurum et al., 2023), arXiv:2308.04657. There a radius
   is given and tokens beyond are masked; here a count, and they are removed, which is the same for

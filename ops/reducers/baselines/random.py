@@ -17,7 +17,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class Random(Reducer):
-  """Keeps a random choice of tokens.
+  """Keeps randomly chosen tokens.
 
   The choice follows from the seed, the number of free tokens and the rank of each among them, and
   from nothing else: images with equally many tokens lose the same ones, whatever batch they are in

@@ -1,4 +1,4 @@
-"""Uniform subsampling: a baseline that looks at nothing.
+"""Uniform subsampling: a baseline that reads no features.
 
 Axes: B batch, N slots now, M slots after.
 """
@@ -19,10 +19,12 @@ PHASES = ('first', 'middle')
 
 @dataclasses.dataclass(frozen=True)
 class Stride(Reducer):
-  """Keeps evenly spaced tokens: of n free ones those of rank floor(i n / m), i from 0 to m - 1.
+  """Keeps evenly spaced tokens.
+
+  Of n free tokens, those of rank floor(i n / m) stay, i from 0 to m - 1.
 
   Attributes:
-    phase: which of its n / m tokens each stands for: 'first', or 'middle', rank
+    phase: the token that stays of each n / m tokens: the 'first', or 'middle', rank
       floor((i + 1/2) n / m), as the sparse sampling that CenterCLIP (Zhao et al., 2022),
       arXiv:2205.00823, is compared with.
   """

@@ -1,4 +1,4 @@
-"""Expected attention: the entries of a cache that coming queries will want, to judge by past ones.
+"""Expected attention: scores cache entries by the attention that future queries will likely pay.
 
 Axes: B batch, N entries now, M entries after, H heads, K kv heads, G heads that share one, d
 features a head, F coming positions.
@@ -9,19 +9,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.attention import HIDDEN_LOGIT
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import by_kv_head, earliest, keep_best
 from ops.reducers.base import CacheReducer
 from ops.rope import Rope, sequence_index
 from ops.signals import Signals
-from ops.tokens import PADDING_BIAS, TokenSet
+from ops.tokens import TokenSet
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedAttention(CacheReducer):
-  """Keeps the entries to expect most of: likely attention, times the length of the value.
+  """Keeps the entries with the highest expected attention times value norm.
 
   Expected Attention (Devoto et al., 2025), arXiv:2510.00636, as in the kvpress library. Queries
   to come are taken to be normal, with the mean and covariance of the prompt's before rotation,
@@ -67,7 +68,7 @@ class ExpectedAttention(CacheReducer):
       spread = jnp.einsum('bij,bhjk,blk->bhil', turn, spread, turn, precision='highest')
       logits += jnp.einsum('bnki,bkgij,bnkj->bkgn', keys, by_kv_head(spread, heads), keys,
                            precision='highest') / (2 * width)
-    logits = jnp.where(counts[:, None, None], logits, PADDING_BIAS)
+    logits = jnp.where(counts[:, None, None], logits, HIDDEN_LOGIT)
     expected = jax.nn.softmax(logits, axis=3).mean(axis=2) + self.epsilon
     return expected * jnp.sqrt(jnp.sum(values * values, axis=3)).swapaxes(1, 2)
 
@@ -77,7 +78,7 @@ class ExpectedAttention(CacheReducer):
 
 
 def mean_rotation(rope: Rope, first: Array, count: int) -> Array:
-  """The mean of the rotations of `count` positions from int32[B] on: float32[B, d, d].
+  """Averages the rotations of `count` positions from int32[B] on: float32[B, d, d].
 
   With several numbers a position, as text has them: all equal.
   """

@@ -1,4 +1,7 @@
-"""H2O: heavy hitters, the entries of a cache that attention has added up on, and the latest.
+"""H2O: keeps heavy hitters (entries with much accumulated attention) and the latest entries.
+
+`follow` and `evict` are for decoding at constant memory: after each new token one updates the sums
+of attention, the other names the entry that makes room.
 
 Axes: B batch, N entries now, M entries after, S entries of a full cache (M + 1), H heads, K kv
 heads.
@@ -20,12 +23,12 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class H2O(CacheReducer):
-  """Keeps the latest entries and, of the others, those that got most attention in all.
+  """Keeps the latest entries and those with the highest accumulated attention.
 
   H2O (Zhang et al., 2023), Algorithm 1, arXiv:2306.14048, as released. Attention is summed over
   all queries so far and over the heads that share a key; the release also sums it over the batch,
   whose rows are apart here. Entries keep their order. While a model decodes, `follow` adds up the
-  sums (`scores`) of what stays, and `evict` says what makes room.
+  sums (`scores`) of the entries, and `evict` names the one that makes room.
 
   Attributes:
     recent: latest entries that always stay; half of those that stay where None, as in the paper.
@@ -51,12 +54,12 @@ class H2O(CacheReducer):
 
 
 def follow(heavy: Array, rows: Array) -> Array:
-  """Sums of attention after one more query: float32[B, K, S], its row [B, H, S] -> [B, K, S]."""
+  """Adds the row of one more query to the sums: float32[B, K, S], [B, H, S] -> [B, K, S]."""
   return heavy + by_kv_head(rows, heavy.shape[1]).sum(axis=2)
 
 
 def evict(heavy: Array, pos: Array, valid: Array, *, recent: int) -> Array:
-  """The place in a full cache that its next entry takes.
+  """Picks the slot of a full cache that its next entry takes.
 
   Args:
     heavy: float32[B, K, S], sums of attention, the newest entry's included.

@@ -1,4 +1,4 @@
-"""KNorm: the entries of a cache whose keys are shortest.
+"""KNorm: keeps the cache entries with the shortest keys.
 
 Axes: B batch, N entries now, M entries after, K kv heads, d features a head.
 """
@@ -16,10 +16,10 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class KNorm(CacheReducer):
-  """Keeps the entries whose keys are shortest, head by head: they are attended to most.
+  """Keeps the entries with the shortest keys, head by head.
 
-  A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (Devoto et al., 2024),
-  arXiv:2406.11430. Rotation leaves the length of a key as it is.
+  Short keys receive most attention. A Simple and Effective L2 Norm-Based Strategy for KV Cache
+  Compression (Devoto et al., 2024), arXiv:2406.11430. Rotation leaves the length of a key as it is.
   """
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:

@@ -1,4 +1,4 @@
-"""Observed attention: the entries of a cache that the prompt attended to.
+"""Observed attention: keeps the cache entries that the prompt attended to.
 
 Axes: B batch, N entries now, M entries after, H heads, K kv heads.
 """
@@ -20,7 +20,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class ObservedAttention(CacheReducer):
-  """Keeps the entries that got most attention from the tokens that could see them, on average.
+  """Keeps the entries with the highest mean attention from later tokens.
 
   H2O's score (Zhang et al., 2023), arXiv:2306.14048, as the kvpress library has it: each column
   of the causal map over the number of queries that see it, mean over the heads that share a key,

@@ -1,4 +1,4 @@
-"""SnapKV: the entries of a cache that the end of the prompt attends to, and their neighbours.
+"""SnapKV: keeps the cache entries that the end of the prompt attends to, and their neighbours.
 
 Axes: B batch, N entries now, M entries after, H heads, K kv heads, W last queries.
 """
@@ -21,7 +21,7 @@ VARIANTS = ('release', 'kvpress')
 
 @dataclasses.dataclass(frozen=True)
 class SnapKV(CacheReducer):
-  """Keeps the last entries and those that their attention, pooled over neighbours, falls on.
+  """Keeps the last entries and those with their highest attention, pooled over neighbours.
 
   SnapKV (Li et al., 2024), arXiv:2404.14469. The scores of heads that share a key are averaged;
   the release repeats keys instead, and so keeps as many caches as there are heads.
@@ -41,10 +41,10 @@ class SnapKV(CacheReducer):
   needs = frozenset({'keys', 'window_attention'})
 
   def __post_init__(self) -> None:
-    for name, known in (('pool', POOLS), ('variant', VARIANTS)):
-      if getattr(self, name) not in known:
+    for name, choices in (('pool', POOLS), ('variant', VARIANTS)):
+      if getattr(self, name) not in choices:
         raise ValueError(f'{name}={getattr(self, name)!r} is unknown: choose one of '
-                         f'{", ".join(known)}')
+                         f'{", ".join(choices)}')
     if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
       raise ValueError(f'window={self.window} must be at least 1 and kernel={self.kernel} odd')
 

@@ -1,4 +1,4 @@
-"""StreamingLLM.
+"""StreamingLLM: keeps attention sinks and the latest tokens.
 
 Axes: B batch, N slots now, M slots after, K kv heads, d features a head.
 """
@@ -16,7 +16,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class StreamingLLM(Reducer):
-  """Keeps the first few tokens and the latest.
+  """Keeps the first few tokens (attention sinks) and the latest ones.
 
   Efficient Streaming Language Models with Attention Sinks (Xiao et al., 2024), Sec. 3.2,
   arXiv:2309.17453. The paper counts positions within the cache: positions='compact'.

@@ -1,4 +1,4 @@
-"""TOVA: the entries of a cache that the last token attends to.
+"""TOVA: keeps the cache entries that the last token attends to.
 
 Axes: B batch, N entries now, M entries after, H heads, K kv heads.
 """
@@ -14,7 +14,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class TOVA(CacheReducer):
-  """Keeps the last entry and those that it attends to most, the same ones in every head.
+  """Keeps the last entry and those with its highest attention, the same in every head.
 
   Transformers are Multi-State RNNs (Oren et al., 2024), arXiv:2401.06104, applied once, after the
   prompt. Scores are means over all heads.

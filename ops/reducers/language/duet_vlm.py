@@ -1,4 +1,4 @@
-"""DUET-VLM's stage in the language model: what the text attends to.
+"""DUET-VLM's stage in the language model: keeps the tokens that the text attends to.
 
 Axes: B batch, N slots now, H heads.
 """
@@ -20,7 +20,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class DUETVLM(Reducer):
-  """Keeps the tokens that the text after the image would attend to most in the next layer.
+  """Keeps the tokens with the highest attention from the text after the image, in the next layer.
 
   The second stage of DUET-VLM (2026), arXiv:2602.18846, as released, where no words are singled
   out: means over the rows of that text and over heads. (Its choice of salient words needs a

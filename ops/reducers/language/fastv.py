@@ -1,4 +1,4 @@
-"""FastV: early in a language model, most visual tokens have said what they had to say.
+"""FastV: prunes visual tokens after the first layers of a language model.
 
 Axes: B batch, N slots now, H heads.
 """
@@ -14,11 +14,11 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class FastV(Reducer):
-  """Keeps the tokens that the last token of the prompt attends to most, by the layer before.
+  """Keeps the tokens with the highest attention from the last token of the prompt.
 
   An Image is Worth 1/2 Tokens After Layer 2 (Chen et al., 2024), arXiv:2403.06764. Scores are
-  means over heads. Its K is the layer that the cut stands before; its R is the share of visual
-  tokens removed. Tokens keep their order and their positions.
+  means over heads, in the layer before the cut. Its K is the layer that the cut stands before; its
+  R is the share of visual tokens removed. Tokens keep their order and their positions.
   """
 
   needs = frozenset({'last_attention'})

@@ -1,4 +1,4 @@
-"""GemFilter: an early layer reads the prompt for the rest of the model.
+"""GemFilter: an early layer selects the tokens of the prompt that the model then reads.
 
 Axes: B batch, N slots now, H heads, K kv heads, G heads that share one (H / K), d features a head.
 """
@@ -20,7 +20,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class GemFilter(Reducer):
-  """Keeps the tokens that the last one is most alike in an early layer; the model then reads those.
+  """Keeps the tokens with the highest scores by the last query, then runs the model again on them.
 
   GemFilter (Shi et al., 2024), arXiv:2409.17422, as released: products of the last query with all
   keys, without scale or softmax, summed over heads and averaged over neighbours. The whole model

@@ -14,7 +14,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class PyramidDrop(Reducer):
-  """Keeps the tokens that the last token of the prompt would attend to most in the next layer.
+  """Keeps the tokens with the highest attention from the last token, in the next layer.
 
   PyramidDrop (Xing et al., 2024), arXiv:2410.17247. Scores are means over heads, by the queries
   and keys of the layer that the cut stands before. Its ratios are of the visual tokens that there

@@ -1,4 +1,4 @@
-"""TransPrune: tokens that change a lot on their way through the layers.
+"""TransPrune: keeps the tokens that change most from layer to layer.
 
 Axes: B batch, N slots now, D features, H heads.
 """
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.attention import HIDDEN_LOGIT
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.reducers.language.duet_vlm import text_after_images
 from ops.signals import Signals
-from ops.tokens import PADDING_BIAS, TokenSet
+from ops.tokens import TokenSet
 
 Array = jax.Array
 TINY = 1e-8
@@ -21,7 +22,7 @@ TINY = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class TransPrune(Reducer):
-  """Keeps the tokens that change most, and that the text after the image attends to.
+  """Keeps the tokens with the largest change across layers plus attention from later text.
 
   TransPrune (Li et al., 2025), arXiv:2507.20630, as released. How much a token changes is how
   long what attention, and the MLP, add to it is beside what went in, times a softmax over all
@@ -51,21 +52,21 @@ class TransPrune(Reducer):
     return {'change': tokens.stats.get('change', 0.0) + jax.lax.stop_gradient(change)}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    scores = share(signals.next_row_attention.mean(axis=1), tokens.free)
+    scores = normalize(signals.next_row_attention.mean(axis=1), tokens.free)
     if 'change' in tokens.stats:
-      scores += share(tokens.stats['change'], tokens.free)
+      scores += normalize(tokens.stats['change'], tokens.free)
     return keep_top(tokens, scores, num_slots=num_slots)
 
 
 def transition(tokens: TokenSet, before: Array, added: Array) -> Array:
-  """How much a sublayer changes each token: float[B, N, D] twice -> float32[B, N]."""
+  """Measures the change of each token by a sublayer: float[B, N, D] twice -> float32[B, N]."""
   before, added = before.astype(jnp.float32), added.astype(jnp.float32)
   lengths = [jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=2), TINY ** 2)) for x in (before, added)]
   turn = 1 - jnp.sum(before * added, axis=2) / (lengths[0] * lengths[1])
-  parts = jax.nn.softmax(jnp.where(tokens.real, turn, PADDING_BIAS), axis=1)
+  parts = jax.nn.softmax(jnp.where(tokens.real, turn, HIDDEN_LOGIT), axis=1)
   return lengths[1] / lengths[0] * parts
 
 
-def share(scores: Array, free: Array) -> Array:
-  """Scores float32[B, N] as parts of their sum over bool[B, N]."""
+def normalize(scores: Array, free: Array) -> Array:
+  """Divides scores float32[B, N] by their sum over bool[B, N]."""
   return scores / (jnp.sum(jnp.where(free, scores, 0.0), axis=1, keepdims=True) + TINY)

@@ -1,4 +1,4 @@
-"""Reductions of what a vision tower gives, before a language model reads it."""
+"""Reductions of the output of a vision tower, before a language model reads it."""
 
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.fastervlm import FasterVLM

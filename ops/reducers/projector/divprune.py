@@ -19,7 +19,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class DivPrune(Reducer):
-  """Keeps tokens that are far from each other, by cosine of their features, in their order.
+  """Keeps the most diverse tokens: each is far from the others by cosine of the features.
 
   DivPrune (Alvar et al., 2025), arXiv:2503.02175, made for visual tokens behind the projector.
   The first is the one whose nearest neighbour is farthest; then, one by one, whichever is

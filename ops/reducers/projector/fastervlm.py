@@ -1,4 +1,4 @@
-"""FasterVLM: keeps what [CLS] attends to, for a language model.
+"""FasterVLM: keeps the tokens that [CLS] attends to, for a language model.
 
 Axes: B batch, N slots now, H heads.
 """
@@ -14,7 +14,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class FasterVLM(ByAttention):
-  """Keeps the tokens of an image that [CLS], or all tokens, attend to most, in raster order.
+  """Keeps the tokens with the highest [CLS] attention, in raster order.
 
   [CLS] Attention is All You Need for Training-Free Visual Token Pruning (Zhang et al., 2024),
   arXiv:2412.01818, as released (the paper speaks of a threshold). Scores are means over the heads

@@ -1,4 +1,4 @@
-"""FlowCut: what flows through a token, layer after layer, decides whether it stays.
+"""FlowCut: keeps the tokens that information flows through, layer after layer.
 
 Axes: B batch, N slots now, M slots after, H heads, d features a head.
 """
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Gather, take
+from ops.attention import HIDDEN_LOGIT
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import PADDING_BIAS, SPECIAL, TokenSet
+from ops.tokens import SPECIAL, TokenSet
 
 Array = jax.Array
 # Sums of attention may underflow to zero.
@@ -22,7 +23,7 @@ TINY = 1e-20
 
 @dataclasses.dataclass(frozen=True)
 class FlowCut(ByAttention):
-  """Keeps the tokens with the most information flow, halved and renewed in every layer watched.
+  """Keeps the tokens with the most information flow, averaged over layers.
 
   FlowCut (Tong et al., 2025), arXiv:2505.19536, as released. A layer scores a token by the share of
   [CLS] attention it gets, plus its share of what it would get if the [CLS] value were compared with
@@ -36,7 +37,7 @@ class FlowCut(ByAttention):
     by: 'received_attention' leaves out both shares and the values of [CLS]: received attention
       times the length of the value, the release's form for Qwen2-VL.
     target: free tokens to end with, or None. None fills every slot of the schedule. A count makes
-      `keep` a capacity: a row loses round((n - target) / sqrt(l) (1 - r ** 2)) of its n free
+      `num_slots` a capacity: a row loses round((n - target) / sqrt(l) (1 - r ** 2)) of its n free
       tokens, r being the entropy of attention over log(n), l the layers until it reaches the
       target. The release takes the largest loss of the batch; here rows do not depend on others.
     spare: layers at the end that are not counted in l; 2 where, as in LLaVA, features come from the
@@ -94,7 +95,7 @@ class FlowCut(ByAttention):
 
 
 def value_attention(tokens: TokenSet, values: Array) -> Array:
-  """How alike all values are to that of [CLS], the first special token of a row.
+  """Compares all values with that of [CLS], the first special token of a row.
 
   Args:
     tokens: N slots.
@@ -105,7 +106,7 @@ def value_attention(tokens: TokenSet, values: Array) -> Array:
   """
   first = jnp.argmax(tokens.real & (tokens.kind == SPECIAL), axis=1)[:, None]
   scores = jnp.einsum('bhd,bnhd->bhn', take(values, first)[:, 0], values, precision='highest')
-  scores = jnp.where(tokens.real[:, None], scores, PADDING_BIAS)
+  scores = jnp.where(tokens.real[:, None], scores, HIDDEN_LOGIT)
   return jnp.where(tokens.real[:, None], jax.nn.softmax(scores, axis=2), 0.0).mean(axis=1)
 
 
@@ -121,7 +122,7 @@ def share(attention: Array, free: Array) -> Array:
 
 
 def surplus(attention: Array, free: Array, *, target: int, left: int) -> Array:
-  """How many free tokens a layer can do without: the more, the more attention concentrates.
+  """Counts the free tokens that a layer can lose: more where attention concentrates.
 
   Args:
     attention: float32[B, N].

@@ -19,7 +19,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class HiPrune(ByAttention):
-  """Keeps what a middle layer attends to, with its four neighbours, then what this layer does.
+  """Keeps the most attended tokens of a middle layer with their neighbours, then of this layer.
 
   HiPrune (Liu et al., 2025), arXiv:2508.00553, as released for LLaVA. Anchors are the round(alpha
   K / 5) tokens of the K kept that get most attention in the middle layer; the tokens left, right,
@@ -28,8 +28,8 @@ class HiPrune(ByAttention):
   watch comes before takes its anchors from its own layer. Tokens keep their order.
 
   Attributes:
-    by: as in the release, the mean over all tokens unless it says otherwise.
-    middle: the layer that finds the anchors.
+    by: the attention to rank by; as in the release, the mean over all tokens by default.
+    middle: the layer that gives the anchors.
     alpha: about the share of tokens that are anchors and their neighbours.
   """
 

@@ -1,4 +1,4 @@
-"""PruMerge: what [CLS] attends to, refined by similar tokens, and one token made of the rest.
+"""PruMerge: keeps attended tokens, adds similar ones, and makes one more token of the rest.
 
 Axes: B batch, N slots now, M slots after, H heads, d features a head.
 """
@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Mix, take
+from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import cosine
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import PADDING_BIAS, SPECIAL, TokenSet
+from ops.tokens import SPECIAL, TokenSet
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class PruMerge(Reducer):
-  """Keeps the tokens that [CLS] attends to most, adds similar ones to each, and sums up the rest.
+  """Keeps the tokens with the highest [CLS] attention, each with similar tokens added to it.
 
   LLaVA-PruMerge (Shang et al., 2024), arXiv:2403.15388, as released, with a count that is given
   in place of that of outliers. Attention is one softmax over all heads at once; a token adds to
@@ -67,5 +68,5 @@ def whole_attention(tokens: TokenSet, queries: Array, keys: Array) -> Array:
   """Attention of [CLS], all heads taken as one: float32[B, N, H d] twice -> float32[B, N]."""
   first = jnp.argmax(tokens.real & (tokens.kind == SPECIAL), axis=1)[:, None]
   logits = jnp.einsum('bd,bnd->bn', take(queries, first)[:, 0], keys, precision='highest')
-  logits = jnp.where(tokens.real, logits * keys.shape[2] ** -0.5, PADDING_BIAS)
+  logits = jnp.where(tokens.real, logits * keys.shape[2] ** -0.5, HIDDEN_LOGIT)
   return jnp.where(tokens.real, jax.nn.softmax(logits, axis=1), 0.0)

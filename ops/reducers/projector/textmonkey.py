@@ -1,4 +1,4 @@
-"""TextMonkey's token filter: keeps tokens that nothing after them repeats.
+"""TextMonkey's token filter: keeps tokens that no later token repeats.
 
 Axes: B batch, N slots now, D features, C slots compared at once.
 """
@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment
+from ops.assignments import Gather
 from ops.primitives.match import l2_normalize
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
@@ -20,23 +20,24 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class TextMonkey(Reducer):
-  """Keeps the tokens that are least like any token after them, in their order.
+  """Keeps the tokens least similar to any later token.
 
   The token filter of TextMonkey (Liu et al., 2024), Sec. 3.2, arXiv:2403.04473, as released:
-  cosines of the features. Of several alike the last stays, and the last token of all always does.
-  Its resampler, which keeps these and lets them attend to all, is `textmonkey_resampler`.
+  cosines of the features. Tokens stay in their order. Of several alike the last stays, and the last
+  token of all always does. Its resampler, which keeps these and lets them attend to all, is
+  `textmonkey_resampler`.
   """
 
   site = 'after'
   drops = 'pruning drops tokens'
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Gather:
     del signals
     return keep_top(tokens, -repeated(tokens.x, tokens.free), num_slots=num_slots)
 
 
 def repeated(x: Array, among: Array, *, chunk: int = 64) -> Array:
-  """How far a later token repeats each one: the largest cosine, C = `chunk` slots at a time.
+  """Finds the largest cosine of each token with a later one, C = `chunk` slots at a time.
 
   Args:
     x: float[B, N, D].

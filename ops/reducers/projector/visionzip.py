@@ -1,4 +1,4 @@
-"""VisionZip: the tokens that are attended to most, and a few that sum up the rest.
+"""VisionZip: keeps the most attended tokens, and a few that sum up the rest.
 
 Axes: B batch, N slots now, M slots after, H heads, C contextual tokens, d features a head.
 """
@@ -18,7 +18,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class VisionZip(ByAttention):
-  """Keeps the tokens that [CLS], or all tokens, attend to most; a few others take in the rest.
+  """Keeps the tokens with the highest [CLS] attention and merges the rest into a few tokens.
 
   VisionZip (Yang et al., 2024), arXiv:2412.04467, as released. Of the tokens that are not
   dominant, evenly spaced ones are contextual; each of the others joins the one whose key (mean

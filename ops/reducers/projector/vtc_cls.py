@@ -1,4 +1,4 @@
-"""VTC-CLS: what [CLS] attends to, summed over layers.
+"""VTC-CLS: keeps the tokens that [CLS] attends to, summed over layers.
 
 Axes: B batch, N slots now, H heads.
 """
@@ -18,7 +18,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class VTCCLS(ByAttention):
-  """Keeps the tokens that [CLS], or all tokens, attend to most in a number of layers together.
+  """Keeps the tokens with the highest [CLS] attention, summed over layers.
 
   [CLS] Token Tells Everything Needed for Training-free Efficient MLLMs (Wang et al., 2024),
   arXiv:2412.05819. Scores are means over heads, summed over the layers watched, by default those

@@ -1,4 +1,4 @@
-"""ATC: joins the two nearest clusters of tokens, over and over, and averages what is left.
+"""ATC: joins the two nearest clusters of tokens again and again, then averages each cluster.
 
 Axes: B batch, N slots now, M slots after, H heads, d features a head.
 """
@@ -29,12 +29,12 @@ LINKAGES: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ATC(Reducer):
-  """Averages clusters of the keys' cosine distances, built bottom up, by size-weighted mean.
+  """Averages clusters of tokens, built bottom up from the cosine distances of keys.
 
   Agglomerative Token Clustering (Haurum et al., 2024), Sec. 3, arXiv:2409.11923. The slots that a
   cut starts from count once each in a cluster, however many tokens they stand for. Clusters stand
   in the order of their lowest slots, protected tokens first; the release numbers them as its
-  clustering library does. One cut takes N - keep steps over float32[B, N, N], one after another.
+  clustering library does. One cut takes N - M steps over float32[B, N, N], one after another.
 
   Attributes:
     linkage: distance of two clusters: 'single' of their nearest members, 'complete' of their

@@ -1,4 +1,4 @@
-"""ATS: as many tokens as an image needs, by inverse transform sampling of their significance.
+"""ATS: adapts the number of tokens to the image, by inverse transform sampling of significance.
 
 Axes: B batch, N slots now, M slots after, P sample points, H heads, d features a head.
 """
@@ -20,15 +20,15 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class ATS(ByAttention):
-  """Keeps the tokens that evenly spaced quantiles of significance fall on; repeats are padding.
+  """Keeps the tokens at evenly spaced quantiles of significance; repeats become padding.
 
   Adaptive Token Sampling (Fayyaz et al., 2022), Sec. 3, arXiv:2111.15667, as released by its
   authors. Significance is [CLS] attention (on a backbone without, `by` the mean attention of all
   tokens) times the length of the value. A sampled token keeps its row of attention over all tokens,
   dropped ones included. Protected tokens lead, the others follow, the least significant first.
-  `keep` is a capacity. Two things differ from the release: there, padding left by an earlier cut
-  saves the least significant token, and 1e-6 smooths the softmax, which moves a result by about as
-  much.
+  `num_slots` is a capacity. Two things differ from the release: there, padding left by an earlier
+  cut saves the least significant token, and 1e-6 smooths the softmax, which moves a result by about
+  as much.
 
   Attributes:
     points: sample points; None for as many as slots are to be filled. The release takes the
@@ -79,18 +79,24 @@ def sample(scores: Array, among: Array, *, points: int) -> Array:
     bool[B, N], sampled at least once.
   """
   order = jnp.argsort(jnp.where(among, scores, jnp.inf), axis=1)
-  there = take(among, order)
-  share = jnp.cumsum(jnp.where(there, take(scores, order), 0.0), axis=1)
+  counts = take(among, order)
+  share = jnp.cumsum(jnp.where(counts, take(scores, order), 0.0), axis=1)
   share = share / jnp.maximum(share[:, -1:], 1e-20)
   share = (share - share[:, :1]) / jnp.maximum(share[:, -1:] - share[:, :1], 1e-20)
-  wanted = quantiles(share, there, points=points)
-  nearest = take(order, jax.vmap(nearest_share)(jnp.where(there, share, jnp.inf), wanted))
+  wanted = quantiles(share, counts, points=points)
+  nearest = take(order, jax.vmap(nearest_share)(jnp.where(counts, share, jnp.inf), wanted))
   return scatter(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among
 
 
-def quantiles(share: Array, there: Array, *, points: int) -> Array:
-  """float32[B, P]: evenly spaced from the lowest share above 0 to 1; bool[B, N], which count."""
-  lowest = jnp.min(share, axis=1, keepdims=True, initial=1.0, where=there & (share > 0))
+def quantiles(share: Array, counts: Array, *, points: int) -> Array:
+  """Spaces quantiles evenly from the lowest share above 0 to 1, float32[B, P].
+
+  Args:
+    share: float32[B, N].
+    counts: bool[B, N], the entries that count.
+    points: P.
+  """
+  lowest = jnp.min(share, axis=1, keepdims=True, initial=1.0, where=counts & (share > 0))
   return lowest + (1 - lowest) * jnp.arange(points, dtype=jnp.float32)[None] / max(points - 1, 1)
 
 
@@ -104,14 +110,14 @@ def nearest_share(share: Array, quantiles: Array) -> Array:
 
 def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, num_slots: int,
                  turn: Array | None = None) -> Gather:
-  """Protected tokens, then those that were hit, then padding.
+  """Keeps the protected tokens, then the sampled ones, then padding.
 
   Args:
     tokens: N slots.
-    scores: float32[B, N]; where more tokens were hit than fit, those of the highest stay.
-    hit: bool[B, N].
-    keep: M slots.
-    turn: float32[B, N], the order of those that were hit; None for the lowest score first.
+    scores: float32[B, N]; where more tokens were sampled than fit, the highest stay.
+    hit: bool[B, N], the sampled tokens.
+    num_slots: M.
+    turn: float32[B, N], the order of the sampled tokens; None for the lowest score first.
   """
   picked = top(scores, num_slots, forced=tokens.fixed, excluded=~(tokens.fixed | hit))
   rank = jnp.where(tokens.fixed, -jnp.inf,

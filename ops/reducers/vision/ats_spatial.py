@@ -19,14 +19,14 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class ATSSpatial(ATS):
-  """Keeps the tokens that quantiles fall on, significance being summed slot by slot.
+  """Keeps the tokens at evenly spaced quantiles of significance, summed in slot order.
 
   Adaptive Token Sampling (Fayyaz et al., 2022), Sec. 3, arXiv:2111.15667, in the form of Which
   Tokens to Use? (Haurum et al., 2023), arXiv:2308.04657. It differs from `ats`, the authors' own:
   tokens are not sorted, so neighbours share their significance and rows of unimportant tokens are
   thinned out evenly; the length of the values is taken head by head; quantiles are the middles of
   P + 1 equal parts, the last left out. Kept tokens stay in their order, repeats are padding at the
-  end. `keep` is a capacity; with `points` above it, the least significant are dropped.
+  end. `num_slots` is a capacity; with `points` above it, the least significant are dropped.
   """
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
@@ -56,10 +56,10 @@ def sample_in_order(scores: Array, among: Array, *, points: int) -> Array:
     bool[B, N], sampled at least once.
   """
   order = jnp.argsort(~among, axis=1, stable=True)
-  there = take(among, order)
-  share = jnp.cumsum(jnp.where(there, take(scores, order), 0.0), axis=1)
+  counts = take(among, order)
+  share = jnp.cumsum(jnp.where(counts, take(scores, order), 0.0), axis=1)
   share = share / jnp.maximum(share[:, -1:], 1e-20)
   quantiles = (2 * jnp.arange(points, dtype=jnp.float32) + 1) / (2 * points + 2)
   quantiles = jnp.broadcast_to(quantiles, (len(scores), points))
-  nearest = take(order, jax.vmap(nearest_share)(jnp.where(there, share, jnp.inf), quantiles))
+  nearest = take(order, jax.vmap(nearest_share)(jnp.where(counts, share, jnp.inf), quantiles))
   return scatter(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among

@@ -23,7 +23,7 @@ FIELDS = {'by': ('medoids', 'spectral'), 'outputs': ('medoids', 'means'),
 
 @dataclasses.dataclass(frozen=True)
 class CenterCLIP(Reducer):
-  """Clusters each segment of a video by itself and keeps the medoids.
+  """Clusters the tokens of each video segment and keeps the medoids.
 
   CenterCLIP (Zhao et al., 2022), Sec. 3, arXiv:2205.00823, as released: k-medoids++, whose first
   centre is the longest token and each next one the farthest from those before (KKZ). The free
@@ -34,9 +34,9 @@ class CenterCLIP(Reducer):
 
   Attributes:
     segments: of a row.
-    by: what is clustered: 'medoids' the features, 'spectral' the eigenvectors of the normalised
-      Laplacian of a graph of similarities.
-    outputs: what is kept of a cluster: its 'medoids', or 'means', in which each slot counts once.
+    by: the vectors to cluster: 'medoids' the features, 'spectral' the eigenvectors of the
+      normalised Laplacian of a graph of similarities.
+    outputs: the output of a cluster: its 'medoids', or 'means', in which each slot counts once.
     distance: of features: 'euclidean', 'manhattan', 'cosine' (one minus the cosine) or 'chord'
       (euclidean at unit length). Eigenvectors are always compared by 'euclidean'.
     graph: for 'spectral': 'all' pairs are joined, or those where one is among the `neighbours`

@@ -1,4 +1,4 @@
-"""CrossGET: merges tokens that are alike and matter little, matched on the graph of all pairs.
+"""CrossGET: merges similar tokens of low importance, matched on the graph of all pairs.
 
 Axes: B batch, N slots now, M slots after, H heads, d features a head, F = H d.
 """
@@ -22,7 +22,7 @@ FORMS = ('image', 'cross', 'text', 'attention')
 
 @dataclasses.dataclass(frozen=True)
 class CrossGET(Reducer):
-  """Merges N - keep tokens into their most similar ones, each pair weighted by importance.
+  """Merges tokens into their most similar tokens, weighted by importance.
 
   CrossGET (Shi et al., 2024), Sec. 3, arXiv:2305.17455, as released. Tokens are ranked by their
   best similarity, and each may look at those ranked later only: that leaves no two that want to
@@ -90,7 +90,7 @@ class CrossGET(Reducer):
     return merge.replace(weight=merge.weight * factor)
 
   def _query_slot(self, tokens: TokenSet) -> Array:
-    """int32[B, 1], the slot whose query tells importance."""
+    """Finds the slot whose query measures importance, int32[B, 1]."""
     if self.form == 'text':
       if 'token_id' not in tokens.stats:
         raise ValueError("crossget with form='text' finds the end of the text by "
@@ -116,7 +116,7 @@ def _from_attention(tokens: TokenSet, signals: Signals) -> Array:
 
 
 def _sources(tokens: TokenSet, similarity: Array, importance: Array, num_slots: int) -> Array:
-  """bool[B, N], the tokens that go."""
+  """Selects the tokens that are merged away, bool[B, N]."""
   rank = ranks(top(jnp.max(similarity, axis=2), tokens.slots), tokens.slots)
   later = rank[:, None, :] > rank[:, :, None]
   best = jnp.max(jnp.where(later, similarity, -jnp.inf), axis=2)

@@ -20,7 +20,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class DPCKNN(Reducer):
-  """Averages the tokens around each of the keep best density peaks.
+  """Averages the tokens around each of the highest density peaks.
 
   Which Tokens to Use? (Haurum et al., 2023), Sec. 3, arXiv:2308.04657, with equal weights: each
   slot counts once, however many tokens it stands for. TCFormer (Zeng et al., 2022), Sec. 3,
@@ -49,7 +49,7 @@ def density_clusters(tokens: TokenSet, *, num_slots: int, neighbours: int,
 
   Args:
     tokens: N slots.
-    keep: M, groups wanted; protected tokens are groups of their own and lead.
+    num_slots: M, groups wanted; protected tokens are groups of their own and lead.
     neighbours, noise: see `ops.primitives.cluster.peaks`.
 
   Returns:
@@ -64,7 +64,7 @@ def density_clusters(tokens: TokenSet, *, num_slots: int, neighbours: int,
 
 
 def average(tokens: TokenSet, src: Array, dst: Array, weight: Array, *, smoothing: float) -> Merge:
-  """The groups of `density_clusters` as means by float[B, N]; protected tokens stay as they are."""
+  """Averages the groups of `density_clusters`, weighted by float[B, N]; protected tokens stay."""
   weight = jnp.where(tokens.free, weight, tokens.fixed).astype(jnp.float32)
   merge = Merge.mean(src, dst, weight)
   if not smoothing:

@@ -1,4 +1,4 @@
-"""DyMU: merges as many tokens as are alike, more in a plain image than in a rich one.
+"""DyMU: merges more tokens in a plain image than in a rich one.
 
 Axes: B batch, N slots now, M slots after, A even slots, H heads, d features a head.
 """
@@ -20,10 +20,10 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class DyMU(Reducer):
-  """Merges every pair of an even and an odd slot that is more similar than a threshold.
+  """Merges the pairs of even and odd tokens with a similarity above a threshold.
 
   Dynamic token merging of DyMU (Wang et al., 2025), Sec. 3, arXiv:2504.17040, as released: ToMe
-  (arXiv:2210.09461) with a count of its own for every image. `keep` is a capacity: where more
+  (arXiv:2210.09461) with a count of its own for every image. `num_slots` is a capacity: where more
   tokens are left than fit, the next most similar pairs merge too, so none is lost; at most half of
   the free tokens can go at once. Slot order is that of ToMe. A language model sees the tokens as if
   they were still apart by `ops.unmerge`.
@@ -75,7 +75,7 @@ class DyMU(Reducer):
 
 
 def candidates(tokens: TokenSet, keys: Array) -> tuple[Array, Array, Array, Array]:
-  """Even slots, odd slots, and the best match of each even one.
+  """Splits slots into even and odd ones, and finds the best match of each even one.
 
   Args:
     tokens: N slots.
@@ -92,7 +92,7 @@ def candidates(tokens: TokenSet, keys: Array) -> tuple[Array, Array, Array, Arra
 
 
 def find_threshold(tokens: TokenSet, keys: Array, *, remove: int) -> Array:
-  """The threshold at which the images of a batch lose `remove` tokens each, on average.
+  """Finds the threshold at which the images of a batch lose `remove` tokens each, on average.
 
   It is the similarity of the best pair that stays apart when the most similar pairs of the whole
   batch merge. Run over many batches, layer after layer with the thresholds found so far, and take

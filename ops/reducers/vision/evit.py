@@ -1,4 +1,4 @@
-"""EViT: top-k by attention, and one token made of the rest.
+"""EViT: top-k by attention, and one fused token for the rest.
 
 Axes: B batch, N slots now, M slots after, H heads.
 """
@@ -16,7 +16,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class EViT(ByAttention):
-  """Keeps the tokens that [CLS], or all tokens, attend to most, and fuses the others into one.
+  """Keeps the tokens with the highest [CLS] attention and fuses the others into one token.
 
   Not All Patches Are What You Need (Liang et al., 2022), Sec. 3, arXiv:2202.07800. The fused token
   is the sum of the rest weighted by that attention, not renormalised, and stands last. It counts as

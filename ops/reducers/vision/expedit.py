@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.mixing import mix
+from ops.primitives.mixing import mix_where_too_many
 from ops.primitives.superpixels import cells, soft_clusters
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -17,7 +17,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class Expedit(Reducer):
-  """Mixes neighbouring tokens into soft clusters that stand on a coarser grid.
+  """Mixes neighbouring tokens into soft clusters on a coarser grid.
 
   Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning (Liang et al.,
   2022), Sec. 3, arXiv:2210.01035, as released. Clusters start from the mean of a cell of the grid.
@@ -54,9 +54,10 @@ class Expedit(Reducer):
       raise ValueError(f'reach={self.reach} must not be negative')
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    made = cells(signals.grid, num_slots - tokens.protected, bands=self.bands, reach=self.reach)
-    pos = jnp.clip(tokens.pos, 0, made.near.shape[1] - 1)
-    inside, near = (jnp.asarray(mask.T)[pos].swapaxes(1, 2) for mask in (made.inside, made.near))
+    layout = cells(signals.grid, num_slots - tokens.protected, bands=self.bands, reach=self.reach)
+    pos = jnp.clip(tokens.pos, 0, layout.near.shape[1] - 1)
+    inside, near = (jnp.asarray(mask.T)[pos].swapaxes(1, 2)
+                    for mask in (layout.inside, layout.near))
     soft = soft_clusters(tokens.x, inside, near, tokens.free, iterations=self.iterations,
                          temperature=self.temperature)
-    return mix(tokens, soft)
+    return mix_where_too_many(tokens, soft)

@@ -21,12 +21,12 @@ WEIGHTS = ('attention', 'equal')
 
 @dataclasses.dataclass(frozen=True)
 class KMedoids(Reducer):
-  """Keeps the medoids of clusters of features, in the order of their seeds.
+  """Keeps the medoids of clusters of tokens.
 
   The K-medoids baseline of Which Tokens to Use? (Haurum et al., 2023), Sec. 3, arXiv:2308.04657,
-  as released. There a token's weight multiplies its own distances, so the least attended member
-  of a cluster is preferred. Two things differ, in ties only: a centre always stays in its own
-  cluster, and a token is never picked twice.
+  as released. Medoids stand in the order of their seeds. In the release a token's weight multiplies
+  its own distances, so the least attended member of a cluster is preferred. Two things differ, in
+  ties only: a centre always stays in its own cluster, and a token is never picked twice.
 
   Attributes:
     weights: 'attention' seeds with the tokens that receive most attention in the layer before and

@@ -25,7 +25,7 @@ TINY = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class MCTF(Reducer):
-  """Merges pairs of even and odd slots by similarity, information and size together.
+  """Merges pairs of even and odd tokens by similarity, information and size.
 
   Multi-criteria Token Fusion (Lee et al., 2024), Sec. 3, arXiv:2403.10030, as released. A pair
   scores cos^(1/tau_sim) (cos mapped to [0, 1]) times, for information and size, the product of the
@@ -121,5 +121,5 @@ class MCTF(Reducer):
 
 
 def _rank(best: Array, free: Array) -> Array:
-  """int32[B, A]: the place of each slot when the best come first."""
+  """Ranks slots, the best first, int32[B, A]."""
   return ranks(top(best, best.shape[1], excluded=~free), best.shape[1])

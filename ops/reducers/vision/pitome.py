@@ -1,4 +1,4 @@
-"""PiToMe: merges tokens that resemble many others, and leaves rare ones alone.
+"""PiToMe: merges tokens with many similar tokens, and leaves rare ones alone.
 
 Axes: B batch, N slots now, M slots after, H heads, d features a head.
 """
@@ -22,14 +22,14 @@ PAIRINGS = ('deit', 'mae', 'energy', 'bipartite', 'text')
 
 @dataclasses.dataclass(frozen=True)
 class PiToMe(Reducer):
-  """Merges the tokens of highest energy, which have many similar ones, by size-weighted mean.
+  """Merges the tokens of highest energy (with the most similar tokens) by size-weighted mean.
 
   Accelerating Transformers with Spectrum-Preserving Token Merging (Tran et al., 2024), Sec. 3,
   arXiv:2405.16148, as released. At most half of the free tokens can go at once. Keys are compared,
   averaged over heads, all with all: float32[B, N, N] once a cut.
 
   Attributes:
-    pairing: who meets whom.
+    pairing: the rule that pairs tokens.
       'energy': of the 2 r tokens of highest energy, every second one merges into the others; the
         paper's algorithm.
       'bipartite': of all tokens in order of energy, every second one may merge into the others,
@@ -56,7 +56,7 @@ class PiToMe(Reducer):
     return slots - (slots - protected) // 2
 
   def pairing_at(self, layer: int, depth: int) -> str:
-    """'energy', 'bipartite' or 'text': who meets whom in one of `depth` layers."""
+    """Returns the pairing of one of `depth` layers: 'energy', 'bipartite' or 'text'."""
     if self.pairing not in ('deit', 'mae'):
       return self.pairing
     early = 2 * layer < depth
@@ -76,7 +76,7 @@ class PiToMe(Reducer):
 
 
 def elu_energy(similarity: Array, free: Array, margin: float) -> Array:
-  """float32[B, N]: how much lies above the margin, on average over the free tokens."""
+  """Averages the similarity above the margin over the free tokens, float32[B, N]."""
   return _mean(jax.nn.elu(similarity - margin), free)
 
 

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 from jax import nn
 
 from ops.assignments import Assignment, take
-from ops.attention import log_weight
+from ops.attention import HIDDEN_LOGIT, log_weight
 from ops.primitives.match import cosine
-from ops.primitives.mixing import mix
+from ops.primitives.mixing import mix_where_too_many
 from ops.primitives.select import top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import PADDING_BIAS, TokenSet
+from ops.tokens import TokenSet
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenTransforming(ByAttention):
-  """Mixes all tokens into those that are attended to most, by the similarity of their keys.
+  """Mixes all tokens into the most attended ones by the similarity of their keys.
 
   A variant of our own in the spirit of Token Transforming (Zeng et al., 2025), arXiv:2506.05709,
   which sees pruning and merging as matrices and takes one of many inputs and many outputs, without
@@ -51,5 +51,5 @@ class TokenTransforming(ByAttention):
     chosen = top(scores, num_slots - tokens.protected, excluded=~tokens.free)
     keys = signals.keys.astype(jnp.float32).mean(axis=2)
     logits = self.tau * cosine(take(keys, chosen), keys) + log_weight(tokens.sizes)[:, None]
-    logits = jnp.where(tokens.free[:, None], logits, PADDING_BIAS)
-    return mix(tokens, jnp.where(tokens.free[:, None], nn.softmax(logits), 0.0))
+    logits = jnp.where(tokens.free[:, None], logits, HIDDEN_LOGIT)
+    return mix_where_too_many(tokens, nn.softmax(logits))

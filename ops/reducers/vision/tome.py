@@ -1,4 +1,4 @@
-"""ToMe: merges similar tokens, found by a bipartite matching of even and odd slots.
+"""ToMe: merges similar tokens by a bipartite matching of even and odd slots.
 
 Axes: B batch, N slots now, M slots after, H heads, d features a head.
 """
@@ -16,7 +16,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class ToMe(Reducer):
-  """Merges the N - keep most similar pairs of one even and one odd slot, by size-weighted mean.
+  """Merges the most similar pairs of even and odd tokens by size-weighted mean.
 
   Token Merging: Your ViT But Faster (Bolya et al., 2023), Sec. 3, arXiv:2210.09461. At most half
   of the free tokens can go at once. Slot order is the released code's, as later layers pair by it:

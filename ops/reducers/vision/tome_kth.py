@@ -17,7 +17,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class ToMeKth(Reducer):
-  """Merges all other tokens into evenly spaced ones, by size-weighted mean.
+  """Merges each token into the most similar of evenly spaced tokens by size-weighted mean.
 
   The k-th matching beside Token Merging (Bolya et al., 2023), arXiv:2210.09461, released code:
   every k-th token is a destination. Here m destinations stand at floor(n i / m) - 1 for i = 1 to m

@@ -14,7 +14,7 @@ from ops.tokens import TokenSet
 
 @dataclasses.dataclass(frozen=True)
 class TopK(ByAttention):
-  """Keeps the tokens that [CLS], or all tokens, attend to most.
+  """Keeps the tokens with the highest [CLS] attention.
 
   The Top-K baseline of Which Tokens to Use? (Haurum et al., 2023), Sec. 3.1, arXiv:2308.04657:
   EViT without its fused token. On a backbone without [CLS], `by` the attention of all tokens.

@@ -1,4 +1,4 @@
-"""vid-TLDR: merges early, and what lies in the background counts less for it.
+"""vid-TLDR: merges in early layers, and background tokens count less in the mean.
 
 Axes: B batch, N slots now, M slots after, R query rows of a chunk, C chunks, H heads, d features a
 head.
@@ -22,7 +22,7 @@ ROWS = 32  # Query rows of attention held at a time.
 
 @dataclasses.dataclass(frozen=True)
 class VidTLDR(Reducer):
-  """Merges the most similar pairs of one even and one odd slot, the first weighted by saliency.
+  """Merges the most similar pairs of even and odd tokens, the even token weighted by saliency.
 
   vid-TLDR (Choi et al., 2024), Sec. 3, arXiv:2403.13347, as released. A token whose attention is
   spread evenly is background: saliency is the negative entropy of its row of attention (mean over
@@ -49,8 +49,9 @@ class VidTLDR(Reducer):
                       order='given')
     anchor = take(merge.src, jnp.minimum(merge.dst, num_slots - 1))
     own = jnp.arange(tokens.slots, dtype=jnp.int32)[None]
-    share = jnp.where(tokens.free & (anchor != own), salient, 1.0)
-    return Merge.mean(merge.src, merge.dst, share * tokens.sizes).replace(share=share)
+    size_weights = jnp.where(tokens.free & (anchor != own), salient, 1.0)
+    mean = Merge.mean(merge.src, merge.dst, size_weights * tokens.sizes)
+    return mean.replace(size_weights=size_weights)
 
 
 def negative_entropy(queries: Array, keys: Array, *, bias: Array | None) -> Array:
@@ -67,14 +68,14 @@ def negative_entropy(queries: Array, keys: Array, *, bias: Array | None) -> Arra
     mean = attention.rows(chunk, keys, None, bias=bias).mean(axis=1)
     return jnp.sum(mean * jnp.log(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)), axis=2)
 
-  found = jax.lax.map(of, jax.lax.stop_gradient(chunks))
-  return found.swapaxes(0, 1).reshape(batch, -1)[:, :slots]
+  entropy = jax.lax.map(of, jax.lax.stop_gradient(chunks))
+  return entropy.swapaxes(0, 1).reshape(batch, -1)[:, :slots]
 
 
 def saliency(entropy: Array, among: Array) -> Array:
-  """float32[B, N] in 0 to 1: how far each token lies above the mean, by the largest such.
+  """Measures how far each token lies above the mean, float32[B, N] from 0 to 1 (the largest).
 
-  Zero where all are equal.
+  All are zero where all are equal.
 
   Args:
     entropy: float32[B, N], negative entropies.

@@ -1,0 +1,112 @@
+"""The protocol of a method: what the host reads of it, and how it calls it.
+
+Axes: B batch, N slots now, M slots after.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+
+from ops.assignments import Assignment
+from ops.signals import Signals
+from ops.tokens import TokenSet
+
+Array = jax.Array
+
+
+class Method(Protocol):
+  """Decides which tokens stay, and as what. `Reducer` (ops/reducers/base.py) has the defaults.
+
+  A method with a non-empty `watch_needs` also has
+
+    watch(tokens: TokenSet, signals: Signals) -> dict[str, Array]
+
+  by which it looks at other layers than the one it cuts in. It returns stats, {name: [B, N, ...]},
+  which join `tokens.stats` and so travel with the tokens to the cut. A watched layer shows the
+  tokens after its attention (inside attention: before it; where the method reads the MLP: after
+  that). In a layer that is both watched and cut, the watch comes first.
+  """
+
+  @property
+  def needs(self) -> frozenset[str]:
+    """Names of the `Signals` fields that it reads."""
+    ...
+
+  @property
+  def watch_needs(self) -> frozenset[str]:
+    """Names of the `Signals` fields that its `watch` reads."""
+    ...
+
+  @property
+  def site(self) -> str:
+    """Its place in a layer, unless a config sets one: 'before', 'inside', 'between' or 'after'.
+
+    Methods on the cache of keys and values have 'cache'.
+    """
+    ...
+
+  @property
+  def proportional(self) -> bool:
+    """Whether attention should count a slot as many times as it has tokens."""
+    ...
+
+  @property
+  def extra_slots(self) -> int:
+    """Number of slots that it makes beside those it keeps (a fused token)."""
+    ...
+
+  @property
+  def drops(self) -> str:
+    """Reason why original tokens are lost; '' if each of them stays in some slot."""
+    ...
+
+  @property
+  def merges(self) -> bool:
+    """Whether its outputs are made of several slots (Merge, Mix) rather than picked (Gather)."""
+    ...
+
+  @property
+  def adaptive(self) -> str:
+    """Reason why it may fill fewer slots than it leaves; '' if it fills all."""
+    ...
+
+  @property
+  def positions(self) -> str:
+    """Positions of the tokens left in a language model: 'keep', 'compact' or 'restart'.
+
+    models/plan.py explains them; '' leaves the choice to the host.
+    """
+    ...
+
+  @property
+  def span(self) -> int:
+    """W, the rows of window_attention that it needs."""
+    ...
+
+  def rows(self, tokens: TokenSet) -> Array:
+    """Names the queries whose mean is row_attention, bool[B, N]."""
+    ...
+
+  def max_rows(self, tokens: TokenSet) -> int:
+    """Returns the most queries that `rows` can name; the fewer, the less is computed."""
+    ...
+
+  def min_slots(self, slots: int, protected: int) -> int:
+    """Returns the fewest slots that it can leave of `slots`, the protected ones included."""
+    ...
+
+  def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the layers that it watches, given those it cuts in, unless a config names some."""
+    ...
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    """Reduces N slots to M = `num_slots`, a static number, protected slots included.
+
+    Args:
+      tokens: N slots.
+      signals: the signals that `needs` names, measured in the layer at hand.
+      num_slots: M, at least `min_slots` and less than N.
+    """
+    ...
