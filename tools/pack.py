@@ -1,4 +1,4 @@
-"""Keeps a trained run in small: its config, its log, and its best averaged parameters in one file.
+"""Keeps a trained run in small: its config, its log, its best averaged parameters, and its words.
 
   python -m tools.pack --config=configs/digit_scenes.py --workdir=runs/scenes \\
       --out=results/digit_scenes
@@ -12,14 +12,15 @@ import shutil
 import jax
 from absl import flags
 
+from lib.data import qa as qa_data
 from lib.runtime import checkpoint, cli, launch, sharding
-from lib.tasks import registry
+from lib.tasks import registry, trained
 
 OUT = flags.DEFINE_string('out', None, 'The folder to write.')
 
 
 def main(argv):
-  """Reads the run, and writes three files."""
+  """Reads the run, and writes three files, four where it learned from questions."""
   del argv
   config, workdir, out = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), OUT.value
   mesh = sharding.make_mesh(config.mesh)
@@ -33,6 +34,8 @@ def main(argv):
   path = checkpoint.pack(found[1], found[0], out)
   for name in ('config.json', 'metrics.jsonl'):
     shutil.copy(workdir / name, out)
+  if 'lm' in config.model:
+    trained.save_info(qa_data.info(config.data), out)
   print(f'{path}: step {found[0]}, {path.stat().st_size / 1e6:.1f} MB')
 
 
