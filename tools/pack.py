@@ -1,4 +1,4 @@
-"""Keeps a trained run in small: its config, its log, and its best averaged parameters in one file.
+"""Keeps a trained run in small: its config, its log, its best averaged parameters, and its words.
 
   python -m tools.pack --config=configs/digit_scenes.py --workdir=runs/scenes \\
       --out=results/digit_scenes
@@ -15,14 +15,15 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
+from lib.data import qa as qa_data
 from lib.runtime import checkpoint, cli, launch, sharding
-from lib.tasks import registry
+from lib.tasks import registry, trained
 
 OUT = flags.DEFINE_string('out', None, 'The folder to write.')
 
 
 def main(argv: Sequence[str]) -> None:
-  """Reads the run, and writes three files."""
+  """Reads the run, and writes three files, four where it learned from questions."""
   del argv
   config = launch.CONFIG.value
   workdir, out = pathlib.Path(launch.WORKDIR.value), pathlib.Path(OUT.value)
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
   path = checkpoint.pack(params, step, out)
   for name in ('config.json', 'metrics.jsonl'):
     shutil.copy(workdir / name, out)
+  if 'lm' in config.model:
+    trained.save_info(qa_data.info(config.data), out)
   print(f'{path}: step {step}, {path.stat().st_size / 1e6:.1f} MB')
 
 

@@ -19,6 +19,8 @@ from lib.tasks import qa as qa_task
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM
 
+INFO = 'info.json'
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
@@ -44,8 +46,9 @@ def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
   """Loads the best checkpoint of a run.
 
   Args:
-    workdir: the run's folder, with its config.json and checkpoints; or a folder of tools/pack.py.
-    data_dir: where the set is, if not where the run found it.
+    workdir: the run's folder, with its config.json and checkpoints; or what tools/pack.py wrote.
+    data_dir: where the set is, if not where the run found it. A folder that tools/pack.py wrote
+      needs no set: it says itself what the set is.
     mesh: where parameters go; None for the first device.
 
   Raises:
@@ -63,7 +66,7 @@ def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
                      'configs/digit_scenes.py or configs/stdlib_needle.py')
   if data_dir:
     config.data.data_dir = data_dir
-  info = qa_data.info(config.data)
+  info = read_info(folder) or qa_data.info(config.data)
   model = qa_task.build(config.model, config.reduce, info, context=config.data.context)
   shapes = jax.eval_shape(functools.partial(qa_task.init, model, info, config.data.context),
                           jax.random.key(0))
@@ -78,3 +81,18 @@ def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
                             '(config.checkpoint_steps)')
   step, params = best
   return TrainedModel(step, config, info, model, params)
+
+
+def save_info(info: Info, folder: str | pathlib.Path) -> None:
+  """Writes beside a run what its set is, so that the model loads where the set is not."""
+  (pathlib.Path(folder) / INFO).write_text(json.dumps(dataclasses.asdict(info)) + '\n')
+
+
+def read_info(folder: pathlib.Path) -> Info | None:
+  """Returns what `save_info` wrote, None where it wrote nothing."""
+  file = folder / INFO
+  if not file.exists():
+    return None
+  stored = json.loads(file.read_text())
+  return Info(**{name: tuple(value) if isinstance(value, list) else value
+                 for name, value in stored.items()})

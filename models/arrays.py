@@ -1,0 +1,159 @@
+"""One reduction of bare arrays by a named method, as a model would carry it out in one layer.
+
+Axes: B batch, N slots now, M slots after, D features, H heads, d features a head, W last rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.plan import Host, limits_of, make_method
+from ops import choices, signals
+from ops import tokens as tk
+from ops.budgets import resolve
+from ops.reducers.cache import CACHE_REDUCERS
+from ops.signals import Signals
+from ops.tokens import SPECIAL, VISUAL, TokenSet
+
+Array = jax.Array
+
+_HEADS, _ROW, _FEATURES = ('B', 'N', 'H', 'd'), ('B', 'H', 'N'), ('B', 'N', 'D')
+# Axes of the signals that are arrays; sizes of B and N must be those of the tokens.
+AXES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(('keys', 'queries', 'values', 'plain_queries', 'next_keys'), _HEADS),
+    **dict.fromkeys(('cls_attention', 'received_attention', 'last_attention', 'row_attention',
+                     'next_received_attention', 'next_last_attention', 'next_row_attention'), _ROW),
+    **dict.fromkeys(('hidden', 'hidden_in', 'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden'),
+                    _FEATURES),
+    'attention': ('B', 'H', 'N', 'N'),
+    'window_attention': ('B', 'H', 'W', 'N'),
+}
+
+
+def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | None = None,
+                  keep_ratio: float | None = None, args: Mapping[str, Any] | None = None,
+                  params: Any = None, protected: int = 0, valid: Array | None = None,
+                  **given: Any) -> TokenSet:
+  """Reduces tokens once by a named method.
+
+  Args:
+    x: float[B, N, D], features; or a TokenSet, for tokens of several kinds, with sizes, or with
+      what an earlier reduction left.
+    method: its name in `models.plan.methods`.
+    keep: how many of the tokens that the method may touch stay; protected ones, and slots that the
+      method adds (EViT's fused token), come on top, as in a config.
+    keep_ratio: the share that stays instead, in (0, 1], rounded up.
+    args: the method's own arguments by name, as `config.reduce.<place>.args`.
+    params: parameters of a learned method, as a model has them under 'reducer_<layer>'.
+    protected: leading tokens ([CLS] and its like) that stay as they are.
+    valid: bool[B, N], False for padding, which is never kept before a real token; None for none.
+    **given: the signals that the method reads, by name (`ops.signals.Signals`): keys=float[B, N, H,
+      d], cls_attention=float[B, H, N], grid=(rows, columns) and so on. Others are not read.
+
+  Returns:
+    A TokenSet of M slots: `x` float[B, M, D], `owner` int32[B, N] (the slot that now holds each
+    token, -1 where none does), `sizes` float32[B, M] (tokens that a slot stands for), `real`
+    bool[B, M] and `pos`.
+
+  Raises:
+    ValueError: an unknown method, argument or signal; no budget or two; one that the method cannot
+      meet; a signal that is missing or of another shape; a learned method without parameters.
+  """
+  if method in CACHE_REDUCERS:
+    raise ValueError(f'{method} acts on a cache of keys and values, not on tokens: give it to a '
+                     f"language model, as reduce={{'cache': {{'method': {method!r}, ...}}}}")
+  for name in given:
+    choices.check_key('there is no signal ', name, signals.NAMES)
+  chosen = make_method(method, args or {})
+  tokens = _tokens(x, protected, valid)
+  budget = {'keep': keep, 'keep_ratio': keep_ratio}
+  if sum(value is not None for value in budget.values()) != 1:
+    both = 'both' if keep is not None else 'none'
+    raise ValueError(f'a reduction needs one budget, got {both}: give keep=... (how many tokens '
+                     'stay) or keep_ratio=... (which share of them)')
+  learned, watches = isinstance(chosen, nn.Module), hasattr(chosen, 'watch')
+  if learned and params is None:
+    raise ValueError(f'{method} is learned, and its parameters are missing: give params=..., as a '
+                     'model trained with it has them under reducer_<layer>')
+  needs = chosen.needs | (chosen.watch_needs if watches else frozenset())
+  measured = _signals(method, needs, tokens, given)
+  # One layer of one size: what a plan resolves for a whole model.
+  host = Host(1, tokens.slots, tokens.protected, frozenset())
+  cuts = resolve(budget, limits_of(chosen, host, tokens.protected))
+  return _carry_out(chosen, tokens, measured, params if learned else None,
+                    num_slots=cuts[0].slots_out if cuts else tokens.slots)
+
+
+@functools.partial(jax.jit, static_argnames=('method', 'num_slots'))
+def _carry_out(method: Any, tokens: TokenSet, measured: Signals, params: Any, *,
+               num_slots: int) -> TokenSet:
+  """Asks a method and does as it says, as one program."""
+  if hasattr(method, 'watch'):
+    tokens = tokens.replace(stats=tokens.stats | method.watch(tokens, measured))
+  asked = method if params is None else functools.partial(method.apply, {'params': params})
+  return tk.reduce(tokens, tk.decide(asked, tokens, measured, num_slots=num_slots))
+
+
+def _tokens(x: Any, protected: int, valid: Any) -> TokenSet:
+  """The tokens that are to be reduced: leading ones special, the others visual."""
+  if isinstance(x, TokenSet):
+    if protected or valid is not None:
+      raise ValueError('x is a TokenSet, which says itself what is protected and what is padding: '
+                       'leave protected and valid out')
+    return x
+  x = jnp.asarray(x)
+  if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f'x of shape {x.shape} and type {x.dtype} is no batch of tokens: give '
+                     'float[batch, tokens, features], or a TokenSet')
+  batch, slots, _ = x.shape
+  if not 0 <= protected < slots:
+    raise ValueError(f'protected={protected} of {slots} tokens leaves nothing to reduce: give 0 to '
+                     f'{slots - 1}')
+  if valid is not None and np.shape(valid) != (batch, slots):
+    raise ValueError(f'valid of shape {np.shape(valid)} does not fit x of shape {x.shape}: give '
+                     f'bool[{batch}, {slots}]')
+  leading = np.arange(slots) < protected
+  kind = np.where(leading, SPECIAL, VISUAL).astype(np.int8)
+  pos = np.where(leading, -1, np.arange(slots) - protected).astype(np.int32)
+  return TokenSet.create(
+      x, pos=jnp.broadcast_to(pos, (batch, slots)), kind=jnp.broadcast_to(kind, (batch, slots)),
+      valid=None if valid is None else jnp.asarray(valid, bool), protected=protected)
+
+
+def _signals(method: str, needs: frozenset[str], tokens: TokenSet,
+             given: Mapping[str, Any]) -> Signals:
+  """The signals that a method reads, checked against the tokens.
+
+  Raises:
+    ValueError: one is missing, or has another shape.
+  """
+  batch, slots = tokens.x.shape[:2]
+  missing = [name for name in sorted(needs) if given.get(name) is None
+             and getattr(Signals(), name) is None and name != 'slots']
+  if missing:
+    hints = ', '.join(f'{name}=float[{", ".join(AXES[name])}]' if name in AXES else
+                      f'{name}={"(rows, columns)" if name == "grid" else "..."}'
+                      for name in missing)
+    raise ValueError(f'{method} reads {" and ".join(missing)}, not given here: give {hints} '
+                     '(ops/signals.py says what each is)')
+  arrays = {}
+  for name in needs & AXES.keys():
+    value, axes = jnp.asarray(given[name]), AXES[name]
+    sizes = {'B': batch, 'N': slots}
+    if value.ndim != len(axes) or any(sizes.get(axis, size) != size
+                                      for axis, size in zip(axes, value.shape, strict=True)):
+      wanted = ', '.join(str(sizes.get(axis, axis)) for axis in axes)
+      raise ValueError(f'{name} of shape {value.shape} does not fit {batch} rows of {slots} '
+                       f'tokens: give float[{wanted}]')
+    arrays[name] = value
+  static = {name: given[name] for name in signals.STATIC if given.get(name) is not None}
+  if 'grid' in static:
+    static['grid'] = tuple(static['grid'])
+  return Signals(**arrays, **({'slots': slots} | static))

@@ -1,0 +1,52 @@
+"""Every method as an entry of a list: what its docstring, its attributes and its file say of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+
+from models.compressors import COMPRESSORS
+from models.plan import methods
+from ops.reducers import join
+from ops.reducers.cache import CACHE_REDUCERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One method.
+
+  Attributes:
+    name: as configs write it.
+    summary: the first paragraph of its docstring, in one line.
+    paper: number of the paper at arXiv, '' for a baseline.
+    site: where it acts unless a config says otherwise; 'cache' for a method on the cache.
+    needs: names of the signals that it reads, sorted.
+    learned: whether it has parameters.
+    file: where it is written, from the root of the project.
+  """
+
+  name: str
+  summary: str
+  paper: str
+  site: str
+  needs: tuple[str, ...]
+  learned: bool
+  file: str
+
+
+def entries() -> dict[str, Entry]:
+  """Returns every method by name, in alphabetical order, methods on the cache included."""
+  return {name: _entry(name, method)
+          for name, method in sorted(join(methods(), CACHE_REDUCERS).items())}
+
+
+def _entry(name: str, method: type) -> Entry:
+  text = inspect.cleandoc(method.__doc__)
+  paper = re.search(r'arXiv:(\d{4}\.\d{5})', text)
+  # A property where it follows from an argument: then that of the default.
+  needs = method.needs if isinstance(method.needs, frozenset) else method().needs
+  return Entry(
+      name=name, summary=' '.join(text.split('\n\n')[0].split()), paper=paper[1] if paper else '',
+      site=method.site, needs=tuple(sorted(needs)), learned=name in COMPRESSORS,
+      file=method.__module__.replace('.', '/') + '.py')
