@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from models import renames
 from models.compressors import COMPRESSORS
 from ops.budgets import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
 from ops.reducers import REDUCERS, join
@@ -21,8 +22,8 @@ MODES = ('gather', 'mask')
 # rank among those that are left ('compact'), or those of a prompt of which only they were ever
 # part: the whole model then runs again on them ('restart').
 POSITIONS = ('keep', 'compact', 'restart')
-KEYS = ('method', 'args', 'site', 'layers', 'watch', 'rounding', 'ratio_of', 'mode', 'of',
-        'positions', *BUDGETS)
+KEYS = ('method', 'args', 'site', 'layers', 'watch', 'rounding', 'ratio_of', 'mode',
+        'token_kinds', 'positions', *BUDGETS)
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
 CACHE_KEYS = ('method', 'args', 'layers', 'rounding', 'positions', *CACHE_BUDGETS)
 
@@ -37,8 +38,8 @@ class Host:
     protected: tokens at the start of every row that are never touched.
     offers: names of the `Signals` fields that it can measure.
     sites: where in a layer it lets methods act.
-    counts: (kind, slots) pairs, where a reduction may say by `of` which kinds it is about. All
-      other slots are then protected, padding included.
+    counts: (kind, slots) pairs, where a reduction may say by `token_kinds` which kinds it is
+      about. All other slots are then protected, padding included.
     positions: the position policies that it knows, the usual one first.
   """
 
@@ -116,8 +117,8 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
   Args:
     config: method, args, site, layers, watch, mode and one budget (ops/budgets.py lists the
       forms). `watch` names layers as `layers` does, or none: (); by default the method chooses.
-      Where the host has several kinds of tokens, `of` names one or more ('visual', 'text'), all
-      by default; `positions` is one of `POSITIONS`, by default the method's own.
+      Where the host has several kinds of tokens, `token_kinds` names one or more ('visual',
+      'text'), all by default; `positions` is one of `POSITIONS`, by default the method's own.
     host: the backbone's depth, tokens and signals.
     macs: the backbone's MACs under given cuts, for budgets in FLOPs.
 
@@ -126,6 +127,7 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
       that no cut can use, or a method that needs what the host does not offer; each names the value
       and the choices.
   """
+  config = renames.current('reduce', config)
   for key in config:
     if key not in KEYS:
       raise ValueError(f'a reduction has no key {key!r}{_near(key, KEYS)}: choose from '
@@ -143,7 +145,7 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")
   check_needs(name, method, host, site)
-  of, protected = touched(config.get('of'), host)
+  of, protected = touched(config.get('token_kinds'), host)
   cuts = resolve(config, limits_of(method, host, protected), macs=macs)
   check_layers(name, method, host, cuts, site)
   return Plan(name, method, site, cuts, mode,
@@ -220,7 +222,7 @@ def touched(of: Any, host: Host) -> tuple[tuple[int, ...] | None, int]:
   for name in names:
     if not counts.get(name):
       there = [f'{kind} ({count})' for kind, count in counts.items() if count]
-      raise ValueError(f'of={name!r} names no tokens of this host: it has '
+      raise ValueError(f'token_kinds={name!r} names no tokens of this host: it has '
                        f'{", ".join(there) or "one kind alone, so leave it out"}')
   others = sum(count for kind, count in counts.items() if kind not in names)
   return tuple(KINDS[name] for name in names), host.protected + others

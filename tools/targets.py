@@ -172,7 +172,7 @@ def training(vit, mesh, images, rows, whole):
 def start(vit, key):
   """Fresh parameters; their shapes do not depend on the mesh or on the kernel."""
   plain = vit.clone(mesh=None, implementation='xla')
-  return plain.init(key, jnp.zeros((1, vit.image_size, vit.image_size, vit.channels)))['params']
+  return plain.init(key, jnp.zeros((1, *vit.input_shape)))['params']
 
 
 if __name__ == '__main__':

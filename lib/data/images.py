@@ -32,6 +32,7 @@ from PIL import Image
 
 from lib.data.augment import AUGMENTS, FILTERS, whole
 from lib.data.datasets import digit_scenes, digit_segments, digits, stdlib_needle
+from ops import choices
 
 # Sets that are prepared on first use: nothing is downloaded and it takes seconds.
 # Some come in several configs, named behind a slash; lib/data/qa.py reads those with questions.
@@ -53,7 +54,7 @@ class Settings:
 
   Attributes:
     name: a TFDS name: 'digits', 'cifar10', 'emnist/letters', 'imagenet2012:5.1.0'.
-    image_size: side in pixels of the square images that come out.
+    image_size: side in pixels of the square images that come out, or (height, width).
     batch_size: images a step over all processes.
     train_split, test_split: TFDS splits; 'train[:90%]' works.
     channels: 1 or 3; must be what the set has.
@@ -67,7 +68,7 @@ class Settings:
   """
 
   name: str
-  image_size: int
+  image_size: int | tuple[int, int]
   batch_size: int
   train_split: str
   test_split: str
@@ -333,29 +334,28 @@ def read_settings(config: ml_collections.ConfigDict, kind: type) -> Any:
 def _settings(config: ml_collections.ConfigDict) -> Settings:
   """Reads and checks a config."""
   settings = read_settings(config, Settings)
-  _one_of('data.filter', settings.filter, FILTERS)
-  _one_of('data.on_corrupt', settings.on_corrupt, ON_CORRUPT)
-  _one_of('data.channels', settings.channels, MODES)
+  choices.check('data.filter=', settings.filter, FILTERS)
+  choices.check('data.on_corrupt=', settings.on_corrupt, ON_CORRUPT)
+  choices.check('data.channels=', settings.channels, MODES)
   for key in ('mean', 'std'):
     if len(getattr(settings, key)) != settings.channels:
       raise ValueError(f'data.{key} has {len(getattr(settings, key))} numbers for '
                        f'{settings.channels} channels: give one a channel')
   if not 0 < settings.test_crop <= 1:
     raise ValueError(f'data.test_crop={settings.test_crop} must be above 0 and at most 1')
+  size = settings.image_size
+  if not (isinstance(size, int) or (isinstance(size, (tuple, list)) and len(size) == 2)):
+    raise ValueError(f'data.image_size={size!r} is no size: give a side in pixels, or '
+                     '(height, width)')
   _augment(settings, settings.filter)
   return settings
-
-
-def _one_of(what: str, value: Any, options: Sequence | dict) -> None:
-  if value not in options:
-    raise ValueError(f'{what}={value!r} is not known: choose from {", ".join(map(str, options))}')
 
 
 def _augment(settings: Settings, filter: str) -> Callable[..., Image.Image]:
   """The augmentation with its keywords filled in."""
   arguments = {'method': 'none', **settings.augment}
   method = arguments.pop('method')
-  _one_of('data.augment.method', method, AUGMENTS)
+  choices.check('data.augment.method=', method, AUGMENTS)
   known = [name for name, parameter in inspect.signature(AUGMENTS[method]).parameters.items()
            if parameter.kind is parameter.KEYWORD_ONLY and name != 'filter']
   for key in arguments:
@@ -566,8 +566,9 @@ class _Reader:
   def _empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a batch, all zero."""
     size = self._settings.image_size
-    labels = (rows, size, size) if self._has_maps else (rows,)
-    return (np.zeros((rows, size, size, self._settings.channels), np.uint8),
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    labels = (rows, *sides) if self._has_maps else (rows,)
+    return (np.zeros((rows, *sides, self._settings.channels), np.uint8),
             np.zeros(labels, np.int32))
 
   def _normalise(self, images: np.ndarray) -> np.ndarray:

@@ -53,8 +53,8 @@ class Sweep:
   def rows(self):
     """What is to be measured: the first keys of each row, that tell it from others."""
     config, sweep = self.config, self.config.sweep
-    how = {'step': self.step, 'form': sweep.form, 'layers': list(sweep.layers),
-           'way': config.get('task', {}).get('way', '')}
+    how = {'step': self.step, 'form': sweep.budget, 'layers': list(sweep.layers),
+           'way': config.get('task', {}).get('fill', '')}
     yield {**how, 'method': 'none', 'budget': '1.0'}
     host = build(config.model, task=config.get('task')).host
     for method in sweep.methods or [known for known in methods(host) if known != 'none']:
@@ -65,7 +65,7 @@ class Sweep:
     """Builds and compiles one candidate."""
     config, sweep = self.config, self.config.sweep
     platform = self.mesh.devices.flat[0].platform
-    reduce = {'method': method, 'layers': tuple(sweep.layers), sweep.form: budget,
+    reduce = {'method': method, 'layers': tuple(sweep.layers), sweep.budget: budget,
               **sweep.overrides.get(method, {})}
     vit = build(config.model, reduce, macs=vit_cost.solver, platform=platform,
                 mesh=self.mesh if self.mesh.size > 1 else None, task=config.get('task'))
@@ -164,7 +164,7 @@ def load(config, workdir, mesh):
   A workdir without any starts from the weights that the config names, as step 0.
   """
   vit = build(config.model, task=config.get('task'))
-  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+  images = jnp.zeros((1, *vit.input_shape))
   abstract = jax.eval_shape(vit.init, jax.random.key(0), images)['params']
   template = sharding.shapes(abstract, sharding.make_shardings(abstract, config.sharding, mesh))
   found = checkpoint.best(workdir, template, metric=tasks.of(config).score)
@@ -186,7 +186,7 @@ def complete(vit, trained, *, seed):
   learned = {f'reducer_{cut.layer:02d}' for cut in plan.cuts}
   if learned <= trained['stack'].keys():
     return trained
-  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+  images = jnp.zeros((1, *vit.input_shape))
 
   def fresh(key):
     stack = vit.clone(mesh=None).init(key, images)['params']['stack']

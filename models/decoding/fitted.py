@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from models import renames
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, with_projector_reduction
 from models.plan import make_cache_plan, make_plan
@@ -114,5 +115,5 @@ def _given(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _visual_alone(config: Mapping[str, Any] | None) -> bool:
-  of = (config or {}).get('of')
-  return of == 'visual' or (isinstance(of, Sequence) and tuple(of) == ('visual',))
+  kinds = renames.current('reduce', config or {}).get('token_kinds')
+  return kinds == 'visual' or (isinstance(kinds, Sequence) and tuple(kinds) == ('visual',))

@@ -39,7 +39,7 @@ def step(method, *, distil):
 
   def init(key):
     params = vit.clone(mesh=None).init(key, jnp.zeros((1, 32, 32, 1)))['params']
-    return train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+    return train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   before = jax.eval_shape(init, jax.random.key(0))
   places = sharding.make_shardings(before, config.sharding, mesh)
@@ -92,7 +92,7 @@ def learn(vit, settings, steps=3):
   # A head of zeros would keep the first gradients from everything below it.
   head = jax.random.normal(jax.random.key(1), params['head']['kernel'].shape)
   params = params | {'head': params['head'] | {'kernel': 0.3 * head}}
-  state = train.State(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+  state = train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
   update = jax.jit(functools.partial(train.update, functools.partial(loss, vit, settings),
                                      optimizer, settings, optax.constant_schedule(3e-3)))
   measured = []
