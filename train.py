@@ -104,56 +104,53 @@ def run(config, workdir, *, first):
     workdir: pathlib.Path, where checkpoints and logs go.
     first: whether this process is the one that writes logs.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-
-  # Devices, task, model, data.
+  # Devices, task, model, data; nothing is compiled and nothing written before all of it fits.
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
+  check_steps(config)
   made = setup(config, mesh)
   learner = made.learner
   iterator = learner.train_iterator(
       config.data, seed=config.seed, process_index=jax.process_index(),
       process_count=jax.process_count())
-  if first:
-    (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
-    print(learner.summary, end='', flush=True)
 
   # State: shapes first, then placed where it will live.
   key = jax.random.key(config.seed)
   template = sharding.shapes(jax.eval_shape(made.init, key), made.places)
+  teacher = None
+  if 'distill' in config.optimizer and config.optimizer.distill.teacher:
+    # The teacher is unreduced: it has no parameters of a learned method.
+    teacher = parameters_of('optimizer.distill.teacher', config.optimizer.distill.teacher,
+                            learner.unreduced(template.ema), learner.score)
 
   # Resume: 1. the newest checkpoint that can be read, 2. its state, 3. its place in the data,
   # 4. else a fresh state, 5. with another run's parameters or pretrained ones where the config
   # names some.
+  workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=learner.score)
   found = checkpoints.restore(parts(template))
   if found:
     start, saved, position = found
     state = saved['state'].replace(ema=saved['ema'])
     iterator.set_state(position)
-    if first:
-      print(f'resumed at step {start} of {config.total_steps}', flush=True)
   else:
-    start, state = 0, jax.jit(made.init, out_shardings=made.places)(key)
-    loaded = learner.pretrained()
+    begun = loaded = None
     if config.get('start'):
-      begun = checkpoint.best(config.start, template.ema, metric=learner.score)
-      if begun is None:
-        raise FileNotFoundError(f'start={config.start} has no checkpoint: name the workdir of a '
-                                'run that has one')
-      state = state.replace(params=begun[1], ema=jax.tree.map(jnp.copy, begun[1]))
+      begun = parameters_of('start', config.start, template.ema, learner.score)
+    else:
+      loaded = learner.pretrained()
+    start, state = 0, jax.jit(made.init, out_shardings=made.places)(key)
+    if begun:
+      state = state.replace(params=begun, ema=jax.tree.map(jnp.copy, begun))
     elif loaded:
       # Made twice: one of them is donated in every step.
       state = state.replace(params=weights.merge_params(state.params, loaded),
                             ema=weights.merge_params(state.ema, loaded))
-
-  teacher = None
-  if 'distill' in config.optimizer and config.optimizer.distill.teacher:
-    others = checkpoint.Checkpoints(pathlib.Path(config.optimizer.distill.teacher) / 'checkpoints',
-                                    metric=learner.score)
-    # The teacher is unreduced: it has no parameters of a learned method.
-    teacher = others.read(others.best(), 'ema', learner.unreduced(template.ema))
-    others.close()
+  if first:
+    (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
+    print(learner.summary, end='', flush=True)
+  if first and found:
+    print(f'resumed at step {start} of {config.total_steps}', flush=True)
 
   # The loop.
   stop = launch.Stop(signal.SIGTERM, signal.SIGINT)
@@ -162,6 +159,11 @@ def run(config, workdir, *, first):
   meter = Meter(learner.slots, batch_size=config.data.batch_size,
                 device=mesh.devices.flat[0], devices=mesh.size)
   scores, stopping = {}, False
+  if start >= config.total_steps:
+    if first:
+      print(f'nothing left to train: the run is at step {start}, and total_steps is '
+            f'{config.total_steps}', flush=True)
+    scores = evaluate(made, state.ema, config.data, mesh)
   for step in range(start + 1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)
     phase = anneal.at(learner.phases, step - 1).start_step
@@ -205,26 +207,17 @@ def update(loss, optimizer, settings, schedule, state, batch, key, teacher):
     settings: `config.optimizer`.
     state, batch, key, teacher: arrays; teacher may be None.
   """
-  key = jax.random.fold_in(key, state.step)
+  key, rows = jax.random.fold_in(key, state.step), len(jax.tree.leaves(batch)[0])
 
-  def gradient(carry, item):
-    part, index = item
-    grads, scalars = jax.grad(loss, has_aux=True)(
-        state.params, part, jax.random.fold_in(key, index), teacher)
-    return jax.tree.map(jnp.add, carry, grads), scalars
+  def gradient(part, row):
+    return jax.grad(loss, has_aux=True)(
+        state.params, part, jax.random.fold_in(key, row[0]), teacher)
 
-  pieces = settings.accumulate
-  # Microbatches are taken across, not along, so that each stays divided over all devices.
-  split = jax.tree.map(
-      lambda rows: rows.reshape(-1, pieces, *rows.shape[1:]).swapaxes(0, 1), batch)
-  if pieces == 1:
-    grads, scalars = gradient(jax.tree.map(jnp.zeros_like, state.params),
-                              (batch, jnp.zeros((), jnp.int32)))
-  else:
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, scalars = jax.lax.scan(gradient, zeros, (split, jnp.arange(pieces)))
-    grads = jax.tree.map(lambda g: g / pieces, grads)
-    scalars = jax.tree.map(lambda s: s.mean(axis=0), scalars)
+  if settings.accumulate > 1:
+    # It takes microbatches across, not along, so that each stays divided over all devices.
+    gradient = optax.microbatching.microbatch(
+        gradient, (0, 1), rows // settings.accumulate, optax.microbatching.AccumulationType.MEAN)
+  grads, scalars = gradient(batch, jnp.arange(rows))
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   ema = optax.incremental_update(params, state.ema, 1 - settings.ema_decay)
@@ -238,6 +231,15 @@ def evaluate(made, params, config, mesh):
                                       process_count=jax.process_count())
   return made.learner.scores(sum_counts(
       [made.count_batch(params, sharding.put(batch, mesh)) for batch in batches]))
+
+
+def parameters_of(key, workdir, template, score):
+  """The averaged parameters of another run's best checkpoint, which the config names by `key`."""
+  found = checkpoint.best(workdir, template, metric=score)
+  if found is None:
+    raise FileNotFoundError(f'{key}={workdir} has no checkpoint: name the workdir of a run that '
+                            'has one')
+  return found[1]
 
 
 def parts(state):
@@ -258,6 +260,15 @@ def check_batch(config, mesh):
   if batch % (devices * pieces):
     raise ValueError(f'data.batch_size={batch} cannot be divided over {devices} devices in '
                      f'{pieces} microbatches: make it a multiple of {devices * pieces}')
+
+
+def check_steps(config):
+  """Raises where the learning rate would not come down again."""
+  warmup = config.optimizer.warmup_steps
+  if config.total_steps <= warmup:
+    raise ValueError(f'total_steps={config.total_steps} must be more than '
+                     f'optimizer.warmup_steps={warmup}, in which the learning rate only rises: '
+                     'raise it, or lower optimizer.warmup_steps')
 
 
 def check_finite(measured, step, config, workdir):

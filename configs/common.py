@@ -1,12 +1,16 @@
-"""Pieces that configs share."""
+"""Pieces that configs share. Each declares every key that its reader knows, so that each can be set
+from the command line; None where nothing is set."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
-UNSET = ('args', 'site', 'watch', 'rounding', 'ratio_of', 'mode', *BUDGETS)
+from models import renames
+from models.backbones.vit import ViT
+from models.build import PRETRAINED
+from models.plan import KEYS
 
 # Tensor parallelism of a ViT by its last dimensions; fsdp slices what is left
 # (lib/runtime/sharding.py).
@@ -39,49 +43,50 @@ LM_SHARDING = (
 # Both together, with what joins them. The language model's come first: what is named alike in both,
 # head and table, is large there.
 VLM_SHARDING = (*LM_SHARDING, *VIT_SHARDING, (r'(^|/)(newline|probe/(kernel|bias))$', ()))
-# Where `config.model` may start from (models/build.py, `pretrained`); empty for none.
-PRETRAINED = {'weights': '', 'weights_image_size': 0, 'fresh': (), 'unused': ()}
+# What may be said of how any set is read, of images or of questions and answers.
+READING = {'threads': 2, 'prefetch_batches': 4}
+IMAGES = {'augment': {}, 'data_dir': '', 'test_crop': 1.0, 'filter': 'bilinear',
+          'on_corrupt': 'raise', **READING}
+QUESTIONS = {'pad_side': 'right', 'turns': 1, 'kinds': (), 'data_dir': '', **READING}
+# Fields of ViT that the program sets, not a config.
+NOT_SET = ('parent', 'name', 'plan', 'mesh', 'capture', 'layers')
+# Keys whose values differ in type: a number or a pair, a name or a tuple.
+LOOSE = ('image_size', 'weights_image_size', 'layers', 'token_kinds')
 
 
-def reduction(method: str = 'none', **given: Any) -> ConfigDict:
-  """`config.reduce.<tower>`: every key exists, so that each can be set from the command line."""
-  unset = {name: config_dict.placeholder(object) for name in UNSET}
-  layers = config_dict.placeholder(object)
-  layers.set(given.pop('layers', 'all'))
-  config = ConfigDict({'method': method, 'layers': layers, **unset})
-  for name, value in given.items():
+def reduction(method: str = 'none', **settings: Any) -> ConfigDict:
+  """`config.reduce.<place>`: a method, its budget, and keys of models/plan.py."""
+  settings = renames.current('reduce', {'layers': 'all', **settings})
+  return _declared(KEYS, {'method': method, **settings})
+
+
+def image_model(variant: str, **settings: Any) -> ConfigDict:
+  """`config.model` of a vision transformer: fields of ViT, and where parameters come from."""
+  names = [field.name for field in dataclasses.fields(ViT) if field.name not in NOT_SET]
+  return _declared(names, {**PRETRAINED, 'variant': variant, **settings})
+
+
+def data(**settings: Any) -> ConfigDict:
+  """`config.data` of images (lib/data/images.py)."""
+  return _declared((), {**IMAGES, **settings})
+
+
+def questions(**settings: Any) -> ConfigDict:
+  """`config.data` of questions and answers (lib/data/qa.py)."""
+  return _declared((), {**QUESTIONS, **settings})
+
+
+def mesh(**sizes: int) -> dict[str, int]:
+  """`config.mesh`: all devices along 'data', unless sizes say otherwise."""
+  return {'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1} | sizes
+
+
+def _declared(names: Iterable[str], settings: dict[str, Any]) -> ConfigDict:
+  """A config with these settings, and None for the other names."""
+  config = ConfigDict({name: config_dict.placeholder(object) for name in names
+                       if name not in settings})
+  for name, value in settings.items():
+    if name in LOOSE:
+      config[name] = config_dict.placeholder(object)
     config[name] = value
-  return config
-
-# How evaluation images are made, of each family's release.
-DEIT_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225), 'test_crop': 0.875}
-AUGREG_PIXELS = {'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'test_crop': 0.9}
-
-
-def reproduction(variant: str, reduce: Mapping[str, Any] | None = None, *, weights: str,
-                 made_by: str, expected: Mapping[str, Any], pixels: Mapping[str, Any] = DEIT_PIXELS,
-                 **model: Any) -> ConfigDict:
-  """A published row on ImageNet-1k: what to run, what it needs, and what was printed.
-
-  Args:
-    variant: of models/backbones/vit.py.
-    reduce: keywords of `reduction`; None for the unreduced model.
-    weights: name of the safetensors file that it needs, in data/weights.
-    made_by: whose weights these are, and how to come by that file.
-    expected: what was printed (tools/reproduce.py lists the keys).
-    pixels: how evaluation images are made.
-    **model: other keys of `config.model`.
-  """
-  config = ConfigDict()
-  config.seed = 0
-  config.data = dict(
-      name='imagenet2012', data_dir='', image_size=model.get('image_size', 224), channels=3,
-      batch_size=64, train_split='train', test_split='validation', filter='bicubic', **pixels)
-  config.model = dict(PRETRAINED, variant=variant, dtype='float32',
-                      weights=f'data/weights/{weights}', **model)
-  config.reduce = dict(vision=reduction(**(reduce or {})))
-  config.mesh = dict(data=-1)
-  config.sharding = VIT_SHARDING
-  config.expected = dict(expected)
-  config.needs = dict(weights=weights, made_by=made_by, data='imagenet2012')
   return config

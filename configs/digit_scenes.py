@@ -25,7 +25,7 @@ test questions after 1,500 steps, and fewer from then on.
 
 import ml_collections
 
-from configs.common import VLM_SHARDING, reduction
+from configs.common import VLM_SHARDING, mesh, questions, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint_steps = 1000
   config.start = ''  # The workdir of a run to take parameters from.
 
-  config.data = dict(
+  config.data = questions(
       name='digit_scenes/64', data_dir='data', context=60, turns=6, kinds=(), batch_size=32,
       train_split='train', test_split='test', mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   config.model = dict(
@@ -49,11 +49,12 @@ def get_config() -> ml_collections.ConfigDict:
       patch_labels=12)
   config.reduce = dict(vision=reduction(),
                        projector=reduction(across='image', order='raster'),
-                       language=reduction(of='visual'))
+                       language=reduction(token_kinds='visual'),
+                       cache=reduction())
 
   config.task = dict(name='answers')
   config.optimizer = dict(peak_lr=2e-3, warmup_steps=200, weight_decay=0.05, clip_norm=1.0,
                           ema_decay=0.99, accumulate=1, patch_weight=1.0, text_weight=0.0)
-  config.mesh = dict(data=-1)
+  config.mesh = mesh()
   config.sharding = VLM_SHARDING
   return config

@@ -8,7 +8,7 @@
 
 import ml_collections
 
-from configs.common import VIT_SHARDING, reduction
+from configs.common import VIT_SHARDING, data, image_model, mesh, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -19,17 +19,18 @@ def get_config() -> ml_collections.ConfigDict:
   config.log_steps = 20
   config.eval_steps = 300
   config.checkpoint_steps = 300
+  config.start = ''  # The workdir of a run to take parameters from.
 
-  config.data = dict(
+  config.data = data(
       name='digit_segments', data_dir='data', image_size=40, channels=1, batch_size=32,
       train_split='train', test_split='test', mean=(0.5,), std=(0.5,),
       augment=dict(method='none'),
   )
-  config.model = dict(
-      variant='Ti/4', width=96, depth=5, heads=3, mlp=192, image_size=40, channels=1,
+  config.model = image_model(
+      'Ti/4', width=96, depth=5, heads=3, mlp=192, image_size=40, channels=1,
       num_classes=0, positions='sincos', dropout=0.1, dtype='float32', remat='none',
   )
-  config.task = dict(name='segment', pixel_classes=11, way='restore', decoder='linear', cells=4)
+  config.task = dict(name='segment', pixel_classes=11, fill='restore', decoder='linear', cells=4)
   config.reduce = dict(vision=reduction())
 
   config.optimizer = dict(
@@ -42,6 +43,6 @@ def get_config() -> ml_collections.ConfigDict:
   )
   # From no reduction at start_step to all of it at stop_step, in so many phases; 0 for at once.
   config.anneal = dict(start_step=0, stop_step=0, phases=0)
-  config.mesh = dict(data=-1)
+  config.mesh = mesh()
   config.sharding = (*VIT_SHARDING, (r'(^|/)(pixels|conv)/(kernel|bias)$', ()))
   return config

@@ -13,7 +13,7 @@
 
 import ml_collections
 
-from configs.common import VIT_SHARDING, reduction
+from configs.common import VIT_SHARDING, data, image_model, mesh, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -24,14 +24,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.log_steps = 20
   config.eval_steps = 100
   config.checkpoint_steps = 100
+  config.start = ''  # The workdir of a run to take parameters from.
 
-  config.data = dict(
+  config.data = data(
       name='digits', data_dir='data', image_size=32, channels=1, batch_size=64,
       train_split='train', test_split='test', mean=(0.5,), std=(0.5,),
       augment=dict(method='affine', shift=0.08, degrees=10.0, scale=(0.9, 1.1)),
   )
-  config.model = dict(
-      variant='Ti/4', width=96, depth=6, heads=3, mlp=192, image_size=32, channels=1,
+  config.model = image_model(
+      'Ti/4', width=96, depth=6, heads=3, mlp=192, image_size=32, channels=1,
       num_classes=10, positions='sincos', dropout=0.0, dtype='float32', remat='none',
       training_patches=0,
   )
@@ -47,6 +48,6 @@ def get_config() -> ml_collections.ConfigDict:
   )
   # From no reduction at start_step to all of it at stop_step, in so many phases; 0 for at once.
   config.anneal = dict(start_step=0, stop_step=0, phases=0)
-  config.mesh = dict(data=-1)
+  config.mesh = mesh()
   config.sharding = VIT_SHARDING
   return config

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
       title='Digits, ViT of depth 6: cuts in layers 1 to 3, no training',
       methods=('random', 'stride', 'pool', 'topk', 'evit', 'ats', 'tome', 'pitome', 'mctf', 'atc',
                'dpcknn', 'kmedoids'),
-      form='flops_ratio', budgets=(0.75, 0.6, 0.45), layers=(1, 2, 3), overrides=dict(),
+      budget='flops_ratio', budgets=(0.75, 0.6, 0.45), layers=(1, 2, 3), overrides=dict(),
       rounds=10, baselines=('random', 'stride', 'pool'),
       pictured=('topk', 'evit', 'tome', 'pitome', 'ats'), pictured_images=4,
   )

@@ -24,7 +24,7 @@ fourth command, from runs/needle_5 and with data.name=stdlib_needle/1k_mixed.
 
 import ml_collections
 
-from configs.common import LM_SHARDING, reduction
+from configs.common import LM_SHARDING, mesh, questions, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -38,17 +38,18 @@ def get_config() -> ml_collections.ConfigDict:
   config.start = ''  # The workdir of a run to take parameters from.
 
   # A row holds a text and, after it, as many questions as `turns`.
-  config.data = dict(name='stdlib_needle/64', data_dir='data', context=92, turns=3, batch_size=32,
-                     train_split='train', test_split='test')
+  config.data = questions(
+      name='stdlib_needle/64', data_dir='data', context=92, turns=3, batch_size=32,
+      train_split='train', test_split='test')
   config.model = dict(
       lm=dict(width=128, depth=3, mlp=256, heads=4, kv_heads=4, head_width=32, context=2048,
               tied=True),
       dtype='float32')
-  config.reduce = dict(language=reduction())
+  config.reduce = dict(language=reduction(), cache=reduction())
 
   config.task = dict(name='answers')
   config.optimizer = dict(peak_lr=7e-4, warmup_steps=100, weight_decay=0.05, clip_norm=1.0,
                           ema_decay=0.99, accumulate=1, patch_weight=0.0, text_weight=0.1)
-  config.mesh = dict(data=-1)
+  config.mesh = mesh()
   config.sharding = LM_SHARDING
   return config

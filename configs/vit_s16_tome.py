@@ -12,12 +12,12 @@ Expected: 2.703 GMACs of 4.599 (ToMe, arXiv:2210.09461, gives 2.7 and 1.64 times
 
 import ml_collections
 
-from configs.common import reduction
+from configs.common import image_model, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:
   """The model and its reduction; no data, so nothing to train or evaluate."""
   config = ml_collections.ConfigDict()
-  config.model = dict(variant='S/16', image_size=224, num_classes=1000, dtype='float32')
+  config.model = image_model('S/16', image_size=224, num_classes=1000, dtype='float32')
   config.reduce = dict(vision=reduction('tome', remove=13))
   return config

@@ -208,7 +208,7 @@ class LanguageModel:
     chosen = {place: dict(given) for place, given in reduce.items()}
     language = chosen.get('language')
     if self.sees and language and language.get('method', 'none') != 'none':
-      language.setdefault('of', 'visual')
+      language.setdefault('token_kinds', 'visual')
     return chosen
 
   def _generator(self, model: Assistant, reduce: Reduce | None) -> Any:

@@ -16,8 +16,8 @@ from ops import choices
 from ops.attention import pick
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-# Fields of `config.model` that say where parameters come from, not what the model is.
-PRETRAINED = ('weights', 'weights_image_size', 'fresh', 'unused')
+# Keys of `config.model` that say where parameters come from, not what the model is.
+PRETRAINED = {'weights': '', 'weights_image_size': 0, 'fresh': (), 'unused': ()}
 
 
 def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
@@ -28,7 +28,7 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
 
   Args:
     model: `config.model`: a variant, and fields of ViT that differ from it; dtype by name. What
-      `pretrained` reads of it is left alone.
+      `pretrained` reads of it is left alone, and keys that are None are unset.
     reduce: `config.reduce.vision`, or None for an unreduced model. Keys that are None are unset.
     macs: (model, reduction) -> MACs as a function of cuts, for budgets in FLOPs (lib/cost/vit.py).
     mesh: where the model will run, None for a single device.
@@ -65,7 +65,8 @@ def pretrained(model: Mapping[str, Any], vit: ViT) -> dict[str, Any] | None:
   """
   if not model.get('weights'):
     return None
-  theirs = vit.clone(plan=None, image_size=model.get('weights_image_size') or vit.image_size)
+  size = model.get('weights_image_size') or vit.image_size
+  theirs = vit.clone(plan=None, image_size=size if isinstance(size, int) else tuple(size))
   params = checkpoints.load(theirs, model['weights'], fresh=tuple(model.get('fresh') or ()),
                             unused=tuple(model.get('unused') or ()))
   if theirs.image_size != vit.image_size:

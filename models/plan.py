@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from models import renames
 from models.compressors import COMPRESSORS
 from ops import choices
 from ops.budgets import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
@@ -21,8 +22,8 @@ MODES = ('gather', 'mask')
 # 'compact': by their rank among the tokens that are left. 'restart': the kept tokens become a new
 # prompt, numbered from 0, and the model runs again on it.
 POSITIONS = ('keep', 'compact', 'restart')
-KEYS = ('method', 'args', 'site', 'layers', 'watch', 'rounding', 'ratio_of', 'mode', 'of',
-        'positions', *BUDGETS)
+KEYS = ('method', 'args', 'site', 'layers', 'watch', 'rounding', 'ratio_of', 'mode',
+        'token_kinds', 'positions', *BUDGETS)
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
 CACHE_KEYS = ('method', 'args', 'layers', 'rounding', 'positions', *CACHE_BUDGETS)
 
@@ -37,8 +38,8 @@ class Host:
     protected: tokens at the start of every row that are never touched.
     offers: names of the `Signals` fields that it can measure.
     sites: where in a layer it lets methods act.
-    counts: (kind, slots) pairs where there are several kinds, of which `of` in a reduction's config
-      names some. All slots of other kinds are then protected, padding included.
+    counts: (kind, slots) pairs where there are several kinds, of which `token_kinds` in a
+      reduction's config names some. All slots of other kinds are then protected, padding included.
     positions: the position policies that it supports, the default first.
   """
 
@@ -133,8 +134,8 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
   Args:
     config: method, args, site, layers, watch, mode and one budget (ops/budgets.py lists the
       forms). `watch` names layers as `layers` does, or none: (); by default the method chooses.
-      Where the host has several kinds of tokens, `of` names one or more ('visual', 'text'), all
-      by default; `positions` is one of `POSITIONS`, by default the method's own.
+      Where the host has several kinds of tokens, `token_kinds` names one or more ('visual',
+      'text'), all by default; `positions` is one of `POSITIONS`, by default the method's own.
     host: the backbone's depth, tokens and signals.
     macs: the backbone's MACs under given cuts, for budgets in FLOPs.
 
@@ -143,6 +144,7 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
       that no cut can use, or a method that needs what the host does not offer; each names the value
       and the choices.
   """
+  config = renames.current('reduce', config)
   for key in config:
     choices.check_key('a reduction has no key ', key, KEYS)
   name = config.get('method')
@@ -154,7 +156,7 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")
   check_needs(name, method, host, site)
-  of, protected = reducible_kinds(config.get('of'), host)
+  of, protected = reducible_kinds(config.get('token_kinds'), host)
   cuts = resolve(config, limits_of(method, host, protected), macs=macs)
   check_layers(name, method, host, cuts, site)
   return Plan(name, method, site, cuts, mode,
@@ -238,7 +240,7 @@ def reducible_kinds(of: str | Sequence[str] | None,
   for name in names:
     if not counts.get(name):
       present = [f'{kind} ({count})' for kind, count in counts.items() if count]
-      raise ValueError(f'of={name!r} names no tokens of this host: it has '
+      raise ValueError(f'token_kinds={name!r} names no tokens of this host: it has '
                        f'{", ".join(present) or "one kind alone, so leave it out"}')
   others = sum(count for kind, count in counts.items() if kind not in names)
   return tuple(KINDS[name] for name in names), host.protected + others

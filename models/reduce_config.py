@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from models import renames
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
@@ -182,5 +183,5 @@ def without_plans(model: LM | VLM) -> LM | VLM:
 
 def _of_visual_alone(config: Mapping[str, Any]) -> bool:
   """Whether a reduction is of visual tokens and no others."""
-  of = config.get('of')
-  return of == 'visual' or (isinstance(of, Sequence) and tuple(of) == ('visual',))
+  kinds = renames.current('reduce', config).get('token_kinds')
+  return kinds == 'visual' or (isinstance(kinds, Sequence) and tuple(kinds) == ('visual',))

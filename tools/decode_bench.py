@@ -61,16 +61,17 @@ PROMPT, QUESTION, ASKED, ROOM = 4096, 64, 12, 32
 PLANS = {
     'scenes': {
         'unreduced': {},
-        'fastv, layer 2, 25 %': {'language': {'method': 'fastv', 'of': 'visual', 'layers': 2,
-                                              'keep_ratio': 0.25}},
+        'fastv, layer 2, 25 %': {'language': {
+            'method': 'fastv', 'token_kinds': 'visual', 'layers': 2, 'keep_ratio': 0.25}},
         'topk, projector, 16 of 64': {'projector': {'method': 'topk', 'keep': 16}},
         'divprune, projector, 16 of 64': {'projector': {'method': 'divprune', 'keep': 16}}},
     'lm': {
         'unreduced': {},
-        'fastv, layer 2, 50 %': {'language': {'method': 'fastv', 'of': 'text', 'layers': 2,
+        'fastv, layer 2, 50 %': {'language': {'method': 'fastv', 'token_kinds': 'text', 'layers': 2,
                                               'keep_ratio': 0.5}},
         'pyramiddrop, layers 4, 8, 12, 50 %': {'language': {
-            'method': 'pyramiddrop', 'of': 'text', 'layers': (4, 8, 12), 'keep_ratio': 0.5}},
+            'method': 'pyramiddrop', 'token_kinds': 'text', 'layers': (4, 8, 12),
+            'keep_ratio': 0.5}},
         'snapkv, cache, 25 %': {'cache': {'method': 'snapkv', 'keep_ratio': 0.25}},
         'streaming_llm, cache, 25 %': {'cache': {'method': 'streaming_llm', 'keep_ratio': 0.25}}},
 }

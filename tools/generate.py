@@ -78,8 +78,8 @@ def reductions() -> ConfigDict:
   return ConfigDict({
       'vision': reduction(''),
       'projector': reduction('', across=unset(str), order=unset(str)),
-      'language': reduction('', of=unset(object), positions=unset(str)),
-      'cache': reduction('', positions=unset(str))})
+      'language': reduction(''),
+      'cache': reduction('')})
 
 
 REDUCE = config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by place.')
@@ -188,7 +188,7 @@ def chosen(model: Assistant, settings: Mapping[str, Any]) -> dict[str, dict[str,
         raise ValueError(f'--reduce.{place} names no method: add --reduce.{place}.method=...')
       own = dict(model.reduce.get(place, {}))
     elif place == 'language' and own['method'] != 'none' and isinstance(model.model, VLM):
-      own.setdefault('of', 'visual')
+      own.setdefault('token_kinds', 'visual')
     if own:
       by_place[place] = own
   return by_place

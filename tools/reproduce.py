@@ -1,9 +1,9 @@
 """Shows published rows beside ours: the cost always, accuracy where weights and data are.
 
   python -m tools.reproduce
-  python -m tools.reproduce --config=configs/reproduce/tome_deit_s16_r13.py
+  python -m tools.reproduce --config=configs/reproduce.py:tome_deit_s16_r13
 
-Without --config every file in configs/reproduce. What a row lacks is said, and where to put it.
+Without --config every row of configs/reproduce.py. What a row lacks is said, and where to put it.
 Accuracies go to rows.jsonl in --workdir (runs/reproduce if unset); rows that are there are not
 measured again. `config.expected` of a row has `source` and, of these, what was printed:
 
@@ -16,7 +16,6 @@ measured again. `config.expected` of a row has `source` and, of these, what was 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs import reproduce as published_rows
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
 from lib.report import measuring
@@ -37,7 +37,6 @@ from models.build import build
 from models.compressors import COMPRESSORS
 from models.storage import fastest_storage, to_storage
 
-FOLDER = pathlib.Path('configs/reproduce')
 WORKDIR = 'runs/reproduce'
 # Figures are printed to few digits; throughput follows MACs on a busy device only so far.
 WITHIN = {'GMACs': 0.01, 'speedup': 0.06}
@@ -70,17 +69,19 @@ def main(argv: Sequence[str]) -> None:
   """Prints the rows."""
   del argv
   workdir = pathlib.Path(launch.WORKDIR.value or WORKDIR)
-  flag: Any = flags.FLAGS['config']
-  named = [(pathlib.Path(flag.config_filename).stem, flag.value)] if flag.value else rows()
+  named = rows()
+  if launch.CONFIG.value:
+    flag: Any = flags.FLAGS['config']
+    path, _, row = flag.config_filename.partition(':')
+    named = [(row or pathlib.Path(path).stem, launch.CONFIG.value)]
   for name, config in named:
     print(describe(name, config, workdir), flush=True)
 
 
 def rows() -> Iterator[tuple[str, ConfigDict]]:
   """Yields name and config of every row, in order of name."""
-  for path in sorted(FOLDER.glob('*.py')):
-    if path.stem != '__init__':
-      yield path.stem, importlib.import_module(f'configs.reproduce.{path.stem}').get_config()
+  for name in sorted(published_rows.ROWS):
+    yield name, published_rows.get_config(name)
 
 
 def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
@@ -90,8 +91,8 @@ def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
     ValueError: for a config that is no row, and as the loading of weights and data does.
   """
   if 'expected' not in config:
-    raise ValueError(f'{name} says not what was published: give a config in {FOLDER}, which have '
-                     'config.expected')
+    raise ValueError(f'{name} says not what was published: give a row of configs/reproduce.py, as '
+                     '--config=configs/reproduce.py:tome_deit_s16_r13, or set config.expected')
   expected = config.expected
   lines = [f'{name}: {expected.source}']
   for figure in figures(config):

@@ -229,7 +229,7 @@ def training(vit: ViT, mesh: Mesh, images: jax.ShapeDtypeStruct, rows: NamedShar
 def start(vit: ViT, key: jax.Array) -> Any:
   """Makes fresh parameters, whose shapes do not depend on the mesh or on the kernel."""
   plain = vit.clone(mesh=None, implementation='xla')
-  return plain.init(key, jnp.zeros((1, vit.image_size, vit.image_size, vit.channels)))['params']
+  return plain.init(key, jnp.zeros((1, *vit.input_shape)))['params']
 
 
 if __name__ == '__main__':

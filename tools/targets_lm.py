@@ -63,8 +63,8 @@ SERVING = {'v5e:4x4': ((4, 1, 4), 8), 'v5p:4x4x4': ((16, 1, 4), 16),
            'v5p:8x8x8': ((128, 1, 4), 16), 'h100:8': ((2, 1, 4), 16)}
 TRAINING = {'v5p:4x4x4': ((1, 16, 4), 8), 'v5p:8x8x8': ((8, 64, 1), 4), 'h100:8': ((1, 8, 1), 8)}
 PLANS = {'none': None,
-         'fastv': {'method': 'fastv', 'of': 'visual', 'layers': 2, 'keep_ratio': 0.5},
-         'pyramiddrop': {'method': 'pyramiddrop', 'of': 'visual', 'layers': (8, 16, 24),
+         'fastv': {'method': 'fastv', 'token_kinds': 'visual', 'layers': 2, 'keep_ratio': 0.5},
+         'pyramiddrop': {'method': 'pyramiddrop', 'token_kinds': 'visual', 'layers': (8, 16, 24),
                          'keep_ratio': 0.5}}
 WANTED = (('prefill', 'none'), ('prefill', 'fastv'), ('prefill', 'pyramiddrop'),
           ('decode', 'none'), ('decode', 'pyramiddrop'), ('train', 'none'), ('train', 'fastv'))

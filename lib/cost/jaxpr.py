@@ -75,7 +75,7 @@ def of_vit(vit: ViT | Text, *, batch: int = 1) -> Products:
   if isinstance(vit, Text):
     images = jax.ShapeDtypeStruct((batch, vit.context), jnp.int32)
   else:
-    shape = (batch, vit.image_size, vit.image_size, vit.channels)
+    shape = (batch, *vit.input_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
   learned = vit.plan is not None and isinstance(vit.plan.method, nn.Module)
   # Without cuts the layers are one loop, which is traced once.

@@ -11,29 +11,32 @@ from PIL import Image
 
 from ops import choices
 
+# The side of a square in pixels, or (height, width).
+Size = int | tuple[int, int]
 FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC,
            'nearest': Image.Resampling.NEAREST}
 
 
-def none(image: Image.Image, size: int, random: np.random.Generator, *,
+def none(image: Image.Image, size: Size, random: np.random.Generator, *,
          filter: str) -> Image.Image:
   """Returns the whole image, as in evaluation with test_crop=1."""
   del random
   return whole(image, size, filter=filter)
 
 
-def crop(image: Image.Image, size: int, random: np.random.Generator, *, filter: str,
+def crop(image: Image.Image, size: Size, random: np.random.Generator, *, filter: str,
          area: tuple[float, float] = (0.08, 1.0), aspect: tuple[float, float] = (3 / 4, 4 / 3),
          flip: float = 0.5) -> Image.Image:
   """Returns a random part of the image, resized: the crop of Inception training.
 
-  `area` is a fraction of the image's area, `aspect` width over height, `flip` the probability of a
-  mirror image. Ten tries to fit, else the centre square.
+  `area` is a fraction of the image's area, `aspect` width over height (relative to that of `size`),
+  `flip` the probability of a mirror image. Ten tries to fit, else the centre.
   Going Deeper with Convolutions (Szegedy et al., 2014), Sec. 6, arXiv:1409.4842.
   """
+  wide, high = _sides(size)
   width, height = image.size
   areas = random.uniform(*area, size=10) * width * height
-  ratios = np.exp(random.uniform(*np.log(aspect), size=10))
+  ratios = np.exp(random.uniform(*np.log(aspect), size=10)) * (wide / high)
   left, top, mirror = random.random(3)
   widths, heights = np.sqrt(areas * ratios), np.sqrt(areas / ratios)
   fits = (widths <= width) & (heights <= height)
@@ -41,13 +44,13 @@ def crop(image: Image.Image, size: int, random: np.random.Generator, *, filter: 
     first = fits.argmax()
     w, h = widths[first], heights[first]
     x, y = left * (width - w), top * (height - h)
-    image = image.resize((size, size), FILTERS[filter], box=(x, y, x + w, y + h))
+    image = image.resize((wide, high), FILTERS[filter], box=(x, y, x + w, y + h))
   else:
     image = whole(image, size, filter=filter)
   return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror < flip else image
 
 
-def affine(image: Image.Image, size: int, random: np.random.Generator, *, filter: str,
+def affine(image: Image.Image, size: Size, random: np.random.Generator, *, filter: str,
            shift: float = 0.0, degrees: float = 0.0, scale: tuple[float, float] = (1.0, 1.0),
            flip: float = 0.0) -> Image.Image:
   """Shifts, rotates and scales by small random amounts in one resampling; the outside is black.
@@ -55,7 +58,8 @@ def affine(image: Image.Image, size: int, random: np.random.Generator, *, filter
   `shift` is at most this fraction of the side, each way; `degrees` at most this angle; `scale`
   above 1 enlarges; `flip` is the probability of a mirror image.
   """
-  if max(image.size) > size:
+  wide, high = _sides(size)
+  if image.width > wide or image.height > high:
     # Resampling by a matrix does not antialias, so an image that shrinks does so first.
     image = whole(image, size, filter=filter)
   right, down = random.uniform(-shift, shift, size=2)
@@ -64,24 +68,31 @@ def affine(image: Image.Image, size: int, random: np.random.Generator, *, filter
   mirror = -1 if random.random() < flip else 1
   # From a pixel of the result to a point of the image, both measured from their centres.
   width, height = image.size
-  step_x, step_y = width / size / zoom, height / size / zoom
+  step_x, step_y = width / wide / zoom, height / high / zoom
   a, b = mirror * step_x * np.cos(angle), step_x * np.sin(angle)
   d, e = -mirror * step_y * np.sin(angle), step_y * np.cos(angle)
-  c = width * (0.5 + right) - (a + b) * size / 2
-  f = height * (0.5 + down) - (d + e) * size / 2
-  return image.transform((size, size), Image.Transform.AFFINE, (a, b, c, d, e, f),
+  c = width * (0.5 + right) - (a * wide + b * high) / 2
+  f = height * (0.5 + down) - (d * wide + e * high) / 2
+  return image.transform((wide, high), Image.Transform.AFFINE, (a, b, c, d, e, f),
                          resample=FILTERS[filter])
 
 
 AUGMENTS: dict[str, Callable[..., Image.Image]] = {'none': none, 'crop': crop, 'affine': affine}
 
 
-def whole(image: Image.Image, size: int, *, filter: str, fraction: float = 1.0) -> Image.Image:
-  """Resizes the centre square, `fraction` of the shorter side long, to size x size."""
+def whole(image: Image.Image, size: Size, *, filter: str, fraction: float = 1.0) -> Image.Image:
+  """Resizes the largest centre rectangle of the size's shape, `fraction` of its sides, to it."""
+  wide, high = _sides(size)
   width, height = image.size
-  side = min(width, height) * fraction
-  left, top = (width - side) / 2, (height - side) / 2
-  return image.resize((size, size), FILTERS[filter], box=(left, top, left + side, top + side))
+  across = min(width, height * (wide / high)) * fraction
+  down = across * (high / wide)
+  left, top = (width - across) / 2, (height - down) / 2
+  return image.resize((wide, high), FILTERS[filter], box=(left, top, left + across, top + down))
+
+
+def _sides(size: Size) -> tuple[int, int]:
+  """Returns (width, height), as Pillow has them."""
+  return (size, size) if isinstance(size, int) else (size[1], size[0])
 
 
 def make(arguments: Mapping[str, Any], *, filter: str) -> Callable[..., Image.Image]:
@@ -93,7 +104,7 @@ def make(arguments: Mapping[str, Any], *, filter: str) -> Callable[..., Image.Im
     filter: a name in `FILTERS`.
 
   Returns:
-    (image, size, random) -> image of size x size.
+    (image, size, random) -> image of that size.
 
   Raises:
     ValueError: an unknown method, or a keyword that it does not take.
@@ -110,7 +121,7 @@ def make(arguments: Mapping[str, Any], *, filter: str) -> Callable[..., Image.Im
   for key in keywords:
     choices.check_key(f'data.augment: {method!r} has no argument ', key, accepted)
 
-  def run(image: Image.Image, size: int, random: np.random.Generator) -> Image.Image:
+  def run(image: Image.Image, size: Size, random: np.random.Generator) -> Image.Image:
     return AUGMENTS[method](image, size, random, filter=filter, **keywords)
 
   return run

@@ -116,8 +116,9 @@ class ImageReader:
   def _empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns images and labels of a batch, all zero."""
     size = self._settings.image_size
-    labels = (rows, size, size) if self._has_maps else (rows,)
-    return (np.zeros((rows, size, size, self._settings.channels), np.uint8),
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    labels = (rows, *sides) if self._has_maps else (rows,)
+    return (np.zeros((rows, *sides, self._settings.channels), np.uint8),
             np.zeros(labels, np.int32))
 
   def _normalise(self, images: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ class ImageSettings(Settings):
   """Says how images with labels are read (lib/data/images.py).
 
   Attributes:
-    image_size: side in pixels of the square images that come out.
+    image_size: side in pixels of the square images that come out, or (height, width).
     channels: 1 or 3; must be what the set has.
     mean, std: one number a channel, for pixels in 0 to 1.
     augment: `method`, a name in `AUGMENTS`, and that function's keywords; {} for none.
@@ -54,7 +54,7 @@ class ImageSettings(Settings):
     on_corrupt: 'raise', or 'skip': training takes the next example, evaluation masks the row.
   """
 
-  image_size: int
+  image_size: int | tuple[int, int]
   channels: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
@@ -106,6 +106,10 @@ def image_settings(config: Config) -> ImageSettings:
                        f'{settings.channels} channels: give one a channel')
   if not 0 < settings.test_crop <= 1:
     raise ValueError(f'data.test_crop={settings.test_crop} must be above 0 and at most 1')
+  size = settings.image_size
+  if not (isinstance(size, int) or (isinstance(size, tuple | list) and len(size) == 2)):
+    raise ValueError(f'data.image_size={size!r} is no size: give a side in pixels, or '
+                     '(height, width)')
   augment.make(settings.augment, filter=settings.filter)
   return settings
 

@@ -8,12 +8,16 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from models import renames
+
 # What the libraries underneath and our own checks raise for wrong settings, files and values.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs `main` under absl's flags; with --debug errors keep their traceback and libraries talk."""
+  # In place: flags of a config are looked up in sys.argv.
+  sys.argv[1:] = [renames.flag(argument) for argument in sys.argv[1:]]
   if '--debug' in sys.argv:
     app.run(main, argv=[arg for arg in sys.argv if arg != '--debug'])
     return

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'The experiment, a file of configs/.', lock_config=True)
+from lib.runtime import config_flag
+
+CONFIG = config_flag.define('The experiment, a file of configs/; what follows a colon is passed on '
+                            'to its get_config.')
 WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Where checkpoints, logs and results are; a run goes on from what is there.')
 COORDINATOR = flags.DEFINE_string(

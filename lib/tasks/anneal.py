@@ -117,7 +117,7 @@ def _check_parameters(vit: ViT, others: list[ViT]) -> None:
 
 def _reducers(vit: ViT) -> dict[str, Any]:
   """Shapes of the parameters of a learned method, by cut."""
-  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+  images = jnp.zeros((1, *vit.input_shape))
   params = jax.eval_shape(vit.clone(mesh=None).init, jax.random.key(0), images)['params']
   return {name: jax.tree.map(jnp.shape, tree) for name, tree in params['stack'].items()
           if name != 'blocks'}

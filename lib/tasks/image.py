@@ -55,7 +55,7 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
 def init(vit: ViT, key: Array) -> dict[str, Any]:
   """Makes fresh parameters; shapes depend neither on the mesh nor on the batch."""
   # One image is too few to divide over a mesh.
-  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+  images = jnp.zeros((1, *vit.input_shape))
   return vit.clone(mesh=None).init(key, images)['params']
 
 

@@ -52,8 +52,8 @@ class ImageSweep(Sweep):
   def rows(self) -> Iterator[Row]:
     """Yields the rows to measure, as `Sweep.rows`."""
     config, sweep = self.config, self.config.sweep
-    shared = {'step': self.step, 'form': sweep.form, 'layers': list(sweep.layers),
-              'way': config.get('task', {}).get('way', '')}
+    shared = {'step': self.step, 'form': sweep.budget, 'layers': list(sweep.layers),
+              'way': config.get('task', {}).get('fill', '')}
     yield {**shared, 'method': 'none', 'budget': '1.0'}
     host = build(config.model, task=config.get('task')).host
     for method in sweep.methods or [name for name in methods(host) if name != 'none']:
@@ -69,7 +69,7 @@ class ImageSweep(Sweep):
     """Builds and compiles one candidate; it runs on images, and gives logits and cuts."""
     config, sweep = self.config, self.config.sweep
     platform = self.mesh.devices.flat[0].platform
-    reduce = {'method': method, 'layers': tuple(sweep.layers), sweep.form: budget,
+    reduce = {'method': method, 'layers': tuple(sweep.layers), sweep.budget: budget,
               **sweep.overrides.get(method, {})}
     vit = build(config.model, reduce, macs=vit_cost.solver, platform=platform,
                 mesh=self.mesh if self.mesh.size > 1 else None, task=config.get('task'))
@@ -167,7 +167,7 @@ def load(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[int, Pa
     FileNotFoundError: no checkpoint, and no weights named.
   """
   vit = build(config.model, task=config.get('task'))
-  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+  images = jnp.zeros((1, *vit.input_shape))
   abstract = jax.eval_shape(vit.init, jax.random.key(0), images)['params']
   template = sharding.shapes(abstract, sharding.make_shardings(abstract, config.sharding, mesh))
   best = checkpoint.best(workdir, template, metric=metric_of(config).score)
@@ -189,7 +189,7 @@ def complete(vit: ViT, trained: Params, *, seed: int) -> Params:
   learned = {f'reducer_{cut.layer:02d}' for cut in plan.cuts}
   if learned <= trained['stack'].keys():
     return trained
-  images = jnp.zeros((1, vit.image_size, vit.image_size, vit.channels))
+  images = jnp.zeros((1, *vit.input_shape))
 
   def fresh(key):
     stack = vit.clone(mesh=None).init(key, images)['params']['stack']

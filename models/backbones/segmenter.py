@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models import renames
 from models.backbones.vit import ViT
+from ops import choices
 from ops import tokens as tk
 from ops.tokens import TokenSet
 
@@ -67,7 +69,7 @@ def interpolate(tokens: TokenSet, before: Cuts, cuts: Cuts, grid: tuple[int, int
   return jnp.where(alive[..., None], x, filled)
 
 
-WAYS: dict[str, Callable[..., Array]] = {
+FILLS: dict[str, Callable[..., Array]] = {
     'restore': restore, 'bypass': bypass, 'interpolate': interpolate}
 DECODERS = ('linear', 'conv')
 
@@ -78,6 +80,7 @@ def segmenter(vit: ViT, **settings: Any) -> SegmentViT:
   Raises:
     ValueError: settings that a SegmentViT does not add to a ViT, or no `pixel_classes`.
   """
+  settings = renames.current('task', settings)
   fields, every = ({field.name for field in dataclasses.fields(kind)} - {'parent', 'name'}
                    for kind in (ViT, SegmentViT))
   own = sorted(every - fields)
@@ -109,14 +112,14 @@ def _nearness(grid: tuple[int, int]) -> np.ndarray:
 class SegmentViT(ViT):
   """A vision transformer that tells the class of every pixel, under any plan.
 
-  The final features of all patches, brought back by `way`, go through a linear head, or a 3 x 3
+  The final features of all patches, brought back by `fill`, go through a linear head, or a 3 x 3
   convolution and a linear head, that makes cells x cells predictions a patch (a linear decoder is
   that of Segmenter, Strudel et al., 2021, Sec. 3.2, arXiv:2105.05633, with cells=1). They are
   resized to pixels bilinearly where cells are larger than pixels.
 
   Attributes:
     pixel_classes: C.
-    way: a name in `WAYS`.
+    fill: what a dropped patch gets, a name in `FILLS`.
     decoder: 'linear' or 'conv'.
     cells: predictions along the side of a patch; `patch` for one a pixel.
     num_classes: 0; there is no classifier.
@@ -124,7 +127,7 @@ class SegmentViT(ViT):
 
   num_classes: int = 0
   pixel_classes: int = dataclasses.field(kw_only=True)
-  way: str = 'restore'
+  fill: str = 'restore'
   decoder: str = 'linear'
   cells: int = 1
 
@@ -141,21 +144,21 @@ class SegmentViT(ViT):
       images: as for `ViT`.
 
     Returns:
-      Logits float32[B, S, S, C] and the dict of `ViT`, with 'dense' float[B, rows * columns, D],
-      the features of all patches.
+      Logits float32[B, height, width, C] and the dict of `ViT`, with 'dense' float[B, rows *
+      columns, D], the features of all patches.
 
     Raises:
-      ValueError: as `ViT`; for an unknown way or decoder, or a classifier beside the decoder.
+      ValueError: as `ViT`; for an unknown fill or decoder, or a classifier beside the decoder.
     """
     self._check_decoder()
     pooled, out = super().__call__(images)
     if isinstance(pooled, TokenSet):
       return pooled, out
     before = out['before']
-    if self.way == 'bypass' and self.last_norm == 'tokens':
+    if self.fill == 'bypass' and self.last_norm == 'tokens':
       before = {layer: cut.replace(x=self._normed(cut.x)) for layer, cut in before.items()}
     rows, columns = self.grid
-    x = WAYS[self.way](out['tokens'], before, out['cuts'], self.grid)
+    x = FILLS[self.fill](out['tokens'], before, out['cuts'], self.grid)
     out['dense'] = x
     x = x.reshape(-1, rows, columns, self.width)
     if self.decoder == 'conv':
@@ -164,7 +167,7 @@ class SegmentViT(ViT):
     logits = logits.reshape(-1, rows, columns, self.cells, self.cells, self.pixel_classes)
     logits = logits.transpose(0, 1, 3, 2, 4, 5)
     logits = logits.reshape(-1, rows * self.cells, columns * self.cells, self.pixel_classes)
-    shape = (len(logits), self.image_size, self.image_size, self.pixel_classes)
+    shape = (len(logits), *self.input_shape[:2], self.pixel_classes)
     return jax.image.resize(logits, shape, 'bilinear'), out
 
   def _normed(self, x: Array) -> Array:
@@ -174,14 +177,13 @@ class SegmentViT(ViT):
     return norm.apply({'params': self.get_variable('params', 'norm')}, x)
 
   def _check_decoder(self) -> None:
-    for name, value, known in (('way', self.way, WAYS), ('decoder', self.decoder, DECODERS)):
-      if value not in known:
-        raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(known)}')
+    choices.check('fill=', self.fill, FILLS)
+    choices.check('decoder=', self.decoder, DECODERS)
     if not 1 <= self.cells <= self.patch:
       raise ValueError(f'cells={self.cells} must be 1 to patch={self.patch}')
-    if self.layers and self.way == 'bypass':
-      raise ValueError("way='bypass' needs the tokens before every cut, and layers="
-                       f'{self.layers} are a part: choose another way, or layers=None')
+    if self.layers and self.fill == 'bypass':
+      raise ValueError("fill='bypass' needs the tokens before every cut, and layers="
+                       f'{self.layers} are a part: choose another fill, or layers=None')
     if self.num_classes:
       raise ValueError(f'num_classes={self.num_classes} makes a classifier, which a SegmentViT '
                        'lacks: set num_classes=0, and pixel_classes')

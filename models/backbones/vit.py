@@ -11,7 +11,6 @@ Axes: B batch, N slots, D width, H heads, d width of a head, P patch side in pix
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,7 @@ from models.blocks import ACTIVATIONS, Heads, dense, hidden_features, layer_norm
 from models.families import NAMED, SIZES
 from models.plan import Host, Plan
 from models.stack import Stack
-from ops import attention
+from ops import attention, choices
 from ops.primitives.select import keep_top
 from ops.signals import Signals, measure, measure_map
 from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias, reduce
@@ -193,7 +192,7 @@ class ViT(nn.Module):
   Attributes:
     width, depth, mlp, heads: as in `SIZES`.
     patch: side of a patch in pixels.
-    image_size: side of the square input in pixels.
+    image_size: side of the square input in pixels, or (height, width).
     num_classes: logits; 0 for features only.
     registers: register tokens after [CLS]; they get no position.
     special_positions: whether [CLS] and distillation tokens get one.
@@ -225,7 +224,7 @@ class ViT(nn.Module):
   mlp: int
   heads: int
   patch: int
-  image_size: int
+  image_size: int | tuple[int, int]
   num_classes: int
   channels: int = 3
   registers: int = 0
@@ -256,7 +255,14 @@ class ViT(nn.Module):
   @property
   def grid(self) -> tuple[int, int]:
     """(rows, columns) of patches."""
-    return (self.image_size // self.patch,) * 2
+    height, width, _ = self.input_shape
+    return height // self.patch, width // self.patch
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of an image."""
+    size = self.image_size
+    return (*((size, size) if isinstance(size, int) else size), self.channels)
 
   @property
   def classes(self) -> int:
@@ -280,8 +286,9 @@ class ViT(nn.Module):
     """Classifies images.
 
     Args:
-      images: float[B, S, S, C], normalised, S = image_size; or, where `layers` starts after layer
-        0, the TokenSet that the part before returned. All parts but the last return one.
+      images: float[B, height, width, C], normalised, of image_size; or, where `layers` starts
+        after layer 0, the TokenSet that the part before returned. All parts but the last return
+        one.
 
     Returns:
       Logits float32[B, num_classes] (features float32[B, D'] where num_classes is 0, with D' the
@@ -351,19 +358,17 @@ class ViT(nn.Module):
     return mean if self.pool == 'mean' else jnp.concatenate([tokens.x[:, 0], mean], axis=1)
 
   def _check(self, images: Array) -> None:
-    wanted = (self.image_size, self.image_size, self.channels)
+    wanted = self.input_shape
     if images.ndim != 4 or images.shape[1:] != wanted:
       raise ValueError(f'images of shape {images.shape} do not fit: expected [batch, '
                        f'{", ".join(map(str, wanted))}]; resize them, or set image_size and '
                        'channels')
-    if self.image_size % self.patch:
+    if any(side % self.patch for side in wanted[:2]):
       raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
                        'change one of them')
     for name, known in (('positions', POSITIONS), ('pool', POOLS), ('last_norm', LAST_NORMS),
                         ('activation', ACTIVATIONS)):
-      if getattr(self, name) not in known:
-        raise ValueError(f'{name}={getattr(self, name)!r} is unknown: choose one of '
-                         f'{", ".join(known)}')
+      choices.check(f'{name}=', getattr(self, name), known)
     patches = self.host.slots - self.special
     if not 0 <= self.training_patches <= patches or (self.training_patches and self.window):
       raise ValueError(f'training_patches={self.training_patches} is impossible: give 1 to '
@@ -459,17 +464,16 @@ def make_vit(variant: str, **overrides: Any) -> ViT:
   elif size in SIZES and patch.isdigit():
     named = {}
   else:
-    near = difflib.get_close_matches(variant, NAMED, n=1)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
-    raise ValueError(f'variant {variant!r} is unknown{hint}: write size/patch, as S/16, with a '
-                     f'size of {", ".join(SIZES)}, or one of {", ".join(NAMED)}')
+    raise ValueError(f'variant {variant!r} is unknown{choices.near(variant, NAMED)}: write '
+                     f'size/patch, as S/16, with a size of {", ".join(SIZES)}, or one '
+                     f'of {", ".join(NAMED)}')
   fields = [f.name for f in dataclasses.fields(ViT) if f.name not in ('parent', 'name')]
   for key in overrides:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f' (did you mean {near[0]!r}?)' if near else ''
-      raise ValueError(f'a ViT has no setting {key!r}{hint}: choose from {", ".join(fields)}')
+    choices.check_key('a ViT has no setting ', key, fields)
   width, depth, mlp, heads = SIZES[size]
   settings = {'width': width, 'depth': depth, 'mlp': mlp, 'heads': heads, 'patch': int(patch),
               'image_size': 224, 'num_classes': 1000}
-  return ViT(**(settings | named | overrides))
+  settings |= named | overrides
+  if not isinstance(settings['image_size'], int):  # A list where it comes of JSON.
+    settings['image_size'] = tuple(settings['image_size'])
+  return ViT(**settings)

@@ -187,7 +187,8 @@ def merge_params(params: Params, loaded: Params) -> Params:
                           for path, array in flatten(loaded).items()}})
 
 
-def resize_positions(params: Params, model: ViT, *, image_size: int) -> Params:
+def resize_positions(params: Params, model: ViT, *,
+                     image_size: int | tuple[int, int]) -> Params:
   """A tree for images of another size: position embeddings resampled on the new grid of patches.
 
   Bicubic, antialiased where the grid shrinks; positions of special tokens stay. Within 1e-5 of what
@@ -196,23 +197,23 @@ def resize_positions(params: Params, model: ViT, *, image_size: int) -> Params:
   Args:
     params: of `model`.
     model: as it was loaded; give the tree to `model.clone(image_size=image_size)`.
-    image_size: new side of the images in pixels.
+    image_size: new side of the images in pixels, or (height, width).
 
   Raises:
     ValueError: no learned positions, or a size that is no multiple of the patch.
   """
   if model.positions != 'learned':
     raise ValueError(f'positions={model.positions!r} are computed, not stored: nothing to resize')
-  if image_size % model.patch:
+  new = model.clone(image_size=image_size)
+  if any(side % model.patch for side in new.input_shape[:2]):
     raise ValueError(f'image_size={image_size} is not a multiple of patch={model.patch}: change '
                      'it')
-  old, new = model.grid[0], image_size // model.patch
   table = jnp.asarray(params['pos'], jnp.float32)
-  lead, places = jnp.split(table, [table.shape[1] - old * old], axis=1)
-  places = places.reshape(old, old, -1)
-  places = jax.image.resize(places, (new, new, places.shape[-1]), 'cubic', antialias=True,
+  lead, places = jnp.split(table, [table.shape[1] - model.grid[0] * model.grid[1]], axis=1)
+  places = places.reshape(*model.grid, -1)
+  places = jax.image.resize(places, (*new.grid, places.shape[-1]), 'cubic', antialias=True,
                             precision='highest')
-  places = jnp.concatenate([lead, places.reshape(1, new * new, -1)], axis=1)
+  places = jnp.concatenate([lead, places.reshape(1, new.grid[0] * new.grid[1], -1)], axis=1)
   return {**params, 'pos': np.asarray(places)}
 
 
@@ -233,7 +234,7 @@ def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
   elif isinstance(model, Text):
     example = jnp.zeros((1, model.context), jnp.int32)
   else:
-    example = jnp.zeros((1, model.image_size, model.image_size, model.channels))
+    example = jnp.zeros((1, *model.input_shape))
   tree = jax.eval_shape(model.init, jax.random.key(0), example)['params']
   return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
 

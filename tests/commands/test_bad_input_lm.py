@@ -84,7 +84,7 @@ def test_ids_that_the_model_does_not_have():
 def test_no_visual_token_kept(place, given, message):
   """One at least must stay: methods pick among scores, and a token of none has no place."""
   vlm = llava()[0]._lm
-  own = {'of': 'visual'} if place == 'language' else {}
+  own = {'token_kinds': 'visual'} if place == 'language' else {}
   plans = with_plans(vlm, **{place: {'method': 'stride', **own, **given}})
   assert message in said(plans, 16, (2, 2, 16))
   # What rounds up keeps one.

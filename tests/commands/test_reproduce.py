@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import reproduce as published_rows
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
@@ -35,9 +36,17 @@ def test_costs_are_as_published_or_say_why_not(name):
     # A mismatch that has gone away is as wrong as one that is not told.
     assert figure.agrees == (not figure.mismatch), figure
     assert not figure.mismatch or f'ours {figure.ours:.3f} ' in figure.mismatch, figure
-  assert f'reproduce/{name}.py' in pathlib.Path(f'configs/reproduce/{name}.py').read_text()
   assert 50 < config.expected.top1 < config.expected.get('unreduced_top1', 90)
   assert config.expected.source
+
+
+@pytest.mark.parametrize(('row', 'message'), [
+    ('tome_deit_s16_r14', r"'tome_deit_s16_r14' is unknown \(did you mean 'tome_deit_s16_r1.'\?\)"
+                          ': choose one of deit_s16, deit_ti16, '),
+    ('', r'^name a row of configs/reproduce\.py, as --config=.*: there are deit_s16, deit_ti16, ')])
+def test_rows_that_are_not_there(row, message):
+  with pytest.raises(ValueError, match=message):
+    published_rows.get_config(row)
 
 
 def test_no_two_rows_are_one():
@@ -107,8 +116,8 @@ def test_accuracies_are_those_of_the_file(tmp_path):
   checkpoints.save(vit, params, tmp_path / 'tiny.safetensors', layout='timm')
   # A config file may start from a row and change what it likes.
   (tmp_path / 'mine.py').write_text(
-      f'from configs.reproduce import {ROW}\n\n\ndef get_config():\n'
-      f'  config = {ROW}.get_config()\n  config.model.update({dict(config.model)!r})\n'
+      f'from configs import reproduce\n\n\ndef get_config():\n'
+      f'  config = reproduce.get_config({ROW!r})\n  config.model.update({dict(config.model)!r})\n'
       f'  config.data.update({dict(config.data)!r})\n  return config\n')
   prepare('digits', data_dir=str(tmp_path))
   done = subprocess.run(
@@ -144,5 +153,5 @@ def test_rows_are_measured_once(tmp_path, monkeypatch):
 def test_configs_that_are_no_rows_are_worded_errors(tmp_path):
   config, _ = small(tmp_path)
   del config['expected']
-  with pytest.raises(ValueError, match=r'give a config in configs/reproduce'):
+  with pytest.raises(ValueError, match=r'give a row of configs/reproduce\.py, as --config='):
     reproduce.describe('mine', config, tmp_path)

@@ -578,8 +578,9 @@ def test_plans_for_other_prompts_are_worded_errors():
 
 @pytest.mark.parametrize(('config', 'message'), [
     ({'site': 'inside'}, "site 'inside' is unknown: choose one of before, between, after"),
-    ({'of': 'audio'}, "of='audio' names no tokens of this host: it has visual .6., text .6."),
-    ({'of': 'special'}, "of='special' names no tokens"),
+    ({'token_kinds': 'audio'},
+     "token_kinds='audio' names no tokens of this host: it has visual .6., text .6."),
+    ({'of': 'special'}, "token_kinds='special' names no tokens"),
     ({'positions': 'gone'}, "positions='gone' is unknown here: choose one of keep, compact, rest"),
     ({'method': 'evit'}, 'evit needs cls_attention, which this host does not offer'),
     ({'keep': 7}, 'keep=7 in layer 1 is impossible: 6 tokens are there'),

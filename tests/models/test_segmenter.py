@@ -99,7 +99,7 @@ def test_a_row_that_kept_no_patch_is_finite():
   tokens = fresh()
   src = jnp.zeros((2, 1), jnp.int32)
   reduced = tk.reduce(tokens, Gather(src, TOTAL))
-  for way in dense.WAYS.values():
+  for way in dense.FILLS.values():
     found = way(reduced, {0: tokens}, {0: reduced}, GRID)
     assert np.isfinite(found).all()
   np.testing.assert_array_equal(dense.bypass(reduced, {0: tokens}, {0: reduced}, GRID),
@@ -158,8 +158,8 @@ def test_without_reduction_every_way_is_the_plain_head():
   expected = expected.reshape(2, 8, 8, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(2, 16, 16, 3)
   expected = jax.image.resize(expected, (2, 32, 32, 3), 'bilinear')
   np.testing.assert_allclose(logits, expected, atol=1e-5)
-  for way in dense.WAYS:
-    np.testing.assert_array_equal(run(segmenter(way=way))[0], logits)
+  for way in dense.FILLS:
+    np.testing.assert_array_equal(run(segmenter(fill=way))[0], logits)
 
 
 def test_one_prediction_a_pixel_is_not_resized():
@@ -178,7 +178,7 @@ METHODS = {'evit': {}, 'tome': {}, 'ats': {}, 'dpcknn': {}, 'random': {'site': '
 def test_every_way_works_under_every_kind_of_method(name):
   plan = make_plan({'method': name, 'layers': (0, 1), 'keep': (48, 36), **METHODS[name]},
                    segmenter().host)
-  logits, out = run(segmenter(way='bypass', plan=plan))
+  logits, out = run(segmenter(fill='bypass', plan=plan))
   assert logits.shape == (2, 32, 32, 3)
   owner = np.asarray(out['tokens'].owner[:, 1:])
   back = np.take_along_axis(np.asarray(out['tokens'].x), np.maximum(owner, 0)[..., None], axis=1)
@@ -213,7 +213,7 @@ def test_windows_and_a_convolution_fit_together():
 
 
 def test_settings_that_cannot_be_are_refused():
-  for settings, fault in (({'way': 'unpool'}, 'restore, bypass, interpolate'),
+  for settings, fault in (({'fill': 'unpool'}, 'restore, bypass, interpolate'),
                           ({'decoder': 'mlp'}, 'linear, conv'), ({'cells': 5}, '1 to patch=4'),
                           ({'num_classes': 10}, 'pixel_classes')):
     with pytest.raises(ValueError, match=fault):

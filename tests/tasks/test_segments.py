@@ -159,7 +159,7 @@ def test_unknown_tasks_and_settings_are_refused():
     registry.make_task(ml_collections.ConfigDict({'task': {'name': 'detect'}}), None)
   assert metric_of(ml_collections.ConfigDict()) is METRICS['classify']
   model = {'variant': 'Ti/4', 'image_size': 16, 'num_classes': 0}
-  for given in ({'pixel_classes': 3, 'upsample': 2}, {'way': 'restore'}):
+  for given in ({'pixel_classes': 3, 'upsample': 2}, {'fill': 'restore'}):
     with pytest.raises(ValueError, match='pixel_classes'):
       build(model, task={'name': 'segment', **given})
 

@@ -12,14 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.parity import FOLDER, case
 
 import train
-from configs import digits
+from configs import deit_s16_finetune, digits
 from lib.cost import vit as vit_cost
+from lib.data import images as image_data
 from lib.runtime import checkpoint, launch, sharding
 from lib.tasks import anneal, distill
 from lib.tasks.image import loss
 from models.build import build
+from models.checkpoints import merge_params
 from models.compressors import COMPRESSORS
 from ops.budgets import Cut, Limits, annealed_keep_ratio, part_of, phases, resolve
 
@@ -274,3 +277,26 @@ def test_patch_dropout_draws_anew_in_training_and_is_off_otherwise():
   np.testing.assert_array_equal(run(vit), run(plain))
   with pytest.raises(ValueError, match='training_patches=17 is impossible: give 1 to 16'):
     jax.eval_shape(plain.clone(training_patches=17).apply, {'params': params}, images)
+
+
+# -- from pretrained weights ---------------------------------------------------------------------
+
+
+def test_a_config_trains_from_pretrained_image_weights(monkeypatch):
+  """One step of configs/deit_s16_finetune.py, on a tiny checkpoint in timm's layout."""
+  config = deit_s16_finetune.get_config()
+  config.model.update(case('timm_vit')['image'], variant='Ti/8', dtype='float32',
+                      weights=str(FOLDER / 'timm_vit.safetensors'))
+  config.reduce.vision.remove = 2
+  info = image_data.DataInfo(5, 8, 8, (24, 24, 3), tuple('abcde'))
+  monkeypatch.setattr(image_data, 'info', lambda data: info)
+  setup = train.setup(config, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
+  state, loaded = setup.init(jax.random.key(0)), setup.learner.loaded()
+  state = state.replace(params=merge_params(state.params, loaded),
+                        ema=merge_params(state.ema, loaded))
+  np.testing.assert_array_equal(state.params['head']['kernel'], loaded['head']['kernel'])
+  batch = {'image': np.random.default_rng(0).normal(size=(4, 24, 24, 3)).astype(np.float32),
+           'label': np.arange(4, dtype=np.int32)}
+  state, scalars = setup.train_step(0)(state, batch, jax.random.key(1), None)
+  assert float(scalars['kept_tokens']) == 6
+  assert float(scalars['grad_norm']) > 0
