@@ -11,7 +11,7 @@ from helpers.errors import said
 
 import train
 from configs import common, digit_scenes, digit_segments, digits, stdlib_needle
-from lib.data.settings import ImageSettings
+from lib.data.settings import ImageSettings, QASettings
 from lib.runtime import config_flag, launch, sharding
 from models import renames
 from models.backbones.vit import ViT
