@@ -1,39 +1,65 @@
-"""Writes the method table into README.md from the methods' own docstrings.
+"""Writes the tables of methods and of backbones into README.md, from the code they describe.
 
   python -m tools.readme_table
 """
 
-import inspect
-import pathlib
-import re
+from __future__ import annotations
 
-from models.compressors import COMPRESSORS
-from models.plan import methods
-from ops.reducers.cache import CACHE_REDUCERS
+import pathlib
+from collections.abc import Callable, Iterable
+
+from models import families
+from models.catalogue import entries
 
 README = pathlib.Path(__file__).parent.parent / 'README.md'
-BEGIN, END = '<!-- methods: begin -->', '<!-- methods: end -->'
+PAPERS = 'https://arxiv.org/abs/'
 
 
-def table() -> str:
-  """The table as Markdown: one row a method, in alphabetical order."""
+def methods_table() -> str:
+  """Returns one row a method, in alphabetical order, its file and its paper linked."""
   rows = ['| method | what it does | acts | reads | paper |', '|---|---|---|---|---|']
-  for name, method in sorted((methods() | CACHE_REDUCERS).items()):
-    text = inspect.cleandoc(method.__doc__)
-    what = ' '.join(text.split('\n\n')[0].split())
-    paper = re.search(r'arXiv:(\d{4}\.\d{5})', text)
-    needs = method.needs if isinstance(method.needs, frozenset) else method().needs
-    learned = ' (learned)' if name in COMPRESSORS else ''
-    rows.append(f'| `{name}`{learned} | {what} | {method.site} | '
-                f'{", ".join(f"`{need}`" for need in sorted(needs)) or "features"} | '
-                f'{f"arXiv:{paper[1]}" if paper else "baseline"} |')
+  for entry in entries().values():
+    learned = ' (learned)' if entry.learned else ''
+    needs = ', '.join(f'`{need}`' for need in entry.needs) or 'features'
+    paper = f'[arXiv:{entry.paper}]({PAPERS}{entry.paper})' if entry.paper else 'baseline'
+    rows.append(f'| [`{entry.name}`]({entry.file}){learned} | {entry.summary} | {entry.site} | '
+                f'{needs} | {paper} |')
   return '\n'.join(rows)
 
 
+def backbones_table() -> str:
+  """Returns one row a kind of backbone: its file, where its names are used, and the names."""
+  kinds = (
+      ('vision transformers', 'models/backbones/vit.py', families.NAMED),
+      ('pairs of image and text tower', 'models/backbones/clip.py', families.PAIRS),
+      ('language models', 'models/backbones/lm.py', families.LMS),
+      ('vision-language models', 'models/backbones/vlm.py', families.VLMS))
+  rows = ['| kind | file | names in `models/families.py` |', '|---|---|---|']
+  rows += [f'| {kind} | [{file}]({file}) | {_listed(names)} |' for kind, file, names in kinds]
+  return '\n'.join(rows)
+
+
+def _listed(names: Iterable[str]) -> str:
+  return ', '.join(f'`{name}`' for name in names)
+
+
+TABLES: dict[str, Callable[[], str]] = {'methods': methods_table, 'backbones': backbones_table}
+
+
 def updated(text: str) -> str:
-  """README's text with a fresh table between its markers."""
-  before, rest = text.split(BEGIN)
-  return f'{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}'
+  """Returns README's text with fresh tables between their markers.
+
+  Raises:
+    ValueError: a table's markers are not there once each.
+  """
+  for name, table in TABLES.items():
+    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+      raise ValueError(f'README.md has no place for its table of {name}: put {begin!r} and {end!r} '
+                       'into it, once each and in this order')
+    before, rest = text.split(begin)
+    text = f'{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}'
+  return text
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ def test_the_printed_method_needs_no_other_edit(tmp_path):
   assert re.search(r'\d+ passed', run('pytest', 'tests/contract/test_contract.py', '-k', 'keynorm',
                                       '-p', 'no:cacheprovider'))
   run('tools.readme_table')
-  row = '| `keynorm` | Keeps the tokens with the shortest keys. |'
+  row = '| [`keynorm`](ops/reducers/vision/keynorm.py) | Keeps the tokens with the shortest keys. |'
   assert row in (copy / 'README.md').read_text()
   explained = run('tools.explain', '--config=configs/digits.py',
                   '--config.reduce.vision.method=keynorm', '--config.reduce.vision.layers=(1,3)',
