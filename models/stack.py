@@ -375,7 +375,7 @@ class Stack(nn.Module):
     if self.causal:
       reduced, assignment = self._order_causally(tokens, reduced, assignment)
     out['before'][cut.layer], out['cuts'][cut.layer] = tokens, reduced
-    if getattr(assignment, 'wanted', None) is not None:
+    if assignment.wanted is not None:
       out['overflow'][cut.layer] = jnp.maximum(assignment.wanted - cut.slots_out, 0)
     out['losses'].update({f'{name}_{cut.layer:02d}': value for name, value in losses.items()})
     return reduced, assignment
@@ -383,7 +383,7 @@ class Stack(nn.Module):
   def _order_causally(self, tokens: TokenSet, reduced: TokenSet,
                       assignment: Assignment) -> tuple[TokenSet, Assignment]:
     """Reduced tokens in the order of their positions, each at the latest of its group."""
-    if isinstance(assignment, Mix) or getattr(assignment, 'features', None) is not None:
+    if isinstance(assignment, Mix) or assignment.features is not None:
       raise ValueError(f'{self.plan.name} mixes all tokens into each, so causal attention would '
                        'see later ones: choose a method that picks or joins tokens')
     reduced = reduced.replace(pos=_latest_position(tokens, reduced))

@@ -55,8 +55,8 @@ def reductions() -> ConfigDict:
   return ConfigDict({
       'vision': reduction(''),
       'projector': reduction('', across=unset(str), order=unset(str)),
-      'language': reduction('', of=unset(object), positions=unset(str)),
-      'cache': reduction('', positions=unset(str))})
+      'language': reduction(''),
+      'cache': reduction('')})
 
 
 def main(argv: Sequence[str]) -> None:
@@ -106,7 +106,7 @@ def chosen(source: Source, overrides: Mapping[str, Any]) -> dict[str, dict[str, 
         raise ValueError(f'--reduce.{place} names no method: add --reduce.{place}.method=...')
       continue
     if place == 'language' and isinstance(source.model, VLM):
-      settings.setdefault('of', 'visual')
+      settings.setdefault('token_kinds', 'visual')
     reduce[place] = settings
   return reduce
 

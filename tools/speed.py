@@ -66,6 +66,7 @@ from models.plan import Plan, make_plan, methods
 from models.storage import fastest_storage, to_storage
 from ops import assignments, attention, choices
 from ops import tokens as tk
+from ops.assignments import Extras
 from ops.signals import Signals, measure, measure_map
 
 VARIANT = flags.DEFINE_string('variant', 'S/16', 'The ViT.')
@@ -150,14 +151,12 @@ class Recorder:
     return stats
 
 
-@struct.dataclass
-class Slice:
+class Slice(Extras, struct.PyTreeNode):
   """Keeps the first M slots, without an index."""
 
   outputs: int = struct.field(pytree_node=False)
   slots: int = struct.field(pytree_node=False)
   batch: int = struct.field(pytree_node=False)
-  valid = None
 
   @property
   def src(self) -> jax.Array:

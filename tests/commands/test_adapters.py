@@ -285,7 +285,8 @@ def seen(tmp_path_factory):
   """lmms-eval's samples of two tasks by a reduced LLaVA, and the model itself."""
   folder = tmp_path_factory.mktemp('lmms')
   llava = assistants.checkpoint(folder / 'llava', 'llava')
-  reduce = {'language': {'method': 'fastv', 'of': 'visual', 'layers': 1, 'keep_ratio': 0.5}}
+  reduce = {'language': {'method': 'fastv', 'token_kinds': 'visual', 'layers': 1,
+                         'keep_ratio': 0.5}}
   (folder / 'fastv.json').write_text(json.dumps(reduce))
   tasks = folder / 'tasks'
   tasks.mkdir()

@@ -111,7 +111,8 @@ def cells(text, name, count=4):
 
 
 def test_llava_with_fastv_and_snapkv_by_hand():
-  reduce = {'language': {'method': 'fastv', 'of': 'visual', 'layers': 2, 'keep_ratio': 0.5},
+  reduce = {'language': {'method': 'fastv', 'token_kinds': 'visual', 'layers': 2,
+                         'keep_ratio': 0.5},
             'cache': {'method': 'snapkv', 'keep': 256}}
   text = explain.describe(make_vlm('llava1.5_7b'), reduce=reduce, prompt=36, new_tokens=64,
                           layout=(1, 1, 576))

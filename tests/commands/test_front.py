@@ -21,6 +21,7 @@ from configs import digits
 from lib.data import images as image_data
 from lib.data import qa as qa_data
 from lib.data.datasets import digit_scenes
+from lib.data.prepare import prepare
 from lib.runtime.checkpoint import Checkpoints
 from lib.tasks import image as image_task
 from lib.tasks import trained
@@ -187,7 +188,7 @@ def scenes(tmp_path_factory):
     few = dataclasses.replace(one, train=2, test=10)
     patch.setattr(digit_scenes.DigitScenes, 'BUILDER_CONFIGS', [few])
     patch.setattr(digit_scenes.DigitScenes, 'builder_configs', {few.name: few})
-    image_data.prepare('digit_scenes/64', data_dir=str(folder))
+    prepare('digit_scenes/64', data_dir=str(folder))
   return winnow.load(SCENES, data_dir=str(folder))
 
 
@@ -214,9 +215,9 @@ def test_what_it_answers_is_what_it_is_scored_by(scenes, reduce):
 
 
 def test_reductions_act_on_visual_tokens_unless_they_say_otherwise(scenes):
-  own = {'language': {**FASTV['language'], 'of': 'visual'}}
+  own = {'language': {**FASTV['language'], 'token_kinds': 'visual'}}
   assert scenes.explain(FASTV) == scenes.explain(own)
-  every = {'language': {**FASTV['language'], 'of': ('visual', 'text')}}
+  every = {'language': {**FASTV['language'], 'token_kinds': ('visual', 'text')}}
   assert scenes.explain(FASTV) != scenes.explain(every)
 
 
@@ -248,7 +249,7 @@ def test_checkpoints_of_language_models_answer_and_are_explained(tmp_path):
     model.evaluate()
   with pytest.raises(ValueError, match='this model reads text alone'):
     model.generate('w5', images=[Image.new('RGB', (8, 8))])
-  with pytest.raises(ValueError, match=r'reduce\.langage is unknown'):
+  with pytest.raises(ValueError, match="config.reduce has no component 'langage'"):
     model.generate('w5', reduce={'langage': {'method': 'fastv'}})
 
 

@@ -121,7 +121,7 @@ def test_published_bytes_of_caches(name, slots, published):
 
 def test_plans_cost_what_the_tables_say():
   host = LLAVA.host(576 + 36, visual=576)
-  config = {'of': 'visual', 'site': 'before', 'method': 'random'}
+  config = {'token_kinds': 'visual', 'site': 'before', 'method': 'random'}
   pruned = LLAVA.clone(plan=make_plan(config | {'layers': 2, 'keep_ratio': 0.5}, host))
   cost = lm_cost.of(pruned, 612)
   assert [layer.attention for layer in cost.layers] == [612] * 2 + [324] * 30
@@ -232,10 +232,10 @@ def test_find_gives_the_figures_of_these_tokens_only():
     return [(row.quantity, row.value) for row, _ in papers.find_lm(
         lm_cost.of(lm, visual + 20), visual)]
 
-  fastv = {'of': 'visual', 'method': 'fastv', 'layers': 2}
+  fastv = {'token_kinds': 'visual', 'method': 'fastv', 'layers': 2}
   assert values() == [('tmacs', 3.82), ('gmacs_layer', 99.3)]
   assert values(**fastv, keep_ratio=0.5) == [('share', 0.55)]
   assert values(**fastv, keep_ratio=0.25) == [('share', 0.33)]
   assert values(**(fastv | {'method': 'random'}), site='before', keep_ratio=0.5) == []
-  assert values(**(fastv | {'of': ('visual', 'text')}), keep_ratio=0.5) == []
+  assert values(**(fastv | {'token_kinds': ('visual', 'text')}), keep_ratio=0.5) == []
   assert values(visual=577) == values(**fastv, keep_ratio=0.4) == []

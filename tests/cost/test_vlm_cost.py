@@ -21,7 +21,7 @@ LAYOUTS = {'llava': (2, 2, 16), 'llava_next': (5, 1, 60), 'llava_onevision': (3,
 REDUCTIONS = {
     'none': {},
     'language and cache': {
-        'language': {'method': 'random', 'of': 'visual', 'layers': 1, 'keep_ratio': 0.5,
+        'language': {'method': 'random', 'token_kinds': 'visual', 'layers': 1, 'keep_ratio': 0.5,
                      'site': 'before'},
         'cache': {'method': 'streaming_llm', 'keep': 12}},
     'projector': {'projector': {'method': 'random', 'keep': 8}},

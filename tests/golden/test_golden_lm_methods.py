@@ -74,7 +74,7 @@ def image_and_text(x, start, visual):
 def run(lm, variables, tokens, visual, **config):
   """A whole forward pass under a reduction of the visual tokens."""
   host = lm.host(tokens.slots, visual=visual)
-  plan = make_plan({'of': 'visual', **config}, host)
+  plan = make_plan({'token_kinds': 'visual', **config}, host)
   return jax.jit(lm.clone(plan=plan).apply)(variables, tokens)[1]
 
 

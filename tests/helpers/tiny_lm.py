@@ -55,7 +55,8 @@ def image_and_text(valid=None):
 
 def planned(lm=TINY, slots=PROMPT, visual=VISUALS, **reduction):
   host = lm.host(slots, visual=visual) if visual else lm.host(slots)
-  config = {'of': 'visual', 'layers': (1, 2), 'keep': (4, 2), 'method': 'random'} | reduction
+  config = {'token_kinds': 'visual', 'layers': (1, 2), 'keep': (4, 2),
+            'method': 'random'} | reduction
   return lm.clone(plan=make_plan(config, host))
 
 

@@ -145,7 +145,8 @@ def test_pruned_caches_answer_whatever_the_bucket():
   assert found[0] != greedy(tuple(PROMPTS[0]))
   longer = Generator(LM, unstacked(2)['params'], buckets=(16,), plans=with_plans(LM, cache=cache))
   assert longer(PROMPTS, new_tokens=6) == found
-  language = {'method': 'random', 'of': 'text', 'positions': 'restart', 'keep': 8, 'layers': 1,
+  language = {'method': 'random', 'token_kinds': 'text', 'positions': 'restart', 'keep': 8,
+              'layers': 1,
               'site': 'before'}
   made = Generator(LM, unstacked(2)['params'], buckets=(16,),
                    plans=with_plans(LM, language=language))

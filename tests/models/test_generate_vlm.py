@@ -28,8 +28,8 @@ from ops.tokens import TEXT, VISUAL, TokenSet
 NEW = 5
 SLOTS = 24
 LANGUAGE = {
-    'fastv': {'method': 'fastv', 'of': 'visual', 'layers': 1, 'keep_ratio': 0.4},
-    'pyramiddrop': {'method': 'pyramiddrop', 'of': 'visual', 'layers': (0, 1),
+    'fastv': {'method': 'fastv', 'token_kinds': 'visual', 'layers': 1, 'keep_ratio': 0.4},
+    'pyramiddrop': {'method': 'pyramiddrop', 'token_kinds': 'visual', 'layers': (0, 1),
                     'keep_ratio': (0.6, 0.3), 'ratio_of': 'start', 'rounding': 'floor'},
 }
 

@@ -461,7 +461,7 @@ def test_a_decode_step_copies_neither_cache_nor_weights(reduced, rows, kv_heads)
   if reduced == 'tokens':
     host = lm.host(512, visual=500)
     lm = lm.clone(plan=make_plan(
-        {'method': 'random', 'of': 'visual', 'layers': 2, 'keep_ratio': 0.5}, host))
+        {'method': 'random', 'token_kinds': 'visual', 'layers': 2, 'keep_ratio': 0.5}, host))
   elif reduced == 'heads':
     lm = lm.clone(cache_plan=make_cache_plan(
         {'method': 'streaming_llm', 'keep_ratio': 0.5}, lm.host(512)))
@@ -580,7 +580,7 @@ def test_plans_for_other_prompts_are_worded_errors():
     ({'site': 'inside'}, "site 'inside' is unknown: choose one of before, between, after"),
     ({'token_kinds': 'audio'},
      "token_kinds='audio' names no tokens of this host: it has visual .6., text .6."),
-    ({'of': 'special'}, "token_kinds='special' names no tokens"),
+    ({'token_kinds': 'special'}, "token_kinds='special' names no tokens"),
     ({'positions': 'gone'}, "positions='gone' is unknown here: choose one of keep, compact, rest"),
     ({'method': 'evit'}, 'evit needs cls_attention, which this host does not offer'),
     ({'keep': 7}, 'keep=7 in layer 1 is impossible: 6 tokens are there'),
@@ -605,10 +605,11 @@ def test_cache_plans_that_do_not_fit_are_worded_errors(config, message):
 def test_hosts_count_kinds():
   host = TINY.host(12, visual=6, special=2)
   assert host.counts == (('visual', 6), ('special', 2), ('text', 4))
-  plan = make_plan({'method': 'random', 'of': 'visual', 'keep': 3, 'layers': 1}, host)
+  plan = make_plan({'method': 'random', 'token_kinds': 'visual', 'keep': 3, 'layers': 1}, host)
   assert (plan.of, plan.protected) == ((VISUAL,), 6)
   assert [(cut.slots_in, cut.slots_out) for cut in plan.cuts] == [(12, 9)]
-  plan = make_plan({'method': 'random', 'of': ('visual', 'special'), 'keep': 3, 'layers': 1}, host)
+  plan = make_plan({'method': 'random', 'token_kinds': ('visual', 'special'), 'keep': 3,
+                    'layers': 1}, host)
   assert (plan.of, plan.protected) == ((VISUAL, SPECIAL), 4)
   with pytest.raises(ValueError, match='a prompt of 12 slots with'):
     TINY.host(12, visual=13)

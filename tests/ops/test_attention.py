@@ -234,7 +234,7 @@ def test_splash_equals_xla(dtype, tolerance, causal):
 def test_splash_takes_the_batch_in_groups(monkeypatch):
   q, k, v = inputs(batch=3, length=4, heads=2)
   bias = make_bias('sizes', 3, 4)
-  monkeypatch.setattr(attention, '_GROUP_ROWS', 8)
+  monkeypatch.setattr(attention_kernels, '_GROUP_ROWS', 8)
   with pltpu.force_tpu_interpret_mode():
     got = attention.attend(q, k, v, bias=bias, implementation='splash')
   want = attention.attend(q, k, v, bias=bias)

@@ -33,7 +33,7 @@ def built(name, tensor, plan=None):
           context=4096, rope=Rope(128), dtype=jnp.bfloat16, mesh=mesh,
           implementation=pick(platform, jnp.bfloat16))
   if plan:
-    lm = lm.clone(plan=make_plan({'of': 'visual', **plan}, lm.host(SLOTS, visual=VISUALS)))
+    lm = lm.clone(plan=make_plan({'token_kinds': 'visual', **plan}, lm.host(SLOTS, visual=VISUALS)))
   return lm, mesh, platform
 
 

@@ -162,9 +162,11 @@ REDUCED = {
                                         'layers': (0,), 'site': 'after', 'keep': 9}}),
     'merged': ('llava', {'projector': {'method': 'tome', 'keep': 10, 'across': 'image'}}),
     'pool': ('llava', {'projector': {'method': 'stride', 'keep': 7, 'across': 'prompt'},
-                       'language': {'method': 'fastv', 'of': 'visual', 'layers': 1, 'keep': 4}}),
-    'language': ('qwen2_5_vl', {'language': {'method': 'stride', 'of': 'visual', 'layers': (0, 1),
-                                             'keep': (12, 5)}}),
+                       'language': {'method': 'fastv', 'token_kinds': 'visual', 'layers': 1,
+                                    'keep': 4}}),
+    'language': ('qwen2_5_vl',
+                 {'language': {'method': 'stride', 'token_kinds': 'visual', 'layers': (0, 1),
+                               'keep': (12, 5)}}),
 }
 
 
@@ -216,7 +218,8 @@ def test_patches_are_followed_to_the_last_cut(case):
 
 def test_pictures_show_every_crop(tmp_path):
   made = assistant.load(assistants.checkpoint(tmp_path / 'next', 'llava_next'))
-  reduce = {'language': {'method': 'stride', 'of': 'visual', 'layers': 1, 'keep_ratio': 0.3}}
+  reduce = {'language': {'method': 'stride', 'token_kinds': 'visual', 'layers': 1,
+                         'keep_ratio': 0.3}}
   picture = made.look(photo())
   images = made.encode_images([[picture]])
   prompt = made.prompt('w5', images=1)
@@ -272,7 +275,8 @@ def test_the_command_asks_a_checkpoint_about_an_image(tmp_path):
   assert code == 0, told
   made = assistant.load(folder)
   prompt = made.prompt('w5 w6', images=1)
-  reduce = {'language': {'method': 'fastv', 'of': 'visual', 'layers': 1, 'keep_ratio': 0.5}}
+  reduce = {'language': {'method': 'fastv', 'token_kinds': 'visual', 'layers': 1,
+                         'keep_ratio': 0.5}}
   answer, = made.generator(reduce)([prompt], made.encode_images([[photo()]]), new_tokens=5)
   assert said.strip() == made.text(answer).strip()
   assert 'language: fastv keeps 8 of 16 before layer 1' in told

@@ -68,7 +68,7 @@ def test_groups_are_kinds_or_tenths_of_the_depth():
 @pytest.mark.parametrize(('row', 'ratio', 'left'), [
     ({'place': 'projector', 'settings': {'method': 'random'}}, 0.25, 16),
     ({'place': 'language', 'settings': {'method': 'pyramiddrop', 'layers': [1, 2],
-                                        'of': 'visual'}}, 0.5, 16)])
+                                        'token_kinds': 'visual'}}, 0.5, 16)])
 def test_a_budget_is_the_share_that_the_last_cut_leaves(row, ratio, left):
   reduce = qa_sweep.reduction(
       {**row, 'settings': json.dumps(row['settings']), 'budget': '0.25'})

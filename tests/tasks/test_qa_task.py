@@ -28,7 +28,8 @@ CASES = {
     'vision': (scenes_config, SCENES, {'vision': {'method': 'tome', 'remove': 3}}),
     'projector': (scenes_config, SCENES, {'projector': {'method': 'topk', 'keep': 5}}),
     'language': (scenes_config, SCENES, {'language': {
-        'method': 'stride', 'of': 'visual', 'site': 'before', 'layers': (1,), 'keep_ratio': 0.5}}),
+        'method': 'stride', 'token_kinds': 'visual', 'site': 'before', 'layers': (1,),
+        'keep_ratio': 0.5}}),
     'needle': (needle_config, NEEDLE, {}),
 }
 

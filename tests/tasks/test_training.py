@@ -291,7 +291,7 @@ def test_a_config_trains_from_pretrained_image_weights(monkeypatch):
   info = image_data.DataInfo(5, 8, 8, (24, 24, 3), tuple('abcde'))
   monkeypatch.setattr(image_data, 'info', lambda data: info)
   setup = train.setup(config, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
-  state, loaded = setup.init(jax.random.key(0)), setup.learner.loaded()
+  state, loaded = setup.init(jax.random.key(0)), setup.learner.pretrained()
   state = state.replace(params=merge_params(state.params, loaded),
                         ema=merge_params(state.ema, loaded))
   np.testing.assert_array_equal(state.params['head']['kernel'], loaded['head']['kernel'])
