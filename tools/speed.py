@@ -173,6 +173,14 @@ class Slice(Extras, struct.PyTreeNode):
     """Slices [B, N, ...] to [B, M, ...]."""
     return values[:, :self.outputs]
 
+  def apply_by_head(self, values: jax.Array) -> jax.Array:
+    """Slices [B, H, N, K] to [B, H, M, K]."""
+    return values[:, :, :self.outputs]
+
+  def reduce_keys(self, attention: jax.Array) -> jax.Array:
+    """Slices the keys of a map, as a method that merges would: [B, H, N, N] to [B, H, N, M]."""
+    return attention[..., :self.outputs]
+
   def totals(self, sizes: jax.Array) -> jax.Array:
     """Slices sizes as `apply` does."""
     return self.apply(sizes)

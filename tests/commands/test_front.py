@@ -249,7 +249,7 @@ def test_checkpoints_of_language_models_answer_and_are_explained(tmp_path):
     model.evaluate()
   with pytest.raises(ValueError, match='this model reads text alone'):
     model.generate('w5', images=[Image.new('RGB', (8, 8))])
-  with pytest.raises(ValueError, match="config.reduce has no component 'langage'"):
+  with pytest.raises(ValueError, match=r"config\.reduce has no component 'langage'"):
     model.generate('w5', reduce={'langage': {'method': 'fastv'}})
 
 
