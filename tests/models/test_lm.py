@@ -100,7 +100,7 @@ def test_decoding_after_a_cut_equals_one_longer_prompt(method, site, positions):
 
 
 def test_restarting_equals_a_prompt_of_what_is_left():
-  lm = planned(visual=0, of='text', positions='restart', keep=7, layers=2, site='before')
+  lm = planned(visual=0, token_kinds='text', positions='restart', keep=7, layers=2, site='before')
   kept = jax.jit(lm.apply)(variables(), ids()[:, :PROMPT])[1]['cuts'][2]
   left = np.asarray(kept.owner) >= 0
   shorter = jnp.asarray(np.asarray(ids()[:, :PROMPT])[left].reshape(3, 7))
@@ -185,7 +185,7 @@ def test_compacted_keys_are_those_of_a_prompt_without_gaps(rope):
 
 
 def test_caches_of_restarted_prompts_shrink_too():
-  lm = planned(visual=0, of='text', positions='restart', keep=7, layers=2, site='before')
+  lm = planned(visual=0, token_kinds='text', positions='restart', keep=7, layers=2, site='before')
   lm = with_cache(lm, keep=3)
   assert [(cut.slots_in, cut.slots_out) for cut in lm.cache_plan.cuts] == [(7, 3)] * 3
   _, cache = prefill(lm, ids()[:, :PROMPT])
@@ -253,7 +253,7 @@ def test_padding_of_no_length_changes_which_pairs_merge(padding):
 
 @pytest.mark.parametrize('method', ['tome', 'pitome', 'dpcknn'])
 def test_nothing_later_is_seen_even_through_merging(method):
-  lm = planned(method=method, of=('visual', 'text'), keep=(9, 7), site='between')
+  lm = planned(method=method, token_kinds=('visual', 'text'), keep=(9, 7), site='between')
   x = image_and_text().x[:1]
 
   @jax.jit
@@ -571,7 +571,7 @@ def test_prompts_that_do_not_fit_are_worded_errors(tokens, valid, message):
 
 def test_plans_for_other_prompts_are_worded_errors():
   with pytest.raises(ValueError, match='the plan is for prompts of 12 slots, not 11'):
-    planned(visual=0, of='text').apply(variables(), ids()[:, :11])
+    planned(visual=0, token_kinds='text').apply(variables(), ids()[:, :11])
   with pytest.raises(ValueError, match='is for 12 slots in layer 0, which sees 11'):
     prefill(with_cache(keep=5), ids()[:, :11])
 
