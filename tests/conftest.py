@@ -1,17 +1,17 @@
 """Every test runs on CPU, under strict shapes; warnings are errors (pyproject.toml)."""
 
-import importlib.metadata
 import os
 import pathlib
 
+import jaxlib.version
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Compiling is most of the time these tests take; a good part of it is optimising what runs once.
-FLAGS = ['--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true',
-         '--xla_cpu_parallel_codegen_split_count=1']
 # The older emitters compile these small programs in two thirds of the time; newer XLA lacks them.
-if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):
-  FLAGS.append('--xla_cpu_use_fusion_emitters=false')
-os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), *FLAGS))
+os.environ['XLA_FLAGS'] = ' '.join((
+    os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true', '--xla_cpu_parallel_codegen_split_count=1',
+    *['--xla_cpu_use_fusion_emitters=false'] * (jaxlib.version.__version_info__ < (0, 11))))
 
 import hypothesis
 import jax

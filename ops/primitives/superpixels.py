@@ -98,22 +98,22 @@ def soft_clusters(x: Array, inside: Array, near: Array, among: Array, *, iterati
   start = (inside & among[:, None]).astype(jnp.float32)
   start = jnp.where(jnp.any(start > 0, axis=2, keepdims=True), _mean(start), fallback)
 
-  # Around the mean numbers are smaller, and so is what rounding leaves of their differences.
-  count = jnp.maximum(jnp.sum(among, axis=1), 1)[:, None, None]
-  around = jnp.where(among[:, :, None], x - jnp.sum(x, axis=1, keepdims=True) / count, 0.0)
   # A centre is a mean of tokens, so its products with tokens, and with itself, are means of theirs.
   # Where the tokens are no more than twice as many as their features, that is less work a round.
   products = None
   if x.shape[1] <= 2 * x.shape[2]:
+    # Around the mean numbers are smaller, and so is what rounding leaves of their differences.
+    count = jnp.maximum(jnp.sum(among, axis=1), 1)[:, None, None]
+    around = x - jnp.sum(x, axis=1, keepdims=True) / count
     products = jnp.einsum('bnd,bmd->bnm', around, around, precision='highest')
 
   def nearness(weights: Array) -> Array:
     # Squared distances, negative, but for each token's own length: the softmax over clusters is the
     # same without, and half as far off in float32, which that length would use up.
     if products is None:
-      centres = jnp.einsum('bkn,bnd->bkd', weights, around, precision='highest')
+      centres = jnp.einsum('bkn,bnd->bkd', weights, x, precision='highest')
       lengths = jnp.sum(centres * centres, axis=2)[:, :, None]
-      return 2 * jnp.einsum('bkd,bnd->bkn', centres, around, precision='highest') - lengths
+      return 2 * jnp.einsum('bkd,bnd->bkn', centres, x, precision='highest') - lengths
     with_centres = jnp.einsum('bkn,bnm->bkm', weights, products, precision='highest')
     return 2 * with_centres - jnp.sum(with_centres * weights, axis=2, keepdims=True)
 
