@@ -61,7 +61,7 @@ def test_the_tables_equal_their_generators():
                                   'results/README.md'])
 def test_relative_links_lead_to_files(name):
   file = ROOT / name
-  targets = re.findall(r'\]\((?!https?://|#)([^)#\s]+)', file.read_text())
+  targets = re.findall(r'(?:\]\(|src=")(?!https?://|#)([^)#"\s]+)', file.read_text())
   assert not [target for target in targets if not (file.parent / target).exists()]
 
 
