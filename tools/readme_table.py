@@ -5,14 +5,65 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from models import families
 from models.catalogue import entries
 
 README = pathlib.Path(__file__).parent.parent / 'README.md'
 PAPERS = 'https://arxiv.org/abs/'
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """Describes a row of the table of backbones.
+
+  Attributes:
+    title: as the family is called.
+    prefixes: of its names.
+    file: in models/backbones/.
+    names: of families.py, other families' too.
+    checkpoints: libraries with layouts of it that tests/models/ loads.
+    errors: the bounds of tests/models/test_parity*.py on layers and on outputs.
+  """
+
+  title: str
+  prefixes: tuple[str, ...]
+  file: str
+  names: Mapping[str, Any]
+  checkpoints: str = 'timm, transformers'
+  errors: str = '3e-5, 1e-5'
+
+
+_lm = functools.partial(Family, file='lm.py', names=families.LMS, checkpoints='transformers',
+                        errors='1e-4, 1e-4')
+_vlm = functools.partial(Family, file='vlm.py', names=families.VLMS, checkpoints='transformers',
+                         errors='1e-4, 1e-4')
+FAMILIES = (
+    Family('ViT', (), 'vit.py', {}),
+    Family('DeiT', ('deit_',), 'vit.py', families.NAMED),
+    Family('MAE', ('mae_',), 'vit.py', families.NAMED),
+    Family('DINOv2', ('dinov2_',), 'vit.py', families.NAMED),
+    Family('CLIP, the image tower or both', ('clip_',), 'clip.py', families.NAMED),
+    Family('SigLIP, the image tower or both', ('siglip_',), 'clip.py', families.NAMED),
+    Family('SigLIP 2, the image tower or both', ('siglip2_',), 'clip.py', families.NAMED,
+           'transformers'),
+    _lm('Llama 2', ('llama2_',)),
+    _lm('Vicuna', ('vicuna_',)),
+    _lm('Llama 3', ('llama3_', 'llama3.')),
+    _lm('Mistral', ('mistral_',)),
+    _lm('Qwen2', ('qwen2_', 'qwen2.5_')),
+    _lm('Qwen3', ('qwen3_',)),
+    _vlm('LLaVA-1.5', ('llava1.5_',)),
+    _vlm('LLaVA-NeXT', ('llava1.6_',)),
+    _vlm('LLaVA-OneVision', ('llava_onevision_',)),
+    _vlm('Qwen2-VL', ('qwen2_vl_',)),
+    _vlm('Qwen2.5-VL', ('qwen2.5_vl_',)),
+)
+
 
 
 def methods_table() -> str:
@@ -28,19 +79,25 @@ def methods_table() -> str:
 
 
 def backbones_table() -> str:
-  """Returns one row a kind of backbone: its file, where its names are used, and the names."""
-  kinds = (
-      ('vision transformers', 'models/backbones/vit.py', families.NAMED),
-      ('pairs of image and text tower', 'models/backbones/clip.py', families.PAIRS),
-      ('language models', 'models/backbones/lm.py', families.LMS),
-      ('vision-language models', 'models/backbones/vlm.py', families.VLMS))
-  rows = ['| kind | file | names in `models/families.py` |', '|---|---|---|']
-  rows += [f'| {kind} | [{file}]({file}) | {_listed(names)} |' for kind, file, names in kinds]
+  """Returns one row a family: its file, its names, what loads, and the greatest error allowed.
+
+  Raises:
+    ValueError: a name of models/families.py that no family has.
+  """
+  rows = ['| family | file | names | checkpoints of | greatest error: layers, outputs |',
+          '|---|---|---|---|---|']
+  listed: set[str] = set()
+  for family in FAMILIES:
+    names = [name for name in family.names if name.startswith(family.prefixes)]
+    listed |= set(names)
+    named = ', '.join(f'`{name}`' for name in names) or 'size and patch, as `S/16`'
+    rows.append(f'| {family.title} | [{family.file}](models/backbones/{family.file}) | {named} | '
+                f'{family.checkpoints} | {family.errors} |')
+  left = set().union(*(family.names for family in FAMILIES)) - listed
+  if left:
+    raise ValueError(f'{", ".join(sorted(left))} of models/families.py is in no family of '
+                     'FAMILIES: add its prefix')
   return '\n'.join(rows)
-
-
-def _listed(names: Iterable[str]) -> str:
-  return ', '.join(f'`{name}`' for name in names)
 
 
 TABLES: dict[str, Callable[[], str]] = {'methods': methods_table, 'backbones': backbones_table}

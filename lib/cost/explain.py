@@ -2,7 +2,7 @@
 
   print(describe(make_vit('deit_s16'), reduce={'vision': {'method': 'tome', 'remove': 13}}))
   print(describe(make_vlm('llava1.5_7b'), prompt=36, layout=(1, 1, 576), reduce={
-      'language': {'method': 'fastv', 'of': 'visual', 'layers': 2, 'keep_ratio': 0.5}}))
+      'language': {'method': 'fastv', 'token_kinds': 'visual', 'layers': 2, 'keep_ratio': 0.5}}))
 
 Nothing is compiled and no parameters are made. What is printed is counted in vit.py, lm.py and
 vlm.py.

@@ -1,7 +1,7 @@
 """Backbones against the reference libraries: every hidden state within 3e-5, outputs within 1e-5.
 
-tools/make_parity.py wrote golden/parity/ with timm and the transformers library; every parameter of
-those tiny models is random. Errors are printed as a table when the tests end.
+tools/make_parity.py wrote tests/fixtures/parity/ with timm and the transformers library;
+every parameter of those tiny models is random. Errors are printed as a table when the tests end.
 """
 
 

@@ -1,7 +1,7 @@
 """Vision-language models against the transformers library, from pixels to generated tokens.
 
-tools/make_parity_vlm.py wrote golden/parity_vlm/: five families, a batch of one row, and one of
-three (an image; text alone; two images of different sizes) padded on the left.
+tools/make_parity_vlm.py wrote tests/fixtures/parity_vlm/: five families, a batch of one row,
+and one of three (an image; text alone; two images of different sizes) padded on the left.
 """
 
 import functools
