@@ -28,7 +28,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from configs.common import reduction
+from configs.parts import reduction
 from lib import architecture
 from lib.architecture import Source
 from lib.cost.explain import describe

@@ -31,7 +31,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 from PIL import Image
 
-from configs.common import reduction
+from configs.parts import reduction
 from lib import assistant
 from lib.assistant import Assistant
 from lib.data import qa as qa_data
