@@ -9,7 +9,8 @@ import pytest
 
 from models.compressors.textmonkey_resampler import TextMonkeyResampler
 from ops import tokens as tk
-from ops.reducers.projector.textmonkey import TextMonkey, repeated
+from ops.primitives.farthest import largest_later_cosine
+from ops.reducers.projector.textmonkey import TextMonkey
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -37,7 +38,8 @@ def test_repetition_is_the_same_in_chunks(chunk):
   vectors = x / np.linalg.norm(x, axis=2, keepdims=True)
   scores = np.einsum('bnd,bmd->bnm', vectors, vectors)
   scores = np.where(np.triu(np.ones((50, 50), bool), 1) & among[:, None], scores, -2)
-  found = repeated(jnp.asarray(x), jnp.asarray(np.repeat(among, len(x), axis=0)), chunk=chunk)
+  among = jnp.asarray(np.repeat(among, len(x), axis=0))
+  found = largest_later_cosine(jnp.asarray(x), among, chunk=chunk)
   np.testing.assert_allclose(found, scores.max(axis=2), atol=1e-6, rtol=0)
 
 
