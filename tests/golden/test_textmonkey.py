@@ -1,11 +1,11 @@
 """TextMonkey's filter and resampler against their authors' code: exact indices, 1e-5 for floats."""
 
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import recorded
 
 from models.compressors.textmonkey_resampler import TextMonkeyResampler
 from ops import tokens as tk
@@ -14,12 +14,9 @@ from ops.reducers.projector.textmonkey import TextMonkey
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'vlm_pre'
-
 
 def load(name):
-  with np.load(FOLDER / f'textmonkey_{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'vlm_pre/textmonkey_{name}')
 
 
 @pytest.mark.parametrize('case', [0, 1])
