@@ -5,6 +5,7 @@ Axes: I images, K texts (classes), T tokens of a text, P features that both towe
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT, make_vit
 from models.families import PAIRS
-from ops import choices
 from ops.primitives.match import l2_normalize
 
 Array = jax.Array
@@ -89,7 +89,10 @@ def make_clip(variant: str, *, image: dict[str, Any] | None = None,
   Raises:
     ValueError: for an unknown name.
   """
-  choices.check('pair ', variant, PAIRS)
+  if variant not in PAIRS:
+    near = difflib.get_close_matches(variant, PAIRS, n=1)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    raise ValueError(f'pair {variant!r} is unknown{hint}: choose one of {", ".join(PAIRS)}')
   pair = PAIRS[variant]
   return Clip(make_vit(variant, **(image or {})), Text(**(pair['text'] | (text or {}))),
               pair['bias'])
