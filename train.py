@@ -124,8 +124,7 @@ def run(config, workdir, *, first):
                             learner.unreduced(template.ema), learner.score)
 
   # Resume: 1. the newest checkpoint that can be read, 2. its state, 3. its place in the data,
-  # 4. else a fresh state, 5. with another run's parameters or pretrained ones where the config
-  # names some.
+  # 4. else a fresh state.
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=learner.score)
   found = checkpoints.restore(parts(template))
@@ -134,18 +133,7 @@ def run(config, workdir, *, first):
     state = saved['state'].replace(ema=saved['ema'])
     iterator.set_state(position)
   else:
-    begun = loaded = None
-    if config.get('start'):
-      begun = parameters_of('start', config.start, template.ema, learner.score)
-    else:
-      loaded = learner.pretrained()
-    start, state = 0, jax.jit(made.init, out_shardings=made.places)(key)
-    if begun:
-      state = state.replace(params=begun, ema=jax.tree.map(jnp.copy, begun))
-    elif loaded:
-      # Made twice: one of them is donated in every step.
-      state = state.replace(params=weights.merge_params(state.params, loaded),
-                            ema=weights.merge_params(state.ema, loaded))
+    start, state = 0, fresh_state(config, made, template, key)
   if first:
     (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
     print(learner.summary, end='', flush=True)
@@ -196,6 +184,30 @@ def run(config, workdir, *, first):
     print(json.dumps({'step': int(state.step), **scores,
                       'train_seconds': round(meter.seconds, 1)}))
   return not stopping
+
+
+def fresh_state(config, made, template, key):
+  """Makes a State at step 0, of new parameters, another run's or pretrained ones.
+
+  Args:
+    config: as of `run`.
+    made: its Setup.
+    template: shapes of a State, placed.
+    key: of initial parameters.
+  """
+  begun = loaded = None
+  if config.get('start'):
+    begun = parameters_of('start', config.start, template.ema, made.learner.score)
+  else:
+    loaded = made.learner.pretrained()
+  state = jax.jit(made.init, out_shardings=made.places)(key)
+  # Two copies in both cases: the parameters are donated in every step.
+  if begun:
+    state = state.replace(params=begun, ema=jax.tree.map(jnp.copy, begun))
+  elif loaded:
+    state = state.replace(params=weights.merge_params(state.params, loaded),
+                          ema=weights.merge_params(state.ema, loaded))
+  return state
 
 
 def update(loss, optimizer, settings, schedule, state, batch, key, teacher):

@@ -25,7 +25,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from adapters.common import BUCKETS, Answerer, Question, Settings
+from adapters.answerer import BUCKETS, Answerer, Question, Settings
 
 
 @register_model('winnow')
@@ -33,7 +33,7 @@ class WinnowLM(TemplateLM):
   """Runs a model by its folder.
 
   Args:
-    path, reduce, dtype, data_dir: as of `adapters.common.Answerer`.
+    path, reduce, dtype, data_dir: as of `adapters.answerer.Answerer`.
     batch_size: rows of a batch; 'auto' is 8.
     buckets: lengths that prompts are padded to, as '64:256:1024'.
     new_tokens: the most to decode where a task does not say.

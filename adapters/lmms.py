@@ -22,7 +22,7 @@ from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
-from adapters.common import BUCKETS, Answerer, Question, Settings
+from adapters.answerer import BUCKETS, Answerer, Question, Settings
 
 NAME = 'winnow'
 
@@ -31,7 +31,7 @@ class WinnowLMM(lmms):
   """Runs a model by its folder.
 
   Args:
-    path, reduce, dtype, data_dir: as of `adapters.common.Answerer`.
+    path, reduce, dtype, data_dir: as of `adapters.answerer.Answerer`.
     batch_size: rows of a batch.
     buckets: lengths that prompts are padded to, as '64:256:1024'.
     new_tokens: the most to decode where a task does not say.

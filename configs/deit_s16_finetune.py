@@ -16,7 +16,7 @@ Cost: not measured here; 30 epochs of ImageNet-1k. Expected: not measured here; 
 
 import ml_collections
 
-from configs.common import VIT_SHARDING, data, image_model, mesh, reduction
+from configs.parts import VIT_SHARDING, data, image_model, mesh, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ Expected: 79.8 % without reduction, as published (DeiT, arXiv:2012.12877).
 
 import ml_collections
 
-from configs.common import VIT_SHARDING, data, image_model, mesh, reduction
+from configs.parts import VIT_SHARDING, data, image_model, mesh, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:

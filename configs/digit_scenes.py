@@ -25,7 +25,7 @@ test questions after 1,500 steps, and fewer from then on.
 
 import ml_collections
 
-from configs.common import VLM_SHARDING, mesh, questions, reduction
+from configs.parts import VLM_SHARDING, mesh, questions, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:

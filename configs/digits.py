@@ -13,7 +13,7 @@
 
 import ml_collections
 
-from configs.common import VIT_SHARDING, data, image_model, mesh, reduction
+from configs.parts import VIT_SHARDING, data, image_model, mesh, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:

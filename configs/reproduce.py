@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import VIT_SHARDING, data, image_model, mesh, reduction
+from configs.parts import VIT_SHARDING, data, image_model, mesh, reduction
 from ops import choices
 
 # How evaluation images are made, of each family's release.

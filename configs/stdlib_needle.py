@@ -24,7 +24,7 @@ fourth command, from runs/needle_5 and with data.name=stdlib_needle/1k_mixed.
 
 import ml_collections
 
-from configs.common import LM_SHARDING, mesh, questions, reduction
+from configs.parts import LM_SHARDING, mesh, questions, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ Expected: 2.703 GMACs of 4.599 (ToMe, arXiv:2210.09461, gives 2.7 and 1.64 times
 
 import ml_collections
 
-from configs.common import image_model, reduction
+from configs.parts import image_model, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:

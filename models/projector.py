@@ -1,6 +1,6 @@
 """The projector between a vision tower and a language model, and the reduction of its tokens.
 
-`with_projector_reduction` resolves `config.reduce.projector`, and `reduce_visual` applies it.
+models/reduce_config.py resolves `config.reduce.projector`, and `reduce_visual` applies it.
 
 Axes: B batch, I images of a row, V visual tokens of an image, M visual tokens after the reduction,
 W width of the tower, D width of the language model, H heads.
@@ -9,24 +9,20 @@ W width of the tower, D width of the language model, H heads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from models.blocks import ACTIVATIONS, dense
-from models.plan import Plan, make_plan, reduction_settings
-from ops import assignments, choices
+from models.plan import Plan
+from ops import assignments
 from ops import tokens as tk
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.splice import Visual
 from ops.tokens import TokenSet
-
-if TYPE_CHECKING:  # It holds a ProjectorReduction.
-  from models.backbones.vlm import VLM
 
 Array = jax.Array
 
@@ -96,42 +92,6 @@ class ProjectorReduction:
   across: str = 'image'
   order: str = 'raster'
   grid: tuple[int, int] | None = None
-
-
-def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
-  """Returns a model that reduces its visual tokens between projector and language model.
-
-  Args:
-    vlm: the model.
-    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers;
-      and `across` and `order` of `ProjectorReduction`.
-    slots: V, tokens of an image (of all images of a row under across='prompt').
-
-  Raises:
-    ValueError: as `make_plan`; a method that needs what a tower does not offer, or cannot offer
-      under a reduction of its own.
-  """
-  settings = {name: value for name, value in config.items() if value is not None}
-  across, order = settings.pop('across', 'image'), settings.pop('order', 'raster')
-  choices.check('reduce.projector.across=', across, ACROSS)
-  choices.check('reduce.projector.order=', order, ORDERS)
-  settings = reduction_settings(settings)
-  if not settings:
-    return vlm.clone(projector_reduction=None)
-  if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)):
-    raise ValueError('the projector has no layers and no sites: leave site and layers out of '
-                     'reduce.projector')
-  plan = make_plan(settings | {'site': 'after', 'layers': (0,)}, vlm.projector_host(slots))
-  wanted = plan.method.needs & set(FROM_TOWER)
-  tower = vlm.tower
-  if wanted:
-    if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):
-      raise ValueError(f'{plan.name} at the projector reads {", ".join(sorted(wanted))} of the '
-                       f'tower, which {tower.plan.name} reduces: reduce at one of the two places')
-    tower = tower.clone(plan=Plan('record_signals', RecordSignals(frozenset(wanted)), 'after', (),
-                                  watch=(vlm.tower_depth - 1,)))
-  reduction = ProjectorReduction(plan, across, order, vlm.projector_grid(slots))
-  return vlm.clone(tower=tower, projector_reduction=reduction)
 
 
 def reduce_visual(reduction: ProjectorReduction,

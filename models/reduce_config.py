@@ -19,8 +19,8 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.plan import make_cache_plan, make_plan, reduction_settings
-from models.projector import with_projector_reduction
+from models.plan import Plan, make_cache_plan, make_plan, reduction_settings
+from models.projector import ACROSS, FROM_TOWER, ORDERS, ProjectorReduction, RecordSignals
 from ops import choices
 from ops.budgets import Cut
 
@@ -76,6 +76,42 @@ def with_language_plans(lm: LM, *, language: Mapping[str, Any] | None,
   host = lm.host(slots, **counts)
   plan = make_plan(language, host) if language else None
   return lm.clone(plan=plan, cache_plan=make_cache_plan(cache, host, plan=plan) if cache else None)
+
+
+def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
+  """Returns a model that reduces its visual tokens between projector and language model.
+
+  Args:
+    vlm: the model.
+    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers;
+      and `across` and `order` of `ProjectorReduction`.
+    slots: V, tokens of an image (of all images of a row under across='prompt').
+
+  Raises:
+    ValueError: as `make_plan`; a method that needs what a tower does not offer, or cannot offer
+      under a reduction of its own.
+  """
+  settings = {name: value for name, value in config.items() if value is not None}
+  across, order = settings.pop('across', 'image'), settings.pop('order', 'raster')
+  choices.check('reduce.projector.across=', across, ACROSS)
+  choices.check('reduce.projector.order=', order, ORDERS)
+  settings = reduction_settings(settings)
+  if not settings:
+    return vlm.clone(projector_reduction=None)
+  if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)):
+    raise ValueError('the projector has no layers and no sites: leave site and layers out of '
+                     'reduce.projector')
+  plan = make_plan(settings | {'site': 'after', 'layers': (0,)}, vlm.projector_host(slots))
+  wanted = plan.method.needs & set(FROM_TOWER)
+  tower = vlm.tower
+  if wanted:
+    if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):
+      raise ValueError(f'{plan.name} at the projector reads {", ".join(sorted(wanted))} of the '
+                       f'tower, which {tower.plan.name} reduces: reduce at one of the two places')
+    tower = tower.clone(plan=Plan('record_signals', RecordSignals(frozenset(wanted)), 'after', (),
+                                  watch=(vlm.tower_depth - 1,)))
+  reduction = ProjectorReduction(plan, across, order, vlm.projector_grid(slots))
+  return vlm.clone(tower=tower, projector_reduction=reduction)
 
 
 class ModelWithPlans:

@@ -9,6 +9,8 @@ A axes of a position beside its place in the sequence (3 for M-RoPE: time, heigh
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,48 +102,97 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
   ends = jnp.cumsum(count, axis=1, dtype=jnp.int32)
   starts, used = ends - count, ends[:, -1:]
   shift = total - used if side == 'left' else jnp.zeros_like(used)
-
   place = jnp.arange(total, dtype=jnp.int32)[None] - shift
-  real = (place >= 0) & (place < used)
-  # The id that each slot comes from: the first whose end is beyond it.
-  source = jax.vmap(lambda e, p: jnp.searchsorted(e, p, side='right'))(ends, place)
-  source = jnp.clip(source, 0, length - 1).astype(jnp.int32)
-  offset = place - take(starts, source)
-  image, number_here = take(is_image, source) & real, take(number, source)
-  flat = number_here * visual.x.shape[2] + jnp.clip(offset, 0, visual.x.shape[2] - 1)
-  flat = jnp.take_along_axis(picked, flat, axis=1)
-
-  def mixed(text: Array, values: Array) -> Array:
-    """Text's values where there is text, images' where there are images."""
-    values = take(values.reshape(batch, -1, *values.shape[3:]), flat).astype(text.dtype)
-    choose = image.reshape(image.shape + (1,) * (values.ndim - 2))
-    return jnp.where(choose, values, take(text, source))
-
-  def hidden(values: Array) -> Array:
-    return jnp.where(real.reshape(real.shape + (1,) * (values.ndim - 2)), values, 0)
-
-  def beside(values: Array) -> Array:
-    return hidden(mixed(jnp.zeros((batch, length, *values.shape[3:]), values.dtype), values))
-
-  kinds = jnp.full(visual.x.shape[:3], VISUAL, jnp.int8) if visual.kind is None else visual.kind
-  kind = mixed(jnp.full((batch, length), TEXT, jnp.int8), kinds)
-  lacking = images * each - jnp.sum(image, axis=1, keepdims=True)
-  filler = ~real & (jnp.cumsum(~real, axis=1) <= lacking)
-  kind = jnp.where(real, kind, jnp.where(filler, VISUAL, TEXT)).astype(jnp.int8)
-  pos = jnp.maximum(place, 0)
+  source = _sources(place, starts, ends, used, is_image, number, picked, visual.x.shape[2])
+  kind, pos = _kinds(visual, source, images * each), jnp.maximum(place, 0)
   if visual.axes is not None:
     extent = counts if visual.extent is None else visual.extent
     step = jnp.where(is_image, jnp.take_along_axis(extent, number, axis=1), count)
-    base = jnp.cumsum(step, axis=1, dtype=jnp.int32) - step
-    width = visual.axes.shape[-1]
-    along = mixed(jnp.zeros((batch, length, width), jnp.int32), visual.axes)
-    along = hidden(along + take(base, source)[..., None])
+    along = _positions(visual.axes, step, source)
     pos = jnp.concatenate([pos[..., None], along], axis=-1)
-  stats = {'group': jnp.where(image, number_here, -1),
-           **{name: beside(values) for name, values in visual.stats.items()}}
-  tokens = TokenSet.create(hidden(mixed(embedded, visual.x)), pos=pos, kind=kind, valid=real,
-                           stats=stats, padding='last' if side == 'right' else 'anywhere')
+  stats = {'group': jnp.where(source.image, source.number, -1),
+           **{name: source.visual_alone(values) for name, values in visual.stats.items()}}
+  tokens = TokenSet.create(source.hidden(source.mixed(embedded, visual.x)), pos=pos, kind=kind,
+                           valid=source.real, stats=stats,
+                           padding='last' if side == 'right' else 'anywhere')
   return tokens, jnp.where(count > 0, starts + shift, total)
+
+
+class _Sources(NamedTuple):
+  """Where each slot of a sequence comes from.
+
+  Attributes:
+    real: bool[B, N].
+    ids: int32[B, N], the id: an image's placeholder for its tokens.
+    image: bool[B, N], whether it is a token of an image.
+    number: int32[B, N], which image's.
+    flat: int32[B, N], the token among the row's I * V.
+    length: T.
+  """
+
+  real: Array
+  ids: Array
+  image: Array
+  number: Array
+  flat: Array
+  length: int
+
+  def mixed(self, text: Array, values: Array) -> Array:
+    """Text's values where there is text, images' where there are images."""
+    values = values.reshape(values.shape[0], -1, *values.shape[3:])
+    values = take(values, self.flat).astype(text.dtype)
+    choose = self.image.reshape(self.image.shape + (1,) * (values.ndim - 2))
+    return jnp.where(choose, values, take(text, self.ids))
+
+  def hidden(self, values: Array) -> Array:
+    """Values, 0 for padding."""
+    return jnp.where(self.real.reshape(self.real.shape + (1,) * (values.ndim - 2)), values, 0)
+
+  def visual_alone(self, values: Array) -> Array:
+    """Images' values, 0 for text and padding."""
+    text = jnp.zeros((values.shape[0], self.length, *values.shape[3:]), values.dtype)
+    return self.hidden(self.mixed(text, values))
+
+
+def _sources(place: Array, starts: Array, ends: Array, used: Array, is_image: Array, number: Array,
+             picked: Array, each: int) -> _Sources:
+  """Finds where each slot comes from.
+
+  Args:
+    place: int32[B, N], of each slot among the row's real tokens.
+    starts, ends: int32[B, T], the place of each id's first token, and of the first after its last.
+    used: int32[B, 1], real tokens.
+    is_image, number: bool and int32[B, T], whether an id is a placeholder, and of which image.
+    picked: int32[B, I * V], as `_compact` gives it.
+    each: V.
+  """
+  real = (place >= 0) & (place < used)
+  # The id that each slot comes from: the first whose end is beyond it.
+  ids = jax.vmap(lambda e, p: jnp.searchsorted(e, p, side='right'))(ends, place)
+  ids = jnp.clip(ids, 0, starts.shape[1] - 1).astype(jnp.int32)
+  offset = place - take(starts, ids)
+  image, number = take(is_image, ids) & real, take(number, ids)
+  flat = number * each + jnp.clip(offset, 0, each - 1)
+  flat = jnp.take_along_axis(picked, flat, axis=1)
+  return _Sources(real, ids, image, number, flat, starts.shape[1])
+
+
+def _kinds(visual: Visual, source: _Sources, visuals: int) -> Array:
+  """int8[B, N], the kinds of slots; padding is VISUAL as far as a row lacks visual tokens."""
+  kinds = jnp.full(visual.x.shape[:3], VISUAL, jnp.int8) if visual.kind is None else visual.kind
+  text = jnp.full((len(source.real), source.length), TEXT, jnp.int8)
+  kind = source.mixed(text, kinds)
+  lacking = visuals - jnp.sum(source.image, axis=1, keepdims=True)
+  filler = ~source.real & (jnp.cumsum(~source.real, axis=1) <= lacking)
+  return jnp.where(source.real, kind, jnp.where(filler, VISUAL, TEXT)).astype(jnp.int8)
+
+
+def _positions(axes: Array, step: Array, source: _Sources) -> Array:
+  """int32[B, N, A], positions along axes; `step` int32[B, T] is how far each id moves them on."""
+  base = jnp.cumsum(step, axis=1, dtype=jnp.int32) - step
+  text = jnp.zeros((len(axes), source.length, axes.shape[-1]), jnp.int32)
+  along = source.mixed(text, axes)
+  return source.hidden(along + take(base, source.ids)[..., None])
 
 
 def _compact(visual: Visual) -> tuple[Array, Array]:

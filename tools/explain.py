@@ -26,9 +26,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import config_flags
 
-from configs.common import reduction
+from configs.parts import reductions
 from lib import architecture
 from lib.architecture import Source
 from lib.cost.explain import describe
@@ -47,16 +47,6 @@ IMAGE_SIZE = flags.DEFINE_list('image_size', None, 'Height,width of each image i
 DTYPE = flags.DEFINE_string('dtype', 'bfloat16', "Of a family's or a checkpoint's parameters and "
                             'products: float32 or bfloat16.')
 TRACE = flags.DEFINE_bool('trace', True, "Whether to count the method's own products.")
-
-
-def reductions() -> ConfigDict:
-  """Returns what --reduce can set; a method '' leaves a place to the config."""
-  unset = config_dict.placeholder
-  return ConfigDict({
-      'vision': reduction(''),
-      'projector': reduction('', across=unset(str), order=unset(str)),
-      'language': reduction(''),
-      'cache': reduction('')})
 
 
 def main(argv: Sequence[str]) -> None:

@@ -28,10 +28,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import config_flags
 from PIL import Image
 
-from configs.common import reduction
+from configs.parts import reductions
 from lib import assistant
 from lib.assistant import Assistant
 from lib.data import qa as qa_data
@@ -70,17 +70,6 @@ SHOW = flags.DEFINE_string('show', None, 'Where to draw what is left of the imag
 # Reductions that act on patches, so that a picture shows them.
 DRAWN = ('vision', 'projector', 'language')
 MOST_LINES = 8
-
-
-def reductions() -> ConfigDict:
-  """Returns the settings of --reduce; a method '' leaves a place to the run's own config."""
-  unset = config_dict.placeholder
-  return ConfigDict({
-      'vision': reduction(''),
-      'projector': reduction('', across=unset(str), order=unset(str)),
-      'language': reduction(''),
-      'cache': reduction('')})
-
 
 REDUCE = config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by place.')
 

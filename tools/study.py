@@ -34,7 +34,7 @@ from matplotlib.ticker import FuncFormatter
 from ml_collections import ConfigDict
 
 import train
-from configs.common import reduction
+from configs.parts import reduction
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
 from lib.report import measuring, plots, tables

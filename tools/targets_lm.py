@@ -40,7 +40,7 @@ import optax
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from configs.common import VLM_SHARDING
+from configs.parts import VLM_SHARDING
 from lib.cost import hlo
 from lib.cost import lm as lm_cost
 from lib.cost.topology import MEMORY_GB, count, missing, topology_mesh

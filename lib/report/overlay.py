@@ -327,14 +327,9 @@ def _draw(rows: Sequence[Row], layers: Sequence[int], grid: tuple[int, int], pat
 def _figure(rows: Sequence[Row], table: Sequence[Sequence[Groups]], before: Groups,
             headings: Sequence[str], path: str | Path, title: str) -> Path:
   """Lays out rows in pixels, so that every cell is the same and nothing is resampled or cut off."""
-  if not rows:
-    raise ValueError('nothing to draw: give at least one image and one method')
+  height, width = _image_size(rows)
   figure = Figure(dpi=DPI)
   FigureCanvasAgg(figure)
-  shapes = {row.image.shape[:2] for row in rows}
-  if len(shapes) > 1:
-    raise ValueError(f'images of different sizes {sorted(shapes)} cannot share a figure')
-  height, width = shapes.pop()
   scale = max(1, round(SIDE / max(height, width)))
   high, wide = height * scale, width * scale
 
@@ -361,15 +356,7 @@ def _figure(rows: Sequence[Row], table: Sequence[Sequence[Groups]], before: Grou
   for number, (row, states) in enumerate(zip(rows, table, strict=True)):
     y = top + header + number * (caption + high + GAP)
     names[number].set_position(place(left - GAP, y + caption + high / 2))
-    ground = row.image if row.ground is None else row.ground
-    cells = [(f'{before.tokens} tokens',
-              composite(row.image, before.labels, before.merged, scale=scale))]
-    cells += [('', composite(picture, before.labels, before.merged, scale=scale))
-              for picture in row.beside.values()]
-    cells += [(f'{state.tokens} tokens',
-               composite(ground, state.labels, state.merged, scale=scale, line=LINE))
-              for state in states]
-    for column, (words, picture) in enumerate(cells):
+    for column, (words, picture) in enumerate(_cells(row, before, states, scale)):
       x = left + column * (wide + GAP)
       figure.text(*place(x, y + caption - _points(5)), words, fontsize=CAPTION, color='#444444')
       _show(figure, picture, x / total_wide, 1 - (y + caption + high) / total_high,
@@ -379,6 +366,34 @@ def _figure(rows: Sequence[Row], table: Sequence[Sequence[Groups]], before: Grou
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path)
   return path
+
+
+def _image_size(rows: Sequence[Row]) -> tuple[int, int]:
+  """Returns (height, width) of the images.
+
+  Raises:
+    ValueError: there are none, or they differ in size.
+  """
+  if not rows:
+    raise ValueError('nothing to draw: give at least one image and one method')
+  shapes = {row.image.shape[:2] for row in rows}
+  if len(shapes) > 1:
+    raise ValueError(f'images of different sizes {sorted(shapes)} cannot share a figure')
+  return shapes.pop()
+
+
+def _cells(row: Row, before: Groups, states: Sequence[Groups],
+           scale: int) -> list[tuple[str, Array]]:
+  """Draws the cells of a row, each under its caption: the image, others of it, and its states."""
+  ground = row.image if row.ground is None else row.ground
+  cells = [(f'{before.tokens} tokens',
+            composite(row.image, before.labels, before.merged, scale=scale))]
+  cells += [('', composite(picture, before.labels, before.merged, scale=scale))
+            for picture in row.beside.values()]
+  cells += [(f'{state.tokens} tokens',
+             composite(ground, state.labels, state.merged, scale=scale, line=LINE))
+            for state in states]
+  return cells
 
 
 def _points(size: float) -> int:

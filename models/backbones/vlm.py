@@ -8,8 +8,8 @@ feature stands in the sequence is data (`Images`), made on the host by lib/data/
 INTERFACE
   vlm = make_vlm('llava1.5_7b')        # models/checkpoints/vlm_config.py; or from_config(json)
   vlm = vlm.clone(tower=vlm.tower.clone(plan=...), lm=vlm.lm.clone(plan=...))
-  vlm = with_projector_reduction(vlm, config.reduce.projector, slots=576)  # models/projector.py
-  vlm = with_plans(vlm, **config.reduce)(slots, images.layout)     # models/reduce_config.py, or all
+  vlm = with_projector_reduction(vlm, config.reduce.projector, slots=576)  # models/reduce_config.py
+  vlm = with_plans(vlm, **config.reduce)(slots, images.layout)             # there too: all of them
   logits, out = vlm.apply({'params': p}, ids, valid, images)
   logits, cache = vlm.apply({'params': p}, ids, valid, images, room=64, method='prefill')
   logits, cache = vlm.apply({'params': p}, next_ids, cache, method='decode')
@@ -89,7 +89,7 @@ class VLM(nn.Module):
     projection: activation of a `Projector`, '' for a tower that ends in the language model's width.
     newline: whether there is a learned feature that ends a row of patches.
     projector_reduction: how to reduce visual tokens after the projector, or None; made by
-      `models.projector.with_projector_reduction`.
+      `models.reduce_config.with_projector_reduction`.
     pad_side: where the padding of a sequence goes.
     patch_labels: number of labels of a patch, which a linear probe on the tower's features
       predicts, to train the tower beside the answers; 0 for none.

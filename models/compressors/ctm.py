@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.primitives.cluster import average_clusters, density_clusters
 from ops.reducers.base import Reducer
-from ops.reducers.vision.dpcknn import average, density_clusters
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -39,4 +39,4 @@ class CTM(Reducer, nn.Module):
                      name='score')(tokens.x)[..., 0]
     # Before the exponential: what padding and protected tokens hold may overflow it.
     weight = jnp.exp(jnp.where(tokens.free, score, 0.0))
-    return average(tokens, src, dst, weight, smoothing=self.smoothing)
+    return average_clusters(tokens, src, dst, weight, smoothing=self.smoothing)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
 from ops.attention import HIDDEN_LOGIT
+from ops.primitives.farthest import largest_later_cosine
+from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.reducers.projector.textmonkey import TextMonkey
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -39,7 +40,8 @@ class TextMonkeyResampler(Reducer, nn.Module):
 
   @nn.compact
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    answer = TextMonkey()(tokens, signals, num_slots=num_slots)
+    del signals
+    answer = keep_top(tokens, -largest_later_cosine(tokens.x, tokens.free), num_slots=num_slots)
     down = _dense(self.width, 'downsample')(tokens.x)
     free, chosen = tokens.free, take(tokens.free, answer.src)
     seen = Attention(self.width, self.heads, self.head_dim, name='attention')(

@@ -1,8 +1,9 @@
 """Clustering of tokens: density peaks, and medoids.
 
-Axes: B batch, N slots, K clusters, D features.
+Axes: B batch, N slots now, M slots after, K clusters, D features.
 
-Everything here decides which token goes where and hands back indices, so no gradient flows.
+All but `average_clusters` decides which token goes where and hands back indices, so no gradient
+flows.
 Slots outside `among` (padding, protected tokens) neither join a cluster nor move one.
 """
 
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import min_and_index
-from ops.assignments import take
-from ops.primitives.select import rank_of, ranks
+from ops.assignments import Merge, take
+from ops.primitives.select import rank_of, ranks, top
+from ops.tokens import TokenSet
 
 Array = jax.Array
 
@@ -75,6 +77,38 @@ def nearest(distance: Array, centres: Array, is_open: Array) -> Array:
   joined = jnp.where(jnp.any(is_open, axis=1, keepdims=True), joined, clusters)
   own = ranks(centres, slots)
   return jnp.where(own < clusters, own, joined)
+
+
+def density_clusters(tokens: TokenSet, *, num_slots: int, neighbours: int,
+                     noise: Array | None = None) -> tuple[Array, Array]:
+  """Groups the free tokens around density peaks.
+
+  Args:
+    tokens: N slots.
+    num_slots: M, groups wanted; protected tokens are groups of their own and lead.
+    neighbours, noise: see `peaks`.
+
+  Returns:
+    (src, dst): int32[B, M] the centre of each group, the best first, and int32[B, N] the group of
+    each slot, M for padding.
+  """
+  distance = distances(tokens.x) * tokens.x.shape[2] ** -0.5
+  scores = peaks(distance, tokens.free, neighbours=neighbours, noise=noise)
+  centres = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
+  group = nearest(distance, centres, take(tokens.free, centres))
+  return centres, jnp.where(tokens.real, group, num_slots)
+
+
+def average_clusters(tokens: TokenSet, src: Array, dst: Array, weight: Array, *,
+                     smoothing: float) -> Merge:
+  """Averages the groups of `density_clusters`, weighted by float[B, N]; protected tokens stay."""
+  weight = jnp.where(tokens.free, weight, tokens.fixed).astype(jnp.float32)
+  merge = Merge.mean(src, dst, weight)
+  if not smoothing:
+    return merge
+  total = merge.totals(weight)
+  shrink = take(total / (total + smoothing), jnp.minimum(dst, src.shape[1] - 1))
+  return merge.replace(weight=jnp.where(tokens.free, merge.weight * shrink, merge.weight))
 
 
 def medoids(distance: Array, seeds: Array, weight: Array, among: Array, *,

@@ -5,10 +5,13 @@ Axes: B batch, N slots, D features, C slots compared at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from ops.assignments import take
+from ops.primitives.match import l2_normalize
 
 Array = jax.Array
 
@@ -24,16 +27,22 @@ def largest_cosine(vectors: Array, among: Array, *, chunk: int = 64) -> Array:
   Returns:
     float32[B, N], the largest cosine with another slot, -2 where there is none.
   """
-  places = jnp.arange(vectors.shape[1])
+  return _largest_cosine(vectors, among, jnp.not_equal, chunk=chunk)
 
-  def largest(item: tuple[Array, Array]) -> Array:
-    place, row = item
-    scores = jnp.einsum('bd,bnd->bn', row, vectors, precision='highest')
-    return jnp.max(jnp.where(among & (places != place)[None], scores, -2.0), axis=1)
 
-  found = jax.lax.map(largest, (places, vectors.swapaxes(0, 1)),
-                      batch_size=min(chunk, vectors.shape[1]))
-  return found.swapaxes(0, 1)
+def largest_later_cosine(x: Array, among: Array, *, chunk: int = 64) -> Array:
+  """Finds the largest cosine of each token with a later one, C = `chunk` slots at a time.
+
+  Args:
+    x: float[B, N, D].
+    among: bool[B, N], tokens that count.
+    chunk: how many slots are compared with all others at once.
+
+  Returns:
+    float32[B, N], -2 where no token follows.
+  """
+  vectors = jax.lax.stop_gradient(l2_normalize(x))
+  return _largest_cosine(vectors, among, jnp.greater, chunk=chunk)
 
 
 def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
@@ -67,3 +76,18 @@ def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
 
   start = (first, jnp.full(among.shape, -2.0), jnp.full(among.shape, count, jnp.int32))
   return jax.lax.fori_loop(0, count, step, start)[2]
+
+
+def _largest_cosine(vectors: Array, among: Array, counts: Callable[[Array, Array], Array], *,
+                    chunk: int) -> Array:
+  """Finds the largest cosine of each slot with those for which counts(their slot, its slot)."""
+  slots = jnp.arange(vectors.shape[1])
+
+  def largest(item: tuple[Array, Array]) -> Array:
+    slot, row = item
+    scores = jnp.einsum('bd,bnd->bn', row, vectors, precision='highest')
+    return jnp.max(jnp.where(among & counts(slots, slot)[None], scores, -2.0), axis=1)
+
+  found = jax.lax.map(largest, (slots, vectors.swapaxes(0, 1)),
+                      batch_size=min(chunk, vectors.shape[1]))
+  return found.swapaxes(0, 1)

@@ -115,3 +115,31 @@ class ByAttention(Reducer):
   def attention(self, signals: Signals) -> Array:
     """Returns the attention that each token receives, float32[B, H, N]."""
     return signals.cls_attention if self.by == 'cls_attention' else signals.received_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class ByQuantiles(ByAttention):
+  """Samples tokens at quantiles of the attention that they receive; repeats become padding.
+
+  Attributes:
+    points: sample points; None for as many as slots are to be filled. Where more tokens are sampled
+      than fit, the least significant are dropped.
+  """
+
+  points: int | None = None
+  site = 'inside'
+  drops = 'pruning drops tokens'
+  adaptive = 'a token that is sampled twice fills one slot'
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.points is not None and self.points < 1:
+      raise ValueError(f'points={self.points} must be at least 1, or None for as many as fit')
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return super().needs | {'values'}
+
+  def num_points(self, tokens: TokenSet, num_slots: int) -> int:
+    """Returns the number of sample points in a cut that leaves `num_slots` slots."""
+    return max(num_slots - tokens.protected, 1) if self.points is None else self.points

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import assistants, parity_lm
 
-from adapters.common import Answerer, Question, Settings, read_reductions
+from adapters.answerer import Answerer, Question, Settings, read_reductions
 from lib import assistant
 from models.checkpoints.lm_config import from_config
 from models.decoding.sampling import Sampling

@@ -1,7 +1,7 @@
 """What language and vision-language models say to input that cannot be: one line, and a way out.
 
 Settings of plans, shards that are not there and prompts beyond the context are tested where those
-live (tests/models/test_plan.py, test_checkpoints_lm.py, test_generate.py).
+live (tests/models/test_plan.py, test_checkpoints_lm.py, tests/decoding/test_generate.py).
 """
 
 import dataclasses
@@ -25,8 +25,7 @@ from lib.tasks import trained
 from models import checkpoints
 from models.checkpoints.lm_config import from_config
 from models.decoding.generator import Generator
-from models.projector import with_projector_reduction
-from models.reduce_config import with_plans
+from models.reduce_config import with_plans, with_projector_reduction
 
 
 @functools.cache

@@ -4,13 +4,12 @@ Axes: B batch, N slots now, H heads, d features a head.
 """
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import invariants
+from helpers import invariants, recorded
 
 from models.backbones.vit import OFFERS, Block
 from models.plan import Host, make_plan
@@ -21,14 +20,12 @@ from ops.reducers.projector.flowcut import FlowCut, flow, surplus
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'vlm_pre'
 CLOSE = {'atol': 1e-5, 'rtol': 0}
 DEPTH, WIDTH, HEADS, MLP = 8, 24, 3, 32
 
 
 def load(name):
-  with np.load(FOLDER / f'flowcut_{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'vlm_pre/flowcut_{name}')
 
 
 def to_scale(found, expected):

@@ -10,7 +10,8 @@ from helpers import golden_vit
 
 from models.plan import make_plan
 from ops import tokens as tk
-from ops.reducers.vision.ats import ATS, keep_sampled, quantiles, sample, significance
+from ops.primitives.quantiles import keep_sampled
+from ops.reducers.vision.ats import ATS, quantiles, sample, significance
 from ops.reducers.vision.ats_spatial import ATSSpatial, sample_in_order
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet

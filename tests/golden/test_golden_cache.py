@@ -7,11 +7,11 @@ Axes: B batch, N entries, H heads, K kv heads, d features a head.
 """
 
 import functools
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import recorded
 
 from ops import signals
 from ops.reducers.cache.expected_attention import ExpectedAttention, mean_rotation
@@ -24,15 +24,12 @@ from ops.reducers.cache.tova import TOVA
 from ops.rope import Rope
 from ops.tokens import TEXT, TokenSet
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'in_llm'
 N, HEADS, KV, WIDTH = 48, 4, 2, 16
 ROPE = Rope(WIDTH)
 
 
-@functools.cache
 def load(name):
-  with np.load(FOLDER / f'{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'in_llm/{name}')
 
 
 def close(got, want):

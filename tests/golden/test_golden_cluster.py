@@ -7,8 +7,8 @@ from helpers import golden_vit
 
 from models.plan import make_plan
 from ops.primitives import cluster
+from ops.primitives.cluster import average_clusters, density_clusters
 from ops.primitives.select import top
-from ops.reducers.vision.dpcknn import average, density_clusters
 from ops.reducers.vision.kmedoids import KMedoids
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -35,13 +35,13 @@ def test_dpcknn_op(case):
   first = 0 if valid is None else 1
   # Which group a token went to, and its share of it.
   np.testing.assert_array_equal(np.asarray(dst)[real], raw[f'{case}_idx_token'][real])
-  share = average(tokens, src, dst, jnp.asarray(raw[f'{case}_token_weight'][..., 0]),
+  share = average_clusters(tokens, src, dst, jnp.asarray(raw[f'{case}_token_weight'][..., 0]),
                   smoothing=1e-6).weight
   alone = real & (np.asarray(dst) >= first)
   np.testing.assert_allclose(share[alone], raw[f'{case}_agg_weight'][..., 0][alone], **CLOSE)
   for name, weight in (('merged', jnp.asarray(raw[f'{case}_token_weight'][..., 0])),
                        ('merged_equal', tokens.real)):
-    merged = average(tokens, src, dst, weight, smoothing=1e-6).apply(tokens.x)
+    merged = average_clusters(tokens, src, dst, weight, smoothing=1e-6).apply(tokens.x)
     np.testing.assert_allclose(merged[:, first:], raw[f'{case}_{name}'][:, first:], **CLOSE)
 
 

@@ -5,13 +5,12 @@ Exact indices, 1e-5 for floats.
 Axes: B batch, N patches, C crops, D features.
 """
 
-import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import recorded
 
 from ops import tokens as tk
 from ops.primitives import farthest
@@ -25,13 +24,9 @@ from ops.reducers.projector.vtc_cls import VTCCLS
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'vlm_pre'
 
-
-@functools.cache
 def load(name):
-  with np.load(FOLDER / f'{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'vlm_pre/{name}')
 
 
 def close(got, want):

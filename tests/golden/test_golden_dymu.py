@@ -1,13 +1,12 @@
 """DyMU against released outputs: exact indices, floats within 1e-5."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, recorded
 
 from models.plan import make_plan
 from ops import tokens as tk
@@ -17,13 +16,10 @@ from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
 CLOSE = {'atol': 1e-5, 'rtol': 0}
-FOLDER = Path(__file__).parents[1] / 'fixtures' / 'vlm_pre'
 
 
-@functools.cache
 def load(name):
-  with np.load(FOLDER / f'dymu_{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'vlm_pre/dymu_{name}')
 
 
 def prepare(raw):

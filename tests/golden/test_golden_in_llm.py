@@ -5,12 +5,11 @@ Here scores and choices; tests/golden/test_golden_lm_methods.py runs whole model
 Axes: B batch, N slots, V visual tokens, H heads.
 """
 
-import functools
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import recorded
 
 from ops import tokens as tk
 from ops.reducers.language.fastv import FastV
@@ -19,13 +18,9 @@ from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'in_llm'
 
-
-@functools.cache
 def load(name):
-  with np.load(FOLDER / f'{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'in_llm/{name}')
 
 
 def prompt(x, start, visual):

@@ -7,25 +7,21 @@ Axes: B batch, N slots, V visual tokens, H heads, K kv heads, D width.
 """
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import recorded
 
 from models.backbones.lm import LM
 from models.plan import make_cache_plan, make_plan
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'in_llm'
 
-
-@functools.cache
 def load(name):
-  with np.load(FOLDER / f'{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'in_llm/{name}')
 
 
 def close(got, want):

@@ -1,24 +1,22 @@
 """TextMonkey's filter and resampler against their authors' code: exact indices, 1e-5 for floats."""
 
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import recorded
 
 from models.compressors.textmonkey_resampler import TextMonkeyResampler
 from ops import tokens as tk
-from ops.reducers.projector.textmonkey import TextMonkey, repeated
+from ops.primitives.farthest import largest_later_cosine
+from ops.reducers.projector.textmonkey import TextMonkey
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'vlm_pre'
-
 
 def load(name):
-  with np.load(FOLDER / f'textmonkey_{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'vlm_pre/textmonkey_{name}')
 
 
 @pytest.mark.parametrize('case', [0, 1])
@@ -37,7 +35,8 @@ def test_repetition_is_the_same_in_chunks(chunk):
   vectors = x / np.linalg.norm(x, axis=2, keepdims=True)
   scores = np.einsum('bnd,bmd->bnm', vectors, vectors)
   scores = np.where(np.triu(np.ones((50, 50), bool), 1) & among[:, None], scores, -2)
-  found = repeated(jnp.asarray(x), jnp.asarray(np.repeat(among, len(x), axis=0)), chunk=chunk)
+  among = jnp.asarray(np.repeat(among, len(x), axis=0))
+  found = largest_later_cosine(jnp.asarray(x), among, chunk=chunk)
   np.testing.assert_allclose(found, scores.max(axis=2), atol=1e-6, rtol=0)
 
 

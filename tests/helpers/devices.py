@@ -26,7 +26,7 @@ PRELUDE = '''
 import functools, json, re, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from configs import digits
-from configs.common import VIT_SHARDING
+from configs.parts import VIT_SHARDING
 from lib.cost import vit as vit_cost
 from lib.runtime import sharding
 from lib.tasks.image import loss

@@ -1,14 +1,13 @@
 """The tiny ViT of the golden files: weights in our layout, and helpers to compare with them."""
 
 import functools
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from helpers import recorded
 from models.backbones.vit import ViT
 
-FOLDER = Path(__file__).parents[1] / 'fixtures' / 'vit'
 DEPTH, WIDTH, HEADS = 4, 64, 4
 
 
@@ -21,11 +20,9 @@ def close(got, want) -> None:
   np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
 
-@functools.cache
 def load(name: str) -> dict[str, np.ndarray]:
   """All arrays of one golden file."""
-  with np.load(FOLDER / f'{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'vit/{name}')
 
 
 @functools.cache

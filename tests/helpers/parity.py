@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 
+from helpers import recorded
 from models import checkpoints
 from models.backbones.clip import Clip
 from models.backbones.text_tower import Text
@@ -22,10 +23,8 @@ def case(name):
   return json.loads((FOLDER / f'{name}.json').read_text())
 
 
-@functools.cache
 def expected(name):
-  with np.load(FOLDER / f'{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'parity/{name}')
 
 
 def build(name):

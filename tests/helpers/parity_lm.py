@@ -4,9 +4,9 @@ import functools
 import json
 import pathlib
 
-import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from helpers import recorded
 from models import checkpoints
 from models.checkpoints import files
 from models.checkpoints.lm_config import from_config
@@ -20,10 +20,8 @@ def config(name):
   return json.loads((FOLDER / f'{name}.json').read_text())
 
 
-@functools.cache
 def expected(name):
-  with np.load(FOLDER / f'{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'parity/lm/{name}')
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from helpers.parity import CASES, FOLDER, build
 from safetensors.numpy import load_file, save_file
 
 from configs import deit_s16_sweep
-from configs.common import PRETRAINED, VIT_SHARDING
+from configs.parts import PRETRAINED, VIT_SHARDING
 from lib.data import preprocess
 from lib.data.tokenizers import TextTowerTokenizer
 from lib.runtime import sharding

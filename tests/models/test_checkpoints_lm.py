@@ -8,7 +8,7 @@ import pytest
 from helpers.parity_lm import CASES, NAME, config, path, sharded
 from safetensors.numpy import load_file, save_file
 
-from configs.common import LM_SHARDING
+from configs.parts import LM_SHARDING
 from lib.runtime import sharding
 from models import checkpoints
 from models.checkpoints import files

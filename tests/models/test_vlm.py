@@ -14,7 +14,7 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config, make_vlm
 from models.plan import make_plan
-from models.projector import with_projector_reduction
+from models.reduce_config import with_projector_reduction
 from ops.tokens import VISUAL
 
 IMAGE, SIDE = 30, 4

@@ -1,22 +1,20 @@
 """Masks and positions of language models that read images, against released code: exact."""
 
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import recorded
 
 from ops import masks
 from ops.rope import v2pe_positions
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'in_llm'
 STRIDES = (1, 16, 64, 256)
 
 
 def load(name):
-  with np.load(FOLDER / f'{name}.npz') as arrays:
-    return dict(arrays)
+  return recorded.arrays(f'in_llm/{name}')
 
 
 @pytest.mark.parametrize('case', ['full', 'padded'])

@@ -116,7 +116,7 @@ def test_a_reduction_adds_no_bytes_a_device_and_no_collective():
 
 
 LANGUAGE = '''
-from configs.common import LM_SHARDING
+from configs.parts import LM_SHARDING
 from lib.cost import hlo
 from models.backbones.lm import LM
 from ops.rope import Rope

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from helpers.targets import mesh_of
 
-from configs.common import LM_SHARDING
+from configs.parts import LM_SHARDING
 from lib.cost import hlo, topology
 from lib.cost import lm as lm_cost
 from lib.runtime import sharding

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers import assistants, parity_vlm
 from helpers.parity_vlm import FAMILIES
+from helpers.qa import small as small_config
 from PIL import Image
 
 from configs import digit_scenes as scenes_config
@@ -46,25 +47,17 @@ def place(tmp_path_factory):
   return folder
 
 
-def small(config):
-  config = config.get_config()
-  config.model.lm.update(width=16, depth=2, mlp=16, heads=2, kv_heads=1, head_width=8)
-  if 'tower' in config.model:
-    config.model.tower.update(width=16, depth=2, mlp=16, heads=2, patch=16)
-  return config
-
-
 @pytest.fixture(scope='module')
 def scenes(place, tmp_path_factory):
   """A run's folder, its model and parameters."""
-  config = small(scenes_config)
+  config = small_config(scenes_config)
   return assistants.run(tmp_path_factory.mktemp('scenes'), config, place,
                         language={'method': 'stride', 'layers': (1,), 'keep': 5})
 
 
 @pytest.fixture(scope='module')
 def needle(place, tmp_path_factory):
-  config = small(needle_config)
+  config = small_config(needle_config)
   return assistants.run(tmp_path_factory.mktemp('needle'), config, place)
 
 

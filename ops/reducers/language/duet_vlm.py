@@ -6,14 +6,13 @@ Axes: B batch, N slots now, H heads.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.primitives.queries import text_after_images
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.rope import sequence_index
 from ops.signals import Signals
-from ops.tokens import TEXT, VISUAL, TokenSet
+from ops.tokens import TokenSet
 
 Array = jax.Array
 
@@ -38,11 +37,3 @@ class DUETVLM(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     return keep_top(tokens, signals.next_row_attention.mean(axis=1), num_slots=num_slots)
-
-
-def text_after_images(tokens: TokenSet) -> Array:
-  """bool[B, N], text after the last visual token of its row; all text where there is none."""
-  place = sequence_index(tokens.pos)
-  visual = tokens.real & (tokens.kind == VISUAL)
-  last = jnp.max(jnp.where(visual, place, -1), axis=1, keepdims=True)
-  return tokens.real & (tokens.kind == TEXT) & (place > last)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.attention import HIDDEN_LOGIT
+from ops.primitives.queries import text_after_images
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.reducers.language.duet_vlm import text_after_images
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

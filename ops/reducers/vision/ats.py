@@ -8,10 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, Gather, take
-from ops.primitives.match import scatter
-from ops.primitives.select import top
-from ops.reducers.base import ByAttention
+from ops.assignments import Assignment, take
+from ops.primitives.quantiles import keep_sampled, sample_at
+from ops.reducers.base import ByQuantiles
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -19,7 +18,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class ATS(ByAttention):
+class ATS(ByQuantiles):
   """Keeps the tokens at evenly spaced quantiles of significance; repeats become padding.
 
   Adaptive Token Sampling (Fayyaz et al., 2022), Sec. 3, arXiv:2111.15667, as released by its
@@ -28,33 +27,13 @@ class ATS(ByAttention):
   dropped ones included. Protected tokens lead, the others follow, the least significant first.
   `num_slots` is a capacity. Two things differ from the release: there, padding left by an earlier
   cut saves the least significant token, and 1e-6 smooths the softmax, which moves a result by about
-  as much.
-
-  Attributes:
-    points: sample points; None for as many as slots are to be filled. The release takes the
-      number of tokens of the whole image in every layer. Where more tokens are sampled than fit,
-      the least significant are dropped.
+  as much. The release takes as many sample points in every layer as the whole image has tokens.
   """
-
-  points: int | None = None
-  site = 'inside'
-  drops = 'pruning drops tokens'
-  adaptive = 'a token that is sampled twice fills one slot'
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    if self.points is not None and self.points < 1:
-      raise ValueError(f'points={self.points} must be at least 1, or None for as many as fit')
-
-  @property
-  def needs(self) -> frozenset[str]:
-    return super().needs | {'values'}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = significance(signals, by=self.by)
-    points = max(num_slots - tokens.protected, 1) if self.points is None else self.points
-    return keep_sampled(tokens, scores, sample(scores, tokens.free, points=points),
-                        num_slots=num_slots)
+    hit = sample(scores, tokens.free, points=self.num_points(tokens, num_slots))
+    return keep_sampled(tokens, scores, hit, num_slots=num_slots)
 
 
 def significance(signals: Signals, *, by: str = 'cls_attention') -> Array:
@@ -83,9 +62,7 @@ def sample(scores: Array, among: Array, *, points: int) -> Array:
   share = jnp.cumsum(jnp.where(counts, take(scores, order), 0.0), axis=1)
   share = share / jnp.maximum(share[:, -1:], 1e-20)
   share = (share - share[:, :1]) / jnp.maximum(share[:, -1:] - share[:, :1], 1e-20)
-  wanted = quantiles(share, counts, points=points)
-  nearest = take(order, jax.vmap(nearest_share)(jnp.where(counts, share, jnp.inf), wanted))
-  return scatter(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among
+  return sample_at(quantiles(share, counts, points=points), share, order, counts) & among
 
 
 def quantiles(share: Array, counts: Array, *, points: int) -> Array:
@@ -98,31 +75,3 @@ def quantiles(share: Array, counts: Array, *, points: int) -> Array:
   """
   lowest = jnp.min(share, axis=1, keepdims=True, initial=1.0, where=counts & (share > 0))
   return lowest + (1 - lowest) * jnp.arange(points, dtype=jnp.float32)[None] / max(points - 1, 1)
-
-
-def nearest_share(share: Array, quantiles: Array) -> Array:
-  """int32[P]: where float32[N], rising, is nearest to float32[P]; the first of equals."""
-  above = jnp.minimum(jnp.searchsorted(share, quantiles), share.shape[0] - 1)
-  below = jnp.searchsorted(share, share[jnp.maximum(above - 1, 0)])
-  lower = jnp.abs(quantiles - share[below]) <= jnp.abs(share[above] - quantiles)
-  return jnp.where(lower, below, above).astype(jnp.int32)
-
-
-def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, num_slots: int,
-                 turn: Array | None = None) -> Gather:
-  """Keeps the protected tokens, then the sampled ones, then padding.
-
-  Args:
-    tokens: N slots.
-    scores: float32[B, N]; where more tokens were sampled than fit, the highest stay.
-    hit: bool[B, N], the sampled tokens.
-    num_slots: M.
-    turn: float32[B, N], the order of the sampled tokens; None for the lowest score first.
-  """
-  picked = top(scores, num_slots, forced=tokens.fixed, excluded=~(tokens.fixed | hit))
-  rank = jnp.where(tokens.fixed, -jnp.inf,
-                   jnp.where(hit, scores if turn is None else turn, jnp.inf))
-  src = take(picked, jnp.argsort(take(rank, picked), axis=1))
-  stays = tokens.fixed | hit
-  return Gather(src, tokens.slots, valid=take(stays, src),
-                wanted=jnp.sum(stays, axis=1, dtype=jnp.int32))

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
-from ops.primitives.match import scatter
-from ops.reducers.vision.ats import ATS, keep_sampled, nearest_share
+from ops.primitives.quantiles import keep_sampled, sample_at
+from ops.reducers.base import ByQuantiles
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class ATSSpatial(ATS):
+class ATSSpatial(ByQuantiles):
   """Keeps the tokens at evenly spaced quantiles of significance, summed in slot order.
 
   Adaptive Token Sampling (Fayyaz et al., 2022), Sec. 3, arXiv:2111.15667, in the form of Which
@@ -31,8 +31,7 @@ class ATSSpatial(ATS):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = significance_by_head(signals, by=self.by)
-    points = max(num_slots - tokens.protected, 1) if self.points is None else self.points
-    hit = sample_in_order(scores, tokens.free, points=points)
+    hit = sample_in_order(scores, tokens.free, points=self.num_points(tokens, num_slots))
     turn = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.float32), scores.shape)
     return keep_sampled(tokens, scores, hit, num_slots=num_slots, turn=turn)
 
@@ -61,5 +60,4 @@ def sample_in_order(scores: Array, among: Array, *, points: int) -> Array:
   share = share / jnp.maximum(share[:, -1:], 1e-20)
   quantiles = (2 * jnp.arange(points, dtype=jnp.float32) + 1) / (2 * points + 2)
   quantiles = jnp.broadcast_to(quantiles, (len(scores), points))
-  nearest = take(order, jax.vmap(nearest_share)(jnp.where(counts, share, jnp.inf), quantiles))
-  return scatter(jnp.zeros_like(among), nearest, jnp.ones_like(nearest, bool)) & among
+  return sample_at(quantiles, share, order, counts) & among

@@ -5,17 +5,11 @@ Axes: B batch, N slots now, M slots after.
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-
-from ops.assignments import Assignment, Merge, take
-from ops.primitives import cluster
-from ops.primitives.select import top
+from ops.assignments import Assignment
+from ops.primitives.cluster import average_clusters, density_clusters
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,35 +34,4 @@ class DPCKNN(Reducer):
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
     src, dst = density_clusters(tokens, num_slots=num_slots, neighbours=self.neighbours)
-    return average(tokens, src, dst, tokens.real, smoothing=self.smoothing)
-
-
-def density_clusters(tokens: TokenSet, *, num_slots: int, neighbours: int,
-                     noise: Array | None = None) -> tuple[Array, Array]:
-  """Groups the free tokens around density peaks.
-
-  Args:
-    tokens: N slots.
-    num_slots: M, groups wanted; protected tokens are groups of their own and lead.
-    neighbours, noise: see `ops.primitives.cluster.peaks`.
-
-  Returns:
-    (src, dst): int32[B, M] the centre of each group, the best first, and int32[B, N] the group of
-    each slot, M for padding.
-  """
-  distance = cluster.distances(tokens.x) * tokens.x.shape[2] ** -0.5
-  scores = cluster.peaks(distance, tokens.free, neighbours=neighbours, noise=noise)
-  centres = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
-  group = cluster.nearest(distance, centres, take(tokens.free, centres))
-  return centres, jnp.where(tokens.real, group, num_slots)
-
-
-def average(tokens: TokenSet, src: Array, dst: Array, weight: Array, *, smoothing: float) -> Merge:
-  """Averages the groups of `density_clusters`, weighted by float[B, N]; protected tokens stay."""
-  weight = jnp.where(tokens.free, weight, tokens.fixed).astype(jnp.float32)
-  merge = Merge.mean(src, dst, weight)
-  if not smoothing:
-    return merge
-  total = merge.totals(weight)
-  shrink = take(total / (total + smoothing), jnp.minimum(dst, src.shape[1] - 1))
-  return merge.replace(weight=jnp.where(tokens.free, merge.weight * shrink, merge.weight))
+    return average_clusters(tokens, src, dst, tokens.real, smoothing=self.smoothing)

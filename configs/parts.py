@@ -60,6 +60,16 @@ def reduction(method: str = 'none', **settings: Any) -> ConfigDict:
   return _declared(KEYS, {'method': method, **settings})
 
 
+def reductions() -> ConfigDict:
+  """`config.reduce` of a command; a method '' leaves a place to the config or the run."""
+  unset = config_dict.placeholder
+  return ConfigDict({
+      'vision': reduction(''),
+      'projector': reduction('', across=unset(str), order=unset(str)),
+      'language': reduction(''),
+      'cache': reduction('')})
+
+
 def image_model(variant: str, **settings: Any) -> ConfigDict:
   """`config.model` of a vision transformer: fields of ViT, and where parameters come from."""
   names = [field.name for field in dataclasses.fields(ViT) if field.name not in NOT_SET]

@@ -17,8 +17,7 @@ from lib.data.pictures import batch_pictures
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
 from models.plan import Plan
-from models.projector import with_projector_reduction
-from models.reduce_config import with_plans
+from models.reduce_config import with_plans, with_projector_reduction
 from ops.budgets import Cut
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer

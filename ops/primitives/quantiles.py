@@ -1,0 +1,60 @@
+"""Sampling of tokens at quantiles of a distribution over them.
+
+Axes: B batch, N slots now, M slots after, P quantiles.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ops.assignments import Gather, take
+from ops.primitives.match import scatter
+from ops.primitives.select import top
+from ops.tokens import TokenSet
+
+Array = jax.Array
+
+
+def sample_at(quantiles: Array, share: Array, order: Array, counts: Array) -> Array:
+  """Samples the slots whose shares are nearest to quantiles.
+
+  Args:
+    quantiles: float32[B, P].
+    share: float32[B, N], the sums of the distribution, rising, of the slots in `order`.
+    order: int32[B, N], slots.
+    counts: bool[B, N], the entries of `order` that count.
+
+  Returns:
+    bool[B, N], sampled at least once.
+  """
+  nearest = take(order, jax.vmap(_nearest_share)(jnp.where(counts, share, jnp.inf), quantiles))
+  return scatter(jnp.zeros_like(counts), nearest, jnp.ones_like(nearest, bool))
+
+
+def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, num_slots: int,
+                 turn: Array | None = None) -> Gather:
+  """Keeps the protected tokens, then the sampled ones, then padding.
+
+  Args:
+    tokens: N slots.
+    scores: float32[B, N]; where more tokens were sampled than fit, the highest stay.
+    hit: bool[B, N], the sampled tokens.
+    num_slots: M.
+    turn: float32[B, N], the order of the sampled tokens; None for the lowest score first.
+  """
+  picked = top(scores, num_slots, forced=tokens.fixed, excluded=~(tokens.fixed | hit))
+  rank = jnp.where(tokens.fixed, -jnp.inf,
+                   jnp.where(hit, scores if turn is None else turn, jnp.inf))
+  src = take(picked, jnp.argsort(take(rank, picked), axis=1))
+  stays = tokens.fixed | hit
+  return Gather(src, tokens.slots, valid=take(stays, src),
+                wanted=jnp.sum(stays, axis=1, dtype=jnp.int32))
+
+
+def _nearest_share(share: Array, quantiles: Array) -> Array:
+  """int32[P]: where float32[N], rising, is nearest to float32[P]; the first of equals."""
+  above = jnp.minimum(jnp.searchsorted(share, quantiles), share.shape[0] - 1)
+  below = jnp.searchsorted(share, share[jnp.maximum(above - 1, 0)])
+  lower = jnp.abs(quantiles - share[below]) <= jnp.abs(share[above] - quantiles)
+  return jnp.where(lower, below, above).astype(jnp.int32)
