@@ -205,7 +205,7 @@ class LanguageModel:
 
   def _by_place(self, reduce: Reduce) -> dict[str, dict[str, Any]]:
     """Reductions as the models take them: of visual tokens alone, unless they say otherwise."""
-    chosen = {place: dict(given) for place, given in reduce.items()}
+    chosen = {place: dict(component_config) for place, component_config in reduce.items()}
     language = chosen.get('language')
     if self.sees and language and language.get('method', 'none') != 'none':
       language.setdefault('token_kinds', 'visual')

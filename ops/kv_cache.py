@@ -123,12 +123,12 @@ class Cache(struct.PyTreeNode):
     return self.layers[0].room
 
 
-def shrink(kv: KV, kept: KVGather, *, positions: str, rope: Rope) -> KV:
+def shrink(kv: KV, assignment: KVGather, *, positions: str, rope: Rope) -> KV:
   """The part of a layer's cache that a method keeps; `kv` has no room yet.
 
   Args:
     kv: of N slots, `pos` and `valid` shared by the heads.
-    kept: M slots a head.
+    assignment: M slots a head.
     positions: 'keep', or 'compact': the kept keys of a head are turned to positions 0, 1, … in
       their order, and decoding goes on from there (FINCH, arXiv:2408.00167).
     rope: of the model; only 'compact' asks.
@@ -139,13 +139,13 @@ def shrink(kv: KV, kept: KVGather, *, positions: str, rope: Rope) -> KV:
   heads, slots = kv.k.shape[1:3]
 
   def pick(x: Array) -> Array:
-    return kept.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
+    return assignment.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
 
   pos, valid = pick(kv.pos), pick(kv.valid)
   bias = None if kv.bias is None else pick(kv.bias)
-  k, v = kept.apply(kv.k), kept.apply(kv.v)
-  if kept.valid is not None:
-    valid &= kept.valid
+  k, v = assignment.apply(kv.k), assignment.apply(kv.v)
+  if assignment.valid is not None:
+    valid &= assignment.valid
   start = kv.start
   if positions == 'compact':
     if start.ndim > 1:

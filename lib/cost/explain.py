@@ -346,9 +346,9 @@ def _language_plans(lm: LM) -> str:
   if lm.cache_plan and not lm.cache_plan.cuts:
     text += f'; {lm.cache_plan.name} keeps every slot of the cache'
   elif lm.cache_plan:
-    kept = [cut.slots_out for cut in lm.cache_plan.cuts]
+    counts = [cut.slots_out for cut in lm.cache_plan.cuts]
     text += (f'; {lm.cache_plan.name} keeps '
-             + (f'{kept[0]}' if min(kept) == max(kept) else f'{min(kept)} to {max(kept)}')
+             + (f'{counts[0]}' if min(counts) == max(counts) else f'{min(counts)} to {max(counts)}')
              + f' slots of the cache in {_layers_of(lm.cache_plan, lm.depth)}')
   return text
 

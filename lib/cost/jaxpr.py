@@ -89,16 +89,16 @@ def _walk(jaxpr: Jaxpr, scope: str, scopes: tuple[str, ...]) -> Products:
   uncounted: set[tuple[str, str]] = set()
   for eqn in jaxpr.eqns:
     # An inner jaxpr's names start afresh, so an outer name holds for all that is inside.
-    here = scope or _scope(str(eqn.source_info.name_stack), scopes)
+    eqn_scope = scope or _scope(str(eqn.source_info.name_stack), scopes)
     name = eqn.primitive.name
     if name == 'dot_general':
-      macs[here] += _dot(eqn)
+      macs[eqn_scope] += _dot(eqn)
     elif name == 'conv_general_dilated':
-      macs[here] += _convolution(eqn)
+      macs[eqn_scope] += _convolution(eqn)
     elif name in OPAQUE:
-      uncounted.add((here, name))
+      uncounted.add((eqn_scope, name))
     else:
-      inner = _inner(eqn, here, scopes)
+      inner = _inner(eqn, eqn_scope, scopes)
       uncounted |= inner.uncounted
       macs.update(inner.macs)
   return Products(dict(macs), frozenset(uncounted))

@@ -162,22 +162,22 @@ class QwenVision(nn.Module):
 
   def _merged(self, tokens: TokenSet, valid: Array) -> TokenSet:
     """One token a cell."""
-    there = valid & (tokens.owner >= 0)
+    present = valid & (tokens.owner >= 0)
     hidden = make_norm(self.norm, self.norm_eps, 'merger_norm')(tk.restore(tokens, tokens.x))
     # Not what the norm makes of nothing.
-    hidden = self._cells(jnp.where(there[..., None], hidden, 0.0).astype(self.dtype))
+    hidden = self._cells(jnp.where(present[..., None], hidden, 0.0).astype(self.dtype))
     batch, count = hidden.shape[:2]
     hidden = hidden.reshape(batch, count, -1)
     hidden = ACTIVATIONS['gelu'](dense(hidden.shape[-1], self.dtype, name='merger_fc1')(hidden))
     hidden = dense(self.projection, self.dtype, name='merger_fc2')(hidden)
-    share = self._cells(there[..., None].astype(jnp.float32))
+    share = self._cells(present[..., None].astype(jnp.float32))
     real = share.sum(axis=2)[..., 0]
 
     def mean(values: Array) -> Array:
       """Of a cell's patches that are there."""
       values = tk.restore(tokens, values).astype(jnp.float32)
-      cells = self._cells(jnp.where(there.reshape(there.shape + (1,) * (values.ndim - 2)), values,
-                                    0.0))
+      mask = present.reshape(present.shape + (1,) * (values.ndim - 2))
+      cells = self._cells(jnp.where(mask, values, 0.0))
       return cells.sum(axis=2) / jnp.maximum(real, 1.0).reshape(
           real.shape + (1,) * (values.ndim - 2))
 

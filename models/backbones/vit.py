@@ -366,9 +366,9 @@ class ViT(nn.Module):
     if any(side % self.patch for side in wanted[:2]):
       raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
                        'change one of them')
-    for name, known in (('positions', POSITIONS), ('pool', POOLS), ('last_norm', LAST_NORMS),
+    for name, allowed in (('positions', POSITIONS), ('pool', POOLS), ('last_norm', LAST_NORMS),
                         ('activation', ACTIVATIONS)):
-      choices.check(f'{name}=', getattr(self, name), known)
+      choices.check(f'{name}=', getattr(self, name), allowed)
     patches = self.host.slots - self.special
     if not 0 <= self.training_patches <= patches or (self.training_patches and self.window):
       raise ValueError(f'training_patches={self.training_patches} is impossible: give 1 to '

@@ -204,19 +204,19 @@ class WindowStack(Stack):
     # Inside a loop the index is traced; no whole layer is in one.
     if method == 'feed' or not isinstance(index, int) or index not in self.whole:
       return run(tokens, *args, **kwargs)
-    found = run(self.windows.unfold(tokens), *args, **kwargs)
+    result = run(self.windows.unfold(tokens), *args, **kwargs)
     if method == 'probe':
-      return self._fold_signals(found)
-    tokens, signals = found
+      return self._fold_signals(result)
+    tokens, signals = result
     return self.windows.fold(tokens), self._fold_signals(signals)
 
   def _fold_signals(self, signals: Signals) -> Signals:
     """What a layer told of an image, as what it tells of each window."""
     axis = dict.fromkeys(('cls_attention', 'received_attention', 'next_received_attention'), 2)
-    found = {name: getattr(signals, name) for name in NAMES}
+    by_name = {name: getattr(signals, name) for name in NAMES}
     return signals.replace(**{
         name: self.windows.fold_values(value, axis=axis.get(name, 1))
-        for name, value in found.items() if isinstance(value, jax.Array)})
+        for name, value in by_name.items() if isinstance(value, jax.Array)})
 
   def _decide(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
               signals: Signals) -> tuple[TokenSet, Assignment]:

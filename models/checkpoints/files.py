@@ -72,15 +72,15 @@ def tensor_files(path: pathlib.Path) -> list[pathlib.Path]:
       raise ValueError(f'{path} lacks {", ".join(missing)}, which its {INDEX} names: fetch what is '
                        'missing')
     return [path / pathlib.Path(name).name for name in names]
-  found = sorted(path.glob('*.safetensors'))
-  if path / 'model.safetensors' in found:
+  tensor_paths = sorted(path.glob('*.safetensors'))
+  if path / 'model.safetensors' in tensor_paths:
     return [path / 'model.safetensors']
-  if len(found) == 1:
-    return found
+  if len(tensor_paths) == 1:
+    return tensor_paths
   names = sorted(entry.name for entry in path.iterdir())
-  if found:
+  if tensor_paths:
     raise ValueError(f'{path} has several safetensors files and no {INDEX}: name one of '
-                     f'{", ".join(file.name for file in found)}')
+                     f'{", ".join(file.name for file in tensor_paths)}')
   if any(pathlib.Path(name).suffix in PICKLES for name in names):
     raise ValueError(f'{path} has pickles only ({", ".join(names)}), which can run anything when '
                      'they are opened, and are never read here: use a .safetensors file')

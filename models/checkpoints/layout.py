@@ -103,7 +103,7 @@ class Leaf:
 
   def inward(self, pieces: list[np.ndarray]) -> np.ndarray:
     """Foreign arrays to ours."""
-    made = []
+    parts = []
     for piece, shape in zip(pieces, self.part_shapes, strict=True):
       if self.kind == 'conv':
         piece = piece.transpose(2, 3, 1, 0)
@@ -111,15 +111,15 @@ class Leaf:
         piece = piece.reshape(len(piece), -1).T
       elif self.kind == 'matrix':
         piece = piece.T
-      made.append(piece.reshape(shape))
-    return made[0] if len(made) == 1 else np.concatenate(made, axis=self.axis)
+      parts.append(piece.reshape(shape))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self.axis)
 
   def outward(self, array: np.ndarray, side: int = 0) -> list[np.ndarray]:
     """Our array to foreign ones."""
     parts = [array]
     if self.pieces:
       parts = np.split(array, np.cumsum(self.pieces)[:-1], axis=self.axis)
-    made = []
+    foreign = []
     for part in parts:
       shape = self.foreign_shape(part.shape, side)
       if self.kind == 'conv':
@@ -128,8 +128,8 @@ class Leaf:
         part = part.T
       elif self.kind == 'matrix':
         part = part.reshape(shape[::-1]).T
-      made.append(np.asarray(part.reshape(shape), order='C'))
-    return made
+      foreign.append(np.asarray(part.reshape(shape), order='C'))
+    return foreign
 
 
 def leaves(layout: Layout, prefix: str, shapes: Mapping[str, Shape]) -> Iterator[Leaf]:
@@ -183,11 +183,11 @@ def _leaf(layout: Layout, path: str, layer: int | None, shape: Shape,
 
 def flatten(tree: Any, start: str = '') -> dict[str, Any]:
   """A nested dict as {path: leaf}."""
-  found = {}
+  flat = {}
   for key, value in tree.items():
     path = start + key
-    found |= flatten(value, f'{path}/') if isinstance(value, Mapping) else {path: value}
-  return found
+    flat |= flatten(value, f'{path}/') if isinstance(value, Mapping) else {path: value}
+  return flat
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def largest_cosine(vectors: Array, among: Array, *, chunk: int = 64) -> Array:
     scores = jnp.einsum('bd,bnd->bn', row, vectors, precision='highest')
     return jnp.max(jnp.where(among & (places != place)[None], scores, -2.0), axis=1)
 
-  found = jax.lax.map(largest, (places, vectors.swapaxes(0, 1)),
-                      batch_size=min(chunk, vectors.shape[1]))
-  return found.swapaxes(0, 1)
+  largest_cosines = jax.lax.map(largest, (places, vectors.swapaxes(0, 1)),
+                                batch_size=min(chunk, vectors.shape[1]))
+  return largest_cosines.swapaxes(0, 1)
 
 
 def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,

@@ -143,9 +143,9 @@ def cluster_map(x: Array, shape: tuple[int, int], *, iterations: int = 5, temper
   In SAM the maps are its windows (`to_windows`), as a batch; see `soft_clusters`.
   """
   grid, flat = x.shape[1:3], x.reshape(len(x), -1, x.shape[3])
-  made = cells(grid, shape[0] * shape[1], bands=shape[0], reach=reach)
+  layout = cells(grid, shape[0] * shape[1], bands=shape[0], reach=reach)
   inside, near = (jnp.broadcast_to(mask, (len(x), *mask.shape))
-                  for mask in (made.inside, made.near))
+                  for mask in (layout.inside, layout.near))
   weights = soft_clusters(flat, inside, near, jnp.ones(flat.shape[:2], bool),
                           iterations=iterations, temperature=temperature)
   mixed = jnp.einsum('bkn,bnd->bkd', weights, flat.astype(jnp.float32), precision='highest')

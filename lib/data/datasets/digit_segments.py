@@ -51,11 +51,11 @@ class DigitSegments(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
     del dl_manager
     from sklearn.datasets import load_digits
-    found = load_digits()
-    images = (found.images * digits.SCALE).astype(np.uint8)
-    train, test = digits.split(found.target)
-    return {'train': self._generate_examples(images, found.target, train, TRAIN, 0),
-            'test': self._generate_examples(images, found.target, test, TEST, 1)}
+    dataset = load_digits()
+    images = (dataset.images * digits.SCALE).astype(np.uint8)
+    train, test = digits.split(dataset.target)
+    return {'train': self._generate_examples(images, dataset.target, train, TRAIN, 0),
+            'test': self._generate_examples(images, dataset.target, test, TEST, 1)}
 
   def _generate_examples(self, images, labels, chosen, count, stream) -> Iterator[tuple[int, dict]]:
     for key in range(count):

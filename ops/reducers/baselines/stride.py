@@ -38,8 +38,9 @@ class Stride(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
-    count, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                   for flags in (tokens.free, tokens.fixed))
-    stays = evenly_spaced(rank_of(tokens.free), count, jnp.clip(num_slots - kept, 0, count),
+    num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
+                           for flags in (tokens.free, tokens.fixed))
+    stays = evenly_spaced(rank_of(tokens.free), num_free,
+                          jnp.clip(num_slots - num_fixed, 0, num_free),
                           late=PHASES.index(self.phase))
     return keep_top(tokens, stays.astype(jnp.float32), num_slots=num_slots)

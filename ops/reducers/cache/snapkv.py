@@ -53,11 +53,11 @@ class SnapKV(CacheReducer):
     return self.window
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    kept = keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
-                     forced=latest(tokens, self.window))
+    assignment = keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
+                           forced=latest(tokens, self.window))
     if self.variant == 'kvpress':
-      return kept
-    return jax.tree.map(lambda x: jnp.roll(x, -self.window, axis=2), kept)
+      return assignment
+    return jax.tree.map(lambda x: jnp.roll(x, -self.window, axis=2), assignment)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], mean over the window's queries and a key's heads, 0 in the window."""

@@ -56,5 +56,6 @@ def repeated(x: Array, among: Array, *, chunk: int = 64) -> Array:
     later = among & (places > place)[None]
     return jnp.max(jnp.where(later, scores, -2.0), axis=1)
 
-  found = jax.lax.map(largest, (places, x.swapaxes(0, 1)), batch_size=min(chunk, x.shape[1]))
-  return found.swapaxes(0, 1)
+  largest_cosines = jax.lax.map(largest, (places, x.swapaxes(0, 1)),
+                                batch_size=min(chunk, x.shape[1]))
+  return largest_cosines.swapaxes(0, 1)

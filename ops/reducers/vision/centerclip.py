@@ -108,12 +108,12 @@ def divide(tokens: TokenSet, *, segments: int, num_slots: int) -> tuple[Array, A
     int32[B, S, L], the slots of each segment; bool[R, L], which of them are tokens; int32[R], the
     clusters of each segment, never more than it has tokens.
   """
-  free, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                for flags in (tokens.free, tokens.fixed))
+  num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
+                         for flags in (tokens.free, tokens.fixed))
   s = jnp.arange(segments, dtype=jnp.int32)[None]
-  length, start = free // segments + (s < free % segments), free // segments * s
-  start = (start + jnp.minimum(s, free % segments))[:, :, None]
-  room = jnp.clip(num_slots - kept, 0, free)
+  length, start = num_free // segments + (s < num_free % segments), num_free // segments * s
+  start = (start + jnp.minimum(s, num_free % segments))[:, :, None]
+  room = jnp.clip(num_slots - num_fixed, 0, num_free)
   count = room // segments + (s < room % segments)
   i = jnp.arange(-(-(tokens.slots - tokens.protected) // segments), dtype=jnp.int32)[None, None]
   order = jnp.argsort(~tokens.free, axis=1, stable=True).astype(jnp.int32)
