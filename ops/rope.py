@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops import choices
+
 Array = jax.Array
 
 SCALINGS = ('none', 'linear', 'llama3', 'yarn')
@@ -57,11 +59,8 @@ class Rope:
   spread: str = 'blocks'
 
   def __post_init__(self) -> None:
-    if self.scaling not in SCALINGS:
-      raise ValueError(f'RoPE scaling {self.scaling!r} is unknown: choose one of '
-                       f'{", ".join(SCALINGS)}')
-    if self.spread not in SPREADS:
-      raise ValueError(f'spread={self.spread!r} is unknown: choose one of {", ".join(SPREADS)}')
+    choices.check('RoPE scaling ', self.scaling, SCALINGS)
+    choices.check('spread=', self.spread, SPREADS)
     if self.width % 2 or (self.sections and sum(self.sections) != self.width // 2):
       raise ValueError(f'RoPE turns pairs of features: width={self.width} must be even, and '
                        f'sections={self.sections} add up to half of it')

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from ops import choices
 from ops.assignments import take
 from ops.tokens import TEXT, VISUAL, TokenSet
 
@@ -75,8 +76,7 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
   Raises:
     ValueError: an unknown side, or images with other axes.
   """
-  if side not in SIDES:
-    raise ValueError(f'side={side!r} is unknown: choose one of {", ".join(SIDES)}')
+  choices.check('side=', side, SIDES)
   visual_axes = 0 if visual is None or visual.axes is None else visual.axes.shape[-1]
   if visual is not None and visual_axes != axes:
     raise ValueError(f'images have positions along {visual_axes} axes and the model takes {axes}: '

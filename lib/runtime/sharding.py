@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.stack import BATCH_AXES
+from ops import choices
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
@@ -31,9 +32,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     ValueError: for an unknown axis, sizes that do not divide, or too few devices.
   """
   devices = jax.devices() if devices is None else devices
-  unknown = sorted(set(sizes) - set(AXES))
-  if unknown:
-    raise ValueError(f'mesh axis {unknown[0]!r} is unknown: choose from {", ".join(AXES)}')
+  for axis in sizes:
+    choices.check('mesh axis ', axis, AXES)
   shape = [sizes.get(axis, 1) for axis in AXES]
   if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
     raise ValueError(f'mesh {dict(sizes)} is impossible: sizes are positive, and one may be -1')

@@ -25,6 +25,7 @@ from models.backbones.windows import Windows, WindowStack
 from models.blocks import ACTIVATIONS, dense, layer_norm
 from models.plan import Host, Plan
 from models.stack import Stack
+from ops import choices
 from ops import tokens as tk
 from ops.tokens import TokenSet
 
@@ -213,5 +214,4 @@ class QwenVision(nn.Module):
     if any(side % unit for side in self.grid) or unit % self.merge:
       raise ValueError(f'grid={self.grid} must be a multiple of {unit} each way (windows of '
                        f'{self.window} patches, cells of {self.merge})')
-    if self.norm not in NORMS:
-      raise ValueError(f'norm={self.norm!r} is unknown: choose one of {", ".join(NORMS)}')
+    choices.check('norm=', self.norm, NORMS)

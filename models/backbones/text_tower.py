@@ -19,6 +19,7 @@ from models.backbones.vit import OFFERS, Block
 from models.blocks import ACTIVATIONS, layer_norm
 from models.plan import Host, Plan
 from models.stack import Stack
+from ops import choices
 from ops.assignments import take
 from ops.tokens import SPECIAL, TEXT, TokenSet
 
@@ -112,10 +113,8 @@ class Text(nn.Module):
       raise ValueError(f'token ids of shape {ids.shape} and dtype {ids.dtype} do not fit: expected '
                        f'integers [batch, {self.context}]; shorten the text, or pad it '
                        '(lib/data/tokenizers.py)')
-    for name, known in (('pool', POOLS), ('activation', ACTIVATIONS)):
-      if getattr(self, name) not in known:
-        raise ValueError(f'{name}={getattr(self, name)!r} is unknown: choose one of '
-                         f'{", ".join(known)}')
+    for name, allowed in (('pool', POOLS), ('activation', ACTIVATIONS)):
+      choices.check(f'{name}=', getattr(self, name), allowed)
 
   def _pooled(self, ids: Array) -> Array:
     """int32[B]: which token stands for its text."""

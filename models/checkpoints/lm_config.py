@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from models.backbones.lm import LM
 from models.families import LM_FAMILIES, LMS
+from ops import choices
 from ops.rope import Rope
 
 
@@ -23,9 +23,8 @@ def make_lm(variant: str, **overrides: Any) -> LM:
     ValueError: for an unknown name, or a field that LM does not have.
   """
   if variant not in LMS:
-    near = difflib.get_close_matches(variant, LMS, n=1)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
-    raise ValueError(f'variant {variant!r} is unknown{hint}: choose one of {", ".join(LMS)}, or '
+    raise ValueError(f'variant {variant!r} is unknown{choices.near(variant, LMS)}: choose one of '
+                     f'{", ".join(LMS)}, or '
                      "read a checkpoint's config.json with from_config")
   return from_config(LMS[variant], **overrides)
 
@@ -65,10 +64,7 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
       'norm_eps': get('rms_norm_eps')}
   fields = [f.name for f in dataclasses.fields(LM) if f.name not in ('parent', 'name')]
   for key in overrides:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f' (did you mean {near[0]!r}?)' if near else ''
-      raise ValueError(f'an LM has no setting {key!r}{hint}: choose from {", ".join(fields)}')
+    choices.check_key('an LM has no setting ', key, fields)
   return LM(**(settings | overrides))
 
 

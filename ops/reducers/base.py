@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 
+from ops import choices
 from ops.signals import Signals
 from ops.tokens import TEXT, TokenSet
 
@@ -104,8 +105,7 @@ class ByAttention(Reducer):
   by: str = 'cls_attention'
 
   def __post_init__(self) -> None:
-    if self.by not in ATTENTIONS:
-      raise ValueError(f'by={self.by!r} is unknown: choose one of {", ".join(ATTENTIONS)}')
+    choices.check('by=', self.by, ATTENTIONS)
 
   @property
   def needs(self) -> frozenset[str]:

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.match import evenly_spaced
 from ops.primitives.select import keep_top, rank_of
@@ -33,8 +34,7 @@ class Stride(Reducer):
   drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:
-    if self.phase not in PHASES:
-      raise ValueError(f'phase={self.phase!r} is unknown: choose one of {", ".join(PHASES)}')
+    choices.check('phase=', self.phase, PHASES)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals

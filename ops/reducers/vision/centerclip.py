@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.assignments import Assignment, Merge, take
 from ops.primitives import cluster, kmedoids
 from ops.primitives.select import keep_top, ranks
@@ -57,10 +58,8 @@ class CenterCLIP(Reducer):
   site = 'before'
 
   def __post_init__(self) -> None:
-    for field, choices in FIELDS.items():
-      if getattr(self, field) not in choices:
-        raise ValueError(f'{field}={getattr(self, field)!r} is unknown: choose one of '
-                         f'{", ".join(choices)}')
+    for field, allowed in FIELDS.items():
+      choices.check(f'{field}=', getattr(self, field), allowed)
     for field in ('segments', 'neighbours', 'iterations', 'sigma'):
       if getattr(self, field) <= 0:
         raise ValueError(f'{field}={getattr(self, field)} must be positive')
