@@ -42,7 +42,7 @@ from lib.runtime.meter import floor_seconds
 from lib.tasks import qa as qa_task
 from models.backbones.lm import LM
 from models.backbones.vlm import Images
-from models.plan import make_cache_plan, make_plan
+from models.reduce_config import with_plans
 from models.storage import to_storage
 from ops import choices
 from ops.rope import Rope
@@ -294,10 +294,7 @@ def language(**places: Any) -> Case:
   lm = LM(vocabulary=32000, width=1024, depth=16, mlp=2816, heads=16, kv_heads=4, head_width=64,
           context=2 * PROMPT, rope=Rope(64))
   ids = jax.random.randint(jax.random.key(0), (1, PROMPT), 0, lm.vocabulary)
-  host = lm.host(PROMPT, special=QUESTION)
-  plan = make_plan(places['language'], host) if 'language' in places else None
-  cache_plan = make_cache_plan(places['cache'], host, plan=plan) if 'cache' in places else None
-  lm = lm.clone(plan=plan, cache_plan=cache_plan)
+  lm = with_plans(lm, **places, special=QUESTION)(PROMPT)
   return Case(_WithQuestion(lm), lm, PROMPT, (ids,))
 
 

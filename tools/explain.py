@@ -32,7 +32,7 @@ from configs.common import reduction
 from lib import architecture
 from lib.architecture import Source
 from lib.cost.explain import describe
-from lib.runtime import cli
+from lib.runtime import cli, config_flag
 from models.backbones.vlm import VLM
 from models.reduce_config import COMPONENTS
 
@@ -112,7 +112,7 @@ def chosen(source: Source, overrides: Mapping[str, Any]) -> dict[str, dict[str, 
 
 
 if __name__ == '__main__':
-  config_flags.DEFINE_config_file('config', None, 'What to explain.', lock_config=True)
+  config_flag.define('What to explain, a file of configs/.')
   try:
     config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by place.')
   except (AttributeError, KeyError) as error:
