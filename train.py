@@ -30,7 +30,7 @@ from models import checkpoints as weights
 
 @struct.dataclass
 class TrainState:
-  """All that training changes, and all that a checkpoint holds beside the data iterator."""
+  """Holds all that training changes; a checkpoint adds only the data iterator."""
 
   step: jax.Array
   params: dict
@@ -40,15 +40,15 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """All that training needs and that does not depend on the seed.
+  """Holds the parts of training that do not depend on the seed.
 
   Attributes:
     task: the model, and what it is trained for.
     optimizer: of optax.
-    init: key -> State.
-    shardings: of a State's arrays on the mesh.
-    train_steps: first step of each phase -> (State, batch, key, teacher) -> (State, scalars),
-      compiled when first called.
+    init: key -> TrainState.
+    shardings: of a TrainState's arrays on the mesh.
+    train_steps: first step of each phase -> (TrainState, batch, key, teacher) -> (TrainState,
+      scalars), compiled when first called.
     count_batch: (parameters, batch) -> what the batch adds to the scores, compiled likewise.
   """
 
@@ -170,7 +170,7 @@ def run(config, workdir, *, first):
     phase = anneal.at(task.phases, step - 1).start_step
     state, measured = setup.train_steps[phase](state, batch, key, teacher)
     writer.advance(step)
-    stopping = stop.agreed(step % config.log_steps == 0)
+    stopping = stop.should_stop(step % config.log_steps == 0)
     last = step == config.total_steps or stopping
     if step % config.log_steps == 0 or last:
       measured = {name: float(value) for name, value in measured.items()}
@@ -200,7 +200,7 @@ def run(config, workdir, *, first):
 
 
 def update(loss, optimizer, settings, schedule, state, batch, key, teacher):
-  """One step: State, batch -> State, scalars.
+  """Takes one step: TrainState, batch -> TrainState, scalars.
 
   Args:
     loss: (parameters, batch, key, teacher) -> (what to lower, {name: scalar}).
@@ -244,12 +244,12 @@ def parameters_of(key, workdir, template, score):
 
 
 def parts(state):
-  """What a checkpoint holds: evaluation reads the averaged parameters alone."""
+  """Returns the parts of a checkpoint; evaluation reads the averaged parameters alone."""
   return {'state': state.replace(ema=None), 'ema': state.ema}
 
 
 def decayed(params):
-  """Weight decay is for matrices: not for biases, norms, or single tokens."""
+  """Returns the weight decay mask: True for matrices, not for biases, norms or single tokens."""
   plain = ('bias', 'scale', 'cls', 'dist', 'pos', 'registers', 'probe', 'ls1', 'ls2')
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in plain, params)
 
@@ -264,7 +264,7 @@ def check_batch(config, mesh):
 
 
 def check_steps(config):
-  """Raises where the learning rate would not come down again."""
+  """Raises if the learning rate would never decay."""
   warmup = config.optimizer.warmup_steps
   if config.total_steps <= warmup:
     raise ValueError(f'total_steps={config.total_steps} must be more than '

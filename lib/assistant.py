@@ -51,7 +51,7 @@ class Tokenizer(Protocol):
 
   @property
   def size(self) -> int:
-    """One more than the largest id."""
+    """Size of the vocabulary: one more than the largest id."""
 
   def encode(self, text: str, *, special: bool) -> list[int]:
     """Returns the ids of a text, with those that start it if `special`."""

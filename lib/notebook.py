@@ -114,7 +114,7 @@ class LanguageModel:
 
   @property
   def sees(self) -> bool:
-    """Whether it takes images."""
+    """True if the model takes images."""
     return not isinstance(self.assistant.model, LM)
 
   def generate(self, text: str, *, images: Sequence[str | pathlib.Path | Image.Image] = (),

@@ -1,4 +1,4 @@
-"""One reduction of bare arrays by a named method, as a model would carry it out in one layer.
+"""Reduces bare arrays by a named method, as a model does in one layer.
 
 Axes: B batch, N slots now, M slots after, D features, H heads, d features a head, W last rows.
 """

@@ -39,7 +39,7 @@ RATIO_OF = ('current', 'start')
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """One reduction: in `layer`, from `slots_in` to `slots_out` slots, protected ones included."""
+  """Holds one reduction: in `layer`, from `slots_in` to `slots_out` slots with protected ones."""
 
   layer: int
   slots_in: int

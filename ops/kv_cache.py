@@ -1,4 +1,4 @@
-"""Caches of keys and values: what decoding reads, and what a method keeps of them.
+"""KV caches: read by decoding, reduced by methods.
 
 Axes: B batch, N slots now, M slots after, K kv heads, S slots of a buffer, d features a head, P
 numbers in a position.
@@ -36,7 +36,7 @@ class KVGather(struct.PyTreeNode):
 
 
 class KV(struct.PyTreeNode):
-  """One layer's cache: what a prompt left, then room for what is decoded.
+  """Holds one layer's cache: entries of the prompt, then room for decoded tokens.
 
   Attributes:
     keys, values: as `create` takes them, but without axes of one before S: XLA takes those off in
@@ -107,7 +107,7 @@ def _folded(x: Array) -> Array:
 
 
 class Cache(struct.PyTreeNode):
-  """All layers' caches.
+  """Holds the caches of all layers.
 
   Attributes:
     layers: one `KV` a layer, each of its own length.
@@ -124,7 +124,7 @@ class Cache(struct.PyTreeNode):
 
 
 def shrink(kv: KV, assignment: KVGather, *, positions: str, rope: Rope) -> KV:
-  """The part of a layer's cache that a method keeps; `kv` has no room yet.
+  """Reduces a layer's cache to the entries that a method keeps; `kv` has no room yet.
 
   Args:
     kv: of N slots, `pos` and `valid` shared by the heads.
@@ -162,7 +162,7 @@ def shrink(kv: KV, assignment: KVGather, *, positions: str, rope: Rope) -> KV:
 
 
 def with_room(kv: KV, room: int) -> KV:
-  """The same cache with empty slots for what will be decoded."""
+  """Appends empty slots to a cache, for tokens to decode."""
 
   def pad(x: Array, axis: int) -> Array:
     return jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])

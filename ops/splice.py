@@ -1,4 +1,4 @@
-"""Visual tokens into the text that speaks of them: spans, kinds, positions and masks as data.
+"""Splices visual tokens into text: spans, kinds, positions and masks are data.
 
 A row of token ids holds one placeholder an image. Each gives way to the image's tokens, as many as
 it has: rows differ in text, in images and in tokens an image, and none of it is a static number.
@@ -49,7 +49,7 @@ class Visual(struct.PyTreeNode):
 def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None, *,
            side: str = 'right', slots: int | None = None,
            axes: int = 0) -> tuple[TokenSet, Array]:
-  """One sequence a row, of text and images.
+  """Joins text and images into one sequence a row.
 
   `pos` is the place among the row's real tokens, int32[B, N]; with `visual.axes` it is
   int32[B, N, 1 + A]: the place, then the position along each axis. Text has the same number on
@@ -169,7 +169,7 @@ def next_positions(tokens: TokenSet) -> Array:
 
 def check(ids: np.ndarray, valid: np.ndarray, counts: np.ndarray, *, image: int,
           slots: int | None = None) -> None:
-  """Raises where prompts and their images do not fit; on the host, before anything runs.
+  """Raises if prompts and their images do not fit; on the host, before anything runs.
 
   Args:
     ids: int[B, T].
@@ -202,7 +202,7 @@ def check(ids: np.ndarray, valid: np.ndarray, counts: np.ndarray, *, image: int,
 
 def collapse(ids: np.ndarray, valid: np.ndarray, *, image: int,
              counts: list[list[int]] | None = None) -> tuple[np.ndarray, np.ndarray]:
-  """Rows whose placeholder is repeated for every token of an image, with one for each image.
+  """Collapses placeholders repeated for every token of an image into one for each image.
 
   Args:
     ids: int[B, T].

@@ -85,7 +85,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-  """A model under a plan, and what it reads.
+  """Holds a model under a plan, with its inputs.
 
   Attributes:
     model: an LM or a VLM.
@@ -127,7 +127,7 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """A case's two compiled programs, ready to take turns with those of others.
+  """Holds a case's two compiled programs, ready to time in turns with others.
 
   Attributes:
     reading: reads the prompt.

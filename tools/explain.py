@@ -1,4 +1,4 @@
-"""What a model will cost, layer by layer, before anything runs.
+"""Explains the cost of a model, layer by layer, before anything runs.
 
   python -m tools.explain --config=configs/vit_s16_tome.py
   python -m tools.explain --config=configs/vit_s16_tome.py --config.reduce.vision.method=pitome

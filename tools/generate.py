@@ -87,7 +87,7 @@ REDUCE = config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """What is asked.
+  """Holds a prompt with its images.
 
   Attributes:
     images: to be looked at.

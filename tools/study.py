@@ -58,7 +58,7 @@ Ends = dict[str, tuple[float, float, str]]  # name: x, y and colour.
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One thing to measure for every seed.
+  """Holds one method and budget to measure for every seed.
 
   Attributes:
     name: of the row.

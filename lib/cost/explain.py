@@ -335,7 +335,7 @@ def lm_table(lm: LM, slots: int, *, room: int = 0) -> str:
 
 
 def _language_plans(lm: LM) -> str:
-  """What the plans of a language model do, '' for nothing."""
+  """Describes the plans of a language model, '' if it has none."""
   text = ''
   if lm.plan and lm.plan.cuts:
     first, last, fixed = lm.plan.cuts[0], lm.plan.cuts[-1], lm.plan.protected or 0

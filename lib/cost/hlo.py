@@ -1,4 +1,4 @@
-"""What a compiled program tells of itself: bytes a device, and what devices send each other.
+"""Reads a compiled program: memory per device, and collectives between devices.
 
 XLA writes a loop's body once, however often it runs, so collectives are counted with the trips of
 the loops around them: programs that cut a depth into stages otherwise cannot be compared.
@@ -120,7 +120,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]:
-  """How often each computation runs in a run of the program."""
+  """Counts the runs of each computation in one run of the program."""
   calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
   for name, lines in bodies.items():
     for line in lines:

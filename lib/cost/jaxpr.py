@@ -1,4 +1,4 @@
-"""Counts the multiply-accumulates of a traced function: what lib/cost/vit.py is checked against.
+"""Counts the multiply-accumulates of a traced function; tests check lib/cost/vit.py by them.
 
 XLA's own `cost_analysis` counts the body of a `lax.scan` once, sees nothing inside custom calls and
 has given -1 on GPUs. This walks the jaxpr: trip counts multiply, every call is entered, and what
@@ -130,7 +130,7 @@ def _jaxprs(values: Any) -> Iterator[Jaxpr]:
 
 
 def _shards(eqn: JaxprEqn) -> int:
-  """How many devices each run the body of a shard_map."""
+  """Returns the number of devices that run the body of a shard_map."""
   axes = eqn.params.get('newly_manual_axes') or eqn.params['manual_axes']
   return math.prod(eqn.params['mesh'].shape[axis] for axis in axes)
 

@@ -137,7 +137,7 @@ def layer_parameters(lm: LM) -> int:
 
 
 def parameters(lm: LM) -> int:
-  """Numbers in the whole model; those of learned reductions are not among them."""
+  """Number of parameters of the whole model, without those of learned reductions."""
   tables = (1 if lm.tied else 2) * lm.vocabulary * lm.width
   return tables + lm.depth * layer_parameters(lm) + lm.width
 

@@ -55,7 +55,7 @@ class Checkpoints:
     self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
   def restore(self, template: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]] | None:
-    """The newest checkpoint that can be read: (step, parts, data), or None if there is none.
+    """Restores the newest readable checkpoint: (step, parts, data), None if there is none.
 
     Args:
       template: the parts as ShapeDtypeStructs with the shardings to restore into, whatever the
@@ -90,11 +90,11 @@ class Checkpoints:
     return self._manager.restore(step, args=items)[part]
 
   def best(self) -> int | None:
-    """Step of the best checkpoint, of the newest where none was measured."""
+    """Returns the step of the best checkpoint, of the newest if none has a score."""
     return self._manager.best_step() or self._manager.latest_step()
 
   def read(self, step: int, part: str, template: Any) -> Any:
-    """One part of a checkpoint, without reading the others.
+    """Reads one part of a checkpoint, without reading the others.
 
     Raises:
       ValueError: where it cannot be read or has other shapes, with what differs.
@@ -107,7 +107,7 @@ class Checkpoints:
                        f'{sorted(self._manager.all_steps())}') from fault
 
   def close(self) -> None:
-    """Waits for what is still being written."""
+    """Waits for writes in the background, then closes."""
     self._manager.wait_until_finished()
     self._manager.close()
 

@@ -22,7 +22,7 @@ AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over `devices` (all there are when None).
+  """Makes a mesh over `devices` (all of them if None).
 
   Args:
     sizes: devices along each of `AXES`; a missing axis has one, and one axis may be -1: the rest.
@@ -116,13 +116,13 @@ def make_shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]],
 
 
 def shapes(tree: Any, places: Any) -> Any:
-  """ShapeDtypeStructs of a tree of arrays (or of such structs), each with its place."""
+  """Returns the ShapeDtypeStructs of a tree of arrays, each with its sharding."""
   return jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
       tree, places)
 
 
 def put(batch: Any, mesh: Mesh) -> Any:
-  """This process's rows of a batch as global arrays, divided over the batch axes."""
+  """Puts this process's rows of a batch into global arrays, sharded over the batch axes."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

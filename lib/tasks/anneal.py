@@ -1,4 +1,4 @@
-"""Training under plans that remove less than the one that counts: before it, or beside it.
+"""Trains under weaker plans as well: before the final plan, or in turns with it.
 
 Shapes are static, so a keep ratio that falls does so in a few phases, each a model of its own that
 is compiled once; all read the same parameters.

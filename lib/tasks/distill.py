@@ -60,7 +60,7 @@ def token_loss(tokens: TokenSet, teacher: TokenSet) -> Array:
 
 
 def consistency_loss(features: Array, gentler: Array) -> Array:
-  """Mean squared error of what two reduction levels of one model classify by, float32[B].
+  """Mean squared error between the features of two reduction levels of a model, float32[B].
 
   MCTF (Lee et al., 2024), Sec. 3.4, arXiv:2403.10030, on the class token's features.
 

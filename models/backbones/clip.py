@@ -37,7 +37,7 @@ class Clip(nn.Module):
   bias: bool = False
 
   def setup(self) -> None:
-    """What turns cosines into logits, as released training starts it."""
+    """Initializes the scale and bias that turn cosines into logits, as in released training."""
     start, shift = (jnp.log(10.0), -10.0) if self.bias else (jnp.log(1 / 0.07), None)
     self.logit_scale = self.param('logit_scale', nn.initializers.constant(start), ())
     if self.bias:

@@ -131,7 +131,7 @@ class QwenVision(nn.Module):
 
   @property
   def host(self) -> Host:
-    """What a plan needs to know of this model: it has no [CLS] token."""
+    """Describes this model to plans; it has no [CLS] token."""
     return Host(self.depth, self.grid[0] * self.grid[1], 0, OFFERS)
 
   @nn.compact

@@ -70,7 +70,7 @@ class Text(nn.Module):
 
   @property
   def host(self) -> Host:
-    """What a plan needs to know of this model: it has no [CLS] and no grid."""
+    """Describes this model to plans; it has no [CLS] token and no grid."""
     return Host(self.depth, self.context, self.special, OFFERS - {'grid'})
 
   @nn.compact

@@ -92,7 +92,7 @@ class Block(nn.Module):
 
   def attend(self, tokens: TokenSet, *, needs: frozenset[str],
              proportional: bool) -> tuple[TokenSet, Signals]:
-    """Attention and its residual, and what `needs` names of it."""
+    """Applies attention and its residual; returns also the signals that `needs` names."""
     hidden = self.norm1(tokens.x)
     q, k, v = self.qkv(hidden)
     q, k = self.rotate_qk(tokens, q, k)
@@ -113,7 +113,7 @@ class Block(nn.Module):
     return self._add(tokens, self.out(mixed.out), self.scale1), signals
 
   def _places(self, tokens: TokenSet) -> Array | None:
-    """What attention is causal by, None where it sees everything."""
+    """Returns the positions that order causal attention, None for full attention."""
     return tokens.pos if self.causal else None
 
   def inside(self, tokens: TokenSet,
@@ -136,7 +136,7 @@ class Block(nn.Module):
     return self._add(tokens, self.out(mix(v)), self.scale1)
 
   def probe(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool) -> Signals:
-    """What this layer's attention would be on today's tokens, without running the layer."""
+    """Measures this layer's attention on the current tokens, without running the layer."""
     q, k = self.rotate_qk(tokens, *self.qkv(self.norm1(tokens.x), last=2))
     bias = key_bias(tokens, proportional=proportional)
     assert needs == {'next_received_attention'}, needs
@@ -266,7 +266,7 @@ class ViT(nn.Module):
 
   @property
   def classes(self) -> int:
-    """What the logits tell apart."""
+    """Number of classes of the logits."""
     return self.num_classes
 
   @property
@@ -276,7 +276,7 @@ class ViT(nn.Module):
 
   @property
   def host(self) -> Host:
-    """What a plan needs to know of this model."""
+    """Describes this model to plans."""
     slots = self.special + self.grid[0] * self.grid[1]
     offers = OFFERS | {'cls_attention'} if self.class_token else OFFERS
     return Host(self.depth, slots, self.special, offers)

@@ -36,7 +36,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """How an image is cut into windows, in raster order.
+  """Partition of an image into windows, in raster order.
 
   Attributes:
     grid: (rows, columns) of patches.
@@ -159,7 +159,7 @@ class WindowStack(Stack):
   whole: tuple[int, ...] = ()
 
   def __call__(self, tokens: TokenSet) -> tuple[TokenSet, dict[str, Any]]:
-    """As `Stack`, on fresh tokens in raster order; all tokens come back in window order.
+    """Runs the layers on fresh tokens in raster order; returns tokens in window order.
 
     Raises:
       ValueError: as `Stack`; a budget that windows cannot share, a layer that is not there, or a
@@ -199,7 +199,7 @@ class WindowStack(Stack):
 
   def _layer(self, params: Any, index: Any, key: Array | None, method: str, tokens: TokenSet,
              *args: Any, **kwargs: Any) -> Any:
-    """In a whole layer attention sees the windows of an image together."""
+    """Runs one layer; in a whole layer attention sees all windows of an image."""
     run = functools.partial(super()._layer, params, index, key, method)
     # Inside a loop the index is traced; no whole layer is in one.
     if method == 'feed' or not isinstance(index, int) or index not in self.whole:
@@ -211,7 +211,7 @@ class WindowStack(Stack):
     return self.windows.fold(tokens), self._fold_signals(signals)
 
   def _fold_signals(self, signals: Signals) -> Signals:
-    """What a layer told of an image, as what it tells of each window."""
+    """Folds the signals of whole images into those of their windows."""
     axis = dict.fromkeys(('cls_attention', 'received_attention', 'next_received_attention'), 2)
     by_name = {name: getattr(signals, name) for name in NAMES}
     return signals.replace(**{

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a file, a folder or a name on the hub; safetensors and nothing else."""
+"""Finds and reads checkpoints: a file, a folder or a name on the hub; safetensors alone."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Tensors:
                    for name, handle in self._home.items()}
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor, in the dtype it is stored in."""
+    """Reads one tensor, in its stored dtype."""
     return self._home[name].get_tensor(name)
 
 

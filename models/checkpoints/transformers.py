@@ -168,7 +168,7 @@ def _tower(tower: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_config(model: Any, config: Mapping[str, Any]) -> None:
-  """Raises where a config.json contradicts a model in what no shape would show.
+  """Raises if a config.json contradicts a model in settings that shapes do not show.
 
   Args:
     model: a ViT, Text, Clip, LM, QwenVision or VLM.

@@ -53,7 +53,7 @@ class Reducer:
 
   @property
   def merges(self) -> bool:
-    """Whether its outputs are made of several slots (Merge, Mix) rather than picked (Gather).
+    """True if outputs combine several slots (Merge, Mix), False if each picks one (Gather).
 
     Decides the cost of a cut inside attention. Gather drops tokens; Merge and Mix usually do not.
     So the default is derived from `drops`. A method that merges and also drops tokens sets

@@ -185,7 +185,7 @@ def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
   class StopAfterThree(launch.Stop):
     steps = 0
 
-    def agreed(self, exchange):
+    def should_stop(self, exchange):
       self.steps += 1
       return self.steps == 3
 

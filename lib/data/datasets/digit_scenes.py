@@ -37,7 +37,7 @@ LONGEST = 10  # Q.
 
 @dataclasses.dataclass(kw_only=True)
 class Config(tfds.core.BuilderConfig):
-  """One size of scenes.
+  """Config of one size of scenes.
 
   Attributes:
     cells: G, cells a side.
@@ -120,7 +120,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-  """What the scenes of one split are made of.
+  """Holds the digits and photographs that the scenes of one split are made of.
 
   Attributes:
     stream: number of the split.
@@ -136,7 +136,7 @@ class Sources:
 
   @classmethod
   def load(cls, split: str) -> Sources:
-    """Those of 'train' or 'test'."""
+    """Loads the digits and photographs of 'train' or 'test'."""
     # Here, because scikit-learn takes a second to import and only preparing needs it.
     from sklearn.datasets import load_digits, load_sample_images
     dataset = load_digits()
@@ -314,7 +314,7 @@ _ASK = {'count': _ask_count, 'present': _ask_present, 'cell': _ask_cell, 'left':
 
 
 def is_digit(cells: np.ndarray) -> np.ndarray:
-  """Where labels are those of digits."""
+  """Returns bool like `cells`: True at labels of digits."""
   return (cells != EMPTY) & (cells != DISTRACTOR)
 
 

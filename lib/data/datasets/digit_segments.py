@@ -65,7 +65,7 @@ class DigitSegments(tfds.core.GeneratorBasedBuilder):
 
 def canvas(images: np.ndarray, labels: Sequence[int], index: int,
            stream: int) -> tuple[np.ndarray, np.ndarray]:
-  """One canvas and its labels, uint8[40, 40] each.
+  """Makes one canvas and its labels, uint8[40, 40] each.
 
   All choices are raw Philox words of (`index`, `stream`), which numpy freezes, as it does not its
   distributions; a remainder of 64 bits is even enough.

@@ -44,7 +44,7 @@ WORDS = ('apple', 'arrow', 'badge', 'basin', 'berry', 'bloom', 'brick', 'candle'
 
 @dataclasses.dataclass(kw_only=True)
 class Config(tfds.core.BuilderConfig):
-  """One length of text.
+  """Config of one length of text.
 
   Attributes:
     context: most tokens of a text, one question and its answer.
@@ -136,7 +136,7 @@ def split(modules: dict[str, list[pathlib.Path]]) -> tuple[list[pathlib.Path], l
 
 
 def corpus(files: Sequence[pathlib.Path]) -> str:
-  """All files one after another, with plain line ends; what is no UTF-8 becomes U+FFFD."""
+  """Joins all files, with plain line ends; bytes that are not UTF-8 become U+FFFD."""
   return ''.join(path.read_bytes().decode(errors='replace').replace('\r\n', '\n') + '\n'
                  for path in files)
 
