@@ -81,7 +81,7 @@ class KV(struct.PyTreeNode):
   def _unfolded(self, x: Array) -> Array:
     return x.reshape(len(self.start), -1, *x.shape[-2:])
 
-  def append(self, k: Array, v: Array, place: Array, step: Array) -> KV:
+  def append(self, k: Array, v: Array, pos: Array, step: Array) -> KV:
     """Writes keys and values float[B, K, d] of decoded token `step`, in place where donated."""
     at = self.filled + step
 
@@ -90,15 +90,14 @@ class KV(struct.PyTreeNode):
           buffer, jnp.expand_dims(new, axis).astype(buffer.dtype), at, axis)
 
     heads = self.pos.shape[1:-1]
-    place = jnp.broadcast_to(place.reshape(place.shape + (1,) * len(heads)),
-                             place.shape + heads)
+    pos = jnp.broadcast_to(pos.reshape(pos.shape + (1,) * len(heads)), pos.shape + heads)
     axis = self.pos.ndim - 1
     row = self.keys.ndim - 2
     return self.replace(
         keys=write(self.keys, k.reshape(*self.keys.shape[:row], -1), row),
         values=write(self.values, v.reshape(*self.keys.shape[:row], -1), row),
-        pos=write(self.pos, place, axis),
-        valid=write(self.valid, jnp.ones(place.shape, bool), axis))
+        pos=write(self.pos, pos, axis),
+        valid=write(self.valid, jnp.ones(pos.shape, bool), axis))
 
 
 def _folded(x: Array) -> Array:
@@ -151,8 +150,8 @@ def shrink(kv: KV, assignment: KVGather, *, positions: str, rope: Rope) -> KV:
     if start.ndim > 1:
       raise ValueError("positions='compact' has no meaning for positions of several numbers "
                        "(M-RoPE): choose 'keep'")
-    by_place = jnp.argsort(jnp.where(valid, pos, jnp.iinfo(jnp.int32).max), axis=2, stable=True)
-    rank = jnp.argsort(by_place, axis=2).astype(jnp.int32)
+    by_position = jnp.argsort(jnp.where(valid, pos, jnp.iinfo(jnp.int32).max), axis=2, stable=True)
+    rank = jnp.argsort(by_position, axis=2).astype(jnp.int32)
     turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
     k = jnp.swapaxes(turn.rotate(jnp.swapaxes(k, 1, 2)[..., None, :],
                                  jnp.swapaxes(rank - pos, 1, 2))[..., 0, :], 1, 2)

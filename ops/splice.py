@@ -120,7 +120,7 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
   def hidden(values: Array) -> Array:
     return jnp.where(real.reshape(real.shape + (1,) * (values.ndim - 2)), values, 0)
 
-  def beside(values: Array) -> Array:
+  def spliced(values: Array) -> Array:
     return hidden(mixed(jnp.zeros((batch, length, *values.shape[3:]), values.dtype), values))
 
   kinds = jnp.full(visual.x.shape[:3], VISUAL, jnp.int8) if visual.kind is None else visual.kind
@@ -138,7 +138,7 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
     along = hidden(along + take(base, source)[..., None])
     pos = jnp.concatenate([pos[..., None], along], axis=-1)
   stats = {'group': jnp.where(image, number_here, -1),
-           **{name: beside(values) for name, values in visual.stats.items()}}
+           **{name: spliced(values) for name, values in visual.stats.items()}}
   tokens = TokenSet.create(hidden(mixed(embedded, visual.x)), pos=pos, kind=kind, valid=real,
                            stats=stats, padding='last' if side == 'right' else 'anywhere')
   return tokens, jnp.where(count > 0, starts + shift, total)

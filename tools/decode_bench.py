@@ -182,7 +182,7 @@ def measured(name: str, speed: tuple[float, float]) -> list[Row]:
     name: of the model.
     speed: (FLOPs, bytes) a second of this device, the latter of the fastest copy.
   """
-  cases = {plan: CASES[name](**places) for plan, places in PLANS[name].items()}
+  cases = {plan: CASES[name](**reductions) for plan, reductions in PLANS[name].items()}
   full = cases['unreduced']
   params = weights(full)
   programs = {plan: Programs.of(case, params) for plan, case in cases.items()}
@@ -276,25 +276,25 @@ def fault(row: Row, aliased: int, cache_bytes: int) -> str:
 # -- models ----------------------------------------------------------------------------------------
 
 
-def scenes(**places: Any) -> Case:
+def scenes(**reductions: Any) -> Case:
   """Builds the vision-language model of configs/digit_scenes.py under reductions by place."""
   # Imported here: it takes TFDS with it.
   from lib.data.datasets.digit_scenes import END, IMAGE, PAD, WORDS
   config = digit_scenes.get_config()
   info = Info(len(WORDS), PAD, END, IMAGE, (), 0, 0, (64, 64, 3), (), 1)
-  model = qa_task.build(config.model, places, info, context=ASKED)
+  model = qa_task.build(config.model, reductions, info, context=ASKED)
   ids = jnp.full((1, ASKED), IMAGE + 1, jnp.int32).at[:, 0].set(IMAGE)
   pixels = jax.random.normal(jax.random.key(0), (1, 1, *info.image_shape))
   visual = model.projector_reduction.plan.cuts[-1].slots_out if model.projector_reduction else 64
   return Case(model, model.lm, ASKED + visual, (ids, jnp.ones(ids.shape, bool), Images(pixels)))
 
 
-def language(**places: Any) -> Case:
+def language(**reductions: Any) -> Case:
   """Builds a language model of 16 layers under reductions by place."""
   lm = LM(vocabulary=32000, width=1024, depth=16, mlp=2816, heads=16, kv_heads=4, head_width=64,
           context=2 * PROMPT, rope=Rope(64))
   ids = jax.random.randint(jax.random.key(0), (1, PROMPT), 0, lm.vocabulary)
-  lm = with_plans(lm, **places, special=QUESTION)(PROMPT)
+  lm = with_plans(lm, **reductions, special=QUESTION)(PROMPT)
   return Case(_WithQuestion(lm), lm, PROMPT, (ids,))
 
 

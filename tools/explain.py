@@ -97,17 +97,19 @@ def explain(source: Source, overrides: Mapping[str, Any]) -> str:
 
 def chosen(source: Source, overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """Returns the reductions by place: of the flags, else of the source."""
-  reduce = {place: dict(config) for place, config in source.reduce.items() if config is not None}
-  for place in COMPONENTS:
-    settings = {name: value for name, value in overrides[place].items() if value is not None}
+  reduce = {component: dict(config) for component, config in source.reduce.items()
+            if config is not None}
+  for component in COMPONENTS:
+    settings = {name: value for name, value in overrides[component].items() if value is not None}
     method, layers = settings['method'], settings['layers']
     if not method:
       if len(settings) > 2 or layers != 'all':
-        raise ValueError(f'--reduce.{place} names no method: add --reduce.{place}.method=...')
+        raise ValueError(f'--reduce.{component} names no method: add '
+                         f'--reduce.{component}.method=...')
       continue
-    if place == 'language' and isinstance(source.model, VLM):
+    if component == 'language' and isinstance(source.model, VLM):
       settings.setdefault('token_kinds', 'visual')
-    reduce[place] = settings
+    reduce[component] = settings
   return reduce
 
 

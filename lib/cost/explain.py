@@ -82,10 +82,11 @@ def _with_vision(vit: ViT | Text, reduce: Reduce | None) -> ViT | Text:
   """A tower under `reduce`, with its own plan where that is None."""
   if reduce is None:
     return vit
-  settings = {place: chosen for place, config in reduce.items() if (chosen := _settings(config))}
-  for place in settings:
-    if place != 'vision':
-      raise ValueError(f"reduce.{place} is not a place of this model: it has 'vision' alone")
+  settings = {component: chosen for component, config in reduce.items()
+              if (chosen := _settings(config))}
+  for component in settings:
+    if component != 'vision':
+      raise ValueError(f"reduce.{component} is not a place of this model: it has 'vision' alone")
   vit, vision = vit.clone(plan=None), settings.get('vision')
   if not vision:
     return vit

@@ -115,11 +115,11 @@ def make_shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]],
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def shapes(tree: Any, places: Any) -> Any:
+def shapes(tree: Any, shardings: Any) -> Any:
   """Returns the ShapeDtypeStructs of a tree of arrays, each with its sharding."""
   return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      tree, places)
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      tree, shardings)
 
 
 def put(batch: Any, mesh: Mesh) -> Any:

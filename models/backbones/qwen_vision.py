@@ -42,7 +42,7 @@ def make_norm(norm: str, eps: float, name: str | None = None) -> nn.Module:
   return layer_norm(eps, name)
 
 
-def rotate(x: Array, places: Array) -> Array:
+def rotate(x: Array, patches: Array) -> Array:
   """Turns float[F, N, H, d] by rows and columns int[F, N, 2]: a half of the angles each.
 
   Features turn in pairs (i, i + d / 2), at frequencies 10000^(-4 i / d) of the row for the first
@@ -50,8 +50,8 @@ def rotate(x: Array, places: Array) -> Array:
   """
   quarter = x.shape[-1] // 4
   frequencies = (THETA ** (-np.arange(quarter) / quarter)).astype(np.float32)
-  angles = places[..., None].astype(jnp.float32) * frequencies[None, None, None]
-  angles = angles.reshape(*places.shape[:2], 1, 2 * quarter)
+  angles = patches[..., None].astype(jnp.float32) * frequencies[None, None, None]
+  angles = angles.reshape(*patches.shape[:2], 1, 2 * quarter)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -73,8 +73,8 @@ class RotaryBlock(Block):
 
   def rotate_qk(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
     """Rotated queries and keys; a group turns with its anchor's place."""
-    places = tokens.stats['patch']
-    return rotate(q, places), rotate(k, places)
+    patches = tokens.stats['patch']
+    return rotate(q, patches), rotate(k, patches)
 
 
 class QwenVision(nn.Module):
@@ -155,10 +155,10 @@ class QwenVision(nn.Module):
     x = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name='patch',
                  kernel_init=nn.initializers.lecun_normal())(
                      patches.reshape(batch, rows * columns, -1))
-    places = np.stack(np.indices(self.grid), axis=-1).reshape(1, -1, 2)
-    valid = (jnp.asarray(places) < sizes[:, None]).all(axis=-1)
-    places = jnp.broadcast_to(jnp.asarray(places, jnp.int32), (batch, rows * columns, 2))
-    tokens, out = self._stack()(TokenSet.create(x, valid=valid, stats={'patch': places}))
+    indices = np.stack(np.indices(self.grid), axis=-1).reshape(1, -1, 2)
+    valid = (jnp.asarray(indices) < sizes[:, None]).all(axis=-1)
+    indices = jnp.broadcast_to(jnp.asarray(indices, jnp.int32), (batch, rows * columns, 2))
+    tokens, out = self._stack()(TokenSet.create(x, valid=valid, stats={'patch': indices}))
     return self._merged(tokens, valid), out | {'tokens': tokens}
 
   def _merged(self, tokens: TokenSet, valid: Array) -> TokenSet:

@@ -104,8 +104,8 @@ def _patches(values: Array, grid: tuple[int, int]) -> Array:
 
 def _nearness(grid: tuple[int, int]) -> np.ndarray:
   """float32[rows * columns, rows * columns]: distance^-4 of any two patches, 0 on the diagonal."""
-  places = np.stack(np.unravel_index(np.arange(grid[0] * grid[1]), grid), axis=1)
-  squared = ((places[:, None] - places[None]) ** 2).sum(axis=-1)
+  coordinates = np.stack(np.unravel_index(np.arange(grid[0] * grid[1]), grid), axis=1)
+  squared = ((coordinates[:, None] - coordinates[None]) ** 2).sum(axis=-1)
   return np.where(squared > 0, 1.0 / np.maximum(squared, 1) ** 2, 0.0).astype(np.float32)
 
 

@@ -96,9 +96,9 @@ class Block(nn.Module):
     hidden = self.norm1(tokens.x)
     q, k, v = self.qkv(hidden)
     q, k = self.rotate_qk(tokens, q, k)
-    bias, places = key_bias(tokens, proportional=proportional), self._places(tokens)
+    bias, positions = key_bias(tokens, proportional=proportional), self._causal_positions(tokens)
     read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
-                             query_valid=tokens.valid, positions=places)
+                             query_valid=tokens.valid, positions=positions)
     mix = functools.partial(sharded_attention.attend, mesh=self.mesh,
                             implementation=self.implementation)
     if self.implementation == 'xla':
@@ -106,13 +106,13 @@ class Block(nn.Module):
       # the keys beside that map for whoever reads them later.
       signals = read(q=q, k=k, lse=None)
       q, k, signals = jax.lax.optimization_barrier((q, k, signals))
-      mixed = mix(q, k, v, bias, places)
+      mixed = mix(q, k, v, bias, positions)
     else:
-      mixed = mix(q, k, v, bias, places)
+      mixed = mix(q, k, v, bias, positions)
       signals = read(q=q, k=k, lse=mixed.lse)
     return self._add(tokens, self.out(mixed.out), self.scale1), signals
 
-  def _places(self, tokens: TokenSet) -> Array | None:
+  def _causal_positions(self, tokens: TokenSet) -> Array | None:
     """Returns the positions that order causal attention, None for full attention."""
     return tokens.pos if self.causal else None
 
@@ -127,7 +127,7 @@ class Block(nn.Module):
     hidden = self.norm1(tokens.x)
     q, k = self.rotate_qk(tokens, *self.qkv(hidden, last=2))
     bias = key_bias(tokens, proportional=proportional)
-    scores = attention.eager(q, k, bias=bias, positions=self._places(tokens))
+    scores = attention.eager(q, k, bias=bias, positions=self._causal_positions(tokens))
     v, = self.qkv(hidden, first=2)
     signals = measure_map(needs, scores, q=q, k=k, v=v, hidden=hidden, query_valid=tokens.valid)
     tokens, mix, renewed = decide(tokens, signals, scores)
@@ -141,7 +141,7 @@ class Block(nn.Module):
     bias = key_bias(tokens, proportional=proportional)
     assert needs == {'next_received_attention'}, needs
     received = attention.received(q, k, None, bias=bias, query_valid=tokens.valid,
-                                  positions=self._places(tokens))
+                                  positions=self._causal_positions(tokens))
     return Signals(next_received_attention=received)
 
   def feed(self, tokens: TokenSet, **unused: Any) -> TokenSet:
@@ -398,13 +398,13 @@ class ViT(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(t, (batch, 1, self.width)).astype(x.dtype)
                          for t in lead] + [x], axis=1)
     if self.positions == 'learned':
-      places = self.param('pos', normal, (1, placed + rows * columns, self.width))
+      embedding = self.param('pos', normal, (1, placed + rows * columns, self.width))
     else:
       table = sincos(self.grid, self.width)
-      places = jnp.asarray(np.pad(table, ((placed, 0), (0, 0))))[None]
+      embedding = jnp.asarray(np.pad(table, ((placed, 0), (0, 0))))[None]
     if placed < leading:
-      places = jnp.pad(places, ((0, 0), (leading, 0), (0, 0)))
-    x = x + places.astype(x.dtype)
+      embedding = jnp.pad(embedding, ((0, 0), (leading, 0), (0, 0)))
+    x = x + embedding.astype(x.dtype)
     if self.registers:
       extra = self.param('registers', normal, (1, self.registers, self.width)).astype(x.dtype)
       extra = jnp.broadcast_to(extra, (batch, self.registers, self.width))

@@ -138,8 +138,8 @@ class Windows:
   def _raster(self) -> np.ndarray:
     """int[W, patches of a window]: the raster place of every patch of every window."""
     (rows, columns), (high, wide) = self.grid, self.window
-    places = np.arange(rows * columns).reshape(rows // high, high, columns // wide, wide)
-    return places.transpose(0, 2, 1, 3).reshape(self.count, high * wide)
+    indices = np.arange(rows * columns).reshape(rows // high, high, columns // wide, wide)
+    return indices.transpose(0, 2, 1, 3).reshape(self.count, high * wide)
 
   def _index(self, rows: int) -> Array:
     """int32[B * W, 1], the window of each row."""

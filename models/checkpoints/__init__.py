@@ -74,14 +74,14 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
                 for name in leaf.names]
     _check(model, source, layout, wanted, tensors, {*left_out}, (*unused, *layout.ignorable))
     flat: dict[str, Any] = {}
-    places = None if shardings is None else flatten(_keyed(shardings))
+    sharding_of = None if shardings is None else flatten(_keyed(shardings))
     for where, parts in _grouped(wanted, storage).items():
       read = functools.partial(_read, tensors, dtype, parts)
       shape = (len(parts), *parts[0].shape) if parts[0].stacked else parts[0].shape
-      if places is None:
+      if sharding_of is None:
         flat[where] = read((slice(None),) * len(shape))
       else:
-        flat[where] = jax.make_array_from_callback(shape, places[where], read)
+        flat[where] = jax.make_array_from_callback(shape, sharding_of[where], read)
   return _tupled(nest(flat))
 
 
@@ -209,12 +209,12 @@ def resize_positions(params: Params, model: ViT, *,
     raise ValueError(f'image_size={image_size} is not a multiple of patch={model.patch}: change '
                      'it')
   table = jnp.asarray(params['pos'], jnp.float32)
-  lead, places = jnp.split(table, [table.shape[1] - model.grid[0] * model.grid[1]], axis=1)
-  places = places.reshape(*model.grid, -1)
-  places = jax.image.resize(places, (*new.grid, places.shape[-1]), 'cubic', antialias=True,
+  lead, patches = jnp.split(table, [table.shape[1] - model.grid[0] * model.grid[1]], axis=1)
+  patches = patches.reshape(*model.grid, -1)
+  patches = jax.image.resize(patches, (*new.grid, patches.shape[-1]), 'cubic', antialias=True,
                             precision='highest')
-  places = jnp.concatenate([lead, places.reshape(1, new.grid[0] * new.grid[1], -1)], axis=1)
-  return {**params, 'pos': np.asarray(places)}
+  patches = jnp.concatenate([lead, patches.reshape(1, new.grid[0] * new.grid[1], -1)], axis=1)
+  return {**params, 'pos': np.asarray(patches)}
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -285,8 +285,8 @@ def _choose(model: Any, source: Any, shapes: Mapping[str, Any],
   """The layout and prefix under which most names, and then most shapes, are found."""
   best, most = None, (0, 0)
   tried = []
-  for place in SOURCES:
-    for layout in place.layouts(model):
+  for source_module in SOURCES:
+    for layout in source_module.layouts(model):
       for prefix in layout.prefixes:
         try:
           wanted = list(leaves(layout, prefix, shapes))
@@ -304,7 +304,7 @@ def _choose(model: Any, source: Any, shapes: Mapping[str, Any],
     raise ValueError(f'{source} holds another model: none of its {len(tensors.shapes)} tensors '
                      f'({_listed(tensors.shapes)}) is one of this {type(model).__name__}, which '
                      f'has, as {name}, {_listed(names)} (layouts tried: '
-                     f'{", ".join(dict.fromkeys(known for known, _ in tried)) or "none"})')
+                     f'{", ".join(dict.fromkeys(layout for layout, _ in tried)) or "none"})')
   return best
 
 

@@ -124,9 +124,9 @@ def _check_index(files: list[pathlib.Path], handles: list[Any]) -> None:
   index = files[0].parent / INDEX
   if not index.exists():
     return
-  places = json.loads(index.read_text())['weight_map']
+  file_of = json.loads(index.read_text())['weight_map']
   for file, handle in zip(files, handles, strict=True):
-    said = {name for name, place in places.items() if pathlib.Path(place).name == file.name}
+    said = {name for name, home in file_of.items() if pathlib.Path(home).name == file.name}
     missing = sorted(said - set(handle.keys()))
     if missing:
       more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''

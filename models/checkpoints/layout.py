@@ -195,8 +195,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
   tree: dict[str, Any] = {}
   for path, value in flat.items():
     *above, last = path.split('/')
-    place = tree
+    node = tree
     for key in above:
-      place = place.setdefault(key, {})
-    place[last] = value
+      node = node.setdefault(key, {})
+    node[last] = value
   return tree
