@@ -11,14 +11,11 @@ is measured of a task is lib/tasks/image_sweep.py's or lib/tasks/qa_sweep.py's; 
 lib/tasks/sweep.py's.
 """
 
-import json
 import pathlib
-import sys
 
 from absl import flags
-from tqdm import tqdm
 
-from lib.report.rows import append_jsonl, read_jsonl
+from lib.report.measuring import measure_rows
 from lib.runtime import cli, launch, sharding, timing
 from lib.tasks import registry
 
@@ -30,30 +27,16 @@ def main(argv):
   first = launch.start()
   sweep = registry.make_sweep(config, workdir, sharding.make_mesh(config.mesh))
 
-  path = workdir / 'sweep.jsonl'
-  wanted = list(sweep.rows())
-  before = {}
-  for row in read_jsonl(path) if path.exists() else []:
-    before[identity(row, wanted[0])] = row
-  rows = []
-  for row in tqdm(wanted, disable=not sys.stderr.isatty(), unit='candidate'):
-    known = before.get(identity(row, wanted[0]))
-    if known is None:
-      known = {**row, **timing.machine()}
-      try:
-        known |= sweep.measure(row)
-      except ValueError as reason:  # A budget that this method cannot meet ends only its own row.
-        known['note'] = str(reason)
-      if first:
-        append_jsonl(path, known)
-    rows.append(known)
+  def measure(row):
+    try:
+      return sweep.measure(row)
+    except ValueError as reason:  # A budget that this method cannot meet ends only its own row.
+      return {'note': str(reason)}
+
+  rows = measure_rows(sweep.rows(), measure, path=workdir / 'sweep.jsonl',
+                      about=timing.machine(), write=first)
   if first:
     sweep.show(rows, workdir)
-
-
-def identity(row, like):
-  """What makes a row the same measurement: the keys that it has before it is made."""
-  return json.dumps([row.get(key, '') for key in like])
 
 
 if __name__ == '__main__':

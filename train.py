@@ -30,7 +30,7 @@ from models import checkpoints as weights
 
 @struct.dataclass
 class TrainState:
-  """All that training changes, and all that a checkpoint holds beside the data iterator."""
+  """Holds all that training changes; a checkpoint adds only the data iterator."""
 
   step: jax.Array
   params: dict
@@ -40,28 +40,28 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """All that training needs and that does not depend on the seed.
+  """Holds the parts of training that do not depend on the seed.
 
   Attributes:
-    learner: the model, and what it is trained for.
+    task: the model, and what it is trained for.
     optimizer: of optax.
-    init: key -> State.
-    places: of a State's arrays on the mesh.
-    train_steps: first step of each phase -> (State, batch, key, teacher) -> (State, scalars),
-      compiled when first called.
+    init: key -> TrainState.
+    shardings: of a TrainState's arrays on the mesh.
+    train_steps: first step of each phase -> (TrainState, batch, key, teacher) -> (TrainState,
+      scalars), compiled when first called.
     count_batch: (parameters, batch) -> what the batch adds to the scores, compiled likewise.
   """
 
-  learner: Task
+  task: Task
   optimizer: optax.GradientTransformation
   init: Callable[[jax.Array], TrainState]
-  places: TrainState
+  shardings: TrainState
   train_steps: dict[int, Callable[..., tuple[TrainState, dict]]]
   count_batch: Callable[..., jax.Array]
 
   def train_step(self, done: int) -> Callable[..., tuple[TrainState, dict]]:
     """The training step after so many are done."""
-    return self.train_steps[anneal.at(self.learner.phases, done).start_step]
+    return self.train_steps[anneal.at(self.task.phases, done).start_step]
 
 
 def main(argv):
@@ -70,9 +70,9 @@ def main(argv):
   run(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), first=launch.start())
 
 
-def setup(config, mesh):
+def make_setup(config, mesh):
   """Model, optimizer and compiled functions of a config, on a mesh."""
-  learner = registry.make_task(config, mesh)
+  task = registry.make_task(config, mesh)
   schedule = optax.warmup_cosine_decay_schedule(
       0.0, config.optimizer.peak_lr, config.optimizer.warmup_steps, config.total_steps)
   optimizer = optax.chain(
@@ -80,20 +80,21 @@ def setup(config, mesh):
       optax.adamw(schedule, weight_decay=config.optimizer.weight_decay, mask=decayed))
 
   def init(key):
-    params = learner.init(key)
+    params = task.init(key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
-  places = sharding.make_shardings(jax.eval_shape(init, jax.random.key(0)), config.sharding, mesh)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  shardings = sharding.make_shardings(shapes, config.sharding, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   train_steps = {
       phase.start_step: jax.jit(
-          functools.partial(update, learner.loss(phase.model), optimizer, config.optimizer,
+          functools.partial(update, task.loss(phase.model), optimizer, config.optimizer,
                             schedule),
-          in_shardings=(places, rows, whole, None), out_shardings=(places, whole),
+          in_shardings=(shardings, rows, whole, None), out_shardings=(shardings, whole),
           donate_argnums=0)
-      for phase in learner.phases}
-  count_batch = jax.jit(learner.count, in_shardings=(places.ema, rows), out_shardings=whole)
-  return Setup(learner, optimizer, init, places, train_steps, count_batch)
+      for phase in task.phases}
+  count_batch = jax.jit(task.count, in_shardings=(shardings.ema, rows), out_shardings=whole)
+  return Setup(task, optimizer, init, shardings, train_steps, count_batch)
 
 
 def run(config, workdir, *, first):
@@ -108,56 +109,56 @@ def run(config, workdir, *, first):
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
   check_steps(config)
-  made = setup(config, mesh)
-  learner = made.learner
-  iterator = learner.train_iterator(
+  setup = make_setup(config, mesh)
+  task = setup.task
+  iterator = task.train_iterator(
       config.data, seed=config.seed, process_index=jax.process_index(),
       process_count=jax.process_count())
 
   # State: shapes first, then placed where it will live.
   key = jax.random.key(config.seed)
-  template = sharding.shapes(jax.eval_shape(made.init, key), made.places)
+  template = sharding.shapes(jax.eval_shape(setup.init, key), setup.shardings)
   teacher = None
   if 'distill' in config.optimizer and config.optimizer.distill.teacher:
     # The teacher is unreduced: it has no parameters of a learned method.
     teacher = parameters_of('optimizer.distill.teacher', config.optimizer.distill.teacher,
-                            learner.unreduced(template.ema), learner.score)
+                            task.unreduced(template.ema), task.score)
 
   # Resume: 1. the newest checkpoint that can be read, 2. its state, 3. its place in the data,
   # 4. else a fresh state.
   workdir.mkdir(parents=True, exist_ok=True)
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=learner.score)
-  found = checkpoints.restore(parts(template))
-  if found:
-    start, saved, position = found
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=task.score)
+  restored = checkpoints.restore(parts(template))
+  if restored:
+    start, saved, position = restored
     state = saved['state'].replace(ema=saved['ema'])
     iterator.set_state(position)
   else:
-    start, state = 0, fresh_state(config, made, template, key)
+    start, state = 0, fresh_state(config, setup, template, key)
   if first:
     (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
-    print(learner.summary, end='', flush=True)
-  if first and found:
+    print(task.summary, end='', flush=True)
+  if first and restored:
     print(f'resumed at step {start} of {config.total_steps}', flush=True)
 
   # The loop.
   stop = launch.Stop(signal.SIGTERM, signal.SIGINT)
   writer = metrics.Writer(workdir, total_steps=config.total_steps, start=start, active=first)
-  macs = {phase.start_step: learner.macs(phase.model) for phase in learner.phases}
-  meter = Meter(learner.slots, batch_size=config.data.batch_size,
+  macs = {phase.start_step: task.macs(phase.model) for phase in task.phases}
+  meter = Meter(task.slots, batch_size=config.data.batch_size,
                 device=mesh.devices.flat[0], devices=mesh.size)
   scores, stopping = {}, False
   if start >= config.total_steps:
     if first:
       print(f'nothing left to train: the run is at step {start}, and total_steps is '
             f'{config.total_steps}', flush=True)
-    scores = evaluate(made, state.ema, config.data, mesh)
+    scores = evaluate(setup, state.ema, config.data, mesh)
   for step in range(start + 1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)
-    phase = anneal.at(learner.phases, step - 1).start_step
-    state, measured = made.train_steps[phase](state, batch, key, teacher)
+    phase = anneal.at(task.phases, step - 1).start_step
+    state, measured = setup.train_steps[phase](state, batch, key, teacher)
     writer.advance(step)
-    stopping = stop.agreed(step % config.log_steps == 0)
+    stopping = stop.should_stop(step % config.log_steps == 0)
     last = step == config.total_steps or stopping
     if step % config.log_steps == 0 or last:
       measured = {name: float(value) for name, value in measured.items()}
@@ -166,12 +167,12 @@ def run(config, workdir, *, first):
                                               macs=macs[phase]))
     if (step % config.eval_steps == 0 or last) and not stopping:
       with meter.paused():
-        scores = evaluate(made, state.ema, config.data, mesh)
+        scores = evaluate(setup, state.ema, config.data, mesh)
       writer.write(step, scores)
     if step % config.checkpoint_steps == 0 or last:
       with meter.paused():
         check_finite({'loss': float(measured['loss'])}, step, config, workdir)
-        best = {learner.score: scores[learner.score]} if scores else None
+        best = {task.score: scores[task.score]} if scores else None
         checkpoints.save(step, parts(state), iterator.get_state(), metrics=best)
     if stopping:
       logging.warning('stopped by a signal at step %d; the same command goes on from there', step)
@@ -186,21 +187,21 @@ def run(config, workdir, *, first):
   return not stopping
 
 
-def fresh_state(config, made, template, key):
-  """Makes a State at step 0, of new parameters, another run's or pretrained ones.
+def fresh_state(config, setup, template, key):
+  """Makes a TrainState at step 0, of new parameters, another run's or pretrained ones.
 
   Args:
     config: as of `run`.
-    made: its Setup.
-    template: shapes of a State, placed.
+    setup: its Setup.
+    template: shapes of a TrainState, placed.
     key: of initial parameters.
   """
   begun = loaded = None
   if config.get('start'):
-    begun = parameters_of('start', config.start, template.ema, made.learner.score)
+    begun = parameters_of('start', config.start, template.ema, setup.task.score)
   else:
-    loaded = made.learner.pretrained()
-  state = jax.jit(made.init, out_shardings=made.places)(key)
+    loaded = setup.task.pretrained()
+  state = jax.jit(setup.init, out_shardings=setup.shardings)(key)
   # Two copies in both cases: the parameters are donated in every step.
   if begun:
     state = state.replace(params=begun, ema=jax.tree.map(jnp.copy, begun))
@@ -211,7 +212,7 @@ def fresh_state(config, made, template, key):
 
 
 def update(loss, optimizer, settings, schedule, state, batch, key, teacher):
-  """One step: State, batch -> State, scalars.
+  """Takes one step: TrainState, batch -> TrainState, scalars.
 
   Args:
     loss: (parameters, batch, key, teacher) -> (what to lower, {name: scalar}).
@@ -237,30 +238,30 @@ def update(loss, optimizer, settings, schedule, state, batch, key, teacher):
   return TrainState(state.step + 1, params, opt_state, ema), scalars
 
 
-def evaluate(made, params, config, mesh):
+def evaluate(setup, params, config, mesh):
   """The scores on the test split."""
-  batches = made.learner.eval_batches(config, process_index=jax.process_index(),
-                                      process_count=jax.process_count())
-  return made.learner.scores(sum_counts(
-      [made.count_batch(params, sharding.put(batch, mesh)) for batch in batches]))
+  batches = setup.task.eval_batches(config, process_index=jax.process_index(),
+                                    process_count=jax.process_count())
+  return setup.task.scores(sum_counts(
+      [setup.count_batch(params, sharding.put(batch, mesh)) for batch in batches]))
 
 
 def parameters_of(key, workdir, template, score):
   """The averaged parameters of another run's best checkpoint, which the config names by `key`."""
-  found = checkpoint.best(workdir, template, metric=score)
-  if found is None:
+  best = checkpoint.best(workdir, template, metric=score)
+  if best is None:
     raise FileNotFoundError(f'{key}={workdir} has no checkpoint: name the workdir of a run that '
                             'has one')
-  return found[1]
+  return best[1]
 
 
 def parts(state):
-  """What a checkpoint holds: evaluation reads the averaged parameters alone."""
+  """Returns the parts of a checkpoint; evaluation reads the averaged parameters alone."""
   return {'state': state.replace(ema=None), 'ema': state.ema}
 
 
 def decayed(params):
-  """Weight decay is for matrices: not for biases, norms, or single tokens."""
+  """Returns the weight decay mask: True for matrices, not for biases, norms or single tokens."""
   plain = ('bias', 'scale', 'cls', 'dist', 'pos', 'registers', 'probe', 'ls1', 'ls2')
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in plain, params)
 
@@ -275,7 +276,7 @@ def check_batch(config, mesh):
 
 
 def check_steps(config):
-  """Raises where the learning rate would not come down again."""
+  """Raises if the learning rate would never decay."""
   warmup = config.optimizer.warmup_steps
   if config.total_steps <= warmup:
     raise ValueError(f'total_steps={config.total_steps} must be more than '

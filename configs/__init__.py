@@ -1,1 +1,1 @@
-"""One get_config() a file; the docstring holds the command, its cost and what to expect."""
+"""Holds configs, one get_config() a file; docstrings give the command, its cost and result."""

@@ -192,18 +192,18 @@ def get_config(row: str = '') -> ml_collections.ConfigDict:
     raise ValueError('name a row of configs/reproduce.py, as --config=configs/reproduce.py:'
                      f'tome_deit_s16_r13: there are {", ".join(ROWS)}')
   choices.check('the row ', row, ROWS)
-  known = ROWS[row]
+  entry = ROWS[row]
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.data = data(
-      name='imagenet2012', data_dir='', image_size=known['image_size'], channels=3, batch_size=64,
-      train_split='train', test_split='validation', filter='bicubic', **known['pixels'])
-  size = {'image_size': known['image_size']} if known['image_size'] != 224 else {}
-  config.model = image_model(known['variant'], dtype='float32',
-                             weights=f'data/weights/{known["weights"]}', **size)
-  config.reduce = dict(vision=reduction(**(known['reduce'] or {})))
+      name='imagenet2012', data_dir='', image_size=entry['image_size'], channels=3, batch_size=64,
+      train_split='train', test_split='validation', filter='bicubic', **entry['pixels'])
+  size = {'image_size': entry['image_size']} if entry['image_size'] != 224 else {}
+  config.model = image_model(entry['variant'], dtype='float32',
+                             weights=f'data/weights/{entry["weights"]}', **size)
+  config.reduce = dict(vision=reduction(**(entry['reduce'] or {})))
   config.mesh = mesh()
   config.sharding = VIT_SHARDING
-  config.expected = known['expected']
-  config.needs = dict(weights=known['weights'], made_by=known['made_by'], data='imagenet2012')
+  config.expected = entry['expected']
+  config.needs = dict(weights=entry['weights'], made_by=entry['made_by'], data='imagenet2012')
   return config

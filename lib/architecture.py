@@ -152,12 +152,12 @@ def of_config(config: Mapping[str, Any]) -> Source:
     raise ValueError("the config says no model: it needs config.model = dict(variant='S/16', ...), "
                      'or config.model.lm')
   reduce = config.get('reduce') or {}
-  places = COMPONENTS if settings.get('lm') else ('vision',)
-  for place, reduction in reduce.items():
-    if place not in places:
-      raise ValueError(f'config.reduce.{place} is unknown: choose from {", ".join(places)}')
+  components = COMPONENTS if settings.get('lm') else ('vision',)
+  for component, reduction in reduce.items():
+    if component not in components:
+      raise ValueError(f'config.reduce.{component} is unknown: choose from {", ".join(components)}')
     if reduction is not None and not reduction.get('method'):
-      raise ValueError(f"config.reduce.{place} names no method: set method='tome', or another")
+      raise ValueError(f"config.reduce.{component} names no method: set method='tome', or another")
   if not settings.get('lm'):
     return Source(build(settings, task=config.get('task')), reduce)
   model = qa_task.build(settings, {}, _set_info(config['data']), context=config['data']['context'])

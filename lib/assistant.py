@@ -51,7 +51,7 @@ class Tokenizer(Protocol):
 
   @property
   def size(self) -> int:
-    """One more than the largest id."""
+    """Size of the vocabulary: one more than the largest id."""
 
   def encode(self, text: str, *, special: bool) -> list[int]:
     """Returns the ids of a text, with those that start it if `special`."""
@@ -207,8 +207,8 @@ def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = 
 def of_run(trained: TrainedModel) -> Assistant:
   """Makes an assistant of a trained model."""
   info, model, config = trained.info, trained.model, trained.config
-  reduce = {component: settings for component, given in config.reduce.items()
-            if (settings := reduction_settings(given))}
+  reduce = {component: settings for component, component_config in config.reduce.items()
+            if (settings := reduction_settings(component_config))}
   silent = tuple(each for each in (info.pad, info.end, info.image) if each is not None)
   tokens = WordTokenizer(info.words, silent) if info.words else HubTokenizer(info.tokenizer)
   params = to_storage(trained.params, 'unstacked')

@@ -114,7 +114,7 @@ class LanguageModel:
 
   @property
   def sees(self) -> bool:
-    """Whether it takes images."""
+    """True if the model takes images."""
     return not isinstance(self.assistant.model, LM)
 
   def generate(self, text: str, *, images: Sequence[str | pathlib.Path | Image.Image] = (),
@@ -163,7 +163,7 @@ class LanguageModel:
     if self.sees:
       side = getattr(self.assistant.model.tower, 'image_size', 0) or 224
       layout = self.assistant.encode_images([[Image.new('RGB', (side, side))]]).layout
-    chosen = self._by_place(self.assistant.reduce if reduce is None else reduce)
+    chosen = self._by_component(self.assistant.reduce if reduce is None else reduce)
     return cost_text.describe(self.assistant.model, reduce=chosen, prompt=slots, layout=layout)
 
   def evaluate(self, reduce: Reduce | None = None, *, batches: int | None = None) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class LanguageModel:
       raise ValueError('a checkpoint has no test split of its own: measure it with a harness '
                        '(python -m adapters.lm_harness, python -m adapters.lmms)')
     config, info = self.trained.config, self.trained.info
-    reduce = self._by_place(self.assistant.reduce if reduce is None else reduce)
+    reduce = self._by_component(self.assistant.reduce if reduce is None else reduce)
     model = qa_task.build(config.model, reduce, info, context=config.data.context,
                           platform=jax.default_backend())
     groups, longest = info.kinds or qa_sweep.TENTHS, 1 + info.answer_length
@@ -203,16 +203,16 @@ class LanguageModel:
         'kv_mb': read.kv_bytes / 1e6,
         'kept_mean': sum(layer.cached for layer in read.layers) / len(read.layers)}
 
-  def _by_place(self, reduce: Reduce) -> dict[str, dict[str, Any]]:
+  def _by_component(self, reduce: Reduce) -> dict[str, dict[str, Any]]:
     """Reductions as the models take them: of visual tokens alone, unless they say otherwise."""
-    chosen = {place: dict(given) for place, given in reduce.items()}
+    chosen = {component: dict(component_config) for component, component_config in reduce.items()}
     language = chosen.get('language')
     if self.sees and language and language.get('method', 'none') != 'none':
       language.setdefault('token_kinds', 'visual')
     return chosen
 
   def _generator(self, model: Assistant, reduce: Reduce | None) -> Any:
-    reduce = self._by_place(model.reduce if reduce is None else reduce)
+    reduce = self._by_component(model.reduce if reduce is None else reduce)
     key = repr((sorted(reduce.items()), self.sees and model.model.tower))
     if key not in self._generators:
       self._generators[key] = model.generator(reduce)
@@ -286,9 +286,9 @@ class ImageModel:
     """The model under a reduction, its budget resolved."""
     if reduce is None:
       reduce = self.config.get('reduce') or {}
-    for place in reduce:
-      if place != 'vision':
-        raise ValueError(f"reduce.{place} is not a place of this model: it has 'vision' alone")
+    for component in reduce:
+      if component != 'vision':
+        raise ValueError(f"reduce.{component} is not a place of this model: it has 'vision' alone")
     return build.build(self.config.model, reduce.get('vision'), macs=vit_cost.solver,
                        platform=jax.default_backend(), task=self.config.get('task'))
 

@@ -1,4 +1,4 @@
-"""One reduction of bare arrays by a named method, as a model would carry it out in one layer.
+"""Reduces bare arrays by a named method, as a model does in one layer.
 
 Axes: B batch, N slots now, M slots after, D features, H heads, d features a head, W last rows.
 """
@@ -40,7 +40,7 @@ AXES: dict[str, tuple[str, ...]] = {
 def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | None = None,
                   keep_ratio: float | None = None, args: Mapping[str, Any] | None = None,
                   params: Any = None, protected: int = 0, valid: Array | None = None,
-                  **given: Any) -> TokenSet:
+                  **values: Any) -> TokenSet:
   """Reduces tokens once by a named method.
 
   Args:
@@ -54,8 +54,8 @@ def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | 
     params: parameters of a learned method, as a model has them under 'reducer_<layer>'.
     protected: leading tokens ([CLS] and its like) that stay as they are.
     valid: bool[B, N], False for padding, which is never kept before a real token; None for none.
-    **given: the signals that the method reads, by name (`ops.signals.Signals`): keys=float[B, N, H,
-      d], cls_attention=float[B, H, N], grid=(rows, columns) and so on. Others are not read.
+    **values: the signals that the method reads, by name (`ops.signals.Signals`): keys=float[B, N,
+      H, d], cls_attention=float[B, H, N], grid=(rows, columns) and so on. Others are not read.
 
   Returns:
     A TokenSet of M slots: `x` float[B, M, D], `owner` int32[B, N] (the slot that now holds each
@@ -69,7 +69,7 @@ def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | 
   if method in CACHE_REDUCERS:
     raise ValueError(f'{method} acts on a cache of keys and values, not on tokens: give it to a '
                      f"language model, as reduce={{'cache': {{'method': {method!r}, ...}}}}")
-  for name in given:
+  for name in values:
     choices.check_key('there is no signal ', name, signals.NAMES)
   chosen = make_method(method, args or {})
   tokens = _tokens(x, protected, valid)
@@ -83,7 +83,7 @@ def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | 
     raise ValueError(f'{method} is learned, and its parameters are missing: give params=..., as a '
                      'model trained with it has them under reducer_<layer>')
   needs = chosen.needs | (chosen.watch_needs if watches else frozenset())
-  measured = _signals(method, needs, tokens, given)
+  measured = _signals(method, needs, tokens, values)
   # One layer of one size: what a plan resolves for a whole model.
   host = Host(1, tokens.slots, tokens.protected, frozenset())
   cuts = resolve(budget, limits_of(chosen, host, tokens.protected))
@@ -97,8 +97,8 @@ def _carry_out(method: Any, tokens: TokenSet, measured: Signals, params: Any, *,
   """Asks a method and does as it says, as one program."""
   if hasattr(method, 'watch'):
     tokens = tokens.replace(stats=tokens.stats | method.watch(tokens, measured))
-  asked = method if params is None else functools.partial(method.apply, {'params': params})
-  return tk.reduce(tokens, tk.decide(asked, tokens, measured, num_slots=num_slots))
+  with_params = method if params is None else functools.partial(method.apply, {'params': params})
+  return tk.reduce(tokens, tk.decide(with_params, tokens, measured, num_slots=num_slots))
 
 
 def _tokens(x: Any, protected: int, valid: Any) -> TokenSet:
@@ -128,14 +128,14 @@ def _tokens(x: Any, protected: int, valid: Any) -> TokenSet:
 
 
 def _signals(method: str, needs: frozenset[str], tokens: TokenSet,
-             given: Mapping[str, Any]) -> Signals:
+             values: Mapping[str, Any]) -> Signals:
   """The signals that a method reads, checked against the tokens.
 
   Raises:
     ValueError: one is missing, or has another shape.
   """
   batch, slots = tokens.x.shape[:2]
-  missing = [name for name in sorted(needs) if given.get(name) is None
+  missing = [name for name in sorted(needs) if values.get(name) is None
              and getattr(Signals(), name) is None and name != 'slots']
   if missing:
     hints = ', '.join(f'{name}=float[{", ".join(AXES[name])}]' if name in AXES else
@@ -145,7 +145,7 @@ def _signals(method: str, needs: frozenset[str], tokens: TokenSet,
                      '(ops/signals.py says what each is)')
   arrays = {}
   for name in needs & AXES.keys():
-    value, axes = jnp.asarray(given[name]), AXES[name]
+    value, axes = jnp.asarray(values[name]), AXES[name]
     sizes = {'B': batch, 'N': slots}
     if value.ndim != len(axes) or any(sizes.get(axis, size) != size
                                       for axis, size in zip(axes, value.shape, strict=True)):
@@ -153,7 +153,7 @@ def _signals(method: str, needs: frozenset[str], tokens: TokenSet,
       raise ValueError(f'{name} of shape {value.shape} does not fit {batch} rows of {slots} '
                        f'tokens: give float[{wanted}]')
     arrays[name] = value
-  static = {name: given[name] for name in signals.STATIC if given.get(name) is not None}
+  static = {name: values[name] for name in signals.STATIC if values.get(name) is not None}
   if 'grid' in static:
     static['grid'] = tuple(static['grid'])
   return Signals(**arrays, **({'slots': slots} | static))

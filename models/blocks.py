@@ -1,4 +1,4 @@
-"""What the blocks of all backbones share.
+"""Norms, dense layers and activations that the blocks of all backbones share.
 
 Axes: B batch, N slots, D width, H heads, d width of a head."""
 
@@ -55,5 +55,5 @@ def dense(features: int | tuple[int, ...], dtype: Any, *, axis: int | tuple[int,
 
 
 def hidden_features(mlp: int, activation: str) -> int | tuple[int, int]:
-  """What an MLP's first product makes: two halves where the activation gates."""
+  """Returns the output width of an MLP's first layer; two halves if the activation gates."""
   return (2, mlp) if activation == 'swiglu' else mlp

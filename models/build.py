@@ -1,4 +1,4 @@
-"""From a config to a model with its reductions resolved; train, eval and the tools share it."""
+"""Builds a config's model and resolves its reductions; train, eval and the tools share it."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ops.reducers.cache import CACHE_REDUCERS
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One method.
+  """Holds one method of the catalogue.
 
   Attributes:
     name: as configs write it.

@@ -1,4 +1,4 @@
-"""Published architectures as data: what each family sets, and nothing that runs.
+"""Published architectures as data: the settings of each family, and no code.
 
 A name in `NAMED` is a variant of models/backbones/vit.py, one in `PAIRS` of
 models/backbones/clip.py, one in `LMS` of models/backbones/lm.py. Sources: ViT

@@ -1,4 +1,4 @@
-"""From `config.reduce` to a model with its plans: the one place that resolves reductions.
+"""Resolves `config.reduce` into a model with its plans; no other module does.
 
   vit = with_vision_plan(vit, config.reduce.vision)
   plans = with_plans(vlm, **config.reduce)
@@ -218,6 +218,6 @@ def without_plans(model: LM | VLM) -> LM | VLM:
 
 
 def _of_visual_alone(config: Mapping[str, Any]) -> bool:
-  """Whether a reduction is of visual tokens and no others."""
+  """Returns whether a reduction touches visual tokens alone."""
   kinds = renames.current('reduce', config).get('token_kinds')
   return kinds == 'visual' or (isinstance(kinds, Sequence) and tuple(kinds) == ('visual',))

@@ -83,7 +83,7 @@ def layer_of(weights: Any, layer: Any) -> Any:
 
 @struct.dataclass
 class LayerSlice:
-  """One layer's parameters, read from the stack, while their gradient goes to a slice of it.
+  """Reads one layer's parameters from the stack; gradients go to a slice of it.
 
   Attributes:
     stack: [L, ...].

@@ -163,8 +163,8 @@ class Gather(Extras, struct.PyTreeNode):
 
   def totals(self, sizes: Array) -> Array:
     """Picks rows, times `policy` where there is one: float32[B, N, ...] -> [B, M, ...]."""
-    kept = self.apply(sizes)
-    return kept if self.policy is None else kept * expand_like(self.policy, kept)
+    picked = self.apply(sizes)
+    return picked if self.policy is None else picked * expand_like(self.policy, picked)
 
   def apply_by_head(self, values: Array) -> Array:
     """Picks rows in every head, bit for bit: [B, H, N, K] -> [B, H, M, K]."""

@@ -183,7 +183,7 @@ def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None 
 
 def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = None,
          scale: float | None = None) -> Array:
-  """One query a row over a cache of keys and values, float[B, H, d].
+  """Attends with one query a row to a cache of keys and values, float[B, H, d].
 
   Args:
     q: float[B, H, d].

@@ -1,4 +1,4 @@
-"""Fused attention: what cuDNN and TPU kernels take, give, and need their gradients for.
+"""Fused attention: inputs, outputs and gradients of cuDNN and TPU kernels.
 
 Axes: B batch, N queries, S keys, H heads, K kv heads, d features a head."""
 

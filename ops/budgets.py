@@ -29,6 +29,8 @@ from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
+from ops import choices
+
 BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
 ROUNDING: dict[str, Callable[[Fraction], int]] = {
     'ceil': math.ceil, 'floor': math.floor, 'round': round}
@@ -37,7 +39,7 @@ RATIO_OF = ('current', 'start')
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """One reduction: in `layer`, from `slots_in` to `slots_out` slots, protected ones included."""
+  """Holds one reduction: in `layer`, from `slots_in` to `slots_out` slots with protected ones."""
 
   layer: int
   slots_in: int
@@ -86,10 +88,8 @@ def resolve(budget: Mapping[str, Any], limits: Limits, *,
                      f'choose one of {", ".join(BUDGETS)}')
   form, value = named[0], budget[named[0]]
   rounding, base = budget.get('rounding') or 'ceil', budget.get('ratio_of') or 'current'
-  if rounding not in ROUNDING:
-    raise ValueError(f'rounding={rounding!r} is unknown: choose one of {", ".join(ROUNDING)}')
-  if base not in RATIO_OF:
-    raise ValueError(f'ratio_of={base!r} is unknown: choose one of {", ".join(RATIO_OF)}')
+  choices.check('rounding=', rounding, ROUNDING)
+  choices.check('ratio_of=', base, RATIO_OF)
   if form == 'remove':
     return _remove(constant_or_inflected(value, len(layers)), layers, limits)
   if form == 'keep_ratio':

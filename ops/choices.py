@@ -1,4 +1,4 @@
-"""One wording for every value that must be one of a few."""
+"""Words the error of every value that must be one of a few."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def near(value: Any, choices: Iterable[Any]) -> str:
 
 
 def check(what: str, value: Any, choices: Iterable[Any]) -> None:
-  """Raises a ValueError unless a value is among the choices, which it lists.
+  """Raises a ValueError, which lists the choices, unless a value is among them.
 
   Args:
     what: the words in front of the value, as 'mode=' or 'method '.
@@ -28,7 +28,7 @@ def check(what: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def check_key(what: str, key: Any, keys: Iterable[Any]) -> None:
-  """Raises a ValueError unless a key is among those that something has, which it lists.
+  """Raises a ValueError, which lists the keys, unless a key is among them.
 
   Args:
     what: the words in front of the key, as 'a ViT has no setting '.

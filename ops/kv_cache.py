@@ -1,4 +1,4 @@
-"""Caches of keys and values: what decoding reads, and what a method keeps of them.
+"""KV caches: read by decoding, reduced by methods.
 
 Axes: B batch, N slots now, M slots after, K kv heads, S slots of a buffer, d features a head, P
 numbers in a position.
@@ -36,7 +36,7 @@ class KVGather(struct.PyTreeNode):
 
 
 class KV(struct.PyTreeNode):
-  """One layer's cache: what a prompt left, then room for what is decoded.
+  """Holds one layer's cache: entries of the prompt, then room for decoded tokens.
 
   Attributes:
     keys, values: as `create` takes them, but without axes of one before S: XLA takes those off in
@@ -81,7 +81,7 @@ class KV(struct.PyTreeNode):
   def _unfolded(self, x: Array) -> Array:
     return x.reshape(len(self.start), -1, *x.shape[-2:])
 
-  def append(self, k: Array, v: Array, place: Array, step: Array) -> KV:
+  def append(self, k: Array, v: Array, pos: Array, step: Array) -> KV:
     """Writes keys and values float[B, K, d] of decoded token `step`, in place where donated."""
     at = self.filled + step
 
@@ -90,15 +90,14 @@ class KV(struct.PyTreeNode):
           buffer, jnp.expand_dims(new, axis).astype(buffer.dtype), at, axis)
 
     heads = self.pos.shape[1:-1]
-    place = jnp.broadcast_to(place.reshape(place.shape + (1,) * len(heads)),
-                             place.shape + heads)
+    pos = jnp.broadcast_to(pos.reshape(pos.shape + (1,) * len(heads)), pos.shape + heads)
     axis = self.pos.ndim - 1
     row = self.keys.ndim - 2
     return self.replace(
         keys=write(self.keys, k.reshape(*self.keys.shape[:row], -1), row),
         values=write(self.values, v.reshape(*self.keys.shape[:row], -1), row),
-        pos=write(self.pos, place, axis),
-        valid=write(self.valid, jnp.ones(place.shape, bool), axis))
+        pos=write(self.pos, pos, axis),
+        valid=write(self.valid, jnp.ones(pos.shape, bool), axis))
 
 
 def _folded(x: Array) -> Array:
@@ -107,7 +106,7 @@ def _folded(x: Array) -> Array:
 
 
 class Cache(struct.PyTreeNode):
-  """All layers' caches.
+  """Holds the caches of all layers.
 
   Attributes:
     layers: one `KV` a layer, each of its own length.
@@ -123,12 +122,12 @@ class Cache(struct.PyTreeNode):
     return self.layers[0].room
 
 
-def shrink(kv: KV, kept: KVGather, *, positions: str, rope: Rope) -> KV:
-  """The part of a layer's cache that a method keeps; `kv` has no room yet.
+def shrink(kv: KV, assignment: KVGather, *, positions: str, rope: Rope) -> KV:
+  """Reduces a layer's cache to the entries that a method keeps; `kv` has no room yet.
 
   Args:
     kv: of N slots, `pos` and `valid` shared by the heads.
-    kept: M slots a head.
+    assignment: M slots a head.
     positions: 'keep', or 'compact': the kept keys of a head are turned to positions 0, 1, … in
       their order, and decoding goes on from there (FINCH, arXiv:2408.00167).
     rope: of the model; only 'compact' asks.
@@ -139,20 +138,20 @@ def shrink(kv: KV, kept: KVGather, *, positions: str, rope: Rope) -> KV:
   heads, slots = kv.k.shape[1:3]
 
   def pick(x: Array) -> Array:
-    return kept.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
+    return assignment.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
 
   pos, valid = pick(kv.pos), pick(kv.valid)
   bias = None if kv.bias is None else pick(kv.bias)
-  k, v = kept.apply(kv.k), kept.apply(kv.v)
-  if kept.valid is not None:
-    valid &= kept.valid
+  k, v = assignment.apply(kv.k), assignment.apply(kv.v)
+  if assignment.valid is not None:
+    valid &= assignment.valid
   start = kv.start
   if positions == 'compact':
     if start.ndim > 1:
       raise ValueError("positions='compact' has no meaning for positions of several numbers "
                        "(M-RoPE): choose 'keep'")
-    by_place = jnp.argsort(jnp.where(valid, pos, jnp.iinfo(jnp.int32).max), axis=2, stable=True)
-    rank = jnp.argsort(by_place, axis=2).astype(jnp.int32)
+    by_position = jnp.argsort(jnp.where(valid, pos, jnp.iinfo(jnp.int32).max), axis=2, stable=True)
+    rank = jnp.argsort(by_position, axis=2).astype(jnp.int32)
     turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
     k = jnp.swapaxes(turn.rotate(jnp.swapaxes(k, 1, 2)[..., None, :],
                                  jnp.swapaxes(rank - pos, 1, 2))[..., 0, :], 1, 2)
@@ -162,7 +161,7 @@ def shrink(kv: KV, kept: KVGather, *, positions: str, rope: Rope) -> KV:
 
 
 def with_room(kv: KV, room: int) -> KV:
-  """The same cache with empty slots for what will be decoded."""
+  """Appends empty slots to a cache, for tokens to decode."""
 
   def pad(x: Array, axis: int) -> Array:
     return jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])

@@ -1,4 +1,4 @@
-"""Masks of attention other than causal ones, as pure functions of what the tokens are.
+"""Attention masks other than causal ones, as pure functions of token kinds and positions.
 
 Axes: B batch, N tokens, P patches of an image.
 """

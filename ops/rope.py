@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops import choices
+
 Array = jax.Array
 
 SCALINGS = ('none', 'linear', 'llama3', 'yarn')
@@ -57,11 +59,8 @@ class Rope:
   spread: str = 'blocks'
 
   def __post_init__(self) -> None:
-    if self.scaling not in SCALINGS:
-      raise ValueError(f'RoPE scaling {self.scaling!r} is unknown: choose one of '
-                       f'{", ".join(SCALINGS)}')
-    if self.spread not in SPREADS:
-      raise ValueError(f'spread={self.spread!r} is unknown: choose one of {", ".join(SPREADS)}')
+    choices.check('RoPE scaling ', self.scaling, SCALINGS)
+    choices.check('spread=', self.spread, SPREADS)
     if self.width % 2 or (self.sections and sum(self.sections) != self.width // 2):
       raise ValueError(f'RoPE turns pairs of features: width={self.width} must be even, and '
                        f'sections={self.sections} add up to half of it')
@@ -70,13 +69,13 @@ class Rope:
     """float32[d / 2], radians a position."""
     plain = self.theta ** (-np.arange(0, self.width, 2, dtype=np.float64) / self.width)
     if self.scaling == 'none':
-      made = plain
+      scaled = plain
     elif self.scaling == 'linear':
-      made = plain / self.factor
+      scaled = plain / self.factor
     elif self.scaling == 'llama3':
       turns = self.original * plain / (2 * math.pi)
       share = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
-      made = share * plain + (1 - share) * plain / self.factor
+      scaled = share * plain + (1 - share) * plain / self.factor
     else:
       begin, end = (self.width * math.log(self.original / (turns * 2 * math.pi))
                     / (2 * math.log(self.theta)) for turns in (self.fast, self.slow))
@@ -84,8 +83,8 @@ class Rope:
         begin, end = math.floor(begin), math.ceil(end)
       begin, end = max(begin, 0), min(end, self.width - 1)
       share = np.clip((np.arange(self.width // 2) - begin) / max(end - begin, 1e-3), 0, 1)
-      made = (1 - share) * plain + share * plain / self.factor
-    return made.astype(np.float32)
+      scaled = (1 - share) * plain + share * plain / self.factor
+    return scaled.astype(np.float32)
 
   @property
   def amplitude(self) -> float:
@@ -96,12 +95,12 @@ class Rope:
 
   def axes(self) -> np.ndarray:
     """int[d / 2]: which column of a position each frequency turns with."""
-    found = np.repeat(np.arange(len(self.sections)), self.sections)
+    columns = np.repeat(np.arange(len(self.sections)), self.sections)
     if self.spread == 'interleaved':
-      found = np.zeros(self.width // 2, int)
+      columns = np.zeros(self.width // 2, int)
       for axis in range(1, len(self.sections)):
-        found[axis:len(self.sections) * self.sections[axis]:len(self.sections)] = axis
-    return found
+        columns[axis:len(self.sections) * self.sections[axis]:len(self.sections)] = axis
+    return columns
 
   def rotate(self, x: Array, pos: Array) -> Array:
     """Turns float[..., H, d] by int[...] (or, with sections, [..., P]): the same shape and dtype.

@@ -1,4 +1,4 @@
-"""Signals: what a host can tell a method about the tokens, computed only when asked for.
+"""Signals: measurements that a host gives to a method, computed only on request.
 
 Axes: B batch, N slots now, D features, H heads, K kv heads, d features a head, W last rows, F MLP
 width.

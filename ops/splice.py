@@ -1,4 +1,4 @@
-"""Visual tokens into the text that speaks of them: spans, kinds, positions and masks as data.
+"""Splices visual tokens into text: spans, kinds, positions and masks are data.
 
 A row of token ids holds one placeholder an image. Each gives way to the image's tokens, as many as
 it has: rows differ in text, in images and in tokens an image, and none of it is a static number.
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from ops import choices
 from ops.assignments import take
 from ops.tokens import TEXT, VISUAL, TokenSet
 
@@ -50,7 +51,7 @@ class Visual(struct.PyTreeNode):
 def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None, *,
            side: str = 'right', slots: int | None = None,
            axes: int = 0) -> tuple[TokenSet, Array]:
-  """One sequence a row, of text and images.
+  """Joins text and images into one sequence a row.
 
   `pos` is the place among the row's real tokens, int32[B, N]; with `visual.axes` it is
   int32[B, N, 1 + A]: the place, then the position along each axis. Text has the same number on
@@ -77,12 +78,11 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
   Raises:
     ValueError: an unknown side, or images with other axes.
   """
-  if side not in SIDES:
-    raise ValueError(f'side={side!r} is unknown: choose one of {", ".join(SIDES)}')
-  given = 0 if visual is None or visual.axes is None else visual.axes.shape[-1]
-  if visual is not None and given != axes:
-    raise ValueError(f'images have positions along {given} axes and the model takes {axes}: give '
-                     'the images their axes (lib/data/anyres.py), or none')
+  choices.check('side=', side, SIDES)
+  visual_axes = 0 if visual is None or visual.axes is None else visual.axes.shape[-1]
+  if visual is not None and visual_axes != axes:
+    raise ValueError(f'images have positions along {visual_axes} axes and the model takes {axes}: '
+                     'give the images their axes (lib/data/anyres.py), or none')
   batch, length, _ = embedded.shape
   is_image = is_image & valid
   if visual is None:
@@ -220,7 +220,7 @@ def next_positions(tokens: TokenSet) -> Array:
 
 def check(ids: np.ndarray, valid: np.ndarray, counts: np.ndarray, *, image: int,
           slots: int | None = None) -> None:
-  """Raises where prompts and their images do not fit; on the host, before anything runs.
+  """Raises if prompts and their images do not fit; on the host, before anything runs.
 
   Args:
     ids: int[B, T].
@@ -234,18 +234,18 @@ def check(ids: np.ndarray, valid: np.ndarray, counts: np.ndarray, *, image: int,
       token is left, or a row that does not fit into the slots.
   """
   for row, (own, real, sizes) in enumerate(zip(ids, valid, np.asarray(counts), strict=True)):
-    wanted, given = int(((own == image) & real).sum()), int((sizes >= 0).sum())
-    if wanted > given:
-      raise ValueError(f'row {row} has {wanted} image tokens ({image}) and {given} images: give an '
-                       'image for each, or take the tokens out of the text')
-    if given > wanted:
-      raise ValueError(f'row {row} has {given} images and {wanted} image tokens ({image}): put one '
-                       'into the text for each image')
+    placeholders, images = int(((own == image) & real).sum()), int((sizes >= 0).sum())
+    if placeholders > images:
+      raise ValueError(f'row {row} has {placeholders} image tokens ({image}) and {images} images: '
+                       'give an image for each, or take the tokens out of the text')
+    if images > placeholders:
+      raise ValueError(f'row {row} has {images} images and {placeholders} image tokens ({image}): '
+                       'put one into the text for each image')
     empty = np.flatnonzero(sizes == 0)
     if empty.size:
       raise ValueError(f'image {empty[0]} of row {row} has no token left: keep at least one of '
                        'each image (config.reduce.projector), or take the image out')
-    length = int(real.sum()) - wanted + int(sizes[sizes > 0].sum())
+    length = int(real.sum()) - placeholders + int(sizes[sizes > 0].sum())
     if slots is not None and length > slots:
       raise ValueError(f'row {row} has {length} tokens, text and images, and there are {slots} '
                        'slots: raise slots, or shorten it')
@@ -253,7 +253,7 @@ def check(ids: np.ndarray, valid: np.ndarray, counts: np.ndarray, *, image: int,
 
 def collapse(ids: np.ndarray, valid: np.ndarray, *, image: int,
              counts: list[list[int]] | None = None) -> tuple[np.ndarray, np.ndarray]:
-  """Rows whose placeholder is repeated for every token of an image, with one for each image.
+  """Collapses placeholders repeated for every token of an image into one for each image.
 
   Args:
     ids: int[B, T].
@@ -282,8 +282,8 @@ def collapse(ids: np.ndarray, valid: np.ndarray, *, image: int,
     gone = np.setdiff1d(spots, first)
     rows.append(np.delete(own, gone))
   length = max(map(len, rows))
-  made = np.zeros((len(rows), length), np.int32)
-  there = np.zeros(made.shape, bool)
+  padded = np.zeros((len(rows), length), np.int32)
+  is_real = np.zeros(padded.shape, bool)
   for number, own in enumerate(rows):
-    made[number, :len(own)], there[number, :len(own)] = own, True
-  return made, there
+    padded[number, :len(own)], is_real[number, :len(own)] = own, True
+  return padded, is_real

@@ -1,4 +1,4 @@
-"""Streams of frames: tokens of a frame that need no renewal are those of the frame before.
+"""Streams of frames: reuses the previous frame's tokens where nothing changed.
 
 Axes: B batch (one stream a row), N slots, P patches, p pixels of a patch, S image side, C channels,
 D features.

@@ -168,7 +168,7 @@ def reduce_masked(tokens: TokenSet, assignment: Assignment) -> TokenSet:
 
 
 def compose(first: Assignment, second: Assignment) -> Assignment:
-  """One assignment that equals `first`, then `second` (M slots in, K out).
+  """Composes two assignments, `first`, then `second` (M slots in, K out).
 
   Raises:
     ValueError: where no single assignment does: a maximum beside a sum, a `policy` beside anything
@@ -225,7 +225,7 @@ def _weight(assignment: Assignment) -> Array:
 
 
 def restore(tokens: TokenSet, values: Array, *, fill: float = 0.0) -> Array:
-  """Back to the original tokens: values [B, N, ...] -> [B, T, ...], dropped ones hold `fill`."""
+  """Scatters values to the original tokens, [B, N, ...] -> [B, T, ...]; dropped ones get `fill`."""
   picked = take(values, jnp.maximum(tokens.owner, 0))
   return jnp.where(expand_like(tokens.owner >= 0, picked), picked, jnp.asarray(fill, picked.dtype))
 

@@ -51,7 +51,7 @@ Fused = Callable[..., attention.Attended]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """Something to time beside others.
+  """Holds a program to time in turns with others.
 
   Attributes:
     head: the first keys of its row, `name` among them.

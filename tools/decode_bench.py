@@ -42,7 +42,7 @@ from lib.runtime.meter import floor_seconds
 from lib.tasks import qa as qa_task
 from models.backbones.lm import LM
 from models.backbones.vlm import Images
-from models.plan import make_cache_plan, make_plan
+from models.reduce_config import with_plans
 from models.storage import to_storage
 from ops import choices
 from ops.rope import Rope
@@ -85,7 +85,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-  """A model under a plan, and what it reads.
+  """Holds a model under a plan, with its inputs.
 
   Attributes:
     model: an LM or a VLM.
@@ -127,7 +127,7 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """A case's two compiled programs, ready to take turns with those of others.
+  """Holds a case's two compiled programs, ready to time in turns with others.
 
   Attributes:
     reading: reads the prompt.
@@ -182,7 +182,7 @@ def measured(name: str, speed: tuple[float, float]) -> list[Row]:
     name: of the model.
     speed: (FLOPs, bytes) a second of this device, the latter of the fastest copy.
   """
-  cases = {plan: CASES[name](**places) for plan, places in PLANS[name].items()}
+  cases = {plan: CASES[name](**reductions) for plan, reductions in PLANS[name].items()}
   full = cases['unreduced']
   params = weights(full)
   programs = {plan: Programs.of(case, params) for plan, case in cases.items()}
@@ -276,28 +276,25 @@ def fault(row: Row, aliased: int, cache_bytes: int) -> str:
 # -- models ----------------------------------------------------------------------------------------
 
 
-def scenes(**places: Any) -> Case:
+def scenes(**reductions: Any) -> Case:
   """Builds the vision-language model of configs/digit_scenes.py under reductions by place."""
   # Imported here: it takes TFDS with it.
   from lib.data.datasets.digit_scenes import END, IMAGE, PAD, WORDS
   config = digit_scenes.get_config()
   info = Info(len(WORDS), PAD, END, IMAGE, (), 0, 0, (64, 64, 3), (), 1)
-  model = qa_task.build(config.model, places, info, context=ASKED)
+  model = qa_task.build(config.model, reductions, info, context=ASKED)
   ids = jnp.full((1, ASKED), IMAGE + 1, jnp.int32).at[:, 0].set(IMAGE)
   pixels = jax.random.normal(jax.random.key(0), (1, 1, *info.image_shape))
   visual = model.projector_reduction.plan.cuts[-1].slots_out if model.projector_reduction else 64
   return Case(model, model.lm, ASKED + visual, (ids, jnp.ones(ids.shape, bool), Images(pixels)))
 
 
-def language(**places: Any) -> Case:
+def language(**reductions: Any) -> Case:
   """Builds a language model of 16 layers under reductions by place."""
   lm = LM(vocabulary=32000, width=1024, depth=16, mlp=2816, heads=16, kv_heads=4, head_width=64,
           context=2 * PROMPT, rope=Rope(64))
   ids = jax.random.randint(jax.random.key(0), (1, PROMPT), 0, lm.vocabulary)
-  host = lm.host(PROMPT, special=QUESTION)
-  plan = make_plan(places['language'], host) if 'language' in places else None
-  cache_plan = make_cache_plan(places['cache'], host, plan=plan) if 'cache' in places else None
-  lm = lm.clone(plan=plan, cache_plan=cache_plan)
+  lm = with_plans(lm, **reductions, special=QUESTION)(PROMPT)
   return Case(_WithQuestion(lm), lm, PROMPT, (ids,))
 
 

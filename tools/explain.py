@@ -1,4 +1,4 @@
-"""What a model will cost, layer by layer, before anything runs.
+"""Explains the cost of a model, layer by layer, before anything runs.
 
   python -m tools.explain --config=configs/vit_s16_tome.py
   python -m tools.explain --config=configs/vit_s16_tome.py --config.reduce.vision.method=pitome
@@ -32,7 +32,7 @@ from configs.parts import reductions
 from lib import architecture
 from lib.architecture import Source
 from lib.cost.explain import describe
-from lib.runtime import cli
+from lib.runtime import cli, config_flag
 from models.backbones.vlm import VLM
 from models.reduce_config import COMPONENTS
 
@@ -87,22 +87,24 @@ def explain(source: Source, overrides: Mapping[str, Any]) -> str:
 
 def chosen(source: Source, overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """Returns the reductions by place: of the flags, else of the source."""
-  reduce = {place: dict(config) for place, config in source.reduce.items() if config is not None}
-  for place in COMPONENTS:
-    settings = {name: value for name, value in overrides[place].items() if value is not None}
+  reduce = {component: dict(config) for component, config in source.reduce.items()
+            if config is not None}
+  for component in COMPONENTS:
+    settings = {name: value for name, value in overrides[component].items() if value is not None}
     method, layers = settings['method'], settings['layers']
     if not method:
       if len(settings) > 2 or layers != 'all':
-        raise ValueError(f'--reduce.{place} names no method: add --reduce.{place}.method=...')
+        raise ValueError(f'--reduce.{component} names no method: add '
+                         f'--reduce.{component}.method=...')
       continue
-    if place == 'language' and isinstance(source.model, VLM):
+    if component == 'language' and isinstance(source.model, VLM):
       settings.setdefault('token_kinds', 'visual')
-    reduce[place] = settings
+    reduce[component] = settings
   return reduce
 
 
 if __name__ == '__main__':
-  config_flags.DEFINE_config_file('config', None, 'What to explain.', lock_config=True)
+  config_flag.define('What to explain, a file of configs/.')
   try:
     config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by place.')
   except (AttributeError, KeyError) as error:

@@ -76,7 +76,7 @@ REDUCE = config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """What is asked.
+  """Holds a prompt with its images.
 
   Attributes:
     images: to be looked at.
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f'{argv[1]!r} is not understood: put quotes around the prompt')
   model = assistant.load(MODEL.value, dtype=DTYPE.value, data_dir=DATA_DIR.value)
-  model, question = asked(model) if EXAMPLE.value is None else (model, example(model))
+  model, question = read_question(model) if EXAMPLE.value is None else (model, example(model))
   reduce, images = chosen(model, REDUCE.value), model.encode_images([question.images])
   if SHOW.value and not (question.images and set(DRAWN) & reduce.keys()):
     raise ValueError(f'--show={SHOW.value} has nothing to show: give an image, and a reduction of '
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
          pathlib.Path(SHOW.value))
 
 
-def asked(model: Assistant) -> tuple[Assistant, Question]:
+def read_question(model: Assistant) -> tuple[Assistant, Question]:
   """Reads the question of the flags; returns it, and the model with a grid that fits its images."""
   prompts = [flag.value for flag in (PROMPT, PROMPT_FILE) if flag.value is not None]
   if len(prompts) != 1:
@@ -167,20 +167,21 @@ def example(model: Assistant) -> Question:
 
 def chosen(model: Assistant, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """Returns reductions by place: of the flags, else those that the model was trained with."""
-  by_place = {}
-  for place in COMPONENTS:
-    own = {name: value for name, value in settings[place].items() if value is not None}
+  by_component = {}
+  for component in COMPONENTS:
+    own = {name: value for name, value in settings[component].items() if value is not None}
     if not own['method']:
       left = {name: value for name, value in own.items()
               if name not in ('method', 'layers')} or own['layers'] != 'all'
       if left:
-        raise ValueError(f'--reduce.{place} names no method: add --reduce.{place}.method=...')
-      own = dict(model.reduce.get(place, {}))
-    elif place == 'language' and own['method'] != 'none' and isinstance(model.model, VLM):
+        raise ValueError(f'--reduce.{component} names no method: add '
+                         f'--reduce.{component}.method=...')
+      own = dict(model.reduce.get(component, {}))
+    elif component == 'language' and own['method'] != 'none' and isinstance(model.model, VLM):
       own.setdefault('token_kinds', 'visual')
     if own:
-      by_place[place] = own
-  return by_place
+      by_component[component] = own
+  return by_component
 
 
 def took(generator: Generator, reduced: LM | VLM, question: Question, images: Images | None,
@@ -189,7 +190,7 @@ def took(generator: Generator, reduced: LM | VLM, question: Question, images: Im
   lines = [f'{len(question.prompt)} ids in the prompt']
   if images is not None:
     lines[0] += f', {int(np.maximum(image_counts(images), 0).sum())} visual tokens'
-  lines += kept(reduced)
+  lines += describe_reductions(reduced)
   rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
   lines.append(f'first token after {times[0]:.3f} s' + (f', then {rate:.1f} a second' if rate else
                                                         '') + f'; {len(times)} in all')
@@ -198,7 +199,7 @@ def took(generator: Generator, reduced: LM | VLM, question: Question, images: Im
   return [*lines, f'{programs} programs compiled {when}']
 
 
-def kept(reduced: LM | VLM) -> list[str]:
+def describe_reductions(reduced: LM | VLM) -> list[str]:
   """Describes in lines what each reduction keeps."""
   sees = isinstance(reduced, VLM)
   lm = reduced.lm if sees else reduced
@@ -207,15 +208,15 @@ def kept(reduced: LM | VLM) -> list[str]:
     projector = reduced.projector_reduction and reduced.projector_reduction.plan
     plans = {'vision': reduced.tower.plan, 'projector': projector} | plans
   lines = []
-  for place, plan in plans.items():
+  for component, plan in plans.items():
     # A plan that only listens cuts nothing.
     for cut in plan.cuts if plan else ():
       # Padding may be among what is protected.
       held = plan.protected or 0
       where = {'projector': '', 'cache': f' in layer {cut.layer}'}.get(
-          place, f' {plan.site} layer {cut.layer}')
+          component, f' {plan.site} layer {cut.layer}')
       left, before = cut.slots_out - held, cut.slots_in - held
-      lines.append(f'{place}: {plan.name} keeps {left} of {before}{where}')
+      lines.append(f'{component}: {plan.name} keeps {left} of {before}{where}')
   if len(lines) > MOST_LINES:
     lines = [*lines[:MOST_LINES - 1], f'… and {len(lines) - MOST_LINES + 1} cuts more']
   return lines

@@ -28,10 +28,10 @@ def main(argv: Sequence[str]) -> None:
   config = launch.CONFIG.value
   workdir, out = pathlib.Path(launch.WORKDIR.value), pathlib.Path(OUT.value)
   mesh = sharding.make_mesh(config.mesh)
-  learner = registry.make_task(config, mesh)
-  abstract = jax.eval_shape(learner.init, jax.random.key(0))
+  task = registry.make_task(config, mesh)
+  abstract = jax.eval_shape(task.init, jax.random.key(0))
   template = sharding.shapes(abstract, sharding.make_shardings(abstract, config.sharding, mesh))
-  best = checkpoint.best(workdir, template, metric=learner.score)
+  best = checkpoint.best(workdir, template, metric=task.score)
   if best is None:
     raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
                             f'python -m train --config=... --workdir={workdir}')

@@ -59,7 +59,7 @@ class Figure:
 
   @property
   def agrees(self) -> bool:
-    """Whether ours is within `WITHIN`, or prints as published."""
+    """True if ours is within `WITHIN`, or prints as published."""
     near = abs(self.ours - self.published) <= WITHIN[self.kind] * self.published
     digits = len(f'{self.published:g}'.partition('.')[2])
     return near or (self.kind == 'GMACs' and round(self.ours, digits) == self.published)

@@ -99,7 +99,7 @@ Pieces = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
 @struct.dataclass
-class Asked:
+class Call:
   """Holds what a method was asked at a cut, or in a watched layer, and what it answered.
 
   Attributes:
@@ -129,7 +129,7 @@ class Recorder:
     self._method, self._params = plan.method, params
     recorded = {'attention'} if plan.site == 'inside' else {'queries', 'keys'}
     self.needs: frozenset[str] = plan.method.needs | recorded
-    self.asked: list[Asked] = []
+    self.calls: list[Call] = []
     if plan.watch:
       self.watch_needs: frozenset[str] = plan.method.watch_needs | recorded
       self.watch = self._watch
@@ -140,14 +140,14 @@ class Recorder:
   def __call__(self, tokens: tk.TokenSet, signals: Signals, *,
                num_slots: int) -> assignments.Assignment:
     """Returns the method's answer."""
-    answer = ask(self._method, self._params, tokens, told(self._method.needs, signals),
+    answer = ask(self._method, self._params, tokens, select_signals(self._method.needs, signals),
                  num_slots=num_slots)
-    self.asked.append(Asked(tokens, signals, answer, signals.layer, num_slots))
+    self.calls.append(Call(tokens, signals, answer, signals.layer, num_slots))
     return answer
 
   def _watch(self, tokens: tk.TokenSet, signals: Signals) -> dict[str, jax.Array]:
-    stats = self._method.watch(tokens, told(self._method.watch_needs, signals))
-    self.asked.append(Asked(tokens, signals, stats, signals.layer))
+    stats = self._method.watch(tokens, select_signals(self._method.watch_needs, signals))
+    self.calls.append(Call(tokens, signals, stats, signals.layer))
     return stats
 
 
@@ -210,7 +210,7 @@ class Slicing:
     return assignments.Gather(Slice(num_slots, *tokens.x.shape[1::-1]).src, tokens.slots)
 
 
-def told(needs: frozenset[str] | set[str], signals: Any) -> Any:
+def select_signals(needs: frozenset[str] | set[str], signals: Any) -> Any:
   """Returns the signals that a method asked for, without those recorded beside them."""
   return signals.replace(**{name: None for name in AT_HAND | COMPUTED if name not in needs})
 
@@ -239,85 +239,85 @@ def forward(vit: ViT, plan: Plan | None, trained: Params,
   return lambda p, x: vit.apply({'params': p}, x)[0], (params, images)
 
 
-def record(vit: ViT, plan: Plan, params: Params, images: jax.Array) -> list[Asked]:
+def record(vit: ViT, plan: Plan, params: Params, images: jax.Array) -> list[Call]:
   """Records what the method is asked in every cut and watched layer of one pass."""
 
-  def run(params: Params, images: jax.Array) -> list[Asked]:
+  def run(params: Params, images: jax.Array) -> list[Call]:
     recorder = Recorder(plan, params['stack'])
     vit.clone(plan=dataclasses.replace(plan, method=recorder)).apply({'params': params}, images)
-    return recorder.asked
+    return recorder.calls
 
   return jax.jit(run)(params, images)
 
 
-def parts(plan: Plan, stack: Params, asked: Sequence[Any]) -> Pieces:
+def parts(plan: Plan, stack: Params, calls: Sequence[Any]) -> Pieces:
   """Returns {part: (function, arguments)}: the method's own work at all its cuts, in pieces.
 
   Args:
     plan: the method and where it acts.
     stack: parameters of the stack, among them the method's own.
-    asked: as `record` returns it. A method that needs no computed row has no 'scoring'.
+    calls: as `record` returns it. A method that needs no computed row has no 'scoring'.
   """
   method, inside = plan.method, plan.site == 'inside'
   own = {name: value for name, value in stack.items() if name.startswith('reducer_')}
   pieces: Pieces = {}
-  if any(_needed(method, one) & COMPUTED for one in asked):
+  if any(_needed(method, call) & COMPUTED for call in calls):
     # Inside attention there is a map, and no log-sum-exp to read.
-    scored = [one.replace(answer=None if inside else _lse(one, method)) for one in asked]
+    scored = [call.replace(answer=None if inside else _lse(call, method)) for call in calls]
     pieces['scoring'] = (functools.partial(_scoring, method, inside), (scored,))
-  plain = [one.replace(signals=told(_needed(method, one), one.signals), answer=None)
-           for one in asked]
+  plain = [call.replace(signals=select_signals(_needed(method, call), call.signals), answer=None)
+           for call in calls]
   pieces['selection'] = (functools.partial(_selection, method), (own, plain))
-  cuts = [one.replace(signals=told({'attention'}, one.signals)) for one in asked
-          if one.keep is not None]
+  cuts = [call.replace(signals=select_signals({'attention'}, call.signals)) for call in calls
+          if call.keep is not None]
   pieces['applying'] = (functools.partial(_applying, inside), (cuts,))
   return pieces
 
 
-def _needed(method: Any, one: Any) -> frozenset[str]:
+def _needed(method: Any, call: Any) -> frozenset[str]:
   """Returns the signals that a method needs at a cut, or in a watched layer."""
-  return method.needs if one.keep is not None else method.watch_needs
+  return method.needs if call.keep is not None else method.watch_needs
 
 
-def _scoring(method: Any, inside: bool, asked: Sequence[Any]) -> list[Any]:
+def _scoring(method: Any, inside: bool, calls: Sequence[Any]) -> list[Any]:
   """Measures the rows of attention that the method asks for."""
   rows = []
-  for one in asked:
-    wanted, valid = _needed(method, one) & COMPUTED, one.tokens.valid
-    q, k = one.signals.queries, one.signals.keys
+  for call in calls:
+    wanted, valid = _needed(method, call) & COMPUTED, call.tokens.valid
+    q, k = call.signals.queries, call.signals.keys
     if inside:
-      rows.append(measure_map(wanted, one.signals.attention, q=q, k=k, v=k, query_valid=valid))
+      rows.append(measure_map(wanted, call.signals.attention, q=q, k=k, v=k, query_valid=valid))
     else:
-      bias = tk.key_bias(one.tokens, proportional=method.proportional)
-      rows.append(measure(wanted, q=q, k=k, v=k, lse=one.answer, bias=bias, query_valid=valid))
+      bias = tk.key_bias(call.tokens, proportional=method.proportional)
+      rows.append(measure(wanted, q=q, k=k, v=k, lse=call.answer, bias=bias, query_valid=valid))
   return rows
 
 
-def _selection(method: Any, own: Params, asked: Sequence[Any]) -> list[Any]:
+def _selection(method: Any, own: Params, calls: Sequence[Any]) -> list[Any]:
   """Asks the method itself, in watched layers too."""
-  return [method.watch(one.tokens, one.signals) if one.keep is None else
-          ask(method, own, one.tokens, one.signals, num_slots=one.keep) for one in asked]
+  return [method.watch(call.tokens, call.signals) if call.keep is None else
+          ask(method, own, call.tokens, call.signals, num_slots=call.keep) for call in calls]
 
 
-def _applying(inside: bool, asked: Sequence[Any]) -> list[Any]:
+def _applying(inside: bool, calls: Sequence[Any]) -> list[Any]:
   """Applies the method's answers to tokens, and inside attention to the map or what it read."""
   results: list[Any] = []
-  for one in asked:
-    reduced: Any = tk.reduce(one.tokens, one.answer)
+  for call in calls:
+    reduced: Any = tk.reduce(call.tokens, call.answer)
     # Who owns what is for those who ask afterwards: the model's answer does not need it.
     results.append(reduced.replace(owner=None))
-    if inside and isinstance(one.answer, assignments.Gather):
-      results.append(tk.reduce_attention_map(one.answer, one.signals.attention))
+    if inside and isinstance(call.answer, assignments.Gather):
+      results.append(tk.reduce_attention_map(call.answer, call.signals.attention))
     elif inside:
       # As tk.attend_after_cut does around the product with the values, which is the block's.
-      results.append(one.answer.apply(one.answer.restore(reduced.x)))
+      results.append(call.answer.apply(call.answer.restore(reduced.x)))
   return results
 
 
-def _lse(one: Any, method: Any) -> jax.Array:
-  """Computes float32[B, N, H] of one layer: attention has it, whoever asks."""
-  bias = tk.key_bias(one.tokens, proportional=method.proportional)
-  q, k = one.signals.queries, one.signals.keys
+def _lse(call: Any, method: Any) -> jax.Array:
+  """Computes float32[B, N, H] of one layer: attention has it, whatever a method needs."""
+  bias = tk.key_bias(call.tokens, proportional=method.proportional)
+  q, k = call.signals.queries, call.signals.keys
   return attention.attend(q, k, k, bias=bias).lse
 
 

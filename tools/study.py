@@ -58,7 +58,7 @@ Ends = dict[str, tuple[float, float, str]]  # name: x, y and colour.
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One thing to measure for every seed.
+  """Holds one method and budget to measure for every seed.
 
   Attributes:
     name: of the row.
@@ -220,7 +220,7 @@ class Measurer:
     vit = build(config.model, config.reduce.vision, macs=vit_cost.solver, task=config.get('task'))
     params = self._trained[seed]
     if entry.training:
-      self._setup = self._setup or train.setup(entry.training, self._mesh)
+      self._setup = self._setup or train.make_setup(entry.training, self._mesh)
       params = tuned(self._setup, entry, params, seed, self._mesh)
     params = image_sweep.complete(vit, params, seed=seed)
     platform = self._mesh.devices.flat[0].platform
@@ -237,7 +237,7 @@ def tuned(setup: Any, entry: Entry, params: Params, seed: int, mesh: Mesh) -> Pa
   """Returns the averaged parameters after the entry's training.
 
   Args:
-    setup: `train.setup` of the entry's training.
+    setup: `train.make_setup` of the entry's training.
     entry: with a training.
     params: of the unreduced model, where it starts.
     seed: of the order of the data, and of everything random.
@@ -245,11 +245,11 @@ def tuned(setup: Any, entry: Entry, params: Params, seed: int, mesh: Mesh) -> Pa
   """
   config, key = entry.training, jax.random.key(seed)
   assert config is not None
-  start = image_sweep.complete(setup.learner.model, params, seed=seed)
+  start = image_sweep.complete(setup.task.model, params, seed=seed)
   zero = jnp.zeros((), jnp.int32)
   # Copied: each step takes the state's memory, and the unreduced model is needed again.
   state = jax.tree.map(jnp.copy, train.TrainState(zero, start, setup.optimizer.init(start), start))
-  state = jax.device_put(state, setup.places)
+  state = jax.device_put(state, setup.shardings)
   iterator = image_data.train_iterator(config.data, seed=seed)
   teacher = params if entry.taught else None
   for step in range(1, config.total_steps + 1):
@@ -374,20 +374,20 @@ def verdict(row: Row, reference: str) -> str:
 def text(rows: Sequence[Row], config: ConfigDict) -> str:
   """Returns the report: a table for each budget without training, one for the trained ones."""
   wanted, score = config.study, metric_of(config).score
-  made = list(summaries(rows, reference=wanted.reference, score=score))
+  means = list(summaries(rows, reference=wanted.reference, score=score))
   lines = introduction(rows, wanted)
-  plain = [row for row in made if not row['steps']]
+  plain = [row for row in means if not row['steps']]
   whole = [row for row in plain if row['method'] == 'none']
   for budget in ('100 %', *dict.fromkeys(
       row['budget'] for row in plain if row['budget'] != '100 %')):
     part = [row for row in plain if row['budget'] == budget]
     lines += [f'## Without training: {budget}', '', place(wanted, budget), '',
               *table(part + [row for row in whole if row not in part], wanted, score), '']
-  tuned = [row for row in made if row['steps']]
+  tuned = [row for row in means if row['steps']]
   if tuned:
     lines += [f'## After {tuned[0]["steps"]} steps of training from the unreduced model', '',
               *table(tuned, wanted, score), '']
-  failed = [row for row in made if row.get('nll') is None]
+  failed = [row for row in means if row.get('nll') is None]
   if failed:
     lines += ['## What could not be measured', '',
               *(f'- `{row["method"]}`, {row["budget"]}'

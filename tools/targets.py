@@ -199,10 +199,10 @@ def evaluation(vit: ViT, mesh: Mesh, images: jax.ShapeDtypeStruct, rows: NamedSh
   shapes = jax.eval_shape(functools.partial(start, vit), jax.random.key(0))
   storage = fastest_storage(vit.plan, platform=mesh.devices.flat[0].platform)
   shapes = jax.eval_shape(functools.partial(to_storage, storage=storage), shapes)
-  places = jax.tree.map(lambda _: whole, shapes)
+  shardings = jax.tree.map(lambda _: whole, shapes)
   run = jax.jit(lambda params, images: vit.apply({'params': params}, images)[0],
                 out_shardings=rows)
-  return run, (sharding.shapes(shapes, places), images)
+  return run, (sharding.shapes(shapes, shardings), images)
 
 
 def training(vit: ViT, mesh: Mesh, images: jax.ShapeDtypeStruct, rows: NamedSharding,
@@ -217,13 +217,13 @@ def training(vit: ViT, mesh: Mesh, images: jax.ShapeDtypeStruct, rows: NamedShar
     return train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   shapes = jax.eval_shape(state, jax.random.key(0))
-  places = sharding.make_shardings(shapes, digits.get_config().sharding, mesh)
+  shardings = sharding.make_shardings(shapes, digits.get_config().sharding, mesh)
   run = jax.jit(functools.partial(train.update, functools.partial(loss, vit, settings),
                                   optimizer, settings, schedule),
-                out_shardings=(places, whole), donate_argnums=0)
+                out_shardings=(shardings, whole), donate_argnums=0)
   labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32, sharding=rows)
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
-  return run, (sharding.shapes(shapes, places), {'image': images, 'label': labels}, key, None)
+  return run, (sharding.shapes(shapes, shardings), {'image': images, 'label': labels}, key, None)
 
 
 def start(vit: ViT, key: jax.Array) -> Any:

@@ -279,9 +279,9 @@ def decoding(vlm: VLM, mesh: Mesh, batch: int) -> Step:
   _, cache = jax.eval_shape(functools.partial(vlm.apply, room=ROOM, method='prefill'),
                             {'params': weights}, *prompt(mesh, batch))
   run = functools.partial(vlm.apply, method='decode')
-  places = results(mesh, cache)
+  shardings = results(mesh, cache)
   ids = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(mesh))
-  arguments = ({'params': weights}, ids, sharding.shapes(cache, places))
+  arguments = ({'params': weights}, ids, sharding.shapes(cache, shardings))
   return jax.jit(run, donate_argnums=2, out_shardings=results(
       mesh, jax.eval_shape(run, *arguments))), arguments, weights
 
@@ -307,15 +307,15 @@ def training(vlm: VLM, mesh: Mesh, batch: int) -> Step:
     return TrainState(state.step + 1, params, opt_state, ema), loss
 
   shapes = jax.eval_shape(start, jax.random.key(0))
-  places = sharding.make_shardings(shapes, VLM_SHARDING, mesh)
+  shardings = sharding.make_shardings(shapes, VLM_SHARDING, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   ids, valid, images = prompt(mesh, batch)
   inputs = {'ids': ids, 'valid': valid, 'answer': valid,
             'image': jax.ShapeDtypeStruct((batch, *images.pixels.shape[2:]), jnp.float32,
                                           sharding=rows)}
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
-  run = jax.jit(update, out_shardings=(places, whole), donate_argnums=0)
-  return run, (sharding.shapes(shapes, places), inputs, key), shapes.params
+  run = jax.jit(update, out_shardings=(shardings, whole), donate_argnums=0)
+  return run, (sharding.shapes(shapes, shardings), inputs, key), shapes.params
 
 
 def prompt(mesh: Mesh, batch: int) -> tuple[Any, Any, Images]:
@@ -351,13 +351,13 @@ def serving(vlm: VLM, mesh: Mesh) -> Any:
 def results(mesh: Mesh, shapes: Any) -> Any:
   """Returns shardings of logits and caches: rows over the batch axes, other axes over 'tensor'."""
 
-  def place(leaf: Any) -> NamedSharding:
+  def shard(leaf: Any) -> NamedSharding:
     if not leaf.ndim:
       return sharding.replicated(mesh)
     divided = ('tensor',) if jnp.issubdtype(leaf.dtype, jnp.floating) else ()
     return NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, *divided))
 
-  return jax.tree.map(place, shapes)
+  return jax.tree.map(shard, shapes)
 
 
 def _short(traffic: Mapping[str, tuple[int, float]]) -> str:

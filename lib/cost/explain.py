@@ -82,10 +82,11 @@ def _with_vision(vit: ViT | Text, reduce: Reduce | None) -> ViT | Text:
   """A tower under `reduce`, with its own plan where that is None."""
   if reduce is None:
     return vit
-  settings = {place: chosen for place, config in reduce.items() if (chosen := _settings(config))}
-  for place in settings:
-    if place != 'vision':
-      raise ValueError(f"reduce.{place} is not a place of this model: it has 'vision' alone")
+  settings = {component: chosen for component, config in reduce.items()
+              if (chosen := _settings(config))}
+  for component in settings:
+    if component != 'vision':
+      raise ValueError(f"reduce.{component} is not a place of this model: it has 'vision' alone")
   vit, vision = vit.clone(plan=None), settings.get('vision')
   if not vision:
     return vit
@@ -335,7 +336,7 @@ def lm_table(lm: LM, slots: int, *, room: int = 0) -> str:
 
 
 def _language_plans(lm: LM) -> str:
-  """What the plans of a language model do, '' for nothing."""
+  """Describes the plans of a language model, '' if it has none."""
   text = ''
   if lm.plan and lm.plan.cuts:
     first, last, fixed = lm.plan.cuts[0], lm.plan.cuts[-1], lm.plan.protected or 0
@@ -346,9 +347,9 @@ def _language_plans(lm: LM) -> str:
   if lm.cache_plan and not lm.cache_plan.cuts:
     text += f'; {lm.cache_plan.name} keeps every slot of the cache'
   elif lm.cache_plan:
-    kept = [cut.slots_out for cut in lm.cache_plan.cuts]
+    counts = [cut.slots_out for cut in lm.cache_plan.cuts]
     text += (f'; {lm.cache_plan.name} keeps '
-             + (f'{kept[0]}' if min(kept) == max(kept) else f'{min(kept)} to {max(kept)}')
+             + (f'{counts[0]}' if min(counts) == max(counts) else f'{min(counts)} to {max(counts)}')
              + f' slots of the cache in {_layers_of(lm.cache_plan, lm.depth)}')
   return text
 

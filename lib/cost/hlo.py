@@ -1,4 +1,4 @@
-"""What a compiled program tells of itself: bytes a device, and what devices send each other.
+"""Reads a compiled program: memory per device, and collectives between devices.
 
 XLA writes a loop's body once, however often it runs, so collectives are counted with the trips of
 the loops around them: programs that cut a depth into stages otherwise cannot be compared.
@@ -66,32 +66,32 @@ class Collective:
 
 def memory(program: jax.stages.Compiled) -> dict[str, float]:
   """MB (2^20 bytes) a device: the most that live at once, results, arguments, and temporaries."""
-  found = program.memory_analysis()
-  return {'peak_mb': round(found.peak_memory_in_bytes / 2 ** 20, 1),
-          'output_mb': round(found.output_size_in_bytes / 2 ** 20, 3),
-          'argument_mb': round(found.argument_size_in_bytes / 2 ** 20, 1),
-          'temp_mb': round(found.temp_size_in_bytes / 2 ** 20, 1)}
+  analysis = program.memory_analysis()
+  return {'peak_mb': round(analysis.peak_memory_in_bytes / 2 ** 20, 1),
+          'output_mb': round(analysis.output_size_in_bytes / 2 ** 20, 3),
+          'argument_mb': round(analysis.argument_size_in_bytes / 2 ** 20, 1),
+          'temp_mb': round(analysis.temp_size_in_bytes / 2 ** 20, 1)}
 
 
 def operations(text: str) -> collections.Counter[str]:
   """{kind: collective operations written in a program}, loops counted once."""
-  found = (_OPERATION.match(line) for line in text.splitlines())
-  return collections.Counter(match['kind'] for match in found if match)
+  matches = (_OPERATION.match(line) for line in text.splitlines())
+  return collections.Counter(match['kind'] for match in matches if match)
 
 
 def collectives(text: str) -> list[Collective]:
   """Every collective of a program, from `program.as_text()`."""
   bodies, entry = _computations(text)
   times = _times(bodies, entry)
-  found = []
+  results = []
   for name, lines in bodies.items():
     for line in lines if times[name] else ():
       match = _OPERATION.match(line)
       if match:
         scope = re.search(r'op_name="([^"]*)"', line)
-        found += [Collective(match['kind'], dtype, shape, times[name], scope[1] if scope else '')
+        results += [Collective(match['kind'], dtype, shape, times[name], scope[1] if scope else '')
                   for dtype, shape in _results(match)]
-  return found
+  return results
 
 
 def _results(match: re.Match[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -107,20 +107,20 @@ def _results(match: re.Match[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   """{name: lines} of each computation, and the name of the one that runs first."""
-  found: dict[str, list[str]] = {}
+  bodies: dict[str, list[str]] = {}
   entry, lines = '', []
   for line in text.splitlines():
     match = _COMPUTATION.match(line)
     if match:
-      lines = found.setdefault(match['name'], [])
+      lines = bodies.setdefault(match['name'], [])
       entry = match['name'] if match['entry'] else entry
     else:
       lines.append(line)
-  return found, entry
+  return bodies, entry
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]:
-  """How often each computation runs in a run of the program."""
+  """Counts the runs of each computation in one run of the program."""
   calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
   for name, lines in bodies.items():
     for line in lines:
@@ -141,9 +141,9 @@ def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
   """Trips of a loop: as the compiler notes them, or the limit that its condition compares with."""
-  known = _TRIPS.search(line)
-  if known:
-    return int(known[1])
+  noted = _TRIPS.search(line)
+  if noted:
+    return int(noted[1])
   condition = re.search(r'condition=%?([\w.-]+)', line)[1]
   limits = {int(limit) for inner in bodies[condition] for limit in _LIMIT.findall(inner)}
   # A loop whose end is data: its collectives count once.

@@ -1,4 +1,4 @@
-"""Counts the multiply-accumulates of a traced function: what lib/cost/vit.py is checked against.
+"""Counts the multiply-accumulates of a traced function; tests check lib/cost/vit.py by them.
 
 XLA's own `cost_analysis` counts the body of a `lax.scan` once, sees nothing inside custom calls and
 has given -1 on GPUs. This walks the jaxpr: trip counts multiply, every call is entered, and what
@@ -89,16 +89,16 @@ def _walk(jaxpr: Jaxpr, scope: str, scopes: tuple[str, ...]) -> Products:
   uncounted: set[tuple[str, str]] = set()
   for eqn in jaxpr.eqns:
     # An inner jaxpr's names start afresh, so an outer name holds for all that is inside.
-    here = scope or _scope(str(eqn.source_info.name_stack), scopes)
+    eqn_scope = scope or _scope(str(eqn.source_info.name_stack), scopes)
     name = eqn.primitive.name
     if name == 'dot_general':
-      macs[here] += _dot(eqn)
+      macs[eqn_scope] += _dot(eqn)
     elif name == 'conv_general_dilated':
-      macs[here] += _convolution(eqn)
+      macs[eqn_scope] += _convolution(eqn)
     elif name in OPAQUE:
-      uncounted.add((here, name))
+      uncounted.add((eqn_scope, name))
     else:
-      inner = _inner(eqn, here, scopes)
+      inner = _inner(eqn, eqn_scope, scopes)
       uncounted |= inner.uncounted
       macs.update(inner.macs)
   return Products(dict(macs), frozenset(uncounted))
@@ -130,7 +130,7 @@ def _jaxprs(values: Any) -> Iterator[Jaxpr]:
 
 
 def _shards(eqn: JaxprEqn) -> int:
-  """How many devices each run the body of a shard_map."""
+  """Returns the number of devices that run the body of a shard_map."""
   axes = eqn.params.get('newly_manual_axes') or eqn.params['manual_axes']
   return math.prod(eqn.params['mesh'].shape[axis] for axis in axes)
 

@@ -137,7 +137,7 @@ def layer_parameters(lm: LM) -> int:
 
 
 def parameters(lm: LM) -> int:
-  """Numbers in the whole model; those of learned reductions are not among them."""
+  """Number of parameters of the whole model, without those of learned reductions."""
   tables = (1 if lm.tied else 2) * lm.vocabulary * lm.width
   return tables + lm.depth * layer_parameters(lm) + lm.width
 
@@ -156,7 +156,7 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
   Raises:
     ValueError: for plans that are about other prompts.
   """
-  plan, kept = lm.plan, lm.cache_plan
+  plan, cache_plan = lm.plan, lm.cache_plan
   gathers = plan is not None and plan.mode == 'gather'
   if gathers and plan.cuts and plan.cuts[0].slots_in != slots:
     raise ValueError(f'the plan is for prompts of {plan.cuts[0].slots_in} slots, not {slots}: make '
@@ -175,12 +175,12 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
     after = cut.slots_out if cut else now
     attention = after if cut and plan.site == 'before' else now
     mlp = now if cut and plan.site == 'after' else after
-    cached = kept.cut(index).slots_out if kept and kept.cut(index) else attention
+    cached = cache_plan.cut(index).slots_out if cache_plan and cache_plan.cut(index) else attention
     joined = now < slots or (cut is not None and plan.site == 'before')
     bias = BIAS_BYTES if gathers and plan.method.proportional and joined else 0
     layers.append(_layer(lm, index, attention, mlp, cached, room,
                          own=(SHARED_BYTES + bias) * (
-                             lm.kv_heads if kept and kept.cut(index) else 1)))
+                             lm.kv_heads if cache_plan and cache_plan.cut(index) else 1)))
     now = after
   return LMCost(lm, slots, room, tuple(layers))
 

@@ -1,4 +1,4 @@
-"""Published costs, with their sources, and what our cost model gives.
+"""Compares published costs, with their sources, with our cost model's.
 
 Only figures that need no weights. Where ours is not the published one, the row says why.
 `UNREPRODUCED` lists figures that cannot be had from what is here. How schedules and conventions

@@ -49,7 +49,7 @@ def topology_mesh(name: str, axis_sizes: Mapping[str, int]) -> Mesh:
 
 
 def count(name: str) -> int:
-  """How many devices a topology has; raises ValueError for a name that is none."""
+  """Returns the number of devices of a topology; raises ValueError for an unknown name."""
   kind, _, shape = name.partition(':')
   if _is_tpu(name) and re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', shape):
     return math.prod(map(int, shape.split('x')))
@@ -60,7 +60,7 @@ def count(name: str) -> int:
 
 
 def missing(name: str) -> str | None:
-  """Why `topology_mesh(name, ...)` cannot work here, or None when its compiler is installed."""
+  """Returns why `topology_mesh(name, ...)` cannot work here, None if its compiler is installed."""
   module = 'libtpu' if _is_tpu(name) else 'jax_cuda13_plugin'
   if importlib.util.find_spec(module) is not None:
     return None

@@ -107,12 +107,12 @@ class Architecture:
 
   @property
   def starts(self) -> bool:
-    """Whether the first layer runs, and the embedding before it."""
+    """True if the first layer runs, and the embedding before it."""
     return self.runs is None or self.runs[0] == 0
 
   @property
   def ends(self) -> bool:
-    """Whether the last layer runs, and what stands behind it."""
+    """True if the last layer runs, and the head behind it."""
     return self.runs is None or self.runs[1] == self.depth
 
   @property
@@ -129,7 +129,7 @@ class Architecture:
 
   @property
   def parameters(self) -> int:
-    """Numbers in the whole model; those of learned reductions are not among them."""
+    """Number of parameters of the whole model, without those of learned reductions."""
     embed = self.channels * self.patch ** 2 * self.width + self.loose_parameters
     ends = self.norm_vectors * self.width + self.pooling_parameters
     ends += self.pooled * self.projection + self.merger_parameters
@@ -215,7 +215,7 @@ class Cost:
 
   @property
   def head(self) -> int:
-    """MACs of what follows the blocks: pooling by attention, projection, classifiers, merger."""
+    """MACs of the layers behind the blocks: attention pooling, projection, classifiers, merger."""
     arch = self.architecture
     classes = arch.classifiers * arch.classes * arch.classified
     return arch.ends * (self.pooling + arch.pooled * arch.projection + classes + self.merger)
@@ -461,12 +461,12 @@ def solver(vit: Tower, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut, ...
 
 
 def macs(cost: Cost) -> int:
-  """Multiply-accumulates of all products; what papers on ViTs call FLOPs."""
+  """Multiply-accumulates of all products; papers on ViTs call them FLOPs."""
   return cost.macs
 
 
 def flops(cost: Cost) -> int:
-  """Two for each multiply-accumulate; what device peaks are given in."""
+  """Two FLOPs for each multiply-accumulate, the unit of device peaks."""
   return 2 * cost.macs
 
 

@@ -1,4 +1,4 @@
-"""One image as a vision-language model reads it, and the images of several rows as one batch.
+"""Prepares an image for a vision-language model, and batches the images of several rows.
 
 Axes: S side of a crop, c crops of an image, C of a row, I images of a row, B rows, V tokens of an
 image, K features that a token is made of, R, C' rows and columns of the grid of a Qwen tower, P

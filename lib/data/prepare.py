@@ -72,7 +72,7 @@ def prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps TFDS from telling, on stdout and in absl's log, what our own messages say better."""
+  """Silences TFDS on stdout and in absl's log, where our own messages say the same."""
   before = logging.get_verbosity()
   logging.set_verbosity(logging.WARNING)
   try:

@@ -137,7 +137,7 @@ class HubTokenizer:
 
   @property
   def size(self) -> int:
-    """One more than its largest id."""
+    """Size of the vocabulary: one more than the largest id."""
     return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 

@@ -16,6 +16,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lib.report.rows import Row
+from ops import choices
 
 # Okabe and Ito's palette without black and yellow; with the markers, 42 pairs that differ for
 # every kind of sight.
@@ -50,10 +51,8 @@ def plot_accuracy_cost(rows: Sequence[Row], path: str | Path, *, title: str = ''
   Raises:
     ValueError: an unknown cost or score, nothing to draw, or a reference that no row has.
   """
-  if cost not in COSTS:
-    raise ValueError(f'cost={cost!r} is unknown: choose one of {", ".join(COSTS)}')
-  if score not in SCORES:
-    raise ValueError(f'score={score!r} is unknown: choose one of {", ".join(SCORES)}')
+  choices.check('cost=', cost, COSTS)
+  choices.check('score=', score, SCORES)
   lines: dict[str, list[Row]] = {}
   for row in rows:
     if row.get(score) is not None and row.get(cost) is not None:

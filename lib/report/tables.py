@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from lib.report.rows import Row
+from ops import choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +139,7 @@ def _layout(rows: Sequence[Row], columns: Sequence[str],
   """Returns titles, cells by row, and which columns are right-aligned."""
   keys = {key for row in rows for key in row}
   for name in columns:
-    if name not in COLUMNS and name not in keys:
-      raise ValueError(f'no row has a column {name!r}: choose from '
-                       f'{", ".join([*COLUMNS, *sorted(keys - set(COLUMNS))])}')
+    choices.check_key('no row has a column ', name, [*COLUMNS, *sorted(keys - set(COLUMNS))])
   chosen = [COLUMNS.get(name) or Column(name, _text(name), right=False) for name in columns]
   shown = [[' '.join(cell.split()) or missing for cell in column.show(rows)] for column in chosen]
   return [c.title for c in chosen], [list(c) for c in zip(*shown, strict=True)], [

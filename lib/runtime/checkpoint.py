@@ -55,7 +55,7 @@ class Checkpoints:
     self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
   def restore(self, template: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]] | None:
-    """The newest checkpoint that can be read: (step, parts, data), or None if there is none.
+    """Restores the newest readable checkpoint: (step, parts, data), None if there is none.
 
     Args:
       template: the parts as ShapeDtypeStructs with the shardings to restore into, whatever the
@@ -90,11 +90,11 @@ class Checkpoints:
     return self._manager.restore(step, args=items)[part]
 
   def best(self) -> int | None:
-    """Step of the best checkpoint, of the newest where none was measured."""
+    """Returns the step of the best checkpoint, of the newest if none has a score."""
     return self._manager.best_step() or self._manager.latest_step()
 
   def read(self, step: int, part: str, template: Any) -> Any:
-    """One part of a checkpoint, without reading the others.
+    """Reads one part of a checkpoint, without reading the others.
 
     Raises:
       ValueError: where it cannot be read or has other shapes, with what differs.
@@ -107,7 +107,7 @@ class Checkpoints:
                        f'{sorted(self._manager.all_steps())}') from fault
 
   def close(self) -> None:
-    """Waits for what is still being written."""
+    """Waits for writes in the background, then closes."""
     self._manager.wait_until_finished()
     self._manager.close()
 
@@ -134,9 +134,9 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
     return None
   checkpoints = Checkpoints(folder, metric=metric)
   step = checkpoints.best()
-  found = None if step is None else (step, checkpoints.read(step, 'ema', template))
+  step_and_params = None if step is None else (step, checkpoints.read(step, 'ema', template))
   checkpoints.close()
-  return found
+  return step_and_params
 
 
 def pack(params: Any, step: int, folder: str | pathlib.Path) -> pathlib.Path:
@@ -154,16 +154,17 @@ def pack(params: Any, step: int, folder: str | pathlib.Path) -> pathlib.Path:
   return path
 
 
-def check_shapes(template: Any, found: Any) -> None:
+def check_shapes(template: Any, tree: Any) -> None:
   """Raises ValueError naming the first leaves that one tree has and the other lacks, or shapes."""
-  wanted, there = _shapes(template), _shapes(found)
-  missing, extra = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
+  wanted, stored = _shapes(template), _shapes(tree)
+  missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
   if missing or extra:
     raise ValueError(f'trees differ: the checkpoint lacks {missing[:3]} and has {extra[:3]} that '
                      f'the model does not ({len(missing)} and {len(extra)} in all)')
   for name, shape in wanted.items():
-    if shape != there[name]:
-      raise ValueError(f'{name} has shape {there[name]} in the checkpoint and {shape} in the model')
+    if shape != stored[name]:
+      raise ValueError(f'{name} has shape {stored[name]} in the checkpoint and {shape} in the '
+                       'model')
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -49,7 +49,7 @@ class Stop:
     self._before = {number: signal.signal(number, self._ask) for number in signals}
 
   def close(self) -> None:
-    """Gives the signals back to whoever had them."""
+    """Restores the signal handlers from before."""
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
@@ -57,9 +57,12 @@ class Stop:
     del number, frame
     self._requested = True
 
-  def agreed(self, exchange: bool) -> bool:
-    """Whether to stop now. Several processes must agree, which they do when `exchange` is true in
-    all of them: a signal may have reached only one."""
+  def should_stop(self, exchange: bool) -> bool:
+    """Returns whether to stop now.
+
+    A signal may have reached only one of several processes, so they stop together, when `exchange`
+    is true in all of them.
+    """
     if jax.process_count() == 1:
       return self._requested
     return exchange and bool(np.any(multihost_utils.process_allgather(np.asarray(self._requested))))

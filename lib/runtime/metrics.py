@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a JSON line a row, TensorBoard, and a bar or plain lines on screen."""
+"""Writes a run's metrics: JSON lines, TensorBoard, and a bar or plain lines on screen."""
 
 from __future__ import annotations
 

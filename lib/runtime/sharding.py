@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.stack import BATCH_AXES
+from ops import choices
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over `devices` (all there are when None).
+  """Makes a mesh over `devices` (all of them if None).
 
   Args:
     sizes: devices along each of `AXES`; a missing axis has one, and one axis may be -1: the rest.
@@ -31,9 +32,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     ValueError: for an unknown axis, sizes that do not divide, or too few devices.
   """
   devices = jax.devices() if devices is None else devices
-  unknown = sorted(set(sizes) - set(AXES))
-  if unknown:
-    raise ValueError(f'mesh axis {unknown[0]!r} is unknown: choose from {", ".join(AXES)}')
+  for axis in sizes:
+    choices.check('mesh axis ', axis, AXES)
   shape = [sizes.get(axis, 1) for axis in AXES]
   if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
     raise ValueError(f'mesh {dict(sizes)} is impossible: sizes are positive, and one may be -1')
@@ -115,14 +115,14 @@ def make_shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]],
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def shapes(tree: Any, places: Any) -> Any:
-  """ShapeDtypeStructs of a tree of arrays (or of such structs), each with its place."""
+def shapes(tree: Any, shardings: Any) -> Any:
+  """Returns the ShapeDtypeStructs of a tree of arrays, each with its sharding."""
   return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      tree, places)
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      tree, shardings)
 
 
 def put(batch: Any, mesh: Mesh) -> Any:
-  """This process's rows of a batch as global arrays, divided over the batch axes."""
+  """Puts this process's rows of a batch into global arrays, sharded over the batch axes."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

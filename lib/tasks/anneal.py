@@ -1,4 +1,4 @@
-"""Training under plans that remove less than the one that counts: before it, or beside it.
+"""Trains under weaker plans as well: before the final plan, or in turns with it.
 
 Shapes are static, so a keep ratio that falls does so in a few phases, each a model of its own that
 is compiled once; all read the same parameters.
@@ -48,13 +48,13 @@ def phases(vit: ViT, settings: Mapping[str, Any] | None) -> tuple[Phase, ...]:
     return (Phase(0, vit),)
   _check_reduced(vit, 'anneal.phases')
   steps = budgets.phases(settings['start_step'], settings['stop_step'], settings['phases'])
-  found: list[Phase] = []
+  stages: list[Phase] = []
   for first, share in steps:
-    made = _with_share(vit, share)
-    if not found or made.plan.cuts != found[-1].model.plan.cuts:
-      found.append(Phase(first, made))
-  _check_parameters(vit, [phase.model for phase in found])
-  return tuple(found)
+    reduced = _with_share(vit, share)
+    if not stages or reduced.plan.cuts != stages[-1].model.plan.cuts:
+      stages.append(Phase(first, reduced))
+  _check_parameters(vit, [phase.model for phase in stages])
+  return tuple(stages)
 
 
 def at(phases: tuple[Phase, ...], done: int) -> Phase:
@@ -89,19 +89,19 @@ def levels(vit: ViT, settings: Mapping[str, Any] | None) -> tuple[ViT, ...]:
     return ()
   count = settings['levels']
   _check_reduced(vit, 'optimizer.consistency.levels')
-  made = [_with_share(vit, index / count) for index in range(count)]
-  _check_parameters(vit, made)
-  return tuple(made)
+  models = [_with_share(vit, index / count) for index in range(count)]
+  _check_parameters(vit, models)
+  return tuple(models)
 
 
 def _with_share(vit: ViT, share: float) -> ViT:
   return vit.clone(plan=scaled_plan(vit.plan, vit.host, share))
 
 
-def _check_reduced(vit: ViT, what: str) -> None:
+def _check_reduced(vit: ViT, key: str) -> None:
   if vit.plan is None or not vit.plan.cuts:
-    raise ValueError(f'{what} asks for fewer tokens step by step, but nothing is reduced: set '
-                     f'reduce.vision.method and a budget, or {what}=0')
+    raise ValueError(f'{key} asks for fewer tokens step by step, but nothing is reduced: set '
+                     f'reduce.vision.method and a budget, or {key}=0')
 
 
 def _check_parameters(vit: ViT, others: list[ViT]) -> None:

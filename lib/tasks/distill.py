@@ -59,14 +59,14 @@ def token_loss(tokens: TokenSet, teacher: TokenSet) -> Array:
   return jnp.sum(weight * error, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
 
 
-def consistency_loss(features: Array, gentler: Array) -> Array:
-  """Mean squared error of what two reduction levels of one model classify by, float32[B].
+def consistency_loss(features: Array, weaker: Array) -> Array:
+  """Mean squared error between the features of two reduction levels of a model, float32[B].
 
   MCTF (Lee et al., 2024), Sec. 3.4, arXiv:2403.10030, on the class token's features.
 
   Args:
     features: float[B, D], under the plan that learns.
-    gentler: float[B, D], under the plan that removes less; gets no gradient.
+    weaker: float[B, D], under the plan that removes less; gets no gradient.
   """
-  theirs = jax.lax.stop_gradient(gentler).astype(jnp.float32)
+  theirs = jax.lax.stop_gradient(weaker).astype(jnp.float32)
   return jnp.mean((features.astype(jnp.float32) - theirs) ** 2, axis=-1)

@@ -5,7 +5,6 @@ Axes: I images, K texts (classes), T tokens of a text, P features that both towe
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT, make_vit
 from models.families import PAIRS
+from ops import choices
 from ops.primitives.match import l2_normalize
 
 Array = jax.Array
@@ -37,7 +37,7 @@ class Clip(nn.Module):
   bias: bool = False
 
   def setup(self) -> None:
-    """What turns cosines into logits, as released training starts it."""
+    """Initializes the scale and bias that turn cosines into logits, as in released training."""
     start, shift = (jnp.log(10.0), -10.0) if self.bias else (jnp.log(1 / 0.07), None)
     self.logit_scale = self.param('logit_scale', nn.initializers.constant(start), ())
     if self.bias:
@@ -89,10 +89,7 @@ def make_clip(variant: str, *, image: dict[str, Any] | None = None,
   Raises:
     ValueError: for an unknown name.
   """
-  if variant not in PAIRS:
-    near = difflib.get_close_matches(variant, PAIRS, n=1)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
-    raise ValueError(f'pair {variant!r} is unknown{hint}: choose one of {", ".join(PAIRS)}')
+  choices.check('pair ', variant, PAIRS)
   pair = PAIRS[variant]
   return Clip(make_vit(variant, **(image or {})), Text(**(pair['text'] | (text or {}))),
               pair['bias'])

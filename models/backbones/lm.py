@@ -419,8 +419,8 @@ class LM(nn.Module):
     signals = Signals(**wanted, rope=self.rope, layer=layer, depth=self.depth, slots=cut.slots_in)
     with jax.named_scope('reduction'):
       choose = functools.partial(plan.method, num_slots=cut.slots_out)
-      kept = self.stack.by_rows(choose)(tokens, signals)
-      return kv_cache.shrink(kv, kept, positions=plan.positions, rope=self.rope)
+      assignment = self.stack.by_rows(choose)(tokens, signals)
+      return kv_cache.shrink(kv, assignment, positions=plan.positions, rope=self.rope)
 
   def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
     """Reads one more token a row.

@@ -25,6 +25,7 @@ from models.backbones.windows import Windows, WindowStack
 from models.blocks import ACTIVATIONS, dense, layer_norm
 from models.plan import Host, Plan
 from models.stack import Stack
+from ops import choices
 from ops import tokens as tk
 from ops.tokens import TokenSet
 
@@ -41,7 +42,7 @@ def make_norm(norm: str, eps: float, name: str | None = None) -> nn.Module:
   return layer_norm(eps, name)
 
 
-def rotate(x: Array, places: Array) -> Array:
+def rotate(x: Array, patches: Array) -> Array:
   """Turns float[F, N, H, d] by rows and columns int[F, N, 2]: a half of the angles each.
 
   Features turn in pairs (i, i + d / 2), at frequencies 10000^(-4 i / d) of the row for the first
@@ -49,8 +50,8 @@ def rotate(x: Array, places: Array) -> Array:
   """
   quarter = x.shape[-1] // 4
   frequencies = (THETA ** (-np.arange(quarter) / quarter)).astype(np.float32)
-  angles = places[..., None].astype(jnp.float32) * frequencies[None, None, None]
-  angles = angles.reshape(*places.shape[:2], 1, 2 * quarter)
+  angles = patches[..., None].astype(jnp.float32) * frequencies[None, None, None]
+  angles = angles.reshape(*patches.shape[:2], 1, 2 * quarter)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -72,8 +73,8 @@ class RotaryBlock(Block):
 
   def rotate_qk(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
     """Rotated queries and keys; a group turns with its anchor's place."""
-    places = tokens.stats['patch']
-    return rotate(q, places), rotate(k, places)
+    patches = tokens.stats['patch']
+    return rotate(q, patches), rotate(k, patches)
 
 
 class QwenVision(nn.Module):
@@ -130,7 +131,7 @@ class QwenVision(nn.Module):
 
   @property
   def host(self) -> Host:
-    """What a plan needs to know of this model: it has no [CLS] token."""
+    """Describes this model to plans; it has no [CLS] token."""
     return Host(self.depth, self.grid[0] * self.grid[1], 0, OFFERS)
 
   @nn.compact
@@ -154,30 +155,30 @@ class QwenVision(nn.Module):
     x = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name='patch',
                  kernel_init=nn.initializers.lecun_normal())(
                      patches.reshape(batch, rows * columns, -1))
-    places = np.stack(np.indices(self.grid), axis=-1).reshape(1, -1, 2)
-    valid = (jnp.asarray(places) < sizes[:, None]).all(axis=-1)
-    places = jnp.broadcast_to(jnp.asarray(places, jnp.int32), (batch, rows * columns, 2))
-    tokens, out = self._stack()(TokenSet.create(x, valid=valid, stats={'patch': places}))
+    indices = np.stack(np.indices(self.grid), axis=-1).reshape(1, -1, 2)
+    valid = (jnp.asarray(indices) < sizes[:, None]).all(axis=-1)
+    indices = jnp.broadcast_to(jnp.asarray(indices, jnp.int32), (batch, rows * columns, 2))
+    tokens, out = self._stack()(TokenSet.create(x, valid=valid, stats={'patch': indices}))
     return self._merged(tokens, valid), out | {'tokens': tokens}
 
   def _merged(self, tokens: TokenSet, valid: Array) -> TokenSet:
     """One token a cell."""
-    there = valid & (tokens.owner >= 0)
+    present = valid & (tokens.owner >= 0)
     hidden = make_norm(self.norm, self.norm_eps, 'merger_norm')(tk.restore(tokens, tokens.x))
     # Not what the norm makes of nothing.
-    hidden = self._cells(jnp.where(there[..., None], hidden, 0.0).astype(self.dtype))
+    hidden = self._cells(jnp.where(present[..., None], hidden, 0.0).astype(self.dtype))
     batch, count = hidden.shape[:2]
     hidden = hidden.reshape(batch, count, -1)
     hidden = ACTIVATIONS['gelu'](dense(hidden.shape[-1], self.dtype, name='merger_fc1')(hidden))
     hidden = dense(self.projection, self.dtype, name='merger_fc2')(hidden)
-    share = self._cells(there[..., None].astype(jnp.float32))
+    share = self._cells(present[..., None].astype(jnp.float32))
     real = share.sum(axis=2)[..., 0]
 
     def mean(values: Array) -> Array:
       """Of a cell's patches that are there."""
       values = tk.restore(tokens, values).astype(jnp.float32)
-      cells = self._cells(jnp.where(there.reshape(there.shape + (1,) * (values.ndim - 2)), values,
-                                    0.0))
+      mask = present.reshape(present.shape + (1,) * (values.ndim - 2))
+      cells = self._cells(jnp.where(mask, values, 0.0))
       return cells.sum(axis=2) / jnp.maximum(real, 1.0).reshape(
           real.shape + (1,) * (values.ndim - 2))
 
@@ -213,5 +214,4 @@ class QwenVision(nn.Module):
     if any(side % unit for side in self.grid) or unit % self.merge:
       raise ValueError(f'grid={self.grid} must be a multiple of {unit} each way (windows of '
                        f'{self.window} patches, cells of {self.merge})')
-    if self.norm not in NORMS:
-      raise ValueError(f'norm={self.norm!r} is unknown: choose one of {", ".join(NORMS)}')
+    choices.check('norm=', self.norm, NORMS)

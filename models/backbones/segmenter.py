@@ -44,7 +44,7 @@ def restore(tokens: TokenSet, before: Cuts, cuts: Cuts, grid: tuple[int, int]) -
 
 
 def bypass(tokens: TokenSet, before: Cuts, cuts: Cuts, grid: tuple[int, int]) -> Array:
-  """As `restore`, but a dropped patch keeps the features with which it came to its last cut."""
+  """Restores all patches; a dropped one keeps the features that entered its last cut."""
   x = restore(tokens, before, cuts, grid)
   for layer in sorted(cuts):
     left = _patches(_alive(before[layer]) & ~_alive(cuts[layer]), grid)
@@ -54,7 +54,7 @@ def bypass(tokens: TokenSet, before: Cuts, cuts: Cuts, grid: tuple[int, int]) ->
 
 
 def interpolate(tokens: TokenSet, before: Cuts, cuts: Cuts, grid: tuple[int, int]) -> Array:
-  """As `restore`, but dropped patches are filled from the others, by distance on the grid.
+  """Restores all patches; dropped ones are interpolated from the others by grid distance.
 
   Means over all patches that are still there, weighted by distance^-4: A two-dimensional
   interpolation function for irregularly-spaced data (Shepard, 1968), doi:10.1145/800186.810616,
@@ -104,8 +104,8 @@ def _patches(values: Array, grid: tuple[int, int]) -> Array:
 
 def _nearness(grid: tuple[int, int]) -> np.ndarray:
   """float32[rows * columns, rows * columns]: distance^-4 of any two patches, 0 on the diagonal."""
-  places = np.stack(np.unravel_index(np.arange(grid[0] * grid[1]), grid), axis=1)
-  squared = ((places[:, None] - places[None]) ** 2).sum(axis=-1)
+  coordinates = np.stack(np.unravel_index(np.arange(grid[0] * grid[1]), grid), axis=1)
+  squared = ((coordinates[:, None] - coordinates[None]) ** 2).sum(axis=-1)
   return np.where(squared > 0, 1.0 / np.maximum(squared, 1) ** 2, 0.0).astype(np.float32)
 
 
@@ -133,7 +133,7 @@ class SegmentViT(ViT):
 
   @property
   def classes(self) -> int:
-    """C, what the logits tell apart."""
+    """C, number of classes of the logits."""
     return self.pixel_classes
 
   @nn.compact

@@ -19,6 +19,7 @@ from models.backbones.vit import OFFERS, Block
 from models.blocks import ACTIVATIONS, layer_norm
 from models.plan import Host, Plan
 from models.stack import Stack
+from ops import choices
 from ops.assignments import take
 from ops.tokens import SPECIAL, TEXT, TokenSet
 
@@ -69,7 +70,7 @@ class Text(nn.Module):
 
   @property
   def host(self) -> Host:
-    """What a plan needs to know of this model: it has no [CLS] and no grid."""
+    """Describes this model to plans; it has no [CLS] token and no grid."""
     return Host(self.depth, self.context, self.special, OFFERS - {'grid'})
 
   @nn.compact
@@ -112,10 +113,8 @@ class Text(nn.Module):
       raise ValueError(f'token ids of shape {ids.shape} and dtype {ids.dtype} do not fit: expected '
                        f'integers [batch, {self.context}]; shorten the text, or pad it '
                        '(lib/data/tokenizers.py)')
-    for name, known in (('pool', POOLS), ('activation', ACTIVATIONS)):
-      if getattr(self, name) not in known:
-        raise ValueError(f'{name}={getattr(self, name)!r} is unknown: choose one of '
-                         f'{", ".join(known)}')
+    for name, allowed in (('pool', POOLS), ('activation', ACTIVATIONS)):
+      choices.check(f'{name}=', getattr(self, name), allowed)
 
   def _pooled(self, ids: Array) -> Array:
     """int32[B]: which token stands for its text."""
@@ -126,8 +125,8 @@ class Text(nn.Module):
   def _embed(self, ids: Array, index: Array) -> TokenSet:
     normal = nn.initializers.normal(0.02)
     table = self.param('table', normal, (self.vocabulary, self.width))
-    places = self.param('pos', normal, (1, self.context, self.width))
-    x = (table[ids] + places).astype(self.dtype)
+    pos = self.param('pos', normal, (1, self.context, self.width))
+    x = (table[ids] + pos).astype(self.dtype)
     x = nn.Dropout(self.dropout)(x, deterministic=not self.has_rng('dropout'))
     iota = jnp.broadcast_to(jnp.arange(self.context, dtype=jnp.int32), ids.shape)
     special, valid = iota == index[:, None], None

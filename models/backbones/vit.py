@@ -92,13 +92,13 @@ class Block(nn.Module):
 
   def attend(self, tokens: TokenSet, *, needs: frozenset[str],
              proportional: bool) -> tuple[TokenSet, Signals]:
-    """Attention and its residual, and what `needs` names of it."""
+    """Applies attention and its residual; returns also the signals that `needs` names."""
     hidden = self.norm1(tokens.x)
     q, k, v = self.qkv(hidden)
     q, k = self.rotate_qk(tokens, q, k)
-    bias, places = key_bias(tokens, proportional=proportional), self._places(tokens)
+    bias, positions = key_bias(tokens, proportional=proportional), self._causal_positions(tokens)
     read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
-                             query_valid=tokens.valid, positions=places)
+                             query_valid=tokens.valid, positions=positions)
     mix = functools.partial(sharded_attention.attend, mesh=self.mesh,
                             implementation=self.implementation)
     if self.implementation == 'xla':
@@ -106,14 +106,14 @@ class Block(nn.Module):
       # the keys beside that map for whoever reads them later.
       signals = read(q=q, k=k, lse=None)
       q, k, signals = jax.lax.optimization_barrier((q, k, signals))
-      mixed = mix(q, k, v, bias, places)
+      mixed = mix(q, k, v, bias, positions)
     else:
-      mixed = mix(q, k, v, bias, places)
+      mixed = mix(q, k, v, bias, positions)
       signals = read(q=q, k=k, lse=mixed.lse)
     return self._add(tokens, self.out(mixed.out), self.scale1), signals
 
-  def _places(self, tokens: TokenSet) -> Array | None:
-    """What attention is causal by, None where it sees everything."""
+  def _causal_positions(self, tokens: TokenSet) -> Array | None:
+    """Returns the positions that order causal attention, None for full attention."""
     return tokens.pos if self.causal else None
 
   def inside(self, tokens: TokenSet,
@@ -127,7 +127,7 @@ class Block(nn.Module):
     hidden = self.norm1(tokens.x)
     q, k = self.rotate_qk(tokens, *self.qkv(hidden, last=2))
     bias = key_bias(tokens, proportional=proportional)
-    scores = attention.eager(q, k, bias=bias, positions=self._places(tokens))
+    scores = attention.eager(q, k, bias=bias, positions=self._causal_positions(tokens))
     v, = self.qkv(hidden, first=2)
     signals = measure_map(needs, scores, q=q, k=k, v=v, hidden=hidden, query_valid=tokens.valid)
     tokens, mix, renewed = decide(tokens, signals, scores)
@@ -136,12 +136,12 @@ class Block(nn.Module):
     return self._add(tokens, self.out(mix(v)), self.scale1)
 
   def probe(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool) -> Signals:
-    """What this layer's attention would be on today's tokens, without running the layer."""
+    """Measures this layer's attention on the current tokens, without running the layer."""
     q, k = self.rotate_qk(tokens, *self.qkv(self.norm1(tokens.x), last=2))
     bias = key_bias(tokens, proportional=proportional)
     assert needs == {'next_received_attention'}, needs
     received = attention.received(q, k, None, bias=bias, query_valid=tokens.valid,
-                                  positions=self._places(tokens))
+                                  positions=self._causal_positions(tokens))
     return Signals(next_received_attention=received)
 
   def feed(self, tokens: TokenSet, **unused: Any) -> TokenSet:
@@ -266,7 +266,7 @@ class ViT(nn.Module):
 
   @property
   def classes(self) -> int:
-    """What the logits tell apart."""
+    """Number of classes of the logits."""
     return self.num_classes
 
   @property
@@ -276,7 +276,7 @@ class ViT(nn.Module):
 
   @property
   def host(self) -> Host:
-    """What a plan needs to know of this model."""
+    """Describes this model to plans."""
     slots = self.special + self.grid[0] * self.grid[1]
     offers = OFFERS | {'cls_attention'} if self.class_token else OFFERS
     return Host(self.depth, slots, self.special, offers)
@@ -366,9 +366,9 @@ class ViT(nn.Module):
     if any(side % self.patch for side in wanted[:2]):
       raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
                        'change one of them')
-    for name, known in (('positions', POSITIONS), ('pool', POOLS), ('last_norm', LAST_NORMS),
+    for name, allowed in (('positions', POSITIONS), ('pool', POOLS), ('last_norm', LAST_NORMS),
                         ('activation', ACTIVATIONS)):
-      choices.check(f'{name}=', getattr(self, name), known)
+      choices.check(f'{name}=', getattr(self, name), allowed)
     patches = self.host.slots - self.special
     if not 0 <= self.training_patches <= patches or (self.training_patches and self.window):
       raise ValueError(f'training_patches={self.training_patches} is impossible: give 1 to '
@@ -398,13 +398,13 @@ class ViT(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(t, (batch, 1, self.width)).astype(x.dtype)
                          for t in lead] + [x], axis=1)
     if self.positions == 'learned':
-      places = self.param('pos', normal, (1, placed + rows * columns, self.width))
+      embedding = self.param('pos', normal, (1, placed + rows * columns, self.width))
     else:
       table = sincos(self.grid, self.width)
-      places = jnp.asarray(np.pad(table, ((placed, 0), (0, 0))))[None]
+      embedding = jnp.asarray(np.pad(table, ((placed, 0), (0, 0))))[None]
     if placed < leading:
-      places = jnp.pad(places, ((0, 0), (leading, 0), (0, 0)))
-    x = x + places.astype(x.dtype)
+      embedding = jnp.pad(embedding, ((0, 0), (leading, 0), (0, 0)))
+    x = x + embedding.astype(x.dtype)
     if self.registers:
       extra = self.param('registers', normal, (1, self.registers, self.width)).astype(x.dtype)
       extra = jnp.broadcast_to(extra, (batch, self.registers, self.width))

@@ -36,7 +36,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """How an image is cut into windows, in raster order.
+  """Partition of an image into windows, in raster order.
 
   Attributes:
     grid: (rows, columns) of patches.
@@ -138,8 +138,8 @@ class Windows:
   def _raster(self) -> np.ndarray:
     """int[W, patches of a window]: the raster place of every patch of every window."""
     (rows, columns), (high, wide) = self.grid, self.window
-    places = np.arange(rows * columns).reshape(rows // high, high, columns // wide, wide)
-    return places.transpose(0, 2, 1, 3).reshape(self.count, high * wide)
+    indices = np.arange(rows * columns).reshape(rows // high, high, columns // wide, wide)
+    return indices.transpose(0, 2, 1, 3).reshape(self.count, high * wide)
 
   def _index(self, rows: int) -> Array:
     """int32[B * W, 1], the window of each row."""
@@ -159,7 +159,7 @@ class WindowStack(Stack):
   whole: tuple[int, ...] = ()
 
   def __call__(self, tokens: TokenSet) -> tuple[TokenSet, dict[str, Any]]:
-    """As `Stack`, on fresh tokens in raster order; all tokens come back in window order.
+    """Runs the layers on fresh tokens in raster order; returns tokens in window order.
 
     Raises:
       ValueError: as `Stack`; a budget that windows cannot share, a layer that is not there, or a
@@ -199,24 +199,24 @@ class WindowStack(Stack):
 
   def _layer(self, params: Any, index: Any, key: Array | None, method: str, tokens: TokenSet,
              *args: Any, **kwargs: Any) -> Any:
-    """In a whole layer attention sees the windows of an image together."""
+    """Runs one layer; in a whole layer attention sees all windows of an image."""
     run = functools.partial(super()._layer, params, index, key, method)
     # Inside a loop the index is traced; no whole layer is in one.
     if method == 'feed' or not isinstance(index, int) or index not in self.whole:
       return run(tokens, *args, **kwargs)
-    found = run(self.windows.unfold(tokens), *args, **kwargs)
+    result = run(self.windows.unfold(tokens), *args, **kwargs)
     if method == 'probe':
-      return self._fold_signals(found)
-    tokens, signals = found
+      return self._fold_signals(result)
+    tokens, signals = result
     return self.windows.fold(tokens), self._fold_signals(signals)
 
   def _fold_signals(self, signals: Signals) -> Signals:
-    """What a layer told of an image, as what it tells of each window."""
+    """Folds the signals of whole images into those of their windows."""
     axis = dict.fromkeys(('cls_attention', 'received_attention', 'next_received_attention'), 2)
-    found = {name: getattr(signals, name) for name in NAMES}
+    by_name = {name: getattr(signals, name) for name in NAMES}
     return signals.replace(**{
         name: self.windows.fold_values(value, axis=axis.get(name, 1))
-        for name, value in found.items() if isinstance(value, jax.Array)})
+        for name, value in by_name.items() if isinstance(value, jax.Array)})
 
   def _decide(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
               signals: Signals) -> tuple[TokenSet, Assignment]:

@@ -74,27 +74,27 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
                 for name in leaf.names]
     _check(model, source, layout, wanted, tensors, {*left_out}, (*unused, *layout.ignorable))
     flat: dict[str, Any] = {}
-    places = None if shardings is None else flatten(_keyed(shardings))
+    sharding_of = None if shardings is None else flatten(_keyed(shardings))
     for where, parts in _grouped(wanted, storage).items():
       read = functools.partial(_read, tensors, dtype, parts)
       shape = (len(parts), *parts[0].shape) if parts[0].stacked else parts[0].shape
-      if places is None:
+      if sharding_of is None:
         flat[where] = read((slice(None),) * len(shape))
       else:
-        flat[where] = jax.make_array_from_callback(shape, places[where], read)
+        flat[where] = jax.make_array_from_callback(shape, sharding_of[where], read)
   return _tupled(nest(flat))
 
 
 def _grouped(wanted: Sequence[Leaf], storage: str) -> dict[str, list[Leaf]]:
   """The leaves of the result by path, each with the parts that it is made of."""
-  found: dict[str, list[Leaf]] = {}
+  groups: dict[str, list[Leaf]] = {}
   for leaf in wanted:
     where = leaf.path
     if storage == 'unstacked' and leaf.layer is not None:
       where = where.replace(BLOCKS, f'{BLOCKS}{leaf.layer}/')
       leaf = dataclasses.replace(leaf, layer=None)
-    found.setdefault(where, []).append(leaf)
-  return found
+    groups.setdefault(where, []).append(leaf)
+  return groups
 
 
 def _read(tensors: files.Tensors, dtype: Any, parts: list[Leaf],
@@ -106,13 +106,13 @@ def _read(tensors: files.Tensors, dtype: Any, parts: list[Leaf],
   if not parts[0].stacked:
     array = one(parts[0], index)
     return np.asarray(array if dtype is None else array.astype(dtype), order='C')
-  made = None
+  stacked = None
   for i, leaf in enumerate(chosen := parts[index[0]]):
     array = one(leaf, index[1:])
-    if made is None:
-      made = np.empty((len(chosen), *array.shape), array.dtype if dtype is None else dtype)
-    made[i] = array
-  return made
+    if stacked is None:
+      stacked = np.empty((len(chosen), *array.shape), array.dtype if dtype is None else dtype)
+    stacked[i] = array
+  return stacked
 
 
 def _keyed(tree: Any) -> Any:
@@ -148,11 +148,11 @@ def save(model: Model, params: Params, path: str | pathlib.Path, *,
     ValueError: an unknown layout, one that has no place for some leaf, or a tree that is not the
       model's.
   """
-  known = {found.name: found for source in SOURCES for found in source.layouts(model)}
-  if layout not in known:
+  by_name = {candidate.name: candidate for source in SOURCES for candidate in source.layouts(model)}
+  if layout not in by_name:
     raise ValueError(f'layout {layout!r} does not hold a {type(model).__name__}: choose one of '
-                     f'{", ".join(known)}')
-  chosen, flat = known[layout], flatten(params)
+                     f'{", ".join(by_name)}')
+  chosen, flat = by_name[layout], flatten(params)
   shapes = {name: tuple(np.shape(value)) for name, value in flat.items()}
   if shapes != _shapes(model):
     raise ValueError(f'these parameters are not those of the model: they lack '
@@ -162,11 +162,11 @@ def save(model: Model, params: Params, path: str | pathlib.Path, *,
   try:
     for leaf in leaves(chosen, chosen.prefixes[0], shapes):
       array = flat[leaf.path] if leaf.layer is None else flat[leaf.path][leaf.layer]
-      made = leaf.outward(np.asarray(array), _side(model))
-      tensors |= dict(zip(leaf.names, made, strict=True))
+      pieces = leaf.outward(np.asarray(array), _side(model))
+      tensors |= dict(zip(leaf.names, pieces, strict=True))
   except LookupError as error:
     raise ValueError(f'layout {layout!r} has no place for {error.args[0]}: choose one of '
-                     f'{", ".join(known)}') from error
+                     f'{", ".join(by_name)}') from error
   save_file(tensors, path)
 
 
@@ -209,12 +209,12 @@ def resize_positions(params: Params, model: ViT, *,
     raise ValueError(f'image_size={image_size} is not a multiple of patch={model.patch}: change '
                      'it')
   table = jnp.asarray(params['pos'], jnp.float32)
-  lead, places = jnp.split(table, [table.shape[1] - model.grid[0] * model.grid[1]], axis=1)
-  places = places.reshape(*model.grid, -1)
-  places = jax.image.resize(places, (*new.grid, places.shape[-1]), 'cubic', antialias=True,
+  lead, patches = jnp.split(table, [table.shape[1] - model.grid[0] * model.grid[1]], axis=1)
+  patches = patches.reshape(*model.grid, -1)
+  patches = jax.image.resize(patches, (*new.grid, patches.shape[-1]), 'cubic', antialias=True,
                             precision='highest')
-  places = jnp.concatenate([lead, places.reshape(1, new.grid[0] * new.grid[1], -1)], axis=1)
-  return {**params, 'pos': np.asarray(places)}
+  patches = jnp.concatenate([lead, patches.reshape(1, new.grid[0] * new.grid[1], -1)], axis=1)
+  return {**params, 'pos': np.asarray(patches)}
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -247,12 +247,12 @@ def _qwen_tree(model: QwenVision) -> Any:
 
 def _shapes_of_vlm(model: VLM) -> dict[str, tuple[int, ...]]:
   parts = {'tower': _shapes(model.tower), 'lm': _shapes(model.lm)}
-  found = {f'{name}/{path}': shape for name, part in parts.items() for path, shape in part.items()}
+  shapes = {f'{name}/{path}': shape for name, part in parts.items() for path, shape in part.items()}
   wide, narrow = model.lm.width, model.tower.width
   if model.projection:
-    found |= {'projector/fc1/kernel': (narrow, wide), 'projector/fc1/bias': (wide,),
+    shapes |= {'projector/fc1/kernel': (narrow, wide), 'projector/fc1/bias': (wide,),
               'projector/fc2/kernel': (wide, wide), 'projector/fc2/bias': (wide,)}
-  return found | ({'newline': (wide,)} if model.newline else {})
+  return shapes | ({'newline': (wide,)} if model.newline else {})
 
 
 def _side(model: Model) -> int:
@@ -270,14 +270,14 @@ def _under(path: str, starts: Sequence[str]) -> bool:
 def _possible(layout: Layout, prefix: str, shapes: Mapping[str, Any],
               fresh: Sequence[str]) -> list[Leaf]:
   """The fresh leaves that a layout has names for."""
-  found = []
+  possible = []
   for path, shape in shapes.items():
     if _under(path, fresh):
       try:
-        found += leaves(layout, prefix, {path: shape})
+        possible += leaves(layout, prefix, {path: shape})
       except LookupError:
         continue
-  return found
+  return possible
 
 
 def _choose(model: Any, source: Any, shapes: Mapping[str, Any],
@@ -285,8 +285,8 @@ def _choose(model: Any, source: Any, shapes: Mapping[str, Any],
   """The layout and prefix under which most names, and then most shapes, are found."""
   best, most = None, (0, 0)
   tried = []
-  for place in SOURCES:
-    for layout in place.layouts(model):
+  for source_module in SOURCES:
+    for layout in source_module.layouts(model):
       for prefix in layout.prefixes:
         try:
           wanted = list(leaves(layout, prefix, shapes))
@@ -304,34 +304,34 @@ def _choose(model: Any, source: Any, shapes: Mapping[str, Any],
     raise ValueError(f'{source} holds another model: none of its {len(tensors.shapes)} tensors '
                      f'({_listed(tensors.shapes)}) is one of this {type(model).__name__}, which '
                      f'has, as {name}, {_listed(names)} (layouts tried: '
-                     f'{", ".join(dict.fromkeys(known for known, _ in tried)) or "none"})')
+                     f'{", ".join(dict.fromkeys(layout for layout, _ in tried)) or "none"})')
   return best
 
 
 def _check(model: Any, source: Any, layout: Layout, wanted: list[Leaf], tensors: files.Tensors,
            left_out: set[str], unused: Sequence[str]) -> None:
   """Raises with everything that does not fit."""
-  asked = {name: (leaf, leaf.foreign_shape(shape, _side(model))) for leaf in wanted
+  expected = {name: (leaf, leaf.foreign_shape(shape, _side(model))) for leaf in wanted
            for name, shape in zip(leaf.names, leaf.part_shapes, strict=True)}
-  missing = [name for name in asked if name not in tensors.shapes]
-  extra = [name for name in tensors.shapes if name not in asked and name not in left_out
+  missing = [name for name in expected if name not in tensors.shapes]
+  extra = [name for name in tensors.shapes if name not in expected and name not in left_out
            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
   if missing or extra:
     raise ValueError(f'{source} does not fit this {type(model).__name__} as {layout.name}: it '
                      f'lacks {_listed(missing)}, and has {_listed(extra)} that the model does not; '
                      'build the model that it holds, or name what to start anew in fresh=(...) and '
                      'what to leave out in unused=(...)')
-  for name, (leaf, shape) in asked.items():
-    found = tensors.shapes[name]
-    if found == shape:
+  for name, (leaf, shape) in expected.items():
+    stored_shape = tensors.shapes[name]
+    if stored_shape == shape:
       continue
-    if leaf.path.endswith('pos') and found[-1] == shape[-1]:
-      raise ValueError(f'{name} of {source} is for {found[-2]} positions and the model has '
+    if leaf.path.endswith('pos') and stored_shape[-1] == shape[-1]:
+      raise ValueError(f'{name} of {source} is for {stored_shape[-2]} positions and the model has '
                        f'{shape[-2]}: load it at its own image_size, and resize with '
                        'models.checkpoints.resize_positions (config.model.weights_image_size does '
                        'both)')
     hint = "; to start the classifier anew, fresh=('head',)" if 'head' in leaf.path else ''
-    raise ValueError(f'{name} of {source} has shape {found} and the model wants {shape} for '
+    raise ValueError(f'{name} of {source} has shape {stored_shape} and the model wants {shape} for '
                      f'{leaf.path}{hint}')
 
 

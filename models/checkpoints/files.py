@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a file, a folder or a name on the hub; safetensors and nothing else."""
+"""Finds and reads checkpoints: a file, a folder or a name on the hub; safetensors alone."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ def tensor_files(path: pathlib.Path) -> list[pathlib.Path]:
       raise ValueError(f'{path} lacks {", ".join(missing)}, which its {INDEX} names: fetch what is '
                        'missing')
     return [path / pathlib.Path(name).name for name in names]
-  found = sorted(path.glob('*.safetensors'))
-  if path / 'model.safetensors' in found:
+  tensor_paths = sorted(path.glob('*.safetensors'))
+  if path / 'model.safetensors' in tensor_paths:
     return [path / 'model.safetensors']
-  if len(found) == 1:
-    return found
+  if len(tensor_paths) == 1:
+    return tensor_paths
   names = sorted(entry.name for entry in path.iterdir())
-  if found:
+  if tensor_paths:
     raise ValueError(f'{path} has several safetensors files and no {INDEX}: name one of '
-                     f'{", ".join(file.name for file in found)}')
+                     f'{", ".join(file.name for file in tensor_paths)}')
   if any(pathlib.Path(name).suffix in PICKLES for name in names):
     raise ValueError(f'{path} has pickles only ({", ".join(names)}), which can run anything when '
                      'they are opened, and are never read here: use a .safetensors file')
@@ -96,7 +96,7 @@ class Tensors:
                    for name, handle in self._home.items()}
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor, in the dtype it is stored in."""
+    """Reads one tensor, in its stored dtype."""
     return self._home[name].get_tensor(name)
 
 
@@ -124,9 +124,9 @@ def _check_index(files: list[pathlib.Path], handles: list[Any]) -> None:
   index = files[0].parent / INDEX
   if not index.exists():
     return
-  places = json.loads(index.read_text())['weight_map']
+  file_of = json.loads(index.read_text())['weight_map']
   for file, handle in zip(files, handles, strict=True):
-    said = {name for name, place in places.items() if pathlib.Path(place).name == file.name}
+    said = {name for name, home in file_of.items() if pathlib.Path(home).name == file.name}
     missing = sorted(said - set(handle.keys()))
     if missing:
       more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''

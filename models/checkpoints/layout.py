@@ -1,4 +1,4 @@
-"""What a foreign checkpoint calls the leaves of our trees, and how it stores them.
+"""Layouts: the names and storage of our trees' leaves in foreign checkpoints.
 
 A `Layout` is data: a name for every module and loose leaf. What a leaf needs to get from one form
 to the other follows from what it is: a product is stored [out, in], a convolution [out, channels,
@@ -78,7 +78,7 @@ class Leaf:
 
   @property
   def stacked(self) -> bool:
-    """Whether this is one of several parts of a leaf."""
+    """True if this is one of several parts of a leaf."""
     return self.layer is not None
 
   @property
@@ -102,8 +102,8 @@ class Leaf:
     return (1,) * (self.rank - len(shape)) + shape[len(shape) - min(self.rank, len(shape)):]
 
   def inward(self, pieces: list[np.ndarray]) -> np.ndarray:
-    """Foreign arrays to ours."""
-    made = []
+    """Converts foreign arrays to ours."""
+    parts = []
     for piece, shape in zip(pieces, self.part_shapes, strict=True):
       if self.kind == 'conv':
         piece = piece.transpose(2, 3, 1, 0)
@@ -111,15 +111,15 @@ class Leaf:
         piece = piece.reshape(len(piece), -1).T
       elif self.kind == 'matrix':
         piece = piece.T
-      made.append(piece.reshape(shape))
-    return made[0] if len(made) == 1 else np.concatenate(made, axis=self.axis)
+      parts.append(piece.reshape(shape))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self.axis)
 
   def outward(self, array: np.ndarray, side: int = 0) -> list[np.ndarray]:
-    """Our array to foreign ones."""
+    """Converts our array to foreign ones."""
     parts = [array]
     if self.pieces:
       parts = np.split(array, np.cumsum(self.pieces)[:-1], axis=self.axis)
-    made = []
+    foreign = []
     for part in parts:
       shape = self.foreign_shape(part.shape, side)
       if self.kind == 'conv':
@@ -128,12 +128,12 @@ class Leaf:
         part = part.T
       elif self.kind == 'matrix':
         part = part.reshape(shape[::-1]).T
-      made.append(np.asarray(part.reshape(shape), order='C'))
-    return made
+      foreign.append(np.asarray(part.reshape(shape), order='C'))
+    return foreign
 
 
 def leaves(layout: Layout, prefix: str, shapes: Mapping[str, Shape]) -> Iterator[Leaf]:
-  """What a model's leaves are called and how they are stored.
+  """Yields each of a model's leaves with its name and storage in a checkpoint.
 
   Args:
     layout: of the checkpoint.
@@ -182,21 +182,21 @@ def _leaf(layout: Layout, path: str, layer: int | None, shape: Shape,
 
 
 def flatten(tree: Any, start: str = '') -> dict[str, Any]:
-  """A nested dict as {path: leaf}."""
-  found = {}
+  """Returns a nested dict as {path: leaf}."""
+  flat = {}
   for key, value in tree.items():
     path = start + key
-    found |= flatten(value, f'{path}/') if isinstance(value, Mapping) else {path: value}
-  return found
+    flat |= flatten(value, f'{path}/') if isinstance(value, Mapping) else {path: value}
+  return flat
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """{path: leaf} as a nested dict."""
+  """Returns {path: leaf} as a nested dict."""
   tree: dict[str, Any] = {}
   for path, value in flat.items():
     *above, last = path.split('/')
-    place = tree
+    node = tree
     for key in above:
-      place = place.setdefault(key, {})
-    place[last] = value
+      node = node.setdefault(key, {})
+    node[last] = value
   return tree

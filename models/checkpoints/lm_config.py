@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from models.backbones.lm import LM
 from models.families import LM_FAMILIES, LMS
+from ops import choices
 from ops.rope import Rope
 
 
@@ -23,9 +23,8 @@ def make_lm(variant: str, **overrides: Any) -> LM:
     ValueError: for an unknown name, or a field that LM does not have.
   """
   if variant not in LMS:
-    near = difflib.get_close_matches(variant, LMS, n=1)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
-    raise ValueError(f'variant {variant!r} is unknown{hint}: choose one of {", ".join(LMS)}, or '
+    raise ValueError(f'variant {variant!r} is unknown{choices.near(variant, LMS)}: choose one of '
+                     f'{", ".join(LMS)}, or '
                      "read a checkpoint's config.json with from_config")
   return from_config(LMS[variant], **overrides)
 
@@ -65,10 +64,7 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
       'norm_eps': get('rms_norm_eps')}
   fields = [f.name for f in dataclasses.fields(LM) if f.name not in ('parent', 'name')]
   for key in overrides:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f' (did you mean {near[0]!r}?)' if near else ''
-      raise ValueError(f'an LM has no setting {key!r}{hint}: choose from {", ".join(fields)}')
+    choices.check_key('an LM has no setting ', key, fields)
   return LM(**(settings | overrides))
 
 
@@ -96,15 +92,15 @@ def _window(get: Any) -> int:
 
 def _rope(config: Mapping[str, Any], get: Any, head_width: int) -> Rope:
   """The rotations, from either form of config: `rope_parameters`, or theta and `rope_scaling`."""
-  given = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
-  kind = given.get('rope_type') or given.get('type') or 'default'
+  rope_config = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
+  kind = rope_config.get('rope_type') or rope_config.get('type') or 'default'
   settings = {'width': head_width,
-              'theta': float(given.get('rope_theta') or get('rope_theta'))}
-  sections = tuple(given.get('mrope_section') or ())
+              'theta': float(rope_config.get('rope_theta') or get('rope_theta'))}
+  sections = tuple(rope_config.get('mrope_section') or ())
   if sections:
     settings |= {'sections': sections,
-                 'spread': 'interleaved' if given.get('mrope_interleaved') else 'blocks'}
-  if {get('partial_rotary_factor'), given.get('partial_rotary_factor')} - {None, 1.0}:
+                 'spread': 'interleaved' if rope_config.get('mrope_interleaved') else 'blocks'}
+  if {get('partial_rotary_factor'), rope_config.get('partial_rotary_factor')} - {None, 1.0}:
     raise ValueError('partial_rotary_factor is unknown here: whole heads are rotated')
   if kind in ('default', 'mrope'):
     return Rope(**settings)
@@ -116,10 +112,10 @@ def _rope(config: Mapping[str, Any], get: Any, head_width: int) -> Rope:
                     'rounded': 'truncate'}}
   if kind not in names:
     raise ValueError(f'RoPE scaling {kind!r} is unknown: known are default, {", ".join(names)}')
-  if given.get('mscale') or given.get('mscale_all_dim'):
+  if rope_config.get('mscale') or rope_config.get('mscale_all_dim'):
     raise ValueError("mscale is unknown here: no family's RoPE scaling has it")
-  found = {ours: given[theirs] for ours, theirs in names[kind].items()
-           if given.get(theirs) is not None}
+  scaling_settings = {ours: rope_config[theirs] for ours, theirs in names[kind].items()
+                      if rope_config.get(theirs) is not None}
   if kind == 'yarn':
-    found.setdefault('original', get('max_position_embeddings'))
-  return Rope(**settings, scaling=kind, **found)
+    scaling_settings.setdefault('original', get('max_position_embeddings'))
+  return Rope(**settings, scaling=kind, **scaling_settings)

@@ -120,7 +120,7 @@ ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_pytorch_tanh': 
 
 def layouts(model: object) -> list[Layout]:
   """The layouts that could hold a model."""
-  found = []
+  candidates = []
   if isinstance(model, LM):
     ignorable = _NOT_LANGUAGE + (('*lm_head.weight',) if model.tied else ())
     inner = {path: name if name[0] == '^' else f'model.{name}' for path, name in LANGUAGE.items()}
@@ -132,29 +132,30 @@ def layouts(model: object) -> list[Layout]:
                    ignorable=ignorable)]
   if isinstance(model, ViT):
     head = {'head': '^cls_classifier.*', 'head_dist': '^distillation_classifier.*'}
-    found.append(Layout(
+    candidates.append(Layout(
         'transformers/vit', VIT | (head if model.distilled else {'head': '^classifier.*'}),
         ('deit.' if model.distilled else 'vit.', 'vit.', 'deit.', ''),
         ignorable=('*embeddings.mask_token', '*pooler.*', 'decoder.*')))
     names = DINOV2 | (SWIGLU if model.activation == 'swiglu' else {})
     own = 'dinov2_with_registers.' if model.registers else 'dinov2.'
-    found.append(Layout('transformers/dinov2', names, (own, ''),
-                        ignorable=('*embeddings.mask_token',)))
+    candidates.append(Layout('transformers/dinov2', names, (own, ''),
+                             ignorable=('*embeddings.mask_token',)))
   for name, (image, text, patch, axes) in PAIRS.items():
     if isinstance(model, ViT):
-      found.append(Layout(f'transformers/{name}', image, ('vision_model.',), _RANKS, patch,
-                          _NOT_IMAGE))
+      candidates.append(Layout(f'transformers/{name}', image, ('vision_model.',), _RANKS, patch,
+                               _NOT_IMAGE))
     elif isinstance(model, Text):
-      found.append(Layout(f'transformers/{name}', text, ('text_model.',), _RANKS, patch, _NOT_TEXT))
+      candidates.append(Layout(f'transformers/{name}', text, ('text_model.',), _RANKS, patch,
+                               _NOT_TEXT))
     elif isinstance(model, Clip):
       names = {'logit_scale': 'logit_scale', 'logit_bias': 'logit_bias',
                **_tower('image', 'vision_model.', image), **_tower('text', 'text_model.', text)}
       ranks = {f'{tower}/{leaf}': rank for leaf, rank in _RANKS.items()
                for tower in ('image', 'text')}
       scalars = {'logit_scale': axes, 'logit_bias': axes}
-      found.append(Layout(f'transformers/{name}', names, ranks=ranks | scalars, patch=patch,
-                          ignorable=_BUFFERS))
-  return found
+      candidates.append(Layout(f'transformers/{name}', names, ranks=ranks | scalars, patch=patch,
+                               ignorable=_BUFFERS))
+  return candidates
 
 
 def _tower(tower: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def _tower(tower: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_config(model: Any, config: Mapping[str, Any]) -> None:
-  """Raises where a config.json contradicts a model in what no shape would show.
+  """Raises if a config.json contradicts a model in settings that shapes do not show.
 
   Args:
     model: a ViT, Text, Clip, LM, QwenVision or VLM.
@@ -214,7 +215,7 @@ def _check_language(model: LM, config: Mapping[str, Any]) -> None:
            for name in ('heads', 'kv_heads', 'window', 'norm_eps', 'tied')}
   pairs |= {f'rope.{name}': (getattr(theirs.rope, name), getattr(model.rope, name))
             for name in ('theta', 'sections')}
-  for name, (wanted, found) in pairs.items():
-    if wanted != found:
-      raise ValueError(f'the checkpoint has {name}={wanted} and the model {found}, which shapes do '
-                       f'not show: set {name}={wanted}')
+  for name, (stored, built) in pairs.items():
+    if stored != built:
+      raise ValueError(f'the checkpoint has {name}={stored} and the model {built}, which shapes do '
+                       f'not show: set {name}={stored}')

@@ -40,15 +40,15 @@ def layouts(model: object) -> list[Layout]:
     return []
   ignorable = _IGNORABLE + (('*lm_head.weight',) if model.lm.tied else ())
   inside = {path: name for path, name in LANGUAGE.items() if name[0] != '^'}
-  found = []
+  candidates = []
   if isinstance(model.tower, QwenVision):
     tower = _qwen(model.tower)
     for name, text, seen in (('vlm', 'model.language_model.', 'model.visual.'),
                              ('vlm4', 'model.', 'visual.')):
       names = {**_under('tower', seen, tower), **_under('lm', text, inside),
                'lm/head': 'lm_head.*'}
-      found.append(Layout(f'transformers/{name}', names, patch='conv3d', ignorable=ignorable))
-    return found
+      candidates.append(Layout(f'transformers/{name}', names, patch='conv3d', ignorable=ignorable))
+    return candidates
   image = CLIP_IMAGE if model.tower.class_token else SIGLIP_IMAGE
   # As saved before version 5 of the library and since, with a tower that has a level more or not.
   for name, text, head, rest in (
@@ -57,9 +57,9 @@ def layouts(model: object) -> list[Layout]:
     for ending in ('vision_model.', ''):
       names = {**_under('tower', f'{rest}vision_tower.{ending}', image),
                **_under('lm', text, inside), **_under('', rest, _PROJECTOR), 'lm/head': head}
-      found.append(Layout(f'transformers/{name}{"" if ending else "_flat"}', names, ranks=_RANKS,
-                          ignorable=ignorable + _unread(model)))
-  return found
+      candidates.append(Layout(f'transformers/{name}{"" if ending else "_flat"}', names,
+                               ranks=_RANKS, ignorable=ignorable + _unread(model)))
+  return candidates
 
 
 def _qwen(tower: QwenVision) -> dict[str, Any]:

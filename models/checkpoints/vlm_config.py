@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import lm_config
 from models.families import VLMS
+from ops import choices
 
 # What a config.json may leave out.
 _LLAMA = {'model_type': 'llama', 'hidden_size': 4096, 'intermediate_size': 11008,
@@ -58,9 +58,8 @@ def make_vlm(variant: str, **settings: Any) -> VLM:
     ValueError: for an unknown name.
   """
   if variant not in VLMS:
-    near = difflib.get_close_matches(variant, VLMS, n=1)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
-    raise ValueError(f'variant {variant!r} is unknown{hint}: choose one of {", ".join(VLMS)}, or '
+    raise ValueError(f'variant {variant!r} is unknown{choices.near(variant, VLMS)}: choose one of '
+                     f'{", ".join(VLMS)}, or '
                      "read a checkpoint's config.json with from_config")
   return from_config(VLMS[variant], **settings)
 

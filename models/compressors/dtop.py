@@ -127,8 +127,8 @@ def paint(canvas: Array, tokens: TokenSet, masks: Array) -> Array:
     tokens: N slots.
     masks: float32[B, N, C].
   """
-  here = restore(tokens, tokens.real)
-  return jnp.where(here[:, :, None], restore(tokens, masks), canvas)
+  present = restore(tokens, tokens.real)
+  return jnp.where(present[:, :, None], restore(tokens, masks), canvas)
 
 
 class MaskHead(nn.Module):

@@ -48,9 +48,9 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
   """
   near = jnp.where(among[:, None, :], distance, jnp.inf)
   nearest = -jax.lax.top_k(-near, min(neighbours, distance.shape[1]))[0]
-  there = jnp.isfinite(nearest)
-  total = jnp.sum(jnp.where(there, nearest, 0.0) ** 2, axis=2)
-  density = -total / jnp.maximum(jnp.sum(there, axis=2), 1)
+  finite = jnp.isfinite(nearest)
+  total = jnp.sum(jnp.where(finite, nearest, 0.0) ** 2, axis=2)
+  density = -total / jnp.maximum(jnp.sum(finite, axis=2), 1)
   if noise is not None:
     density = jnp.log(jnp.exp(density) + 1e-6 * noise)
   pairs = among[:, :, None] & among[:, None, :]

@@ -61,17 +61,17 @@ def cells(grid: tuple[int, int], count: int, *, bands: int | None = None, reach:
   y, x = np.arange(height), np.arange(width)
   inside, near = [], []
   for band in range(bands):
-    places = count // bands + (band < count % bands)
-    for place in range(places):
-      inside.append(np.outer(_span(y, band, bands, height), _span(x, place, places, width)))
+    columns = count // bands + (band < count % bands)
+    for column in range(columns):
+      inside.append(np.outer(_span(y, band, bands, height), _span(x, column, columns, width)))
       near.append(np.outer(np.abs(y * bands // height - band) <= reach,
-                           np.abs(x * places // width - place) <= reach))
+                           np.abs(x * columns // width - column) <= reach))
   return Cells(np.stack(inside).reshape(count, -1), np.stack(near).reshape(count, -1))
 
 
-def _span(places: np.ndarray, index: int, count: int, length: int) -> np.ndarray:
-  """Selects the places in interval `index` of `count` that cover [0, length)."""
-  return (places >= index * length // count) & (places < -(-(index + 1) * length // count))
+def _span(indices: np.ndarray, index: int, count: int, length: int) -> np.ndarray:
+  """Selects the indices in interval `index` of `count` that cover [0, length)."""
+  return (indices >= index * length // count) & (indices < -(-(index + 1) * length // count))
 
 
 def soft_clusters(x: Array, inside: Array, near: Array, among: Array, *, iterations: int,
@@ -92,9 +92,9 @@ def soft_clusters(x: Array, inside: Array, near: Array, among: Array, *, iterati
   """
   x = jnp.where(among[:, :, None], jax.lax.stop_gradient(x).astype(jnp.float32), 0.0)
   near = near & among[:, None]
-  everywhere = jnp.broadcast_to(among[:, None], near.shape)
+  all_real = jnp.broadcast_to(among[:, None], near.shape)
   some = jnp.any(near, axis=2, keepdims=True)
-  fallback = _mean(jnp.where(some, near, everywhere).astype(jnp.float32))
+  fallback = _mean(jnp.where(some, near, all_real).astype(jnp.float32))
   start = (inside & among[:, None]).astype(jnp.float32)
   start = jnp.where(jnp.any(start > 0, axis=2, keepdims=True), _mean(start), fallback)
 
@@ -117,12 +117,12 @@ def soft_clusters(x: Array, inside: Array, near: Array, among: Array, *, iterati
     with_centres = jnp.einsum('bkn,bnm->bkm', weights, products, precision='highest')
     return 2 * with_centres - jnp.sum(with_centres * weights, axis=2, keepdims=True)
 
-  def share(_: int, weights: Array) -> Array:
+  def update(_: int, weights: Array) -> Array:
     scores = jnp.where(near, temperature * nearness(weights), HIDDEN_LOGIT)
     shares = jnp.where(near, jax.nn.softmax(scores, axis=1), 0.0)
     return jnp.where(jnp.sum(shares, axis=2, keepdims=True) > 0, _mean(shares), fallback)
 
-  return jax.lax.fori_loop(0, iterations, share, start)
+  return jax.lax.fori_loop(0, iterations, update, start)
 
 
 def _mean(weights: Array) -> Array:
@@ -143,9 +143,9 @@ def cluster_map(x: Array, shape: tuple[int, int], *, iterations: int = 5, temper
   In SAM the maps are its windows (`to_windows`), as a batch; see `soft_clusters`.
   """
   grid, flat = x.shape[1:3], x.reshape(len(x), -1, x.shape[3])
-  made = cells(grid, shape[0] * shape[1], bands=shape[0], reach=reach)
+  layout = cells(grid, shape[0] * shape[1], bands=shape[0], reach=reach)
   inside, near = (jnp.broadcast_to(mask, (len(x), *mask.shape))
-                  for mask in (made.inside, made.near))
+                  for mask in (layout.inside, layout.near))
   weights = soft_clusters(flat, inside, near, jnp.ones(flat.shape[:2], bool),
                           iterations=iterations, temperature=temperature)
   mixed = jnp.einsum('bkn,bnd->bkd', weights, flat.astype(jnp.float32), precision='highest')

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 
+from ops import choices
 from ops.signals import Signals
 from ops.tokens import TEXT, TokenSet
 
@@ -52,7 +53,7 @@ class Reducer:
 
   @property
   def merges(self) -> bool:
-    """Whether its outputs are made of several slots (Merge, Mix) rather than picked (Gather).
+    """True if outputs combine several slots (Merge, Mix), False if each picks one (Gather).
 
     Decides the cost of a cut inside attention. Gather drops tokens; Merge and Mix usually do not.
     So the default is derived from `drops`. A method that merges and also drops tokens sets
@@ -104,8 +105,7 @@ class ByAttention(Reducer):
   by: str = 'cls_attention'
 
   def __post_init__(self) -> None:
-    if self.by not in ATTENTIONS:
-      raise ValueError(f'by={self.by!r} is unknown: choose one of {", ".join(ATTENTIONS)}')
+    choices.check('by=', self.by, ATTENTIONS)
 
   @property
   def needs(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""The protocol of a method: what the host reads of it, and how it calls it.
+"""Defines the protocol of a method: its attributes and calls.
 
 Axes: B batch, N slots now, M slots after.
 """
@@ -49,7 +49,7 @@ class Method(Protocol):
 
   @property
   def proportional(self) -> bool:
-    """Whether attention should count a slot as many times as it has tokens."""
+    """True if attention weights each slot by the tokens that it stands for."""
     ...
 
   @property
@@ -64,7 +64,7 @@ class Method(Protocol):
 
   @property
   def merges(self) -> bool:
-    """Whether its outputs are made of several slots (Merge, Mix) rather than picked (Gather)."""
+    """True if outputs combine several slots (Merge, Mix), False if each picks one (Gather)."""
     ...
 
   @property

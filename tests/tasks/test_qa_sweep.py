@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from helpers.qa import NEEDLE, SCENES, batch_of, made, small
 
-import eval as evaluation
 from configs import digit_scenes, digit_scenes_sweep, stdlib_needle, stdlib_needle_sweep
 from lib.data import qa as qa_data
-from lib.report import plots
+from lib.report import measuring, plots
 from lib.runtime import sharding
 from lib.tasks import qa as qa_task
 from lib.tasks import qa_sweep
@@ -111,7 +110,7 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
                     'rounds': 2, 'baselines': ()}
   sweep = qa_sweep.QASweep(config, tmp_path, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
   wanted = list(sweep.rows())
-  assert len({evaluation.identity(row, wanted[0]) for row in wanted}) == 3
+  assert len({measuring.identity(row, tuple(wanted[0])) for row in wanted}) == 3
   rows = [row | sweep.measure(row) for row in wanted]
   for row in rows:
     assert row['questions'] == 4

@@ -178,14 +178,14 @@ def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
     return {row['step']: (row['loss'], row['kept_tokens']) for row in rows if 'loss' in row}
 
   # One set of programs for the three runs; tests/runtime/test_life.py resumes in another process.
-  made = train.setup(config, sharding.make_mesh(config.mesh))
-  monkeypatch.setattr(train, 'setup', lambda *_: made)
+  made = train.make_setup(config, sharding.make_mesh(config.mesh))
+  monkeypatch.setattr(train, 'make_setup', lambda *_: made)
   assert train.run(config, tmp_path / 'whole', first=True)
 
   class StopAfterThree(launch.Stop):
     steps = 0
 
-    def agreed(self, exchange):
+    def should_stop(self, exchange):
       self.steps += 1
       return self.steps == 3
 
@@ -198,7 +198,7 @@ def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
   assert [kept for _, kept in losses(tmp_path / 'whole').values()] == [13] * 5 + [9]
 
   # Another run begins with what this one ended with.
-  template = sharding.shapes(jax.eval_shape(made.init, jax.random.key(0)), made.places).ema
+  template = sharding.shapes(jax.eval_shape(made.init, jax.random.key(0)), made.shardings).ema
   _, ended = checkpoint.best(tmp_path / 'whole', template, metric='accuracy')
   begun, (first, run) = [], next(iter(made.train_steps.items()))
   monkeypatch.setitem(made.train_steps, first, lambda state, *rest: (
@@ -290,8 +290,8 @@ def test_a_config_trains_from_pretrained_image_weights(monkeypatch):
   config.reduce.vision.remove = 2
   info = image_data.DataInfo(5, 8, 8, (24, 24, 3), tuple('abcde'))
   monkeypatch.setattr(image_data, 'info', lambda data: info)
-  setup = train.setup(config, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
-  state, loaded = setup.init(jax.random.key(0)), setup.learner.pretrained()
+  setup = train.make_setup(config, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
+  state, loaded = setup.init(jax.random.key(0)), setup.task.pretrained()
   state = state.replace(params=merge_params(state.params, loaded),
                         ema=merge_params(state.ema, loaded))
   np.testing.assert_array_equal(state.params['head']['kernel'], loaded['head']['kernel'])

@@ -37,7 +37,7 @@ LONGEST = 10  # Q.
 
 @dataclasses.dataclass(kw_only=True)
 class Config(tfds.core.BuilderConfig):
-  """One size of scenes.
+  """Config of one size of scenes.
 
   Attributes:
     cells: G, cells a side.
@@ -120,7 +120,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-  """What the scenes of one split are made of.
+  """Holds the digits and photographs that the scenes of one split are made of.
 
   Attributes:
     stream: number of the split.
@@ -136,18 +136,18 @@ class Sources:
 
   @classmethod
   def load(cls, split: str) -> Sources:
-    """Those of 'train' or 'test'."""
+    """Loads the digits and photographs of 'train' or 'test'."""
     # Here, because scikit-learn takes a second to import and only preparing needs it.
     from sklearn.datasets import load_digits, load_sample_images
-    found = load_digits()
+    dataset = load_digits()
     stream = ('train', 'test').index(split)
-    chosen = digits.split(found.target)[stream]
+    chosen = digits.split(dataset.target)[stream]
     photos = []
     for photo in load_sample_images().images:
       edge = round(TRAIN_COLUMNS * photo.shape[1])
       photos.append(photo[:, edge:] if stream else photo[:, :edge])
-    return cls(stream, (found.images[chosen] * digits.SCALE).astype(np.uint8),
-               found.target[chosen], tuple(photos))
+    return cls(stream, (dataset.images[chosen] * digits.SCALE).astype(np.uint8),
+               dataset.target[chosen], tuple(photos))
 
 
 def example(sources: Sources, index: int, config: Config) -> dict[str, np.ndarray]:
@@ -160,14 +160,14 @@ def example(sources: Sources, index: int, config: Config) -> dict[str, np.ndarra
   words = iter(random.random_raw(64 + config.cells ** 2 + 24 * config.distractors[1]).tolist())
   cells, chosen = _place(sources, words, config)
   image = _draw(sources, words, cells, chosen)
-  asked = [ask(kind, cells, words) for kind in config.kinds]
-  question = np.full((len(asked), LONGEST), PAD, np.uint8)
-  for row, found in zip(question, asked, strict=True):
-    encoded = [IMAGE, *encode(found.text)]
+  questions = [ask(kind, cells, words) for kind in config.kinds]
+  question = np.full((len(questions), LONGEST), PAD, np.uint8)
+  for row, each in zip(question, questions, strict=True):
+    encoded = [IMAGE, *encode(each.text)]
     row[:len(encoded)] = encoded
   return {'image': image, 'cells': cells, 'question': question,
-          'answer': np.array([encode(found.answer) for found in asked], np.uint8),
-          'evidence': np.stack([found.evidence for found in asked]).astype(np.uint8)}
+          'answer': np.array([encode(each.answer) for each in questions], np.uint8),
+          'evidence': np.stack([each.evidence for each in questions]).astype(np.uint8)}
 
 
 def encode(text: str) -> list[int]:
@@ -253,10 +253,10 @@ def _ask_count(cells: np.ndarray, words: Iterator[int]) -> Question:
 
 
 def _ask_present(cells: np.ndarray, words: Iterator[int]) -> Question:
-  there = np.unique(cells[is_digit(cells)]) - 1
-  wanted = np.setdiff1d(np.arange(10), there) if next(words) % 2 else there
+  present = np.unique(cells[is_digit(cells)]) - 1
+  wanted = np.setdiff1d(np.arange(10), present) if next(words) % 2 else present
   if not len(wanted):  # All ten are there.
-    wanted = there
+    wanted = present
   return _is_there(int(wanted[next(words) % len(wanted)]), cells)
 
 
@@ -266,9 +266,9 @@ def _ask_digit(digit: int, cells: np.ndarray, words: Iterator[int]) -> Question:
 
 
 def _is_there(digit: int, cells: np.ndarray) -> Question:
-  found = cells == 1 + digit
-  return Question(f'is there a {digit} ?', 'yes' if found.any() else 'no',
-                  found if found.any() else np.ones(cells.shape, bool))
+  matches = cells == 1 + digit
+  return Question(f'is there a {digit} ?', 'yes' if matches.any() else 'no',
+                  matches if matches.any() else np.ones(cells.shape, bool))
 
 
 def _ask_cell(cells: np.ndarray, words: Iterator[int]) -> Question:
@@ -314,7 +314,7 @@ _ASK = {'count': _ask_count, 'present': _ask_present, 'cell': _ask_cell, 'left':
 
 
 def is_digit(cells: np.ndarray) -> np.ndarray:
-  """Where labels are those of digits."""
+  """Returns bool like `cells`: True at labels of digits."""
   return (cells != EMPTY) & (cells != DISTRACTOR)
 
 

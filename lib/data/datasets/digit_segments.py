@@ -51,11 +51,11 @@ class DigitSegments(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
     del dl_manager
     from sklearn.datasets import load_digits
-    found = load_digits()
-    images = (found.images * digits.SCALE).astype(np.uint8)
-    train, test = digits.split(found.target)
-    return {'train': self._generate_examples(images, found.target, train, TRAIN, 0),
-            'test': self._generate_examples(images, found.target, test, TEST, 1)}
+    dataset = load_digits()
+    images = (dataset.images * digits.SCALE).astype(np.uint8)
+    train, test = digits.split(dataset.target)
+    return {'train': self._generate_examples(images, dataset.target, train, TRAIN, 0),
+            'test': self._generate_examples(images, dataset.target, test, TEST, 1)}
 
   def _generate_examples(self, images, labels, chosen, count, stream) -> Iterator[tuple[int, dict]]:
     for key in range(count):
@@ -65,7 +65,7 @@ class DigitSegments(tfds.core.GeneratorBasedBuilder):
 
 def canvas(images: np.ndarray, labels: Sequence[int], index: int,
            stream: int) -> tuple[np.ndarray, np.ndarray]:
-  """One canvas and its labels, uint8[40, 40] each.
+  """Makes one canvas and its labels, uint8[40, 40] each.
 
   All choices are raw Philox words of (`index`, `stream`), which numpy freezes, as it does not its
   distributions; a remainder of 64 bits is even enough.

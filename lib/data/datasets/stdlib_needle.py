@@ -44,7 +44,7 @@ WORDS = ('apple', 'arrow', 'badge', 'basin', 'berry', 'bloom', 'brick', 'candle'
 
 @dataclasses.dataclass(kw_only=True)
 class Config(tfds.core.BuilderConfig):
-  """One length of text.
+  """Config of one length of text.
 
   Attributes:
     context: most tokens of a text, one question and its answer.
@@ -119,12 +119,12 @@ class StdlibNeedle(tfds.core.GeneratorBasedBuilder):
 def sources() -> dict[str, list[pathlib.Path]]:
   """The files of every module of the standard library, by the module's name."""
   root = pathlib.Path(sysconfig.get_path('stdlib'))
-  found: dict[str, list[pathlib.Path]] = {}
+  by_module: dict[str, list[pathlib.Path]] = {}
   for path in sorted(root.rglob('*.py')):
     parts = path.relative_to(root).parts
     if not any(part in SKIPPED or part.startswith('config-') for part in parts):
-      found.setdefault(parts[0].removesuffix('.py'), []).append(path)
-  return found
+      by_module.setdefault(parts[0].removesuffix('.py'), []).append(path)
+  return by_module
 
 
 def split(modules: dict[str, list[pathlib.Path]]) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
@@ -136,7 +136,7 @@ def split(modules: dict[str, list[pathlib.Path]]) -> tuple[list[pathlib.Path], l
 
 
 def corpus(files: Sequence[pathlib.Path]) -> str:
-  """All files one after another, with plain line ends; what is no UTF-8 becomes U+FFFD."""
+  """Joins all files, with plain line ends; bytes that are not UTF-8 become U+FFFD."""
   return ''.join(path.read_bytes().decode(errors='replace').replace('\r\n', '\n') + '\n'
                  for path in files)
 
@@ -155,18 +155,18 @@ def tokenizer(text: str) -> tokenizers.Tokenizer:
   except ImportError as error:
     raise ValueError('learning tokens needs a package that is not installed: `pip install -r '
                      'requirements-hub.txt`') from error
-  made = tokenizers.Tokenizer(models.BPE())
-  made.pre_tokenizer = pre_tokenizers.Sequence([
+  bpe = tokenizers.Tokenizer(models.BPE())
+  bpe.pre_tokenizer = pre_tokenizers.Sequence([
       pre_tokenizers.Split('\n', 'merged_with_previous'),
       pre_tokenizers.ByteLevel(add_prefix_space=False)])
-  made.decoder = decoders.ByteLevel()
+  bpe.decoder = decoders.ByteLevel()
   whole = [f' {word}' for word in ('Remember', *FIRST, *WORDS)]
-  made.train_from_iterator(text.splitlines(keepends=True)[::LEARNED], trainers.BpeTrainer(
+  bpe.train_from_iterator(text.splitlines(keepends=True)[::LEARNED], trainers.BpeTrainer(
       vocab_size=VOCABULARY - len(whole), special_tokens=['<pad>', '<end>'], show_progress=False,
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-  made.add_tokens(whole)
-  assert made.get_vocab_size() == VOCABULARY
-  return made
+  bpe.add_tokens(whole)
+  assert bpe.get_vocab_size() == VOCABULARY
+  return bpe
 
 
 class Text:
@@ -198,15 +198,15 @@ class Text:
     if last <= 0:
       raise ValueError(f'{self._edges[-1]} characters are too few for passages of {room} tokens: '
                        'choose a shorter context')
-    found: list[list[int]] = []
+    lines: list[list[int]] = []
     first = start % int(np.searchsorted(self._edges, last))
     for number in range(first, len(self._lines)):
       ids = self._tokens.encode(self._lines[number]).ids
       room -= len(ids)
       if room < 0:
         break
-      found.append(ids)
-    return found
+      lines.append(ids)
+    return lines
 
 
 def example(text: Text, index: int, stream: int, config: Config) -> dict[str, Any]:

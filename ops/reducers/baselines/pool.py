@@ -34,15 +34,15 @@ class Pool(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     height, width = signals.grid
-    count, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                   for flags in (tokens.free, tokens.fixed))
-    count = jnp.maximum(count, 1)
-    cells = jnp.clip(num_slots - kept, 1, count)
+    num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
+                           for flags in (tokens.free, tokens.fixed))
+    num_free = jnp.maximum(num_free, 1)
+    cells = jnp.clip(num_slots - num_fixed, 1, num_free)
     bands = max(1, round(math.sqrt((num_slots - tokens.protected) * height / width)))
 
     def cell(order: Array) -> Array:
       """The cell of each slot: the last i with floor(i n / m) up to its place in the order."""
-      return ((ranks(order, tokens.slots) + 1) * cells - 1) // count
+      return ((ranks(order, tokens.slots) + 1) * cells - 1) // num_free
 
     def by(key: Array) -> Array:
       key = jnp.where(tokens.free, key, jnp.iinfo(jnp.int32).max)
@@ -50,7 +50,7 @@ class Pool(Reducer):
 
     band = ((cell(by(tokens.pos)) + 1) * bands - 1) // cells
     order = by((band * width + tokens.pos % width) * height + tokens.pos // width)
-    first = jnp.minimum(cell(order) * count // cells, tokens.slots - 1)
+    first = jnp.minimum(cell(order) * num_free // cells, tokens.slots - 1)
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), first.shape)
     partner = jnp.where(tokens.free, take(order, first), own)
     return join(tokens, partner, ranks(order, tokens.slots), num_slots=num_slots)

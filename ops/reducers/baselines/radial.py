@@ -7,6 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
@@ -34,8 +35,7 @@ class Radial(Reducer):
   drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:
-    if self.norm not in NORMS:
-      raise ValueError(f'norm={self.norm!r} is unknown: choose one of {", ".join(NORMS)}')
+    choices.check('norm=', self.norm, NORMS)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     height, width = signals.grid

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.match import evenly_spaced
 from ops.primitives.select import keep_top, rank_of
@@ -33,13 +34,13 @@ class Stride(Reducer):
   drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:
-    if self.phase not in PHASES:
-      raise ValueError(f'phase={self.phase!r} is unknown: choose one of {", ".join(PHASES)}')
+    choices.check('phase=', self.phase, PHASES)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
-    count, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                   for flags in (tokens.free, tokens.fixed))
-    stays = evenly_spaced(rank_of(tokens.free), count, jnp.clip(num_slots - kept, 0, count),
+    num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
+                           for flags in (tokens.free, tokens.fixed))
+    stays = evenly_spaced(rank_of(tokens.free), num_free,
+                          jnp.clip(num_slots - num_fixed, 0, num_free),
                           late=PHASES.index(self.phase))
     return keep_top(tokens, stays.astype(jnp.float32), num_slots=num_slots)

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.attention import HIDDEN_LOGIT
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import by_kv_head, earliest, keep_best
@@ -43,8 +44,7 @@ class ExpectedAttention(CacheReducer):
   needs = frozenset({'keys', 'values', 'plain_queries', 'rope'})
 
   def __post_init__(self) -> None:
-    if self.covariance not in ('full', 'none'):
-      raise ValueError(f"covariance={self.covariance!r} is unknown: choose 'full' or 'none'")
+    choices.check('covariance=', self.covariance, ('full', 'none'))
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
     return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,

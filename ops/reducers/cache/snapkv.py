@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import by_kv_head, keep_best, latest, pool_neighbours
 from ops.reducers.base import CacheReducer
@@ -41,10 +42,8 @@ class SnapKV(CacheReducer):
   needs = frozenset({'keys', 'window_attention'})
 
   def __post_init__(self) -> None:
-    for name, choices in (('pool', POOLS), ('variant', VARIANTS)):
-      if getattr(self, name) not in choices:
-        raise ValueError(f'{name}={getattr(self, name)!r} is unknown: choose one of '
-                         f'{", ".join(choices)}')
+    for name, allowed in (('pool', POOLS), ('variant', VARIANTS)):
+      choices.check(f'{name}=', getattr(self, name), allowed)
     if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
       raise ValueError(f'window={self.window} must be at least 1 and kernel={self.kernel} odd')
 
@@ -53,11 +52,11 @@ class SnapKV(CacheReducer):
     return self.window
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    kept = keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
-                     forced=latest(tokens, self.window))
+    assignment = keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
+                           forced=latest(tokens, self.window))
     if self.variant == 'kvpress':
-      return kept
-    return jax.tree.map(lambda x: jnp.roll(x, -self.window, axis=2), kept)
+      return assignment
+    return jax.tree.map(lambda x: jnp.roll(x, -self.window, axis=2), assignment)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], mean over the window's queries and a key's heads, 0 in the window."""

@@ -48,7 +48,7 @@ class GemFilter(Reducer):
     """float32[B, N]."""
     queries, keys = (x.astype(jnp.float32) for x in (signals.queries, signals.keys))
     last = jnp.argmax(latest(tokens, 1), axis=1)[:, None]
-    asked = by_kv_head(take(queries, last)[:, 0], keys.shape[2]).sum(axis=2)
-    scores = jnp.einsum('bkd,bnkd->bn', asked, keys, precision='highest')
+    last_query = by_kv_head(take(queries, last)[:, 0], keys.shape[2]).sum(axis=2)
+    scores = jnp.einsum('bkd,bnkd->bn', last_query, keys, precision='highest')
     scores = jnp.where(tokens.real, scores, 0.0)[:, None]
     return pool_neighbours(scores, tokens, kernel=self.kernel, pool='avg')[:, 0]

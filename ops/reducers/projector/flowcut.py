@@ -112,10 +112,10 @@ def value_attention(tokens: TokenSet, values: Array) -> Array:
 
 def flow(attention: Array, semantic: Array, free: Array) -> Array:
   """Sum of two shares, each of its own total: float32[B, N] twice, bool[B, N] -> float32[B, N]."""
-  return share(attention, free) + share(semantic, free)
+  return normalize(attention, free) + normalize(semantic, free)
 
 
-def share(attention: Array, free: Array) -> Array:
+def normalize(attention: Array, free: Array) -> Array:
   """Attention float32[B, N] as parts of its sum over bool[B, N]."""
   attention = jnp.where(free, attention, 0.0)
   return attention / jnp.maximum(jnp.sum(attention, axis=1, keepdims=True), TINY)
@@ -137,7 +137,7 @@ def surplus(attention: Array, free: Array, *, target: int, left: int) -> Array:
   above = jnp.maximum(count - target, 0.0)
   if left <= 0:
     return above.astype(jnp.int32)
-  parts = share(attention, free)
+  parts = normalize(attention, free)
   entropy = -jnp.sum(parts * jnp.log(jnp.maximum(parts, TINY)), axis=1, keepdims=True)
   spread = entropy / jnp.log(jnp.maximum(count, 2.0))
   lost = jnp.round(above / math.sqrt(left) * (1 - spread ** 2))

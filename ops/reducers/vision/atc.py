@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.argmax import min_and_index
 from ops.assignments import Assignment, take
 from ops.primitives.match import join, pairwise_cosine
@@ -47,8 +48,7 @@ class ATC(Reducer):
   needs = frozenset({'keys'})
 
   def __post_init__(self) -> None:
-    if self.linkage not in LINKAGES:
-      raise ValueError(f'linkage={self.linkage!r} is unknown: choose one of {", ".join(LINKAGES)}')
+    choices.check('linkage=', self.linkage, LINKAGES)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     keys = jax.lax.stop_gradient(signals.keys.astype(jnp.float32))

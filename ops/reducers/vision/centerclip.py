@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.assignments import Assignment, Merge, take
 from ops.primitives import cluster, kmedoids
 from ops.primitives.select import keep_top, ranks
@@ -57,10 +58,8 @@ class CenterCLIP(Reducer):
   site = 'before'
 
   def __post_init__(self) -> None:
-    for field, choices in FIELDS.items():
-      if getattr(self, field) not in choices:
-        raise ValueError(f'{field}={getattr(self, field)!r} is unknown: choose one of '
-                         f'{", ".join(choices)}')
+    for field, allowed in FIELDS.items():
+      choices.check(f'{field}=', getattr(self, field), allowed)
     for field in ('segments', 'neighbours', 'iterations', 'sigma'):
       if getattr(self, field) <= 0:
         raise ValueError(f'{field}={getattr(self, field)} must be positive')
@@ -108,12 +107,12 @@ def divide(tokens: TokenSet, *, segments: int, num_slots: int) -> tuple[Array, A
     int32[B, S, L], the slots of each segment; bool[R, L], which of them are tokens; int32[R], the
     clusters of each segment, never more than it has tokens.
   """
-  free, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                for flags in (tokens.free, tokens.fixed))
+  num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
+                         for flags in (tokens.free, tokens.fixed))
   s = jnp.arange(segments, dtype=jnp.int32)[None]
-  length, start = free // segments + (s < free % segments), free // segments * s
-  start = (start + jnp.minimum(s, free % segments))[:, :, None]
-  room = jnp.clip(num_slots - kept, 0, free)
+  length, start = num_free // segments + (s < num_free % segments), num_free // segments * s
+  start = (start + jnp.minimum(s, num_free % segments))[:, :, None]
+  room = jnp.clip(num_slots - num_fixed, 0, num_free)
   count = room // segments + (s < room % segments)
   i = jnp.arange(-(-(tokens.slots - tokens.protected) // segments), dtype=jnp.int32)[None, None]
   order = jnp.argsort(~tokens.free, axis=1, stable=True).astype(jnp.int32)

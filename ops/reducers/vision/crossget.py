@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import cosine, num_excess, pairwise_cosine
@@ -49,8 +50,7 @@ class CrossGET(Reducer):
   proportional: bool = True
 
   def __post_init__(self) -> None:
-    if self.form not in FORMS:
-      raise ValueError(f'form={self.form!r} is unknown: choose one of {", ".join(FORMS)}')
+    choices.check('form=', self.form, FORMS)
 
   @property
   def needs(self) -> frozenset[str]:

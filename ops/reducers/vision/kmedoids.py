@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.assignments import Assignment, Gather
 from ops.primitives import cluster
 from ops.primitives.select import top
@@ -42,8 +43,7 @@ class KMedoids(Reducer):
   drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:
-    if self.weights not in WEIGHTS:
-      raise ValueError(f'weights={self.weights!r} is unknown: choose one of {", ".join(WEIGHTS)}')
+    choices.check('weights=', self.weights, WEIGHTS)
 
   @property
   def needs(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import cosine, join, num_excess, parity_order, scatter
@@ -55,10 +56,8 @@ class MCTF(Reducer):
   proportional = True
 
   def __post_init__(self) -> None:
-    for field, choices in FIELDS.items():
-      if getattr(self, field) not in choices:
-        raise ValueError(f'{field}={getattr(self, field)!r} is unknown: choose one of '
-                         f'{", ".join(choices)}')
+    for field, allowed in FIELDS.items():
+      choices.check(f'{field}=', getattr(self, field), allowed)
     for field in ('tau_sim', 'tau_info', 'tau_size'):
       if getattr(self, field) < 0:
         raise ValueError(f'{field}={getattr(self, field)} must be positive, or 0 for off')

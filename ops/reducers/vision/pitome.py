@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import bipartite, cosine, join, nearest, num_excess, scatter
 from ops.primitives.select import ranks, top
@@ -49,8 +50,7 @@ class PiToMe(Reducer):
   needs = frozenset({'keys', 'layer', 'depth'})
 
   def __post_init__(self) -> None:
-    if self.pairing not in PAIRINGS:
-      raise ValueError(f'pairing={self.pairing!r} is unknown: choose one of {", ".join(PAIRINGS)}')
+    choices.check('pairing=', self.pairing, PAIRINGS)
 
   def min_slots(self, slots: int, protected: int) -> int:
     return slots - (slots - protected) // 2

@@ -29,10 +29,10 @@ class ToMeKth(Reducer):
   needs = frozenset({'keys'})
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    count, kept = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                   for flags in (tokens.free, tokens.fixed))
-    stays = tokens.free & evenly_spaced(rank_of(tokens.free) + 1, count,
-                                        jnp.clip(num_slots - kept, 0, count))
+    num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
+                           for flags in (tokens.free, tokens.fixed))
+    stays = tokens.free & evenly_spaced(rank_of(tokens.free) + 1, num_free,
+                                        jnp.clip(num_slots - num_fixed, 0, num_free))
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), stays.shape)
     target = jnp.argsort(~stays, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
     source = tokens.free & ~stays
