@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from models.blocks import ACTIVATIONS, dense
 from models.plan import Plan, make_plan, reduction_settings
@@ -49,7 +50,7 @@ class Projector(nn.Module):
 
   width: int
   activation: str
-  dtype: Any
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -128,7 +129,9 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
     if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):
       raise ValueError(f'{plan.name} at the projector reads {", ".join(sorted(wanted))} of the '
                        f'tower, which {tower.plan.name} reduces: reduce at one of the two places')
-    tower = tower.clone(plan=Plan('record_signals', RecordSignals(frozenset(wanted)), 'after', (),
+    # It watches alone: without cuts nothing calls it.
+    method = RecordSignals(frozenset(wanted))
+    tower = tower.clone(plan=Plan('record_signals', method, 'after', (),  # type: ignore[arg-type]
                                   watch=(vlm.tower_depth - 1,)))
   reduction = ProjectorReduction(plan, across, order, vlm.projector_grid(slots))
   return vlm.clone(tower=tower, projector_reduction=reduction)
@@ -161,7 +164,7 @@ def reduce_visual(reduction: ProjectorReduction,
                      f'and gets {slots}: make it anew with with_projector_reduction(..., '
                      'slots=...)')
   tokens, from_tower = _pools(visual, slots)
-  signals = Signals(layer=0, depth=1, slots=slots, grid=reduction.grid, **from_tower)
+  signals = Signals(layer=0, depth=1, slots=slots).replace(grid=reduction.grid, **from_tower)
   with jax.named_scope('reduction'):
     assignment = tk.decide(reduction.plan.method, tokens, signals, num_slots=cut.slots_out)
     reduced = tk.reduce(tokens, assignment)

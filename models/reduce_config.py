@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from models import renames
 from models.backbones.lm import LM
@@ -28,7 +28,7 @@ from ops.budgets import Cut
 COMPONENTS = ('vision', 'projector', 'language', 'cache')
 Layout = tuple[int, int, int]  # `models.backbones.vlm.Images.layout`.
 Macs = Callable[[tuple[Cut, ...]], float]
-Tower = TypeVar('Tower', ViT, QwenVision)
+Tower = TypeVar('Tower', bound=ViT | QwenVision)
 
 
 def check_components(names: Iterable[str]) -> None:
@@ -53,7 +53,8 @@ def with_vision_plan(tower: Tower, config: Mapping[str, Any] | None, *,
   settings = reduction_settings(config)
   if not settings:
     return tower
-  return tower.clone(plan=make_plan(settings, tower.host, macs=macs and macs(tower, settings)))
+  plan = make_plan(settings, tower.host, macs=macs and macs(tower, settings))
+  return cast(Tower, tower.clone(plan=plan))
 
 
 def with_language_plans(lm: LM, *, language: Mapping[str, Any] | None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,7 @@ from ops import tokens as tk
 from ops.assignments import Assignment, Gather, Mix
 from ops.budgets import Cut
 from ops.primitives.select import ranks
+from ops.reducers.method import Method, WatchingMethod
 from ops.rope import Rope, sequence_index
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC, Signals
 from ops.tokens import FIXED_PADDING, TokenSet
@@ -55,7 +56,7 @@ class Tap:
   needs: frozenset[str]
   read: Callable[[int, TokenSet, Signals], Any]
   starts: tuple[int, ...] = ()
-  method: Any = None
+  method: Method | None = None
 
 
 class Stack(nn.Module):
@@ -120,7 +121,7 @@ class Stack(nn.Module):
     signals = Signals()
     for start, stop in self._stages(weights, tap):
       cut = self.plan.cut(start) if self.plan else None
-      if cut and self.plan.site == 'before':
+      if self.plan and cut and self.plan.site == 'before':
         tokens = self._reduce(tokens, signals, cut, weights, key, out)
       if stop - start > 1:
         tokens, hidden, taps = self._run(tokens, weights, start, stop, key, tap)
@@ -144,7 +145,7 @@ class Stack(nn.Module):
     layer = functools.partial(self._layer, layer_of(weights, index), index, key)
     needs = self._needs(index) | (tap.needs if tap else frozenset())
     mlp_needs = needs & MLP_SIGNALS
-    if site == 'inside':
+    if cut and site == 'inside':
       tokens = layer('inside', tokens, functools.partial(self._inside, cut, key, out),
                      **self._measure_args(needs, tokens))
     else:
@@ -152,14 +153,14 @@ class Stack(nn.Module):
       if not mlp_needs:
         tokens = self._watch(index, tokens, signals)
     attended = tokens
-    if site == 'between':
+    if cut and site == 'between':
       tokens = self._reduce(tokens, signals, cut, weights, key, out)
     tokens, signals = _feed(layer, tokens, signals, mlp_needs)
     if mlp_needs:
       tokens = self._watch(index, tokens, signals)
     if tap:
       out['taps'].append(tap.read(index, attended, signals))
-    if site == 'after':
+    if cut and site == 'after':
       tokens = self._reduce(tokens, signals, cut, weights, key, out)
     return tokens, signals
 
@@ -289,6 +290,8 @@ class Stack(nn.Module):
   def _reduce(self, tokens: TokenSet, signals: Signals, cut: Cut, weights: Any,
               key: Array | None, out: dict[str, Any]) -> TokenSet:
     """A cut outside attention, with the next layer's signals where the method reads them."""
+    assert self.plan is not None
+    assert self.plan is not None
     ahead = self.plan.method.needs & NEXT_LAYER
     if ahead:
       following = cut.layer + (self.plan.site == 'after')
@@ -302,6 +305,7 @@ class Stack(nn.Module):
               signals: Signals,
               attention: Array) -> tuple[TokenSet, Callable[[Array], Array], bool]:
     """A cut between QK and AV: the attention map shrinks with the tokens."""
+    assert self.plan is not None
     tokens = self._watch(cut.layer, tokens, signals)
     reduced, assignment = self._decide(cut, key, out, tokens, signals)
     if self.causal and not isinstance(assignment, Gather):
@@ -314,7 +318,7 @@ class Stack(nn.Module):
     """Adds the stats that the method's `watch` returns of a layer to those of the tokens."""
     if self.plan is None or layer not in self.plan.watch:
       return tokens
-    method = self.plan.method
+    method = cast(WatchingMethod, self.plan.method)
     with jax.named_scope('reduction'):
       stats = self.by_rows(method.watch)(
           tokens, self._signals_for(signals, method.watch_needs, layer))
@@ -324,8 +328,8 @@ class Stack(nn.Module):
                    slots: int | None = None) -> Signals:
     """The named signals alone, and those that are known without running a layer."""
     wanted = {name: getattr(signals, name) for name in needs - STATIC}
-    return Signals(**wanted, grid=self.grid, rope=self.rope, layer=layer, depth=self.depth,
-                   slots=slots)
+    return Signals(layer=layer, depth=self.depth, slots=slots).replace(
+        **wanted, grid=self.grid, rope=self.rope)
 
   def by_rows(self, function: Any, whole: int = 0) -> Any:
     """Returns a function that runs on the rows of each device by itself, if there is a mesh.
@@ -344,6 +348,7 @@ class Stack(nn.Module):
   def _decide(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
               signals: Signals) -> tuple[TokenSet, Assignment]:
     """Asks the method, reduces the tokens, and records the cut in `out`."""
+    assert self.plan is not None
     method = self.plan.method
     signals = self._signals_for(signals, method.needs, cut.layer, cut.slots_in)
     params, rng = None, None
@@ -359,6 +364,7 @@ class Stack(nn.Module):
         rng = jax.random.fold_in(rng, jax.lax.axis_index(BATCH_AXES))
 
       def learned(tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+        assert isinstance(method, nn.Module)
         assignment, sown = method.apply(
             {'params': params}, tokens, signals, num_slots=num_slots, mutable=['losses'],
             rngs=None if rng is None else {'dropout': rng})
@@ -383,6 +389,7 @@ class Stack(nn.Module):
   def _order_causally(self, tokens: TokenSet, reduced: TokenSet,
                       assignment: Assignment) -> tuple[TokenSet, Assignment]:
     """Reduced tokens in the order of their positions, each at the latest of its group."""
+    assert self.plan is not None
     if isinstance(assignment, Mix) or assignment.features is not None:
       raise ValueError(f'{self.plan.name} mixes all tokens into each, so causal attention would '
                        'see later ones: choose a method that picks or joins tokens')
@@ -399,9 +406,11 @@ class Stack(nn.Module):
 
   def _learned(self, cut: Cut, tokens: TokenSet, signals: Signals) -> Any:
     """Parameters of a learned method at one cut, 'reducer_<layer>', next to 'blocks'."""
+    assert self.plan is not None
     name = f'reducer_{cut.layer:02d}'
     if self.is_initializing():
       method = self.plan.method
+      assert isinstance(method, nn.Module)
       return self.param(name, lambda key: method.init(key, tokens, signals, num_slots=cut.slots_out)
                         .get('params', {}))
     if not self.has_variable('params', name):

@@ -105,7 +105,7 @@ def identity(tokens: TokenSet) -> Gather:
   return Gather(jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots)), slots)
 
 
-def decide(method: Callable[..., Assignment], tokens: TokenSet, signals: Any, *,
+def decide(method: Callable[..., Assignment], tokens: TokenSet, signals: object, *,
            num_slots: int) -> Assignment:
   """Asks a method, unless everything is to stay: then the answer is the identity."""
   return identity(tokens) if num_slots >= tokens.slots else method(tokens, signals,

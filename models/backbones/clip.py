@@ -6,7 +6,7 @@ Axes: I images, K texts (classes), T tokens of a text, P features that both towe
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -38,7 +38,7 @@ class Clip(nn.Module):
 
   def setup(self) -> None:
     """What turns cosines into logits, as released training starts it."""
-    start, shift = (jnp.log(10.0), -10.0) if self.bias else (jnp.log(1 / 0.07), None)
+    start, shift = (jnp.log(10.0), -10.0) if self.bias else (jnp.log(1 / 0.07), 0.0)
     self.logit_scale = self.param('logit_scale', nn.initializers.constant(start), ())
     if self.bias:
       self.logit_bias = self.param('logit_bias', nn.initializers.constant(shift), ())
@@ -54,7 +54,7 @@ class Clip(nn.Module):
       Logits float32[I, K], and a dict: 'image', 'text' (what each tower returns beside), and
       'image_features' float32[I, P], 'text_features' float32[K, P], of unit length.
     """
-    image, image_out = self.image(images)
+    image, image_out = cast(tuple[Array, dict[str, Any]], self.image(images))
     text, text_out = self.text(ids)
     image, text = l2_normalize(image), l2_normalize(text)
     return self._logits(image, text), {'image': image_out, 'text': text_out,
@@ -62,7 +62,7 @@ class Clip(nn.Module):
 
   def encode_image(self, images: Array) -> Array:
     """float32[I, P], of unit length."""
-    return l2_normalize(self.image(images)[0])
+    return l2_normalize(cast(Array, self.image(images)[0]))
 
   def encode_text(self, ids: Array) -> Array:
     """float32[K, P], of unit length."""

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from models.backbones.vit import OFFERS, Block
 from models.backbones.windows import Windows, WindowStack
@@ -111,7 +112,7 @@ class QwenVision(nn.Module):
   window: int = 0
   whole_layers: tuple[int, ...] = ()
   norm_eps: float = 1e-6
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
@@ -154,7 +155,7 @@ class QwenVision(nn.Module):
     x = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name='patch',
                  kernel_init=nn.initializers.lecun_normal())(
                      patches.reshape(batch, rows * columns, -1))
-    places = np.stack(np.indices(self.grid), axis=-1).reshape(1, -1, 2)
+    places = np.stack(np.indices(self.grid), axis=-1).reshape(1, -1, 2)  # type: ignore[call-overload]
     valid = (jnp.asarray(places) < sizes[:, None]).all(axis=-1)
     places = jnp.broadcast_to(jnp.asarray(places, jnp.int32), (batch, rows * columns, 2))
     tokens, out = self._stack()(TokenSet.create(x, valid=valid, stats={'patch': places}))
@@ -195,8 +196,9 @@ class QwenVision(nn.Module):
     block = RotaryBlock(self.width, self.heads, self.mlp, 0.0, self.norm_eps, self.dtype,
                         self.implementation, self.mesh, self.activation, norm=self.norm,
                         parent=None)
-    settings = {'block': block, 'depth': self.depth, 'plan': self.plan, 'remat': self.remat,
-                'mesh': self.mesh, 'capture': self.capture, 'name': 'stack'}
+    settings: dict[str, Any] = {
+        'block': block, 'depth': self.depth, 'plan': self.plan, 'remat': self.remat,
+        'mesh': self.mesh, 'capture': self.capture, 'name': 'stack'}
     if not self.window:
       return Stack(**settings, grid=self.grid)
     window = (self.window, self.window)

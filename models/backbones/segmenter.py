@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -174,7 +174,7 @@ class SegmentViT(ViT):
     """Features of an earlier layer through the final norm, as those of the final tokens."""
     norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, use_fast_variance=False,
                         parent=None)
-    return norm.apply({'params': self.get_variable('params', 'norm')}, x)
+    return cast(Array, norm.apply({'params': self.get_variable('params', 'norm')}, x))
 
   def _check_decoder(self) -> None:
     choices.check('fill=', self.fill, FILLS)

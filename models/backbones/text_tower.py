@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from models.backbones.vit import OFFERS, Block
 from models.blocks import ACTIVATIONS, layer_norm
@@ -55,7 +56,7 @@ class Text(nn.Module):
   activation: str = 'gelu'
   dropout: float = 0.0
   norm_eps: float = 1e-6
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None

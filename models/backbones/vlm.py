@@ -75,7 +75,9 @@ class Images:
   def layout(self) -> tuple[int, int, int]:
     """Returns (C, I, V), which decide all shapes behind the tower; V is 0 for one image a crop."""
     crops = self.pixels.shape[1]
-    return (crops, *self.index.shape[1:3]) if self.index is not None else (crops, crops, 0)
+    if self.index is None:
+      return crops, crops, 0
+    return crops, self.index.shape[1], self.index.shape[2]
 
 
 class VLM(nn.Module):
@@ -252,6 +254,7 @@ class VLM(nn.Module):
       return values.reshape(-1, *values.shape[2:])
 
     if isinstance(self.tower, QwenVision):
+      assert images.sizes is not None
       return self.tower(crops(images.pixels), crops(images.sizes))
     tokens, out = self.tower(crops(images.pixels))
     tokens = tokens if isinstance(tokens, TokenSet) else out['tokens']
@@ -273,6 +276,7 @@ class VLM(nn.Module):
     if images.index is None:
       stats['cell'] = tokens.pos.reshape(batch, crops, each)
       return Visual(x, valid, stats=stats), None
+    assert images.weight is not None
     index, weight = images.index, images.weight
     if each < tokens.owner.shape[1]:
       index, weight = _reduced_layout(tokens, index, weight)

@@ -158,7 +158,8 @@ class WindowStack(Stack):
   windows: Windows = dataclasses.field(kw_only=True)
   whole: tuple[int, ...] = ()
 
-  def __call__(self, tokens: TokenSet) -> tuple[TokenSet, dict[str, Any]]:
+  def __call__(  # type: ignore[override]  # No tap reads windows.
+      self, tokens: TokenSet) -> tuple[TokenSet, dict[str, Any]]:
     """As `Stack`, on fresh tokens in raster order; all tokens come back in window order.
 
     Raises:
@@ -180,7 +181,9 @@ class WindowStack(Stack):
     missing = sorted(set(self.whole) - set(range(self.depth)))
     if missing:
       raise ValueError(f'whole_layers has {missing[0]}, but the layers are 0 to {self.depth - 1}')
-    for cut in self.plan.cuts if self.plan else ():
+    if self.plan is None:
+      return
+    for cut in self.plan.cuts:
       keep, min_slots = self.windows.slots(cut.slots_out), self.plan.method.min_slots
       slots = self.windows.slots(cut.slots_in)
       if keep < min_slots(slots, self.windows.special):

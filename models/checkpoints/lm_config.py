@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.backbones.lm import LM
@@ -46,7 +46,7 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
   kind = config.get('model_type')
   if kind not in LM_FAMILIES:
     raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(LM_FAMILIES)}')
-  get = {**LM_FAMILIES[kind], **config}.get
+  get: Callable[..., Any] = {**LM_FAMILIES[kind], **config}.get
   if get('hidden_act', 'silu') != 'silu':
     raise ValueError(f'hidden_act={get("hidden_act")!r} is unknown: these models gate with silu')
   for name in ('mlp_bias', 'attention_bias'):
@@ -72,7 +72,7 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
   return LM(**(settings | overrides))
 
 
-def _window(get: Any) -> int:
+def _window(get: Callable[..., Any]) -> int:
   """The sliding window, 0 for none.
 
   Raises:
@@ -94,12 +94,12 @@ def _window(get: Any) -> int:
   return window
 
 
-def _rope(config: Mapping[str, Any], get: Any, head_width: int) -> Rope:
+def _rope(config: Mapping[str, Any], get: Callable[..., Any], head_width: int) -> Rope:
   """The rotations, from either form of config: `rope_parameters`, or theta and `rope_scaling`."""
   given = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
   kind = given.get('rope_type') or given.get('type') or 'default'
-  settings = {'width': head_width,
-              'theta': float(given.get('rope_theta') or get('rope_theta'))}
+  settings: dict[str, Any] = {
+      'width': head_width, 'theta': float(given.get('rope_theta') or get('rope_theta'))}
   sections = tuple(given.get('mrope_section') or ())
   if sections:
     settings |= {'sections': sections,

@@ -153,7 +153,7 @@ def first_half(vit: ViT, layer: int, params: Any, images: Array) -> tuple[TokenS
   """
   tokens, out = vit.clone(layers=(0, layer + 1)).apply({'params': params}, images)
   order = jnp.argsort(~tokens.real, axis=1, stable=True).astype(jnp.int32)
-  beyond = sum(jnp.sum(wanted) for wanted in out['overflow'].values())
+  beyond = jnp.asarray(sum(jnp.sum(wanted) for wanted in out['overflow'].values()))
   packed = tk.reduce(tokens, Gather(order, tokens.slots))
   return packed, jnp.sum(packed.real, axis=1, dtype=jnp.int32), beyond
 
@@ -175,6 +175,7 @@ def check_split(vit: ViT, layer: int) -> None:
     raise ValueError(f'the first cut is in layer {layer}, the last one, so nothing is left to '
                      'save: cut in an earlier layer')
   plan = vit.plan
+  assert plan is not None
   if plan.site == 'before' and plan.cut(layer + 1) and plan.method.needs - FREE_OF_ATTENTION:
     raise ValueError(f'{plan.name} before layer {layer + 1} reads the attention of layer {layer}, '
                      'which the first half keeps to itself: leave a layer between these cuts')

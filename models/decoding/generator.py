@@ -22,12 +22,13 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.typing import ArrayLike
 
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
@@ -287,7 +288,8 @@ class Generator:
 
     def prefill(params: Any, ids: Array, valid: Array, *images: Any) -> tuple[Array, Cache]:
       self._count('prefill', len(ids), slots, room)
-      return lm.apply({'params': params}, ids, valid, *images, room=room, method='prefill')
+      return cast(tuple[Array, Cache], lm.apply({'params': params}, ids, valid, *images, room=room,
+                                                method='prefill'))
 
     return jax.jit(prefill)
 
@@ -296,7 +298,7 @@ class Generator:
 
     def score(params: Any, ids: Array, valid: Array, following: Array, indices: Array,
               *images: Any) -> tuple[Array, Array]:
-      self._count('score', *ids.shape, 0)
+      self._count('score', ids.shape[0], ids.shape[1], 0)
       logits, out = lm.apply({'params': params}, ids, valid, *images)
       slot = indices
       if images:
@@ -314,7 +316,8 @@ class Generator:
 
     def follow(params: Any, tokens: Array, *, cache: Cache) -> tuple[Array, Cache]:
       self._count('follow', len(tokens), cache.layers[0].filled, cache.room)
-      return lm.apply({'params': params}, tokens, cache, method='decode')
+      return cast(tuple[Array, Cache],
+                  lm.apply({'params': params}, tokens, cache, method='decode'))
 
     return jax.jit(follow, donate_argnames='cache')
 
@@ -324,7 +327,8 @@ class Generator:
     def step(params: Any, tokens: Array, keys: Array, number: Array, *, cache: Cache,
              sampling: Sampling) -> tuple[Array, Cache]:
       self._count('decode', len(tokens), cache.layers[0].filled, cache.room)
-      logits, cache = lm.apply({'params': params}, tokens, cache, method='decode')
+      logits, cache = cast(tuple[Array, Cache],
+                           lm.apply({'params': params}, tokens, cache, method='decode'))
       return sample(logits, _folded(keys, number), sampling), cache
 
     return step
@@ -347,6 +351,6 @@ def _keys(seeds: int | Sequence[int], rows: int) -> Array:
   return jax.vmap(jax.random.key)(jnp.asarray(seeds))
 
 
-def _folded(keys: Array, number: Any) -> Array:
+def _folded(keys: Array, number: ArrayLike) -> Array:
   """The keys of a step."""
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
