@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -127,6 +128,9 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
     positions: int32[B, S], the positions of the keys that `last` speaks of; None for their slots.
     window: how many positions back from its last one a row sees, None for all.
   """
+  chex.assert_rank((q, k), 4)
+  if lse is not None:
+    chex.assert_shape(lse, q.shape[:3])
   logits = _logits(q, k, bias, scale, last, positions, window)
   if lse is None:
     return jax.nn.softmax(logits, axis=-1)

@@ -5,6 +5,7 @@ Axes: B batch, N slots, D features, C slots compared at once.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +25,7 @@ def largest_cosine(vectors: Array, among: Array, *, chunk: int = 64) -> Array:
   Returns:
     float32[B, N], the largest cosine with another slot, -2 where there is none.
   """
+  chex.assert_equal_shape_prefix((vectors, among), 2)
   places = jnp.arange(vectors.shape[1])
 
   def largest(item: tuple[Array, Array]) -> Array:
@@ -53,6 +55,7 @@ def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
   Returns:
     int32[B, N], at which step each slot was picked, `count` where it was not.
   """
+  chex.assert_equal_shape_prefix((vectors, among), 2)
   slots = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None]
 
   def step(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
