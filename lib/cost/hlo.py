@@ -67,6 +67,7 @@ class Collective:
 def memory(program: jax.stages.Compiled) -> dict[str, float]:
   """MB (2^20 bytes) a device: the most that live at once, results, arguments, and temporaries."""
   found = program.memory_analysis()
+  assert found is not None
   return {'peak_mb': round(found.peak_memory_in_bytes / 2 ** 20, 1),
           'output_mb': round(found.output_size_in_bytes / 2 ** 20, 3),
           'argument_mb': round(found.argument_size_in_bytes / 2 ** 20, 1),
@@ -144,7 +145,8 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
   known = _TRIPS.search(line)
   if known:
     return int(known[1])
-  condition = re.search(r'condition=%?([\w.-]+)', line)[1]
-  limits = {int(limit) for inner in bodies[condition] for limit in _LIMIT.findall(inner)}
+  condition = re.search(r'condition=%?([\w.-]+)', line)
+  assert condition is not None
+  limits = {int(limit) for inner in bodies[condition[1]] for limit in _LIMIT.findall(inner)}
   # A loop whose end is data: its collectives count once.
   return limits.pop() if len(limits) == 1 else 1
