@@ -115,7 +115,7 @@ class ModelWithPlans:
     """Returns whether nothing is reduced."""
     model = self._model
     lm = model.lm if isinstance(model, VLM) else model
-    plans: list[Any] = [lm.plan, lm.cache_plan]
+    plans: list[object] = [lm.plan, lm.cache_plan]
     if isinstance(model, VLM):
       plans += [model.tower.plan, model.projector_reduction]
     return not self._reduce and not any(plans)

@@ -71,7 +71,8 @@ def splash(causal: bool, scale: float, q: Array, k: Array, v: Array,
   return _in_groups(lambda q, *rest: run(_scaled(q, scale), *rest), q, k, v, bias)
 
 
-def _splash_forward(causal: bool, scale: float, *args: Any) -> Any:
+def _splash_forward(causal: bool, scale: float,
+                    *args: Any) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
   args = jax.tree.map(lambda arg: arg.value, args,
                       is_leaf=lambda arg: isinstance(arg, CustomVJPPrimal))
   return splash(causal, scale, *args), args

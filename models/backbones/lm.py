@@ -57,7 +57,7 @@ from jax.typing import DTypeLike
 
 from models import sharded_attention
 from models.plan import POSITIONS, Host, Plan
-from models.stack import BATCH_AXES, Stack, Tap
+from models.stack import BATCH_AXES, Outputs, Stack, Tap
 from ops import attention, kv_cache
 from ops.assignments import take
 from ops.attention import log_weight
@@ -336,7 +336,7 @@ class LM(nn.Module):
                            of=(TEXT,))
 
   def __call__(self, tokens: Array | TokenSet,
-               valid: Array | None = None) -> tuple[Array, dict[str, Any]]:
+               valid: Array | None = None) -> tuple[Array, Outputs]:
     """Returns scores of the next token after every token that is left.
 
     Args:
@@ -490,7 +490,8 @@ class LM(nn.Module):
     table = self._constrain(self.table.astype(self.dtype), 'tensor', None)
     return self._constrain(table[ids], BATCH_AXES)
 
-  def _product(self, x: Array, weights: Array, dimensions: Any, **unused: object) -> Array:
+  def _product(self, x: Array, weights: Array, dimensions: jax.lax.DotDimensionNumbers,
+               **unused: object) -> Array:
     """Logits, not rounded to the dtype of the factors; `weights` are [D, V] or [V, D]."""
     del unused
     vocabulary = 1 - dimensions[0][1][0]

@@ -25,7 +25,7 @@ from models.backbones.vit import OFFERS, Block
 from models.backbones.windows import Windows, WindowStack
 from models.blocks import ACTIVATIONS, dense, layer_norm
 from models.plan import Host, Plan
-from models.stack import Stack
+from models.stack import Outputs, Stack
 from ops import tokens as tk
 from ops.tokens import TokenSet
 
@@ -135,7 +135,7 @@ class QwenVision(nn.Module):
     return Host(self.depth, self.grid[0] * self.grid[1], 0, OFFERS)
 
   @nn.compact
-  def __call__(self, patches: Array, sizes: Array) -> tuple[TokenSet, dict[str, Any]]:
+  def __call__(self, patches: Array, sizes: Array) -> tuple[TokenSet, Outputs]:
     """Encodes images.
 
     Args:

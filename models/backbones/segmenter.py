@@ -20,6 +20,7 @@ import numpy as np
 
 from models import renames
 from models.backbones.vit import ViT
+from models.stack import Outputs
 from ops import choices
 from ops import tokens as tk
 from ops.tokens import TokenSet
@@ -137,7 +138,7 @@ class SegmentViT(ViT):
     return self.pixel_classes
 
   @nn.compact
-  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, dict[str, Any]]:
+  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, Outputs]:
     """Segments images.
 
     Args:

@@ -8,8 +8,6 @@ Axes: B batch, T tokens of a text, N slots, D width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ from jax.typing import DTypeLike
 from models.backbones.vit import OFFERS, Block
 from models.blocks import ACTIVATIONS, layer_norm
 from models.plan import Host, Plan
-from models.stack import Stack
+from models.stack import Outputs, Stack
 from ops.assignments import take
 from ops.tokens import SPECIAL, TEXT, TokenSet
 
@@ -74,7 +72,7 @@ class Text(nn.Module):
     return Host(self.depth, self.context, self.special, OFFERS - {'grid'})
 
   @nn.compact
-  def __call__(self, ids: Array) -> tuple[Array, dict[str, Any]]:
+  def __call__(self, ids: Array) -> tuple[Array, Outputs]:
     """Encodes texts.
 
     Args:

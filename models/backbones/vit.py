@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ from models.backbones.windows import Windows, WindowStack
 from models.blocks import ACTIVATIONS, Heads, dense, hidden_features, layer_norm
 from models.families import NAMED, SIZES
 from models.plan import Host, Plan
-from models.stack import Stack
+from models.stack import Outputs, Stack
 from ops import attention, choices
 from ops.primitives.select import keep_top
 from ops.signals import Signals, measure, measure_map
@@ -283,7 +283,7 @@ class ViT(nn.Module):
     return Host(self.depth, slots, self.special, offers)
 
   @nn.compact
-  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, dict[str, Any]]:
+  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, Outputs]:
     """Classifies images.
 
     Args:
@@ -333,7 +333,7 @@ class ViT(nn.Module):
     logits = head('head', pooled)
     if self.distilled:
       out['heads'] = logits, head('head_dist', tokens.x[:, 1])
-      logits = sum(out['heads']) / 2
+      logits = cast(Array, sum(out['heads']) / 2)
     return logits, out
 
   def _stack(self) -> Stack:

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.stack import Stack, Tap
+from models.stack import Outputs, Stack, Tap
+from models.storage import LayerSlice, Params, Weights
 from ops import assignments
 from ops import tokens as tk
 from ops.assignments import Assignment
@@ -159,7 +160,7 @@ class WindowStack(Stack):
   whole: tuple[int, ...] = ()
 
   def __call__(  # type: ignore[override]  # No tap reads windows.
-      self, tokens: TokenSet) -> tuple[TokenSet, dict[str, Any]]:
+      self, tokens: TokenSet) -> tuple[TokenSet, Outputs]:
     """As `Stack`, on fresh tokens in raster order; all tokens come back in window order.
 
     Raises:
@@ -194,14 +195,14 @@ class WindowStack(Stack):
         raise ValueError(f'{self.plan.name} cuts inside the attention of layer {cut.layer}, which '
                          'sees the whole image: take it out of whole_layers, or of the cuts')
 
-  def _stages(self, weights: Any, tap: Tap | None) -> Iterator[tuple[int, int]]:
+  def _stages(self, weights: Weights, tap: Tap | None) -> Iterator[tuple[int, int]]:
     """A whole layer runs alone, as its attention is not that of its neighbours."""
     for start, stop in super()._stages(weights, tap):
       edges = {edge for layer in self.whole for edge in (layer, layer + 1) if start < edge < stop}
       yield from itertools.pairwise(sorted({start, stop} | edges))
 
-  def _layer(self, params: Any, index: Any, key: Array | None, method: str, tokens: TokenSet,
-             *args: Any, **kwargs: Any) -> Any:
+  def _layer(self, params: Params | LayerSlice, index: int | Array, key: Array | None,
+             method: str, tokens: TokenSet, *args: Any, **kwargs: Any) -> Any:
     """In a whole layer attention sees the windows of an image together."""
     run = functools.partial(super()._layer, params, index, key, method)
     # Inside a loop the index is traced; no whole layer is in one.
@@ -221,7 +222,7 @@ class WindowStack(Stack):
         name: self.windows.fold_values(value, axis=axis.get(name, 1))
         for name, value in found.items() if isinstance(value, jax.Array)})
 
-  def _decide(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
+  def _decide(self, cut: Cut, key: Array | None, out: Outputs, tokens: TokenSet,
               signals: Signals) -> tuple[TokenSet, Assignment]:
     """A cut of an image as that of its windows."""
     cut = Cut(cut.layer, self.windows.slots(cut.slots_in), self.windows.slots(cut.slots_out))

@@ -22,7 +22,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
 from models.decoding.sampling import SIDES, Sampling, padded, sample
 from models.reduce_config import Layout, ModelWithPlans, with_plans
+from models.storage import Params
 from ops import splice
 from ops.assignments import take
 from ops.kv_cache import Cache
@@ -70,7 +71,7 @@ class Generator:
     plans: the model with its plans for prompts of any number of slots.
   """
 
-  def __init__(self, lm: LM | VLM, params: Any, *, ends: Sequence[int] = (),
+  def __init__(self, lm: LM | VLM, params: Params, *, ends: Sequence[int] = (),
                buckets: Sequence[int] = (64, 256, 1024, 4096), side: str = 'left',
                plans: ModelWithPlans | None = None):
     """Prepares functions; nothing is compiled yet.
@@ -248,7 +249,7 @@ class Generator:
     self._check_ids(following, following >= 0)
     return following
 
-  def _extra_inputs(self, images: Images | None) -> tuple[Any, ...]:
+  def _extra_inputs(self, images: Images | None) -> tuple[Images | None, ...]:
     """Arguments that a VLM takes after ids and mask."""
     return (images,) if isinstance(self._lm, VLM) else ()
 
@@ -286,7 +287,8 @@ class Generator:
                     layout: Layout | None) -> Callable[..., tuple[Array, Cache]]:
     lm = self.plans(slots, layout)
 
-    def prefill(params: Any, ids: Array, valid: Array, *images: Any) -> tuple[Array, Cache]:
+    def prefill(params: Params, ids: Array, valid: Array,
+                *images: Images | None) -> tuple[Array, Cache]:
       self._count('prefill', len(ids), slots, room)
       return cast(tuple[Array, Cache], lm.apply({'params': params}, ids, valid, *images, room=room,
                                                 method='prefill'))
@@ -296,8 +298,8 @@ class Generator:
   def _make_score_all(self) -> Callable[..., tuple[Array, Array]]:
     lm = self._lm
 
-    def score(params: Any, ids: Array, valid: Array, following: Array, indices: Array,
-              *images: Any) -> tuple[Array, Array]:
+    def score(params: Params, ids: Array, valid: Array, following: Array, indices: Array,
+              *images: Images | None) -> tuple[Array, Array]:
       self._count('score', ids.shape[0], ids.shape[1], 0)
       logits, out = lm.apply({'params': params}, ids, valid, *images)
       slot = indices
@@ -314,7 +316,7 @@ class Generator:
   def _make_follow(self) -> Callable[..., tuple[Array, Cache]]:
     lm = self._lm
 
-    def follow(params: Any, tokens: Array, *, cache: Cache) -> tuple[Array, Cache]:
+    def follow(params: Params, tokens: Array, *, cache: Cache) -> tuple[Array, Cache]:
       self._count('follow', len(tokens), cache.layers[0].filled, cache.room)
       return cast(tuple[Array, Cache],
                   lm.apply({'params': params}, tokens, cache, method='decode'))
@@ -324,7 +326,7 @@ class Generator:
   def _make_step(self) -> Callable[..., tuple[Array, Cache]]:
     lm = self._lm
 
-    def step(params: Any, tokens: Array, keys: Array, number: Array, *, cache: Cache,
+    def step(params: Params, tokens: Array, keys: Array, number: Array, *, cache: Cache,
              sampling: Sampling) -> tuple[Array, Cache]:
       self._count('decode', len(tokens), cache.layers[0].filled, cache.room)
       logits, cache = cast(tuple[Array, Cache],
