@@ -19,6 +19,7 @@ test: lint
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy ops models lib
 
 bench: $(VENV)/.installed
 	$(PY) -m tools.bench

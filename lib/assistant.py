@@ -84,7 +84,7 @@ class Assistant:
   reduce: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   data: ml_collections.ConfigDict | None = None
 
-  def generator(self, reduce: Mapping[str, Mapping[str, Any] | None] | None = None,
+  def generator(self, reduce: Mapping[str, Any] | None = None,
                 **settings: Any) -> Generator:
     """Makes a generator of answers.
 
@@ -171,7 +171,8 @@ class Assistant:
     needed = np.max([self.look.patches(each) for each in images], axis=0)
     if (needed <= tower.grid).all():
       return self
-    grid = tuple(int(side) for side in np.maximum(-(-needed // unit) * unit, tower.grid))
+    rows, columns = np.maximum(-(-needed // unit) * unit, tower.grid).tolist()
+    grid = rows, columns
     return dataclasses.replace(
         self, model=self.model.clone(tower=tower.clone(grid=grid)),
         look=dataclasses.replace(self.look, grid=grid))
@@ -216,6 +217,7 @@ def of_run(trained: TrainedModel) -> Assistant:
                            reduce=reduce, data=config.data)
   if isinstance(model, LM):
     return make(without_plans(model))
+  assert info.image_shape is not None
   side = info.image_shape[0]
   steps = Preprocess((side, side), Image.Resampling.BICUBIC.value, None, 1 / 255,
                      tuple(config.data.mean), tuple(config.data.std))

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from PIL import Image
@@ -40,10 +41,11 @@ from lib.tasks.trained import TrainedModel, load_run
 from models import build
 from models.backbones.lm import LM
 from models.backbones.vit import ViT
+from models.backbones.vlm import VLM
 from models.checkpoints import files
 from models.decoding.sampling import Sampling
 
-Reduce = Mapping[str, Mapping[str, Any]]
+Reduce = Mapping[str, Any]
 # Ids of a prompt that a checkpoint's costs are told for, unless somebody asks for others.
 PROMPT = 1024
 NEW_TOKENS = 64
@@ -162,7 +164,9 @@ class LanguageModel:
     layout = None
     if self.sees:
       side = getattr(self.assistant.model.tower, 'image_size', 0) or 224
-      layout = self.assistant.encode_images([[Image.new('RGB', (side, side))]]).layout
+      images = self.assistant.encode_images([[Image.new('RGB', (side, side))]])
+      assert images is not None
+      layout = images.layout
     chosen = self._by_component(self.assistant.reduce if reduce is None else reduce)
     return cost_text.describe(self.assistant.model, reduce=chosen, prompt=slots, layout=layout)
 
@@ -192,10 +196,10 @@ class LanguageModel:
     run = jax.jit(functools.partial(qa_sweep.count, model, len(groups), longest))
     chosen = itertools.islice(qa_data.eval_batches(config.data), batches)
     right, count = sum_counts([run(self.assistant.params, batch) for batch in chosen]).T
-    visual = qa_task.visual_tokens(model) if self.sees else 0
-    lm = model.lm if self.sees else model
+    visual = qa_task.visual_tokens(model) if isinstance(model, VLM) else 0
+    lm = model.lm if isinstance(model, VLM) else model
     read = lm_cost.of(lm, config.data.context + visual, room=longest)
-    tower = vit_cost.of(model.tower).macs if self.sees else 0
+    tower = vit_cost.of(model.tower).macs if isinstance(model, VLM) else 0
     return {
         'accuracy': float(right.sum() / count.sum()),
         'by': {group: float(r / c) for group, r, c in zip(groups, right, count, strict=True) if c},
@@ -277,7 +281,7 @@ class ImageModel:
     task, counts = metric_of(self.config), []
     for batch in itertools.islice(image_data.eval_batches(self.config.data), batches):
       logits, _ = run(params, batch['image'])
-      counts.append(task.counts(logits, batch['label'], batch['mask']))
+      counts.append(task.counts(logits, jnp.asarray(batch['label']), jnp.asarray(batch['mask'])))
     cost = vit_cost.of(vit)
     return {task.score: task.total(sum_counts(counts)), 'gmacs': cost.macs / 1e9,
             'kept_mean': sum(layer.left for layer in cost.layers) / len(cost.layers)}

@@ -6,8 +6,8 @@ Axes: B batch, N slots now, M slots after, D features, H heads, d features a hea
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -17,8 +17,10 @@ import numpy as np
 from models.plan import Host, limits_of, make_method
 from ops import choices, signals
 from ops import tokens as tk
+from ops.assignments import Assignment
 from ops.budgets import resolve
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.method import Method
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
@@ -39,8 +41,8 @@ AXES: dict[str, tuple[str, ...]] = {
 
 def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | None = None,
                   keep_ratio: float | None = None, args: Mapping[str, Any] | None = None,
-                  params: Any = None, protected: int = 0, valid: Array | None = None,
-                  **values: Any) -> TokenSet:
+                  params: Mapping[str, Any] | None = None, protected: int = 0,
+                  valid: Array | None = None, **values: Any) -> TokenSet:
   """Reduces tokens once by a named method.
 
   Args:
@@ -92,16 +94,20 @@ def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | 
 
 
 @functools.partial(jax.jit, static_argnames=('method', 'num_slots'))
-def _carry_out(method: Any, tokens: TokenSet, measured: Signals, params: Any, *,
-               num_slots: int) -> TokenSet:
+def _carry_out(method: Method, tokens: TokenSet, measured: Signals,
+               params: Mapping[str, Any] | None, *, num_slots: int) -> TokenSet:
   """Asks a method and does as it says, as one program."""
   if hasattr(method, 'watch'):
     tokens = tokens.replace(stats=tokens.stats | method.watch(tokens, measured))
-  with_params = method if params is None else functools.partial(method.apply, {'params': params})
+  with_params: Callable[..., Assignment] = method
+  if params is not None:
+    assert isinstance(method, nn.Module)
+    with_params = cast(Callable[..., Assignment],
+                       functools.partial(method.apply, {'params': params}))
   return tk.reduce(tokens, tk.decide(with_params, tokens, measured, num_slots=num_slots))
 
 
-def _tokens(x: Any, protected: int, valid: Any) -> TokenSet:
+def _tokens(x: Array | np.ndarray | TokenSet, protected: int, valid: Array | None) -> TokenSet:
   """The tokens that are to be reduced: leading ones special, the others visual."""
   if isinstance(x, TokenSet):
     if protected or valid is not None:
@@ -156,4 +162,4 @@ def _signals(method: str, needs: frozenset[str], tokens: TokenSet,
   static = {name: values[name] for name in signals.STATIC if values.get(name) is not None}
   if 'grid' in static:
     static['grid'] = tuple(static['grid'])
-  return Signals(**arrays, **({'slots': slots} | static))
+  return Signals().replace(**arrays, **({'slots': slots} | static))

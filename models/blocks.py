@@ -5,17 +5,18 @@ Axes: B batch, N slots, D width, H heads, d width of a head."""
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Array = jax.Array
 
 
 # 'swiglu' gates: silu of one half of a twice as wide fc1, times the other (arXiv:2002.05202).
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'gelu': functools.partial(nn.gelu, approximate=False),
     'gelu_tanh': functools.partial(nn.gelu, approximate=True),
     'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
@@ -27,7 +28,7 @@ class Heads(nn.Module):
   """Projects features to queries, keys and values of all heads in one product."""
 
   heads: int
-  dtype: Any
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Array, *, first: int = 0, last: int = 3) -> tuple[Array, ...]:
@@ -47,7 +48,7 @@ def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-def dense(features: int | tuple[int, ...], dtype: Any, *, axis: int | tuple[int, ...] = -1,
+def dense(features: int | tuple[int, ...], dtype: DTypeLike, *, axis: int | tuple[int, ...] = -1,
           name: str | None = None) -> nn.DenseGeneral:
   """A product as the blocks have it."""
   return nn.DenseGeneral(features, axis=axis, dtype=dtype, name=name,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from typing import cast
 
 from models.compressors import COMPRESSORS
 from models.plan import methods
 from ops.reducers import join
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +43,12 @@ def entries() -> dict[str, Entry]:
           for name, method in sorted(join(methods(), CACHE_REDUCERS).items())}
 
 
-def _entry(name: str, method: type) -> Entry:
-  text = inspect.cleandoc(method.__doc__)
+def _entry(name: str, method: type[Method]) -> Entry:
+  text = inspect.cleandoc(method.__doc__ or '')
   paper = re.search(r'arXiv:(\d{4}\.\d{5})', text)
   # A property where it follows from an argument: then that of the default.
   needs = method.needs if isinstance(method.needs, frozenset) else method().needs
   return Entry(
       name=name, summary=' '.join(text.split('\n\n')[0].split()), paper=paper[1] if paper else '',
-      site=method.site, needs=tuple(sorted(needs)), learned=name in COMPRESSORS,
+      site=cast(str, method.site), needs=tuple(sorted(needs)), learned=name in COMPRESSORS,
       file=method.__module__.replace('.', '/') + '.py')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from models import renames
 from models.compressors import COMPRESSORS
@@ -13,6 +13,7 @@ from ops import choices
 from ops.budgets import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
 from ops.reducers import REDUCERS, join
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.method import Method
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC
 from ops.tokens import KINDS
 
@@ -69,7 +70,7 @@ class Plan:
   """
 
   name: str
-  method: Any
+  method: Method
   site: str
   cuts: tuple[Cut, ...]
   mode: str = 'gather'
@@ -83,7 +84,7 @@ class Plan:
     return next((cut for cut in self.cuts if cut.layer == layer), None)
 
 
-def methods(host: Host | None = None) -> dict[str, type]:
+def methods(host: Host | None = None) -> dict[str, type[Method]]:
   """Returns every method by name, learned ones included; with a host, those that it can run."""
   every = join(REDUCERS, COMPRESSORS)
   if host is None:
@@ -95,7 +96,7 @@ def methods(host: Host | None = None) -> dict[str, type]:
 
 
 def make_method(name: str, args: Mapping[str, Any],
-                registry: Mapping[str, type] | None = None) -> Any:
+                registry: Mapping[str, type] | None = None) -> Method:
   """Builds a method from its name and arguments.
 
   Args:
@@ -147,7 +148,7 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
   config = renames.current('reduce', config)
   for key in config:
     choices.check_key('a reduction has no key ', key, KEYS)
-  name = config.get('method')
+  name = cast(str, config.get('method'))  # `make_method` rejects None.
   method = make_method(name, config.get('args') or {})
   site, mode = config.get('site') or method.site, config.get('mode') or 'gather'
   choices.check('site ', site, host.sites)
@@ -182,7 +183,7 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   """
   for key in config:
     choices.check_key('a reduction of the cache has no key ', key, CACHE_KEYS)
-  name = config.get('method')
+  name = cast(str, config.get('method'))  # `make_method` rejects None.
   method = make_method(name, config.get('args') or {}, CACHE_REDUCERS)
   offers = host.offers - NEXT_LAYER - {'attention'}
   check_needs(name, method, dataclasses.replace(host, offers=offers), 'cache')
@@ -214,7 +215,7 @@ def slots_seen(host: Host, plan: Plan | None) -> tuple[int, ...]:
   for layer in range(host.depth):
     cut = plan.cut(layer) if plan and plan.mode == 'gather' else None
     after = cut.slots_out if cut else slots
-    counts.append(after if cut and plan.site == 'before' else slots)
+    counts.append(after if plan and cut and plan.site == 'before' else slots)
     slots = after
   return tuple(counts)
 
@@ -246,7 +247,7 @@ def reducible_kinds(of: str | Sequence[str] | None,
   return tuple(KINDS[name] for name in names), host.protected + others
 
 
-def position_policy(positions: str | None, method: Any, host: Host) -> str:
+def position_policy(positions: str | None, method: Method, host: Host) -> str:
   """Returns the position policy of a reduction: the config's, else the method's, else the host's.
 
   Raises:
@@ -259,7 +260,7 @@ def position_policy(positions: str | None, method: Any, host: Host) -> str:
   return chosen
 
 
-def limits_of(method: Any, host: Host, protected: int) -> Limits:
+def limits_of(method: Method, host: Host, protected: int) -> Limits:
   """Returns the limits that a host and a method set to budgets, with `protected` slots fixed."""
   return Limits(host.depth, host.slots, protected, method.extra_slots,
                 functools.partial(method.min_slots, protected=protected))
@@ -286,7 +287,7 @@ FREE_OF_ATTENTION = STATIC | NEXT_LAYER
 ONLY_CUTS = NEXT_LAYER | {'attention'}
 
 
-def check_needs(name: str, method: Any, host: Host, site: str) -> None:
+def check_needs(name: str, method: Method, host: Host, site: str) -> None:
   """Raises if a method asks for a signal that its host, or its site, cannot give."""
   missing = sorted((method.needs | method.watch_needs) - host.offers)
   if missing:
@@ -309,8 +310,8 @@ def check_needs(name: str, method: Any, host: Host, site: str) -> None:
                      f"site='before' or 'after' (got {site!r})")
 
 
-def watched_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], site: str,
-                   watch: Any) -> tuple[int, ...]:
+def watched_layers(name: str, method: Method, host: Host, cuts: tuple[Cut, ...], site: str,
+                   watch: str | int | Sequence[int] | None) -> tuple[int, ...]:
   """Returns the layers that a method watches, from `config.watch` or the method's own choice.
 
   Raises:
@@ -338,7 +339,7 @@ def watched_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], si
   return layers
 
 
-def check_layers(name: str, method: Any, host: Host, cuts: tuple[Cut, ...], site: str) -> None:
+def check_layers(name: str, method: Method, host: Host, cuts: tuple[Cut, ...], site: str) -> None:
   """Raises if a cut asks for a layer before the first or after the last."""
   if site == 'before' and cuts and cuts[0].layer == 0 and method.needs - FREE_OF_ATTENTION:
     raise ValueError(f'{name} before layer 0 has no earlier layer to read '

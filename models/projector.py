@@ -9,11 +9,11 @@ W width of the tower, D width of the language model, H heads.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from models.blocks import ACTIVATIONS, dense
 from models.plan import Plan
@@ -45,7 +45,7 @@ class Projector(nn.Module):
 
   width: int
   activation: str
-  dtype: Any
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -121,7 +121,7 @@ def reduce_visual(reduction: ProjectorReduction,
                      f'and gets {slots}: make it anew with with_projector_reduction(..., '
                      'slots=...)')
   tokens, from_tower = _pools(visual, slots)
-  signals = Signals(layer=0, depth=1, slots=slots, grid=reduction.grid, **from_tower)
+  signals = Signals(layer=0, depth=1, slots=slots).replace(grid=reduction.grid, **from_tower)
   with jax.named_scope('reduction'):
     assignment = tk.decide(reduction.plan.method, tokens, signals, num_slots=cut.slots_out)
     reduced = tk.reduce(tokens, assignment)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from models import renames
 from models.backbones.lm import LM
@@ -28,7 +28,7 @@ from ops.budgets import Cut
 COMPONENTS = ('vision', 'projector', 'language', 'cache')
 Layout = tuple[int, int, int]  # `models.backbones.vlm.Images.layout`.
 Macs = Callable[[tuple[Cut, ...]], float]
-Tower = TypeVar('Tower', ViT, QwenVision)
+Tower = TypeVar('Tower', bound=ViT | QwenVision)
 
 
 def check_components(names: Iterable[str]) -> None:
@@ -53,7 +53,8 @@ def with_vision_plan(tower: Tower, config: Mapping[str, Any] | None, *,
   settings = reduction_settings(config)
   if not settings:
     return tower
-  return tower.clone(plan=make_plan(settings, tower.host, macs=macs and macs(tower, settings)))
+  plan = make_plan(settings, tower.host, macs=macs and macs(tower, settings))
+  return cast(Tower, tower.clone(plan=plan))
 
 
 def with_language_plans(lm: LM, *, language: Mapping[str, Any] | None,
@@ -108,7 +109,9 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
     if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):
       raise ValueError(f'{plan.name} at the projector reads {", ".join(sorted(wanted))} of the '
                        f'tower, which {tower.plan.name} reduces: reduce at one of the two places')
-    tower = tower.clone(plan=Plan('record_signals', RecordSignals(frozenset(wanted)), 'after', (),
+    # It watches alone: without cuts nothing calls it.
+    method = RecordSignals(frozenset(wanted))
+    tower = tower.clone(plan=Plan('record_signals', method, 'after', (),  # type: ignore[arg-type]
                                   watch=(vlm.tower_depth - 1,)))
   reduction = ProjectorReduction(plan, across, order, vlm.projector_grid(slots))
   return vlm.clone(tower=tower, projector_reduction=reduction)
@@ -150,7 +153,7 @@ class ModelWithPlans:
     """Returns whether nothing is reduced."""
     model = self._model
     lm = model.lm if isinstance(model, VLM) else model
-    plans: list[Any] = [lm.plan, lm.cache_plan]
+    plans: list[object] = [lm.plan, lm.cache_plan]
     if isinstance(model, VLM):
       plans += [model.tower.plan, model.projector_reduction]
     return not self._reduce and not any(plans)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -21,17 +21,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.plan import Plan
-from models.storage import LayerSlice, layer_of, unstack
+from models.storage import LayerSlice, Params, Weights, layer_of, unstack
 from ops import assignments, choices
 from ops import tokens as tk
 from ops.assignments import Assignment, Gather, Mix
 from ops.budgets import Cut
 from ops.primitives.select import ranks
+from ops.reducers.method import Method, WatchingMethod
 from ops.rope import Rope, sequence_index
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC, Signals
 from ops.tokens import FIXED_PADDING, TokenSet
 
 Array = jax.Array
+# The auxiliary outputs of a model, by name (`Stack.__call__`).
+Outputs = dict[str, Any]
 REMAT = ('none', 'full', 'dots')
 # Axes of a mesh (lib/runtime/sharding.py) that divide the rows of a batch.
 BATCH_AXES = ('data', 'fsdp')
@@ -55,7 +58,7 @@ class Tap:
   needs: frozenset[str]
   read: Callable[[int, TokenSet, Signals], Any]
   starts: tuple[int, ...] = ()
-  method: Any = None
+  method: Method | None = None
 
 
 class Stack(nn.Module):
@@ -94,7 +97,7 @@ class Stack(nn.Module):
   rope: Rope | None = None
 
   @nn.compact
-  def __call__(self, tokens: TokenSet, tap: Tap | None = None) -> tuple[TokenSet, dict[str, Any]]:
+  def __call__(self, tokens: TokenSet, tap: Tap | None = None) -> tuple[TokenSet, Outputs]:
     """Runs all layers.
 
     Args:
@@ -115,12 +118,12 @@ class Stack(nn.Module):
     if self.plan and self.plan.of is not None:
       tokens = tokens.replace(of=self.plan.of, protected=self.plan.protected)
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
-    out: dict[str, Any] = {'before': {}, 'cuts': {}, 'overflow': {}, 'losses': {}, 'hidden': [],
+    out: Outputs = {'before': {}, 'cuts': {}, 'overflow': {}, 'losses': {}, 'hidden': [],
                            'taps': []}
     signals = Signals()
     for start, stop in self._stages(weights, tap):
       cut = self.plan.cut(start) if self.plan else None
-      if cut and self.plan.site == 'before':
+      if self.plan and cut and self.plan.site == 'before':
         tokens = self._reduce(tokens, signals, cut, weights, key, out)
       if stop - start > 1:
         tokens, hidden, taps = self._run(tokens, weights, start, stop, key, tap)
@@ -135,16 +138,16 @@ class Stack(nn.Module):
       out['hidden'] += [tokens.x] if self.capture else []
     return tokens, out
 
-  def _run_alone(self, tokens: TokenSet, signals: Signals, weights: Any, index: int,
+  def _run_alone(self, tokens: TokenSet, signals: Signals, weights: Weights, index: int,
                  key: Array | None, tap: Tap | None,
-                 out: dict[str, Any]) -> tuple[TokenSet, Signals]:
+                 out: Outputs) -> tuple[TokenSet, Signals]:
     """One layer with its cut, but for a cut before it."""
     plan, cut = self.plan, self.plan.cut(index) if self.plan else None
     site = plan.site if plan and cut else None
     layer = functools.partial(self._layer, layer_of(weights, index), index, key)
     needs = self._needs(index) | (tap.needs if tap else frozenset())
     mlp_needs = needs & MLP_SIGNALS
-    if site == 'inside':
+    if cut and site == 'inside':
       tokens = layer('inside', tokens, functools.partial(self._inside, cut, key, out),
                      **self._measure_args(needs, tokens))
     else:
@@ -152,18 +155,18 @@ class Stack(nn.Module):
       if not mlp_needs:
         tokens = self._watch(index, tokens, signals)
     attended = tokens
-    if site == 'between':
+    if cut and site == 'between':
       tokens = self._reduce(tokens, signals, cut, weights, key, out)
     tokens, signals = _feed(layer, tokens, signals, mlp_needs)
     if mlp_needs:
       tokens = self._watch(index, tokens, signals)
     if tap:
       out['taps'].append(tap.read(index, attended, signals))
-    if site == 'after':
+    if cut and site == 'after':
       tokens = self._reduce(tokens, signals, cut, weights, key, out)
     return tokens, signals
 
-  def _attend(self, layer: Any, tokens: TokenSet, needs: frozenset[str],
+  def _attend(self, layer: Callable[..., Any], tokens: TokenSet, needs: frozenset[str],
               tap: Tap | None) -> tuple[TokenSet, Signals]:
     """Attention of a layer, and the needed signals of it."""
     hidden_in = tokens.x if 'hidden_in' in needs else None
@@ -171,12 +174,12 @@ class Stack(nn.Module):
                             **self._measure_args(needs - MLP_SIGNALS, tokens, tap))
     return tokens, signals.replace(hidden_in=hidden_in)
 
-  def _weights(self, tokens: TokenSet) -> Any:
+  def _weights(self, tokens: TokenSet) -> Weights:
     """The blocks' parameters, stacked or as a tuple; fresh ones are stacked."""
     if not self.is_initializing():
       return self.get_variable('params', 'blocks')
 
-    def init(key: Array) -> Any:
+    def init(key: Array) -> Params:
       return jax.vmap(lambda k: self.block.init(k, tokens)['params'])(
           jax.random.split(key, self.depth))
 
@@ -202,7 +205,7 @@ class Stack(nn.Module):
       new_states.append(state)
     return carry, tuple(new_states)
 
-  def _stages(self, weights: Any, tap: Tap | None) -> Iterator[tuple[int, int]]:
+  def _stages(self, weights: Weights, tap: Tap | None) -> Iterator[tuple[int, int]]:
     """(start, stop) of runs of equal layers; a layer that is cut in or measured runs alone."""
     begins = tap.starts if tap else ()
     alone = {layer for layer in range(self.depth)
@@ -240,14 +243,14 @@ class Stack(nn.Module):
       args |= {'rows': owners[0].rows(tokens), 'max_rows': owners[0].max_rows(tokens)}
     return args
 
-  def _layer(self, params: Any, index: Any, key: Array | None, method: str, tokens: TokenSet,
-             *args: Any, **kwargs: Any) -> Any:
+  def _layer(self, params: Params | LayerSlice, index: int | Array, key: Array | None,
+             method: str, tokens: TokenSet, *args: Any, **kwargs: Any) -> Any:
     """Calls one method of the block with one layer's parameters and random key."""
     if method != 'feed':
       kwargs['proportional'] = bool(self.plan and self.plan.method.proportional)
     rngs = None if key is None else {'dropout': jax.random.fold_in(key, index)}
 
-    def call(params: Any, tokens: TokenSet) -> Any:
+    def call(params: Params | LayerSlice, tokens: TokenSet) -> Any:
       # Here, so that the backward pass reads them anew instead of keeping them.
       params = params.read() if isinstance(params, LayerSlice) else params
       return self.block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
@@ -257,15 +260,15 @@ class Stack(nn.Module):
       call = jax.checkpoint(call, policy=dots if self.remat == 'dots' else None)
     return call(params, tokens)
 
-  def _run(self, tokens: TokenSet, weights: Any, start: int, stop: int, key: Array | None,
+  def _run(self, tokens: TokenSet, weights: Weights, start: int, stop: int, key: Array | None,
            tap: Tap | None) -> tuple[TokenSet, list[Array], list[Any]]:
     """Layers start to stop - 1 as one loop."""
     needs = tap.needs if tap else frozenset()
 
-    def body(tokens: TokenSet, item: Any) -> tuple[TokenSet, Any]:
+    def body(tokens: TokenSet, item: tuple[Array, Params | None]) -> tuple[TokenSet, Any]:
       index, own = item
       tokens = self._divide_rows(tokens)
-      params = layer_of(weights, index) if key is None else LayerSlice(weights, own, index)
+      params = layer_of(weights, index) if own is None else LayerSlice(weights, own, index)
       layer = functools.partial(self._layer, params, index, key)
       attended, signals = self._attend(layer, tokens, needs, tap)
       tokens, signals = _feed(layer, attended, signals, needs & MLP_SIGNALS)
@@ -286,9 +289,11 @@ class Stack(nn.Module):
     return jax.lax.with_sharding_constraint(
         tokens, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
 
-  def _reduce(self, tokens: TokenSet, signals: Signals, cut: Cut, weights: Any,
-              key: Array | None, out: dict[str, Any]) -> TokenSet:
+  def _reduce(self, tokens: TokenSet, signals: Signals, cut: Cut, weights: Weights,
+              key: Array | None, out: Outputs) -> TokenSet:
     """A cut outside attention, with the next layer's signals where the method reads them."""
+    assert self.plan is not None
+    assert self.plan is not None
     ahead = self.plan.method.needs & NEXT_LAYER
     if ahead:
       following = cut.layer + (self.plan.site == 'after')
@@ -298,10 +303,11 @@ class Stack(nn.Module):
       signals = signals.replace(**{name: getattr(probed, name) for name in ahead})
     return self._decide(cut, key, out, tokens, signals)[0]
 
-  def _inside(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
+  def _inside(self, cut: Cut, key: Array | None, out: Outputs, tokens: TokenSet,
               signals: Signals,
               attention: Array) -> tuple[TokenSet, Callable[[Array], Array], bool]:
     """A cut between QK and AV: the attention map shrinks with the tokens."""
+    assert self.plan is not None
     tokens = self._watch(cut.layer, tokens, signals)
     reduced, assignment = self._decide(cut, key, out, tokens, signals)
     if self.causal and not isinstance(assignment, Gather):
@@ -314,7 +320,7 @@ class Stack(nn.Module):
     """Adds the stats that the method's `watch` returns of a layer to those of the tokens."""
     if self.plan is None or layer not in self.plan.watch:
       return tokens
-    method = self.plan.method
+    method = cast(WatchingMethod, self.plan.method)
     with jax.named_scope('reduction'):
       stats = self.by_rows(method.watch)(
           tokens, self._signals_for(signals, method.watch_needs, layer))
@@ -324,8 +330,8 @@ class Stack(nn.Module):
                    slots: int | None = None) -> Signals:
     """The named signals alone, and those that are known without running a layer."""
     wanted = {name: getattr(signals, name) for name in needs - STATIC}
-    return Signals(**wanted, grid=self.grid, rope=self.rope, layer=layer, depth=self.depth,
-                   slots=slots)
+    return Signals(layer=layer, depth=self.depth, slots=slots).replace(
+        **wanted, grid=self.grid, rope=self.rope)
 
   def by_rows(self, function: Any, whole: int = 0) -> Any:
     """Returns a function that runs on the rows of each device by itself, if there is a mesh.
@@ -341,9 +347,10 @@ class Stack(nn.Module):
         function, mesh=self.mesh, axis_names=set(BATCH_AXES), check_vma=False, out_specs=rows,
         in_specs=(PartitionSpec(),) * whole + (rows, rows))
 
-  def _decide(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
+  def _decide(self, cut: Cut, key: Array | None, out: Outputs, tokens: TokenSet,
               signals: Signals) -> tuple[TokenSet, Assignment]:
     """Asks the method, reduces the tokens, and records the cut in `out`."""
+    assert self.plan is not None
     method = self.plan.method
     signals = self._signals_for(signals, method.needs, cut.layer, cut.slots_in)
     params, rng = None, None
@@ -352,13 +359,16 @@ class Stack(nn.Module):
       rng = None if key is None else jax.random.fold_in(key, self.depth + cut.layer)
     apply = tk.reduce_masked if self.plan.mode == 'mask' else tk.reduce
 
-    def decide(params: Any, rng: Any, tokens: TokenSet, signals: Signals) -> Any:
+    def decide(params: Params | None, rng: Array | None, tokens: TokenSet,
+               signals: Signals) -> tuple[TokenSet, Assignment, dict[str, Array]]:
       losses = {}
       if rng is not None and self.mesh is not None:
         # Each device sees its own rows alone: with one key all would draw the same noise.
         rng = jax.random.fold_in(rng, jax.lax.axis_index(BATCH_AXES))
 
       def learned(tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+        assert isinstance(method, nn.Module)
+        assert params is not None
         assignment, sown = method.apply(
             {'params': params}, tokens, signals, num_slots=num_slots, mutable=['losses'],
             rngs=None if rng is None else {'dropout': rng})
@@ -383,6 +393,7 @@ class Stack(nn.Module):
   def _order_causally(self, tokens: TokenSet, reduced: TokenSet,
                       assignment: Assignment) -> tuple[TokenSet, Assignment]:
     """Reduced tokens in the order of their positions, each at the latest of its group."""
+    assert self.plan is not None
     if isinstance(assignment, Mix) or assignment.features is not None:
       raise ValueError(f'{self.plan.name} mixes all tokens into each, so causal attention would '
                        'see later ones: choose a method that picks or joins tokens')
@@ -397,11 +408,13 @@ class Stack(nn.Module):
       reduced = reduced.replace(pos=ranks(order, reduced.slots))
     return reduced, assignment
 
-  def _learned(self, cut: Cut, tokens: TokenSet, signals: Signals) -> Any:
+  def _learned(self, cut: Cut, tokens: TokenSet, signals: Signals) -> Params:
     """Parameters of a learned method at one cut, 'reducer_<layer>', next to 'blocks'."""
+    assert self.plan is not None
     name = f'reducer_{cut.layer:02d}'
     if self.is_initializing():
       method = self.plan.method
+      assert isinstance(method, nn.Module)
       return self.param(name, lambda key: method.init(key, tokens, signals, num_slots=cut.slots_out)
                         .get('params', {}))
     if not self.has_variable('params', name):
@@ -411,7 +424,7 @@ class Stack(nn.Module):
     return self.get_variable('params', name)
 
 
-def _feed(layer: Any, tokens: TokenSet, signals: Signals,
+def _feed(layer: Callable[..., Any], tokens: TokenSet, signals: Signals,
           needs: frozenset[str]) -> tuple[TokenSet, Signals]:
   """MLP of a layer, and the needed signals of it joined to others."""
   if not needs:

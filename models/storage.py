@@ -16,6 +16,9 @@ from models.plan import Plan
 from ops import choices
 
 Array = jax.Array
+# Parameters of a module; and of a stack's blocks, in either storage.
+Params = Mapping[str, Any]
+Weights = Params | tuple[Params, ...]
 STORAGES = ('stacked', 'unstacked')
 
 
@@ -68,7 +71,7 @@ def fastest_storage(plan: Plan | None, *, platform: str) -> str:
   return 'stacked' if platform == 'tpu' else 'unstacked'
 
 
-def layer_of(weights: Any, layer: Any) -> Any:
+def layer_of(weights: Weights, layer: int | Array) -> Params:
   """Returns one layer's parameters, from either storage.
 
   Args:
@@ -91,11 +94,11 @@ class LayerSlice:
     layer: index.
   """
 
-  stack: Any
-  own: Any
-  layer: Any
+  stack: Weights
+  own: Params
+  layer: int | Array
 
-  def read(self) -> Any:
+  def read(self) -> Params:
     """Returns the layer's parameters."""
     values = layer_of(jax.lax.stop_gradient(self.stack), self.layer)
     return jax.tree.map(_with_gradient_of, values, self.own)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -150,6 +151,7 @@ class Gather(Extras, struct.PyTreeNode):
 
   def apply(self, values: Array) -> Array:
     """Picks the kept rows, bit for bit: [B, N, ...] -> [B, M, ...]."""
+    chex.assert_axis_dimension(values, 1, self.slots)
     return _hide(take(values, self.src), self.valid)
 
   def matrix(self) -> Array:
@@ -206,6 +208,7 @@ class Merge(Extras, struct.PyTreeNode):
   @classmethod
   def mean(cls, src: Array, dst: Array, weight: Array, *, valid: Array | None = None) -> Merge:
     """Makes a merge whose outputs are means of their members, weighted by float[B, N]."""
+    chex.assert_equal_shape((dst, weight))
     weight = weight.astype(jnp.float32)
     plain = cls(src, dst, jnp.ones_like(weight))
     total = _take_or_zero(plain.apply(weight), dst)
@@ -213,6 +216,7 @@ class Merge(Extras, struct.PyTreeNode):
 
   def apply(self, values: Array) -> Array:
     """Takes weighted sums (or maxima) of each output's members: [B, N, ...] -> [B, M, ...]."""
+    chex.assert_equal_shape_prefix((values, self.dst), 2)
     outputs = self.src.shape[1]
     if self.op == 'max':
       merged = jax.vmap(lambda v, d: jax.ops.segment_max(v, d, num_segments=outputs))(

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from ops.attention_kernels import LOWEST_BIAS, cudnn, splash
 
@@ -52,7 +53,7 @@ class Attended(struct.PyTreeNode):
   lse: Array
 
 
-def pick(platform: str, dtype: Any) -> str:
+def pick(platform: str, dtype: DTypeLike) -> str:
   """The implementation for a platform ('cpu', 'gpu', 'cuda', 'tpu', ...) and a dtype.
 
   cuDNN takes half precision only. XLA elsewhere: it forms the map, a part at a time where that is
@@ -127,6 +128,9 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
     positions: int32[B, S], the positions of the keys that `last` speaks of; None for their slots.
     window: how many positions back from its last one a row sees, None for all.
   """
+  chex.assert_rank((q, k), 4)
+  if lse is not None:
+    chex.assert_shape(lse, q.shape[:3])
   logits = _logits(q, k, bias, scale, last, positions, window)
   if lse is None:
     return jax.nn.softmax(logits, axis=-1)
@@ -157,7 +161,7 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
 
   # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
   @jax.checkpoint
-  def step(total: Array, item: Any) -> tuple[Array, None]:
+  def step(total: Array, item: tuple[Array, ...]) -> tuple[Array, None]:
     index, q, lse, counts, last = item
     if causal and last is None:
       last = index * chunk + jnp.arange(chunk)
@@ -353,7 +357,7 @@ def _xla(q: Array, k: Array, v: Array, bias: Array | None, scale: float, last: A
   # Not jax.nn.dot_product_attention: it rounds the log-sum-exp to the dtype of the keys, which puts
   # bfloat16 rows wrong by percents, and cuts its gradient.
 
-  def some(item: Any) -> tuple[Array, Array]:
+  def some(item: tuple[Array, Array | None]) -> tuple[Array, Array]:
     q, last = item
     return _weigh(_logits(q, k, bias, scale, last, positions, window), q, v)
 

@@ -20,6 +20,8 @@ Array = jax.Array
 # hidden keys only keeps finite logits whose differences float32 still resolves: so it is no lower,
 # and another number than HIDDEN_LOGIT (ops/attention.py), which no kernel adds to a logit.
 LOWEST_BIAS = -3e4
+# (causal, scale, q, k, v) -> out, lse.
+Kernel = Callable[[bool, float, Array, Array, Array], tuple[Array, Array]]
 _LANES = 128  # Block lengths on a TPU are multiples of this.
 _GROUP_ROWS = 2 ** 15  # Heads times queries that one call of a TPU kernel takes, or one row of it.
 
@@ -69,13 +71,15 @@ def splash(causal: bool, scale: float, q: Array, k: Array, v: Array,
   return _in_groups(lambda q, *rest: run(_scaled(q, scale), *rest), q, k, v, bias)
 
 
-def _splash_forward(causal: bool, scale: float, *args: Any) -> Any:
+def _splash_forward(causal: bool, scale: float,
+                    *args: Any) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
   args = jax.tree.map(lambda arg: arg.value, args,
                       is_leaf=lambda arg: isinstance(arg, CustomVJPPrimal))
   return splash(causal, scale, *args), args
 
 
-def _splash_backward(causal: bool, scale: float, saved: Any, grads: Any) -> Any:
+def _splash_backward(causal: bool, scale: float, saved: tuple[Array, ...],
+                     grads: tuple[Array | SymbolicZero, ...]) -> tuple[Array | None, ...]:
   grad_out, grad_lse = (None if isinstance(grad, SymbolicZero) else grad for grad in grads)
 
   def run(q: Array, k: Array, v: Array,
@@ -111,7 +115,7 @@ def _in_groups(function: Callable[..., Any], q: Array, *args: Any) -> Any:
   return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
-def _fused(kernel: Any, causal: bool, scale: float, q: Array, k: Array, v: Array,
+def _fused(kernel: Kernel, causal: bool, scale: float, q: Array, k: Array, v: Array,
            bias: Array | None) -> tuple[Array, Array]:
   """A kernel with what kernels lack: a per-key bias, any head width, a gradient of the lse."""
   if bias is not None:
@@ -128,21 +132,21 @@ def _widen(x: Array, features: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _give_gradient(kernel: Any, causal: bool, scale: float, lse: Array, q: Array,
+def _give_gradient(kernel: Kernel, causal: bool, scale: float, lse: Array, q: Array,
                    k: Array) -> Array:
   """The log-sum-exp as it is, with the gradient that the kernel does not give."""
   del kernel, causal, scale, q, k
   return lse
 
 
-def _give_gradient_forward(kernel: Any, causal: bool, scale: float, lse: Array, q: Array,
-                           k: Array) -> Any:
+def _give_gradient_forward(kernel: Kernel, causal: bool, scale: float, lse: Array, q: Array,
+                           k: Array) -> tuple[Array, tuple[Array, Array]]:
   del kernel, causal, scale
   return lse, (q, k)
 
 
-def _give_gradient_backward(kernel: Any, causal: bool, scale: float, saved: Any,
-                            grad: Array) -> Any:
+def _give_gradient_backward(kernel: Kernel, causal: bool, scale: float, saved: tuple[Array, Array],
+                            grad: Array) -> tuple[None, Array, Array]:
   # d lse_i = sum_j p_ij d logit_ij: for q this is attention over the keys as values, for k what
   # such attention sends back to its values.
   q, k = saved
@@ -162,16 +166,16 @@ def _cudnn_kernel(causal: bool, scale: float, q: Array, k: Array, v: Array) -> t
   batch, length, keys, features = *q.shape[:2], k.shape[1], v.shape[3]
   masks = {(False, False): 'NO_MASK', (True, False): 'CAUSAL',
            (False, True): 'PADDING', (True, True): 'PADDING_CAUSAL'}
-  lengths: dict[str, Any] = {}
+  q_length, kv_length = None, None
   odd = bool(length % 2 or keys % 2)
   if odd:
     # Its gradient refuses odd lengths, such as 196 patches and a class token.
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = {'q_seqlen': jnp.full((batch,), length, jnp.int32),
-               'kv_seqlen': jnp.full((batch,), keys, jnp.int32)}
+    q_length = jnp.full((batch,), length, jnp.int32)
+    kv_length = jnp.full((batch,), keys, jnp.int32)
   out, lse = cudnn.dot_product_attention(
       q, k, _widen(v, q.shape[3]), scale=scale, mask_type=cudnn.MaskType[masks[causal, odd]],
-      return_residual=True, **lengths)
+      q_seqlen=q_length, kv_seqlen=kv_length, return_residual=True)
   return out[:, :length, :, :features], jnp.swapaxes(lse, 1, 2)[:, :length]
 
 

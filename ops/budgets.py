@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from ops import choices
 
@@ -35,6 +35,7 @@ BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
 ROUNDING: dict[str, Callable[[Fraction], int]] = {
     'ceil': math.ceil, 'floor': math.floor, 'round': round}
 RATIO_OF = ('current', 'start')
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def resolve(budget: Mapping[str, Any], limits: Limits, *,
   return _solve(target, f'{form}={value}', layers, limits, macs, rounding)
 
 
-def parse_layers(layers: Any, depth: int) -> tuple[int, ...]:
+def parse_layers(layers: object, depth: int) -> tuple[int, ...]:
   """Returns layer indices, sorted, from 'all' (or None), one index or several.
 
   Raises:
@@ -143,15 +144,15 @@ def constant_or_inflected(remove: int | Sequence[float], count: int) -> tuple[in
   return tuple(int(low + step * i) for i in range(count))
 
 
-def _is_count(value: Any) -> TypeGuard[int]:
+def _is_count(value: object) -> TypeGuard[int]:
   return isinstance(value, Integral)
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def _is_number(value: object) -> TypeGuard[float]:
   return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def per_layer(value: Any, layers: Sequence[int], name: str) -> tuple[Any, ...]:
+def per_layer(value: T | Sequence[T], layers: Sequence[int], name: str) -> tuple[T, ...]:
   """Returns one value for each layer, from one for all or one each.
 
   Raises:
@@ -175,14 +176,14 @@ def _remove(counts: Sequence[int], layers: Sequence[int], limits: Limits) -> tup
   return tuple(cuts)
 
 
-def _keep_ratio(value: Any, layers: Sequence[int], limits: Limits, rounding: str,
-                base: str) -> tuple[Cut, ...]:
+def _keep_ratio(value: float | Sequence[float], layers: Sequence[int], limits: Limits,
+                rounding: str, base: str) -> tuple[Cut, ...]:
   ratio_by_layer = per_layer(value, layers, 'keep_ratio')
-  for ratio in ratio_by_layer:
-    if not _is_number(ratio) or not 0 < ratio <= 1:
-      raise ValueError(f'keep_ratio={ratio!r} is outside (0, 1]: it is the share of tokens that '
+  for share in ratio_by_layer:
+    if not _is_number(share) or not 0 < share <= 1:
+      raise ValueError(f'keep_ratio={share!r} is outside (0, 1]: it is the share of tokens that '
                        'stays')
-  ratios = [Fraction(str(ratio)) for ratio in ratio_by_layer]
+  ratios = [Fraction(str(share)) for share in ratio_by_layer]
   cuts, slots, start = [], limits.slots, limits.slots - limits.protected
   for i, (layer, ratio) in enumerate(zip(layers, ratios, strict=True)):
     unprotected = slots - limits.protected
@@ -200,7 +201,7 @@ def _keep_ratio(value: Any, layers: Sequence[int], limits: Limits, rounding: str
   return tuple(cuts)
 
 
-def _keep(value: Any, layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
+def _keep(value: int | Sequence[int], layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
   cuts, slots = [], limits.slots
   for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
     unprotected = slots - limits.protected

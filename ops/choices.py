@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
 
 
-def near(value: Any, choices: Iterable[Any]) -> str:
+def near(value: object, choices: Iterable[object]) -> str:
   """Returns " (did you mean 'x'?)" for the choice most like a value, '' where none is."""
   matches = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
   return f' (did you mean {matches[0]!r}?)' if matches else ''
 
 
-def check(what: str, value: Any, choices: Iterable[Any]) -> None:
+def check(what: str, value: object, choices: Iterable[object]) -> None:
   """Raises a ValueError, which lists the choices, unless a value is among them.
 
   Args:
@@ -27,7 +26,7 @@ def check(what: str, value: Any, choices: Iterable[Any]) -> None:
                      f'{", ".join(map(str, choices))}')
 
 
-def check_key(what: str, key: Any, keys: Iterable[Any]) -> None:
+def check_key(what: str, key: object, keys: Iterable[object]) -> None:
   """Raises a ValueError, which lists the keys, unless a key is among them.
 
   Args:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -63,11 +64,15 @@ class TokenSet(struct.PyTreeNode):
   def create(cls, x: Array, *, pos: Array | None = None, kind: Array | None = None,
              **fields: Any) -> TokenSet:
     """Fresh tokens from features float[B, N, D]: one slot a token, visual, in raster order."""
+    chex.assert_rank(x, 3)
     batch, slots, _ = x.shape
     iota = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
     if kind is None:
       kind = jnp.full((batch, slots), VISUAL, jnp.int8)
-    return cls(x=x, pos=iota if pos is None else pos, kind=kind, owner=iota, **fields)
+    tokens = cls(x=x, pos=iota if pos is None else pos, kind=kind, owner=iota, **fields)
+    by_slot = {name: getattr(tokens, name) for name in ('pos', 'kind', 'valid', 'size', 'stats')}
+    chex.assert_tree_shape_prefix(by_slot, (batch, slots))
+    return tokens
 
   @property
   def slots(self) -> int:
@@ -105,7 +110,7 @@ def identity(tokens: TokenSet) -> Gather:
   return Gather(jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots)), slots)
 
 
-def decide(method: Callable[..., Assignment], tokens: TokenSet, signals: Any, *,
+def decide(method: Callable[..., Assignment], tokens: TokenSet, signals: object, *,
            num_slots: int) -> Assignment:
   """Asks a method, unless everything is to stay: then the answer is the identity."""
   return identity(tokens) if num_slots >= tokens.slots else method(tokens, signals,

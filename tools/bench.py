@@ -69,7 +69,7 @@ class Candidate:
 class Turns:
   """Candidates that take turns: all are compiled and timed when the first row is asked for."""
 
-  def __init__(self, candidates: Sequence[Candidate], title: str):
+  def __init__(self, candidates: Sequence[Candidate], title: str) -> None:
     self._candidates = {candidate.head['name']: candidate for candidate in candidates}
     self._title = title
 

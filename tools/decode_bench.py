@@ -113,7 +113,7 @@ class Case:
 class Decoding:
   """A cache, and a call that decodes so many tokens over it, again and again from its start."""
 
-  def __init__(self, run: Callable[..., Any], params: Any, ids: Array, cache: Any):
+  def __init__(self, run: Callable[..., Any], params: Any, ids: Array, cache: Any) -> None:
     self._run, self._params, self._ids, self._cache = run, params, ids, cache
 
   def __call__(self) -> Array:

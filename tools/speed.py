@@ -125,7 +125,7 @@ class Recorder:
     params: of the stack, among them the method's own.
   """
 
-  def __init__(self, plan: Plan, params: Params):
+  def __init__(self, plan: Plan, params: Params) -> None:
     self._method, self._params = plan.method, params
     recorded = {'attention'} if plan.site == 'inside' else {'queries', 'keys'}
     self.needs: frozenset[str] = plan.method.needs | recorded
@@ -332,7 +332,7 @@ class Bench:
     dtype: of images and activations.
   """
 
-  def __init__(self, vit: ViT, dtype: Any):
+  def __init__(self, vit: ViT, dtype: Any) -> None:
     self._vit, self._dtype = vit, dtype
     self._batch = 0
     self._images: Any = None

@@ -202,7 +202,7 @@ class Measurer:
     mesh: of one device.
   """
 
-  def __init__(self, trained: Mapping[int, Params], mesh: Mesh):
+  def __init__(self, trained: Mapping[int, Params], mesh: Mesh) -> None:
     self._trained, self._mesh = trained, mesh
     self._entry: Entry | None = None
     self._setup: Any = None

@@ -36,7 +36,7 @@ from models.reduce_config import check_components, with_plans, without_plans
 NEW_TOKENS, PROMPT, PROMPT_BESIDE_IMAGES = 64, 1024, 64
 NOTHING_PUBLISHED = 'published: nothing known for this model and budget'
 
-Reduce = Mapping[str, Mapping[str, Any] | None]
+Reduce = Mapping[str, Any]
 # Name, and figures of the reduced and the unreduced model.
 Total = tuple[str, float, float]
 
@@ -267,11 +267,13 @@ def _describe_language(model: LM | VLM, reduce: Reduce | None, prompt: int | Non
   if reduce is not None:
     model = with_plans(plain, **reduce)(prompt, layout)
   if isinstance(model, LM):
+    assert isinstance(plain, LM)
     ours, full = (lm_cost.of(each, prompt, room=new_tokens) for each in (model, plain))
     parts = [lm_table(model, prompt, room=new_tokens),
              _compared('one prompt', [*_lm_totals(ours, full), *_conventions(ours, full, 0)])]
     return '\n\n'.join([*parts, language_papers(ours, 0)])
   assert layout is not None
+  assert isinstance(plain, VLM)
   seen, whole = (vlm_cost.of(each, prompt, layout, room=new_tokens) for each in (model, plain))
   return '\n\n'.join([
       vlm_summary(seen), tower_table(model.tower), _projector(seen),

@@ -67,6 +67,7 @@ class Collective:
 def memory(program: jax.stages.Compiled) -> dict[str, float]:
   """MB (2^20 bytes) a device: the most that live at once, results, arguments, and temporaries."""
   analysis = program.memory_analysis()
+  assert analysis is not None
   return {'peak_mb': round(analysis.peak_memory_in_bytes / 2 ** 20, 1),
           'output_mb': round(analysis.output_size_in_bytes / 2 ** 20, 3),
           'argument_mb': round(analysis.argument_size_in_bytes / 2 ** 20, 1),
@@ -144,7 +145,8 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
   noted = _TRIPS.search(line)
   if noted:
     return int(noted[1])
-  condition = re.search(r'condition=%?([\w.-]+)', line)[1]
-  limits = {int(limit) for inner in bodies[condition] for limit in _LIMIT.findall(inner)}
+  condition = re.search(r'condition=%?([\w.-]+)', line)
+  assert condition is not None
+  limits = {int(limit) for inner in bodies[condition[1]] for limit in _LIMIT.findall(inner)}
   # A loop whose end is data: its collectives count once.
   return limits.pop() if len(limits) == 1 else 1

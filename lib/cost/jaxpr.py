@@ -144,8 +144,13 @@ def _scope(stack: str, scopes: tuple[str, ...]) -> str:
   return ''
 
 
+def _shape(variable: Any) -> tuple[int, ...]:
+  """The shape of a variable of an equation; jax's own types know it of no abstract value."""
+  return variable.aval.shape
+
+
 def _dot(eqn: JaxprEqn) -> int:
-  left, right = (variable.aval.shape for variable in eqn.invars)
+  left, right = map(_shape, eqn.invars)
   (contracted, _), (batched, _) = eqn.params['dimension_numbers']
   shared = math.prod(left[axis] for axis in (*contracted, *batched))
   return math.prod(left) * math.prod(right) // shared if shared else 0
@@ -153,6 +158,6 @@ def _dot(eqn: JaxprEqn) -> int:
 
 def _convolution(eqn: JaxprEqn) -> int:
   """Each output is a sum over the kernel's window and input channels."""
-  kernel = eqn.invars[1].aval.shape
+  kernel = _shape(eqn.invars[1])
   outputs = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
-  return math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // outputs
+  return math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // outputs

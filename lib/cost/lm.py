@@ -157,11 +157,12 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
     ValueError: for plans that are about other prompts.
   """
   plan, cache_plan = lm.plan, lm.cache_plan
-  gathers = plan is not None and plan.mode == 'gather'
-  if gathers and plan.cuts and plan.cuts[0].slots_in != slots:
+  if plan is not None and plan.mode != 'gather':
+    plan = None
+  if plan and plan.cuts and plan.cuts[0].slots_in != slots:
     raise ValueError(f'the plan is for prompts of {plan.cuts[0].slots_in} slots, not {slots}: make '
                      'one with lm.host(slots)')
-  if gathers and plan.cuts and plan.positions == 'restart':
+  if plan and plan.cuts and plan.positions == 'restart':
     first = plan.cuts[-1]
     again = of(lm.clone(plan=None), first.slots_out, room=room)
     passed = of(lm.clone(plan=dataclasses.replace(plan, positions='keep'), cache_plan=None), slots)
@@ -171,16 +172,16 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
         for layer, old in zip(again.layers, passed.layers, strict=True)))
   layers, now = [], slots
   for index in range(lm.depth):
-    cut = plan.cut(index) if gathers else None
+    cut = plan.cut(index) if plan else None
     after = cut.slots_out if cut else now
-    attention = after if cut and plan.site == 'before' else now
-    mlp = now if cut and plan.site == 'after' else after
-    cached = cache_plan.cut(index).slots_out if cache_plan and cache_plan.cut(index) else attention
-    joined = now < slots or (cut is not None and plan.site == 'before')
-    bias = BIAS_BYTES if gathers and plan.method.proportional and joined else 0
+    attention = after if plan and cut and plan.site == 'before' else now
+    mlp = now if plan and cut and plan.site == 'after' else after
+    cache_cut = cache_plan.cut(index) if cache_plan else None
+    cached = cache_cut.slots_out if cache_cut else attention
+    joined = now < slots or (plan is not None and cut is not None and plan.site == 'before')
+    bias = BIAS_BYTES if plan and plan.method.proportional and joined else 0
     layers.append(_layer(lm, index, attention, mlp, cached, room,
-                         own=(SHARED_BYTES + bias) * (
-                             lm.kv_heads if cache_plan and cache_plan.cut(index) else 1)))
+                         own=(SHARED_BYTES + bias) * (lm.kv_heads if cache_cut else 1)))
     now = after
   return LMCost(lm, slots, room, tuple(layers))
 

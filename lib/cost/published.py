@@ -82,8 +82,8 @@ def find(vit: ViT) -> list[tuple[Published, float]]:
     if row.method != name:
       continue
     other = row.model()
-    same_cuts = not plan or (plan.cuts, plan.site, plan.mode) == (
-        other.plan.cuts, other.plan.site, other.plan.mode)
+    same_cuts = not plan or (other.plan is not None and (plan.cuts, plan.site, plan.mode) == (
+        other.plan.cuts, other.plan.site, other.plan.mode))
     if same_cuts and arch == vit_cost.architecture(other):
       rows.append((row, row.ours(ours)))
   return rows

@@ -53,6 +53,7 @@ class Square:
     """Turns an image into a Picture."""
     image = image.convert('RGB')
     if self.pad:
+      assert self.steps.mean is not None
       image = padded_square(image, self.steps.mean)
     index, weight = raster_layout(self.side ** 2)
     return Picture(_cut(self.steps(image)[None], self.used), index, weight)
@@ -124,6 +125,7 @@ class Patches:
 
   def shown(self, picture: Picture) -> np.ndarray:
     """Returns the first frame of each row to look at: float[c, H, W, 3] in [0, 1]."""
+    assert picture.sizes is not None
     count, (rows, columns) = len(picture.pixels), picture.sizes[0]
     pixels = picture.pixels[:, :rows, :columns].reshape(
         count, rows, columns, -1, self.temporal, self.patch, self.patch)[:, :, :, :, 0]
@@ -177,7 +179,7 @@ class Patches:
     across = self.grid[1] // self.merge
     each = self.grid[0] // self.merge * across
     index, axes, extent = cell_layout(len(patches), size, across, each, interval=interval)
-    sizes = np.broadcast_to(np.int32([rows, columns]), (len(patches), 2))
+    sizes = np.broadcast_to(np.asarray([rows, columns], np.int32), (len(patches), 2))
     return Picture(patches, index, np.ones(index.shape, np.float32), sizes, axes, extent)
 
 
@@ -233,7 +235,8 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
     kept = min(int(width * scale) * int(height * scale), width * height)
     return kept, kept - target[0] * target[1]
 
-  return tuple(max(pinpoints, key=worth))
+  best = max(pinpoints, key=worth)
+  return best[0], best[1]
 
 
 def fitted_size(size: Size, target: Size) -> Size:

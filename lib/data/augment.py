@@ -36,7 +36,7 @@ def crop(image: Image.Image, size: Size, random: np.random.Generator, *, filter:
   wide, high = _sides(size)
   width, height = image.size
   areas = random.uniform(*area, size=10) * width * height
-  ratios = np.exp(random.uniform(*np.log(aspect), size=10)) * (wide / high)
+  ratios = np.exp(random.uniform(*np.log(aspect), size=10)) * (wide / high)  # type: ignore[call-overload]
   left, top, mirror = random.random(3)
   widths, heights = np.sqrt(areas * ratios), np.sqrt(areas / ratios)
   fits = (widths <= width) & (heights <= height)

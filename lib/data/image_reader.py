@@ -80,6 +80,7 @@ class ImageReader:
     images, labels = self._empty(len(examples))
     size = self._settings.image_size
     loaded = self._load_all(examples)
+    label: int | Image.Image | np.ndarray
     for row, (example, pair) in enumerate(zip(examples, loaded, strict=True)):
       image, label = pair or self._next_after(example)
       images[row] = _array(self._augment(image, size, _random(seed, positions[row])))
@@ -100,6 +101,7 @@ class ImageReader:
     """
     images, labels = self._empty(rows)
     settings, mask = self._settings, np.zeros(rows, np.float32)
+    label: int | Image.Image | np.ndarray
     for row, pair in enumerate(self._load_all(examples)):
       if pair:
         image, label = pair
@@ -128,7 +130,7 @@ class ImageReader:
     """Returns image and label of each example; None for those skipped."""
     indices = [int(example) for example in examples]
     try:
-      records = self._source.__getitems__(indices)
+      records = self._source.__getitems__(indices)  # type: ignore[attr-defined]
     except Exception:  # One bad record fails the whole read: read them singly to find out which.
       records = [None] * len(indices)
     return [self._load(*pair) for pair in zip(indices, records, strict=True)]

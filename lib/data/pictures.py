@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -84,5 +85,8 @@ def batch_pictures(rows: Sequence[Sequence[Picture]], *, patches: int, crops: in
         sizes[number, first:last] = picture.sizes
       first = last
   has_axes = every[0].axes is not None
-  return Images(pixels, sizes if every[0].sizes is not None else None, index, weight,
-                axes if has_axes else None, extent if has_axes else None)
+  # Arrays of numpy, which jit moves.
+  arrays: tuple[Any, ...] = (
+      pixels, sizes if every[0].sizes is not None else None, index, weight,
+      axes if has_axes else None, extent if has_axes else None)
+  return Images(*arrays)

@@ -20,7 +20,8 @@ from ops import choices
 
 # Sets that are prepared on first use: nothing is downloaded and it takes seconds.
 # Some come in several configs, named behind a slash; lib/data/qa.py reads those with questions.
-BUNDLED = {'digits': digits.Digits, 'digit_segments': digit_segments.DigitSegments,
+BUNDLED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {
+           'digits': digits.Digits, 'digit_segments': digit_segments.DigitSegments,
            'digit_scenes': digit_scenes.DigitScenes, 'stdlib_needle': stdlib_needle.StdlibNeedle}
 
 

@@ -61,6 +61,7 @@ class Preprocess:
     """Returns the (width, height) to resize to."""
     if isinstance(self.size, tuple):
       return self.size[::-1]
+    assert self.size is not None
     short, long = min(sides), max(sides)
     # Rounded down, as the references do.
     longer = int(self.size * long / short)

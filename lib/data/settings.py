@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import ml_collections
 
@@ -16,7 +16,7 @@ from ops import choices
 MODES = {1: 'L', 3: 'RGB'}
 ON_CORRUPT = ('raise', 'skip')
 PAD_SIDES = ('left', 'right')
-Config = ml_collections.ConfigDict | Mapping[str, Any]
+Config: TypeAlias = ml_collections.ConfigDict | Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

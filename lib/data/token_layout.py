@@ -65,10 +65,12 @@ def anyres_layout(size: Size, resolution: Size, *, tile: int, side: int, max_cro
   """
   rows, columns = resolution[0] // tile, resolution[1] // tile
   each = side * side
-  grid = each + np.arange(rows * columns * each).reshape(rows, columns, side, side)
+  grid: np.ndarray = each + np.arange(rows * columns * each).reshape(rows, columns, side, side)
   grid = grid.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
   if unpad:
     grid = grid[unpadded(grid.shape, size)]
+  index: np.ndarray
+  weight: np.ndarray
   index, weight = grid[..., None], np.ones((*grid.shape, 1), np.float32)
   ratio = math.sqrt(grid.size / (max_crops * each)) if max_crops else 0
   if ratio > 1.1:
@@ -94,7 +96,7 @@ def video_layout(frames: int, side: int) -> tuple[np.ndarray, np.ndarray]:
   index, weight = (np.concatenate([pair[part].reshape(-1, 4) for pair in pairs])
                    for part in range(2))
   return (np.append(index, np.full((1, 4), NEWLINE), axis=0),
-          np.append(weight, np.float32([[1, 0, 0, 0]]), axis=0))
+          np.append(weight, np.asarray([[1, 0, 0, 0]], np.float32), axis=0))
 
 
 def cell_layout(frames: int, size: Size, columns: int, each: int, *,

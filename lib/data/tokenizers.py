@@ -13,7 +13,7 @@ import json
 import pathlib
 import string
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -194,7 +194,7 @@ class TextTowerTokenizer:
     added = [self._settings.get(f'add_{end}_token') for end in ('bos', 'eos')]
     if added == [None, None]:
       return self._tokenizer.encode(text).ids
-    first, last = ([self._id(end)] if wanted else []
+    first, last = ([cast(int, self._id(end))] if wanted else []
                    for end, wanted in zip(('bos', 'eos'), added, strict=True))
     return [*first, *self._tokenizer.encode(text, add_special_tokens=False).ids, *last]
 

@@ -73,9 +73,9 @@ class Checkpoints:
       except Exception as fault:  # Orbax raises a different class for each kind of damage.
         faults[step] = f'step {step}: {_first_line(fault)}'
         continue
-      for damaged, fault in faults.items():
+      for damaged, fault in faults.items():  # type: ignore[misc]
         # An older one fits, so these are broken, and the run will come to their steps again.
-        logging.warning('deleting the checkpoint of %s; going on from step %d', fault, step)
+        logging.warning('deleting the checkpoint of %s; going on from step %d', fault, step)  # type: ignore[misc]
         self._manager.delete(damaged)
       return step, parts, data
     if faults:
@@ -133,7 +133,7 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
   if not folder.exists():
     return None
   checkpoints = Checkpoints(folder, metric=metric)
-  step = checkpoints.best()
+  step = checkpoints.best()  # type: ignore[assignment]
   step_and_params = None if step is None else (step, checkpoints.read(step, 'ema', template))
   checkpoints.close()
   return step_and_params

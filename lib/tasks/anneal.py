@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from models.backbones.vit import ViT
-from models.plan import scaled_plan
+from models.plan import Plan, scaled_plan
 from ops import budgets
 
 
@@ -51,7 +51,7 @@ def phases(vit: ViT, settings: Mapping[str, Any] | None) -> tuple[Phase, ...]:
   stages: list[Phase] = []
   for first, share in steps:
     reduced = _with_share(vit, share)
-    if not stages or reduced.plan.cuts != stages[-1].model.plan.cuts:
+    if not stages or _plan(reduced).cuts != _plan(stages[-1].model).cuts:
       stages.append(Phase(first, reduced))
   _check_parameters(vit, [phase.model for phase in stages])
   return tuple(stages)
@@ -95,7 +95,13 @@ def levels(vit: ViT, settings: Mapping[str, Any] | None) -> tuple[ViT, ...]:
 
 
 def _with_share(vit: ViT, share: float) -> ViT:
-  return vit.clone(plan=scaled_plan(vit.plan, vit.host, share))
+  return vit.clone(plan=scaled_plan(_plan(vit), vit.host, share))
+
+
+def _plan(vit: ViT) -> Plan:
+  """The plan of a model that `_check_reduced` let pass."""
+  assert vit.plan is not None
+  return vit.plan
 
 
 def _check_reduced(vit: ViT, key: str) -> None:
@@ -110,7 +116,7 @@ def _check_parameters(vit: ViT, others: list[ViT]) -> None:
   for other in others:
     for name, shapes in _reducers(other).items():
       if shapes != wanted[name]:
-        raise ValueError(f'the parameters of {vit.plan.name} depend on how many tokens are left, '
+        raise ValueError(f'the parameters of {_plan(vit).name} depend on how many tokens are left, '
                          'so they cannot serve several plans: set anneal.phases=0 and '
                          'optimizer.consistency.levels=0')
 

@@ -6,7 +6,7 @@ Axes: B batch, D features, S image side, C channels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,7 +64,7 @@ def unreduced(params: Mapping[str, Any]) -> dict[str, Any]:
   return {**params, 'stack': {'blocks': params['stack']['blocks']}}
 
 
-def loss(vit: ViT, settings: Mapping[str, Any], params: Mapping[str, Any],
+def loss(vit: ViT, settings: ConfigDict, params: Mapping[str, Any],
          part: Mapping[str, Array], key: Array,
          teacher: Mapping[str, Any] | None) -> tuple[Array, dict[str, Array]]:
   """Returns the scalar to lower, and scalars to watch.
@@ -96,7 +96,7 @@ def loss(vit: ViT, settings: Mapping[str, Any], params: Mapping[str, Any],
   return total, scalars
 
 
-def teacher_losses(vit: ViT, settings: Mapping[str, Any], teacher: Mapping[str, Any],
+def teacher_losses(vit: ViT, settings: ConfigDict, teacher: Mapping[str, Any],
                    part: Mapping[str, Array], logits: Array,
                    out: Mapping[str, Any]) -> dict[str, Array]:
   """Returns the distances of logits and tokens from the unreduced model's (`distill.distill`).
@@ -118,7 +118,7 @@ def teacher_losses(vit: ViT, settings: Mapping[str, Any], teacher: Mapping[str, 
   return {name: value.mean() for name, value in losses.items()}
 
 
-def weak_plan_losses(weaker: Sequence[ViT], settings: Mapping[str, Any],
+def weak_plan_losses(weaker: Sequence[ViT], settings: ConfigDict,
                      params: Mapping[str, Any], part: Mapping[str, Array], key: Array,
                      features: Array) -> dict[str, Array]:
   """Returns the losses of the same images under a weaker plan, drawn anew in every step.
@@ -139,8 +139,8 @@ def weak_plan_losses(weaker: Sequence[ViT], settings: Mapping[str, Any],
     'weak_plan_loss' and 'consistency', scalars that add to the loss.
   """
 
-  def branch(model):
-    def apply(params, images):
+  def branch(model: ViT) -> Callable[[Mapping[str, Any], Array], tuple[Array, Array]]:
+    def apply(params: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
       logits, out = model.apply({'params': params}, images, rngs={'dropout': key})
       return logits, out['pre_logits']
     return apply

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,8 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
     return with_plans(lm, **reduce)(context)
   tower = ViT(**model['tower'], num_classes=0, image_size=info.image_shape[0], pool='mean',
               last_norm='pooled', **shared)
-  vlm = VLM(tower, lm, info.image, model['projection'], patch_labels=model['patch_labels'])
+  vlm = VLM(tower, lm, cast(int, info.image), model['projection'],
+            patch_labels=model['patch_labels'])
   return with_plans(vlm, **reduce)(context, LAYOUT)
 
 
@@ -118,6 +119,7 @@ def init(model: LM | VLM, info: Info, context: int, key: Array) -> dict[str, Any
   if isinstance(model, LM):
     return model.clone(mesh=None).init(key, *inputs(model, batch))['params']
   alone = model.clone(tower=model.tower.clone(mesh=None), lm=model.lm.clone(mesh=None))
+  assert info.image_shape is not None
   batch['image'] = jnp.zeros((1, *info.image_shape))
   return alone.init(key, *inputs(model, batch))['params']
 
@@ -132,7 +134,8 @@ def inputs(model: LM | VLM, batch: Mapping[str, Array]) -> tuple[Any, ...]:
 def apply(model: LM | VLM, params: Any, batch: Mapping[str, Array],
           **more: Any) -> tuple[Array, dict[str, Any]]:
   """Returns logits float32[B, N, V] of a batch of lib/data/qa.py, and auxiliary outputs."""
-  logits, out = model.apply({'params': params}, *inputs(model, batch), **more)
+  logits, out = cast(tuple[Array, dict[str, Any]],
+                     model.apply({'params': params}, *inputs(model, batch), **more))
   if isinstance(model, LM):
     slot = jnp.arange(batch['ids'].shape[1], dtype=jnp.int32)
     out = out | {'slot': jnp.broadcast_to(slot, batch['ids'].shape)}
@@ -148,14 +151,14 @@ def training_macs(model: LM | VLM, *, context: int) -> float:
     cost = lm_cost.of(model, context)
     # Every slot predicts, not the last one alone.
     return 3 * (cost.macs + (context - 1) * cost.head)
-  tower = vit_cost.in_training(model.tower)
+  tower = vit_cost.in_training(cast(ViT, model.tower))
   through, width = tower.layers[-1].left - model.tower.special, model.lm.width
   projector = through * (model.tower.width + width) * width if model.projection else 0
   return (tower.training_macs + 3 * projector
           + training_macs(model.lm, context=context + visual_tokens(model)))
 
 
-def loss(model: LM | VLM, settings: Mapping[str, Any], params: Mapping[str, Any],
+def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],
          batch: Mapping[str, Array], key: Array,
          teacher: Mapping[str, Any] | None) -> tuple[Array, dict[str, Array]]:
   """Returns the scalar to lower, and scalars to watch.

@@ -160,8 +160,9 @@ class QASweep(Sweep):
   def _cost(self, name: str, model: LM | VLM) -> dict[str, Any]:
     """Returns the tokens of each layer and their mean; MACs and cache of a prompt."""
     context, tower_macs, visual = self._sets[name].context, 0, 0
-    lm = model
-    if not isinstance(model, LM):
+    if isinstance(model, LM):
+      lm = model
+    else:
       tower_macs, lm = vit_cost.of(model.tower).macs, model.lm
       visual = qa_task.visual_tokens(model)
     cost = lm_cost.of(lm, context + visual, room=1 + self._info[name].answer_length)
@@ -205,7 +206,7 @@ def recall(rows: Sequence[Row]) -> dict[str, tuple[Sequence[str], Sequence[str],
   """Returns {method and budget: (depths, lengths, recall float[depths, lengths])}."""
   sets = list(dict.fromkeys(row['set'] for row in rows))
   names = list(dict.fromkeys((row['method'], row['budget']) for row in rows))
-  maps = {}
+  maps: dict[str, tuple[Sequence[str], Sequence[str], np.ndarray]] = {}
   for method, budget in names:
     by_set = {row['set']: row['by'] for row in rows
               if (row['method'], row['budget']) == (method, budget)}

@@ -93,6 +93,6 @@ def read_info(folder: pathlib.Path) -> Info | None:
   file = folder / INFO
   if not file.exists():
     return None
-  stored = json.loads(file.read_text())
-  return Info(**{name: tuple(value) if isinstance(value, list) else value
-                 for name, value in stored.items()})
+  stored: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                            for name, value in json.loads(file.read_text()).items()}
+  return Info(**stored)

@@ -5,7 +5,7 @@ Axes: I images, K texts (classes), T tokens of a text, P features that both towe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT, make_vit
-from models.families import PAIRS
+from models.families import PAIRS, Settings
+from models.stack import Outputs
 from ops import choices
 from ops.primitives.match import l2_normalize
 
@@ -38,12 +39,12 @@ class Clip(nn.Module):
 
   def setup(self) -> None:
     """Initializes the scale and bias that turn cosines into logits, as in released training."""
-    start, shift = (jnp.log(10.0), -10.0) if self.bias else (jnp.log(1 / 0.07), None)
+    start, shift = (jnp.log(10.0), -10.0) if self.bias else (jnp.log(1 / 0.07), 0.0)
     self.logit_scale = self.param('logit_scale', nn.initializers.constant(start), ())
     if self.bias:
       self.logit_bias = self.param('logit_bias', nn.initializers.constant(shift), ())
 
-  def __call__(self, images: Array, ids: Array) -> tuple[Array, dict[str, Any]]:
+  def __call__(self, images: Array, ids: Array) -> tuple[Array, Outputs]:
     """Scores every image with every text.
 
     Args:
@@ -54,7 +55,7 @@ class Clip(nn.Module):
       Logits float32[I, K], and a dict: 'image', 'text' (what each tower returns beside), and
       'image_features' float32[I, P], 'text_features' float32[K, P], of unit length.
     """
-    image, image_out = self.image(images)
+    image, image_out = cast(tuple[Array, Outputs], self.image(images))
     text, text_out = self.text(ids)
     image, text = l2_normalize(image), l2_normalize(text)
     return self._logits(image, text), {'image': image_out, 'text': text_out,
@@ -62,7 +63,7 @@ class Clip(nn.Module):
 
   def encode_image(self, images: Array) -> Array:
     """float32[I, P], of unit length."""
-    return l2_normalize(self.image(images)[0])
+    return l2_normalize(cast(Array, self.image(images)[0]))
 
   def encode_text(self, ids: Array) -> Array:
     """float32[K, P], of unit length."""
@@ -78,8 +79,8 @@ class Clip(nn.Module):
     return logits + self.logit_bias if self.bias else logits
 
 
-def make_clip(variant: str, *, image: dict[str, Any] | None = None,
-              text: dict[str, Any] | None = None) -> Clip:
+def make_clip(variant: str, *, image: Settings | None = None,
+              text: Settings | None = None) -> Clip:
   """A pair of towers by name, as 'clip_b32' or 'siglip_b16_224' (models/families.py).
 
   Args:

@@ -47,16 +47,17 @@ vocabulary, S slots of a cache, F MLP width, P numbers in a position.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from models import sharded_attention
 from models.plan import POSITIONS, Host, Plan
-from models.stack import BATCH_AXES, Stack, Tap
+from models.stack import BATCH_AXES, Outputs, Stack, Tap
 from ops import attention, kv_cache
 from ops.assignments import take
 from ops.attention import log_weight
@@ -80,7 +81,7 @@ def rms_norm(eps: float) -> nn.RMSNorm:
   return nn.RMSNorm(epsilon=eps, dtype=jnp.float32)
 
 
-def product(features: int | tuple[int, ...], dtype: Any, *, bias: bool = False,
+def product(features: int | tuple[int, ...], dtype: DTypeLike, *, bias: bool = False,
             axis: int | tuple[int, ...] = -1) -> nn.DenseGeneral:
   """Returns a matrix product with the initialisation of the blocks."""
   return nn.DenseGeneral(features, axis=axis, dtype=dtype, use_bias=bias,
@@ -111,7 +112,7 @@ class Block(nn.Module):
   qkv_bias: bool = False
   qk_norm: bool = False
   norm_eps: float = 1e-5
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   mesh: Mesh | None = None
   slots: str = 'ordered'
@@ -130,7 +131,8 @@ class Block(nn.Module):
 
   def __call__(self, tokens: TokenSet) -> TokenSet:
     """Runs the block without signals; it makes the parameters."""
-    return self.feed(self.attend(tokens, needs=frozenset(), proportional=False)[0])
+    attended, _ = self.attend(tokens, needs=frozenset(), proportional=False)
+    return cast(TokenSet, self.feed(attended))
 
   def attend(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
              **query_rows: Any) -> tuple[TokenSet, Signals]:
@@ -179,7 +181,7 @@ class Block(nn.Module):
     return Signals(**{name: getattr(measured, name.removeprefix('next_')) for name in needs})
 
   def feed(self, tokens: TokenSet, *, needs: frozenset[str] = frozenset(),
-           **unused: Any) -> TokenSet | tuple[TokenSet, Signals]:
+           **unused: object) -> TokenSet | tuple[TokenSet, Signals]:
     """Adds the MLP to the tokens; with `needs` it also measures the signals that they name."""
     del unused
     hidden = self.norm2(tokens.x)
@@ -268,7 +270,7 @@ class LM(nn.Module):
   qkv_bias: bool = False
   qk_norm: bool = False
   norm_eps: float = 1e-5
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   cache_plan: Plan | None = None
@@ -334,7 +336,7 @@ class LM(nn.Module):
                            of=(TEXT,))
 
   def __call__(self, tokens: Array | TokenSet,
-               valid: Array | None = None) -> tuple[Array, dict[str, Any]]:
+               valid: Array | None = None) -> tuple[Array, Outputs]:
     """Returns scores of the next token after every token that is left.
 
     Args:
@@ -375,14 +377,15 @@ class LM(nn.Module):
     tokens = self._enter(tokens, valid, room)
     if self.plan and self.plan.positions == 'restart':
       again = self.clone(plan=None, parent=None)
-      return again.apply({'params': self.variables['params']}, self._restarted(tokens), room=room,
-                         method='prefill')
+      return cast(tuple[Array, Cache], again.apply(
+          {'params': self.variables['params']}, self._restarted(tokens), room=room,
+          method='prefill'))
     cache_plan = self.cache_plan
     needs = frozenset({'keys', 'values'})
     if cache_plan:
       needs |= cache_plan.method.needs - STATIC
     tap = Tap(needs, functools.partial(self._store, _next_position(tokens), room),
-              _starts(cache_plan), cache_plan and cache_plan.method)
+              _starts(cache_plan), cache_plan.method if cache_plan else None)
     tokens, out = self.stack(tokens, tap)
     last = jnp.argmax(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1)
     x = take(tokens.x, last[:, None])[:, 0]
@@ -487,7 +490,8 @@ class LM(nn.Module):
     table = self._constrain(self.table.astype(self.dtype), 'tensor', None)
     return self._constrain(table[ids], BATCH_AXES)
 
-  def _product(self, x: Array, weights: Array, dimensions: Any, **unused: Any) -> Array:
+  def _product(self, x: Array, weights: Array, dimensions: jax.lax.DotDimensionNumbers,
+               **unused: object) -> Array:
     """Logits, not rounded to the dtype of the factors; `weights` are [D, V] or [V, D]."""
     del unused
     vocabulary = 1 - dimensions[0][1][0]
@@ -496,13 +500,13 @@ class LM(nn.Module):
     logits = jax.lax.dot_general(x, weights, dimensions, preferred_element_type=jnp.float32)
     return self._constrain(logits, BATCH_AXES, *(None,) * (x.ndim - 2), 'tensor')
 
-  def _constrain(self, x: Array, *axes: Any) -> Array:
+  def _constrain(self, x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """An array divided along these axes of the mesh, if there is one, and so its gradient."""
     if self.mesh is None:
       return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
-  def _gather_weights(self, weights: Array, *axes: Any) -> Array:
+  def _gather_weights(self, weights: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """Parameters divided along these axes of the mesh alone, for a product with rows or a lookup.
 
     Where they are sliced over the axes that divide the batch, the partitioner would otherwise
@@ -542,6 +546,6 @@ def _starts(plan: Plan | None) -> tuple[int, ...]:
 
   def size(layer: int) -> tuple[int, int] | None:
     cut = plan.cut(layer)
-    return cut and (cut.slots_in, cut.slots_out)
+    return (cut.slots_in, cut.slots_out) if cut else None
 
   return tuple(layer for layer in range(1, depth) if size(layer) != size(layer - 1))

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from models.backbones.vit import OFFERS, Block
 from models.backbones.windows import Windows, WindowStack
 from models.blocks import ACTIVATIONS, dense, layer_norm
 from models.plan import Host, Plan
-from models.stack import Stack
+from models.stack import Outputs, Stack
 from ops import choices
 from ops import tokens as tk
 from ops.tokens import TokenSet
@@ -112,7 +113,7 @@ class QwenVision(nn.Module):
   window: int = 0
   whole_layers: tuple[int, ...] = ()
   norm_eps: float = 1e-6
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
@@ -135,7 +136,7 @@ class QwenVision(nn.Module):
     return Host(self.depth, self.grid[0] * self.grid[1], 0, OFFERS)
 
   @nn.compact
-  def __call__(self, patches: Array, sizes: Array) -> tuple[TokenSet, dict[str, Any]]:
+  def __call__(self, patches: Array, sizes: Array) -> tuple[TokenSet, Outputs]:
     """Encodes images.
 
     Args:
@@ -155,9 +156,9 @@ class QwenVision(nn.Module):
     x = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name='patch',
                  kernel_init=nn.initializers.lecun_normal())(
                      patches.reshape(batch, rows * columns, -1))
-    indices = np.stack(np.indices(self.grid), axis=-1).reshape(1, -1, 2)
-    valid = (jnp.asarray(indices) < sizes[:, None]).all(axis=-1)
-    indices = jnp.broadcast_to(jnp.asarray(indices, jnp.int32), (batch, rows * columns, 2))
+    indices = jnp.asarray(np.moveaxis(np.indices(self.grid), 0, -1).reshape(1, -1, 2), jnp.int32)
+    valid = (indices < sizes[:, None]).all(axis=-1)
+    indices = jnp.broadcast_to(indices, (batch, rows * columns, 2))
     tokens, out = self._stack()(TokenSet.create(x, valid=valid, stats={'patch': indices}))
     return self._merged(tokens, valid), out | {'tokens': tokens}
 
@@ -196,8 +197,9 @@ class QwenVision(nn.Module):
     block = RotaryBlock(self.width, self.heads, self.mlp, 0.0, self.norm_eps, self.dtype,
                         self.implementation, self.mesh, self.activation, norm=self.norm,
                         parent=None)
-    settings = {'block': block, 'depth': self.depth, 'plan': self.plan, 'remat': self.remat,
-                'mesh': self.mesh, 'capture': self.capture, 'name': 'stack'}
+    settings: dict[str, Any] = {
+        'block': block, 'depth': self.depth, 'plan': self.plan, 'remat': self.remat,
+        'mesh': self.mesh, 'capture': self.capture, 'name': 'stack'}
     if not self.window:
       return Stack(**settings, grid=self.grid)
     window = (self.window, self.window)

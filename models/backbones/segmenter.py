@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 
 from models import renames
 from models.backbones.vit import ViT
+from models.stack import Outputs
 from ops import choices
 from ops import tokens as tk
 from ops.tokens import TokenSet
@@ -137,7 +138,7 @@ class SegmentViT(ViT):
     return self.pixel_classes
 
   @nn.compact
-  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, dict[str, Any]]:
+  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, Outputs]:
     """Segments images.
 
     Args:
@@ -174,7 +175,7 @@ class SegmentViT(ViT):
     """Features of an earlier layer through the final norm, as those of the final tokens."""
     norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, use_fast_variance=False,
                         parent=None)
-    return norm.apply({'params': self.get_variable('params', 'norm')}, x)
+    return cast(Array, norm.apply({'params': self.get_variable('params', 'norm')}, x))
 
   def _check_decoder(self) -> None:
     choices.check('fill=', self.fill, FILLS)

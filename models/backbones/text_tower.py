@@ -8,17 +8,16 @@ Axes: B batch, T tokens of a text, N slots, D width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from models.backbones.vit import OFFERS, Block
 from models.blocks import ACTIVATIONS, layer_norm
 from models.plan import Host, Plan
-from models.stack import Stack
+from models.stack import Outputs, Stack
 from ops import choices
 from ops.assignments import take
 from ops.tokens import SPECIAL, TEXT, TokenSet
@@ -56,7 +55,7 @@ class Text(nn.Module):
   activation: str = 'gelu'
   dropout: float = 0.0
   norm_eps: float = 1e-6
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
@@ -74,7 +73,7 @@ class Text(nn.Module):
     return Host(self.depth, self.context, self.special, OFFERS - {'grid'})
 
   @nn.compact
-  def __call__(self, ids: Array) -> tuple[Array, dict[str, Any]]:
+  def __call__(self, ids: Array) -> tuple[Array, Outputs]:
     """Encodes texts.
 
     Args:

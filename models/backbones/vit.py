@@ -13,20 +13,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from models import sharded_attention
 from models.backbones.windows import Windows, WindowStack
 from models.blocks import ACTIVATIONS, Heads, dense, hidden_features, layer_norm
 from models.families import NAMED, SIZES
 from models.plan import Host, Plan
-from models.stack import Stack
+from models.stack import Outputs, Stack
 from ops import attention, choices
 from ops.primitives.select import keep_top
 from ops.signals import Signals, measure, measure_map
@@ -56,7 +57,7 @@ class Block(nn.Module):
   mlp: int
   dropout: float = 0.0
   norm_eps: float = 1e-6
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   mesh: Mesh | None = None
   activation: str = 'gelu'
@@ -71,7 +72,7 @@ class Block(nn.Module):
     self.fc1 = dense(hidden_features(self.mlp, self.activation), self.dtype)
     self.fc2 = dense(self.width, self.dtype)
     self.drop = nn.Dropout(self.dropout)
-    scales = [None, None]
+    scales: list[Array | None] = [None, None]
     if self.layer_scale is not None:
       start = nn.initializers.constant(self.layer_scale)
       scales = [self.param(name, start, (self.width,)) for name in ('ls1', 'ls2')]
@@ -144,7 +145,7 @@ class Block(nn.Module):
                                   positions=self._causal_positions(tokens))
     return Signals(next_received_attention=received)
 
-  def feed(self, tokens: TokenSet, **unused: Any) -> TokenSet:
+  def feed(self, tokens: TokenSet, **unused: object) -> TokenSet:
     """MLP and its residual."""
     del unused
     hidden = ACTIVATIONS[self.activation](self.fc1(self.norm2(tokens.x)))
@@ -167,7 +168,7 @@ class AttentionPool(nn.Module):
   mlp: int
   activation: str
   norm_eps: float
-  dtype: Any
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, tokens: TokenSet, *, proportional: bool) -> Array:
@@ -241,7 +242,7 @@ class ViT(nn.Module):
   layer_scale: float | None = None
   dropout: float = 0.0
   norm_eps: float = 1e-6
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
@@ -282,7 +283,7 @@ class ViT(nn.Module):
     return Host(self.depth, slots, self.special, offers)
 
   @nn.compact
-  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, dict[str, Any]]:
+  def __call__(self, images: Array | TokenSet) -> tuple[Array | TokenSet, Outputs]:
     """Classifies images.
 
     Args:
@@ -301,9 +302,9 @@ class ViT(nn.Module):
       ValueError: for images of another size, or settings that contradict each other.
     """
     tokens = images
-    if not isinstance(images, TokenSet):
-      self._check(images)
-      tokens = self._embed(images)
+    if not isinstance(tokens, TokenSet):
+      self._check(tokens)
+      tokens = self._embed(tokens)
       if self.training_patches and self.has_rng('dropout'):
         tokens = self._drop_patches(tokens)
     embedded = tokens.x
@@ -332,15 +333,16 @@ class ViT(nn.Module):
     logits = head('head', pooled)
     if self.distilled:
       out['heads'] = logits, head('head_dist', tokens.x[:, 1])
-      logits = sum(out['heads']) / 2
+      logits = cast(Array, sum(out['heads']) / 2)
     return logits, out
 
   def _stack(self) -> Stack:
     """The blocks, in windows or not."""
     block = Block(self.width, self.heads, self.mlp, self.dropout, self.norm_eps, self.dtype,
                   self.implementation, self.mesh, self.activation, self.layer_scale, parent=None)
-    settings = {'block': block, 'depth': self.depth, 'plan': self.plan, 'remat': self.remat,
-                'mesh': self.mesh, 'capture': self.capture, 'name': 'stack'}
+    settings: dict[str, Any] = {
+        'block': block, 'depth': self.depth, 'plan': self.plan, 'remat': self.remat,
+        'mesh': self.mesh, 'capture': self.capture, 'name': 'stack'}
     if self.window is None:
       return Stack(**settings, grid=self.grid, layers=self.layers)
     windows = Windows(self.grid, self.window, self.special)
@@ -471,8 +473,9 @@ def make_vit(variant: str, **overrides: Any) -> ViT:
   for key in overrides:
     choices.check_key('a ViT has no setting ', key, fields)
   width, depth, mlp, heads = SIZES[size]
-  settings = {'width': width, 'depth': depth, 'mlp': mlp, 'heads': heads, 'patch': int(patch),
-              'image_size': 224, 'num_classes': 1000}
+  settings: dict[str, Any] = {
+      'width': width, 'depth': depth, 'mlp': mlp, 'heads': heads, 'patch': int(patch),
+      'image_size': 224, 'num_classes': 1000}
   settings |= named | overrides
   if not isinstance(settings['image_size'], int):  # A list where it comes of JSON.
     settings['image_size'] = tuple(settings['image_size'])

@@ -25,7 +25,6 @@ H heads, n tokens of a crop that the tower passes on.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -39,6 +38,7 @@ from models.backbones.vit import ViT
 from models.blocks import dense
 from models.plan import Host
 from models.projector import FROM_TOWER, Projector, ProjectorReduction, reduce_visual
+from models.stack import Outputs
 from ops import assignments
 from ops import tokens as tk
 from ops.assignments import take
@@ -75,7 +75,9 @@ class Images:
   def layout(self) -> tuple[int, int, int]:
     """Returns (C, I, V), which decide all shapes behind the tower; V is 0 for one image a crop."""
     crops = self.pixels.shape[1]
-    return (crops, *self.index.shape[1:3]) if self.index is not None else (crops, crops, 0)
+    if self.index is None:
+      return crops, crops, 0
+    return crops, self.index.shape[1], self.index.shape[2]
 
 
 class VLM(nn.Module):
@@ -175,7 +177,7 @@ class VLM(nn.Module):
     return cut.slots_out * (images if reduction.across == 'image' else 1)
 
   def __call__(self, ids: Array, valid: Array,
-               images: Images | None) -> tuple[Array, dict[str, Any]]:
+               images: Images | None) -> tuple[Array, Outputs]:
     """Returns scores of the next token after every token that is left.
 
     Args:
@@ -203,10 +205,10 @@ class VLM(nn.Module):
     return self.lm.decode(ids, cache)
 
   def sequence(self, ids: Array, valid: Array,
-               images: Images | None) -> tuple[TokenSet, dict[str, Any]]:
+               images: Images | None) -> tuple[TokenSet, Outputs]:
     """Returns the tokens that the language model reads, and auxiliary outputs (`__call__`)."""
     embedded = self.lm.embed(ids).x
-    aux: dict[str, Any] = {}
+    aux: Outputs = {}
     visual, slots = None, None
     if images is not None:
       visual, visual_slots, aux = self.encode_images(images)
@@ -216,7 +218,7 @@ class VLM(nn.Module):
                           slots=slots, axes=axes)
     return tokens, {**aux, 'sequence': tokens, 'slot': slot, 'visual': visual}
 
-  def encode_images(self, images: Images) -> tuple[Visual, int | None, dict[str, Any]]:
+  def encode_images(self, images: Images) -> tuple[Visual, int | None, Outputs]:
     """Runs tower, projector and the projector's reduction.
 
     Returns:
@@ -228,7 +230,7 @@ class VLM(nn.Module):
       `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet).
     """
     tokens, tower_out = self._run_tower(images)
-    aux: dict[str, Any] = {'tower': tower_out}
+    aux: Outputs = {'tower': tower_out}
     if self.patch_labels:
       aux['patches'] = self.probe(tokens.x.astype(jnp.float32)), tokens
     if self.projection:
@@ -245,13 +247,14 @@ class VLM(nn.Module):
     stats.pop('cell', None)
     return visual.replace(stats=stats, axes=axes, extent=images.extent), slots, aux
 
-  def _run_tower(self, images: Images) -> tuple[TokenSet, dict[str, Any]]:
+  def _run_tower(self, images: Images) -> tuple[TokenSet, Outputs]:
     """Tokens [B * C, n] without special ones, and the tower's dict."""
 
     def crops(values: Array) -> Array:
       return values.reshape(-1, *values.shape[2:])
 
     if isinstance(self.tower, QwenVision):
+      assert images.sizes is not None
       return self.tower(crops(images.pixels), crops(images.sizes))
     tokens, out = self.tower(crops(images.pixels))
     tokens = tokens if isinstance(tokens, TokenSet) else out['tokens']
@@ -273,6 +276,7 @@ class VLM(nn.Module):
     if images.index is None:
       stats['cell'] = tokens.pos.reshape(batch, crops, each)
       return Visual(x, valid, stats=stats), None
+    assert images.weight is not None
     index, weight = images.index, images.weight
     if each < tokens.owner.shape[1]:
       index, weight = _reduced_layout(tokens, index, weight)

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.stack import Stack, Tap
+from models.stack import Outputs, Stack, Tap
+from models.storage import LayerSlice, Params, Weights
 from ops import assignments
 from ops import tokens as tk
 from ops.assignments import Assignment
@@ -158,7 +159,8 @@ class WindowStack(Stack):
   windows: Windows = dataclasses.field(kw_only=True)
   whole: tuple[int, ...] = ()
 
-  def __call__(self, tokens: TokenSet) -> tuple[TokenSet, dict[str, Any]]:
+  def __call__(  # type: ignore[override]  # No tap reads windows.
+      self, tokens: TokenSet) -> tuple[TokenSet, Outputs]:
     """Runs the layers on fresh tokens in raster order; returns tokens in window order.
 
     Raises:
@@ -180,7 +182,9 @@ class WindowStack(Stack):
     missing = sorted(set(self.whole) - set(range(self.depth)))
     if missing:
       raise ValueError(f'whole_layers has {missing[0]}, but the layers are 0 to {self.depth - 1}')
-    for cut in self.plan.cuts if self.plan else ():
+    if self.plan is None:
+      return
+    for cut in self.plan.cuts:
       keep, min_slots = self.windows.slots(cut.slots_out), self.plan.method.min_slots
       slots = self.windows.slots(cut.slots_in)
       if keep < min_slots(slots, self.windows.special):
@@ -191,14 +195,14 @@ class WindowStack(Stack):
         raise ValueError(f'{self.plan.name} cuts inside the attention of layer {cut.layer}, which '
                          'sees the whole image: take it out of whole_layers, or of the cuts')
 
-  def _stages(self, weights: Any, tap: Tap | None) -> Iterator[tuple[int, int]]:
+  def _stages(self, weights: Weights, tap: Tap | None) -> Iterator[tuple[int, int]]:
     """A whole layer runs alone, as its attention is not that of its neighbours."""
     for start, stop in super()._stages(weights, tap):
       edges = {edge for layer in self.whole for edge in (layer, layer + 1) if start < edge < stop}
       yield from itertools.pairwise(sorted({start, stop} | edges))
 
-  def _layer(self, params: Any, index: Any, key: Array | None, method: str, tokens: TokenSet,
-             *args: Any, **kwargs: Any) -> Any:
+  def _layer(self, params: Params | LayerSlice, index: int | Array, key: Array | None,
+             method: str, tokens: TokenSet, *args: Any, **kwargs: Any) -> Any:
     """Runs one layer; in a whole layer attention sees all windows of an image."""
     run = functools.partial(super()._layer, params, index, key, method)
     # Inside a loop the index is traced; no whole layer is in one.
@@ -218,7 +222,7 @@ class WindowStack(Stack):
         name: self.windows.fold_values(value, axis=axis.get(name, 1))
         for name, value in by_name.items() if isinstance(value, jax.Array)})
 
-  def _decide(self, cut: Cut, key: Array | None, out: dict[str, Any], tokens: TokenSet,
+  def _decide(self, cut: Cut, key: Array | None, out: Outputs, tokens: TokenSet,
               signals: Signals) -> tuple[TokenSet, Assignment]:
     """A cut of an image as that of its windows."""
     cut = Cut(cut.layer, self.windows.slots(cut.slots_in), self.windows.slots(cut.slots_out))

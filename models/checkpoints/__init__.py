@@ -14,12 +14,13 @@ import fnmatch
 import functools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from models.backbones.clip import Clip
@@ -29,7 +30,7 @@ from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import files, timm, transformers, transformers_vlm
-from models.checkpoints.layout import BLOCKS, Layout, Leaf, flatten, leaves, nest
+from models.checkpoints.layout import BLOCKS, Layout, Leaf, Shape, flatten, leaves, nest
 from models.storage import STORAGES
 from ops import choices
 
@@ -39,7 +40,7 @@ Params = dict[str, Any]
 
 
 def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
-         unused: Sequence[str] = (), dtype: Any = np.float32, storage: str = 'stacked',
+         unused: Sequence[str] = (), dtype: DTypeLike | None = np.float32, storage: str = 'stacked',
          shardings: Any = None) -> Params:
   """Reads a checkpoint into the tree of a model; the layout is found by its names.
 
@@ -97,7 +98,7 @@ def _grouped(wanted: Sequence[Leaf], storage: str) -> dict[str, list[Leaf]]:
   return groups
 
 
-def _read(tensors: files.Tensors, dtype: Any, parts: list[Leaf],
+def _read(tensors: files.Tensors, dtype: DTypeLike | None, parts: list[Leaf],
           index: tuple[slice, ...]) -> np.ndarray:
   """A region of one leaf of the result, from one tensor of the checkpoint at a time."""
   def one(leaf: Leaf, region: tuple[slice, ...]) -> np.ndarray:
@@ -112,7 +113,7 @@ def _read(tensors: files.Tensors, dtype: Any, parts: list[Leaf],
     if stacked is None:
       stacked = np.empty((len(chosen), *array.shape), array.dtype if dtype is None else dtype)
     stacked[i] = array
-  return stacked
+  return cast(np.ndarray, stacked)
 
 
 def _keyed(tree: Any) -> Any:
@@ -158,7 +159,7 @@ def save(model: Model, params: Params, path: str | pathlib.Path, *,
     raise ValueError(f'these parameters are not those of the model: they lack '
                      f'{_listed(_shapes(model).keys() - shapes.keys())}, have '
                      f'{_listed(shapes.keys() - _shapes(model).keys())} more, or differ in shape')
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   try:
     for leaf in leaves(chosen, chosen.prefixes[0], shapes):
       array = flat[leaf.path] if leaf.layer is None else flat[leaf.path][leaf.layer]
@@ -179,7 +180,7 @@ def merge_params(params: Params, loaded: Params) -> Params:
   """
   flat = flatten(params)
 
-  def placed(leaf: Any, array: np.ndarray) -> jax.Array:
+  def placed(leaf: jax.Array, array: np.ndarray) -> jax.Array:
     array = np.asarray(array, leaf.dtype)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
@@ -217,11 +218,12 @@ def resize_positions(params: Params, model: ViT, *,
   return {**params, 'pos': np.asarray(patches)}
 
 
-def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Model) -> dict[str, Shape]:
   """Shapes of a model's own leaves by path, those of learned reductions left out."""
   if isinstance(model, Clip):
-    towers = {'image': model.image, 'text': model.text}
-    scalars = {'logit_scale': (), **({'logit_bias': ()} if model.bias else {})}
+    towers: dict[str, ViT | Text] = {'image': model.image, 'text': model.text}
+    scalars: dict[str, Shape] = {
+        'logit_scale': (), **({'logit_bias': ()} if model.bias else {})}
     return scalars | {f'{name}/{path}': shape for name, tower in towers.items()
                       for path, shape in _shapes(tower).items()}
   if isinstance(model, VLM):
@@ -245,7 +247,7 @@ def _qwen_tree(model: QwenVision) -> Any:
   return jax.eval_shape(model.init, jax.random.key(0), patches, sizes)['params']
 
 
-def _shapes_of_vlm(model: VLM) -> dict[str, tuple[int, ...]]:
+def _shapes_of_vlm(model: VLM) -> dict[str, Shape]:
   parts = {'tower': _shapes(model.tower), 'lm': _shapes(model.lm)}
   shapes = {f'{name}/{path}': shape for name, part in parts.items() for path, shape in part.items()}
   wide, narrow = model.lm.width, model.tower.width
@@ -267,10 +269,10 @@ def _under(path: str, starts: Sequence[str]) -> bool:
   return any(path == start or path.startswith(f'{start}/') for start in starts)
 
 
-def _possible(layout: Layout, prefix: str, shapes: Mapping[str, Any],
+def _possible(layout: Layout, prefix: str, shapes: Mapping[str, Shape],
               fresh: Sequence[str]) -> list[Leaf]:
   """The fresh leaves that a layout has names for."""
-  possible = []
+  possible: list[Leaf] = []
   for path, shape in shapes.items():
     if _under(path, fresh):
       try:
@@ -280,7 +282,7 @@ def _possible(layout: Layout, prefix: str, shapes: Mapping[str, Any],
   return possible
 
 
-def _choose(model: Any, source: Any, shapes: Mapping[str, Any],
+def _choose(model: Model, source: str | pathlib.Path, shapes: Mapping[str, Shape],
             tensors: files.Tensors) -> tuple[Layout, str]:
   """The layout and prefix under which most names, and then most shapes, are found."""
   best, most = None, (0, 0)
@@ -308,8 +310,8 @@ def _choose(model: Any, source: Any, shapes: Mapping[str, Any],
   return best
 
 
-def _check(model: Any, source: Any, layout: Layout, wanted: list[Leaf], tensors: files.Tensors,
-           left_out: set[str], unused: Sequence[str]) -> None:
+def _check(model: Model, source: str | pathlib.Path, layout: Layout, wanted: list[Leaf],
+           tensors: files.Tensors, left_out: set[str], unused: Sequence[str]) -> None:
   """Raises with everything that does not fit."""
   expected = {name: (leaf, leaf.foreign_shape(shape, _side(model))) for leaf in wanted
            for name, shape in zip(leaf.names, leaf.part_shapes, strict=True)}
@@ -335,7 +337,7 @@ def _check(model: Any, source: Any, layout: Layout, wanted: list[Leaf], tensors:
                      f'{leaf.path}{hint}')
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
   """All names in one line, those of blocks once, with how many there are."""
   counts = collections.Counter(re.sub(r'\.\d+\.', '.*.', name) for name in names)
   return ', '.join(name if count == 1 else f'{name} ({count} times)'

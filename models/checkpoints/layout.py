@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 Shape = tuple[int, ...]
+# Of modules and loose leaves, as `Layout.names`.
+Names = dict[str, str | tuple[str, ...]]
 BLOCKS = 'stack/blocks/'
 # A module's own leaves, and what every source calls them.
 ENDINGS = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
@@ -172,7 +174,8 @@ def _leaf(layout: Layout, path: str, layer: int | None, shape: Shape,
     inputs = 2 if own == 'out' else 1
   elif ending in ENDINGS:
     kind = 'vector'
-  pieces, axis = (), -3
+  pieces: Shape = ()
+  axis = -3
   if 'qkv' in module.split('/'):
     pieces = PIECES[len(names)]
   elif len(names) > 1:
@@ -181,9 +184,9 @@ def _leaf(layout: Layout, path: str, layer: int | None, shape: Shape,
               layout.ranks.get(path, len(shape)), axis)
 
 
-def flatten(tree: Any, start: str = '') -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], start: str = '') -> dict[str, Any]:
   """Returns a nested dict as {path: leaf}."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in tree.items():
     path = start + key
     flat |= flatten(value, f'{path}/') if isinstance(value, Mapping) else {path: value}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.backbones.lm import LM
@@ -45,7 +45,7 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
   kind = config.get('model_type')
   if kind not in LM_FAMILIES:
     raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(LM_FAMILIES)}')
-  get = {**LM_FAMILIES[kind], **config}.get
+  get: Callable[..., Any] = {**LM_FAMILIES[kind], **config}.get
   if get('hidden_act', 'silu') != 'silu':
     raise ValueError(f'hidden_act={get("hidden_act")!r} is unknown: these models gate with silu')
   for name in ('mlp_bias', 'attention_bias'):
@@ -68,7 +68,7 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
   return LM(**(settings | overrides))
 
 
-def _window(get: Any) -> int:
+def _window(get: Callable[..., Any]) -> int:
   """The sliding window, 0 for none.
 
   Raises:
@@ -90,12 +90,12 @@ def _window(get: Any) -> int:
   return window
 
 
-def _rope(config: Mapping[str, Any], get: Any, head_width: int) -> Rope:
+def _rope(config: Mapping[str, Any], get: Callable[..., Any], head_width: int) -> Rope:
   """The rotations, from either form of config: `rope_parameters`, or theta and `rope_scaling`."""
   rope_config = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
   kind = rope_config.get('rope_type') or rope_config.get('type') or 'default'
-  settings = {'width': head_width,
-              'theta': float(rope_config.get('rope_theta') or get('rope_theta'))}
+  settings: dict[str, Any] = {
+      'width': head_width, 'theta': float(rope_config.get('rope_theta') or get('rope_theta'))}
   sections = tuple(rope_config.get('mrope_section') or ())
   if sections:
     settings |= {'sections': sections,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from models.backbones.vit import ViT
-from models.checkpoints.layout import Layout
+from models.checkpoints.layout import Layout, Names
 
-NAMES = {
+NAMES: Names = {
     'cls': 'cls_token',
     'dist': 'dist_token',
     'registers': 'reg_token',

@@ -12,10 +12,10 @@ from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import vlm_config
-from models.checkpoints.layout import Layout
+from models.checkpoints.layout import Layout, Names
 from models.checkpoints.lm_config import from_config
 
-_EMBED = {
+_EMBED: Names = {
     'cls': 'embeddings.cls_token',
     'dist': 'embeddings.distillation_token',
     'registers': 'embeddings.register_tokens',
@@ -23,13 +23,13 @@ _EMBED = {
     'patch': 'embeddings.patch_embeddings.projection.*',
     'norm': 'layernorm.*',
 }
-_ATTENTION = {
+_ATTENTION: Names = {
     'stack/blocks/qkv': tuple(f'encoder.layer.{{}}.attention.attention.{part}.*'
                               for part in ('query', 'key', 'value')),
     'stack/blocks/out': 'encoder.layer.{}.attention.output.dense.*',
 }
 # ViT, DeiT and the encoder of MAE.
-VIT = {
+VIT: Names = {
     **_EMBED, **_ATTENTION,
     'stack/blocks/norm1': 'encoder.layer.{}.layernorm_before.*',
     'stack/blocks/norm2': 'encoder.layer.{}.layernorm_after.*',
@@ -37,7 +37,7 @@ VIT = {
     'stack/blocks/fc2': 'encoder.layer.{}.output.dense.*',
 }
 # With and without registers.
-DINOV2 = {
+DINOV2: Names = {
     **_EMBED, **_ATTENTION,
     'stack/blocks/norm1': 'encoder.layer.{}.norm1.*',
     'stack/blocks/norm2': 'encoder.layer.{}.norm2.*',
@@ -47,12 +47,12 @@ DINOV2 = {
     'stack/blocks/ls2': 'encoder.layer.{}.layer_scale2.lambda1',
     'head': '^classifier.*',
 }
-SWIGLU = {
+SWIGLU: Names = {
     'stack/blocks/fc1': 'encoder.layer.{}.mlp.weights_in.*',
     'stack/blocks/fc2': 'encoder.layer.{}.mlp.weights_out.*',
 }
 # The blocks of CLIP and SigLIP, in either tower.
-_TOWER = {
+_TOWER: Names = {
     'stack/blocks/norm1': 'encoder.layers.{}.layer_norm1.*',
     'stack/blocks/qkv': tuple(f'encoder.layers.{{}}.self_attn.{part}_proj.*' for part in 'qkv'),
     'stack/blocks/out': 'encoder.layers.{}.self_attn.out_proj.*',
@@ -61,24 +61,24 @@ _TOWER = {
     'stack/blocks/fc2': 'encoder.layers.{}.mlp.fc2.*',
     'pos': 'embeddings.position_embedding.weight',
 }
-_IMAGE = {
+_IMAGE: Names = {
     **_TOWER,
     'patch': 'embeddings.patch_embedding.*',
     'norm': 'post_layernorm.*',
 }
-_TEXT = {
+_TEXT: Names = {
     **_TOWER,
     'table': 'embeddings.token_embedding.weight',
     'norm': 'final_layer_norm.*',
 }
-CLIP_IMAGE = {
+CLIP_IMAGE: Names = {
     **_IMAGE,
     'cls': 'embeddings.class_embedding',
     'norm_pre': 'pre_layrnorm.*',
     'projection': '^visual_projection.*',
 }
-CLIP_TEXT = {**_TEXT, 'projection': '^text_projection.*'}
-SIGLIP_IMAGE = {
+CLIP_TEXT: Names = {**_TEXT, 'projection': '^text_projection.*'}
+SIGLIP_IMAGE: Names = {
     **_IMAGE,
     'pool/probe': 'head.probe',
     'pool/qkv': 'head.attention.in_proj_*',
@@ -87,9 +87,9 @@ SIGLIP_IMAGE = {
     'pool/fc1': 'head.mlp.fc1.*',
     'pool/fc2': 'head.mlp.fc2.*',
 }
-SIGLIP_TEXT = {**_TEXT, 'projection': 'head.*'}
+SIGLIP_TEXT: Names = {**_TEXT, 'projection': 'head.*'}
 # Llama, Mistral, Qwen 2 and 3.
-LANGUAGE = {
+LANGUAGE: dict[str, str] = {
     'table': 'embed_tokens.weight',
     'stack/blocks/norm1': 'layers.{}.input_layernorm.*',
     **{f'stack/blocks/{part}': f'layers.{{}}.self_attn.{part}_proj.*' for part in 'qkv'},

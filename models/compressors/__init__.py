@@ -8,8 +8,9 @@ from models.compressors.patchmerger import PatchMerger
 from models.compressors.sinkhorn import Sinkhorn
 from models.compressors.sit import SiT
 from models.compressors.textmonkey_resampler import TextMonkeyResampler
+from ops.reducers.method import Method
 
-COMPRESSORS: dict[str, type] = {
+COMPRESSORS: dict[str, type[Method]] = {
     'dynamicvit': DynamicViT,
     'patchmerger': PatchMerger,
     'sinkhorn': Sinkhorn,

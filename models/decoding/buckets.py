@@ -15,7 +15,6 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ import numpy as np
 
 from models.backbones.vit import ViT
 from models.plan import FREE_OF_ATTENTION
+from models.storage import Params
 from ops import tokens as tk
 from ops.assignments import Gather
 from ops.tokens import TokenSet
@@ -72,7 +72,7 @@ class Buckets:
     ValueError: no adaptive plan, sizes that no count can have, or a model that cannot be cut there.
   """
 
-  def __init__(self, vit: ViT, params: Any, *, sizes: Sequence[int] | None = None,
+  def __init__(self, vit: ViT, params: Params, *, sizes: Sequence[int] | None = None,
                rows: int | None = None) -> None:
     if vit.plan is None or not vit.plan.cuts or not vit.plan.method.adaptive:
       name = vit.plan.name if vit.plan else 'none'
@@ -95,7 +95,7 @@ class Buckets:
     self._params = params
     self._first = jax.jit(functools.partial(first_half, vit, first.layer))
     self._second = functools.partial(second_half, vit, first.layer)
-    self._programs: dict[tuple[int, int, int], Any] = {}
+    self._programs: dict[tuple[int, int, int], jax.stages.Compiled] = {}
 
   def __call__(self, images: Array) -> Answer:
     """Runs a batch.
@@ -134,7 +134,7 @@ class Buckets:
     for size in {*self.sizes, self.full}:
       self._program(size, tokens, index)
 
-  def _program(self, size: int, tokens: TokenSet, index: np.ndarray) -> Any:
+  def _program(self, size: int, tokens: TokenSet, index: np.ndarray) -> jax.stages.Compiled:
     key = len(tokens.x), len(index), size
     if key not in self._programs:
       start = time.perf_counter()
@@ -144,7 +144,8 @@ class Buckets:
     return self._programs[key]
 
 
-def first_half(vit: ViT, layer: int, params: Any, images: Array) -> tuple[TokenSet, Array, Array]:
+def first_half(vit: ViT, layer: int, params: Params,
+               images: Array) -> tuple[TokenSet, Array, Array]:
   """Runs the model up to `layer`, that one included.
 
   Returns:
@@ -153,12 +154,12 @@ def first_half(vit: ViT, layer: int, params: Any, images: Array) -> tuple[TokenS
   """
   tokens, out = vit.clone(layers=(0, layer + 1)).apply({'params': params}, images)
   order = jnp.argsort(~tokens.real, axis=1, stable=True).astype(jnp.int32)
-  beyond = sum(jnp.sum(wanted) for wanted in out['overflow'].values())
+  beyond = jnp.asarray(sum(jnp.sum(wanted) for wanted in out['overflow'].values()))
   packed = tk.reduce(tokens, Gather(order, tokens.slots))
   return packed, jnp.sum(packed.real, axis=1, dtype=jnp.int32), beyond
 
 
-def second_half(vit: ViT, layer: int, size: int, params: Any, tokens: TokenSet,
+def second_half(vit: ViT, layer: int, size: int, params: Params, tokens: TokenSet,
                 index: Array) -> Array:
   """Runs the model behind `layer` on the rows `index` and the first `size` slots, to its logits."""
   if len(index) < len(tokens.x):  # Else the group is the batch, in its order.
@@ -175,6 +176,7 @@ def check_split(vit: ViT, layer: int) -> None:
     raise ValueError(f'the first cut is in layer {layer}, the last one, so nothing is left to '
                      'save: cut in an earlier layer')
   plan = vit.plan
+  assert plan is not None
   if plan.site == 'before' and plan.cut(layer + 1) and plan.method.needs - FREE_OF_ATTENTION:
     raise ValueError(f'{plan.name} before layer {layer + 1} reads the attention of layer {layer}, '
                      'which the first half keeps to itself: leave a layer between these cuts')

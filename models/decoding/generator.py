@@ -22,17 +22,19 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.typing import ArrayLike
 
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
 from models.decoding.sampling import SIDES, Sampling, padded, sample
 from models.reduce_config import Layout, ModelWithPlans, with_plans
+from models.storage import Params
 from ops import splice
 from ops.assignments import take
 from ops.kv_cache import Cache
@@ -69,7 +71,7 @@ class Generator:
     plans: the model with its plans for prompts of any number of slots.
   """
 
-  def __init__(self, lm: LM | VLM, params: Any, *, ends: Sequence[int] = (),
+  def __init__(self, lm: LM | VLM, params: Params, *, ends: Sequence[int] = (),
                buckets: Sequence[int] = (64, 256, 1024, 4096), side: str = 'left',
                plans: ModelWithPlans | None = None):
     """Prepares functions; nothing is compiled yet.
@@ -247,7 +249,7 @@ class Generator:
     self._check_ids(following, following >= 0)
     return following
 
-  def _extra_inputs(self, images: Images | None) -> tuple[Any, ...]:
+  def _extra_inputs(self, images: Images | None) -> tuple[Images | None, ...]:
     """Arguments that a VLM takes after ids and mask."""
     return (images,) if isinstance(self._lm, VLM) else ()
 
@@ -285,18 +287,20 @@ class Generator:
                     layout: Layout | None) -> Callable[..., tuple[Array, Cache]]:
     lm = self.plans(slots, layout)
 
-    def prefill(params: Any, ids: Array, valid: Array, *images: Any) -> tuple[Array, Cache]:
+    def prefill(params: Params, ids: Array, valid: Array,
+                *images: Images | None) -> tuple[Array, Cache]:
       self._count('prefill', len(ids), slots, room)
-      return lm.apply({'params': params}, ids, valid, *images, room=room, method='prefill')
+      return cast(tuple[Array, Cache], lm.apply({'params': params}, ids, valid, *images, room=room,
+                                                method='prefill'))
 
     return jax.jit(prefill)
 
   def _make_score_all(self) -> Callable[..., tuple[Array, Array]]:
     lm = self._lm
 
-    def score(params: Any, ids: Array, valid: Array, following: Array, indices: Array,
-              *images: Any) -> tuple[Array, Array]:
-      self._count('score', *ids.shape, 0)
+    def score(params: Params, ids: Array, valid: Array, following: Array, indices: Array,
+              *images: Images | None) -> tuple[Array, Array]:
+      self._count('score', ids.shape[0], ids.shape[1], 0)
       logits, out = lm.apply({'params': params}, ids, valid, *images)
       slot = indices
       if images:
@@ -312,19 +316,21 @@ class Generator:
   def _make_follow(self) -> Callable[..., tuple[Array, Cache]]:
     lm = self._lm
 
-    def follow(params: Any, tokens: Array, *, cache: Cache) -> tuple[Array, Cache]:
+    def follow(params: Params, tokens: Array, *, cache: Cache) -> tuple[Array, Cache]:
       self._count('follow', len(tokens), cache.layers[0].filled, cache.room)
-      return lm.apply({'params': params}, tokens, cache, method='decode')
+      return cast(tuple[Array, Cache],
+                  lm.apply({'params': params}, tokens, cache, method='decode'))
 
     return jax.jit(follow, donate_argnames='cache')
 
   def _make_step(self) -> Callable[..., tuple[Array, Cache]]:
     lm = self._lm
 
-    def step(params: Any, tokens: Array, keys: Array, number: Array, *, cache: Cache,
+    def step(params: Params, tokens: Array, keys: Array, number: Array, *, cache: Cache,
              sampling: Sampling) -> tuple[Array, Cache]:
       self._count('decode', len(tokens), cache.layers[0].filled, cache.room)
-      logits, cache = lm.apply({'params': params}, tokens, cache, method='decode')
+      logits, cache = cast(tuple[Array, Cache],
+                           lm.apply({'params': params}, tokens, cache, method='decode'))
       return sample(logits, _folded(keys, number), sampling), cache
 
     return step
@@ -347,6 +353,6 @@ def _keys(seeds: int | Sequence[int], rows: int) -> Array:
   return jax.vmap(jax.random.key)(jnp.asarray(seeds))
 
 
-def _folded(keys: Array, number: Any) -> Array:
+def _folded(keys: Array, number: ArrayLike) -> Array:
   """The keys of a step."""
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)

@@ -9,6 +9,7 @@ Slots outside `among` (padding, protected tokens) neither join a cluster nor mov
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -22,6 +23,7 @@ Array = jax.Array
 
 def distances(x: Array) -> Array:
   """Euclidean distances of all pairs: float[B, N, D] -> float32[B, N, N]."""
+  chex.assert_rank(x, 3)
   x = jax.lax.stop_gradient(x).astype(jnp.float32)
   products = jnp.einsum('bnd,bmd->bnm', x, x, precision='highest')
   # Squares from the same product, so that equal tokens come out at exactly zero.
@@ -46,6 +48,7 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
   Returns:
     float32[B, N], meaningless outside `among`.
   """
+  chex.assert_shape(distance, (*among.shape, among.shape[1]))
   near = jnp.where(among[:, None, :], distance, jnp.inf)
   nearest = -jax.lax.top_k(-near, min(neighbours, distance.shape[1]))[0]
   finite = jnp.isfinite(nearest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -62,6 +63,7 @@ def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
   Returns:
     int32[B, N], at which step each slot was picked, `count` where it was not.
   """
+  chex.assert_equal_shape_prefix((vectors, among), 2)
   slots = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None]
 
   def step(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

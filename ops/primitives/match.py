@@ -5,6 +5,7 @@ Axes: B batch, N slots now, M slots after, A and C the two sides of a matching, 
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +31,7 @@ def l2_normalize(x: Array, *, eps: float = 1e-12) -> Array:
 def cosine(a: Array, b: Array) -> Array:
   """float[B, A, D], float[B, C, D] -> float32[B, A, C]; highest precision, so that the best match
   does not depend on the device."""
+  chex.assert_rank((a, b), 3)
   return jnp.einsum('bad,bcd->bac', l2_normalize(a), l2_normalize(b), precision='highest')
 
 
@@ -74,6 +76,8 @@ def nearest(metric: Array, a: Array, b: Array, *, use_a: Array,
   Returns:
     float32[B, A], the similarity, -inf where there is none; int32[B, A], the slot.
   """
+  chex.assert_equal_shape((a, use_a))
+  chex.assert_equal_shape((b, use_b))
   scores = cosine(take(metric, a), take(metric, b))
   scores = jnp.where(use_a[:, :, None] & use_b[:, None], scores, -jnp.inf)
   best, index = max_and_index(scores, axis=2)
@@ -93,6 +97,7 @@ def pairwise_cosine(metric: Array, among: Array) -> Array:
   Returns:
     float32[B, N, N].
   """
+  chex.assert_equal_shape_prefix((metric, among), 2)
   scores = cosine(metric, metric)
   scores = jnp.minimum(scores, scores.swapaxes(1, 2))
   other = ~jnp.eye(metric.shape[1], dtype=bool)[None]
@@ -133,6 +138,7 @@ def join(tokens: TokenSet, partner: Array, turn: Array, *, num_slots: int) -> Me
     turn: int32[B, N] in [0, 2N), the order of the free slots that stay. Kept tokens lead.
     num_slots: M slots left; as many real slots as that, or all where there are fewer, must stay.
   """
+  chex.assert_equal_shape((partner, turn, tokens.kind))
   slots, own = tokens.slots, _iota(tokens)
   gone = 3 * slots + own
   turn = jnp.where(tokens.free & (partner == own), slots + turn, gone)

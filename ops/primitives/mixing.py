@@ -5,6 +5,7 @@ Axes: B batch, N slots now, M slots after, K mixtures, P protected, D features.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +26,7 @@ def mix_free(tokens: TokenSet, weights: Array, features: Array | None = None) ->
     weights: float32[B, K, N]; only the weights of free slots count.
     features: float[B, N, D] to mix in place of the free tokens' own features, or None for these.
   """
+  chex.assert_shape(weights, (len(tokens.x), None, tokens.slots))
   fixed, free, count = tokens.fixed, tokens.free, weights.shape[1]
   in_turn = rank_of(fixed)[:, None] == jnp.arange(tokens.protected)[None, :, None]
   protected_rows = (in_turn & fixed[:, None]).astype(jnp.float32)

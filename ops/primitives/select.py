@@ -7,6 +7,7 @@ Scores are float32 and ties go to the lowest slot, on every device: `lax.top_k` 
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +30,7 @@ def top(scores: Array, num_slots: int, *, forced: Array | None = None,
   Returns:
     int32[B, M]. Excluded slots are picked only when nothing else is left.
   """
+  chex.assert_rank(scores, 2)
   scores = scores.astype(jnp.float32)
   # Finite limits keep the three classes apart even from scores that are infinite themselves.
   limit = jnp.finfo(jnp.float32).max / 4
@@ -63,6 +65,7 @@ def keep_top(tokens: TokenSet, scores: Array, *, num_slots: int, order: str = 's
   """
   if order not in ('slot', 'score'):
     raise ValueError(f"order={order!r} is unknown: choose 'slot' or 'score'")
+  chex.assert_equal_shape((scores, tokens.kind))
   picked = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
   if order == 'slot':
     picked = jnp.sort(picked, axis=1)

@@ -19,14 +19,7 @@ Array = jax.Array
 class Method(Protocol):
   """Decides which tokens stay, and as what. `Reducer` (ops/reducers/base.py) has the defaults.
 
-  A method with a non-empty `watch_needs` also has
-
-    watch(tokens: TokenSet, signals: Signals) -> dict[str, Array]
-
-  by which it looks at other layers than the one it cuts in. It returns stats, {name: [B, N, ...]},
-  which join `tokens.stats` and so travel with the tokens to the cut. A watched layer shows the
-  tokens after its attention (inside attention: before it; where the method reads the MLP: after
-  that). In a layer that is both watched and cut, the watch comes first.
+  A method with a non-empty `watch_needs` is a `WatchingMethod`.
   """
 
   @property
@@ -108,5 +101,22 @@ class Method(Protocol):
       tokens: N slots.
       signals: the signals that `needs` names, measured in the layer at hand.
       num_slots: M, at least `min_slots` and less than N.
+    """
+    ...
+
+
+class WatchingMethod(Method, Protocol):
+  """Also looks at other layers than the one it cuts in."""
+
+  def watch(self, tokens: TokenSet, signals: Signals) -> dict[str, Array]:
+    """Returns stats, {name: [B, N, ...]}, that join `tokens.stats` and travel with the tokens.
+
+    A watched layer shows the tokens after its attention (inside attention: before it; where the
+    method reads the MLP: after that). In a layer that is both watched and cut, the watch comes
+    first.
+
+    Args:
+      tokens: N slots.
+      signals: the signals that `watch_needs` names, measured in the watched layer.
     """
     ...

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +31,7 @@ def test_pieces_redo_what_the_model_did(name):
                                        & speed.COMPUTED)
   answers = {part: jax.jit(run)(*given) for part, (run, given) in pieces.items()}
   for one, again in zip(recorded, answers['selection'], strict=True):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
-                 one.answer, again)
+    chex.assert_trees_all_close(one.answer, again, rtol=1e-5, atol=1e-5)
   cut, = (one for one in recorded if one.keep is not None)
   _, out = model.clone(plan=plan).apply({'params': args[0]}, args[1])
   np.testing.assert_allclose(answers['applying'][0].x, out['cuts'][2].x, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -133,5 +134,5 @@ def test_the_config_resolves():
   vit = build(small.config.model)
   params = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 24, 24, 1), np.float32))
   whole = build(config.model)
-  assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, jax.eval_shape(
+  chex.assert_trees_all_equal_shapes(params, jax.eval_shape(
       whole.init, jax.random.key(0), np.zeros((1, 32, 32, 1), np.float32)))

@@ -6,6 +6,7 @@ The terminal summary prints all of it as one table (tests/conftest.py).
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +108,7 @@ def test_the_fallback_reads_received_attention_as_it_would_cls_attention(name):
   answer = received(case.tokens(), signals, num_slots=keep)
   same = methods()[name]()(case.tokens(), signals.replace(
       cls_attention=signals.received_attention, received_attention=None), num_slots=keep)
-  jax.tree.map(np.testing.assert_array_equal, answer, same)
+  chex.assert_trees_all_equal(answer, same)
   other = methods()[name]()(case.tokens(), case.signals(methods()[name]().needs), num_slots=keep)
   assert (tk.reduce(case.tokens(), other).pos != tk.reduce(case.tokens(), answer).pos).any()
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +32,10 @@ def shared():
 def greedy(prompt, new_tokens=6):
   """The answer by whole forward passes, one a token, without a cache."""
   tokens = list(prompt)
-  run = jax.jit(LM.apply)
+  # Later tokens change nothing: one compilation.
+  chex.clear_trace_counter()
+  run = jax.jit(chex.assert_max_traces(lambda variables, ids: LM.apply(variables, ids), n=1))
   for end in range(len(prompt), len(prompt) + new_tokens):
-    # Later tokens change nothing: one compilation.
     ids = jnp.asarray(tokens + [0] * (len(prompt) + new_tokens - end))[None]
     logits, _ = run(unstacked(2), ids)
     tokens.append(int(jnp.argmax(logits[0, end - 1])))

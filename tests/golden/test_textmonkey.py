@@ -1,6 +1,7 @@
 """TextMonkey's filter and resampler against their authors' code: exact indices, 1e-5 for floats."""
 
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +63,7 @@ def test_resampler():
   tokens, keep = TokenSet.create(jnp.asarray(raw['x'])), int(raw['keep'])
   shapes = jax.eval_shape(lambda key: method.init(key, tokens, Signals(), num_slots=keep),
                           jax.random.key(0))['params']
-  assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+  chex.assert_trees_all_equal_shapes(params, shapes)
   answer = method.apply({'params': params}, tokens, Signals(), num_slots=keep)
   np.testing.assert_allclose(tk.reduce(tokens, answer).x, raw['out'], atol=1e-5, rtol=0)
 

@@ -6,6 +6,7 @@ import pathlib
 import sys
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -80,26 +81,24 @@ def test_a_tree_comes_back_bit_for_bit(name, tmp_path):
   tree = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), load(name))
   checkpoints.save(model, tree, tmp_path / 'x.safetensors', layout=layout(name))
   again = checkpoints.load(model, tmp_path / 'x.safetensors')
-  assert jax.tree.structure(again) == jax.tree.structure(tree)
-  jax.tree.map(np.testing.assert_array_equal, again, tree)
+  chex.assert_trees_all_equal(again, tree)
 
 
 @pytest.mark.parametrize('other', ['transformers/vit', 'timm'])
 def test_from_one_library_to_the_other(other, tmp_path):
   model, tree = build(VIT), load(VIT)
   checkpoints.save(model, tree, tmp_path / 'x.safetensors', layout=other)
-  jax.tree.map(np.testing.assert_array_equal, checkpoints.load(model, tmp_path / 'x.safetensors'),
-               tree)
+  chex.assert_trees_all_equal(checkpoints.load(model, tmp_path / 'x.safetensors'), tree)
 
 
 def test_the_tree_is_the_models_own_with_its_blocks_stacked():
   model, tree = build('hub_clip'), load('hub_clip')
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 24, 24, 3)),
                           jnp.zeros((1, 12), jnp.int32))['params']
-  assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(np.shape, tree)
+  chex.assert_trees_all_equal_shapes(shapes, tree)
   blocks = tree['text']['stack']['blocks']
   assert blocks['qkv']['kernel'].shape == (2, 32, 3, 2, 16)
-  jax.tree.map(np.testing.assert_array_equal, restack(unstack(blocks, 2)), blocks)
+  chex.assert_trees_all_equal(restack(unstack(blocks, 2)), blocks)
 
 
 def test_half_precision_is_kept_or_widened(tmp_path):
@@ -110,7 +109,7 @@ def test_half_precision_is_kept_or_widened(tmp_path):
   kept, wide = (checkpoints.load(build(VIT), file, dtype=dtype) for dtype in (None, np.float32))
   assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {np.dtype(ml_dtypes.bfloat16)}
   assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype(np.float32)}
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), kept, wide)
+  chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.astype(np.float32), kept), wide)
   checkpoints.save(build(VIT), kept, tmp_path / 'again.safetensors', layout='timm')
   again = load_file(tmp_path / 'again.safetensors')
   for key, value in load_file(file).items():
@@ -127,7 +126,7 @@ def test_shards_are_read_by_their_index(tmp_path):
     checkpoints.load(build(VIT), tmp_path)
   (tmp_path / files.INDEX).write_text(json.dumps(
       {'weight_map': {name: file for file, part in parts.items() for name in part}}))
-  jax.tree.map(np.testing.assert_array_equal, checkpoints.load(build(VIT), tmp_path), load(VIT))
+  chex.assert_trees_all_equal(checkpoints.load(build(VIT), tmp_path), load(VIT))
 
 
 def test_tensors_are_read_one_by_one_and_only_once_all_fits(tmp_path, monkeypatch):
@@ -270,7 +269,7 @@ def test_names_are_fetched_from_the_hub_without_pickles(tmp_path, monkeypatch):
   hub = types.SimpleNamespace(snapshot_download=snapshot_download)
   monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
   for source in ('timm/tiny', 'timm/tiny@v1'):
-    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(build(VIT), source), load(VIT))
+    chex.assert_trees_all_equal(checkpoints.load(build(VIT), source), load(VIT))
   wanted = ['*.safetensors', '*.json']
   assert asked == [('timm/tiny', None, wanted), ('timm/tiny', 'v1', wanted)]
 
@@ -340,7 +339,7 @@ def test_a_config_names_weights_and_they_land_where_the_state_lies():
   params['head']['bias'] += 1.0
   params = jax.device_put(params, sharding.make_shardings(params, VIT_SHARDING, mesh))
   made = checkpoints.merge_params(params, loaded)
-  assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
+  chex.assert_trees_all_equal_shapes(made, params)
   for name, leaf in flatten(made).items():
     source = flatten(params) if name.startswith('head') else flatten(loaded)
     np.testing.assert_array_equal(leaf, source[name])
@@ -359,7 +358,7 @@ def test_evaluation_starts_from_named_weights(tmp_path):
   config.model = SETTINGS | {'image_size': 24}
   step, params = image_sweep.load(config, tmp_path, sharding.make_mesh({'data': 1}))
   assert step == 0
-  jax.tree.map(np.testing.assert_array_equal, params, load(VIT))
+  chex.assert_trees_all_equal(params, load(VIT))
   assert build_config(deit_s16_sweep.get_config().model).depth == 12
 
 

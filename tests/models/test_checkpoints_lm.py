@@ -1,6 +1,7 @@
 """Checkpoints of language models: round trips to the last bit, shards, placement, what differs."""
 
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +27,7 @@ def test_round_trips_give_back_every_bit_both_ways(name, tmp_path):
   assert found.keys() == wanted.keys()
   for key, value in wanted.items():
     np.testing.assert_array_equal(found[key], value)
-  jax.tree.map(np.testing.assert_array_equal, checkpoints.load(lm, tmp_path / 'back.safetensors'),
-               tree)
+  chex.assert_trees_all_equal(checkpoints.load(lm, tmp_path / 'back.safetensors'), tree)
 
 
 @pytest.mark.parametrize('layout', ['transformers/vlm', 'transformers/vlm4'])
@@ -40,14 +40,13 @@ def test_language_models_are_read_out_of_vision_language_models(layout, tmp_path
             'multi_modal_projector.linear_1.bias': np.zeros(3, np.float32)}
   save_file(tensors | beside, tmp_path / 'model.safetensors')
   (tmp_path / 'lm.safetensors').unlink()
-  jax.tree.map(np.testing.assert_array_equal, checkpoints.load(lm, tmp_path), tree)
+  chex.assert_trees_all_equal(checkpoints.load(lm, tmp_path), tree)
 
 
 def test_shards_are_read_as_one_file_and_missing_ones_are_named(tmp_path):
   lm = from_config(config(NAME))
   sharded(tmp_path)
-  jax.tree.map(np.testing.assert_array_equal, checkpoints.load(lm, tmp_path),
-               checkpoints.load(lm, path(NAME)))
+  chex.assert_trees_all_equal(checkpoints.load(lm, tmp_path), checkpoints.load(lm, path(NAME)))
   (tmp_path / 'model-00002-of-00003.safetensors').unlink()
   with pytest.raises(ValueError, match=r'lacks model-00002-of-00003\.safetensors, which'):
     checkpoints.load(lm, tmp_path)
@@ -67,8 +66,8 @@ def test_arrays_are_made_where_they_belong(storage, tmp_path):
     assert leaf.dtype == jnp.bfloat16
     np.testing.assert_array_equal(leaf, wanted.astype(jnp.bfloat16))
   if storage == 'unstacked':
-    jax.tree.map(np.testing.assert_array_equal, restack(plain['stack']['blocks']),
-                 checkpoints.load(lm, tmp_path)['stack']['blocks'])
+    chex.assert_trees_all_equal(restack(plain['stack']['blocks']),
+                                checkpoints.load(lm, tmp_path)['stack']['blocks'])
 
 
 def test_a_device_reads_no_more_than_its_part(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,7 +137,7 @@ def test_runs_of_layers_and_layers_alone_store_the_same(storage):
   logits, cache = prefill(TINY, ids()[:, :PROMPT], weights=weights)
   wanted, stored = prefill(TINY, ids()[:, :PROMPT])
   np.testing.assert_allclose(logits, wanted, atol=1e-5)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), cache, stored)
+  chex.assert_trees_all_close(cache, stored, rtol=1e-7, atol=1e-5)
   kv = cache.layers[2]
   assert (kv.k.shape, kv.filled, cache.room) == ((3, 2, PROMPT + ROOM, 8), PROMPT, ROOM)
   np.testing.assert_array_equal(kv.valid, np.arange(PROMPT + ROOM)[None].repeat(3, 0) < PROMPT)
@@ -178,8 +179,7 @@ def test_compacted_keys_are_those_of_a_prompt_without_gaps(rope):
   kept = jnp.concatenate([ids()[:, :2], ids()[:, 8:PROMPT]], axis=1)
   # One layer: a key knows nothing but its own token and its position.
   _, wanted = prefill(lm.clone(cache_plan=None), kept, weights=weights)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5),
-               cache.layers[0].k, wanted.layers[0].k)
+  np.testing.assert_allclose(cache.layers[0].k, wanted.layers[0].k, atol=1e-5)
   np.testing.assert_array_equal(cache.layers[0].start, wanted.layers[0].start)
   np.testing.assert_array_equal(cache.layers[0].pos[:, 0], wanted.layers[0].pos)
 
@@ -493,7 +493,7 @@ def test_training_reads_the_stack_and_its_gradient_is_whole(remat):
   expected = jax.jit(jax.grad(loss))(variables(6))
   train = jax.grad(functools.partial(loss, rngs={'dropout': jax.random.key(0)}))
   found = jax.jit(train)(variables(6))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+  chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found['params']['stack']))
 
 

@@ -6,6 +6,7 @@ and one of three (an image; text alone; two images of different sizes) padded on
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_weights_go_back_bit_for_bit(family, tmp_path):
   again = tmp_path / 'again.safetensors'
   checkpoints.save(vlm, params, again, layout=layout)
   found = checkpoints.load(vlm, again)
-  jax.tree.map(np.testing.assert_array_equal, found, params)
+  chex.assert_trees_all_equal(found, params)
 
 
 @pytest.mark.parametrize('family', FAMILIES)

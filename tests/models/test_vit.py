@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,12 +116,12 @@ def test_both_forms_of_storage_and_remat_give_the_same(method):
   plain = gradient(vit)
   for remat in ('full', 'dots'):
     again = gradient(vit.clone(remat=remat))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain, again)
+    chex.assert_trees_all_close(plain, again, rtol=1e-7, atol=2e-4)
 
 
 def test_unstack_and_restack_are_inverse():
   blocks = golden_vit.params()['stack']['blocks']
-  jax.tree.map(np.testing.assert_array_equal, restack(unstack(blocks, 4)), blocks)
+  chex.assert_trees_all_equal(restack(unstack(blocks, 4)), blocks)
 
 
 def test_cuts_on_cpu_are_read_layer_by_layer():

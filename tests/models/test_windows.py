@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +64,7 @@ def test_unfolding_undoes_folding(special):
   arranged, there = jax.jit(lambda tokens: (
       windows.arrange(tokens), windows.unfold(windows.fold(windows.arrange(tokens)))))(
           tokens_of(windows))
-  jax.tree.map(np.testing.assert_array_equal, there, arranged)
+  chex.assert_trees_all_equal(there, arranged)
   # Slots moved, provenance did not: every patch still finds its features.
   np.testing.assert_array_equal(tk.restore(there, there.x), tokens_of(windows).x)
 

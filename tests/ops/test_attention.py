@@ -8,6 +8,7 @@ test_targets_attention.py, and what it is given (`augment`) is checked here by t
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -336,7 +337,7 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
   monkeypatch.setattr(attention, '_PART', chunk * length)
   parts, largest = found()
   assert largest <= entries * chunk // length
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), parts, whole)
+  chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_fused_attention_is_given_no_map():

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,16 +57,18 @@ def test_a_step_is_taken_and_every_parameter_has_a_place(case):
   batch, before = batch_of(info, 14), None
   if name not in ('scenes', 'needle'):
     after, measured = jax.eval_shape(update, state, batch, jax.random.key(0), None)
-    assert jax.tree.map(jnp.shape, after.params) == jax.tree.map(jnp.shape, params)
+    chex.assert_trees_all_equal_shapes(after.params, params)
     assert 'patch_loss' in measured
     return
-  step = jax.jit(lambda state, batch: update(state, batch, jax.random.key(0), None))
+  chex.clear_trace_counter()
+  step = jax.jit(chex.assert_max_traces(
+      lambda state, batch: update(state, batch, jax.random.key(0), None), n=1))
   for _ in range(3):
     state, measured = step(state, batch)
     assert before is None or measured['loss'] < before
     before = measured['loss']
   assert ('patch_loss' in measured) == (name != 'needle')
-  assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, params)
+  chex.assert_trees_all_equal_shapes(state.params, params)
 
 
 def test_the_loss_is_that_of_the_answers_alone(case):

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +62,8 @@ def step(method, *, distil):
 def test_a_learned_method_trains(method, distil):
   before, places, after, measured = step(method, distil=distil)
   assert 'reducer_01' in before.params['stack']
-  assert jax.tree.structure(before) == jax.tree.structure(places)
-  same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), before, after)
-  assert all(jax.tree.leaves(same))
+  chex.assert_trees_all_equal_structs(before, places)
+  chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
   assert {value.shape for value in measured.values()} == {()}
   distilled = {name for name in measured if name.startswith('distill')}
   assert distilled == ({'distill_logits', 'distill_tokens'} if distil else set())
@@ -207,7 +207,7 @@ def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
     config.start = str(tmp_path / 'whole')
   assert train.run(config, tmp_path / 'more', first=True)
   for params in begun[0]:
-    jax.tree.map(np.testing.assert_array_equal, params, ended)
+    chex.assert_trees_all_equal(params, ended)
   config.start = str(tmp_path / 'nothing')
   with pytest.raises(FileNotFoundError, match='name the workdir of a run that has one'):
     train.run(config, tmp_path / 'none', first=True)
@@ -217,7 +217,7 @@ def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
   assert packed.stat().st_size < 100_000
   step, again = checkpoint.best(tmp_path / 'packed', template, metric='accuracy')
   assert step == 6
-  jax.tree.map(np.testing.assert_array_equal, again, ended)
+  chex.assert_trees_all_equal(again, ended)
   other = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 1), leaf.dtype), template)
   with pytest.raises(ValueError, match='in the checkpoint and'):
     checkpoint.best(tmp_path / 'packed', other, metric='accuracy')

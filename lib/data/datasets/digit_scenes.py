@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -308,7 +308,8 @@ def _ask_corner(cells: np.ndarray, words: Iterator[int]) -> Question:
   return _at(f'what is in the {name} corner ?', cells, corners[name])
 
 
-_ASK = {'count': _ask_count, 'present': _ask_present, 'cell': _ask_cell, 'left': _ask_left,
+_ASK: dict[str, Callable[[np.ndarray, Iterator[int]], Question]] = {
+        'count': _ask_count, 'present': _ask_present, 'cell': _ask_cell, 'left': _ask_left,
         'top_row': _ask_top_row, 'corner': _ask_corner,
         **{kind: functools.partial(_ask_digit, digit) for digit, kind in enumerate(EACH_DIGIT)}}
 

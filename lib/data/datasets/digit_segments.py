@@ -6,6 +6,7 @@ Axes: N canvases, S side of a canvas.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -57,7 +58,8 @@ class DigitSegments(tfds.core.GeneratorBasedBuilder):
     return {'train': self._generate_examples(images, dataset.target, train, TRAIN, 0),
             'test': self._generate_examples(images, dataset.target, test, TEST, 1)}
 
-  def _generate_examples(self, images, labels, chosen, count, stream) -> Iterator[tuple[int, dict]]:
+  def _generate_examples(self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray,
+                         count: int, stream: int) -> Iterator[tuple[int, dict[str, Any]]]:
     for key in range(count):
       image, label = canvas(images[chosen], labels[chosen], key, stream)
       yield key, {'image': image[..., None], 'label': label[..., None]}

@@ -6,6 +6,7 @@ Axes: N images.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -52,7 +53,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     return {'train': self._generate_examples(images, digits.target, train),
             'test': self._generate_examples(images, digits.target, test)}
 
-  def _generate_examples(self, images, labels, chosen) -> Iterator[tuple[int, dict]]:
+  def _generate_examples(self, images: np.ndarray, labels: np.ndarray,
+                         chosen: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
     for key, index in enumerate(chosen):
       yield key, {'image': images[index], 'label': int(labels[index])}
 

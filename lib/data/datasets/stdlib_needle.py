@@ -10,7 +10,7 @@ import pathlib
 import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -129,7 +129,8 @@ def sources() -> dict[str, list[pathlib.Path]]:
 
 def split(modules: dict[str, list[pathlib.Path]]) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
   """The files of the modules of train and of test, by a checksum of the module's name."""
-  train, test = [], []
+  train: list[pathlib.Path] = []
+  test: list[pathlib.Path] = []
   for name, files in sorted(modules.items()):
     (train if zlib.crc32(name.encode()) % TEST_SHARE else test).extend(files)
   return train, test
@@ -185,7 +186,8 @@ class Text:
     self._lines = text.splitlines(keepends=True)
     self._edges = np.cumsum([0, *map(len, self._lines)])
     self._tokens = tokens
-    self.words = {word: tokens.token_to_id(f' {word}') for word in (*FIRST, *WORDS)}
+    self.words = {
+        word: cast(int, tokens.token_to_id(f' {word}')) for word in (*FIRST, *WORDS)}
     self.parts = tuple(tokens.encode(part).ids for part in ('# Remember:', '.\n'))
 
   def passage(self, start: int, room: int) -> list[list[int]]:

@@ -5,8 +5,9 @@ from ops.reducers.language.fastv import FastV
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.transprune import TransPrune
+from ops.reducers.method import Method
 
-LANGUAGE: dict[str, type] = {
+LANGUAGE: dict[str, type[Method]] = {
     'fastv': FastV,
     'pyramiddrop': PyramidDrop,
     'duet_vlm': DUETVLM,

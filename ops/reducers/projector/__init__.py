@@ -1,5 +1,6 @@
 """Reductions of the output of a vision tower, before a language model reads it."""
 
+from ops.reducers.method import Method
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.flowcut import FlowCut
@@ -9,7 +10,7 @@ from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vtc_cls import VTCCLS
 
-PROJECTOR: dict[str, type] = {
+PROJECTOR: dict[str, type[Method]] = {
     'flowcut': FlowCut,
     'textmonkey': TextMonkey,
     'divprune': DivPrune,

@@ -1,5 +1,6 @@
 """Reductions inside a vision tower, without parameters."""
 
+from ops.reducers.method import Method
 from ops.reducers.vision.atc import ATC
 from ops.reducers.vision.ats import ATS
 from ops.reducers.vision.ats_spatial import ATSSpatial
@@ -18,7 +19,7 @@ from ops.reducers.vision.tome_kth import ToMeKth
 from ops.reducers.vision.topk import TopK
 from ops.reducers.vision.vid_tldr import VidTLDR
 
-VISION: dict[str, type] = {
+VISION: dict[str, type[Method]] = {
     'topk': TopK,
     'evit': EViT,
     'tome': ToMe,
