@@ -1,7 +1,8 @@
 """DToP against released outputs: exact decisions, floats within 1e-5.
 
 Logits of the heads reach 26, and the release is up to 6e-5 away from the same sums in float64 (this
-code 4e-5): they are compared within 5e-6 of the largest.
+code 4e-5): they are compared within 5e-6 of the largest. A released class logit is 2.35e-5 away from
+float64: nothing is asked to be nearer to it than that, for which processors differ.
 """
 
 import functools
@@ -24,7 +25,8 @@ STAGES, CLASSES, TOKENS, WIDTH = (1, 2, 3), 5, 36, 16
 
 
 def close_logits(found, released):
-  np.testing.assert_allclose(found, released, atol=5e-6 * np.abs(released).max(), rtol=0)
+  np.testing.assert_allclose(found, released, rtol=0,
+                             atol=max(5e-6 * np.abs(released).max(), 2.4e-5))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden_vit
+from helpers.compiler import EMITTERS
 
 from models.backbones import segmenter as dense
 from models.backbones.segmenter import SegmentViT
@@ -142,7 +143,8 @@ def trained():
 
 
 def run(vit, params=None):
-  return jax.jit(vit.apply)({'params': params or trained()}, golden_vit.images())
+  apply = jax.jit(vit.apply, compiler_options=EMITTERS)
+  return apply({'params': params or trained()}, golden_vit.images())
 
 
 def test_without_reduction_every_way_is_the_plain_head():
