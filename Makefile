@@ -1,5 +1,6 @@
 # make demo     train a ViT on real digits, then see what every method does to it
-# make test     lint, then all tests
+# make test     lint, then the tests that are short
+# make test-all lint, then all tests: also kills, meshes, whole runs, compilers and harnesses
 # make bench    time primitives, methods, ViTs under every method, and decoding on this device
 # make targets  compile for TPUs and GPUs that nobody here owns
 PYTHON ?= python3
@@ -8,13 +9,16 @@ RUNS ?= runs
 PY := $(VENV)/bin/python
 JOBS ?= 2
 
-.PHONY: demo test lint bench targets clean
+.PHONY: demo test test-all lint bench targets clean
 
 demo: $(VENV)/.installed
 	$(PY) -m train --config=configs/digits.py --workdir=$(RUNS)/digits
 	$(PY) -m eval --config=configs/digits_sweep.py --workdir=$(RUNS)/digits
 
 test: lint
+	$(PY) -m pytest -n $(JOBS) --durations=10 -m 'not long'
+
+test-all: lint
 	$(PY) -m pytest -n $(JOBS) --durations=10
 
 lint: $(VENV)/.installed-dev

@@ -19,6 +19,8 @@ from lib import assistant
 from models.checkpoints.lm_config import from_config
 from models.decoding.sampling import Sampling
 
+pytestmark = pytest.mark.long
+
 NAME = 'qwen3'
 REDUCE = {'cache': {'method': 'streaming_llm', 'keep': 4, 'args': {'sinks': 1}}}
 

@@ -10,7 +10,7 @@ from absl import flags, logging
 from helpers.errors import said
 
 import train
-from configs import common, digit_scenes, digit_segments, digits, stdlib_needle
+from configs import digit_scenes, digit_segments, digits, parts, stdlib_needle
 from lib.data.settings import ImageSettings, QASettings
 from lib.runtime import config_flag, launch, sharding
 from models import renames
@@ -103,7 +103,7 @@ def test_configs_declare_every_key_of_their_data_and_mesh(config, kind):
 
 
 @pytest.mark.parametrize(('declared', 'kind'), [
-    (common.IMAGES, ImageSettings), (common.QUESTIONS, QASettings)])
+    (parts.IMAGES, ImageSettings), (parts.QUESTIONS, QASettings)])
 def test_declared_defaults_are_those_of_the_reader(declared, kind):
   for field in dataclasses.fields(kind):
     if field.name in declared:

@@ -6,6 +6,10 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[2]
 SKIP = shutil.ignore_patterns('.git', '.venv', '__pycache__', '.*_cache')
 

@@ -124,6 +124,7 @@ def test_commands_and_flags_are_found():
   assert len(shown_flags()) >= 14
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('command', [*commands(), shown_flags()], ids=' '.join)
 def test_every_flag_that_is_shown_exists(command):
   done = run('-c', READ_FLAGS, *command)

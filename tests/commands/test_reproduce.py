@@ -106,6 +106,7 @@ def test_methods_with_parameters_of_their_own_have_only_costs(tmp_path):
     assert 'trained parameters of' in reproduce.missing(name, ROWS[name], tmp_path)[0]
 
 
+@pytest.mark.long
 def test_accuracies_are_those_of_the_file(tmp_path):
   """From the command line, on a checkpoint in timm's layout; again without measuring."""
   config, vit = small(tmp_path)

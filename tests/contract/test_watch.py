@@ -280,6 +280,7 @@ print(json.dumps(found))
 '''
 
 
+@pytest.mark.long
 def test_on_a_mesh_each_device_watches_its_own_rows():
   (pos, seen, _, _), (mesh_pos, mesh_seen, collectives, rows) = on_devices(8, MESH, COLLECTIVE)
   assert mesh_pos == pos

@@ -1,8 +1,8 @@
 """DToP against released outputs: exact decisions, floats within 1e-5.
 
 Logits of the heads reach 26, and the release is up to 6e-5 away from the same sums in float64 (this
-code 4e-5): they are compared within 5e-6 of the largest. A released class logit is 2.35e-5 away from
-float64: nothing is asked to be nearer to it than that, for which processors differ.
+code 4e-5): they are compared within 5e-6 of the largest. One class logit
+of the release is 2.35e-5 away from float64: nothing need be nearer to it than that.
 """
 
 import functools

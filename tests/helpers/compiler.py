@@ -2,6 +2,6 @@
 
 import jaxlib.version
 
-# tests/conftest.py trades these emitters for faster compiling, and the order of some sums with them.
+# tests/conftest.py gives these emitters up, and the order of their sums, for faster compiling.
 EMITTERS = ({'xla_cpu_use_fusion_emitters': True} if jaxlib.version.__version_info__ < (0, 11)
             else {})

@@ -15,6 +15,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ('width=32', 'depth=2', 'heads=2', 'mlp=32', 'variant=Ti/8')
 

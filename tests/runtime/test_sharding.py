@@ -50,6 +50,7 @@ print(json.dumps({name: losses(meshes[name], reduce) for name in sys.argv[2].spl
 '''
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('method', 'meshes'), [('tome', 'one,data,fsdp,tensor,mixed'),
                                                 ('patchmerger', 'one,mixed')])
 def test_every_mesh_trains_as_one_device_does(method, meshes):
@@ -100,6 +101,7 @@ READING = {'evit': 2 * 197 * 768 * 4, 'dtem': 2 * 197 * 768 * 4,
            'visionzip': 3 * 2 * 197 * 768 * 4, 'dymu': 2 * 99 * 98 * 4}
 
 
+@pytest.mark.long
 def test_a_reduction_adds_no_bytes_a_device_and_no_collective():
   # CPU's default order of operations buys concurrency with memory, more or less of it by luck.
   found = on_devices(512, COMPILED, COLLECTIVE, ','.join(REDUCTIONS), 'tome,topk', 'tome,topk',
@@ -142,6 +144,7 @@ print(json.dumps([gathered(tied) for tied in (False, True)]))
 '''
 
 
+@pytest.mark.long
 def test_a_language_model_gathers_parameters_and_never_the_batch():
   for count, others in on_devices(8, LANGUAGE):
     assert count > 0
@@ -168,6 +171,7 @@ store.close()
 '''
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_eight_devices_restores_on_fewer(tmp_path):
   assert on_devices(8, SAVE, tmp_path / 'run', 'save') == 'saved'
   for count in (2, 4):

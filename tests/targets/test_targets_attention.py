@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 from lib.cost import topology
 from ops import attention
 
+pytestmark = pytest.mark.long
+
 BATCH, TOKENS = 8, 2880
 
 

@@ -22,6 +22,8 @@ from ops.attention import pick
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 
+pytestmark = pytest.mark.long
+
 ROWS, SLOTS, VISUALS, ROOM = 2, 256, 192, 64
 
 

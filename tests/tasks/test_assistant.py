@@ -238,6 +238,7 @@ def generate(*flags):
   return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.long
 def test_the_command_streams_and_tells_what_it_took(scenes, tmp_path):
   folder, *_ = scenes
   code, said, told = generate(
@@ -258,6 +259,7 @@ def test_the_command_streams_and_tells_what_it_took(scenes, tmp_path):
   assert (tmp_path / 'kept.png').stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_the_command_asks_a_checkpoint_about_an_image(tmp_path):
   folder = assistants.checkpoint(tmp_path / 'llava', 'llava')
   photo().save(tmp_path / 'photo.png')

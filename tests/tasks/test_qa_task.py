@@ -129,6 +129,7 @@ def test_reductions_in_places_that_are_not_there(reduce, message):
     qa_task.build(config.model, reduce, NEEDLE, context=14)
 
 
+@pytest.mark.long
 def test_a_run_trains_scores_and_goes_on(tmp_path):
   command = [
       sys.executable, '-c',

@@ -204,6 +204,7 @@ def test_merged_groups_are_outlined_regions_on_the_segmentation(tmp_path):
 # The commands.
 
 
+@pytest.mark.long
 def test_train_and_sweep_under_reduction(place, tmp_path):
   small = ['width=32', 'depth=2', 'heads=2', 'mlp=32', 'variant=Ti/8']
   common = [f'--workdir={tmp_path}', f'--compile_cache={place / "xla"}',

@@ -163,6 +163,7 @@ def test_phases_of_a_model():
   assert len(anneal.phases(tiny('dynamicvit'), once)) == 3
 
 
+@pytest.mark.long
 def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
   config = digits.get_config()
   config.model.update({name: TINY[name] for name in ('width', 'depth', 'heads', 'mlp')})
@@ -282,6 +283,7 @@ def test_patch_dropout_draws_anew_in_training_and_is_off_otherwise():
 # -- from pretrained weights ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_config_trains_from_pretrained_image_weights(monkeypatch):
   """One step of configs/deit_s16_finetune.py, on a tiny checkpoint in timm's layout."""
   config = deit_s16_finetune.get_config()
