@@ -5,12 +5,12 @@
       --config.sweep.methods='()'                       (all methods, which takes longer)
 
 Budgets are shares of the unreduced model's MACs, so that methods are compared at equal cost. They
-are low, and the cuts early: at half of the cost this model loses nothing under any method. Methods
-that match pairs remove at most half in a layer and cannot meet the lowest budget.
+are low, and the cuts early: later cuts to half of the cost lose next to nothing. Methods that match
+pairs remove at most half in a layer and cannot meet the lowest budget.
 
-359 test images tell accuracies apart that are about 3 % apart, so methods are compared by the NLL
-of each image with that of `random`. Its draws differ more than most methods do: it is the mean of
-32, and the intervals count what is left of that.
+An accuracy on 359 test images is known to about 2 %, more than most methods differ by. So each is
+compared with `random` by the NLL of the same images. Single draws of `random` differ as much as
+methods do: it is the mean of 32, and the intervals count what uncertainty that leaves.
 
 Methods with parameters of their own are run untrained: they are in the table, which says so, and
 not in the plots against cost.

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from lib.report.rows import Row
 
@@ -94,8 +94,8 @@ def plot_differences(rows: Sequence[Row], path: str | Path, *, title: str = '',
                      baseline: str = '') -> Path:
   """Draws differences of the NLL with their intervals, a panel a budget, and writes a picture.
 
-  Methods are in the order of the last budget. What the interval separates from 0 is in colour, the
-  rest in grey. The axis is linear near 0 and logarithmic beyond.
+  Methods are in the order of their mean over budgets. What the interval separates from 0 is in
+  colour, the rest in grey. The axis is linear near 0 and logarithmic beyond.
 
   Args:
     rows: with nll_difference, nll_low, nll_high and verdict.
@@ -109,16 +109,18 @@ def plot_differences(rows: Sequence[Row], path: str | Path, *, title: str = '',
   if not rows:
     raise ValueError('nothing to draw: no row is compared')
   budgets = list(dict.fromkeys(row['budget'] for row in rows))
-  # Stable, so that what lacks the last budget stands where the one before put it.
-  order = sorted(rows, key=lambda row: (-budgets.index(row['budget']), row['nll_difference']))
-  heights = {name: i for i, name in enumerate(dict.fromkeys(row['method'] for row in order))}
+  by_method: dict[str, list[float]] = {}
+  for row in rows:
+    by_method.setdefault(row['method'], []).append(row['nll_difference'])
+  order = sorted(by_method, key=lambda name: np.mean(by_method[name]))
+  heights = {name: i for i, name in enumerate(order)}
   figure = Figure(figsize=(1.5 + 3.6 * len(budgets), 0.32 * len(heights) + 1.9), dpi=160,
                   layout='constrained')
   FigureCanvasAgg(figure)
   panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
   figure.suptitle(title, fontsize=14, fontweight='bold', x=0.01, ha='left')
-  figure.supxlabel(f'NLL above that of {baseline}, paired by image (bars: 95 %, all together)',
-                   fontsize=11)
+  figure.supxlabel(f'NLL above that of {baseline}, paired by image; left is better '
+                   '(bars: 95 %, all together)', fontsize=11)
   colours = {'better': COLOURS[2], 'worse': COLOURS[1], '': GREYS[2]}
   for axes, budget in zip(panels, budgets, strict=True):
     axes.axvline(0, color='black', linewidth=1.0)
@@ -128,6 +130,7 @@ def plot_differences(rows: Sequence[Row], path: str | Path, *, title: str = '',
       axes.plot(row['nll_difference'], height, 'o', color=colour, markersize=7,
                 markeredgecolor='white')
     axes.set_xscale('symlog', linthresh=0.1)
+    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
     axes.set_title(f'budget {budget}', fontsize=11, loc='left')
     axes.grid(axis='x', color='#e6e6e6', linewidth=0.8)
     axes.set_axisbelow(True)
