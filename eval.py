@@ -6,9 +6,9 @@
   python -m eval --config=configs/stdlib_needle_sweep.py --workdir=runs/needle
 
 Writes sweep.jsonl (a row a method and budget; rows that are there are not made again), a table,
-plots of the score against cost and latency, and pictures of what was kept, merged and dropped. What
-is measured of a task is lib/tasks/image_sweep.py's or lib/tasks/qa_sweep.py's; what a sweep is,
-lib/tasks/sweep.py's.
+plots of the score against cost and latency, differences from a baseline where config.sweep names
+one, and pictures of what was kept, merged and dropped. What is measured of a task is
+lib/tasks/image_sweep.py's or lib/tasks/qa_sweep.py's; what a sweep is, lib/tasks/sweep.py's.
 """
 
 import pathlib

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from lib.report.rows import Row
 from ops import choices
@@ -83,6 +83,59 @@ def plot_accuracy_cost(rows: Sequence[Row], path: str | Path, *, title: str = ''
     _draw_reference(axes, full, cost)
   if lines:
     _name_lines(figure, axes, lines, cost, styles)
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path)
+  return path
+
+
+def plot_differences(rows: Sequence[Row], path: str | Path, *, title: str = '',
+                     baseline: str = '') -> Path:
+  """Draws differences of the NLL with their intervals, a panel a budget, and writes a picture.
+
+  Methods are in the order of their mean over budgets. What the interval separates from 0 is in
+  colour, the rest in grey. The axis is linear near 0 and logarithmic beyond.
+
+  Args:
+    rows: with nll_difference, nll_low, nll_high and verdict.
+    path: where to write; the ending picks the format.
+    title: above all panels.
+    baseline: the name of what the differences are from.
+
+  Raises:
+    ValueError: nothing to draw.
+  """
+  if not rows:
+    raise ValueError('nothing to draw: no row is compared')
+  budgets = list(dict.fromkeys(row['budget'] for row in rows))
+  by_method: dict[str, list[float]] = {}
+  for row in rows:
+    by_method.setdefault(row['method'], []).append(row['nll_difference'])
+  order = sorted(by_method, key=lambda name: np.mean(by_method[name]))
+  heights = {name: i for i, name in enumerate(order)}
+  figure = Figure(figsize=(1.5 + 3.6 * len(budgets), 0.32 * len(heights) + 1.9), dpi=160,
+                  layout='constrained')
+  FigureCanvasAgg(figure)
+  panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
+  figure.suptitle(title, fontsize=14, fontweight='bold', x=0.01, ha='left')
+  figure.supxlabel(f'NLL above that of {baseline}, paired by image; left is better '
+                   '(bars: 95 %, all together)', fontsize=11)
+  colours = {'better': COLOURS[2], 'worse': COLOURS[1], '': GREYS[2]}
+  for axes, budget in zip(panels, budgets, strict=True):
+    axes.axvline(0, color='black', linewidth=1.0)
+    for row in (row for row in rows if row['budget'] == budget):
+      height, colour = heights[row['method']], colours[row['verdict']]
+      axes.hlines(height, row['nll_low'], row['nll_high'], color=colour, linewidth=2)
+      axes.plot(row['nll_difference'], height, 'o', color=colour, markersize=7,
+                markeredgecolor='white')
+    axes.set_xscale('symlog', linthresh=0.1)
+    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    axes.set_title(f'budget {budget}', fontsize=11, loc='left')
+    axes.grid(axis='x', color='#e6e6e6', linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+  panels[0].set_yticks(list(heights.values()), list(heights), fontsize=11)
+  panels[0].invert_yaxis()
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path)

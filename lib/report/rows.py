@@ -4,6 +4,14 @@ A row is a dict. Every key is optional; those known here:
 
   method, budget      names, as shown
   accuracy            share of images classified right, 0 to 1
+  accuracy_low, accuracy_high
+                      ends of its confidence interval
+  nll                 mean cross-entropy of the labels
+  nll_difference, nll_error, nll_freedom
+                      how much higher than the baseline's, paired; its standard error, and the
+                      error's degrees of freedom
+  nll_low, nll_high, verdict
+                      ends of the difference's confidence interval; 'better', 'worse' or ''
   miou                mean over classes of intersection over union of pixels, 0 to 1
   tokens              tokens in each layer, a list
   kept_mean           tokens kept, averaged as the writer of the row says

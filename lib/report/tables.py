@@ -54,6 +54,21 @@ def _latency(rows: Sequence[Row]) -> list[str]:
           for median, low, high in zip(*parts, strict=True)]
 
 
+def _accuracy(rows: Sequence[Row]) -> list[str]:
+  """Shows 'accuracy [low, high]' in percent, or the accuracy alone where there is no interval."""
+  parts = [_fixed('accuracy', 2, scale=100)(rows),
+           *(_fixed(key, 1, scale=100)(rows) for key in ('accuracy_low', 'accuracy_high'))]
+  return [f'{share} [{low}, {high}]' if low and high else share
+          for share, low, high in zip(*parts, strict=True)]
+
+
+def _difference(rows: Sequence[Row]) -> list[str]:
+  """Shows '+difference [low, high]' of the NLL, all with their signs."""
+  keys = ('nll_difference', 'nll_low', 'nll_high')
+  return ['' if row.get('nll_low') is None else '{:+.3f} [{:+.3f}, {:+.3f}]'.format(
+      *(row[key] for key in keys)) for row in rows]
+
+
 def _tokens(rows: Sequence[Row]) -> list[str]:
   """Shows runs of equal counts, as '65x3 46x3'; of many runs the first two and the last two."""
   cells = []
@@ -67,7 +82,10 @@ def _tokens(rows: Sequence[Row]) -> list[str]:
 COLUMNS = {
     'method': Column('method', _text('method'), right=False),
     'budget': Column('budget', _text('budget'), right=False),
-    'accuracy': Column('accuracy %', _fixed('accuracy', 2, scale=100)),
+    'accuracy': Column('accuracy %', _accuracy),
+    'nll': Column('NLL', _fixed('nll', 3)),
+    'nll_difference': Column('NLL - baseline', _difference),
+    'verdict': Column('verdict', _text('verdict'), right=False),
     'miou': Column('mIoU %', _fixed('miou', 2, scale=100)),
     'tokens': Column('tokens by layer', _tokens, right=False),
     'kept_mean': Column('mean kept', _number('kept_mean')),

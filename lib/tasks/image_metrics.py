@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lib.report import intervals
+from lib.report.rows import Row
 from lib.tasks.base import task_name
 from ops import choices
 
@@ -29,17 +31,26 @@ class Metric:
     score: its name in rows and on screen; the score is between 0 and 1, higher is better.
     counts: (logits, labels, mask float32[B], 0 for rows that do not count) -> counts that add up.
     total: sum of the counts -> the score.
+    interval: sum of the counts -> the score's 95 % interval as keys of a row, none where examples
+      do not count one by one.
   """
 
   score: str
   counts: Callable[[Array, Array, Array], Array]
   total: Callable[[np.ndarray], float]
+  interval: Callable[[np.ndarray], Row]
 
 
 def cross_entropy(logits: Array, labels: Array, *, label_smoothing: float = 0.0) -> Array:
   """Returns the mean cross-entropy over images, or over pixels: float32."""
   targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
   return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def cross_entropies(logits: Array, labels: Array) -> Array:
+  """Returns the cross-entropy of each image, the mean over its pixels: float32[B]."""
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return losses.reshape(len(losses), -1).mean(axis=1)
 
 
 def correct_and_total(logits: Array, labels: Array, mask: Array) -> Array:
@@ -51,6 +62,12 @@ def correct_and_total(logits: Array, labels: Array, mask: Array) -> Array:
 def accuracy(counts: np.ndarray) -> float:
   """Returns the fraction of images that are right."""
   return float(counts[0] / counts[1])
+
+
+def accuracy_interval(counts: np.ndarray) -> Row:
+  """Returns the ends of the accuracy's 95 % interval as keys of a row."""
+  low, high = intervals.wilson(*counts)
+  return {'accuracy_low': low, 'accuracy_high': high}
 
 
 def confusion(logits: Array, labels: Array, mask: Array) -> Array:
@@ -78,8 +95,8 @@ def mean_iou(counts: np.ndarray) -> float:
 
 
 METRICS: dict[str, Metric] = {
-    'classify': Metric('accuracy', correct_and_total, accuracy),
-    'segment': Metric('miou', confusion, mean_iou),
+    'classify': Metric('accuracy', correct_and_total, accuracy, accuracy_interval),
+    'segment': Metric('miou', confusion, mean_iou, lambda counts: {}),
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,16 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
-from lib.report import overlay, plots, tables
+from lib.report import intervals, overlay, plots, tables
 from lib.report.rows import Row
 from lib.runtime import checkpoint, sharding, timing
 from lib.tasks.base import sum_counts
-from lib.tasks.image_metrics import metric_of
+from lib.tasks.image_metrics import cross_entropies, metric_of
 from lib.tasks.sweep import Candidate, Sweep
 from models import checkpoints
 from models.backbones.vit import ViT
@@ -39,7 +41,9 @@ class ImageSweep(Sweep):
   """Measures methods under budgets on the test images of a set.
 
   `config.sweep` has `methods` (() for all), `budgets`, the `form` of those (a budget's key in a
-  reduction), `layers`, and `overrides`, keys of a reduction by method.
+  reduction), `layers`, and `overrides`, keys of a reduction by method. Where it has a `baseline`,
+  the name of a method, every row is compared with that at the same budget, averaged over so many
+  `baseline_draws`, seeds from 0 on; 0 for a method without a seed.
   """
 
   def __init__(self, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh):
@@ -48,12 +52,15 @@ class ImageSweep(Sweep):
     self.step, self.params = load(config, workdir, mesh)
     self.batches = [(batch, sharding.put(batch, mesh)) for batch in image_data.eval_batches(
         config.data, process_index=jax.process_index(), process_count=jax.process_count())]
+    self._baseline: dict[str, np.ndarray] = {}  # By budget, the cross-entropies of its draws.
 
   def rows(self) -> Iterator[Row]:
     """Yields the rows to measure, as `Sweep.rows`."""
     config, sweep = self.config, self.config.sweep
     shared = {'step': self.step, 'form': sweep.budget, 'layers': list(sweep.layers),
               'way': config.get('task', {}).get('fill', '')}
+    if sweep.get('baseline'):
+      shared |= {'baseline': sweep.baseline, 'baseline_draws': sweep.baseline_draws}
     yield {**shared, 'method': 'none', 'budget': '1.0'}
     host = build(config.model, task=config.get('task')).host
     for method in sweep.methods or [name for name in methods(host) if name != 'none']:
@@ -67,15 +74,26 @@ class ImageSweep(Sweep):
 
   def prepare(self, method: str, budget: float) -> Candidate:
     """Builds and compiles one candidate; it runs on images, and gives logits and cuts."""
+    vit = self._build(method, budget, {})
+    params = self._stored(vit)
+    return Candidate(vit, params, *compiled(vit, params, self.batches[0][1]['image']))
+
+  def _build(self, method: str, budget: float, args: Mapping[str, Any]) -> ViT:
+    """Builds the model under one reduction; `args` of the method replace those of `overrides`."""
     config, sweep = self.config, self.config.sweep
-    platform = self.mesh.devices.flat[0].platform
     reduce = {'method': method, 'layers': tuple(sweep.layers), sweep.budget: budget,
               **sweep.overrides.get(method, {})}
-    vit = build(config.model, reduce, macs=vit_cost.solver, platform=platform,
-                mesh=self.mesh if self.mesh.size > 1 else None, task=config.get('task'))
-    params = to_storage(complete(vit, self.params, seed=config.seed),
-                        fastest_storage(vit.plan, platform=platform))
-    return Candidate(vit, params, *compiled(vit, params, self.batches[0][1]['image']))
+    if args:
+      reduce['args'] = {**reduce.get('args', {}), **args}
+    return build(config.model, reduce, macs=vit_cost.solver,
+                 platform=self.mesh.devices.flat[0].platform,
+                 mesh=self.mesh if self.mesh.size > 1 else None, task=config.get('task'))
+
+  def _stored(self, vit: ViT) -> Params:
+    """Returns all parameters of a model, in the storage that runs fastest here."""
+    platform = self.mesh.devices.flat[0].platform
+    return to_storage(complete(vit, self.params, seed=self.config.seed),
+                      fastest_storage(vit.plan, platform=platform))
 
   def measure(self, row: Row) -> Row:
     """Returns score, tokens, cost and latency of a row, as `Sweep.measure`."""
@@ -89,7 +107,7 @@ class ImageSweep(Sweep):
     plan = candidate.model.plan
     learned = plan is not None and plan.name in COMPRESSORS
     return {
-        **self._evaluated(candidate),
+        **self._evaluated(candidate), **self._compared(row, candidate),
         'gmacs': own / 1e9, 'gmacs_ratio': own / full, 'batch': images.shape[0],
         'dtype': str(jnp.dtype(candidate.model.dtype)), **latency,
         'compile_s': candidate.compile_s,
@@ -99,14 +117,17 @@ class ImageSweep(Sweep):
   def show(self, rows: Sequence[Row], workdir: pathlib.Path) -> None:
     """Prints the table, plots the rows without a note, and draws pictures."""
     sweep, score = self.config.sweep, self.metric.score
-    columns = [score if name == 'accuracy' else name for name in tables.USUAL]
-    print(tables.table(rows, columns))
+    if sweep.get('baseline'):
+      print(self._show_compared(rows, workdir))
+    else:
+      columns = [score if name == 'accuracy' else name for name in tables.USUAL]
+      print(tables.table(rows, columns))
     # Each method ran beside the unreduced model, at another time than the other methods: its
     # speed-up is free of the machine's drift, its milliseconds are not.
     full = rows[0]['median_ms']
     ready = [row for row in rows if not row['note']]
-    steady = [row | {'median_ms': full / row['speedup'], 'low_ms': full / row['speedup_high'],
-                     'high_ms': full / row['speedup_low']} for row in ready]
+    steady = [{**row, 'median_ms': full / row['speedup'], 'low_ms': full / row['speedup_high'],
+               'high_ms': full / row['speedup_low']} for row in ready]
     for axis, drawn, file in (('gmacs', ready, f'{score}_cost.png'),
                               ('median_ms', steady, f'{score}_latency.png')):
       print(plots.plot_accuracy_cost(
@@ -116,7 +137,8 @@ class ImageSweep(Sweep):
 
   def _evaluated(self, candidate: Candidate) -> Row:
     """Returns the score, the mean tokens left of each layer, and their mean over layers."""
-    metric, counts, total, left = self.metric, [], 0.0, {}
+    metric, counts, total = self.metric, [], 0.0
+    left: dict[int, float] = {}
     for _, placed in self.batches:
       logits, cuts = candidate.run(candidate.params, placed['image'])
       counts.append(metric.counts(logits, placed['label'], placed['mask']))
@@ -127,8 +149,84 @@ class ImageSweep(Sweep):
     for layer in range(candidate.model.depth):
       slots = left[layer] / total if layer in left else slots
       tokens.append(round(slots, 1))
-    return {metric.score: metric.total(sum_counts(counts)),
+    interval = metric.interval(sum_counts(counts)) if self.config.sweep.get('baseline') else {}
+    return {metric.score: metric.total(sum_counts(counts)), **interval,
             'tokens': tokens, 'kept_mean': sum(tokens) / len(tokens)}
+
+  def _compared(self, row: Row, candidate: Candidate) -> Row:
+    """Returns the keys of a row that compare it with the baseline; none without a baseline.
+
+    `random` drops the same places of all images, so that one draw of it can be lucky as a whole:
+    the baseline is the mean over several draws, and the difference's error has a part of the draws.
+    The baseline's own row has the mean of all draws as its NLL.
+    """
+    baseline = self.config.sweep.get('baseline')
+    if not baseline:
+      return {}
+    own = self._cross_entropies(lambda batch: cross_entropies(
+        candidate.run(candidate.params, batch['image'])[0], batch['label']))
+    if row['method'] == 'none':
+      return {'images': len(own), 'nll': float(own.mean())}
+    draws = self._draws(row['budget'])
+    if row['method'] == baseline:
+      return {'images': len(own), 'nll': float(draws.mean())}
+    difference = intervals.paired(own, draws)
+    return {'images': len(own), 'nll': float(own.mean()), 'nll_difference': difference.mean,
+            'nll_error': difference.error, 'nll_freedom': difference.freedom}
+
+  def _draws(self, budget: str) -> np.ndarray:
+    """Returns the cross-entropies of the baseline's draws at a budget: float64[draws, images]."""
+    sweep = self.config.sweep
+    if budget not in self._baseline:
+      params = self._stored(self._build(sweep.baseline, float(budget), {}))
+
+      @jax.jit
+      def losses(params: Params, batch: Mapping[str, jax.Array], args: dict[str, Any]) -> jax.Array:
+        # Its seed is an input, so that all draws are one program.
+        vit = self._build(sweep.baseline, float(budget), args)
+        return cross_entropies(vit.apply({'params': params}, batch['image'])[0], batch['label'])
+
+      draws = [{'seed': seed} for seed in range(sweep.baseline_draws)] or [{}]
+      self._baseline[budget] = np.stack([self._cross_entropies(
+          lambda batch: losses(params, batch, args)) for args in draws])
+    return self._baseline[budget]
+
+  def _cross_entropies(self, losses: Callable[[Mapping[str, jax.Array]], jax.Array]) -> np.ndarray:
+    """Returns the cross-entropy of each test image: float64[images].
+
+    Args:
+      losses: batch -> float32[B].
+    """
+    parts = []
+    for _, placed in self.batches:
+      values, mask = multihost_utils.process_allgather((losses(placed), placed['mask']), tiled=True)
+      parts.append(values[mask > 0].astype(np.float64))
+    return np.concatenate(parts)
+
+  def _show_compared(self, rows: Sequence[Row], workdir: pathlib.Path) -> str:
+    """Draws the differences from the baseline; returns how to read the table, and the table.
+
+    The table goes from budget to budget, and from the lowest NLL to the highest.
+    """
+    sweep, score, images = self.config.sweep, self.metric.score, rows[0]['images']
+    draws = max(1, sweep.baseline_draws)
+    judged = sorted(intervals.judge(rows), key=lambda row: (
+        -float(row['budget']), row.get('nll', math.inf)))
+    compared = [row for row in judged if 'verdict' in row]
+    if compared:
+      print(plots.plot_differences(compared, workdir / 'nll_difference.png', title=sweep.title,
+                                   baseline=sweep.baseline))
+    legend = (
+        f'On {images} test images. NLL: mean cross-entropy. NLL - baseline: image by image from '
+        f'the mean of {draws} draw{"s" * (draws > 1)} of {sweep.baseline}\nat the same budget and '
+        f'layers; with the interval that covers images and draws and, by Bonferroni, all '
+        f'{len(compared)} comparisons\ntogether at 95 %. Verdict: better or worse than '
+        f'{sweep.baseline} where that interval excludes 0; otherwise the data cannot tell.\n'
+        f'[ ] behind an accuracy: its own 95 % interval. Other columns of {sweep.baseline} are of '
+        'one draw.\n')
+    return legend + tables.table(judged, (
+        'budget', 'method', score, 'nll', 'nll_difference', 'verdict', 'tokens', 'gmacs_ratio',
+        'latency', 'speedup', 'note'))
 
   def _draw(self, folder: pathlib.Path) -> None:
     """Draws the tokens that the named methods keep, merge and drop on the first test images."""
@@ -191,7 +289,7 @@ def complete(vit: ViT, trained: Params, *, seed: int) -> Params:
     return trained
   images = jnp.zeros((1, *vit.input_shape))
 
-  def fresh(key):
+  def fresh(key: jax.Array) -> dict[str, Any]:
     stack = vit.clone(mesh=None).init(key, images)['params']['stack']
     return {name: stack[name] for name in learned}
 
