@@ -18,6 +18,9 @@ import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Lowering is quicker without the stack of every operation.
+jax.config.update('jax_include_full_tracebacks_in_locations', False)
+jax.config.update('jax_traceback_in_locations_limit', 0)
 # The same examples every time; compiling makes the first one slow.
 hypothesis.settings.register_profile('here', derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile('here')

@@ -216,7 +216,8 @@ def test_model_trains_on_all_slots_and_evaluates_on_fewer():
   params['stack'] = made | params['stack']
 
   def loss(params):
-    logits, out = model.apply({'params': params}, images, rngs={'dropout': jax.random.key(1)})
+    logits, out = jax.jit(model.apply)({'params': params}, images,
+                                       rngs={'dropout': jax.random.key(1)})
     return jnp.sum(logits ** 2), [out['cuts'][layer] for layer in (1, 2)]
 
   grads, cuts = compiled(jax.grad(loss, has_aux=True))(params)
