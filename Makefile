@@ -1,6 +1,6 @@
 # make demo     train a ViT on real digits, then see what every method does to it
 # make test     lint, then the tests that are short
-# make test-all lint, then all tests: also kills, meshes, whole runs, compilers and harnesses
+# make test-all lint, then all tests: also kills, meshes, whole runs and sweeps, compilers
 # make bench    time primitives, methods, ViTs under every method, and decoding on this device
 # make targets  compile for TPUs and GPUs that nobody here owns
 PYTHON ?= python3

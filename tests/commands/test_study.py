@@ -28,6 +28,7 @@ def small(tmp_path):
   return config
 
 
+@pytest.mark.long
 def test_rows_are_made_once_and_a_cut_off_study_goes_on(tmp_path, monkeypatch, capsys):
   config, path = small(tmp_path), tmp_path / 'results' / 'small.jsonl'
   init = jax.jit(build(config.model).init)

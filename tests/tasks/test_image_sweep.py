@@ -134,6 +134,7 @@ VOLATILE = ('date', 'median_ms', 'low_ms', 'high_ms', 'speedup', 'speedup_low', 
             'compile_s')
 
 
+@pytest.mark.long
 def test_a_resumed_sweep_is_the_same(config, tmp_path, monkeypatch, capsys):
   """Whether the baseline's own row is known or missing, and only what is missing is measured."""
   monkeypatch.setattr(launch, 'start', lambda: True)
@@ -162,6 +163,7 @@ def test_a_resumed_sweep_is_the_same(config, tmp_path, monkeypatch, capsys):
   assert (tmp_path / 'nll_difference.png').exists()
 
 
+@pytest.mark.long
 def test_rows_compare_with_the_mean_of_the_draws(config, tmp_path):
   sweep = sweep_of(config, tmp_path)
   rows = [row | sweep.measure(row) for row in sweep.rows()]

@@ -95,6 +95,7 @@ def test_every_candidate_of_the_configs_is_a_model():
                     lm.cache_plan)), candidate
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, capsys):
   config, info, _, params = model_of(name)
