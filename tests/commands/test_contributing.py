@@ -31,7 +31,7 @@ def test_the_printed_method_needs_no_other_edit(tmp_path):
   (copy / path).write_text(code)
   names = (copy / path).parent / '__init__.py'
   names.write_text(names.read_text().replace('from ', f'{line}from ', 1)
-                   .replace('type] = {\n', f'type] = {{\n{entry}', 1))
+                   .replace(' = {\n', f' = {{\n{entry}', 1))
 
   def run(*command: str) -> str:
     done = subprocess.run([sys.executable, '-m', *command], cwd=copy, text=True,
