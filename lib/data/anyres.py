@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -291,7 +292,11 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
     return Square(crop_steps, side, background if steps.get('do_pad') else (), used)
   max_crops, base_view = 0, None
   if kind == 'llava_onevision':
-    max_crops = int(config.get('vision_aspect_ratio', 'anyres_max_9').removeprefix('anyres_max_'))
+    ratio = config.get('vision_aspect_ratio', 'anyres_max_9')
+    if not re.fullmatch(r'anyres_max_[1-9]\d*', str(ratio)):
+      raise ValueError(f'vision_aspect_ratio={ratio!r} is unknown: anyres_max_N is read, as '
+                       'anyres_max_9')
+    max_crops = int(ratio.removeprefix('anyres_max_'))
     # Only an image by itself is divided into crops; among others it is one padded square.
     base_view = Square(crop_steps, side, background, used, newline=True)
   pinpoints = steps.get('image_grid_pinpoints') or config['image_grid_pinpoints']

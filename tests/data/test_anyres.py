@@ -105,6 +105,16 @@ def test_several_images_of_other_families_are_read_as_each_alone(name, kind, arr
   assert row_of(pictures) == pictures
 
 
+@pytest.mark.parametrize(('name', 'kind'), [
+    ('llava_pad', 'llava'), ('llava_next', 'llava_next'), ('llava_onevision', 'llava_onevision')])
+@pytest.mark.parametrize('size', [(1, 1), (1, 500), (500, 1), (3, 40)])
+def test_thin_images_have_the_whole_at_least(name, kind, size):
+  picture = processor(name, kind)(noise(0, size))
+  assert np.isfinite(picture.pixels).all()
+  assert picture.index[:16, 0].tolist() == list(range(16))
+  assert -1 <= picture.index.min() <= picture.index.max() < 16 * len(picture.pixels)
+
+
 def test_bilinear_weights_reproduce_a_plane():
   grid = np.arange(30).reshape(5, 6)
   index, weight = token_layout.bilinear(grid, (3, 4))
@@ -169,6 +179,11 @@ def test_errors_say_what_to_change(arrays):
     anyres.smart_resize((1, 300), factor=28, min_pixels=1, max_pixels=100)
   with pytest.raises(ValueError, match="'blip' is unknown: choose one of llava"):
     processor('llava_pad', 'blip')
+  for ratio in ('anyres', 'pad', 'anyres_max_0', 'anyres_max_', 9):
+    with pytest.raises(ValueError, match=f'vision_aspect_ratio={ratio!r} is unknown: anyres_max_N'):
+      anyres.from_config(STEPS['llava_onevision'],
+                         {'model_type': 'llava_onevision', 'vision_aspect_ratio': ratio,
+                          'vision_config': {'image_size': 16, 'patch_size': 4}})
   square = processor('llava_pad', 'llava')(Image.fromarray(arrays['wide']))
   with pytest.raises(ValueError, match='tokens=9 are too few: a row has 16'):
     batch_pictures([[square]], patches=16, tokens=9)

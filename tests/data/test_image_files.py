@@ -3,16 +3,18 @@
 import io
 import os
 import struct
+import types
 import warnings
 import zlib
 
 import numpy as np
 import pytest
 from helpers.errors import said
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lib import notebook
 from lib.data.image_files import FORMATS, read_image, rgb, upright
+from lib.data.image_reader import ImageReader
 from lib.data.preprocess import Preprocess
 
 ORIENTATION = 0x0112
@@ -282,3 +284,17 @@ def test_images_in_memory_are_turned_once():
   image = quarters()
   image.info['exif'] = turned(6).tobytes()
   assert upright(image).size == upright(upright(image)).size == (16, 32)
+
+
+# Records of sets.
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_records_of_sets_are_scaled_and_of_the_same_formats(channels):
+  reader = object.__new__(ImageReader)
+  reader._settings = types.SimpleNamespace(channels=channels)
+  values = np.linspace(0, 0xffff, 48, dtype=np.uint16).reshape(6, 8)
+  image = np.asarray(reader._decode(encoded(Image.fromarray(values), 'PNG')))
+  np.testing.assert_array_equal(image.reshape(6, 8, -1)[..., 0], values >> 8)
+  with pytest.raises(UnidentifiedImageError):
+    reader._decode(encoded(noise(), 'EPS'))
