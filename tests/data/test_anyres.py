@@ -97,6 +97,17 @@ def test_several_images_of_onevision_are_one_padded_square_each():
     np.testing.assert_allclose(crop, ((wanted - 0.5) / 0.5)[:378, :378], atol=1e-6)
 
 
+def test_several_images_equal_the_reference(arrays):
+  look = processor('llava_onevision', 'llava_onevision')
+  row = row_of([look(Image.fromarray(arrays[image])) for image in IMAGES])
+  with np.load(FOLDER / 'preprocess_row.npz') as found:
+    wanted = np.moveaxis(found['llava_onevision'], -3, -1)
+  assert wanted.shape == (4, 1, 16, 16, 3)
+  for picture, pixels in zip(row, wanted, strict=True):
+    np.testing.assert_allclose(picture.pixels, pixels, atol=1e-6)
+    assert picture.index[:, 0].tolist() == [*range(16), token_layout.NEWLINE]
+
+
 @pytest.mark.parametrize(('name', 'kind'), [
     ('llava_pad', 'llava'), ('llava_next', 'llava_next'), ('qwen2_vl', 'qwen2_vl')])
 def test_several_images_of_other_families_are_read_as_each_alone(name, kind, arrays):
