@@ -9,8 +9,9 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Pillow opens dozens more, some by other programs (PostScript by Ghostscript).
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
+# Pillow opens dozens more, some by other programs (PostScript by Ghostscript); of a damaged TIFF it
+# may return a part, and libtiff prints.
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP')
 # How files begin that are pictures, or that people take for pictures.
 _BEGINNINGS = {
     b'\x89PNG': 'PNG', b'\xff\xd8\xff': 'JPEG', b'GIF8': 'GIF', b'BM': 'BMP', b'II*\0': 'TIFF',
@@ -25,7 +26,7 @@ _CONTENTS = {b'WEBP': 'WEBP', b'avif': 'AVIF', b'avis': 'AVIF', b'heic': 'HEIC',
 
 
 def read_image(path: str | pathlib.Path) -> Image.Image:
-  """Reads a picture as `upright` returns it; of several frames or pages the first.
+  """Reads a picture as `upright` returns it; of several frames the first.
 
   Raises:
     ValueError: no regular file, another format than `FORMATS`, a damaged file, one of more pixels
@@ -112,4 +113,4 @@ def _fault(beginning: bytes, error: Exception) -> str:
     reason = 'its header cannot be read' if unread else ' '.join(str(error).split())
     return f'is a damaged or incomplete {found} file ({reason}): save or download it again'
   return (f'holds {found} (it begins with {beginning[:8]!r}), and {", ".join(FORMATS)} are read: '
-          'convert it to PNG or JPEG')
+          'save it as PNG or JPEG')

@@ -188,9 +188,9 @@ def test_the_command_turns_photos_as_their_cameras_say(tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6  # "Turn by 90 degrees clockwise to show."
   turned.save(tmp_path / 'phone.jpg', exif=exif, quality=95)
-  turned.convert('L').save(tmp_path / 'grey.tif', exif=exif)
+  turned.convert('L').save(tmp_path / 'grey.png', exif=exif)
   flags.FLAGS.mark_as_parsed()
-  paths = [str(tmp_path / name) for name in ('phone.jpg', 'grey.tif')]
+  paths = [str(tmp_path / name) for name in ('phone.jpg', 'grey.png')]
   looker = Looker()
   with flagsaver.flagsaver(image=paths, prompt='what is at the top ?'):
     _, question = generate_command.read_question(looker)
@@ -341,5 +341,4 @@ def test_the_command_refuses_pictures_in_one_line(tmp_path):
   code, said, told = generate(f'--model={folder}', f'--image={path}', '--prompt=w5')
   assert (code, said) == (2, '')
   assert told == (f"error: {path} holds PostScript (it begins with b'%!PS-Ado'), and PNG, "
-                  'JPEG, WEBP, GIF, BMP, TIFF are read: convert it to PNG or JPEG '
-                  '(--debug shows where)\n')
+                  'JPEG, WEBP, GIF, BMP are read: save it as PNG or JPEG (--debug shows where)\n')
