@@ -7,7 +7,7 @@ import pathlib
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # Pillow opens dozens more, some by other programs (PostScript by Ghostscript); of a damaged TIFF it
 # may return a part, and libtiff prints.
@@ -23,6 +23,12 @@ _BEGINNINGS = {
 # The same of containers, by what stands at the ninth byte.
 _CONTENTS = {b'WEBP': 'WEBP', b'avif': 'AVIF', b'avis': 'AVIF', b'heic': 'HEIC', b'heix': 'HEIC',
              b'mif1': 'HEIC'}
+# What shows a picture upright, by its orientation; Pillow's own way writes the other tags anew, and
+# stops at those that it cannot write.
+_TURNS = dict(zip(range(2, 9), (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), strict=True))
 
 
 def read_image(path: str | pathlib.Path) -> Image.Image:
@@ -62,9 +68,15 @@ def upright(image: Image.Image) -> Image.Image:
     ValueError: as `eight_bit`.
   """
   image.load()
-  with contextlib.suppress(SyntaxError):  # Bytes that are no EXIF turn nothing, in viewers neither.
-    image = ImageOps.exif_transpose(image)
-  return rgb(image)
+  turn = None
+  # EXIF that cannot be read turns nothing, in viewers neither; a dozen types are raised here too.
+  with contextlib.suppress(Exception):
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+  image = rgb(image)
+  if turn is not None:
+    image = image.transpose(turn)
+    image.info = {}  # The new image would be turned again.
+  return image
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from helpers.errors import said
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib import notebook
 from lib.data.image_files import FORMATS, read_image, rgb, upright
@@ -84,6 +84,25 @@ def test_exif_turns_pictures_upright(kind, orientation, read):
 def test_an_orientation_that_is_none_turns_nothing(kind, exif, read):
   image = read(encoded(quarters(), kind, exif=exif, **FAITHFUL[kind]))
   np.testing.assert_allclose(np.asarray(image, int), np.asarray(quarters(), int), atol=2)
+
+
+@pytest.mark.parametrize('kind', FAITHFUL)
+def test_odd_tags_beside_the_orientation_do_no_harm(kind, read):
+  # A resolution that is text: Pillow reads it and cannot write it.
+  exif = (b'Exif\0\0MM\0*' + struct.pack('>IH', 8, 2)
+          + struct.pack('>HHIHH', ORIENTATION, 3, 1, 6, 0)
+          + struct.pack('>HHI4s', 0x011a, 2, 4, b'abc') + struct.pack('>I', 0))
+  content = encoded(quarters(), kind, **FAITHFUL[kind], exif=exif)
+  with Image.open(io.BytesIO(content)) as opened, pytest.raises((TypeError, AttributeError)):
+    ImageOps.exif_transpose(opened)
+  image = read(content)
+  assert image.size == (16, 32)
+  np.testing.assert_allclose(image.getpixel((4, 8)), COLOURS['c'], atol=2)
+
+
+def test_xmp_tells_the_orientation_too(read):
+  content = encoded(quarters(), 'JPEG', xmp=b'<x tiff:Orientation="6"/>')
+  assert read(content).size == (16, 32)
 
 
 def test_grey_of_16_bits_is_turned_too(read):
