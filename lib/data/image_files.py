@@ -71,7 +71,7 @@ def upright(image: Image.Image) -> Image.Image:
   turn = None
   # EXIF that cannot be read turns nothing, in viewers neither; a dozen types are raised here too.
   with contextlib.suppress(Exception):
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
   image = rgb(image)
   if turn is not None:
     image = image.transpose(turn)
