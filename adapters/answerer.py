@@ -21,6 +21,7 @@ from PIL import Image
 
 from lib import assistant
 from lib.assistant import Assistant
+from lib.data.pictures import row_of
 from models.backbones.vlm import Images
 from models.decoding.generator import ENDED, Generator, Score
 from models.decoding.sampling import Sampling
@@ -189,7 +190,7 @@ class Answerer:
              alike: Callable[[Question], Any]) -> Iterator[
                  tuple[list[int], list[Question], Generator, Images | None]]:
     seen = {place: self.assistant.with_grid_for(questions[place].images) for place in places}
-    pictures = {place: [seen[place].look(image) for image in questions[place].images]
+    pictures = {place: row_of([seen[place].look(image) for image in questions[place].images])
                 for place in places}
 
     def kind(place: int) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
 from adapters.answerer import BUCKETS, Answerer, Question, Settings
+from lib.data.image_files import upright
 
 NAME = 'winnow'
 
@@ -101,7 +102,7 @@ class WinnowLMM(lmms):
       if not isinstance(each, Image.Image):
         raise ValueError(f'{task} shows {type(each).__name__}, and winnow sees images alone: '
                          'choose a task of images')
-    return tuple(each.convert('RGB') for each in shown)
+    return tuple(upright(each) for each in shown)
 
 
 def register() -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 from lib import assistant
 from lib.cost.vlm import Layout
 from lib.data import anyres, qa
+from lib.data.pictures import row_of
 from lib.tasks import qa as qa_task
 from models.backbones.clip import Clip, make_clip
 from models.backbones.lm import LM
@@ -90,8 +91,8 @@ class Source:
     if isinstance(read, anyres.Square):
       return images, images, tower.grid[0] * tower.grid[1]
     height, width = size or whole
-    picture = read(Image.new('RGB', (width, height)))
-    return images * len(picture.pixels), images, len(picture.index)
+    pictures = row_of([read(Image.new('RGB', (width, height)))] * images)
+    return sum(len(each.pixels) for each in pictures), images, len(pictures[0].index)
 
 
 def find(name: str, *, dtype: str = 'bfloat16') -> Source:

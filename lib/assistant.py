@@ -146,7 +146,8 @@ class Assistant:
     """Turns the images of rows, in the order of their placeholders, into the model's input.
 
     Args:
-      rows: the images of each row, or Pictures that `look` made of them.
+      rows: the images of each row, upright (`lib.data.image_files` reads photos so), or Pictures
+        that `look` made of them.
       **fixed: crops, images and tokens, as `lib.data.pictures.batch_pictures` takes them.
 
     Raises:

@@ -32,6 +32,7 @@ from lib.cost import lm as lm_cost
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
 from lib.data import qa as qa_data
+from lib.data.image_files import read_image, upright
 from lib.runtime import sharding
 from lib.tasks import image_sweep, qa_sweep
 from lib.tasks import qa as qa_task
@@ -308,7 +309,4 @@ class ImageModel:
 
 
 def _opened(image: str | pathlib.Path | Image.Image) -> Image.Image:
-  if isinstance(image, Image.Image):
-    return image.convert('RGB')
-  with Image.open(image) as file:
-    return file.convert('RGB')
+  return upright(image) if isinstance(image, Image.Image) else read_image(image)

@@ -29,13 +29,13 @@ import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from PIL import Image
 
 from configs.parts import reductions
 from lib import assistant
 from lib.assistant import Assistant
 from lib.data import qa as qa_data
-from lib.data.pictures import Picture
+from lib.data.image_files import read_image
+from lib.data.pictures import Picture, row_of
 from lib.data.token_layout import raster_layout
 from lib.report import overlay, provenance
 from lib.runtime import cli
@@ -140,13 +140,10 @@ def read_question(model: Assistant) -> tuple[Assistant, Question]:
   text = PROMPT.value
   if text is None:
     text = pathlib.Path(PROMPT_FILE.value).read_text()
-  images = []
-  for path in IMAGES.value:
-    with Image.open(path) as image:
-      images.append(image.convert('RGB'))
+  images = [read_image(path) for path in IMAGES.value]
   prompt = model.prompt(text, images=len(images), template=TEMPLATE.value)
   model = model.with_grid_for(images)
-  return model, Question([model.look(image) for image in images], prompt)
+  return model, Question(row_of([model.look(image) for image in images]), prompt)
 
 
 def example(model: Assistant) -> Question:

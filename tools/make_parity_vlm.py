@@ -20,11 +20,13 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from PIL import Image
 
 from tools.make_parity import (
     as_array,
     randomise,
     read_saved,
+    savez,
     watch,
     write_case,
     write_processed,
@@ -242,10 +244,16 @@ def write_preprocess(folder: pathlib.Path) -> None:
       'qwen2_vl': transformers.Qwen2VLImageProcessorPil(
           patch_size=4, min_pixels=16 * 16, max_pixels=40 * 40),
   }
+  sides = {'wide': (37, 53), 'tall': (61, 30), 'small': (18, 20), 'long': (20, 130)}
   write_processed(
-      folder, 1, {'wide': (37, 53), 'tall': (61, 30), 'small': (18, 20), 'long': (20, 130)},
-      processors, lambda key, output: {f'{key}_{name}': np.asarray(output[name]) for name in
-                                       ('pixel_values', 'image_grid_thw') if name in output})
+      folder, 1, sides, processors, lambda key, output: {
+          f'{key}_{name}': np.asarray(output[name])
+          for name in ('pixel_values', 'image_grid_thw') if name in output})
+  # All of them in one prompt, where this family reads them otherwise than each alone.
+  with np.load(folder / 'preprocess.npz') as arrays:
+    row = [Image.fromarray(arrays[name]) for name in sides]
+  output = processors['llava_onevision']([row], return_tensors='np')
+  savez(folder / 'preprocess_row.npz', {'llava_onevision': output['pixel_values']})
 
 
 TEMPLATE = """{%- set ns = namespace(images=0) -%}

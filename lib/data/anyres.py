@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from lib.data import preprocess
+from lib.data.image_files import rgb
 from lib.data.pictures import Picture
 from lib.data.preprocess import RESAMPLE, Preprocess
 from lib.data.token_layout import Size, anyres_layout, cell_layout, raster_layout
@@ -27,6 +29,8 @@ from ops import choices
 
 LLAVAS = ('llava', 'llava_next', 'llava_onevision')
 QWENS = ('qwen2_vl', 'qwen2_5_vl')
+# The background of padding where a config names no mean.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +40,16 @@ class Square:
   Attributes:
     steps: resize, crop and normalise.
     side: n.
-    pad: whether it is padded, by the mean colour.
+    background: colour, of channels in 0 to 1, that it is padded with; () where it is cut.
     used: side in pixels of the upper left part of a crop that the tower reads; 0 for all of it.
+    newline: whether a NEWLINE ends its tokens.
   """
 
   steps: Preprocess
   side: int
-  pad: bool = False
+  background: tuple[float, ...] = ()
   used: int = 0
+  newline: bool = False
 
   def shown(self, picture: Picture) -> np.ndarray:
     """Returns the crops of a picture to look at: float[c, H, W, 3] in [0, 1]."""
@@ -51,11 +57,10 @@ class Square:
 
   def __call__(self, image: Image.Image) -> Picture:
     """Turns an image into a Picture."""
-    image = image.convert('RGB')
-    if self.pad:
-      assert self.steps.mean is not None
-      image = padded_square(image, self.steps.mean)
-    index, weight = raster_layout(self.side ** 2)
+    image = rgb(image)
+    if self.background:
+      image = padded_square(image, self.background)
+    index, weight = raster_layout(self.side ** 2, newline=self.newline)
     return Picture(_cut(self.steps(image)[None], self.used), index, weight)
 
 
@@ -70,6 +75,8 @@ class Anyres:
     side: n.
     max_crops, unpad, newline: as in `anyres_layout`.
     used: as in `Square`.
+    base_view: makes the `Picture.base_view` of an image; None where rows of several images have
+      their crops too.
   """
 
   steps: Preprocess
@@ -80,6 +87,7 @@ class Anyres:
   unpad: bool = True
   newline: bool = True
   used: int = 0
+  base_view: Square | None = None
 
   def shown(self, picture: Picture) -> np.ndarray:
     """Returns the crops of a picture to look at: float[c, H, W, 3] in [0, 1]."""
@@ -87,7 +95,7 @@ class Anyres:
 
   def __call__(self, image: Image.Image) -> Picture:
     """Turns an image into a Picture of 1 + rows * columns crops."""
-    image = image.convert('RGB')
+    image = rgb(image)
     size = image.size[::-1]
     target = best_resolution(size, self.pinpoints)
     high, wide = fitted_size(size, target)
@@ -101,7 +109,8 @@ class Anyres:
     index, weight = anyres_layout(size, target, tile=self.tile, side=self.side,
                                   max_crops=self.max_crops, unpad=self.unpad, newline=self.newline)
     pixels = np.stack([self.steps(crop) for crop in crops])
-    return Picture(_cut(pixels, self.used), index, weight)
+    base_view = self.base_view(image) if self.base_view else None
+    return Picture(_cut(pixels, self.used), index, weight, base_view=base_view)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +161,7 @@ class Patches:
     Raises:
       ValueError: an image that is too long, or that does not fit into the grid.
     """
-    image = image.convert('RGB')
+    image = rgb(image)
     high, wide = self.size(image)
     image = image.resize((wide, high), RESAMPLE[self.steps.resample])
     pixels = dataclasses.replace(self.steps, size=None, crop=None)(image)
@@ -278,13 +287,21 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
   side = tile // vision['patch_size']
   # Where patches do not divide a crop, its last pixels are not read.
   used = side * vision['patch_size']
+  background = tuple(steps.get('image_mean') or CLIP_MEAN)
   if kind == 'llava':
-    return Square(crop_steps, side, bool(steps.get('do_pad')), used)
-  max_crops = 0
+    return Square(crop_steps, side, background if steps.get('do_pad') else (), used)
+  max_crops, base_view = 0, None
   if kind == 'llava_onevision':
-    max_crops = int(config.get('vision_aspect_ratio', 'anyres_max_9').removeprefix('anyres_max_'))
+    ratio = config.get('vision_aspect_ratio', 'anyres_max_9')
+    if not re.fullmatch(r'anyres_max_[1-9]\d*', str(ratio)):
+      raise ValueError(f'vision_aspect_ratio={ratio!r} is unknown: anyres_max_N is read, as '
+                       'anyres_max_9')
+    max_crops = int(ratio.removeprefix('anyres_max_'))
+    # Only an image by itself is divided into crops; among others it is one padded square.
+    base_view = Square(crop_steps, side, background, used, newline=True)
   pinpoints = steps.get('image_grid_pinpoints') or config['image_grid_pinpoints']
-  return Anyres(crop_steps, tuple(map(tuple, pinpoints)), tile, side, max_crops, used=used)
+  return Anyres(crop_steps, tuple(map(tuple, pinpoints)), tile, side, max_crops, used=used,
+                base_view=base_view)
 
 
 def _patches(steps: Mapping[str, Any], grid: Size) -> Patches:

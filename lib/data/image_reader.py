@@ -15,6 +15,7 @@ from absl import logging
 from PIL import Image
 
 from lib.data import augment, prepare
+from lib.data.image_files import FORMATS, eight_bit
 from lib.data.settings import MODES, ImageSettings
 
 # A damaged file has many bad records in a row; a run should not go on without all of them.
@@ -167,9 +168,9 @@ class ImageReader:
 
   def _decode(self, stored: bytes | np.ndarray) -> Image.Image:
     if isinstance(stored, bytes):
-      with Image.open(io.BytesIO(stored)) as image:
+      with Image.open(io.BytesIO(stored), formats=FORMATS) as image:
         # Greyscale, palette and CMYK files lie among the colour images of ImageNet.
-        return image.convert(MODES[self._settings.channels])
+        return eight_bit(image).convert(MODES[self._settings.channels])
     return Image.fromarray(stored[..., 0] if self._settings.channels == 1 else stored)
 
   def _location(self, example: int) -> tuple[str, int]:

@@ -28,6 +28,8 @@ class Picture:
     sizes: int[c, 2] for patches, else None.
     axes: int[V, 3], time, row and column of each token; None where positions have one axis.
     extent: by how much positions move on (0 without axes).
+    base_view: the whole image as one crop, which a model reads instead where a row has several
+      images; None where it then reads the same.
   """
 
   pixels: np.ndarray
@@ -36,6 +38,14 @@ class Picture:
   sizes: np.ndarray | None = None
   axes: np.ndarray | None = None
   extent: int = 0
+  base_view: Picture | None = None
+
+
+def row_of(pictures: Sequence[Picture]) -> list[Picture]:
+  """Returns the pictures of one row as the model reads them: base views where there are several."""
+  if len(pictures) < 2:
+    return list(pictures)
+  return [picture.base_view or picture for picture in pictures]
 
 
 def batch_pictures(rows: Sequence[Sequence[Picture]], *, patches: int, crops: int = 0,
@@ -50,6 +60,7 @@ def batch_pictures(rows: Sequence[Sequence[Picture]], *, patches: int, crops: in
   Raises:
     ValueError: a row with more than those.
   """
+  rows = [row_of(row) for row in rows]
   every = [picture for row in rows for picture in row]
   if not every:
     return None

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lib.data.image_files import rgb
+
 # The numbers that configs give are Pillow's own; all of these antialias when they shrink.
 RESAMPLE = {code.value: code for code in Image.Resampling}
 # Before `size` was a dict, a single number meant the shorter edge to these, a square to all others.
@@ -42,7 +44,7 @@ class Preprocess:
     """Turns an image, or uint8[H, W, 3], into float32[H, W, 3] for a model."""
     if not isinstance(image, Image.Image):
       image = Image.fromarray(image)
-    image = image.convert('RGB')
+    image = rgb(image)
     if self.size is not None:
       image = image.resize(self._sides(image.size), RESAMPLE[self.resample])
     pixels = np.asarray(image)

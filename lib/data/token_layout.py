@@ -44,9 +44,15 @@ def bilinear(grid: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
   return index, weight.astype(np.float32)
 
 
-def raster_layout(count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns index int[V, 1] and weight float32[V, 1] of one crop's features in order."""
-  return np.arange(count)[:, None], np.ones((count, 1), np.float32)
+def raster_layout(count: int, *, newline: bool = False) -> tuple[np.ndarray, np.ndarray]:
+  """Returns index int[V, 1] and weight float32[V, 1] of one crop's features in order.
+
+  Args:
+    count: of features.
+    newline: whether a NEWLINE ends them.
+  """
+  index = np.append(np.arange(count), [NEWLINE] * newline)
+  return index[:, None], np.ones((len(index), 1), np.float32)
 
 
 def anyres_layout(size: Size, resolution: Size, *, tile: int, side: int, max_crops: int = 0,

@@ -177,6 +177,13 @@ def test_folders_of_checkpoints(family, layout, tmp_path):
   assert text.endswith(explain.NOTHING_PUBLISHED)
 
 
+def test_several_images_have_the_layout_that_they_are_read_in(tmp_path):
+  for family, layout in (('llava_next', (10, 2, 16 + 72)), ('llava_onevision', (2, 2, 16 + 1))):
+    file = ROOT / 'tests/fixtures/parity_vlm' / f'{family}.json'
+    (tmp_path / 'config.json').write_text(file.read_text())
+    assert architecture.find(str(tmp_path), dtype='float32').layout(2) == layout
+
+
 def test_packed_runs_and_families():
   source = architecture.find(str(ROOT / 'results/digit_scenes'))
   assert source.prompt == 60

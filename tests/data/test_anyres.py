@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from lib.data import anyres, token_layout
-from lib.data.pictures import batch_pictures
+from lib.data.pictures import batch_pictures, row_of
+from models.backbones.vlm import image_counts
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity_vlm'
 IMAGES = ('wide', 'tall', 'small', 'long')
@@ -52,6 +53,77 @@ def test_patches_equal_the_reference(image, arrays):
   assert picture.axes.tolist() == [[0, y, x] for y in range(rows // 2) for x in range(columns // 2)]
   assert picture.index[:, 0].tolist() == [y * 20 + x for _, y, x in picture.axes]
   assert picture.extent == max(rows, columns) // 2
+
+
+ONEVISION_VISION = {'image_size': 384, 'patch_size': 14}
+ONEVISION_PINPOINTS = [[384 * r, 384 * c] for r in range(1, 7) for c in range(1, 7)]
+
+
+def onevision():
+  """The processor of the released LLaVA-OneVision."""
+  steps = STEPS['llava_onevision'] | {
+      'image_mean': [0.5] * 3, 'image_std': [0.5] * 3, 'size': {'height': 384, 'width': 384},
+      'image_grid_pinpoints': ONEVISION_PINPOINTS}
+  config = {'model_type': 'llava_onevision', 'vision_aspect_ratio': 'anyres_max_9',
+            'vision_config': ONEVISION_VISION}
+  return anyres.from_config(steps, config)
+
+
+def noise(seed, size):
+  """An image of (height, width)."""
+  return Image.fromarray(
+      np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def test_several_images_of_onevision_are_one_padded_square_each():
+  """As the reference since its pull request 38084: patching is for a single image."""
+  look, images = onevision(), [noise(0, (768, 1024)), noise(1, (600, 600))]
+  pictures = [look(image) for image in images]
+  rows = batch_pictures([pictures, pictures[:1], []], patches=27 * 27)
+  # 729 tokens of a square of 384, of which patches of 14 leave the last 6 pixels out; a newline.
+  assert image_counts(rows)[0].tolist() == [730, 730]
+  assert (rows.index[0, 0, :730, 0] == [*range(729), 7 * 729]).all()
+  assert (rows.index[0, 1, :730, 0] == [*range(729, 2 * 729), 7 * 729]).all()
+  # Alone, the first has 2 x 3 crops beside the whole.
+  assert rows.pixels.shape[1] == 7
+  assert rows.pixels[1].any(axis=(1, 2, 3)).all()
+  assert not rows.pixels[0, 2:].any()
+  assert batch_pictures([pictures], patches=27 * 27).pixels.shape[1] == 2
+  # The square is filled up with the mean, above and below: 127 of 0.5 * 255.
+  canvas = np.full((1024, 1024, 3), 127, np.uint8)
+  canvas[128:896] = images[0]
+  for crop, square in zip(rows.pixels[0], (Image.fromarray(canvas), images[1]), strict=False):
+    wanted = np.asarray(square.resize((384, 384), Image.Resampling.BICUBIC)) / 255
+    np.testing.assert_allclose(crop, ((wanted - 0.5) / 0.5)[:378, :378], atol=1e-6)
+
+
+def test_several_images_equal_the_reference(arrays):
+  look = processor('llava_onevision', 'llava_onevision')
+  row = row_of([look(Image.fromarray(arrays[image])) for image in IMAGES])
+  with np.load(FOLDER / 'preprocess_row.npz') as found:
+    wanted = np.moveaxis(found['llava_onevision'], -3, -1)
+  assert wanted.shape == (4, 1, 16, 16, 3)
+  for picture, pixels in zip(row, wanted, strict=True):
+    np.testing.assert_allclose(picture.pixels, pixels, atol=1e-6)
+    assert picture.index[:, 0].tolist() == [*range(16), token_layout.NEWLINE]
+
+
+@pytest.mark.parametrize(('name', 'kind'), [
+    ('llava_pad', 'llava'), ('llava_next', 'llava_next'), ('qwen2_vl', 'qwen2_vl')])
+def test_several_images_of_other_families_are_read_as_each_alone(name, kind, arrays):
+  look = processor(name, kind)
+  pictures = [look(Image.fromarray(arrays[image]).resize((32, 16))) for image in IMAGES[:2]]
+  assert row_of(pictures) == pictures
+
+
+@pytest.mark.parametrize(('name', 'kind'), [
+    ('llava_pad', 'llava'), ('llava_next', 'llava_next'), ('llava_onevision', 'llava_onevision')])
+@pytest.mark.parametrize('size', [(1, 1), (1, 500), (500, 1), (3, 40)])
+def test_thin_images_have_the_whole_at_least(name, kind, size):
+  picture = processor(name, kind)(noise(0, size))
+  assert np.isfinite(picture.pixels).all()
+  assert picture.index[:16, 0].tolist() == list(range(16))
+  assert -1 <= picture.index.min() <= picture.index.max() < 16 * len(picture.pixels)
 
 
 def test_bilinear_weights_reproduce_a_plane():
@@ -118,6 +190,11 @@ def test_errors_say_what_to_change(arrays):
     anyres.smart_resize((1, 300), factor=28, min_pixels=1, max_pixels=100)
   with pytest.raises(ValueError, match="'blip' is unknown: choose one of llava"):
     processor('llava_pad', 'blip')
+  for ratio in ('anyres', 'pad', 'anyres_max_0', 'anyres_max_', 9):
+    with pytest.raises(ValueError, match=f'vision_aspect_ratio={ratio!r} is unknown: anyres_max_N'):
+      anyres.from_config(STEPS['llava_onevision'],
+                         {'model_type': 'llava_onevision', 'vision_aspect_ratio': ratio,
+                          'vision_config': {'image_size': 16, 'patch_size': 4}})
   square = processor('llava_pad', 'llava')(Image.fromarray(arrays['wide']))
   with pytest.raises(ValueError, match='tokens=9 are too few: a row has 16'):
     batch_pictures([[square]], patches=16, tokens=9)

@@ -11,11 +11,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from helpers import assistants, parity_vlm
 from helpers.parity_vlm import FAMILIES
 from helpers.qa import small as small_config
 from PIL import Image
 
+from adapters.answerer import Answerer, Question, Settings
 from configs import digit_scenes as scenes_config
 from configs import stdlib_needle as needle_config
 from lib import assistant
@@ -26,8 +29,10 @@ from lib.data.prepare import prepare
 from lib.data.token_layout import raster_layout
 from lib.report import overlay, provenance
 from lib.tasks import qa as qa_task
+from models.backbones.vlm import image_counts
 from models.decoding.sampling import padded
 from models.reduce_config import with_plans
+from tools import generate as generate_command
 
 SLOTS = 24
 
@@ -143,6 +148,57 @@ def test_grids_grow_for_images_that_do_not_fit(tmp_path):
   shown = grown.look.shown(grown.look(image))
   wide = image.resize(shown.shape[2:0:-1], Image.Resampling.BICUBIC)
   np.testing.assert_allclose(shown[0], np.asarray(wide) / 255, atol=1e-6)
+
+
+def test_several_images_of_a_prompt_are_one_crop_each(tmp_path):
+  made = assistant.load(assistants.checkpoint(tmp_path / 'onevision', 'llava_onevision'))
+  images = [photo(), photo(1, (9, 30))]
+  for row in (images, [made.look(image) for image in images]):
+    assert image_counts(made.encode_images([row])).tolist() == [[17, 17]]
+  assert made.encode_images([images[:1]]).layout[0] > 2
+  reader = Answerer(tmp_path / 'onevision', batch_size=2)
+  prompt = tuple(made.prompt('w5', images=2))
+  answers = reader.texts([Question(prompt, tuple(images), settings=Settings(2))])
+  assert answers == [made.text(made.generator()([prompt], made.encode_images([images]),
+                                                new_tokens=2)[0])]
+
+
+class Looker:
+  """Stands for a model: remembers the images that it was shown."""
+
+  def __init__(self):
+    self.images = []
+
+  def prompt(self, text, *, images, template):
+    return [1] * images
+
+  def with_grid_for(self, images):
+    assert [image.size for image in images] == [(96, 64)] * 2
+    return self
+
+  def look(self, image):
+    self.images.append(image)
+    return Picture(np.asarray(image)[None], *raster_layout(1))
+
+
+def test_the_command_turns_photos_as_their_cameras_say(tmp_path):
+  upright = np.zeros((64, 96, 3), np.uint8)
+  upright[:32] = 255  # White above, black below; wider than high.
+  turned = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+  exif = Image.Exif()
+  exif[0x0112] = 6  # "Turn by 90 degrees clockwise to show."
+  turned.save(tmp_path / 'phone.jpg', exif=exif, quality=95)
+  turned.convert('L').save(tmp_path / 'grey.png', exif=exif)
+  flags.FLAGS.mark_as_parsed()
+  paths = [str(tmp_path / name) for name in ('phone.jpg', 'grey.png')]
+  looker = Looker()
+  with flagsaver.flagsaver(image=paths, prompt='what is at the top ?'):
+    _, question = generate_command.read_question(looker)
+  assert question.prompt == [1, 1]
+  for image, picture in zip(looker.images, question.images, strict=True):
+    assert (image.mode, image.size) == ('RGB', (96, 64))
+    assert picture.pixels[0, :16].mean() > 240
+    assert picture.pixels[0, -16:].mean() < 15
 
 
 # What is left of an image.
@@ -275,3 +331,14 @@ def test_the_command_asks_a_checkpoint_about_an_image(tmp_path):
   answer, = made.generator(reduce)([prompt], made.encode_images([[photo()]]), new_tokens=5)
   assert said.strip() == made.text(answer).strip()
   assert 'language: fastv keeps 8 of 16 before layer 1' in told
+
+
+@pytest.mark.long
+def test_the_command_refuses_pictures_in_one_line(tmp_path):
+  folder = assistants.checkpoint(tmp_path / 'llava', 'llava')
+  path = tmp_path / 'photo.png'
+  photo().save(path, 'EPS')
+  code, said, told = generate(f'--model={folder}', f'--image={path}', '--prompt=w5')
+  assert (code, said) == (2, '')
+  assert told == (f"error: {path} holds PostScript (it begins with b'%!PS-Ado'), and PNG, "
+                  'JPEG, WEBP, GIF, BMP are read: save it as PNG or JPEG (--debug shows where)\n')
