@@ -23,6 +23,8 @@ from lib.data import preprocess
 from lib.data.pictures import Picture
 from lib.data.preprocess import RESAMPLE, Preprocess
 from lib.data.token_layout import Size, anyres_layout, cell_layout, raster_layout
+from models.checkpoints.vlm_config import tower_config
+from models.families import PINPOINTS
 from ops import choices
 
 LLAVAS = ('llava', 'llava_next', 'llava_onevision')
@@ -269,10 +271,11 @@ def read(source: str | pathlib.Path, config: Mapping[str, Any], *,
 def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
                 grid: Size = (32, 32)) -> Square | Anyres | Patches:
   """Makes the processor of `read` from the files' contents."""
-  kind, vision = config.get('model_type'), config['vision_config']
+  kind = config.get('model_type')
   choices.check('model_type ', kind, (*LLAVAS, *QWENS))
   if kind in QWENS:
     return _patches(steps, grid)
+  vision = tower_config(config)
   crop_steps = preprocess.from_config(dict(steps))
   tile = vision['image_size']
   side = tile // vision['patch_size']
@@ -283,7 +286,8 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
   max_crops = 0
   if kind == 'llava_onevision':
     max_crops = int(config.get('vision_aspect_ratio', 'anyres_max_9').removeprefix('anyres_max_'))
-  pinpoints = steps.get('image_grid_pinpoints') or config['image_grid_pinpoints']
+  pinpoints = (steps.get('image_grid_pinpoints') or config.get('image_grid_pinpoints')
+               or PINPOINTS[kind])
   return Anyres(crop_steps, tuple(map(tuple, pinpoints)), tile, side, max_crops, used=used)
 
 

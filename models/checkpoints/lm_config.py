@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.backbones.lm import LM
-from models.families import LM_FAMILIES, LMS
+from models.families import LM_FAMILIES, LMS, TEXT_FAMILIES
 from ops import choices
 from ops.rope import Rope
 
@@ -33,15 +33,15 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
   """The model that a checkpoint's config.json describes (as the transformers library writes it).
 
   Args:
-    config: the file's content; a vision-language model's has the part that counts here under
-      'text_config'.
+    config: the file's content, or a vision-language model's (`text_config`); what it leaves out has
+      the family's published default (`LM_FAMILIES`).
     **overrides: fields of LM that differ.
 
   Raises:
     ValueError: an architecture that is not known, or settings of a known one that are not; or a
       field that LM does not have.
   """
-  config = config.get('text_config') or config
+  config = text_config(config)
   kind = config.get('model_type')
   if kind not in LM_FAMILIES:
     raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(LM_FAMILIES)}')
@@ -68,6 +68,28 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
   return LM(**(settings | overrides))
 
 
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the config.json of the language model in that of a vision-language model.
+
+  Its keys lie under 'text_config' or, in older files of the Qwen families, beside the others. A
+  head is tied where either of the two says so: versions of the transformers library differ in
+  where they write it.
+
+  Args:
+    config: the file's content; a language model's own is returned as it is.
+  """
+  kind, text = config.get('model_type'), config.get('text_config')
+  if kind not in TEXT_FAMILIES:
+    return dict(text or config)
+  family = TEXT_FAMILIES[kind]
+  if family == 'qwen2_vl_text':
+    text = dict(text or config) | {'model_type': family}
+  else:
+    text = {'model_type': family} | dict(text or {})
+  tied = config.get('tie_word_embeddings') or text.get('tie_word_embeddings')
+  return text | {'tie_word_embeddings': bool(tied)}
+
+
 def _window(get: Callable[..., Any]) -> int:
   """The sliding window, 0 for none.
 
@@ -75,7 +97,7 @@ def _window(get: Callable[..., Any]) -> int:
     ValueError: for a window in some layers only.
   """
   window = get('sliding_window') or 0
-  if not window or get('use_sliding_window') is False:
+  if not window or not get('use_sliding_window', True):
     return 0
   kinds = set(get('layer_types') or ())
   if 'max_window_layers' in LM_FAMILIES[get('model_type')] and not kinds:

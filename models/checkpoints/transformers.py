@@ -11,9 +11,8 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.checkpoints import vlm_config
 from models.checkpoints.layout import Layout, Names
-from models.checkpoints.lm_config import from_config
+from models.checkpoints.lm_config import from_config, text_config
 
 _EMBED: Names = {
     'cls': 'embeddings.cls_token',
@@ -189,7 +188,7 @@ def check_config(model: Any, config: Mapping[str, Any]) -> None:
     return
   if isinstance(model, VLM):
     check_config(model.tower, config)
-    _check_language(model.lm, vlm_config.text_config(config))
+    _check_language(model.lm, text_config(config))
     return
   if isinstance(model, Clip):
     check_config(model.image, config.get('vision_config') or {})
