@@ -14,8 +14,8 @@ import fnmatch
 import functools
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from ops import choices
 
 SOURCES = (timm, transformers, transformers_vlm)
 Model = ViT | Text | Clip | LM | QwenVision | VLM
+AnyModel = TypeVar('AnyModel', bound=Model)
 Params = dict[str, Any]
 
 
@@ -68,8 +69,13 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
   shapes = {name: shape for name, shape in _shapes(model).items() if not _under(name, fresh)}
   with files.reading(files.tensor_files(path)) as tensors:
     layout, prefix = _choose(model, source, shapes, tensors)
+    heads = _stored_heads(tensors, unused)
     if layout.name.startswith('transformers'):
-      transformers.check_config(model, files.config(path))
+      transformers.check_config(model, files.config(path), own_head=bool(heads))
+    for head in _other_heads(model, layout, prefix, tensors, heads):
+      raise ValueError(f'{head} of {source} differs from the embeddings, to which the model ties '
+                       'its head: build it with tied=False, or as '
+                       'models.checkpoints.tied_as_stored does')
     wanted = list(leaves(layout, prefix, shapes))
     left_out = [name for leaf in _possible(layout, prefix, _shapes(model), fresh)
                 for name in leaf.names]
@@ -84,6 +90,50 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
       else:
         flat[where] = jax.make_array_from_callback(shape, sharding_of[where], read)
   return _tupled(nest(flat))
+
+
+def tied_as_stored(model: AnyModel, source: str | pathlib.Path) -> AnyModel:
+  """Returns the model with a head of its own where a checkpoint holds one that differs.
+
+  A config.json may say that the head is tied to the embeddings beside a head that is not: after
+  fine-tuning, or where a default was written. The tensors decide.
+
+  Args:
+    model: as `from_config` makes it; models other than LM and VLM are returned as they are.
+    source: as in `load`.
+
+  Raises:
+    ValueError: as `load`, if the checkpoint cannot be opened or is another model's.
+  """
+  lm = model.lm if isinstance(model, VLM) else model
+  if not isinstance(lm, LM) or not lm.tied:
+    return model
+  with files.reading(files.tensor_files(files.locate(source))) as tensors:
+    layout, prefix = _choose(model, source, _shapes(model), tensors)
+    if not any(_other_heads(model, layout, prefix, tensors, _stored_heads(tensors))):
+      return model
+  untied = lm.clone(tied=False)
+  return model.clone(lm=untied) if isinstance(model, VLM) else untied
+
+
+def _stored_heads(tensors: files.Tensors, unused: Sequence[str] = ()) -> list[str]:
+  """Names of the heads that a checkpoint of a language model holds, beside those left out."""
+  return [name for name in tensors.shapes if name.endswith('lm_head.weight')
+          and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+
+
+def _other_heads(model: Model, layout: Layout, prefix: str, tensors: files.Tensors,
+                 heads: Sequence[str]) -> Iterator[str]:
+  """Yields those heads that are not the embeddings to which a model ties its own."""
+  lm = model.lm if isinstance(model, VLM) else model
+  if not isinstance(lm, LM) or not lm.tied:
+    return
+  path = 'lm/table' if isinstance(model, VLM) else 'table'
+  leaf, = leaves(layout, prefix, {path: (lm.vocabulary, lm.width)})
+  table, = leaf.names
+  for head in heads:
+    if table in tensors.shapes and not np.array_equal(tensors.read(head), tensors.read(table)):
+      yield head
 
 
 def _grouped(wanted: Sequence[Leaf], storage: str) -> dict[str, list[Leaf]]:

@@ -166,19 +166,21 @@ def _tower(tower: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
           for path, name in names.items()}
 
 
-def check_config(model: Any, config: Mapping[str, Any]) -> None:
+def check_config(model: Any, config: Mapping[str, Any], *, own_head: bool = False) -> None:
   """Raises if a config.json contradicts a model in settings that shapes do not show.
 
   Args:
     model: a ViT, Text, Clip, LM, QwenVision or VLM.
     config: the file's content.
+    own_head: whether the checkpoint of a language model holds a head: what config.json says of
+      tying is then of no account.
 
   Raises:
     ValueError: another number of heads, or another activation; for an LM, other heads, base of the
       rotations, window, norm or tying.
   """
   if isinstance(model, LM):
-    _check_language(model, config)
+    _check_language(model, config, own_head)
     return
   if isinstance(model, QwenVision):
     heads = (config.get('vision_config') or {}).get('num_heads', model.heads)
@@ -188,7 +190,7 @@ def check_config(model: Any, config: Mapping[str, Any]) -> None:
     return
   if isinstance(model, VLM):
     check_config(model.tower, config)
-    _check_language(model.lm, text_config(config))
+    _check_language(model.lm, text_config(config), own_head)
     return
   if isinstance(model, Clip):
     check_config(model.image, config.get('vision_config') or {})
@@ -206,12 +208,14 @@ def check_config(model: Any, config: Mapping[str, Any]) -> None:
                      f'activation={ACTIVATIONS[act]!r}')
 
 
-def _check_language(model: LM, config: Mapping[str, Any]) -> None:
+def _check_language(model: LM, config: Mapping[str, Any], own_head: bool) -> None:
   if not config:
     return
   theirs = from_config(config)
   pairs = {name: (getattr(theirs, name), getattr(model, name))
-           for name in ('heads', 'kv_heads', 'window', 'norm_eps', 'tied')}
+           for name in ('heads', 'kv_heads', 'window', 'norm_eps')}
+  if not own_head:
+    pairs |= {'tied': (theirs.tied, model.tied)}
   pairs |= {f'rope.{name}': (getattr(theirs.rope, name), getattr(model.rope, name))
             for name in ('theta', 'sections')}
   for name, (stored, built) in pairs.items():
