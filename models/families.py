@@ -172,7 +172,7 @@ LMS: dict[str, Settings] = {
     'vicuna_7b': _llama2(4096, 32, 11008, 32, 32),
     'vicuna_13b': _llama2(5120, 40, 13824, 40, 40),
     'vicuna_7b_16k': _llama2(4096, 32, 11008, 32, 32) | {
-        'rope_scaling': {'type': 'linear', 'factor': 4.0}, 'max_position_embeddings': 16384},
+        'rope_scaling': {'type': 'linear', 'factor': 4.0}},
     'llama3_8b': _llama3(4096, 32, 14336, 32),
     'llama3_70b': _llama3(8192, 80, 28672, 64),
     'llama3.1_8b': _llama3(4096, 32, 14336, 32, 8.0),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from models.backbones.clip import Clip
 from models.backbones.lm import LM
@@ -13,6 +16,7 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints.layout import Layout, Names
 from models.checkpoints.lm_config import from_config, text_config
+from ops.rope import Rope
 
 _EMBED: Names = {
     'cls': 'embeddings.cls_token',
@@ -176,8 +180,8 @@ def check_config(model: Any, config: Mapping[str, Any], *, own_head: bool = Fals
       tying is then of no account.
 
   Raises:
-    ValueError: another number of heads, or another activation; for an LM, other heads, base of the
-      rotations, window, norm or tying.
+    ValueError: another number of heads, or another activation; for an LM, other heads, rotations
+      (base, scaling, sections), window, norm or tying.
   """
   if isinstance(model, LM):
     _check_language(model, config, own_head)
@@ -216,9 +220,22 @@ def _check_language(model: LM, config: Mapping[str, Any], own_head: bool) -> Non
            for name in ('heads', 'kv_heads', 'window', 'norm_eps')}
   if not own_head:
     pairs |= {'tied': (theirs.tied, model.tied)}
-  pairs |= {f'rope.{name}': (getattr(theirs.rope, name), getattr(model.rope, name))
-            for name in ('theta', 'sections')}
   for name, (stored, built) in pairs.items():
     if stored != built:
       raise ValueError(f'the checkpoint has {name}={stored} and the model {built}, which shapes do '
                        f'not show: set {name}={stored}')
+  if not _same_rotations(theirs.rope, model.rope):
+    names = [field.name for field in dataclasses.fields(Rope)
+             if getattr(theirs.rope, field.name) != getattr(model.rope, field.name)]
+    stored, built = (', '.join(f'{name}={getattr(rope, name)!r}' for name in names)
+                     for rope in (theirs.rope, model.rope))
+    raise ValueError(f'the checkpoint has RoPE with {stored} and the model with {built}, which '
+                     'shapes do not show: set rope, or build the model that config.json describes')
+
+
+def _same_rotations(one: Rope, other: Rope) -> bool:
+  """True for equal angles and amplitudes, whatever fields they come from."""
+  return (one.width == other.width and one.sections == other.sections
+          and np.array_equal(one.axes(), other.axes())
+          and np.allclose(one.frequencies(), other.frequencies(), rtol=1e-6, atol=0)
+          and np.isclose(one.amplitude, other.amplitude, rtol=1e-6, atol=0))

@@ -151,3 +151,58 @@ def test_processors_know_the_same_defaults():
       found.pinpoints, [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])
   found = anyres.from_config(steps, {'model_type': 'llava_onevision'})
   assert (found.tile, found.side, len(found.pinpoints), found.used) == (384, 27, 36, 378)
+
+
+# -- rotary scaling ------------------------------------------------------------------------------
+
+
+LLAMA31 = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+           'original_max_position_embeddings': 8192}
+
+
+@pytest.mark.parametrize(('scaling', 'stated', 'context'), [
+    (None, 4096, 4096),
+    ({'type': 'linear', 'factor': 4.0}, 4096, 16384),
+    ({'rope_type': 'linear', 'factor': 2.5}, 2048, 5120),
+    ({'rope_type': 'llama3', **LLAMA31}, 131072, 131072),
+    # 3.2 says less than its factor would give.
+    ({'rope_type': 'llama3', **LLAMA31, 'factor': 32.0}, 131072, 131072),
+    ({'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}, 32768, 131072),
+    ({'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}, 131072, 131072),
+    ({'rope_type': 'yarn', 'factor': 4.0}, 32768, 131072),
+    ({'type': 'dynamic', 'factor': 2.0}, 2048, 2048),
+    ({'type': 'mrope', 'mrope_section': [16, 24, 24]}, 32768, 32768),
+])
+def test_a_scaled_rotary_raises_the_context_as_its_release_means(scaling, stated, context):
+  base = {'model_type': 'llama', 'max_position_embeddings': stated}
+  assert lm_config.from_config(base | {'rope_scaling': scaling}).context == context
+  if scaling:
+    new = {'rope_theta': 1e4, **scaling}
+    found = lm_config.from_config(base | {'rope_parameters': new})
+    assert found == lm_config.from_config(base | {'rope_scaling': scaling})
+  assert lm_config.from_config(base | {'rope_scaling': scaling}, context=77).context == 77
+
+
+def test_named_models_have_the_context_of_their_release():
+  contexts = {'vicuna_7b': 4096, 'vicuna_7b_16k': 16384, 'llama3_8b': 8192, 'llama3.1_8b': 131072,
+              'llama3.2_1b': 131072, 'qwen3_8b': 40960}
+  assert {name: lm_config.make_lm(name).context for name in contexts} == contexts
+
+
+def test_dynamic_scaling_scales_nothing_up_to_the_context():
+  base = {'model_type': 'llama'}
+  scaled = lm_config.from_config(base | {'rope_scaling': {'type': 'dynamic', 'factor': 2.0}})
+  assert scaled == lm_config.from_config(base)
+
+
+@pytest.mark.parametrize(('scaling', 'missing'), [
+    ({'type': 'linear'}, 'factor'),
+    ({'type': 'dynamic'}, 'factor'),
+    ({'rope_type': 'yarn', 'factor': None}, 'factor'),
+    ({'rope_type': 'llama3', 'factor': 8.0},
+     'low_freq_factor, high_freq_factor, original_max_position_embeddings'),
+])
+def test_a_scaling_without_its_numbers_is_a_worded_error(scaling, missing):
+  kind = scaling.get('rope_type') or scaling['type']
+  with pytest.raises(ValueError, match=f"RoPE scaling '{kind}' lacks {missing}: "):
+    lm_config.from_config({'model_type': 'llama', 'rope_scaling': scaling})

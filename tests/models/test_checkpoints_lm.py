@@ -1,5 +1,6 @@
 """Checkpoints of language models: round trips to the last bit, shards, placement, what differs."""
 
+import dataclasses
 import json
 
 import chex
@@ -104,6 +105,60 @@ def test_what_no_shape_shows_is_compared_with_the_config(changes, message, tmp_p
   lm = from_config(config(NAME)).clone(**changes)
   with pytest.raises(ValueError, match=message):
     checkpoints.load(lm, sharded(tmp_path))
+
+
+SCALINGS = {
+    'linear': {'type': 'linear', 'factor': 4.0},
+    'llama3': {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
+               'high_freq_factor': 4.0, 'original_max_position_embeddings': 64},
+    'yarn': {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32},
+}
+
+
+def scaled_checkpoint(folder, scaling):
+  """A folder with the tensors of `NAME`, and its config with another RoPE scaling."""
+  settings = {key: value for key, value in config(NAME).items() if key != 'rope_parameters'}
+  settings |= {'rope_theta': config(NAME)['rope_parameters']['rope_theta'],
+               'rope_scaling': scaling}
+  save_file(load_file(path(NAME)), folder / 'model.safetensors')
+  (folder / 'config.json').write_text(json.dumps(settings))
+  return from_config(settings)
+
+
+@pytest.mark.parametrize('kind', SCALINGS)
+def test_another_rope_scaling_is_refused(kind, tmp_path):
+  plain, scaled = from_config(config(NAME)), scaled_checkpoint(tmp_path, SCALINGS[kind])
+  with pytest.raises(ValueError, match=(
+      f"the checkpoint has RoPE with scaling='{kind}', factor=.* and the model with "
+      "scaling='none', factor=1.0")):
+    checkpoints.load(plain, tmp_path)
+  chex.assert_trees_all_equal(checkpoints.load(scaled, tmp_path),
+                              checkpoints.load(plain, path(NAME)))
+  other = scaled.clone(rope=dataclasses.replace(scaled.rope, factor=3.0))
+  with pytest.raises(ValueError, match=r'RoPE with factor=.* and the model with factor=3\.0'):
+    checkpoints.load(other, tmp_path)
+
+
+def test_another_rope_scaling_inside_a_vision_language_model_is_refused(tmp_path):
+  settings = parity_vlm.config_of('llava')
+  scaled = settings | {'text_config': settings['text_config'] | {
+      'rope_parameters': {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 1e4}}}
+  save_file(load_file(parity_vlm.FOLDER / 'llava.safetensors'), tmp_path / 'model.safetensors')
+  (tmp_path / 'config.json').write_text(json.dumps(scaled))
+  with pytest.raises(ValueError, match=r"scaling='linear', factor=2\.0 and the model"):
+    checkpoints.load(vlm_from_config(settings), tmp_path)
+  checkpoints.load(vlm_from_config(scaled), tmp_path)
+
+
+@pytest.mark.parametrize('scaling', [
+    {'type': 'linear', 'factor': 1.0}, {'type': 'dynamic', 'factor': 4.0},
+    {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32,
+     'attention_factor': 0.1 * np.log(4.0) + 1}])
+def test_rotations_that_are_equal_are_not_refused_for_their_words(scaling, tmp_path):
+  built = scaled_checkpoint(tmp_path, SCALINGS['yarn']) if scaling['type'] == 'yarn' else (
+      from_config(config(NAME)))
+  scaled_checkpoint(tmp_path, scaling)
+  assert 'head' in checkpoints.load(built, tmp_path)
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
