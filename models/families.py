@@ -27,6 +27,8 @@ MAE = {'num_classes': 0}
 # Fine-tuned as released: the mean of the patches, then the norm.
 MAE_TUNED = {'pool': 'mean', 'last_norm': 'pooled'}
 DINOV2 = {'patch': 14, 'image_size': 518, 'num_classes': 0, 'layer_scale': 1e-5}
+# name's ending: without and with registers, whose release resamples positions in another way.
+_DINOV2 = {'': {'position_resampling': 'bicubic'}, '_reg4': {'registers': 4}}
 CLIP = {'num_classes': 0, 'norm_eps': 1e-5, 'activation': 'quick_gelu', 'pre_norm': True,
         'patch_bias': False}
 SIGLIP = {'num_classes': 0, 'activation': 'gelu_tanh', 'class_token': False, 'pool': 'map'}
@@ -88,11 +90,10 @@ NAMED: dict[str, Settings] = {
     **{f'mae_{size.lower()}{patch}{ending}': {'size': size, 'patch': patch, **family}
        for size, patch in (('B', 16), ('L', 16), ('H', 14))
        for ending, family in (('', MAE), ('_tuned', MAE_TUNED))},
-    **{f'dinov2_{size.lower()}14{ending}': {'size': size, **DINOV2, 'registers': registers}
-       for size in ('S', 'B', 'L') for ending, registers in (('', 0), ('_reg4', 4))},
-    **{f'dinov2_g14{ending}': {'size': 'g', **DINOV2, 'activation': 'swiglu',
-                               'registers': registers}
-       for ending, registers in (('', 0), ('_reg4', 4))},
+    **{f'dinov2_{size.lower()}14{ending}': {'size': size, **DINOV2, **own}
+       for size in ('S', 'B', 'L') for ending, own in _DINOV2.items()},
+    **{f'dinov2_g14{ending}': {'size': 'g', **DINOV2, 'activation': 'swiglu', **own}
+       for ending, own in _DINOV2.items()},
     **{name: {'size': size, 'patch': patch, **CLIP, 'image_size': side, 'projection': projection}
        for name, (size, patch, side, projection, _) in _CLIPS.items()},
     **{name: {'size': size, 'patch': patch, **SIGLIP, 'image_size': side}

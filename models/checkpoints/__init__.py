@@ -31,6 +31,7 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import files, timm, transformers, transformers_vlm
 from models.checkpoints.layout import BLOCKS, Layout, Leaf, Shape, flatten, leaves, nest
+from models.checkpoints.positions import RESAMPLINGS
 from models.storage import STORAGES
 from ops import choices
 
@@ -242,8 +243,9 @@ def resize_positions(params: Params, model: ViT, *,
                      image_size: int | tuple[int, int]) -> Params:
   """A tree for images of another size: position embeddings resampled on the new grid of patches.
 
-  Bicubic, antialiased where the grid shrinks; positions of special tokens stay. Within 1e-5 of what
-  timm does, and of DINOv2 with registers in the transformers library.
+  Resampled as `model.position_resampling` says (models/checkpoints/positions.py); positions of
+  special tokens stay. Within 1e-5 of what timm does, and of DINOv2 with and without registers in
+  the transformers library.
 
   Args:
     params: of `model`.
@@ -251,7 +253,8 @@ def resize_positions(params: Params, model: ViT, *,
     image_size: new side of the images in pixels, or (height, width).
 
   Raises:
-    ValueError: no learned positions, or a size that is no multiple of the patch.
+    ValueError: no learned positions, an unknown resampling, or a size that is no multiple of the
+      patch.
   """
   if model.positions != 'learned':
     raise ValueError(f'positions={model.positions!r} are computed, not stored: nothing to resize')
@@ -259,13 +262,13 @@ def resize_positions(params: Params, model: ViT, *,
   if any(side % model.patch for side in new.input_shape[:2]):
     raise ValueError(f'image_size={image_size} is not a multiple of patch={model.patch}: change '
                      'it')
-  table = jnp.asarray(params['pos'], jnp.float32)
-  lead, patches = jnp.split(table, [table.shape[1] - model.grid[0] * model.grid[1]], axis=1)
-  patches = patches.reshape(*model.grid, -1)
-  patches = jax.image.resize(patches, (*new.grid, patches.shape[-1]), 'cubic', antialias=True,
-                            precision='highest')
-  patches = jnp.concatenate([lead, patches.reshape(1, new.grid[0] * new.grid[1], -1)], axis=1)
-  return {**params, 'pos': np.asarray(patches)}
+  choices.check('position_resampling=', model.position_resampling, RESAMPLINGS)
+  resample = RESAMPLINGS[model.position_resampling]
+  table = np.asarray(params['pos'], np.float32)
+  lead, patches = np.split(table, [table.shape[1] - model.grid[0] * model.grid[1]], axis=1)
+  patches = resample(patches.reshape(*model.grid, -1), new.grid)
+  patches = patches.reshape(1, new.grid[0] * new.grid[1], -1)
+  return {**params, 'pos': np.concatenate([lead, patches], axis=1)}
 
 
 def _shapes(model: Model) -> dict[str, Shape]:
