@@ -28,7 +28,7 @@ MAE = {'num_classes': 0}
 MAE_TUNED = {'pool': 'mean', 'last_norm': 'pooled'}
 DINOV2 = {'patch': 14, 'image_size': 518, 'num_classes': 0, 'layer_scale': 1e-5}
 # name's ending: without and with registers, whose release resamples positions in another way.
-_DINOV2 = {'': {'position_resampling': 'bicubic'}, '_reg4': {'registers': 4}}
+_DINOV2: dict[str, Settings] = {'': {'position_resampling': 'bicubic'}, '_reg4': {'registers': 4}}
 CLIP = {'num_classes': 0, 'norm_eps': 1e-5, 'activation': 'quick_gelu', 'pre_norm': True,
         'patch_bias': False}
 SIGLIP = {'num_classes': 0, 'activation': 'gelu_tanh', 'class_token': False, 'pool': 'map'}

@@ -271,7 +271,7 @@ def read(source: str | pathlib.Path, config: Mapping[str, Any], *,
 def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
                 grid: Size = (32, 32)) -> Square | Anyres | Patches:
   """Makes the processor of `read` from the files' contents."""
-  kind = config.get('model_type')
+  kind: Any = config.get('model_type')
   choices.check('model_type ', kind, (*LLAVAS, *QWENS))
   if kind in QWENS:
     return _patches(steps, grid)

@@ -62,8 +62,9 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
     A tree of numpy arrays, with shardings of jax arrays, without the fresh leaves.
 
   Raises:
-    ValueError: nothing there, a pickle, another model's tensors, or tensors that do not fit; one
-      line with what is missing, what is left over and which shapes differ.
+    ValueError: nothing there, a pickle, another model's tensors, a head where the model ties it to
+      other embeddings, or tensors that do not fit; one line with what is missing, what is left over
+      and which shapes differ.
   """
   choices.check('storage=', storage, STORAGES)
   path = files.locate(source)
@@ -114,7 +115,7 @@ def tied_as_stored(model: AnyModel, source: str | pathlib.Path) -> AnyModel:
     if not any(_other_heads(model, layout, prefix, tensors, _stored_heads(tensors))):
       return model
   untied = lm.clone(tied=False)
-  return model.clone(lm=untied) if isinstance(model, VLM) else untied
+  return cast(AnyModel, model.clone(lm=untied) if isinstance(model, VLM) else untied)
 
 
 def _stored_heads(tensors: files.Tensors, unused: Sequence[str] = ()) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -238,4 +239,4 @@ def _same_rotations(one: Rope, other: Rope) -> bool:
   return (one.width == other.width and one.sections == other.sections
           and np.array_equal(one.axes(), other.axes())
           and np.allclose(one.frequencies(), other.frequencies(), rtol=1e-6, atol=0)
-          and np.isclose(one.amplitude, other.amplitude, rtol=1e-6, atol=0))
+          and math.isclose(one.amplitude, other.amplitude, rel_tol=1e-6))

@@ -13,7 +13,7 @@ from models.families import IMAGE_TOKENS, TOWER_FAMILIES, VLM_TOWERS, VLMS
 from ops import choices
 
 # Fields of ViT by a tower's model_type.
-_TOWERS = {
+_TOWERS: dict[str, dict[str, Any]] = {
     'clip_vision_model': {'norm_eps': 1e-5, 'pre_norm': True, 'patch_bias': False},
     'siglip_vision_model': {'class_token': False},
 }
@@ -71,8 +71,8 @@ def tower_config(config: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: a tower that is not known.
   """
   whole = VLM_TOWERS[config['model_type']]
-  tower = config.get('vision_config')
-  tower = whole if tower is None else tower
+  stated = config.get('vision_config')
+  tower: Mapping[str, Any] = whole if stated is None else stated
   family = tower.get('model_type', whole['model_type'])
   if family not in TOWER_FAMILIES:
     raise ValueError(f'vision tower {family!r} is unknown: known are {", ".join(TOWER_FAMILIES)}')
