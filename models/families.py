@@ -127,12 +127,12 @@ LM_FAMILIES: dict[str, Settings] = {
                            'sliding_window': 4096, 'max_position_embeddings': 4096 * 32},
     'qwen2': _QWEN | {'qkv_bias': True},
     'qwen3': _QWEN | {'qk_norm': True, 'head_dim': 128},
-    # The language model in Qwen2-VL and Qwen2.5-VL, whatever its model_type there.
-    'qwen2_vl_text': _QWEN | {
-        'qkv_bias': True, 'vocab_size': 152064, 'hidden_size': 8192, 'intermediate_size': 29568,
-        'num_hidden_layers': 80, 'num_attention_heads': 64, 'num_key_value_heads': 8,
-        'max_window_layers': 80, 'rms_norm_eps': 1e-5, 'rope_theta': 1e6},
 }
+# The same of the qwen2 in Qwen2-VL and Qwen2.5-VL, which has defaults of its own.
+QWEN_VL_TEXT = _QWEN | {
+    'vocab_size': 152064, 'hidden_size': 8192, 'intermediate_size': 29568, 'num_hidden_layers': 80,
+    'num_attention_heads': 64, 'num_key_value_heads': 8, 'max_window_layers': 80,
+    'rms_norm_eps': 1e-5, 'rope_theta': 1e6}
 # The same of a tower's config, which lies in that of a vision-language model.
 _IMAGE_TOWER = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12,
                 'num_attention_heads': 12, 'image_size': 224}
@@ -227,8 +227,8 @@ _GRIDS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns i
 
 # What a vision-language config.json may leave out: the model_type of its language model, and where
 # there is no vision_config at all, the whole of it.
-TEXT_FAMILIES = {'llava': 'llama', 'llava_next': 'llama', 'llava_onevision': 'qwen2',
-                 'qwen2_vl': 'qwen2_vl_text', 'qwen2_5_vl': 'qwen2_vl_text'}
+LLAVA_TEXTS = {'llava': 'llama', 'llava_next': 'llama', 'llava_onevision': 'qwen2'}
+QWENS = ('qwen2_vl', 'qwen2_5_vl')
 VLM_TOWERS: dict[str, Settings] = {
     'llava': _clip_tower(), 'llava_next': _clip_tower(), 'llava_onevision': _siglip_tower()}
 IMAGE_TOKENS = {'llava': 32000, 'llava_next': 32000, 'llava_onevision': 151646,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.backbones.lm import LM
-from models.families import LM_FAMILIES, LMS, TEXT_FAMILIES
+from models.families import LLAVA_TEXTS, LM_FAMILIES, LMS, QWEN_VL_TEXT, QWENS
 from ops import choices
 from ops.rope import Rope
 
@@ -84,7 +84,8 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the config.json of the language model in that of a vision-language model.
 
-  Its keys lie under 'text_config' or, in older files of the Qwen families, beside the others. A
+  Its keys lie under 'text_config' or, in older files of the Qwen families, beside the others. What
+  it leaves out and the family sets in another way than the language model's own is filled in. A
   head is tied where either of the two says so: versions of the transformers library differ in
   where they write it.
 
@@ -92,13 +93,12 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     config: the file's content; a language model's own is returned as it is.
   """
   kind, text = config.get('model_type'), config.get('text_config')
-  if kind not in TEXT_FAMILIES:
-    return dict(text or config)
-  family = TEXT_FAMILIES[kind]
-  if family == 'qwen2_vl_text':
-    text = dict(text or config) | {'model_type': family}
+  if kind in LLAVA_TEXTS:
+    text = {'model_type': LLAVA_TEXTS[kind]} | dict(text or {})
+  elif kind in QWENS:
+    text = QWEN_VL_TEXT | dict(text or config) | {'model_type': 'qwen2'}
   else:
-    text = {'model_type': family} | dict(text or {})
+    return dict(text or config)
   tied = config.get('tie_word_embeddings') or text.get('tie_word_embeddings')
   return text | {'tie_word_embeddings': bool(tied)}
 

@@ -9,7 +9,7 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import lm_config
-from models.families import IMAGE_TOKENS, TOWER_FAMILIES, VLM_TOWERS, VLMS
+from models.families import IMAGE_TOKENS, LLAVA_TEXTS, QWENS, TOWER_FAMILIES, VLM_TOWERS, VLMS
 from ops import choices
 
 # Fields of ViT by a tower's model_type.
@@ -19,8 +19,7 @@ _TOWERS: dict[str, dict[str, Any]] = {
 }
 _ACTS = {'quick_gelu': 'quick_gelu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh',
          'silu': 'swiglu'}
-LLAVAS = ('llava', 'llava_next', 'llava_onevision')
-QWENS = ('qwen2_vl', 'qwen2_5_vl')
+LLAVAS = tuple(LLAVA_TEXTS)
 
 
 def from_config(config: Mapping[str, Any], *, grid: tuple[int, int] = (32, 32),

@@ -16,7 +16,7 @@ DEFAULTS = {
     'mistral': (4096, 32, 14336, 32, 8, 128, 32000, 131072, 4096, 1e-6, 1e4),
     'qwen2': (4096, 32, 22016, 32, 32, 128, 151936, 32768, 0, 1e-6, 1e4),
     'qwen3': (4096, 32, 22016, 32, 32, 128, 151936, 32768, 0, 1e-6, 1e4),
-    'qwen2_vl_text': (8192, 80, 29568, 64, 8, 128, 152064, 32768, 0, 1e-5, 1e6),
+    'qwen2_vl': (8192, 80, 29568, 64, 8, 128, 152064, 32768, 0, 1e-5, 1e6),
 }
 CLIP_L = {'hidden_size': 1024, 'image_size': 336, 'intermediate_size': 4096,
           'model_type': 'clip_vision_model', 'num_attention_heads': 16, 'num_hidden_layers': 24,
@@ -121,7 +121,7 @@ def test_a_qwen_that_says_little(kind, tower):
   for config in (rope, {'text_config': rope | {'model_type': f'{kind}_text'}}):
     vlm = vlm_config.from_config({'model_type': kind} | config)
     seen = vlm.tower
-    assert sizes(vlm.lm) == DEFAULTS['qwen2_vl_text']
+    assert sizes(vlm.lm) == DEFAULTS['qwen2_vl']
     assert vlm.lm.qkv_bias
     assert vlm.lm.rope.sections == (16, 24, 24)
     assert (seen.width, seen.depth, seen.mlp, seen.heads, seen.projection,
