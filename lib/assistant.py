@@ -249,6 +249,7 @@ def _of_checkpoint(path: pathlib.Path, config: Mapping[str, Any], dtype: str) ->
   tokens, ends = HubTokenizer.of(path), _ends(path, config)
   check_tokens(tokens, model, ends, path)
   look = anyres.read(path, config, grid=model.tower.grid) if isinstance(model, VLM) else None
+  model = checkpoints.tied_as_stored(model, path)
   params = checkpoints.load(model, path, dtype=kind, storage='unstacked')
   return Assistant(model, params, tokens, ends, look, _chat(path))
 

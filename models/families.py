@@ -27,6 +27,8 @@ MAE = {'num_classes': 0}
 # Fine-tuned as released: the mean of the patches, then the norm.
 MAE_TUNED = {'pool': 'mean', 'last_norm': 'pooled'}
 DINOV2 = {'patch': 14, 'image_size': 518, 'num_classes': 0, 'layer_scale': 1e-5}
+# name's ending: without and with registers, whose release resamples positions in another way.
+_DINOV2: dict[str, Settings] = {'': {'position_resampling': 'bicubic'}, '_reg4': {'registers': 4}}
 CLIP = {'num_classes': 0, 'norm_eps': 1e-5, 'activation': 'quick_gelu', 'pre_norm': True,
         'patch_bias': False}
 SIGLIP = {'num_classes': 0, 'activation': 'gelu_tanh', 'class_token': False, 'pool': 'map'}
@@ -88,11 +90,10 @@ NAMED: dict[str, Settings] = {
     **{f'mae_{size.lower()}{patch}{ending}': {'size': size, 'patch': patch, **family}
        for size, patch in (('B', 16), ('L', 16), ('H', 14))
        for ending, family in (('', MAE), ('_tuned', MAE_TUNED))},
-    **{f'dinov2_{size.lower()}14{ending}': {'size': size, **DINOV2, 'registers': registers}
-       for size in ('S', 'B', 'L') for ending, registers in (('', 0), ('_reg4', 4))},
-    **{f'dinov2_g14{ending}': {'size': 'g', **DINOV2, 'activation': 'swiglu',
-                               'registers': registers}
-       for ending, registers in (('', 0), ('_reg4', 4))},
+    **{f'dinov2_{size.lower()}14{ending}': {'size': size, **DINOV2, **own}
+       for size in ('S', 'B', 'L') for ending, own in _DINOV2.items()},
+    **{f'dinov2_g14{ending}': {'size': 'g', **DINOV2, 'activation': 'swiglu', **own}
+       for ending, own in _DINOV2.items()},
     **{name: {'size': size, 'patch': patch, **CLIP, 'image_size': side, 'projection': projection}
        for name, (size, patch, side, projection, _) in _CLIPS.items()},
     **{name: {'size': size, 'patch': patch, **SIGLIP, 'image_size': side}
@@ -111,18 +112,33 @@ PAIRS: dict[str, Settings] = {
        for name, (size, _, _) in _SIGLIPS2.items()},
 }
 
-# What a language model's config.json may leave out, by its model_type; 'qkv_bias' and 'qk_norm' are
-# ours: no config says them.
+# What a language model's config.json may leave out, by its model_type, and what that then means:
+# the defaults of the transformers library's config classes, which its files are written against.
+# 'qkv_bias' and 'qk_norm' are ours: no config says them.
+_DECODER = {'vocab_size': 32000, 'hidden_size': 4096, 'intermediate_size': 11008,
+            'num_hidden_layers': 32, 'num_attention_heads': 32, 'rms_norm_eps': 1e-6,
+            'rope_theta': 10000.0}
+_QWEN = _DECODER | {'vocab_size': 151936, 'intermediate_size': 22016, 'num_key_value_heads': 32,
+                    'use_sliding_window': False, 'sliding_window': 4096, 'max_window_layers': 28,
+                    'max_position_embeddings': 32768}
 LM_FAMILIES: dict[str, Settings] = {
-    'llama': {'rms_norm_eps': 1e-6, 'rope_theta': 10000.0, 'max_position_embeddings': 2048},
-    'mistral': {'rms_norm_eps': 1e-6, 'rope_theta': 10000.0, 'sliding_window': 4096,
-                'num_key_value_heads': 8, 'max_position_embeddings': 4096 * 32},
-    'qwen2': {'rms_norm_eps': 1e-6, 'rope_theta': 10000.0, 'qkv_bias': True,
-              'use_sliding_window': False, 'max_window_layers': 28,
-              'max_position_embeddings': 32768},
-    'qwen3': {'rms_norm_eps': 1e-6, 'rope_theta': 10000.0, 'qk_norm': True, 'head_dim': 128,
-              'use_sliding_window': False, 'max_window_layers': 28,
-              'max_position_embeddings': 32768},
+    'llama': _DECODER | {'max_position_embeddings': 2048},
+    'mistral': _DECODER | {'intermediate_size': 14336, 'num_key_value_heads': 8,
+                           'sliding_window': 4096, 'max_position_embeddings': 4096 * 32},
+    'qwen2': _QWEN | {'qkv_bias': True},
+    'qwen3': _QWEN | {'qk_norm': True, 'head_dim': 128},
+}
+# The same of the qwen2 in Qwen2-VL and Qwen2.5-VL, which has defaults of its own.
+QWEN_VL_TEXT = _QWEN | {
+    'vocab_size': 152064, 'hidden_size': 8192, 'intermediate_size': 29568, 'num_hidden_layers': 80,
+    'num_attention_heads': 64, 'num_key_value_heads': 8, 'max_window_layers': 80,
+    'rms_norm_eps': 1e-5, 'rope_theta': 1e6}
+# The same of a tower's config, which lies in that of a vision-language model.
+_IMAGE_TOWER = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12,
+                'num_attention_heads': 12, 'image_size': 224}
+TOWER_FAMILIES: dict[str, Settings] = {
+    'clip_vision_model': _IMAGE_TOWER | {'patch_size': 32, 'hidden_act': 'quick_gelu'},
+    'siglip_vision_model': _IMAGE_TOWER | {'patch_size': 16, 'hidden_act': 'gelu_pytorch_tanh'},
 }
 
 
@@ -157,7 +173,7 @@ LMS: dict[str, Settings] = {
     'vicuna_7b': _llama2(4096, 32, 11008, 32, 32),
     'vicuna_13b': _llama2(5120, 40, 13824, 40, 40),
     'vicuna_7b_16k': _llama2(4096, 32, 11008, 32, 32) | {
-        'rope_scaling': {'type': 'linear', 'factor': 4.0}, 'max_position_embeddings': 16384},
+        'rope_scaling': {'type': 'linear', 'factor': 4.0}},
     'llama3_8b': _llama3(4096, 32, 14336, 32),
     'llama3_70b': _llama3(8192, 80, 28672, 64),
     'llama3.1_8b': _llama3(4096, 32, 14336, 32, 8.0),
@@ -206,9 +222,21 @@ def _vlm(kind: str, tower: Settings, text: Settings, image_token: int, **more: A
           'image_token_id': image_token, **more}
 
 
-_MROPE = {'rope_scaling': {'type': 'mrope', 'mrope_section': (16, 24, 24)}, 'rope_theta': 1e6}
 _TILES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _GRIDS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
+
+# What a vision-language config.json may leave out: the model_type of its language model, and where
+# there is no vision_config at all, the whole of it.
+LLAVA_TEXTS = {'llava': 'llama', 'llava_next': 'llama', 'llava_onevision': 'qwen2'}
+QWENS = ('qwen2_vl', 'qwen2_5_vl')
+VLM_TOWERS: dict[str, Settings] = {
+    'llava': _clip_tower(), 'llava_next': _clip_tower(), 'llava_onevision': _siglip_tower()}
+IMAGE_TOKENS = {'llava': 32000, 'llava_next': 32000, 'llava_onevision': 151646,
+                'qwen2_vl': 151655, 'qwen2_5_vl': 151655}
+PINPOINTS = {'llava_next': _TILES, 'llava_onevision': _GRIDS}
+
+_MROPE = {'rope_scaling': {'type': 'mrope', 'mrope_section': (16, 24, 24)}, 'rope_theta': 1e6,
+          'rms_norm_eps': 1e-6}
 _VICUNA = {'vocab_size': 32064}
 
 # Vision-language models (models/backbones/vlm.py), each as its released config.json, in short.

@@ -25,6 +25,8 @@ from lib.data.image_files import rgb
 from lib.data.pictures import Picture
 from lib.data.preprocess import RESAMPLE, Preprocess
 from lib.data.token_layout import Size, anyres_layout, cell_layout, raster_layout
+from models.checkpoints.vlm_config import tower_config
+from models.families import PINPOINTS
 from ops import choices
 
 LLAVAS = ('llava', 'llava_next', 'llava_onevision')
@@ -278,10 +280,11 @@ def read(source: str | pathlib.Path, config: Mapping[str, Any], *,
 def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
                 grid: Size = (32, 32)) -> Square | Anyres | Patches:
   """Makes the processor of `read` from the files' contents."""
-  kind, vision = config.get('model_type'), config['vision_config']
+  kind: Any = config.get('model_type')
   choices.check('model_type ', kind, (*LLAVAS, *QWENS))
   if kind in QWENS:
     return _patches(steps, grid)
+  vision = tower_config(config)
   crop_steps = preprocess.from_config(dict(steps))
   tile = vision['image_size']
   side = tile // vision['patch_size']
@@ -299,7 +302,8 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
     max_crops = int(ratio.removeprefix('anyres_max_'))
     # Only an image by itself is divided into crops; among others it is one padded square.
     base_view = Square(crop_steps, side, background, used, newline=True)
-  pinpoints = steps.get('image_grid_pinpoints') or config['image_grid_pinpoints']
+  pinpoints = (steps.get('image_grid_pinpoints') or config.get('image_grid_pinpoints')
+               or PINPOINTS[kind])
   return Anyres(crop_steps, tuple(map(tuple, pinpoints)), tile, side, max_crops, used=used,
                 base_view=base_view)
 

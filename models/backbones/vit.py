@@ -39,6 +39,7 @@ Mixer = Callable[[Array], Array]
 POSITIONS = ('learned', 'sincos')
 POOLS = ('cls', 'mean', 'cls_mean', 'map')
 LAST_NORMS = ('tokens', 'pooled')
+RESAMPLINGS = ('bicubic', 'bicubic_antialiased')
 OFFERS = frozenset({'keys', 'queries', 'values', 'received_attention', 'attention',
                     'next_received_attention', 'hidden', 'grid', 'layer', 'depth', 'slots'})
 
@@ -218,6 +219,8 @@ class ViT(nn.Module):
       it.
     training_patches: patches that each image keeps in training, drawn anew in every step; 0 for
       all. PatchDropout (Liu et al., 2023), arXiv:2208.07220; evaluation sees every patch.
+    position_resampling: how the release resamples positions for images of another size, one of
+      `RESAMPLINGS` (models/checkpoints/positions.py); the model itself does not.
   """
 
   width: int
@@ -252,6 +255,7 @@ class ViT(nn.Module):
   whole_layers: tuple[int, ...] = ()
   layers: tuple[int, int] | None = None
   training_patches: int = 0
+  position_resampling: str = 'bicubic_antialiased'
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -369,7 +373,7 @@ class ViT(nn.Module):
       raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
                        'change one of them')
     for name, allowed in (('positions', POSITIONS), ('pool', POOLS), ('last_norm', LAST_NORMS),
-                        ('activation', ACTIVATIONS)):
+                        ('activation', ACTIVATIONS), ('position_resampling', RESAMPLINGS)):
       choices.check(f'{name}=', getattr(self, name), allowed)
     patches = self.host.slots - self.special
     if not 0 <= self.training_patches <= patches or (self.training_patches and self.window):

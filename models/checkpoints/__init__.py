@@ -14,8 +14,8 @@ import fnmatch
 import functools
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,13 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import files, timm, transformers, transformers_vlm
 from models.checkpoints.layout import BLOCKS, Layout, Leaf, Shape, flatten, leaves, nest
+from models.checkpoints.positions import RESAMPLINGS
 from models.storage import STORAGES
 from ops import choices
 
 SOURCES = (timm, transformers, transformers_vlm)
 Model = ViT | Text | Clip | LM | QwenVision | VLM
+AnyModel = TypeVar('AnyModel', bound=Model)
 Params = dict[str, Any]
 
 
@@ -60,16 +62,22 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
     A tree of numpy arrays, with shardings of jax arrays, without the fresh leaves.
 
   Raises:
-    ValueError: nothing there, a pickle, another model's tensors, or tensors that do not fit; one
-      line with what is missing, what is left over and which shapes differ.
+    ValueError: nothing there, a pickle, another model's tensors, a head where the model ties it to
+      other embeddings, or tensors that do not fit; one line with what is missing, what is left over
+      and which shapes differ.
   """
   choices.check('storage=', storage, STORAGES)
   path = files.locate(source)
   shapes = {name: shape for name, shape in _shapes(model).items() if not _under(name, fresh)}
   with files.reading(files.tensor_files(path)) as tensors:
     layout, prefix = _choose(model, source, shapes, tensors)
+    heads = _stored_heads(tensors, unused)
     if layout.name.startswith('transformers'):
-      transformers.check_config(model, files.config(path))
+      transformers.check_config(model, files.config(path), own_head=bool(heads))
+    for head in _other_heads(model, layout, prefix, tensors, heads):
+      raise ValueError(f'{head} of {source} differs from the embeddings, to which the model ties '
+                       'its head: build it with tied=False, or as '
+                       'models.checkpoints.tied_as_stored does')
     wanted = list(leaves(layout, prefix, shapes))
     left_out = [name for leaf in _possible(layout, prefix, _shapes(model), fresh)
                 for name in leaf.names]
@@ -84,6 +92,50 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
       else:
         flat[where] = jax.make_array_from_callback(shape, sharding_of[where], read)
   return _tupled(nest(flat))
+
+
+def tied_as_stored(model: AnyModel, source: str | pathlib.Path) -> AnyModel:
+  """Returns the model with a head of its own where a checkpoint holds one that differs.
+
+  A config.json may say that the head is tied to the embeddings beside a head that is not: after
+  fine-tuning, or where a default was written. The tensors decide.
+
+  Args:
+    model: as `from_config` makes it; models other than LM and VLM are returned as they are.
+    source: as in `load`.
+
+  Raises:
+    ValueError: as `load`, if the checkpoint cannot be opened or is another model's.
+  """
+  lm = model.lm if isinstance(model, VLM) else model
+  if not isinstance(lm, LM) or not lm.tied:
+    return model
+  with files.reading(files.tensor_files(files.locate(source))) as tensors:
+    layout, prefix = _choose(model, source, _shapes(model), tensors)
+    if not any(_other_heads(model, layout, prefix, tensors, _stored_heads(tensors))):
+      return model
+  untied = lm.clone(tied=False)
+  return cast(AnyModel, model.clone(lm=untied) if isinstance(model, VLM) else untied)
+
+
+def _stored_heads(tensors: files.Tensors, unused: Sequence[str] = ()) -> list[str]:
+  """Names of the heads that a checkpoint of a language model holds, beside those left out."""
+  return [name for name in tensors.shapes if name.endswith('lm_head.weight')
+          and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+
+
+def _other_heads(model: Model, layout: Layout, prefix: str, tensors: files.Tensors,
+                 heads: Sequence[str]) -> Iterator[str]:
+  """Yields those heads that are not the embeddings to which a model ties its own."""
+  lm = model.lm if isinstance(model, VLM) else model
+  if not isinstance(lm, LM) or not lm.tied:
+    return
+  path = 'lm/table' if isinstance(model, VLM) else 'table'
+  leaf, = leaves(layout, prefix, {path: (lm.vocabulary, lm.width)})
+  table, = leaf.names
+  for head in heads:
+    if table in tensors.shapes and not np.array_equal(tensors.read(head), tensors.read(table)):
+      yield head
 
 
 def _grouped(wanted: Sequence[Leaf], storage: str) -> dict[str, list[Leaf]]:
@@ -192,8 +244,9 @@ def resize_positions(params: Params, model: ViT, *,
                      image_size: int | tuple[int, int]) -> Params:
   """A tree for images of another size: position embeddings resampled on the new grid of patches.
 
-  Bicubic, antialiased where the grid shrinks; positions of special tokens stay. Within 1e-5 of what
-  timm does, and of DINOv2 with registers in the transformers library.
+  Resampled as `model.position_resampling` says (models/checkpoints/positions.py); positions of
+  special tokens stay. Within 1e-5 of what timm does, and of DINOv2 with and without registers in
+  the transformers library.
 
   Args:
     params: of `model`.
@@ -201,7 +254,8 @@ def resize_positions(params: Params, model: ViT, *,
     image_size: new side of the images in pixels, or (height, width).
 
   Raises:
-    ValueError: no learned positions, or a size that is no multiple of the patch.
+    ValueError: no learned positions, an unknown resampling, or a size that is no multiple of the
+      patch.
   """
   if model.positions != 'learned':
     raise ValueError(f'positions={model.positions!r} are computed, not stored: nothing to resize')
@@ -209,13 +263,13 @@ def resize_positions(params: Params, model: ViT, *,
   if any(side % model.patch for side in new.input_shape[:2]):
     raise ValueError(f'image_size={image_size} is not a multiple of patch={model.patch}: change '
                      'it')
-  table = jnp.asarray(params['pos'], jnp.float32)
-  lead, patches = jnp.split(table, [table.shape[1] - model.grid[0] * model.grid[1]], axis=1)
-  patches = patches.reshape(*model.grid, -1)
-  patches = jax.image.resize(patches, (*new.grid, patches.shape[-1]), 'cubic', antialias=True,
-                            precision='highest')
-  patches = jnp.concatenate([lead, patches.reshape(1, new.grid[0] * new.grid[1], -1)], axis=1)
-  return {**params, 'pos': np.asarray(patches)}
+  choices.check('position_resampling=', model.position_resampling, RESAMPLINGS)
+  resample = RESAMPLINGS[model.position_resampling]
+  table = np.asarray(params['pos'], np.float32)
+  lead, patches = np.split(table, [table.shape[1] - model.grid[0] * model.grid[1]], axis=1)
+  patches = resample(patches.reshape(*model.grid, -1), new.grid)
+  patches = patches.reshape(1, new.grid[0] * new.grid[1], -1)
+  return {**params, 'pos': np.concatenate([lead, patches], axis=1)}
 
 
 def _shapes(model: Model) -> dict[str, Shape]:

@@ -7,9 +7,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.backbones.lm import LM
-from models.families import LM_FAMILIES, LMS
+from models.families import LLAVA_TEXTS, LM_FAMILIES, LMS, QWEN_VL_TEXT, QWENS
 from ops import choices
 from ops.rope import Rope
+
+# Which fields of `Rope` the keys of a RoPE scaling are, and which of them must be there.
+_SCALINGS: dict[str, dict[str, str]] = {
+    'linear': {'factor': 'factor'},
+    'dynamic': {},
+    'llama3': {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',
+               'original': 'original_max_position_embeddings'},
+    'yarn': {'factor': 'factor', 'original': 'original_max_position_embeddings',
+             'fast': 'beta_fast', 'slow': 'beta_slow', 'temperature': 'attention_factor',
+             'rounded': 'truncate'},
+}
+_REQUIRED = {'linear': ('factor',), 'dynamic': ('factor',), 'yarn': ('factor',),
+             'llama3': tuple(_SCALINGS['llama3'].values())}
 
 
 def make_lm(variant: str, **overrides: Any) -> LM:
@@ -33,15 +46,15 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
   """The model that a checkpoint's config.json describes (as the transformers library writes it).
 
   Args:
-    config: the file's content; a vision-language model's has the part that counts here under
-      'text_config'.
+    config: the file's content, or a vision-language model's (`text_config`); what it leaves out has
+      the family's published default (`LM_FAMILIES`).
     **overrides: fields of LM that differ.
 
   Raises:
     ValueError: an architecture that is not known, or settings of a known one that are not; or a
       field that LM does not have.
   """
-  config = config.get('text_config') or config
+  config = text_config(config)
   kind = config.get('model_type')
   if kind not in LM_FAMILIES:
     raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(LM_FAMILIES)}')
@@ -54,18 +67,40 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
                        'it')
   heads = get('num_attention_heads')
   head_width = get('head_dim') or get('hidden_size') // heads
+  rope, context = _rope(config, get, head_width)
   settings = {
       'vocabulary': get('vocab_size'), 'width': get('hidden_size'),
       'depth': get('num_hidden_layers'), 'mlp': get('intermediate_size'), 'heads': heads,
       'kv_heads': get('num_key_value_heads') or heads, 'head_width': head_width,
-      'context': get('max_position_embeddings'), 'tied': bool(get('tie_word_embeddings')),
-      'rope': _rope(config, get, head_width), 'window': _window(get),
-      'qkv_bias': get('qkv_bias', False), 'qk_norm': get('qk_norm', False),
+      'context': context, 'tied': bool(get('tie_word_embeddings')), 'rope': rope,
+      'window': _window(get), 'qkv_bias': get('qkv_bias', False), 'qk_norm': get('qk_norm', False),
       'norm_eps': get('rms_norm_eps')}
   fields = [f.name for f in dataclasses.fields(LM) if f.name not in ('parent', 'name')]
   for key in overrides:
     choices.check_key('an LM has no setting ', key, fields)
   return LM(**(settings | overrides))
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the config.json of the language model in that of a vision-language model.
+
+  Its keys lie under 'text_config' or, in older files of the Qwen families, beside the others. What
+  it leaves out and the family sets in another way than the language model's own is filled in. A
+  head is tied where either of the two says so: versions of the transformers library differ in
+  where they write it.
+
+  Args:
+    config: the file's content; a language model's own is returned as it is.
+  """
+  kind, text = config.get('model_type'), config.get('text_config')
+  if kind in LLAVA_TEXTS:
+    text = {'model_type': LLAVA_TEXTS[kind]} | dict(text or {})
+  elif kind in QWENS:
+    text = QWEN_VL_TEXT | dict(text or config) | {'model_type': 'qwen2'}
+  else:
+    return dict(text or config)
+  tied = config.get('tie_word_embeddings') or text.get('tie_word_embeddings')
+  return text | {'tie_word_embeddings': bool(tied)}
 
 
 def _window(get: Callable[..., Any]) -> int:
@@ -75,7 +110,7 @@ def _window(get: Callable[..., Any]) -> int:
     ValueError: for a window in some layers only.
   """
   window = get('sliding_window') or 0
-  if not window or get('use_sliding_window') is False:
+  if not window or not get('use_sliding_window', True):
     return 0
   kinds = set(get('layer_types') or ())
   if 'max_window_layers' in LM_FAMILIES[get('model_type')] and not kinds:
@@ -90,10 +125,14 @@ def _window(get: Callable[..., Any]) -> int:
   return window
 
 
-def _rope(config: Mapping[str, Any], get: Callable[..., Any], head_width: int) -> Rope:
-  """The rotations, from either form of config: `rope_parameters`, or theta and `rope_scaling`."""
+def _rope(config: Mapping[str, Any], get: Callable[..., Any], head_width: int) -> tuple[Rope, int]:
+  """The rotations and the context that they are for.
+
+  Either form of config is read: `rope_parameters`, or theta and `rope_scaling`.
+  """
   rope_config = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
   kind = rope_config.get('rope_type') or rope_config.get('type') or 'default'
+  context = get('max_position_embeddings')
   settings: dict[str, Any] = {
       'width': head_width, 'theta': float(rope_config.get('rope_theta') or get('rope_theta'))}
   sections = tuple(rope_config.get('mrope_section') or ())
@@ -103,19 +142,25 @@ def _rope(config: Mapping[str, Any], get: Callable[..., Any], head_width: int) -
   if {get('partial_rotary_factor'), rope_config.get('partial_rotary_factor')} - {None, 1.0}:
     raise ValueError('partial_rotary_factor is unknown here: whole heads are rotated')
   if kind in ('default', 'mrope'):
-    return Rope(**settings)
-  names = {'linear': {'factor': 'factor'},
-           'llama3': {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',
-                      'original': 'original_max_position_embeddings'},
-           'yarn': {'factor': 'factor', 'original': 'original_max_position_embeddings',
-                    'fast': 'beta_fast', 'slow': 'beta_slow', 'temperature': 'attention_factor',
-                    'rounded': 'truncate'}}
-  if kind not in names:
-    raise ValueError(f'RoPE scaling {kind!r} is unknown: known are default, {", ".join(names)}')
+    return Rope(**settings), context
+  if kind not in _SCALINGS:
+    raise ValueError(f'RoPE scaling {kind!r} is unknown: known are default, {", ".join(_SCALINGS)}')
+  missing = [key for key in _REQUIRED[kind] if rope_config.get(key) is None]
+  if missing:
+    raise ValueError(f'RoPE scaling {kind!r} lacks {", ".join(missing)}: complete rope_scaling in '
+                     'config.json')
   if rope_config.get('mscale') or rope_config.get('mscale_all_dim'):
     raise ValueError("mscale is unknown here: no family's RoPE scaling has it")
-  scaling_settings = {ours: rope_config[theirs] for ours, theirs in names[kind].items()
+  if kind == 'dynamic':
+    # Its base grows with prompts beyond the context, which are refused here; up to it nothing is
+    # scaled.
+    return Rope(**settings), context
+  scaling_settings = {ours: rope_config[theirs] for ours, theirs in _SCALINGS[kind].items()
                       if rope_config.get(theirs) is not None}
   if kind == 'yarn':
-    scaling_settings.setdefault('original', get('max_position_embeddings'))
-  return Rope(**settings, scaling=kind, **scaling_settings)
+    scaling_settings.setdefault('original', context)
+    # Some files give the context before scaling, others that after it.
+    context = max(context, int(scaling_settings['original'] * scaling_settings['factor']))
+  elif kind == 'linear':
+    context = int(context * scaling_settings['factor'])
+  return Rope(**settings, scaling=kind, **scaling_settings), context

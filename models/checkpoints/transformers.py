@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from models.backbones.clip import Clip
 from models.backbones.lm import LM
@@ -11,9 +15,9 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.checkpoints import vlm_config
 from models.checkpoints.layout import Layout, Names
-from models.checkpoints.lm_config import from_config
+from models.checkpoints.lm_config import from_config, text_config
+from ops.rope import Rope
 
 _EMBED: Names = {
     'cls': 'embeddings.cls_token',
@@ -167,19 +171,21 @@ def _tower(tower: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
           for path, name in names.items()}
 
 
-def check_config(model: Any, config: Mapping[str, Any]) -> None:
+def check_config(model: Any, config: Mapping[str, Any], *, own_head: bool = False) -> None:
   """Raises if a config.json contradicts a model in settings that shapes do not show.
 
   Args:
     model: a ViT, Text, Clip, LM, QwenVision or VLM.
     config: the file's content.
+    own_head: whether the checkpoint of a language model holds a head: what config.json says of
+      tying is then of no account.
 
   Raises:
-    ValueError: another number of heads, or another activation; for an LM, other heads, base of the
-      rotations, window, norm or tying.
+    ValueError: another number of heads, or another activation; for an LM, other heads, rotations
+      (base, scaling, sections), window, norm or tying.
   """
   if isinstance(model, LM):
-    _check_language(model, config)
+    _check_language(model, config, own_head)
     return
   if isinstance(model, QwenVision):
     heads = (config.get('vision_config') or {}).get('num_heads', model.heads)
@@ -189,7 +195,7 @@ def check_config(model: Any, config: Mapping[str, Any]) -> None:
     return
   if isinstance(model, VLM):
     check_config(model.tower, config)
-    _check_language(model.lm, vlm_config.text_config(config))
+    _check_language(model.lm, text_config(config), own_head)
     return
   if isinstance(model, Clip):
     check_config(model.image, config.get('vision_config') or {})
@@ -207,15 +213,30 @@ def check_config(model: Any, config: Mapping[str, Any]) -> None:
                      f'activation={ACTIVATIONS[act]!r}')
 
 
-def _check_language(model: LM, config: Mapping[str, Any]) -> None:
+def _check_language(model: LM, config: Mapping[str, Any], own_head: bool) -> None:
   if not config:
     return
   theirs = from_config(config)
   pairs = {name: (getattr(theirs, name), getattr(model, name))
-           for name in ('heads', 'kv_heads', 'window', 'norm_eps', 'tied')}
-  pairs |= {f'rope.{name}': (getattr(theirs.rope, name), getattr(model.rope, name))
-            for name in ('theta', 'sections')}
+           for name in ('heads', 'kv_heads', 'window', 'norm_eps')}
+  if not own_head:
+    pairs |= {'tied': (theirs.tied, model.tied)}
   for name, (stored, built) in pairs.items():
     if stored != built:
       raise ValueError(f'the checkpoint has {name}={stored} and the model {built}, which shapes do '
                        f'not show: set {name}={stored}')
+  if not _same_rotations(theirs.rope, model.rope):
+    names = [field.name for field in dataclasses.fields(Rope)
+             if getattr(theirs.rope, field.name) != getattr(model.rope, field.name)]
+    stored, built = (', '.join(f'{name}={getattr(rope, name)!r}' for name in names)
+                     for rope in (theirs.rope, model.rope))
+    raise ValueError(f'the checkpoint has RoPE with {stored} and the model with {built}, which '
+                     'shapes do not show: set rope, or build the model that config.json describes')
+
+
+def _same_rotations(one: Rope, other: Rope) -> bool:
+  """True for equal angles and amplitudes, whatever fields they come from."""
+  return (one.width == other.width and one.sections == other.sections
+          and np.array_equal(one.axes(), other.axes())
+          and np.allclose(one.frequencies(), other.frequencies(), rtol=1e-6, atol=0)
+          and math.isclose(one.amplitude, other.amplitude, rel_tol=1e-6))

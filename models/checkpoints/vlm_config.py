@@ -9,21 +9,17 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import lm_config
-from models.families import VLMS
+from models.families import IMAGE_TOKENS, LLAVA_TEXTS, QWENS, TOWER_FAMILIES, VLM_TOWERS, VLMS
 from ops import choices
 
-# What a config.json may leave out.
-_LLAMA = {'model_type': 'llama', 'hidden_size': 4096, 'intermediate_size': 11008,
-          'num_hidden_layers': 32, 'num_attention_heads': 32, 'vocab_size': 32000}
-_TOWERS = {
-    'clip_vision_model': {'norm_eps': 1e-5, 'activation': 'quick_gelu', 'pre_norm': True,
-                          'patch_bias': False},
-    'siglip_vision_model': {'class_token': False, 'activation': 'gelu_tanh'},
+# Fields of ViT by a tower's model_type.
+_TOWERS: dict[str, dict[str, Any]] = {
+    'clip_vision_model': {'norm_eps': 1e-5, 'pre_norm': True, 'patch_bias': False},
+    'siglip_vision_model': {'class_token': False},
 }
 _ACTS = {'quick_gelu': 'quick_gelu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh',
          'silu': 'swiglu'}
-LLAVAS = ('llava', 'llava_next', 'llava_onevision')
-QWENS = ('qwen2_vl', 'qwen2_5_vl')
+LLAVAS = tuple(LLAVA_TEXTS)
 
 
 def from_config(config: Mapping[str, Any], *, grid: tuple[int, int] = (32, 32),
@@ -64,22 +60,28 @@ def make_vlm(variant: str, **settings: Any) -> VLM:
   return from_config(VLMS[variant], **settings)
 
 
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The config.json of the language model in that of a vision-language model."""
-  if not config:
-    return {}
-  text = dict(config.get('text_config') or {})
-  if config.get('model_type') in QWENS:
-    return (text or dict(config)) | {'model_type': 'qwen2'}
-  return _LLAMA | text if text.get('model_type', 'llama') == 'llama' else text
+def tower_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the vision_config of a vision-language model, with what a config may leave out.
+
+  Args:
+    config: the content of config.json, of a family in `LLAVAS`.
+
+  Raises:
+    ValueError: a tower that is not known.
+  """
+  whole = VLM_TOWERS[config['model_type']]
+  stated = config.get('vision_config')
+  tower: Mapping[str, Any] = whole if stated is None else stated
+  family = tower.get('model_type', whole['model_type'])
+  if family not in TOWER_FAMILIES:
+    raise ValueError(f'vision tower {family!r} is unknown: known are {", ".join(TOWER_FAMILIES)}')
+  return TOWER_FAMILIES[family] | {'model_type': family} | dict(tower)
 
 
 def _llava(config: Mapping[str, Any], kind: str, tower: dict[str, Any],
            lm: dict[str, Any]) -> VLM:
-  seen, text = config['vision_config'], text_config(config)
-  family = seen.get('model_type', 'clip_vision_model')
-  if family not in _TOWERS:
-    raise ValueError(f'vision tower {family!r} is unknown: known are {", ".join(_TOWERS)}')
+  seen = tower_config(config)
+  family = seen['model_type']
   depth = seen['num_hidden_layers']
   feature = config.get('vision_feature_layer', -1 if kind == 'llava_onevision' else -2)
   strategy = config.get('vision_feature_select_strategy',
@@ -93,20 +95,19 @@ def _llava(config: Mapping[str, Any], kind: str, tower: dict[str, Any],
       'width': seen['hidden_size'], 'depth': depth, 'mlp': seen['intermediate_size'],
       'heads': seen['num_attention_heads'], 'patch': seen['patch_size'],
       'image_size': seen['image_size'] // seen['patch_size'] * seen['patch_size'],
-      'num_classes': 0, 'layers': (0, last), **_TOWERS[family]}
-  if seen.get('hidden_act'):
-    settings['activation'] = _ACTS[seen['hidden_act']]
+      'num_classes': 0, 'layers': (0, last), 'activation': _ACTS[seen['hidden_act']],
+      **_TOWERS[family]}
   if last == depth:
     # The features are those before the last norm: it stands aside, over a mean that nobody reads.
     settings |= {'layers': None, 'pool': 'mean', 'last_norm': 'pooled'}
-  token = config.get('image_token_id', config.get('image_token_index', 32000))
-  return VLM(ViT(**(settings | tower)), lm_config.from_config(text, **lm), token,
+  token = config.get('image_token_id', config.get('image_token_index', IMAGE_TOKENS[kind]))
+  return VLM(ViT(**(settings | tower)), lm_config.from_config(config, **lm), token,
              _ACTS[config.get('projector_hidden_act', 'gelu')], newline=kind != 'llava')
 
 
 def _qwen(config: Mapping[str, Any], kind: str, grid: tuple[int, int], tower: dict[str, Any],
           lm: dict[str, Any]) -> VLM:
-  seen, text = config['vision_config'], text_config(config)
+  seen = config.get('vision_config') or {}
   settings = {'depth': seen.get('depth', 32), 'heads': seen.get('num_heads', 16), 'grid': grid,
               'patch': seen.get('patch_size', 14), 'temporal': seen.get('temporal_patch_size', 2),
               'merge': seen.get('spatial_merge_size', 2)}
@@ -116,11 +117,11 @@ def _qwen(config: Mapping[str, Any], kind: str, grid: tuple[int, int], tower: di
                  'projection': seen.get('hidden_size', 3584),
                  'activation': _ACTS[seen.get('hidden_act', 'quick_gelu')]}
   else:
-    settings |= {'width': seen.get('hidden_size', 1280), 'norm': 'rms', 'activation': 'swiglu',
+    settings |= {'width': seen.get('hidden_size', 3584), 'norm': 'rms', 'activation': 'swiglu',
                  'mlp': seen.get('intermediate_size', 3420),
                  'projection': seen.get('out_hidden_size', 3584),
                  'window': seen.get('window_size', 112) // settings['patch'],
                  'whole_layers': tuple(seen.get('fullatt_block_indexes', (7, 15, 23, 31)))}
-  model = lm_config.from_config(text, **lm)
-  return VLM(QwenVision(**(settings | tower)), model, config.get('image_token_id', 151655),
-             projection='')
+  model = lm_config.from_config(config, **lm)
+  token = config.get('image_token_id', IMAGE_TOKENS[kind])
+  return VLM(QwenVision(**(settings | tower)), model, token, projection='')

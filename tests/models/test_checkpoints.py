@@ -24,11 +24,12 @@ from lib.runtime import sharding
 from lib.tasks import image_sweep
 from models import checkpoints
 from models.backbones.clip import Clip
-from models.backbones.vit import ViT, make_vit
+from models.backbones.vit import RESAMPLINGS, ViT, make_vit
 from models.build import build as build_config
 from models.build import pretrained
-from models.checkpoints import files
+from models.checkpoints import files, positions
 from models.checkpoints.layout import flatten, nest
+from models.families import NAMED
 from models.storage import restack, unstack
 
 # What released files hold beside the model, and what is left out of a round trip.
@@ -296,6 +297,65 @@ def test_positions_are_resized_as_the_reference_does(side):
   found = checkpoints.resize_positions({'pos': old}, model, image_size=4 * side)['pos']
   np.testing.assert_allclose(found, wanted, atol=1e-5)
   np.testing.assert_array_equal(found[:, 0], old[:, 0])
+
+
+def bicubic_taps(old, new):
+  """[new, old]: torch's 'bicubic' (a = -0.75) along one axis, tap by tap."""
+  place = (np.arange(new) + 0.5) * old / new - 0.5
+  low = np.floor(place).astype(int)
+  t, a = place - low, -0.75
+
+  def near(d):
+    return (a + 2) * d ** 3 - (a + 3) * d ** 2 + 1
+
+  def far(d):
+    return a * d ** 3 - 5 * a * d ** 2 + 8 * a * d - 4 * a
+
+  weight = np.stack([far(1 + t), near(t), near(1 - t), far(2 - t)], axis=1)
+  matrix = np.zeros((new, old))
+  for k in range(4):
+    np.add.at(matrix, (np.arange(new), np.clip(low - 1 + k, 0, old - 1)), weight[:, k])
+  return matrix
+
+
+@pytest.mark.parametrize('size', [224, 518, 700, (224, 336)])
+@pytest.mark.parametrize('name', ['dinov2_s14', 'dinov2_s14_reg4'])
+def test_dinov2_is_resampled_as_its_release_does(name, size):
+  # Without registers bicubic as it is, with registers antialiased.
+  random = np.random.default_rng(1)
+  y, x = np.mgrid[0:37, 0:37] / 37
+  waves = random.normal(size=(384, 6))
+  grid = sum(waves[:, k] * np.cos(np.pi * ((k % 3) * x + (k // 3) * y))[..., None]
+             for k in range(6))
+  grid = (grid + 0.1 * random.normal(size=grid.shape)).astype(np.float32)
+  table = np.concatenate([np.ones((1, 1, 384), np.float32), grid.reshape(1, -1, 384)], axis=1)
+  found = checkpoints.resize_positions({'pos': table}, make_vit(name), image_size=size)['pos']
+  np.testing.assert_array_equal(found[:, 0], 1)
+  assert found.dtype == np.float32
+  rows, columns = (side // 14 for side in (size if isinstance(size, tuple) else (size, size)))
+  wanted = np.einsum('ia,jb,abd->ijd', bicubic_taps(37, rows), bicubic_taps(37, columns), grid)
+  gap = np.abs(found[0, 1:] - wanted.reshape(rows * columns, 384)).max()
+  assert gap < 1e-5 if name == 'dinov2_s14' or size == 518 else gap > 1e-2
+
+
+def test_bicubic_weights_are_those_of_the_kernel():
+  # A grid twice as fine lies a quarter off the old one: an impulse comes back as the four weights.
+  impulse = np.zeros((9, 1, 1), np.float32)
+  impulse[4] = 1
+  found = positions.bicubic(impulse, (18, 1))[:, 0, 0]
+  weights = [-0.03515625, -0.10546875, 0.26171875, 0.87890625]
+  np.testing.assert_allclose(found[5:9], weights, atol=1e-7)
+  np.testing.assert_allclose(found, found[::-1], atol=1e-7)
+  np.testing.assert_array_equal(positions.bicubic(impulse, (9, 1)), impulse)
+
+
+def test_every_resampling_of_a_model_is_there():
+  assert set(positions.RESAMPLINGS) == set(RESAMPLINGS)
+  assert {make_vit(name).position_resampling for name in NAMED if name.startswith('dinov2')
+          and not name.endswith('_reg4')} == {'bicubic'}
+  model = build(VIT).clone(position_resampling='nearest')
+  with pytest.raises(ValueError, match="position_resampling='nearest' is unknown: choose one of"):
+    checkpoints.resize_positions(load(VIT), model, image_size=40)
 
 
 def test_resized_trees_fit_and_wrong_sizes_do_not():

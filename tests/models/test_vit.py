@@ -220,6 +220,7 @@ def test_sincos_positions_are_two_dimensional():
     ({'variant': 'S/16', 'pool': 'cls_mean', 'class_token': False}, "set pool='mean' or 'map'"),
     ({'variant': 'S/16', 'activation': 'relu'}, 'gelu, gelu_tanh, quick_gelu, swiglu'),
     ({'variant': 'S/16', 'last_norm': 'none'}, 'tokens, pooled'),
+    ({'variant': 'S/16', 'position_resampling': 'cubic'}, 'bicubic, bicubic_antialiased'),
     ({'variant': 'dinov2_s16'}, "did you mean 'dinov2_s14'"),
     ({'variant': 'S/16', 'remat': 'some'}, 'none, full, dots'),
 ])

@@ -1,0 +1,49 @@
+"""Resampling of position tables for images of another size, as each family's release does.
+
+Cubic convolution from Keys (1981), IEEE Trans. ASSP 29(6). Libraries differ in its parameter a and
+in whether the kernel is widened where the grid shrinks.
+
+Axes: R, C rows and columns of a grid of patches, D width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+A = -0.75
+
+
+def bicubic(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+  """Resamples float32[R, C, D] on another grid by torch's 'bicubic' (a = -0.75), not antialiased.
+
+  Places beyond an edge have the edge's values. As DINOv2 without registers does.
+  """
+  rows, columns = (_matrix(old, new) for old, new in zip(table.shape, grid, strict=False))
+  return np.einsum('ir,jc,rcd->ijd', rows, columns, table).astype(np.float32)
+
+
+def bicubic_antialiased(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+  """Resamples float32[R, C, D] on another grid by a = -0.5, antialiased where the grid shrinks.
+
+  As timm does, and DINOv2 with registers.
+  """
+  shape = (*grid, table.shape[-1])
+  return np.asarray(jax.image.resize(jnp.asarray(table), shape, 'cubic', antialias=True,
+                                     precision='highest'))
+
+
+def _matrix(old: int, new: int) -> np.ndarray:
+  """float64[new, old]: what each new place takes of the old ones along one axis."""
+  place = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
+  taps = np.floor(place) + np.arange(-1, 3)
+  x = np.abs(place - taps)
+  weight = np.where(x <= 1, (A + 2) * x ** 3 - (A + 3) * x ** 2 + 1,
+                    A * (x ** 3 - 5 * x ** 2 + 8 * x - 4))
+  matrix = np.zeros((new, old))
+  np.add.at(matrix, (np.arange(new)[:, None], np.clip(taps, 0, old - 1).astype(int)), weight)
+  return matrix
+
+
+RESAMPLINGS = {'bicubic': bicubic, 'bicubic_antialiased': bicubic_antialiased}
