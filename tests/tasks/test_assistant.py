@@ -8,6 +8,7 @@ import itertools
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -130,6 +131,15 @@ def test_checkpoints_are_read_with_all_that_stands_around_them(family, tmp_path)
   assert seen.encode_images([pictures[:1], [], pictures]).layout[1] == 2
   assert seen.encode_images([[], []]) is None
   assert seen is made
+
+
+@pytest.mark.parametrize('family', ['llava', 'qwen2'])
+def test_a_head_that_differs_is_read_though_the_config_ties_it(family, tmp_path):
+  plain = assistant.load(assistants.checkpoint(tmp_path / 'plain', family))
+  made = assistant.load(assistants.checkpoint(tmp_path / 'tied', family, tie_word_embeddings=True))
+  assert 'head' in (plain.params.get('lm') or plain.params)
+  assert made.model == plain.model
+  chex.assert_trees_all_equal(made.params, plain.params)
 
 
 def test_grids_grow_for_images_that_do_not_fit(tmp_path):
