@@ -119,7 +119,7 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
 
 
 class _Sources(NamedTuple):
-  """Where each slot of a sequence comes from.
+  """Holds the source of each slot of a sequence.
 
   Attributes:
     real: bool[B, N].
