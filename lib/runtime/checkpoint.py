@@ -73,9 +73,9 @@ class Checkpoints:
       except Exception as fault:  # Orbax raises a different class for each kind of damage.
         faults[step] = f'step {step}: {_first_line(fault)}'
         continue
-      for damaged, fault in faults.items():  # type: ignore[misc]
+      for damaged, reason in faults.items():
         # An older one fits, so these are broken, and the run will come to their steps again.
-        logging.warning('deleting the checkpoint of %s; going on from step %d', fault, step)  # type: ignore[misc]
+        logging.warning('deleting the checkpoint of %s; going on from step %d', reason, step)
         self._manager.delete(damaged)
       return step, parts, data
     if faults:
@@ -133,8 +133,9 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
   if not folder.exists():
     return None
   checkpoints = Checkpoints(folder, metric=metric)
-  step = checkpoints.best()  # type: ignore[assignment]
-  step_and_params = None if step is None else (step, checkpoints.read(step, 'ema', template))
+  best_step = checkpoints.best()
+  step_and_params = (None if best_step is None else
+                     (best_step, checkpoints.read(best_step, 'ema', template)))
   checkpoints.close()
   return step_and_params
 
