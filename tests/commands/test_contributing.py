@@ -15,7 +15,7 @@ SKIP = shutil.ignore_patterns('.git', '.venv', '__pycache__', '.*_cache')
 
 
 def ignored(folder, names):
-  """What a copy can do without; data sets and runs lie at the root."""
+  """Names what a copy does without; data sets and runs lie at the root."""
   own = {'data', 'runs'} if pathlib.Path(folder) == ROOT else set()
   return SKIP(folder, names) | own
 

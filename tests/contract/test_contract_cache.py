@@ -172,7 +172,7 @@ def ties(name):
 
 
 def content(name):
-  """What it keeps depends on what there is, or it says that it goes by place alone."""
+  """Selections depend on the contents, or the method says that it goes by place alone."""
   src = [run(name, projections(seed)).src for seed in range(3)]
   same = all((one == src[0]).all() for one in src)
   assert same == (name == 'streaming_llm')

@@ -48,7 +48,7 @@ def sources():
 
 
 def answer_to(text, cells):
-  """What a question's words ask of a grid of labels, worked out here once more."""
+  """Answers a question from a grid of labels, worked out here once more."""
   grid = [[None if label in (0, 11) else int(label) - 1 for label in row] for row in cells]
   here = [digit for row in grid for digit in row if digit is not None]
 

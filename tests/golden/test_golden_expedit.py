@@ -201,7 +201,7 @@ def test_bad_settings(args):
 
 
 def test_way_back_from_a_model():
-  """What a model returns is what the way back needs; the padding of a row stays out of it."""
+  """A model returns all that the way back needs; the padding of a row stays out of it."""
   model = golden_vit.model()
   plan = make_plan({'method': 'expedit', 'layers': 2, 'keep': 16}, model.host)
   _, out = jax.jit(model.clone(plan=plan).apply)({'params': golden_vit.params()},

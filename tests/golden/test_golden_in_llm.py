@@ -59,7 +59,7 @@ def test_pyramiddrop(stage):
 
 
 def gemfilter(raw, places=None):
-  """What GemFilter keeps of the recorded prompt, and its scores, with padding around the places."""
+  """Returns what GemFilter keeps of the recorded prompt, and its scores, with padding around."""
   query, key = (raw[name].swapaxes(1, 2) for name in ('query', 'key'))
   length, valid = query.shape[1], None
   if places is not None:

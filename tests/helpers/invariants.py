@@ -146,7 +146,7 @@ def mass(name):
 
 
 def bits(name):
-  """What is kept alone keeps its features bit for bit."""
+  """A token that stays by itself keeps its features bit for bit."""
   case, out = random_case(), base(name)
   if isinstance(out.assignment, Mix):
     inner = out.matrix[:, 1:, 1:]
@@ -363,7 +363,7 @@ def compose(name):
 
 
 def restore(name):
-  """What joins a slot gets that slot's value back, a constant where weights add up to one."""
+  """A token gets the value of its slot back, a constant where weights add up to one."""
   out = base(name)
   rows = out.matrix.sum(2)
   outputs = rows.shape[1]

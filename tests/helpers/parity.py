@@ -36,7 +36,7 @@ def build(name):
 
 
 def outputs(name, model):
-  """What a model gives with the weights of a case, under the names of the stored arrays."""
+  """Runs a model with the weights of a case; results have the names of the stored arrays."""
   params = checkpoints.load(build(name), FOLDER / f'{name}.safetensors')
   inputs = [expected(name)[key] for key in ('images', 'ids') if key in expected(name)]
   logits, out = jax.jit(model.apply)({'params': params}, *inputs)

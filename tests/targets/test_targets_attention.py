@@ -25,7 +25,7 @@ BATCH, TOKENS = 8, 2880
 
 
 def eager(q, k, v, bias):
-  """What a host does that reads [CLS] attention off the map."""
+  """Reads [CLS] attention off the whole map, as a host without rows would."""
   scores = attention.eager(q, k, bias=bias)
   return jnp.einsum('bhns,bshd->bnhd', scores.astype(v.dtype), v), scores[:, :, 0]
 

@@ -231,7 +231,7 @@ REDUCED = {
 
 @pytest.mark.parametrize('case', REDUCED)
 def test_patches_are_followed_to_the_last_cut(case):
-  """What is said to be left of an image is what, changed in the image, changes the answer."""
+  """Exactly the patches that are said to be left change the answer when they change."""
   family, reduce = REDUCED[case]
   vlm, params = parity_vlm.model(family)
   ids, valid, images = parity_vlm.inputs(family, 'three')
