@@ -6,8 +6,8 @@ Axes: B batch, N slots now, M slots after, D features, H heads, d features a hea
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,28 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.plan import Host, limits_of, make_method
+from models.reduction import ask
 from ops import choices, signals
 from ops import tokens as tk
-from ops.assignments import Assignment
 from ops.budgets import resolve
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.reducers.method import Method
-from ops.signals import Signals
+from ops.signals import AXES, Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
 Array = jax.Array
-
-_HEADS, _ROW, _FEATURES = ('B', 'N', 'H', 'd'), ('B', 'H', 'N'), ('B', 'N', 'D')
-# Axes of the signals that are arrays; sizes of B and N must be those of the tokens.
-AXES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(('keys', 'queries', 'values', 'plain_queries', 'next_keys'), _HEADS),
-    **dict.fromkeys(('cls_attention', 'received_attention', 'last_attention', 'row_attention',
-                     'next_received_attention', 'next_last_attention', 'next_row_attention'), _ROW),
-    **dict.fromkeys(('hidden', 'hidden_in', 'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden'),
-                    _FEATURES),
-    'attention': ('B', 'H', 'N', 'N'),
-    'window_attention': ('B', 'H', 'W', 'N'),
-}
 
 
 def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | None = None,
@@ -99,12 +87,8 @@ def _carry_out(method: Method, tokens: TokenSet, measured: Signals,
   """Asks a method and does as it says, as one program."""
   if hasattr(method, 'watch'):
     tokens = tokens.replace(stats=tokens.stats | method.watch(tokens, measured))
-  with_params: Callable[..., Assignment] = method
-  if params is not None:
-    assert isinstance(method, nn.Module)
-    with_params = cast(Callable[..., Assignment],
-                       functools.partial(method.apply, {'params': params}))
-  return tk.reduce(tokens, tk.decide(with_params, tokens, measured, num_slots=num_slots))
+  assignment, _ = ask(method, tokens, measured, params, num_slots=num_slots)
+  return tk.reduce(tokens, assignment)
 
 
 def _tokens(x: Array | np.ndarray | TokenSet, protected: int, valid: Array | None) -> TokenSet:

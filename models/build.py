@@ -21,7 +21,7 @@ PRETRAINED = {'weights': '', 'weights_image_size': 0, 'fresh': (), 'unused': ()}
 
 
 def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
-          macs: Callable[[ViT, Mapping[str, Any]], Macs] | None = None,
+          macs: Callable[[ViT], Macs] | None = None,
           mesh: Mesh | None = None, platform: str = 'cpu',
           task: Mapping[str, Any] | None = None) -> ViT:
   """Builds the vision transformer that a config describes.
@@ -30,7 +30,7 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
     model: `config.model`: a variant, and fields of ViT that differ from it; dtype by name. What
       `pretrained` reads of it is left alone, and keys that are None are unset.
     reduce: `config.reduce.vision`, or None for an unreduced model. Keys that are None are unset.
-    macs: (model, reduction) -> MACs as a function of cuts, for budgets in FLOPs (lib/cost/vit.py).
+    macs: model -> MACs as a function of events, for budgets in FLOPs (lib/cost/vit.py).
     mesh: where the model will run, None for a single device.
     platform: of its devices; decides the attention kernel.
     task: `config.task`; under the name 'segment' with the fields that a SegmentViT adds.

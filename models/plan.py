@@ -1,4 +1,4 @@
-"""Plans: a named method and a budget from a config, resolved for one host before anything runs."""
+"""Plans: what changes where in a tower, resolved from configs for one host before anything runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from models import renames
 from models.compressors import COMPRESSORS
+from models.reduction import Event, Reduction
 from ops import choices
 from ops.budgets import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
 from ops.reducers import REDUCERS, join
@@ -54,34 +55,151 @@ class Host:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """A method, where it acts, and how many slots it leaves in which layer.
+class Tokens:
+  """Counts the tokens of one layer under a plan, special ones and padding slots included.
 
   Attributes:
-    name: the method's name in `methods()`.
-    method: the method itself: a frozen dataclass, or a Flax module without parameters yet.
-    site: 'before', 'inside', 'between' or 'after'.
-    cuts: one Cut a layer that loses tokens.
-    mode: 'gather' really removes slots; 'mask' keeps them as padding (to train hard decisions).
-    watch: layers that the method measures in addition to those it cuts in.
-    of: kinds that it may remove (ops/tokens.py), None for the host's default.
-    protected: slots of other kinds, padding included; None for the host's own number.
-    positions: one of `POSITIONS`.
+    queries: tokens whose queries and keys are made.
+    values: tokens whose values are made, and over which the rows of the map sum.
+    attended: tokens that attention returns.
+    mlp: tokens that enter the MLP.
+    left: tokens after the layer.
+    map_seen: whether a method sees the attention map.
   """
 
-  name: str
-  method: Method
-  site: str
-  cuts: tuple[Cut, ...]
-  mode: str = 'gather'
-  watch: tuple[int, ...] = ()
-  of: tuple[int, ...] | None = None
-  protected: int | None = None
-  positions: str = 'keep'
+  queries: int
+  values: int
+  attended: int
+  mlp: int
+  left: int
+  map_seen: bool = False
 
-  def cut(self, layer: int) -> Cut | None:
-    """Returns the cut in a layer, or None."""
-    return next((cut for cut in self.cuts if cut.layer == layer), None)
+  def map_counts(self, change: Callable[[int], int]) -> Tokens:
+    """Returns the same with other counts."""
+    return Tokens(change(self.queries), change(self.values), change(self.attended),
+                  change(self.mlp), change(self.left), self.map_seen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Says what changes where in a tower: events, in the order in which they happen.
+
+  Attributes:
+    events: by layer, and in a layer by site.
+    reductions: the methods of the events, and those that only watch.
+  """
+
+  events: tuple[Event, ...]
+  reductions: tuple[Reduction, ...]
+
+  @property
+  def only(self) -> Reduction:
+    """Returns the one reduction of a plan that has one.
+
+    Raises:
+      ValueError: a plan of several.
+    """
+    if len(self.reductions) != 1:
+      raise ValueError(f'a plan of {self.name} has no single method: take them one by one')
+    return self.reductions[0]
+
+  def with_method(self, method: Method, *, site: str | None = None) -> Plan:
+    """Returns the plan of one method with another in its place, by the same counts.
+
+    Args:
+      method: which watches the same layers, if it watches.
+      site: of its events, None for the same.
+    """
+    watch = self.only.watch if hasattr(method, 'watch') else ()
+    reduction = dataclasses.replace(self.only, method=method, watch=watch)
+    return Plan(tuple(dataclasses.replace(event, reduction=reduction, site=site or event.site)
+                      for event in self.events), (reduction,))
+
+  @property
+  def name(self) -> str:
+    """Returns the methods' names, as '+' joins them."""
+    return '+'.join(reduction.name for reduction in self.reductions)
+
+  @property
+  def proportional(self) -> bool:
+    """Returns whether a slot counts as often in attention as it has tokens."""
+    return any(reduction.method.proportional for reduction in self.reductions)
+
+  @property
+  def masked(self) -> bool:
+    """Returns whether removed tokens stay as padding."""
+    return any(reduction.mode == 'mask' for reduction in self.reductions)
+
+  @property
+  def positions(self) -> str:
+    """Returns how tokens are numbered behind the events, one of `POSITIONS`."""
+    named = {reduction.positions for reduction in self.reductions}
+    return next(policy for policy in reversed(POSITIONS) if policy in named)
+
+  @property
+  def slots(self) -> int | None:
+    """Returns the tokens that a host must have for this plan, None where nothing changes."""
+    return self.events[0].slots_in if self.events else None
+
+  def at(self, layer: int, *sites: str) -> tuple[Event, ...]:
+    """Returns the events of a layer, of some sites or all."""
+    return tuple(event for event in self.events
+                 if event.layer == layer and (not sites or event.site in sites))
+
+  def watching(self, layer: int) -> tuple[Reduction, ...]:
+    """Returns the reductions that watch a layer."""
+    return tuple(reduction for reduction in self.reductions if layer in reduction.watch)
+
+  def profile(self, depth: int, slots: int) -> tuple[Tokens, ...]:
+    """Returns the tokens of every layer as they are allocated; padding that a mask leaves counts.
+
+    Args:
+      depth: number of layers.
+      slots: tokens that enter the first layer.
+
+    Raises:
+      ValueError: events that do not fit these layers and tokens.
+    """
+    return profile(self.events, depth, slots)
+
+
+def profile(events: Sequence[Event], depth: int, slots: int) -> tuple[Tokens, ...]:
+  """Returns the tokens of every layer under events, as `Plan.profile`."""
+  for event in events:
+    choices.check('site ', event.site, SITES)
+  outside = sorted({event.layer for event in events} - set(range(depth)))
+  if outside:
+    raise ValueError(f'an event in layer {outside[0]} does not fit: the layers are 0 to '
+                     f'{depth - 1}')
+  layers, now = [], slots
+  for layer in range(depth):
+    at = {site: [event for event in events if event.layer == layer and event.site == site]
+          for site in SITES}
+    counts = {}
+    for site in SITES:
+      for event in at[site]:
+        now = _after(event, now)
+      counts[site] = now
+    values = counts['inside'] if any(e.method.merges for e in at['inside']) else counts['before']
+    layers.append(Tokens(counts['before'], values, counts['inside'], counts['between'],
+                         counts['after'], bool(at['inside'])))
+  return tuple(layers)
+
+
+def _after(event: Event, now: int) -> int:
+  """Returns the slots after an event."""
+  if event.reduction.mode == 'mask':
+    return now
+  if not (event.slots_in == now and 0 < event.slots_out <= now):
+    raise ValueError(f'{event.reduction.name} in layer {event.layer} goes from {event.slots_in} to '
+                     f'{event.slots_out} tokens, but {now} are there')
+  return event.slots_out
+
+
+def make_events(reduction: Reduction, site: str,
+                cuts: Sequence[Cut | Event]) -> tuple[Event, ...]:
+  """Returns the events of cuts at a site, all by one method."""
+  return tuple(Event(cut.layer, site, cut.slots_in, cut.slots_out, reduction) for cut in cuts)
 
 
 def methods(host: Host | None = None) -> dict[str, type[Method]]:
@@ -129,7 +247,7 @@ def reduction_settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def make_plan(config: Mapping[str, Any], host: Host, *,
-              macs: Callable[[tuple[Cut, ...]], float] | None = None) -> Plan:
+              macs: Callable[[Sequence[Event]], float] | None = None) -> Plan:
   """Resolves `config.reduce.<tower>` for a host.
 
   Args:
@@ -138,7 +256,7 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
       Where the host has several kinds of tokens, `token_kinds` names one or more ('visual',
       'text'), all by default; `positions` is one of `POSITIONS`, by default the method's own.
     host: the backbone's depth, tokens and signals.
-    macs: the backbone's MACs under given cuts, for budgets in FLOPs.
+    macs: the backbone's MACs under given events, for budgets in FLOPs.
 
   Raises:
     ValueError: for an unknown key, method, argument, site or layer, an impossible budget, a watch
@@ -158,12 +276,15 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
                      f"use mode='gather', or {name} at another site")
   check_needs(name, method, host, site)
   of, protected = reducible_kinds(config.get('token_kinds'), host)
-  cuts = resolve(config, limits_of(method, host, protected), macs=macs)
+  # Modes cost what their capacities say: a mask keeps all slots only while it is trained.
+  priced = Reduction(name, method)
+  cuts = resolve(config, limits_of(method, host, protected),
+                 macs=macs and (lambda cuts: macs(make_events(priced, site, cuts))))
   check_layers(name, method, host, cuts, site)
-  return Plan(name, method, site, cuts, mode,
-              watched_layers(name, method, host, cuts, site, config.get('watch')), of,
-              protected if host.counts else None,
-              position_policy(config.get('positions'), method, host))
+  reduction = Reduction(
+      name, method, mode, watched_layers(name, method, host, cuts, site, config.get('watch')), of,
+      protected if host.counts else None, position_policy(config.get('positions'), method, host))
+  return Plan(make_events(reduction, site, cuts), (reduction,))
 
 
 def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None = None) -> Plan:
@@ -203,21 +324,18 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
     budget = {budgets[0]: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
     cuts += resolve(budget, limits)
   policies = dataclasses.replace(host, positions=('keep', 'compact'))
-  return Plan(name, method, 'cache', tuple(cuts),
-              positions=position_policy(config.get('positions'), method, policies))
+  reduction = Reduction(name, method,
+                        positions=position_policy(config.get('positions'), method, policies))
+  return Plan(make_events(reduction, 'cache', cuts), (reduction,))
 
 
 def slots_seen(host: Host, plan: Plan | None) -> tuple[int, ...]:
   """Returns the slots that each layer's attention sees under a plan, which its cache then holds."""
-  if plan and plan.cuts and plan.positions == 'restart':
-    return (plan.cuts[-1].slots_out,) * host.depth
-  slots, counts = host.slots, []
-  for layer in range(host.depth):
-    cut = plan.cut(layer) if plan and plan.mode == 'gather' else None
-    after = cut.slots_out if cut else slots
-    counts.append(after if plan and cut and plan.site == 'before' else slots)
-    slots = after
-  return tuple(counts)
+  if plan is None:
+    return (host.slots,) * host.depth
+  if plan.events and plan.positions == 'restart':
+    return (plan.events[-1].slots_out,) * host.depth
+  return tuple(tokens.queries for tokens in plan.profile(host.depth, host.slots))
 
 
 def reducible_kinds(of: str | Sequence[str] | None,
@@ -274,11 +392,14 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
     host: the host that it was made for.
     fraction: 0 removes nothing, 1 as much as `plan`.
   """
-  protected = host.protected if plan.protected is None else plan.protected
-  cuts = part_of(plan.cuts, fraction, limits_of(plan.method, host, protected))
+  reduction = plan.only
+  protected = host.protected if reduction.protected is None else reduction.protected
+  before = [Cut(event.layer, event.slots_in, event.slots_out) for event in plan.events]
+  cuts = part_of(before, fraction, limits_of(reduction.method, host, protected))
   last = cuts[-1].layer if cuts else -1
-  return dataclasses.replace(plan, cuts=cuts,
-                             watch=tuple(layer for layer in plan.watch if layer <= last))
+  weaker = dataclasses.replace(
+      reduction, watch=tuple(layer for layer in reduction.watch if layer <= last))
+  return Plan(make_events(weaker, plan.events[0].site, cuts) if cuts else (), (weaker,))
 
 
 # Signals that a method can read before the first attention has run.

@@ -13,10 +13,13 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from models import reduction as reductions
 from models.blocks import ACTIVATIONS, dense
 from models.plan import Plan
+from models.reduction import Place, Reduced
 from ops import assignments
 from ops import tokens as tk
 from ops.reducers.base import Reducer
@@ -94,18 +97,20 @@ class ProjectorReduction:
   grid: tuple[int, int] | None = None
 
 
-def reduce_visual(reduction: ProjectorReduction,
-                  visual: Visual) -> tuple[Visual, int | None, TokenSet | None]:
+def reduce_visual(reduction: ProjectorReduction, visual: Visual, *, host: nn.Module,
+                  mesh: Mesh | None = None) -> tuple[Visual, int | None, Reduced | None]:
   """Reduces visual tokens after the projector.
 
   Args:
     reduction: made for as many tokens as an image (or a pool) has.
     visual: x float[B, I, V, D]; stats 'tower_<name>' are signals of the tower.
+    host: the Flax module that is being run, which holds the parameters of a learned method.
+    mesh: the devices, or None.
 
   Returns:
     The visual tokens, x float[B, I, M, D]; the slots of a pool, which all images of a row share
-    under across='prompt', else None; and the reduced TokenSet, a row an image or a pool, None where
-    nothing is cut.
+    under across='prompt', else None; and what became of the tokens, a row an image or a pool, None
+    where nothing is cut.
 
   Raises:
     ValueError: for another number of tokens.
@@ -113,29 +118,31 @@ def reduce_visual(reduction: ProjectorReduction,
   batch, images, each = visual.x.shape[:3]
   together = images if reduction.across == 'prompt' else 1
   slots = together * each
-  cut = reduction.plan.cut(0)
-  if cut is None:
+  if not reduction.plan.events:
     return visual, None, None
-  if slots != cut.slots_in:
-    raise ValueError(f'the reduction at the projector was made for {cut.slots_in} visual tokens '
+  event, = reduction.plan.events
+  if slots != event.slots_in:
+    raise ValueError(f'the reduction at the projector was made for {event.slots_in} visual tokens '
                      f'and gets {slots}: make it anew with with_projector_reduction(..., '
                      'slots=...)')
   tokens, from_tower = _pools(visual, slots)
-  signals = Signals(layer=0, depth=1, slots=slots).replace(grid=reduction.grid, **from_tower)
-  with jax.named_scope('reduction'):
-    assignment = tk.decide(reduction.plan.method, tokens, signals, num_slots=cut.slots_out)
-    reduced = tk.reduce(tokens, assignment)
+  signals, place = Signals().replace(**from_tower), Place(1, reduction.grid, mesh=mesh)
+  params = reductions.learned_parameters(host, event, tokens, signals, place)
+  rng = host.make_rng('dropout') if params is not None and host.has_rng('dropout') else None
+  outcome = reductions.reduce(event, tokens, signals, place, params=params, rng=rng)
+  reduced = outcome.tokens
   if reduction.order == 'raster':
     position = jnp.where(reduced.real, reduced.pos, slots)
     order = jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
     reduced = tk.reduce(reduced, assignments.Gather(order, reduced.slots))
+    outcome = dataclasses.replace(outcome, tokens=reduced)
   shape = (batch, images // together, reduced.slots)
   x = reduced.x.reshape(*shape, -1)
   stats = {name: value.reshape(*shape, *value.shape[2:]) for name, value in reduced.stats.items()}
   valid = None if reduced.valid is None else reduced.valid.reshape(shape)
   image = stats.pop('image')
   if together == 1:
-    return visual.replace(x=x, valid=valid, stats=stats), None, reduced
+    return visual.replace(x=x, valid=valid, stats=stats), None, outcome
   # Every image gets all slots of the pool, and holds those that are its own.
   own = image == jnp.arange(images, dtype=jnp.int32)[None, :, None]
   own = own if valid is None else own & valid
@@ -144,7 +151,7 @@ def reduce_visual(reduction: ProjectorReduction,
     return jnp.broadcast_to(values, (batch, images, *values.shape[2:]))
 
   spread_visual = visual.replace(x=spread(x), valid=own, stats=jax.tree.map(spread, stats))
-  return spread_visual, reduced.slots, reduced
+  return spread_visual, reduced.slots, outcome
 
 
 def _pools(visual: Visual, slots: int) -> tuple[TokenSet, dict[str, Array]]:

@@ -21,13 +21,13 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.plan import Plan, make_cache_plan, make_plan, reduction_settings
 from models.projector import ACROSS, FROM_TOWER, ORDERS, ProjectorReduction, RecordSignals
+from models.reduction import Event, Reduction
 from ops import choices
-from ops.budgets import Cut
 
 # Parts of a model that `config.reduce` has a reduction for.
 COMPONENTS = ('vision', 'projector', 'language', 'cache')
 Layout = tuple[int, int, int]  # `models.backbones.vlm.Images.layout`.
-Macs = Callable[[tuple[Cut, ...]], float]
+Macs = Callable[[Sequence[Event]], float]
 Tower = TypeVar('Tower', bound=ViT | QwenVision)
 
 
@@ -38,14 +38,14 @@ def check_components(names: Iterable[str]) -> None:
 
 
 def with_vision_plan(tower: Tower, config: Mapping[str, Any] | None, *,
-                     macs: Callable[[Tower, Mapping[str, Any]], Macs] | None = None) -> Tower:
+                     macs: Callable[[Tower], Macs] | None = None) -> Tower:
   """Returns a tower with the plan of `config.reduce.vision`, the tower itself where it is none.
 
   Args:
     tower: without a plan.
     config: as `models.plan.make_plan` reads it; None, or method='none', for no reduction. Keys that
       are None are unset.
-    macs: (tower, settings) -> MACs as a function of cuts, for budgets in FLOPs (lib/cost/vit.py).
+    macs: tower -> MACs as a function of events, for budgets in FLOPs (lib/cost/vit.py).
 
   Raises:
     ValueError: as `make_plan`.
@@ -53,7 +53,7 @@ def with_vision_plan(tower: Tower, config: Mapping[str, Any] | None, *,
   settings = reduction_settings(config)
   if not settings:
     return tower
-  plan = make_plan(settings, tower.host, macs=macs and macs(tower, settings))
+  plan = make_plan(settings, tower.host, macs=macs and macs(tower))
   return cast(Tower, tower.clone(plan=plan))
 
 
@@ -102,17 +102,20 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)):
     raise ValueError('the projector has no layers and no sites: leave site and layers out of '
                      'reduce.projector')
+  if settings.get('mode', 'gather') != 'gather':
+    raise ValueError(f'mode={settings["mode"]!r} keeps all slots, which nothing behind the '
+                     "projector hides: leave mode out of reduce.projector")
   plan = make_plan(settings | {'site': 'after', 'layers': (0,)}, vlm.projector_host(slots))
-  wanted = plan.method.needs & set(FROM_TOWER)
+  wanted = plan.only.method.needs & set(FROM_TOWER)
   tower = vlm.tower
   if wanted:
-    if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):
+    if tower.plan is not None and not isinstance(tower.plan.only.method, RecordSignals):
       raise ValueError(f'{plan.name} at the projector reads {", ".join(sorted(wanted))} of the '
                        f'tower, which {tower.plan.name} reduces: reduce at one of the two places')
     # It watches alone: without cuts nothing calls it.
-    method = RecordSignals(frozenset(wanted))
-    tower = tower.clone(plan=Plan('record_signals', method, 'after', (),  # type: ignore[arg-type]
-                                  watch=(vlm.tower_depth - 1,)))
+    recorder = Reduction('record_signals', RecordSignals(frozenset(wanted)),  # type: ignore[arg-type]
+                         watch=(vlm.tower_depth - 1,))
+    tower = tower.clone(plan=Plan((), (recorder,)))
   reduction = ProjectorReduction(plan, across, order, vlm.projector_grid(slots))
   return vlm.clone(tower=tower, projector_reduction=reduction)
 

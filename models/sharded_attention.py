@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from models.stack import BATCH_AXES
+from models.reduction import BATCH_AXES
 from ops import attention
 
 Array = jax.Array

@@ -12,32 +12,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from models import reduction
 from models.plan import Plan
+from models.reduction import BATCH_AXES, Event, Place, Reduced, Reduction
 from models.storage import LayerSlice, Params, Weights, layer_of, unstack
-from ops import assignments, choices
+from ops import choices
 from ops import tokens as tk
-from ops.assignments import Assignment, Gather, Mix
-from ops.budgets import Cut
-from ops.primitives.select import ranks
-from ops.reducers.method import Method, WatchingMethod
-from ops.rope import Rope, sequence_index
-from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC, Signals
-from ops.tokens import FIXED_PADDING, TokenSet
+from ops.assignments import Gather
+from ops.rope import Rope
+from ops.signals import MLP_SIGNALS, NEXT_LAYER, Signals
+from ops.tokens import TokenSet
 
 Array = jax.Array
 # The auxiliary outputs of a model, by name (`Stack.__call__`).
 Outputs = dict[str, Any]
 REMAT = ('none', 'full', 'dots')
-# Axes of a mesh (lib/runtime/sharding.py) that divide the rows of a batch.
-BATCH_AXES = ('data', 'fsdp')
 # Signals that are means over query rows of a method's choice (`rows`).
 ROWS = frozenset({'row_attention', 'next_row_attention'})
 
@@ -52,13 +49,13 @@ class Tap:
       attention; `first` is static, the first layer of the run that the layer is in.
     starts: layers at which `read` may return other shapes than in the layer above: no run crosses
       them.
-    method: the method whose `span` and `rows` the needs refer to, or None.
+    reduction: that whose `span` and `rows` the needs refer to, or None.
   """
 
   needs: frozenset[str]
   read: Callable[[int, TokenSet, Signals], Any]
   starts: tuple[int, ...] = ()
-  method: Method | None = None
+  reduction: Reduction | None = None
 
 
 class Stack(nn.Module):
@@ -79,9 +76,7 @@ class Stack(nn.Module):
     mesh: the device mesh; with it, reductions run batch-local inside shard_map.
     capture: whether to return every layer's features (for parity tests and pictures).
     layers: (start, stop) to run layers start to stop - 1 alone, None for all.
-    causal: whether the blocks are causal; then a slot takes the latest position of the tokens
-      merged into it, so that no token sees a later one through a group, and slots stand in the
-      order of their positions, padding last (in mode 'mask' they stay where they are).
+    causal: whether the blocks are causal, as `models.reduction.Place` has it.
     rope: how positions become rotations, passed to methods, or None.
   """
 
@@ -115,16 +110,13 @@ class Stack(nn.Module):
     """
     choices.check('remat=', self.remat, REMAT)
     weights = self._weights(tokens)
-    if self.plan and self.plan.of is not None:
-      tokens = tokens.replace(of=self.plan.of, protected=self.plan.protected)
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
     out: Outputs = {'before': {}, 'cuts': {}, 'overflow': {}, 'losses': {}, 'hidden': [],
                            'taps': []}
     signals = Signals()
     for start, stop in self._stages(weights, tap):
-      cut = self.plan.cut(start) if self.plan else None
-      if self.plan and cut and self.plan.site == 'before':
-        tokens = self._reduce(tokens, signals, cut, weights, key, out)
+      for event in self._events(start, 'before'):
+        tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
       if stop - start > 1:
         tokens, hidden, taps = self._run(tokens, weights, start, stop, key, tap)
         out['hidden'] += hidden
@@ -142,36 +134,42 @@ class Stack(nn.Module):
                  key: Array | None, tap: Tap | None,
                  out: Outputs) -> tuple[TokenSet, Signals]:
     """One layer with its cut, but for a cut before it."""
-    plan, cut = self.plan, self.plan.cut(index) if self.plan else None
-    site = plan.site if plan and cut else None
     layer = functools.partial(self._layer, layer_of(weights, index), index, key)
     needs = self._needs(index) | (tap.needs if tap else frozenset())
     mlp_needs = needs & MLP_SIGNALS
-    if cut and site == 'inside':
-      tokens = layer('inside', tokens, functools.partial(self._inside, cut, key, out),
-                     **self._measure_args(needs, tokens))
+    inside = self._events(index, 'inside')
+    asking = self._asking(index)
+    if inside:
+      event, = inside
+      told: list[Signals] = []
+      tokens = layer('inside', tokens, functools.partial(self._inside, event, key, out, told),
+                     **self._measure_args(needs, tokens, asking))
+      signals, = told
     else:
-      tokens, signals = self._attend(layer, tokens, needs, tap)
+      tokens, signals = self._attend(layer, tokens, needs, tap, asking)
       if not mlp_needs:
         tokens = self._watch(index, tokens, signals)
-    attended = tokens
-    if cut and site == 'between':
-      tokens = self._reduce(tokens, signals, cut, weights, key, out)
+    attended, seen = tokens, signals
+    for event in self._events(index, 'between'):
+      tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
     tokens, signals = _feed(layer, tokens, signals, mlp_needs)
     if mlp_needs:
       tokens = self._watch(index, tokens, signals)
+      seen = seen.replace(**{name: getattr(signals, name) for name in mlp_needs})
     if tap:
-      out['taps'].append(tap.read(index, attended, signals))
-    if cut and site == 'after':
-      tokens = self._reduce(tokens, signals, cut, weights, key, out)
+      out['taps'].append(tap.read(index, attended, seen))
+    for event in self._events(index, 'after'):
+      tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
     return tokens, signals
 
   def _attend(self, layer: Callable[..., Any], tokens: TokenSet, needs: frozenset[str],
-              tap: Tap | None) -> tuple[TokenSet, Signals]:
+              tap: Tap | None, asking: Sequence[Reduction] = ()) -> tuple[TokenSet, Signals]:
     """Attention of a layer, and the needed signals of it."""
     hidden_in = tokens.x if 'hidden_in' in needs else None
+    if tap and tap.reduction:
+      asking = (*asking, tap.reduction)
     tokens, signals = layer('attend', tokens,
-                            **self._measure_args(needs - MLP_SIGNALS, tokens, tap))
+                            **self._measure_args(needs - MLP_SIGNALS, tokens, asking))
     return tokens, signals.replace(hidden_in=hidden_in)
 
   def _weights(self, tokens: TokenSet) -> Weights:
@@ -210,7 +208,7 @@ class Stack(nn.Module):
     begins = tap.starts if tap else ()
     alone = {layer for layer in range(self.depth)
              if isinstance(weights, tuple) or self._needs(layer)
-             or (self.plan and (self.plan.cut(layer) or layer in self.plan.watch))}
+             or (self.plan and (self.plan.at(layer) or self.plan.watching(layer)))}
     start, end = self.layers or (0, self.depth)
     while start < end:
       stop = start + 1
@@ -219,35 +217,49 @@ class Stack(nn.Module):
       yield start, stop
       start = stop
 
+  def _events(self, layer: int, *sites: str) -> tuple[Event, ...]:
+    """The plan's events at some sites of a layer."""
+    return self.plan.at(layer, *sites) if self.plan else ()
+
+  def _acting(self, layer: int) -> tuple[Reduction, ...]:
+    """The methods that act on signals of a layer: an event before a layer reads the one above."""
+    events = (*self._events(layer, 'inside', 'between', 'after'),
+              *self._events(layer + 1, 'before'))
+    return tuple(event.reduction for event in events)
+
+  def _asking(self, layer: int) -> tuple[Reduction, ...]:
+    """The methods that read signals of a layer."""
+    return (*self._acting(layer), *(self.plan.watching(layer) if self.plan else ()))
+
   def _needs(self, layer: int) -> frozenset[str]:
-    """Signals that the plan's method reads of a layer: a cut before a layer reads the one above."""
-    if self.plan is None:
-      return frozenset()
-    cut = self.plan.cut(layer + 1 if self.plan.site == 'before' else layer)
-    watch = self.plan.method.watch_needs if layer in self.plan.watch else frozenset()
-    return watch | (self.plan.method.needs - NEXT_LAYER if cut else frozenset())
+    """Signals that methods read of a layer."""
+    watching = self.plan.watching(layer) if self.plan else ()
+    return frozenset().union(*(acting.method.needs - NEXT_LAYER for acting in self._acting(layer)),
+                             *(reduction.method.watch_needs for reduction in watching))
 
   def _measure_args(self, needs: frozenset[str], tokens: TokenSet,
-                    tap: Tap | None = None) -> dict[str, Any]:
+                    asking: Sequence[Reduction]) -> dict[str, Any]:
     """Arguments of a block that measures: the signals' names, and the rows that some are of."""
     args: dict[str, Any] = {'needs': needs}
-    methods = [part.method for part in (self.plan, tap) if part and part.method]
     if 'window_attention' in needs:
-      args['span'] = min(tokens.slots, max(method.span for method in methods))
+      args['span'] = min(tokens.slots, max(reduction.method.span for reduction in asking))
     if needs & ROWS:
-      owners = [method for method in methods if (method.needs | method.watch_needs) & ROWS]
+      owners = {reduction.method: reduction for reduction in asking
+                if (reduction.method.needs | reduction.method.watch_needs) & ROWS}
       if len(owners) > 1:
         raise ValueError(f'{" and ".join(type(owner).__name__ for owner in owners)} both ask for '
                          'attention rows of their own choice, which a layer measures for one: run '
                          'one of them')
-      args |= {'rows': owners[0].rows(tokens), 'max_rows': owners[0].max_rows(tokens)}
+      (method, owner), = owners.items()
+      seen = owner.view(tokens)
+      args |= {'rows': method.rows(seen), 'max_rows': method.max_rows(seen)}
     return args
 
   def _layer(self, params: Params | LayerSlice, index: int | Array, key: Array | None,
              method: str, tokens: TokenSet, *args: Any, **kwargs: Any) -> Any:
     """Calls one method of the block with one layer's parameters and random key."""
     if method != 'feed':
-      kwargs['proportional'] = bool(self.plan and self.plan.method.proportional)
+      kwargs['proportional'] = bool(self.plan and self.plan.proportional)
     rngs = None if key is None else {'dropout': jax.random.fold_in(key, index)}
 
     def call(params: Params | LayerSlice, tokens: TokenSet) -> Any:
@@ -289,139 +301,72 @@ class Stack(nn.Module):
     return jax.lax.with_sharding_constraint(
         tokens, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
 
-  def _reduce(self, tokens: TokenSet, signals: Signals, cut: Cut, weights: Weights,
-              key: Array | None, out: Outputs) -> TokenSet:
-    """A cut outside attention, with the next layer's signals where the method reads them."""
-    assert self.plan is not None
-    assert self.plan is not None
-    ahead = self.plan.method.needs & NEXT_LAYER
+  @property
+  def place(self) -> Place:
+    """Describes these layers to reductions."""
+    return Place(self.depth, self.grid, self.rope, self.mesh, self.causal)
+
+  def _reduce(self, tokens: TokenSet, signals: Signals, event: Event, weights: Weights,
+              key: Array | None, out: Outputs) -> tuple[TokenSet, Signals]:
+    """An event outside attention, with the next layer's signals where the method reads them.
+
+    Returns:
+      The tokens that are left, and the signals of those tokens.
+    """
+    ahead = event.method.needs & NEXT_LAYER
     if ahead:
-      following = cut.layer + (self.plan.site == 'after')
+      following = event.layer + (event.site == 'after')
       with jax.named_scope('signals'):
         probed = self._layer(layer_of(weights, following), following, key, 'probe', tokens,
-                             **self._measure_args(ahead, tokens))
+                             **self._measure_args(ahead, tokens, (event.reduction,)))
       signals = signals.replace(**{name: getattr(probed, name) for name in ahead})
-    return self._decide(cut, key, out, tokens, signals)[0]
+    reduced = self._decide(event, key, out, tokens, signals)
+    return reduced.tokens, self._follow(signals, reduced)
 
-  def _inside(self, cut: Cut, key: Array | None, out: Outputs, tokens: TokenSet,
-              signals: Signals,
+  def _follow(self, signals: Signals, reduced: Reduced) -> Signals:
+    """Signals of the slots that are left, each its anchor's."""
+    if self.plan is None or len(self.plan.reductions) == 1 or self.plan.masked:
+      return signals  # Nobody reads them again; and under a mask the slots stay.
+    return signals.of(reduced.assignment.src)
+
+  def _inside(self, event: Event, key: Array | None, out: Outputs, told: list[Signals],
+              tokens: TokenSet, signals: Signals,
               attention: Array) -> tuple[TokenSet, Callable[[Array], Array], bool]:
-    """A cut between QK and AV: the attention map shrinks with the tokens."""
-    assert self.plan is not None
-    tokens = self._watch(cut.layer, tokens, signals)
-    reduced, assignment = self._decide(cut, key, out, tokens, signals)
+    """An event between QK and AV: the attention map shrinks with the tokens.
+
+    `told` gets the signals of the tokens that are left.
+    """
+    tokens = self._watch(event.layer, tokens, signals)
+    reduced = self._decide(event, key, out, tokens, signals)
+    assignment = reduced.assignment
+    told.append(self._follow(signals, reduced))
     if self.causal and not isinstance(assignment, Gather):
-      raise ValueError(f'{self.plan.name} joins tokens inside attention, where causal rows would '
-                       "see later tokens through a group: set site='between'")
-    return (reduced, functools.partial(tk.attend_after_cut, assignment, attention),
+      raise ValueError(f'{event.reduction.name} joins tokens inside attention, where causal rows '
+                       "would see later tokens through a group: set site='between'")
+    return (reduced.tokens, functools.partial(tk.attend_after_cut, assignment, attention),
             not isinstance(assignment, Gather))
 
   def _watch(self, layer: int, tokens: TokenSet, signals: Signals) -> TokenSet:
-    """Adds the stats that the method's `watch` returns of a layer to those of the tokens."""
-    if self.plan is None or layer not in self.plan.watch:
-      return tokens
-    method = cast(WatchingMethod, self.plan.method)
-    with jax.named_scope('reduction'):
-      stats = self.by_rows(method.watch)(
-          tokens, self._signals_for(signals, method.watch_needs, layer))
-    return tokens.replace(stats=tokens.stats | stats)
+    """Adds the stats that methods take down of a layer to those of the tokens."""
+    for watching in self.plan.watching(layer) if self.plan else ():
+      tokens = reduction.watch(watching, layer, tokens, signals, self.place)
+    return tokens
 
-  def _signals_for(self, signals: Signals, needs: frozenset[str], layer: int,
-                   slots: int | None = None) -> Signals:
-    """The named signals alone, and those that are known without running a layer."""
-    wanted = {name: getattr(signals, name) for name in needs - STATIC}
-    return Signals(layer=layer, depth=self.depth, slots=slots).replace(
-        **wanted, grid=self.grid, rope=self.rope)
-
-  def by_rows(self, function: Any, whole: int = 0) -> Any:
-    """Returns a function that runs on the rows of each device by itself, if there is a mesh.
-
-    Args:
-      function: of `whole` trees, which every device has whole, then tokens and signals.
-      whole: how many.
-    """
-    if self.mesh is None:
-      return function
-    rows = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(
-        function, mesh=self.mesh, axis_names=set(BATCH_AXES), check_vma=False, out_specs=rows,
-        in_specs=(PartitionSpec(),) * whole + (rows, rows))
-
-  def _decide(self, cut: Cut, key: Array | None, out: Outputs, tokens: TokenSet,
-              signals: Signals) -> tuple[TokenSet, Assignment]:
-    """Asks the method, reduces the tokens, and records the cut in `out`."""
-    assert self.plan is not None
-    method = self.plan.method
-    signals = self._signals_for(signals, method.needs, cut.layer, cut.slots_in)
-    params, rng = None, None
-    if isinstance(method, nn.Module):
-      params = self._learned(cut, tokens, signals)
-      rng = None if key is None else jax.random.fold_in(key, self.depth + cut.layer)
-    apply = tk.reduce_masked if self.plan.mode == 'mask' else tk.reduce
-
-    def decide(params: Params | None, rng: Array | None, tokens: TokenSet,
-               signals: Signals) -> tuple[TokenSet, Assignment, dict[str, Array]]:
-      losses = {}
-      if rng is not None and self.mesh is not None:
-        # Each device sees its own rows alone: with one key all would draw the same noise.
-        rng = jax.random.fold_in(rng, jax.lax.axis_index(BATCH_AXES))
-
-      def learned(tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-        assert isinstance(method, nn.Module)
-        assert params is not None
-        assignment, sown = method.apply(
-            {'params': params}, tokens, signals, num_slots=num_slots, mutable=['losses'],
-            rngs=None if rng is None else {'dropout': rng})
-        losses.update({name: value for name, (value,) in sown.get('losses', {}).items()})
-        return assignment
-
-      assignment = tk.decide(method if params is None else learned, _mark_fixed_padding(tokens),
-                             signals, num_slots=cut.slots_out)
-      return apply(tokens, assignment), assignment, losses
-
-    # The names let lib/cost/jaxpr.py tell the method's own products from the backbone's.
-    with jax.named_scope('reduction'):
-      reduced, assignment, losses = self.by_rows(decide, whole=2)(params, rng, tokens, signals)
-    if self.causal:
-      reduced, assignment = self._order_causally(tokens, reduced, assignment)
-    out['before'][cut.layer], out['cuts'][cut.layer] = tokens, reduced
-    if assignment.wanted is not None:
-      out['overflow'][cut.layer] = jnp.maximum(assignment.wanted - cut.slots_out, 0)
-    out['losses'].update({f'{name}_{cut.layer:02d}': value for name, value in losses.items()})
-    return reduced, assignment
-
-  def _order_causally(self, tokens: TokenSet, reduced: TokenSet,
-                      assignment: Assignment) -> tuple[TokenSet, Assignment]:
-    """Reduced tokens in the order of their positions, each at the latest of its group."""
-    assert self.plan is not None
-    if isinstance(assignment, Mix) or assignment.features is not None:
-      raise ValueError(f'{self.plan.name} mixes all tokens into each, so causal attention would '
-                       'see later ones: choose a method that picks or joins tokens')
-    reduced = reduced.replace(pos=_latest_position(tokens, reduced))
-    order = _position_order(reduced)
-    if self.plan.mode == 'gather':
-      sort = Gather(order, reduced.slots)
-      reduced, assignment = tk.reduce(reduced, sort), tk.compose(assignment, sort)
-      reduced = reduced.replace(padding='last')
-      order = tk.identity(reduced).src
-    if self.plan.positions == 'compact':
-      reduced = reduced.replace(pos=ranks(order, reduced.slots))
-    return reduced, assignment
-
-  def _learned(self, cut: Cut, tokens: TokenSet, signals: Signals) -> Params:
-    """Parameters of a learned method at one cut, 'reducer_<layer>', next to 'blocks'."""
-    assert self.plan is not None
-    name = f'reducer_{cut.layer:02d}'
-    if self.is_initializing():
-      method = self.plan.method
-      assert isinstance(method, nn.Module)
-      return self.param(name, lambda key: method.init(key, tokens, signals, num_slots=cut.slots_out)
-                        .get('params', {}))
-    if not self.has_variable('params', name):
-      raise ValueError(f'{self.plan.name} in layer {cut.layer} needs learned parameters {name!r}, '
-                       'which this checkpoint lacks: train with this plan, or start it from '
-                       'fresh parameters')
-    return self.get_variable('params', name)
+  def _decide(self, event: Event, key: Array | None, out: Outputs, tokens: TokenSet,
+              signals: Signals) -> Reduced:
+    """Reduces the tokens, and records the event in `out`."""
+    layer = event.layer
+    params = reduction.learned_parameters(self, event, tokens, signals, self.place)
+    rng = None
+    if params is not None and key is not None:
+      rng = jax.random.fold_in(key, self.depth + layer)
+    reduced = reduction.reduce(event, tokens, signals, self.place, params=params, rng=rng)
+    out['before'].setdefault(layer, tokens)
+    out['cuts'][layer] = reduced.tokens
+    if reduced.overflow is not None:
+      out['overflow'][layer] = reduced.overflow + out['overflow'].get(layer, 0)
+    out['losses'].update({f'{name}_{layer:02d}': value for name, value in reduced.losses.items()})
+    return reduced
 
 
 def _feed(layer: Callable[..., Any], tokens: TokenSet, signals: Signals,
@@ -431,36 +376,3 @@ def _feed(layer: Callable[..., Any], tokens: TokenSet, signals: Signals,
     return layer('feed', tokens), signals
   tokens, measured = layer('feed', tokens, needs=needs)
   return tokens, signals.replace(**{name: getattr(measured, name) for name in needs})
-
-
-def _mark_fixed_padding(tokens: TokenSet) -> TokenSet:
-  """Marks padding among fixed tokens as FIXED_PADDING, which a method must keep like real ones.
-
-  Every row then has the same number of reducible tokens under the schedule, however much text it
-  has.
-  """
-  if tokens.valid is None or not tokens.protected:
-    return tokens
-  free = tokens.replace(valid=None).free
-  kind = jnp.where(tokens.valid | free, tokens.kind, FIXED_PADDING)
-  return tokens.replace(kind=kind.astype(tokens.kind.dtype), valid=tokens.valid | ~free)
-
-
-def _position_order(tokens: TokenSet) -> Array:
-  """int32[B, N]: slots in the order of their positions, padding last."""
-  position = jnp.where(tokens.real, sequence_index(tokens.pos), jnp.iinfo(jnp.int32).max)
-  return jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
-
-
-def _latest_position(tokens: TokenSet, reduced: TokenSet) -> Array:
-  """int32[B, M(, P)]: position of each slot's latest token; the slot's own if it has none."""
-  position = assignments.take(sequence_index(tokens.pos), jnp.maximum(tokens.owner, 0))
-  slot = jnp.where(reduced.owner >= 0, reduced.owner, reduced.slots)
-  latest = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=reduced.slots))(position,
-                                                                                        slot)
-  latest = jnp.maximum(latest, sequence_index(reduced.pos))
-  if reduced.pos.ndim == 2:
-    return latest
-  # Positions of several numbers follow the first one, from the slot that had it.
-  source = jnp.argmax(latest[:, :, None] == sequence_index(tokens.pos)[:, None], axis=2)
-  return assignments.take(tokens.pos, source)

@@ -67,7 +67,7 @@ def fastest_storage(plan: Plan | None, *, platform: str) -> str:
   not in static slices; a TPU in neither (read off the compiled programs).
   """
   if platform == 'cpu':
-    return 'unstacked' if plan and plan.cuts else 'stacked'
+    return 'unstacked' if plan and plan.events else 'stacked'
   return 'stacked' if platform == 'tpu' else 'unstacked'
 
 

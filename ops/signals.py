@@ -6,6 +6,8 @@ width.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +22,16 @@ Array = jax.Array
 # The value of a signal that nobody asked for. Typed so that a method may read without a check what
 # its `needs` names, and hosts measure.
 _UNMEASURED: Any = None
+
+
+def _signal(axes: str, stage: str = 'attention') -> Any:
+  """A signal that is measured: by a layer's attention, its 'mlp', or the 'next' layer."""
+  return dataclasses.field(default=_UNMEASURED, metadata={'axes': tuple(axes), 'stage': stage})
+
+
+def _static(default: Any = _UNMEASURED) -> Any:
+  """A signal that is known without running a layer."""
+  return struct.field(pytree_node=False, default=default)
 
 
 class Signals(struct.PyTreeNode):
@@ -53,39 +65,62 @@ class Signals(struct.PyTreeNode):
       more); None where there is no schedule. Static.
   """
 
-  keys: Array = _UNMEASURED
-  queries: Array = _UNMEASURED
-  values: Array = _UNMEASURED
-  cls_attention: Array = _UNMEASURED
-  received_attention: Array = _UNMEASURED
-  attention: Array = _UNMEASURED
-  next_received_attention: Array = _UNMEASURED
-  hidden: Array = _UNMEASURED
-  plain_queries: Array = _UNMEASURED
-  last_attention: Array = _UNMEASURED
-  window_attention: Array = _UNMEASURED
-  row_attention: Array = _UNMEASURED
-  next_last_attention: Array = _UNMEASURED
-  next_row_attention: Array = _UNMEASURED
-  next_keys: Array = _UNMEASURED
-  hidden_in: Array = _UNMEASURED
-  attention_out: Array = _UNMEASURED
-  mlp_in: Array = _UNMEASURED
-  mlp_out: Array = _UNMEASURED
-  mlp_hidden: Array = _UNMEASURED
-  rope: Rope = struct.field(pytree_node=False, default=_UNMEASURED)
-  grid: tuple[int, int] = struct.field(pytree_node=False, default=_UNMEASURED)
-  layer: int = struct.field(pytree_node=False, default=0)
-  depth: int = struct.field(pytree_node=False, default=1)
-  slots: int | None = struct.field(pytree_node=False, default=None)
+  keys: Array = _signal('BNHd')
+  queries: Array = _signal('BNHd')
+  values: Array = _signal('BNHd')
+  cls_attention: Array = _signal('BHN')
+  received_attention: Array = _signal('BHN')
+  attention: Array = _signal('BHNN')
+  next_received_attention: Array = _signal('BHN', 'next')
+  hidden: Array = _signal('BND')
+  plain_queries: Array = _signal('BNHd')
+  last_attention: Array = _signal('BHN')
+  window_attention: Array = _signal('BHWN')
+  row_attention: Array = _signal('BHN')
+  next_last_attention: Array = _signal('BHN', 'next')
+  next_row_attention: Array = _signal('BHN', 'next')
+  next_keys: Array = _signal('BNHd', 'next')
+  hidden_in: Array = _signal('BND')
+  attention_out: Array = _signal('BND')
+  mlp_in: Array = _signal('BND', 'mlp')
+  mlp_out: Array = _signal('BND', 'mlp')
+  mlp_hidden: Array = _signal('BNF', 'mlp')
+  rope: Rope = _static()
+  grid: tuple[int, int] = _static()
+  layer: int = _static(0)
+  depth: int = _static(1)
+  slots: int | None = _static(None)
+
+  def map_slots(self, change: Callable[[Array, int], Array]) -> Signals:
+    """Returns the signals with every measured one changed along its slots; whole maps are let go.
+
+    Args:
+      change: (values, the axis of their N slots, from 0) -> values.
+    """
+    changed: dict[str, Array | None] = {}
+    for name, axes in AXES.items():
+      value = getattr(self, name)
+      if value is not None:
+        changed[name] = change(value, axes.index('N')) if axes.count('N') == 1 else None
+    return self.replace(**changed)
+
+  def of(self, index: Array) -> Signals:
+    """Returns the signals of the slots int32[B, M]; whole maps are let go."""
+    def pick(values: Array, axis: int) -> Array:
+      return jnp.moveaxis(take(jnp.moveaxis(values, axis, 1), index), 1, axis)
+
+    return self.map_slots(pick)
 
 
-NAMES = tuple(Signals.__dataclass_fields__)
+_MEASURED = tuple(field for field in dataclasses.fields(Signals) if 'stage' in field.metadata)
+# Axes of every signal that is measured, and the names of all.
+AXES: dict[str, tuple[str, ...]] = {field.name: field.metadata['axes'] for field in _MEASURED}
+NAMES = tuple(field.name for field in dataclasses.fields(Signals))
 # Known without a layer; given by the next layer; and given by a layer's MLP.
-STATIC = frozenset({'grid', 'layer', 'depth', 'slots', 'rope'})
-NEXT_LAYER = frozenset({'next_received_attention', 'next_last_attention', 'next_row_attention',
-                        'next_keys'})
-MLP_SIGNALS = frozenset({'mlp_in', 'mlp_out', 'mlp_hidden'})
+STATIC = frozenset(NAMES) - AXES.keys()
+NEXT_LAYER, MLP_SIGNALS = (
+    frozenset(field.name for field in _MEASURED if field.metadata['stage'] == stage)
+    for stage in ('next', 'mlp'))
 
 
 @jax.named_scope('signals')

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
   rows = [measured(name, images, ways, sorted_)
           for name, images in kinds(config.data, whole).items()]
   about = {'step': step, 'method': vit.plan.name,
-           'cuts': [[cut.layer, cut.slots_out] for cut in vit.plan.cuts], 'sizes': whole.sizes,
+           'cuts': [[cut.layer, cut.slots_out] for cut in vit.plan.events], 'sizes': whole.sizes,
            'batch': BATCH.value, 'rows_a_bucket': ROWS.value,
            'compilations': len(whole.compiled) + len(sorted_.compiled),
            'overflow': whole.overflow, **timing.machine()}

@@ -285,7 +285,7 @@ def scenes(**reductions: Any) -> Case:
   model = qa_task.build(config.model, reductions, info, context=ASKED)
   ids = jnp.full((1, ASKED), IMAGE + 1, jnp.int32).at[:, 0].set(IMAGE)
   pixels = jax.random.normal(jax.random.key(0), (1, 1, *info.image_shape))
-  visual = model.projector_reduction.plan.cuts[-1].slots_out if model.projector_reduction else 64
+  visual = model.projector_reduction.plan.events[-1].slots_out if model.projector_reduction else 64
   return Case(model, model.lm, ASKED + visual, (ids, jnp.ones(ids.shape, bool), Images(pixels)))
 
 

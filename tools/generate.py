@@ -207,13 +207,13 @@ def describe_reductions(reduced: LM | VLM) -> list[str]:
   lines = []
   for component, plan in plans.items():
     # A plan that only listens cuts nothing.
-    for cut in plan.cuts if plan else ():
+    for event in plan.events if plan else ():
       # Padding may be among what is protected.
-      held = plan.protected or 0
-      where = {'projector': '', 'cache': f' in layer {cut.layer}'}.get(
-          component, f' {plan.site} layer {cut.layer}')
-      left, before = cut.slots_out - held, cut.slots_in - held
-      lines.append(f'{component}: {plan.name} keeps {left} of {before}{where}')
+      held = event.reduction.protected or 0
+      where = {'projector': '', 'cache': f' in layer {event.layer}'}.get(
+          component, f' {event.site} layer {event.layer}')
+      left, before = event.slots_out - held, event.slots_in - held
+      lines.append(f'{component}: {event.reduction.name} keeps {left} of {before}{where}')
   if len(lines) > MOST_LINES:
     lines = [*lines[:MOST_LINES - 1], f'… and {len(lines) - MOST_LINES + 1} cuts more']
   return lines

@@ -62,7 +62,8 @@ from lib.report.rows import Row, read_jsonl
 from lib.runtime import cli, timing
 from lib.runtime.meter import floor_seconds
 from models.backbones.vit import ViT, make_vit
-from models.plan import Plan, make_plan, methods
+from models.plan import Plan, make_events, make_plan, methods
+from models.reduction import Reduction
 from models.storage import fastest_storage, to_storage
 from ops import assignments, attention, choices
 from ops import tokens as tk
@@ -126,12 +127,12 @@ class Recorder:
   """
 
   def __init__(self, plan: Plan, params: Params) -> None:
-    self._method, self._params = plan.method, params
-    recorded = {'attention'} if plan.site == 'inside' else {'queries', 'keys'}
-    self.needs: frozenset[str] = plan.method.needs | recorded
+    self._method, self._params = plan.only.method, params
+    recorded = {'attention'} if site_of(plan) == 'inside' else {'queries', 'keys'}
+    self.needs: frozenset[str] = self._method.needs | recorded
     self.calls: list[Call] = []
-    if plan.watch:
-      self.watch_needs: frozenset[str] = plan.method.watch_needs | recorded
+    if plan.only.watch:
+      self.watch_needs: frozenset[str] = self._method.watch_needs | recorded
       self.watch = self._watch
 
   def __getattr__(self, name: str) -> Any:
@@ -224,6 +225,11 @@ def ask(method: Any, params: Params, tokens: tk.TokenSet, signals: Signals, *,
   return method(tokens, signals, num_slots=num_slots)
 
 
+def site_of(plan: Plan) -> str:
+  """Returns the site of a plan whose events have one."""
+  return plan.events[0].site
+
+
 # -- programs --------------------------------------------------------------------------------------
 
 
@@ -232,7 +238,7 @@ def forward(vit: ViT, plan: Plan | None, trained: Params,
   """Returns a forward pass under a plan and its arguments, parameters stored as is fastest here."""
   vit = vit.clone(plan=plan)
   params = dict(trained)
-  if plan is not None and isinstance(plan.method, nn.Module):
+  if plan is not None and plan.only.learned:
     fresh = jax.jit(vit.init)(jax.random.key(1), images[:1])['params']
     params['stack'] = {**fresh['stack'], **trained['stack']}
   params = to_storage(params, fastest_storage(plan, platform=jax.default_backend()))
@@ -244,7 +250,7 @@ def record(vit: ViT, plan: Plan, params: Params, images: jax.Array) -> list[Call
 
   def run(params: Params, images: jax.Array) -> list[Call]:
     recorder = Recorder(plan, params['stack'])
-    vit.clone(plan=dataclasses.replace(plan, method=recorder)).apply({'params': params}, images)
+    vit.clone(plan=plan.with_method(recorder)).apply({'params': params}, images)
     return recorder.calls
 
   return jax.jit(run)(params, images)
@@ -258,7 +264,7 @@ def parts(plan: Plan, stack: Params, calls: Sequence[Any]) -> Pieces:
     stack: parameters of the stack, among them the method's own.
     calls: as `record` returns it. A method that needs no computed row has no 'scoring'.
   """
-  method, inside = plan.method, plan.site == 'inside'
+  method, inside = plan.only.method, site_of(plan) == 'inside'
   own = {name: value for name, value in stack.items() if name.startswith('reducer_')}
   pieces: Pieces = {}
   if any(_needed(method, call) & COMPUTED for call in calls):
@@ -361,8 +367,9 @@ class Bench:
   def _slice(self, plan: Plan) -> Callable[[], Any]:
     """Returns a pass with the counts of a plan, by slicing; rows with equal counts share it."""
     # What happens to slots that are joined or picked differs inside attention alone.
-    merges = plan.method.merges or plan.site != 'inside'
-    sliced = Plan('slice', Slicing(merges), plan.site, plan.cuts)
+    merges = plan.only.method.merges or site_of(plan) != 'inside'
+    slicing = Reduction('slice', Slicing(merges))
+    sliced = Plan(make_events(slicing, site_of(plan), plan.events), (slicing,))
     if sliced not in self._slices:
       self._slices[sliced] = timing.ready(
           *forward(self._vit, sliced, self._trained, self._images)).call
@@ -389,7 +396,7 @@ class Bench:
 
     full, reduced = vit_cost.of(self._vit), vit_cost.of(self._vit.clone(plan=plan))
     faster, ratio = timing.speedup(times['base'], times['made']), full.macs / reduced.macs
-    row = {'site': plan.site, 'rounds': rounds, 'args': ARGS.get(name, {}),
+    row = {'site': site_of(plan), 'rounds': rounds, 'args': ARGS.get(name, {}),
            'tokens': [layer.left for layer in reduced.layers], 'macs_ratio': ratio,
            'base_ms': times['base'].median_ms, **times['made'].fields(),
            'compile_s': reduced_pass.seconds, **faster.fields(),

@@ -31,6 +31,7 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.plan import Plan, make_plan
 from models.reduce_config import check_components, with_plans, without_plans
+from models.reduction import Event
 
 # Tokens that are decoded, and ids of a prompt with and without images, where nobody says.
 NEW_TOKENS, PROMPT, PROMPT_BESIDE_IMAGES = 64, 1024, 64
@@ -90,7 +91,7 @@ def _with_vision(vit: ViT | Text, reduce: Reduce | None) -> ViT | Text:
   vit, vision = vit.clone(plan=None), settings.get('vision')
   if not vision:
     return vit
-  return vit.clone(plan=make_plan(vision, vit.host, macs=vit_cost.solver(vit, vision)))
+  return vit.clone(plan=make_plan(vision, vit.host, macs=vit_cost.solver(vit)))
 
 
 def _settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -162,22 +163,37 @@ def summary(vit: vit_cost.Tower) -> str:
     model = (f'ViT of {sizes}, {rows} x {columns} patches and {special} special '
              f'token{"s" * (special != 1)}')
   plan = vit.plan
-  if plan is None or not plan.cuts:
+  if plan is None or not plan.events:
     return f'{model}; nothing is reduced'
-  line = (f'{model}; {plan.name} ({plan.site}) in {_layers_of(plan, vit.depth)}: '
-          f'{plan.cuts[0].slots_in} to {plan.cuts[-1].slots_out} tokens')
-  if plan.mode == 'mask':
-    line += '; masked, so that every slot is still computed'
-  if plan.method.adaptive:
-    line += f'; at most, {plan.method.adaptive}'
+  line = model
+  for events in _by_reduction(plan):
+    line += _events_line(events, vit.depth)
+    if events[0].reduction.mode == 'mask':
+      line += '; masked, so that every slot is still computed'
+    if events[0].method.adaptive:
+      line += f'; at most, {events[0].method.adaptive}'
   return line
 
 
-def _layers_of(plan: Plan, depth: int) -> str:
-  if len(plan.cuts) == depth:
+def _by_reduction(plan: Plan) -> list[list[Event]]:
+  """A plan's events, those of each method together."""
+  groups = ([event for event in plan.events if event.reduction == reduction]
+            for reduction in plan.reductions)
+  return [events for events in groups if events]
+
+
+def _events_line(events: Sequence[Event], depth: int) -> str:
+  """Says what the events of one method do."""
+  fixed = events[0].reduction.protected or 0
+  return (f'; {events[0].reduction.name} ({events[0].site}) in {_layers_of(events, depth)}: '
+          f'{events[0].slots_in - fixed} to {events[-1].slots_out - fixed} tokens')
+
+
+def _layers_of(events: Sequence[Event], depth: int) -> str:
+  if len(events) == depth:
     return 'every layer'
-  plural = 's' * (len(plan.cuts) != 1)
-  return f'layer{plural} {", ".join(str(cut.layer) for cut in plan.cuts)}'
+  plural = 's' * (len(events) != 1)
+  return f'layer{plural} {", ".join(str(event.layer) for event in events)}'
 
 
 def tower_totals(vit: vit_cost.Tower) -> str:
@@ -293,11 +309,10 @@ def _default_prompt(model: LM | VLM, reduce: Reduce | None, visual: int) -> int:
   """Ids of a prompt: those that the model's plans are for, or a usual number."""
   lm = model if isinstance(model, LM) else model.lm
   if reduce is None:
-    if lm.plan and lm.plan.cuts:
-      return lm.plan.cuts[0].slots_in - visual
-    first = lm.cache_plan.cuts[0] if lm.cache_plan and lm.cache_plan.cuts else None
-    if first is not None and first.layer == 0:
-      return first.slots_in - visual
+    if lm.plan and lm.plan.slots:
+      return lm.plan.slots - visual
+    if lm.cache_plan and lm.cache_plan.slots and lm.cache_plan.events[0].layer == 0:
+      return lm.cache_plan.slots - visual
   usual = PROMPT_BESIDE_IMAGES if visual else PROMPT
   return max(1, min(usual, model.context - visual - NEW_TOKENS))
 
@@ -340,19 +355,17 @@ def lm_table(lm: LM, slots: int, *, room: int = 0) -> str:
 def _language_plans(lm: LM) -> str:
   """Describes the plans of a language model, '' if it has none."""
   text = ''
-  if lm.plan and lm.plan.cuts:
-    first, last, fixed = lm.plan.cuts[0], lm.plan.cuts[-1], lm.plan.protected or 0
-    text += (f'; {lm.plan.name} ({lm.plan.site}) in {_layers_of(lm.plan, lm.depth)}: '
-             f'{first.slots_in - fixed} to {last.slots_out - fixed} tokens')
-    if lm.plan.positions == 'restart':
+  for events in _by_reduction(lm.plan) if lm.plan else ():
+    text += _events_line(events, lm.depth)
+    if events[0].reduction.positions == 'restart':
       text += ', on which the model runs again'
-  if lm.cache_plan and not lm.cache_plan.cuts:
+  if lm.cache_plan and not lm.cache_plan.events:
     text += f'; {lm.cache_plan.name} keeps every slot of the cache'
   elif lm.cache_plan:
-    counts = [cut.slots_out for cut in lm.cache_plan.cuts]
+    counts = [event.slots_out for event in lm.cache_plan.events]
     text += (f'; {lm.cache_plan.name} keeps '
              + (f'{counts[0]}' if min(counts) == max(counts) else f'{min(counts)} to {max(counts)}')
-             + f' slots of the cache in {_layers_of(lm.cache_plan, lm.depth)}')
+             + f' slots of the cache in {_layers_of(lm.cache_plan.events, lm.depth)}')
   return text
 
 
@@ -361,7 +374,7 @@ def vlm_summary(cost: VLMCost) -> str:
   images = f'{cost.crops} crop{"s" * (cost.crops != 1)} through the tower'
   line = f'{images}, {cost.passed} tokens passed on of each, {cost.visual_in} laid out'
   reduction = cost.vlm.projector_reduction
-  if reduction and reduction.plan.cuts:
+  if reduction and reduction.plan.events:
     line += f'; {reduction.plan.name} at the projector leaves {cost.visual}'
   return f'{line}; {cost.lm.slots - cost.visual} of text'
 

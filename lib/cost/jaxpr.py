@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -77,7 +76,7 @@ def of_vit(vit: ViT | Text, *, batch: int = 1) -> Products:
   else:
     shape = (batch, *vit.input_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
-  learned = vit.plan is not None and isinstance(vit.plan.method, nn.Module)
+  learned = vit.plan is not None and any(part.learned for part in vit.plan.reductions)
   # Without cuts the layers are one loop, which is traced once.
   bare = vit if learned else vit.clone(plan=None)
   params = jax.eval_shape(bare.init, jax.random.key(0), images)

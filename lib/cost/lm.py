@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from models.backbones.lm import LM
+from models.plan import Plan, Tokens
 
 # A slot's position and its mask: of a layer, or of each head where these hold different tokens.
 SHARED_BYTES = 4 + 1
@@ -157,32 +158,24 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
     ValueError: for plans that are about other prompts.
   """
   plan, cache_plan = lm.plan, lm.cache_plan
-  if plan is not None and plan.mode != 'gather':
-    plan = None
-  if plan and plan.cuts and plan.cuts[0].slots_in != slots:
-    raise ValueError(f'the plan is for prompts of {plan.cuts[0].slots_in} slots, not {slots}: make '
-                     'one with lm.host(slots)')
-  if plan and plan.cuts and plan.positions == 'restart':
-    first = plan.cuts[-1]
-    again = of(lm.clone(plan=None), first.slots_out, room=room)
-    passed = of(lm.clone(plan=dataclasses.replace(plan, positions='keep'), cache_plan=None), slots)
-    through = first.layer + (plan.site != 'before')
+  if plan and plan.slots not in (None, slots):
+    raise ValueError(f'the plan is for prompts of {plan.slots} slots, not {slots}: make one with '
+                     'lm.host(slots)')
+  if plan and plan.events and plan.positions == 'restart':
+    last = plan.events[-1]
+    again = of(lm.clone(plan=None), last.slots_out, room=room)
+    passed = plan.profile(lm.depth, slots)
+    through = last.layer + (last.site != 'before')
     return dataclasses.replace(again, slots=slots, layers=tuple(
-        _both_runs(layer, old) if layer.index < through else layer
-        for layer, old in zip(again.layers, passed.layers, strict=True)))
-  layers, now = [], slots
-  for index in range(lm.depth):
-    cut = plan.cut(index) if plan else None
-    after = cut.slots_out if cut else now
-    attention = after if plan and cut and plan.site == 'before' else now
-    mlp = now if plan and cut and plan.site == 'after' else after
-    cache_cut = cache_plan.cut(index) if cache_plan else None
-    cached = cache_cut.slots_out if cache_cut else attention
-    joined = now < slots or (plan is not None and cut is not None and plan.site == 'before')
-    bias = BIAS_BYTES if plan and plan.method.proportional and joined else 0
-    layers.append(_layer(lm, index, attention, mlp, cached, room,
-                         own=(SHARED_BYTES + bias) * (lm.kv_heads if cache_cut else 1)))
-    now = after
+        _both_runs(layer, _layer(lm, layer.index, tokens, 0, 0))
+        if layer.index < through else layer
+        for layer, tokens in zip(again.layers, passed, strict=True)))
+  layers = []
+  for index, tokens in enumerate((plan or Plan((), ())).profile(lm.depth, slots)):
+    cached = cache_plan.at(index) if cache_plan else ()
+    bias = BIAS_BYTES if plan and plan.proportional and tokens.queries < slots else 0
+    layers.append(_layer(lm, index, tokens, cached[-1].slots_out if cached else tokens.queries,
+                         room, own=(SHARED_BYTES + bias) * (lm.kv_heads if cached else 1)))
   return LMCost(lm, slots, room, tuple(layers))
 
 
@@ -192,9 +185,9 @@ def _both_runs(layer: Layer, first: Layer) -> Layer:
                              activation_bytes=layer.activation_bytes + first.activation_bytes)
 
 
-def _layer(lm: LM, index: int, attention: int, mlp: int, cached: int, room: int, *,
+def _layer(lm: LM, index: int, tokens: Tokens, cached: int, room: int, *,
            own: int = SHARED_BYTES) -> Layer:
-  inner = lm.heads * lm.head_width
+  attention, mlp, inner = tokens.queries, tokens.mlp, lm.heads * lm.head_width
   macs = attention * projections(lm) + 2 * attention ** 2 * inner + 3 * mlp * lm.width * lm.mlp
   slot, size = kv_slot_bytes(lm), jnp.dtype(lm.dtype).itemsize
   # Projections write what attention reads; both read or write the width, the MLP twice.
@@ -219,7 +212,7 @@ Convention = Callable[[LM, Sequence[int]], int]
 def exact(lm: LM, counts: Sequence[int]) -> int:
   """MACs of all products, kv heads as they are, logits of one token."""
   return lm.width * lm.vocabulary + sum(
-      _layer(lm, 0, n, n, n, 0).macs for n in counts)
+      _layer(lm, 0, Tokens(n, n, n, n, n), n, 0).macs for n in counts)
 
 
 def mac3(lm: LM, counts: Sequence[int]) -> int:

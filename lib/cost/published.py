@@ -24,7 +24,7 @@ from lib.cost.vit import Cost
 from models.backbones.lm import LM
 from models.backbones.vit import ViT, make_vit
 from models.checkpoints.lm_config import make_lm
-from models.plan import make_plan
+from models.plan import Plan, make_plan
 from ops.tokens import VISUAL
 
 QUANTITIES = ('gmacs', 'parameters', 'speedup')
@@ -82,11 +82,16 @@ def find(vit: ViT) -> list[tuple[Published, float]]:
     if row.method != name:
       continue
     other = row.model()
-    same_cuts = not plan or (other.plan is not None and (plan.cuts, plan.site, plan.mode) == (
-        other.plan.cuts, other.plan.site, other.plan.mode))
+    same_cuts = not plan or (other.plan is not None and _counts(plan) == _counts(other.plan))
     if same_cuts and arch == vit_cost.architecture(other):
       rows.append((row, row.ours(ours)))
   return rows
+
+
+def _counts(plan: Plan) -> tuple[Any, ...]:
+  """What a plan leaves where, whatever its methods' arguments."""
+  return plan.masked, [(event.layer, event.site, event.slots_in, event.slots_out)
+                       for event in plan.events]
 
 
 _TORCHVISION = 'torchvision, ViT_{}_Weights'
@@ -238,7 +243,7 @@ class PublishedLM:
 def whole_counts(cost: LMCost) -> list[int] | None:
   """Returns the slots that enter each layer's attention, None where the model runs twice."""
   plan = cost.lm.plan
-  if plan and plan.cuts and plan.positions == 'restart':
+  if plan and plan.events and plan.positions == 'restart':
     return None
   return [layer.attention for layer in cost.layers]
 
@@ -251,7 +256,8 @@ def visual_counts(cost: LMCost, visual: int) -> list[int] | None:
     visual: visual slots of its prompt.
   """
   counts, plan = whole_counts(cost), cost.lm.plan
-  if not visual or counts is None or (plan and plan.cuts and plan.of != (VISUAL,)):
+  if not visual or counts is None or any(
+      event.reduction.of != (VISUAL,) for event in (plan.events if plan else ())):
     return None
   return [count - (cost.slots - visual) for count in counts]
 
@@ -264,7 +270,7 @@ def find_lm(cost: LMCost, visual: int) -> list[tuple[PublishedLM, float]]:
     visual: visual slots of its prompt.
   """
   counts, plan, rows = visual_counts(cost, visual), cost.lm.plan, []
-  name = plan.name if plan and plan.cuts else 'none'
+  name = plan.name if plan and plan.events else 'none'
   for row in LM_TABLE:
     if counts is None or (row.method, row.counts) != (name, tuple(counts)):
       continue

@@ -14,8 +14,7 @@ Axes: N tokens of a layer before a cut, M after it, C width, F MLP width, L laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
@@ -24,9 +23,8 @@ from models.backbones.segmenter import SegmentViT
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.windows import Windows
-from models.plan import SITES, make_method
-from ops import choices
-from ops.budgets import Cut
+from models.plan import Tokens, profile
+from models.reduction import Event
 
 Tower = ViT | Text | QwenVision
 
@@ -315,9 +313,8 @@ def _qwen_architecture(tower: QwenVision) -> Architecture:
       activation_bytes=jnp.dtype(tower.dtype).itemsize)
 
 
-def compute(arch: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'between',
-            merges: bool = True) -> Cost:
-  """Returns the cost of an architecture under cuts.
+def compute(arch: Architecture, events: Sequence[Event] = ()) -> Cost:
+  """Returns the cost of an architecture under a plan's events.
 
   A cut from N to M tokens leaves, in its layer, for each site:
     before   attention at M, MLP at M
@@ -331,48 +328,29 @@ def compute(arch: Architecture, cuts: tuple[Cut, ...] = (), *, site: str = 'betw
 
   Args:
     arch: the architecture.
-    cuts: in layer order, each starting from what the one before it left.
-    site: where in its layer each cut acts.
-    merges: whether the method joins slots or picks them (`Reducer.merges`); only 'inside' asks.
+    events: in the order in which they happen, each starting from what the one before it left.
 
   Raises:
-    ValueError: for an unknown site, or cuts that do not follow from each other.
+    ValueError: for events that do not follow from each other.
   """
-  choices.check('site ', site, SITES)
-  by_layer = {cut.layer: cut for cut in cuts}
-  if len(by_layer) < len(cuts) or any(not 0 <= layer < arch.depth for layer in by_layer):
-    raise ValueError(f'cuts in layers {[cut.layer for cut in cuts]} do not fit: each must be one '
-                     f'of 0 to {arch.depth - 1}, once')
-  layers, slots = [], arch.slots
-  for index in range(arch.depth):
-    cut = by_layer.get(index)
-    if cut is not None and not (cut.slots_in == slots and 0 < cut.slots_out <= slots):
-      raise ValueError(f'the cut in layer {index} goes from {cut.slots_in} to {cut.slots_out} '
-                       f'tokens, but {slots} are there')
-    keep = slots if cut is None else cut.slots_out
-    counts = {
-        'before': (keep, keep, keep, keep),
-        'between': (slots, slots, slots, keep),
-        'after': (slots, slots, slots, slots),
-        'inside': (slots, keep if merges else slots, keep, keep),
-    }[site]
-    seen = cut is not None and site == 'inside'
-    layers.append(_in_windows(arch, index, (*counts, keep), map_seen=seen))
-    slots = keep
+  layers = [_in_windows(arch, index, tokens)
+            for index, tokens in enumerate(profile(events, arch.depth, arch.slots))]
   return Cost(arch, tuple(layers[slice(*(arch.runs or (0, arch.depth)))]))
 
 
-def _in_windows(arch: Architecture, index: int, counts: tuple[int, ...], *,
-                map_seen: bool) -> Layer:
+def _in_windows(arch: Architecture, index: int, tokens: Tokens) -> Layer:
   """A layer of an image, attention in windows where there are any.
 
   Each window has the special tokens beside its patches, and its MLP runs on both.
   """
-  whole = _layer(arch, index, *counts, map_seen=map_seen)
+  whole = _layer(arch, index, tokens)
   if arch.windows == 1:
     return whole
-  each = [arch.special + (count - arch.special) // arch.windows for count in counts]
-  part = _layer(arch, index, *each, map_seen=map_seen)
+
+  def each(count: int) -> int:
+    return arch.special + (count - arch.special) // arch.windows
+
+  part = _layer(arch, index, tokens.map_counts(each))
   if index in arch.whole_layers:
     return dataclasses.replace(whole, mlp_in=arch.windows * part.mlp_in,
                                mlp=arch.windows * part.mlp)
@@ -382,21 +360,21 @@ def _in_windows(arch: Architecture, index: int, counts: tuple[int, ...], *,
       for field in dataclasses.fields(Layer) if field.name not in once})
 
 
-def _layer(arch: Architecture, index: int, attention_in: int, keys: int, attention_out: int,
-           mlp_in: int, left: int, *, map_seen: bool) -> Layer:
-  width, kv_width = arch.width, arch.kv_width
+def _layer(arch: Architecture, index: int, tokens: Tokens) -> Layer:
+  attention_in, keys, attention_out = tokens.queries, tokens.values, tokens.attended
+  mlp_in, width, kv_width = tokens.mlp, arch.width, arch.kv_width
   project = attention_in * (width + kv_width) + keys * kv_width
   moved = attention_in * width + project  # into and out of the projections
   moved += project + attention_out * width  # attention
   moved += 2 * attention_out * width + mlp_in * (2 * width + arch.mlp_products * arch.mlp)
   entries = arch.heads * (attention_in ** 2 + attention_out * keys)
   return Layer(
-      index, attention_in, keys, attention_out, mlp_in, left,
+      index, attention_in, keys, attention_out, mlp_in, tokens.left,
       qkv=width * project, scores=attention_in ** 2 * width,
       values=attention_out * keys * width, out=attention_out * width ** 2,
       mlp=arch.mlp_products * mlp_in * width * arch.mlp,
       weight_bytes=arch.layer_parameters * arch.parameter_bytes,
-      activation_bytes=moved * arch.activation_bytes + map_seen * 2 * entries * MAP_BYTES)
+      activation_bytes=moved * arch.activation_bytes + tokens.map_seen * 2 * entries * MAP_BYTES)
 
 
 def of(vit: Tower, arch: Architecture | None = None) -> Cost:
@@ -409,9 +387,7 @@ def of(vit: Tower, arch: Architecture | None = None) -> Cost:
     arch: its architecture where that differs from `architecture(vit)`, as in bytes of a number.
   """
   plan, arch = vit.plan, arch or architecture(vit)
-  if plan is None or plan.mode == 'mask':
-    return compute(arch)
-  return compute(arch, plan.cuts, site=plan.site, merges=plan.method.merges)
+  return compute(arch, plan.events if plan else ())
 
 
 def in_training(vit: ViT) -> Cost:
@@ -422,15 +398,12 @@ def in_training(vit: ViT) -> Cost:
   if not vit.training_patches:
     return of(vit)
   arch = dataclasses.replace(architecture(vit), slots=vit.special + vit.training_patches)
-  plan = vit.plan
-  if plan is None or plan.mode == 'mask':
-    return compute(arch)
-  cuts, slots = [], arch.slots
-  for cut in plan.cuts:
-    if cut.slots_out < slots:
-      cuts.append(Cut(cut.layer, slots, cut.slots_out))
-      slots = cut.slots_out
-  return compute(arch, tuple(cuts), site=plan.site, merges=plan.method.merges)
+  events, slots = [], arch.slots
+  for event in vit.plan.events if vit.plan else ():
+    if event.slots_out < slots:
+      events.append(dataclasses.replace(event, slots_in=slots))
+      slots = event.slots_out
+  return compute(arch, events)
 
 
 def decoder(vit: SegmentViT) -> tuple[int, int]:
@@ -445,16 +418,14 @@ def decoder(vit: SegmentViT) -> tuple[int, int]:
   return vit.grid[0] * vit.grid[1] * each, each + biases
 
 
-def solver(vit: Tower, reduction: Mapping[str, Any]) -> Callable[[tuple[Cut, ...]], int]:
-  """Returns MACs as a function of the cuts, which `make_plan(macs=...)` solves budgets with.
+def solver(vit: Tower) -> Callable[[Sequence[Event]], int]:
+  """Returns MACs as a function of events, which `make_plan(macs=...)` solves budgets with.
 
   Args:
     vit: the model that will be reduced.
-    reduction: `config.reduce.<tower>`, for the method and its site.
   """
-  method = make_method(reduction['method'], reduction.get('args') or {})
-  arch, site = architecture(vit), reduction.get('site') or method.site
-  return lambda cuts: compute(arch, cuts, site=site, merges=method.merges).macs
+  arch = architecture(vit)
+  return lambda events: compute(arch, events).macs
 
 
 # -- what papers count ---------------------------------------------------------------------------

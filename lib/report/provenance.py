@@ -78,7 +78,7 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
     shape = (crops, *grid(vlm))
     return Stage(name, labels.reshape(shape), merged.reshape(shape), np.asarray(tokens))
 
-  traced = [stage('vision', now)] if vlm.tower.plan and vlm.tower.plan.cuts else []
+  traced = [stage('vision', now)] if vlm.tower.plan and vlm.tower.plan.events else []
   pooled = projected is not None and len(projected.owner) == batch and images > 1
   if projected is not None:
     across = len(projected.owner) // batch

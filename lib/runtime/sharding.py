@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from models.stack import BATCH_AXES
+from models.reduction import BATCH_AXES
 from ops import choices
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence')

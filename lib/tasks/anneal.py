@@ -51,7 +51,7 @@ def phases(vit: ViT, settings: Mapping[str, Any] | None) -> tuple[Phase, ...]:
   stages: list[Phase] = []
   for first, share in steps:
     reduced = _with_share(vit, share)
-    if not stages or _plan(reduced).cuts != _plan(stages[-1].model).cuts:
+    if not stages or _plan(reduced).events != _plan(stages[-1].model).events:
       stages.append(Phase(first, reduced))
   _check_parameters(vit, [phase.model for phase in stages])
   return tuple(stages)
@@ -68,7 +68,7 @@ def describe(phases: tuple[Phase, ...]) -> str:
     return ''
   lines = []
   for phase in phases:
-    cuts = phase.model.plan.cuts
+    cuts = phase.model.plan.events
     counts = ', '.join(f'{cut.slots_out} in layer {cut.layer}' for cut in cuts) or 'all'
     lines.append(f'from step {phase.start_step}: tokens left {counts}\n')
   return ''.join(lines)
@@ -105,7 +105,7 @@ def _plan(vit: ViT) -> Plan:
 
 
 def _check_reduced(vit: ViT, key: str) -> None:
-  if vit.plan is None or not vit.plan.cuts:
+  if vit.plan is None or not vit.plan.events:
     raise ValueError(f'{key} asks for fewer tokens step by step, but nothing is reduced: set '
                      f'reduce.vision.method and a budget, or {key}=0')
 

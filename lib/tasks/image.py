@@ -84,7 +84,7 @@ def loss(vit: ViT, settings: ConfigDict, params: Mapping[str, Any],
   # While it learns, a soft decision keeps a dropped token's slot, at size 0.
   kept = (out['tokens'].real & (out['tokens'].sizes > 0)).sum(axis=1).mean()
   # A method's losses are its mean over cuts; the teacher's are one each.
-  total = own + sum(of_method.values()) / max(1, len(vit.plan.cuts) if vit.plan else 0)
+  total = own + sum(of_method.values()) / max(1, len(vit.plan.events) if vit.plan else 0)
   scalars = {'loss': own, 'train_accuracy': correct, 'kept_tokens': kept, **of_method}
   if teacher is not None:
     added = teacher_losses(vit, settings, teacher, part, logits, out)

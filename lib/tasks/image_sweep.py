@@ -30,7 +30,6 @@ from lib.tasks.sweep import Candidate, Sweep
 from models import checkpoints
 from models.backbones.vit import ViT
 from models.build import build, pretrained
-from models.compressors import COMPRESSORS
 from models.plan import methods
 from models.storage import fastest_storage, to_storage
 
@@ -105,7 +104,7 @@ class ImageSweep(Sweep):
                            functools.partial(candidate.run, candidate.params, images))
     own, full = vit_cost.of(candidate.model).macs, vit_cost.of(base.model).macs
     plan = candidate.model.plan
-    learned = plan is not None and plan.name in COMPRESSORS
+    learned = plan is not None and any(part.learned for part in plan.reductions)
     return {
         **self._evaluated(candidate), **self._compared(row, candidate),
         'gmacs': own / 1e9, 'gmacs_ratio': own / full, 'batch': images.shape[0],
@@ -281,10 +280,8 @@ def load(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[int, Pa
 
 def complete(vit: ViT, trained: Params, *, seed: int) -> Params:
   """Adds fresh parameters of a learned method to trained ones that lack them."""
-  plan = vit.plan
-  if plan is None or plan.name not in COMPRESSORS:
-    return trained
-  learned = {f'reducer_{cut.layer:02d}' for cut in plan.cuts}
+  events = vit.plan.events if vit.plan else ()
+  learned = {event.parameters for event in events if event.reduction.learned}
   if learned <= trained['stack'].keys():
     return trained
   images = jnp.zeros((1, *vit.input_shape))

@@ -81,8 +81,8 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
 
 def visual_tokens(vlm: VLM) -> int:
   """Visual tokens of an image that the language model reads."""
-  if vlm.projector_reduction and vlm.projector_reduction.plan.cuts:
-    return vlm.projector_reduction.plan.cuts[-1].slots_out
+  if vlm.projector_reduction and vlm.projector_reduction.plan.events:
+    return vlm.projector_reduction.plan.events[-1].slots_out
   return vit_cost.of(vlm.tower).layers[-1].left - vlm.tower.special
 
 

@@ -57,7 +57,8 @@ from jax.typing import DTypeLike
 
 from models import sharded_attention
 from models.plan import POSITIONS, Host, Plan
-from models.stack import BATCH_AXES, Outputs, Stack, Tap
+from models.reduction import BATCH_AXES, choose, learned_parameters
+from models.stack import Outputs, Stack, Tap
 from ops import attention, kv_cache
 from ops.assignments import take
 from ops.attention import log_weight
@@ -298,7 +299,7 @@ class LM(nn.Module):
   def setup(self) -> None:
     """Makes embeddings, blocks, the last norm and the head."""
     self.table = self.param('table', nn.initializers.normal(0.02), (self.vocabulary, self.width))
-    slots = 'any' if self.plan and self.plan.mode == 'mask' else 'ordered'
+    slots = 'any' if self.plan and self.plan.masked else 'ordered'
     block = Block(self.width, self.heads, self.kv_heads, self.head_width, self.mlp, self.rope,
                   self.window, self.qkv_bias, self.qk_norm, self.norm_eps, self.dtype,
                   self.implementation, self.mesh, slots, parent=None)
@@ -383,9 +384,9 @@ class LM(nn.Module):
     cache_plan = self.cache_plan
     needs = frozenset({'keys', 'values'})
     if cache_plan:
-      needs |= cache_plan.method.needs - STATIC
+      needs |= cache_plan.only.method.needs - STATIC
     tap = Tap(needs, functools.partial(self._store, _next_position(tokens), room),
-              _starts(cache_plan), cache_plan.method if cache_plan else None)
+              _starts(cache_plan), cache_plan.only if cache_plan else None)
     tokens, out = self.stack(tokens, tap)
     last = jnp.argmax(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1)
     x = take(tokens.x, last[:, None])[:, 0]
@@ -400,7 +401,7 @@ class LM(nn.Module):
       layer: the first of the equal layers that run together.
       tokens, signals: of the layer's attention.
     """
-    plan, proportional = self.plan, bool(self.plan and self.plan.method.proportional)
+    plan, proportional = self.plan, bool(self.plan and self.plan.proportional)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (signals.keys, signals.values))
     bias = log_weight(tokens.size) if proportional and tokens.size is not None else None
     compact = plan is not None and plan.positions == 'compact'
@@ -410,20 +411,16 @@ class LM(nn.Module):
 
   def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> KV:
     """A layer's cache with the entries that the cache plan keeps."""
-    plan = self.cache_plan
-    cut = plan.cut(layer) if plan else None
-    if plan is None or cut is None:
-      return kv
-    if cut.slots_in != tokens.slots:
-      raise ValueError(f'the plan of the cache is for {cut.slots_in} slots in layer '
-                       f'{layer}, which sees {tokens.slots}: make one with lm.host(slots) and '
-                       'plan=lm.plan')
-    wanted = {name: getattr(signals, name) for name in plan.method.needs - STATIC}
-    signals = Signals(**wanted, rope=self.rope, layer=layer, depth=self.depth, slots=cut.slots_in)
-    with jax.named_scope('reduction'):
-      choose = functools.partial(plan.method, num_slots=cut.slots_out)
-      assignment = self.stack.by_rows(choose)(tokens, signals)
-      return kv_cache.shrink(kv, assignment, positions=plan.positions, rope=self.rope)
+    for event in self.cache_plan.at(layer) if self.cache_plan else ():
+      if event.slots_in != tokens.slots:
+        raise ValueError(f'the plan of the cache is for {event.slots_in} slots in layer '
+                         f'{layer}, which sees {tokens.slots}: make one with lm.host(slots) and '
+                         'plan=lm.plan')
+      with jax.named_scope('reduction'):
+        params = learned_parameters(self, event, tokens, signals, self.stack.place)
+        answer = choose(event, tokens, signals, self.stack.place, params=params)
+        kv = kv_cache.shrink(kv, answer, positions=event.reduction.positions, rope=self.rope)
+    return kv
 
   def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
     """Reads one more token a row.
@@ -455,21 +452,22 @@ class LM(nn.Module):
       raise ValueError(f'a prompt of {tokens.slots} slots and {room} tokens to come exceed the '
                        f'context of {self.context}: shorten the prompt, ask for fewer tokens, or '
                        'set context and RoPE scaling for more')
-    if self.plan and self.plan.cuts and self.plan.cuts[0].slots_in != tokens.slots:
-      raise ValueError(f'the plan is for prompts of {self.plan.cuts[0].slots_in} slots, not '
+    if self.plan and self.plan.slots not in (None, tokens.slots):
+      raise ValueError(f'the plan is for prompts of {self.plan.slots} slots, not '
                        f'{tokens.slots}: make one with lm.host(slots)')
     return tokens.replace(x=tokens.x.astype(self.dtype))
 
   def _restarted(self, tokens: TokenSet) -> TokenSet:
     """A new prompt of the original tokens that the last cut leaves, in their order, from 0."""
-    if not self.plan or not self.plan.cuts:
+    if not self.plan or not self.plan.events:
       return tokens
     _, out = self.stack(tokens)
-    reduced = out['cuts'][self.plan.cuts[-1].layer]
+    last = self.plan.events[-1]
+    reduced = out['cuts'][last.layer]
     if tokens.pos.ndim > 2:
       raise ValueError("positions='restart' has no meaning for positions of several numbers "
                        "(M-RoPE): choose 'keep'")
-    count = self.plan.cuts[-1].slots_out
+    count = last.slots_out
     left = (reduced.owner >= 0) & tokens.real
     position = jnp.where(left, tokens.pos, jnp.iinfo(jnp.int32).max)
     index = jnp.argsort(position, axis=1, stable=True)[:, :count]
@@ -542,10 +540,9 @@ def _starts(plan: Plan | None) -> tuple[int, ...]:
   """Layers in which the cache is cut otherwise than in the layer above."""
   if plan is None:
     return ()
-  depth = plan.cuts[-1].layer + 2 if plan.cuts else 0
+  depth = plan.events[-1].layer + 2 if plan.events else 0
 
-  def size(layer: int) -> tuple[int, int] | None:
-    cut = plan.cut(layer)
-    return (cut.slots_in, cut.slots_out) if cut else None
+  def size(layer: int) -> list[tuple[int, int]]:
+    return [(event.slots_in, event.slots_out) for event in plan.at(layer)]
 
   return tuple(layer for layer in range(1, depth) if size(layer) != size(layer - 1))

@@ -355,7 +355,7 @@ class ViT(nn.Module):
   def _pool(self, tokens: TokenSet) -> Array:
     """float[B, D]; [B, 2 D] for 'cls_mean'."""
     if self.pool == 'map':
-      proportional = bool(self.plan and self.plan.method.proportional)
+      proportional = bool(self.plan and self.plan.proportional)
       return AttentionPool(self.heads, self.mlp, self.activation, self.norm_eps, self.dtype,
                            name='pool')(tokens, proportional=proportional)
     if self.pool == 'cls':

@@ -171,10 +171,9 @@ class VLM(nn.Module):
       layout: (C, I, V) of `Images`.
     """
     images, reduction = layout[1], self.projector_reduction
-    cut = reduction.plan.cut(0) if reduction else None
-    if reduction is None or cut is None:
+    if reduction is None or not reduction.plan.events:
       return images * self.each_image(layout)
-    return cut.slots_out * (images if reduction.across == 'image' else 1)
+    return reduction.plan.events[-1].slots_out * (images if reduction.across == 'image' else 1)
 
   def __call__(self, ids: Array, valid: Array,
                images: Images | None) -> tuple[Array, Outputs]:
@@ -192,6 +191,8 @@ class VLM(nn.Module):
     """
     tokens, aux = self.sequence(ids, valid, images)
     logits, out = self.lm(tokens)
+    for name in ('losses', 'overflow'):
+      out[name] = out[name] | aux.pop(name, {})
     return logits, out | aux
 
   def prefill(self, ids: Array, valid: Array, images: Images | None, *,
@@ -241,7 +242,13 @@ class VLM(nn.Module):
       visual = visual.replace(stats=visual.stats | {'axes': images.axes})
     slots = None
     if self.projector_reduction:
-      visual, slots, aux['projector'] = reduce_visual(self.projector_reduction, visual)
+      visual, slots, outcome = reduce_visual(self.projector_reduction, visual, host=self,
+                                             mesh=self.lm.mesh)
+      aux['projector'] = outcome and outcome.tokens
+      if outcome:
+        aux['losses'] = {f'{name}_projector': value for name, value in outcome.losses.items()}
+        if outcome.overflow is not None:
+          aux['overflow'] = {'projector': outcome.overflow}
     stats = {name: value for name, value in visual.stats.items() if not name.startswith('tower_')}
     axes = stats.pop('axes', None)
     stats.pop('cell', None)
@@ -321,10 +328,9 @@ def passed_on(tower: ViT | QwenVision) -> tuple[int, int]:
   if isinstance(tower, QwenVision):
     cells = tower.cells[0] * tower.cells[1]
     return cells, cells
-  plan = tower.plan if tower.plan and tower.plan.mode == 'gather' else None
-  cuts = [cut for cut in plan.cuts if cut.layer < depth_of(tower)] if plan else []
-  whole = tower.host.slots - tower.special
-  return whole, cuts[-1].slots_out - tower.special if cuts else whole
+  slots, special = tower.host.slots, tower.special
+  left = tower.plan.profile(tower.depth, slots)[depth_of(tower) - 1].left if tower.plan else slots
+  return slots - special, left - special
 
 
 def _without_special(tokens: TokenSet, special: int) -> TokenSet:

@@ -23,13 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.reduction import Event, Reduced
 from models.stack import Outputs, Stack, Tap
 from models.storage import LayerSlice, Params, Weights
 from ops import assignments
 from ops import tokens as tk
-from ops.assignments import Assignment
-from ops.budgets import Cut
-from ops.signals import NAMES, Signals
+from ops.signals import Signals
 from ops.tokens import TokenSet
 
 Array = jax.Array
@@ -184,16 +183,16 @@ class WindowStack(Stack):
       raise ValueError(f'whole_layers has {missing[0]}, but the layers are 0 to {self.depth - 1}')
     if self.plan is None:
       return
-    for cut in self.plan.cuts:
-      keep, min_slots = self.windows.slots(cut.slots_out), self.plan.method.min_slots
-      slots = self.windows.slots(cut.slots_in)
-      if keep < min_slots(slots, self.windows.special):
-        raise ValueError(f'{self.plan.name} cannot leave {keep} of the {slots} slots of a window '
-                         f'in layer {cut.layer}: it leaves at least '
-                         f'{min_slots(slots, self.windows.special)}')
-      if self.plan.site == 'inside' and cut.layer in self.whole:
-        raise ValueError(f'{self.plan.name} cuts inside the attention of layer {cut.layer}, which '
-                         'sees the whole image: take it out of whole_layers, or of the cuts')
+    for event in self.plan.events:
+      name, slots = event.reduction.name, self.windows.slots(event.slots_in)
+      keep = self.windows.slots(event.slots_out)
+      least = event.method.min_slots(slots, self.windows.special)
+      if keep < least:
+        raise ValueError(f'{name} cannot leave {keep} of the {slots} slots of a window in layer '
+                         f'{event.layer}: it leaves at least {least}')
+      if event.site == 'inside' and event.layer in self.whole:
+        raise ValueError(f'{name} cuts inside the attention of layer {event.layer}, which sees '
+                         'the whole image: take it out of whole_layers, or of the cuts')
 
   def _stages(self, weights: Weights, tap: Tap | None) -> Iterator[tuple[int, int]]:
     """A whole layer runs alone, as its attention is not that of its neighbours."""
@@ -216,14 +215,11 @@ class WindowStack(Stack):
 
   def _fold_signals(self, signals: Signals) -> Signals:
     """Folds the signals of whole images into those of their windows."""
-    axis = dict.fromkeys(('cls_attention', 'received_attention', 'next_received_attention'), 2)
-    by_name = {name: getattr(signals, name) for name in NAMES}
-    return signals.replace(**{
-        name: self.windows.fold_values(value, axis=axis.get(name, 1))
-        for name, value in by_name.items() if isinstance(value, jax.Array)})
+    return signals.map_slots(lambda values, axis: self.windows.fold_values(values, axis=axis))
 
-  def _decide(self, cut: Cut, key: Array | None, out: Outputs, tokens: TokenSet,
-              signals: Signals) -> tuple[TokenSet, Assignment]:
-    """A cut of an image as that of its windows."""
-    cut = Cut(cut.layer, self.windows.slots(cut.slots_in), self.windows.slots(cut.slots_out))
-    return super()._decide(cut, key, out, tokens, signals)
+  def _decide(self, event: Event, key: Array | None, out: Outputs, tokens: TokenSet,
+              signals: Signals) -> Reduced:
+    """An event of an image as that of its windows."""
+    event = dataclasses.replace(event, slots_in=self.windows.slots(event.slots_in),
+                                slots_out=self.windows.slots(event.slots_out))
+    return super()._decide(event, key, out, tokens, signals)

@@ -74,11 +74,11 @@ class Buckets:
 
   def __init__(self, vit: ViT, params: Params, *, sizes: Sequence[int] | None = None,
                rows: int | None = None) -> None:
-    if vit.plan is None or not vit.plan.cuts or not vit.plan.method.adaptive:
+    if vit.plan is None or not vit.plan.events or not vit.plan.events[0].method.adaptive:
       name = vit.plan.name if vit.plan else 'none'
       raise ValueError(f'{name} leaves as many tokens in every image: buckets need a plan with '
                        'cuts by an adaptive method')
-    first, *later = vit.plan.cuts
+    first, *later = vit.plan.events
     check_split(vit, first.layer)
     self.layer, self.full = first.layer, first.slots_out
     least = 1 + (later[0].slots_out if later else vit.host.protected)
@@ -177,6 +177,8 @@ def check_split(vit: ViT, layer: int) -> None:
                      'save: cut in an earlier layer')
   plan = vit.plan
   assert plan is not None
-  if plan.site == 'before' and plan.cut(layer + 1) and plan.method.needs - FREE_OF_ATTENTION:
-    raise ValueError(f'{plan.name} before layer {layer + 1} reads the attention of layer {layer}, '
-                     'which the first half keeps to itself: leave a layer between these cuts')
+  for event in plan.at(layer + 1, 'before'):
+    if event.method.needs - FREE_OF_ATTENTION:
+      raise ValueError(f'{event.reduction.name} before layer {layer + 1} reads the attention of '
+                       f'layer {layer}, which the first half keeps to itself: leave a layer '
+                       'between these cuts')

@@ -59,7 +59,7 @@ def test_arguments_of_a_method_one_by_one(parsed):
   assert config.sweep.overrides.to_dict() == {'tome': {'args': {'proportional': False}}}
   reduce = {key: value for key, value in config.reduce.vision.items() if value is not None}
   host = ViT(width=16, depth=2, mlp=24, heads=2, patch=4, image_size=16, num_classes=5).host
-  assert make_plan(reduce, host).method.by == 'received_attention'
+  assert make_plan(reduce, host).only.method.by == 'received_attention'
   config.reduce.vision.args.by = 'received'
   assert 'by=' in said(make_plan, {**reduce, 'args': config.reduce.vision.args}, host)
 

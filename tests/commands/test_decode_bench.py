@@ -39,7 +39,7 @@ def test_a_step_that_copies_is_a_fault():
 
 def test_no_plan_touches_the_question():
   case = decode_bench.language(**decode_bench.PLANS['lm']['fastv, layer 2, 50 %'])
-  cut, = case.lm.plan.cuts
+  cut, = case.lm.plan.events
   assert (cut.slots_in, cut.slots_out) == (4096, 64 + (4096 - 64) // 2)
   _, cache = jax.eval_shape(case.first, shapes(case), *case.inputs)
   assert [kv.filled for kv in cache.layers] == [4096] * 2 + [2080] * 14

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import golden_vit
 
-from models.plan import Plan, make_plan
+from models.plan import make_plan
 from tools import speed
 
 
@@ -27,7 +27,7 @@ def asked(name):
 def test_pieces_redo_what_the_model_did(name):
   plan, args, _, recorded, model = asked(name)
   pieces = speed.parts(plan, args[0]['stack'], recorded)
-  assert ('scoring' in pieces) == bool((plan.method.needs | plan.method.watch_needs)
+  assert ('scoring' in pieces) == bool((plan.only.method.needs | plan.only.method.watch_needs)
                                        & speed.COMPUTED)
   answers = {part: jax.jit(run)(*given) for part, (run, given) in pieces.items()}
   for one, again in zip(recorded, answers['selection'], strict=True):
@@ -36,7 +36,7 @@ def test_pieces_redo_what_the_model_did(name):
   _, out = model.clone(plan=plan).apply({'params': args[0]}, args[1])
   np.testing.assert_allclose(answers['applying'][0].x, out['cuts'][2].x, rtol=1e-5, atol=1e-5)
   if 'scoring' in pieces:
-    row = plan.method.needs & speed.COMPUTED
+    row = plan.only.method.needs & speed.COMPUTED
     for name in row:
       np.testing.assert_allclose(getattr(answers['scoring'][-1], name), getattr(cut.signals, name),
                                  rtol=1e-5, atol=1e-5)
@@ -46,7 +46,7 @@ def test_pieces_redo_what_the_model_did(name):
                                              ('inside', False)])
 def test_slicing_keeps_the_first_slots(site, merges):
   plan, args, _, _, model = asked('tome')
-  sliced = Plan('slice', speed.Slicing(merges), site, plan.cuts)
+  sliced = plan.with_method(speed.Slicing(merges), site=site)
   _, out = model.clone(plan=sliced).apply({'params': args[0]}, args[1])
   before, after = out['before'][2], out['cuts'][2]
   np.testing.assert_array_equal(after.x, before.x[:, :after.slots])

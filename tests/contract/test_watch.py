@@ -64,7 +64,7 @@ def compiled(model):
     ({'remove': 0, 'keep': None}, ())], ids=str)
 def test_the_method_chooses_unless_the_config_says(config, layers):
   made = plan(**config)
-  assert made.watch == layers
+  assert made.only.watch == layers
   assert made == plan(**config)
   hash(made)
 

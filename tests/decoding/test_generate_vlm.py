@@ -16,8 +16,9 @@ from helpers import parity_vlm as parity
 from lib.data.pictures import batch_pictures
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
-from models.plan import Plan
+from models.plan import Plan, make_events
 from models.reduce_config import with_plans, with_projector_reduction
+from models.reduction import Reduction
 from ops.budgets import Cut
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
@@ -157,15 +158,15 @@ def test_cuts_in_the_language_model_answer_as_hiding_the_same_tokens(method):
   # How many cuts each token of the prompt lives through.
   tokens = out['sequence']
   stays = sum((np.asarray(out['cuts'][cut.layer].owner) >= 0).astype(np.float32)
-              for cut in plan.cuts)
+              for cut in plan.events)
   visual = np.asarray(tokens.valid & (tokens.kind == VISUAL))
-  assert (visual & (stays < len(plan.cuts))).sum(axis=1).tolist()[1:2] == [0]
-  assert 0 < (visual & (stays < len(plan.cuts))).sum() < visual.sum()
-  cuts = tuple(Cut(cut.layer, tokens.slots + NEW,
-                   tokens.slots + NEW - (tokens.slots - cut.slots_out))
-               for cut in plan.cuts)
-  hiding = Plan('told', Told(), 'before', cuts, mode='mask', of=(VISUAL,), positions=plan.positions,
-                protected=plan.protected + NEW)
+  assert (visual & (stays < len(plan.events))).sum(axis=1).tolist()[1:2] == [0]
+  assert 0 < (visual & (stays < len(plan.events))).sum() < visual.sum()
+  told = Reduction('told', Told(), mode='mask', of=(VISUAL,), positions=plan.positions,
+                   protected=plan.only.protected + NEW)
+  cuts = [Cut(cut.layer, tokens.slots + NEW, tokens.slots + NEW - (tokens.slots - cut.slots_out))
+          for cut in plan.events]
+  hiding = Plan(make_events(told, 'before', cuts), (told,))
   told = tokens.replace(stats={'stays': jnp.asarray(stays)})
   assert whole_forward(vlm.lm.clone(plan=hiding), params['lm'], told, NEW) == found
   assert found != plain('llava')

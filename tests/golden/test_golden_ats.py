@@ -64,7 +64,7 @@ def run(method, keep):
   model = golden_vit.model()
   plan = make_plan({'method': 'ats', 'args': {'points': 64}, 'layers': (1, 2), 'keep': keep},
                    model.host)
-  plan = dataclasses.replace(plan, method=method)
+  plan = plan.with_method(method)
   _, out = model.clone(plan=plan).apply(
       {'params': golden_vit.params()}, golden_vit.images())
   first, second = (np.asarray(out['cuts'][layer].valid) for layer in (1, 2))

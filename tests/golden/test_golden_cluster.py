@@ -151,4 +151,4 @@ def test_bad_weights():
     KMedoids(weights='size')
   plan = make_plan({'method': 'kmedoids', 'args': {'weights': 'equal'}, 'keep': 9, 'layers': 0},
                    golden_vit.model().host)
-  assert not plan.method.needs
+  assert not plan.only.method.needs

@@ -187,14 +187,14 @@ def test_compacted_keys_are_those_of_a_prompt_without_gaps(rope):
 def test_caches_of_restarted_prompts_shrink_too():
   lm = planned(visual=0, token_kinds='text', positions='restart', keep=7, layers=2, site='before')
   lm = with_cache(lm, keep=3)
-  assert [(cut.slots_in, cut.slots_out) for cut in lm.cache_plan.cuts] == [(7, 3)] * 3
+  assert [(cut.slots_in, cut.slots_out) for cut in lm.cache_plan.events] == [(7, 3)] * 3
   _, cache = prefill(lm, ids()[:, :PROMPT])
   assert [kv.filled for kv in cache.layers] == [3] * 3
 
 
 def test_caches_shrink_after_tokens_did():
   lm = with_cache(planned(), visual=VISUALS, keep_ratio=0.5, args={'sinks': 1})
-  assert [(cut.slots_in, cut.slots_out) for cut in lm.cache_plan.cuts] == [
+  assert [(cut.slots_in, cut.slots_out) for cut in lm.cache_plan.events] == [
       (12, 6), (12, 6), (10, 5)]
   _, cache = prefill(lm, image_and_text())
   assert [kv.filled for kv in cache.layers] == [6, 6, 5]
@@ -217,8 +217,7 @@ class Heads(Reducer):
 
 def test_each_head_keeps_its_own_tokens():
   lm = with_cache(keep=4)
-  lm = lm.clone(cache_plan=lm.cache_plan.__class__(
-      **{**lm.cache_plan.__dict__, 'method': Heads()}))
+  lm = lm.clone(cache_plan=lm.cache_plan.with_method(Heads()))
   _, cache = prefill(lm, ids()[:, :PROMPT])
   _, full = prefill(TINY, ids()[:, :PROMPT])
   kv, whole = cache.layers[2], full.layers[2]
@@ -361,7 +360,7 @@ def test_signals_are_what_they_say(implementation, monkeypatch):
         *args, **{**more, 'implementation': 'xla'}))
   method = Look()
   lm = planned(layers=(1,), keep=2)
-  plan = lm.plan.__class__(**{**lm.plan.__dict__, 'method': method, 'site': 'after'})
+  plan = lm.plan.with_method(method, site='after')
   lm = lm.clone(plan=plan, capture=True,
                 implementation='xla' if implementation == 'xla' else 'splash')
   valid = jnp.asarray(VALID)
@@ -418,7 +417,7 @@ def test_padding_of_other_kinds_keeps_its_place_and_is_no_text():
       return Gather(order, tokens.slots)
 
   lm = planned(layers=(1,), keep=2)
-  lm = lm.clone(plan=lm.plan.__class__(**{**lm.plan.__dict__, 'method': Count()}))
+  lm = lm.clone(plan=lm.plan.with_method(Count()))
   valid = jnp.asarray(np.arange(PROMPT) < np.array([[12], [9], [10]]))
   _, out = lm.apply(variables(), image_and_text(valid))
   np.testing.assert_array_equal(seen['text'].sum(axis=1), [6, 3, 4])
@@ -606,10 +605,10 @@ def test_hosts_count_kinds():
   host = TINY.host(12, visual=6, special=2)
   assert host.counts == (('visual', 6), ('special', 2), ('text', 4))
   plan = make_plan({'method': 'random', 'token_kinds': 'visual', 'keep': 3, 'layers': 1}, host)
-  assert (plan.of, plan.protected) == ((VISUAL,), 6)
-  assert [(cut.slots_in, cut.slots_out) for cut in plan.cuts] == [(12, 9)]
+  assert (plan.only.of, plan.only.protected) == ((VISUAL,), 6)
+  assert [(cut.slots_in, cut.slots_out) for cut in plan.events] == [(12, 9)]
   plan = make_plan({'method': 'random', 'token_kinds': ('visual', 'special'), 'keep': 3,
                     'layers': 1}, host)
-  assert (plan.of, plan.protected) == ((VISUAL, SPECIAL), 4)
+  assert (plan.only.of, plan.only.protected) == ((VISUAL, SPECIAL), 4)
   with pytest.raises(ValueError, match='a prompt of 12 slots with'):
     TINY.host(12, visual=13)

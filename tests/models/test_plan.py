@@ -8,7 +8,7 @@ import pytest
 from models.backbones.vit import make_vit
 from models.compressors import COMPRESSORS
 from models.plan import Plan, make_plan, methods
-from ops.budgets import Cut
+from models.reduction import Event, Reduction
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
 from ops.reducers.cache import CACHE_REDUCERS
@@ -24,12 +24,15 @@ def plan(host=HOST, **config):
 @pytest.mark.parametrize('name', methods(HOST))
 def test_every_method_can_be_planned_on_a_vit(name):
   made = plan(method=name, remove=5, layers=(2, 4))
-  assert made.method == methods()[name]()
-  assert made.site == made.method.site
-  for cut in made.cuts:
-    assert made.method.min_slots(cut.slots_in, HOST.protected) <= cut.slots_out == cut.slots_in - 5
-    assert made.cut(cut.layer) == cut
-  assert made.cut(3) is None
+  method = made.only.method
+  assert method == methods()[name]()
+  assert [(event.layer, event.site) for event in made.events] == [
+      (layer, method.site) for layer in (2, 4) if name != 'none']
+  for event in made.events:
+    assert method.min_slots(event.slots_in, HOST.protected) <= event.slots_out
+    assert event.slots_out == event.slots_in - 5
+    assert made.at(event.layer) == made.at(event.layer, method.site) == (event,)
+  assert made.at(3) == ()
   assert hash(made) == hash(plan(method=name, remove=5, layers=(2, 4)))
 
 
@@ -45,7 +48,7 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
 
 
 def test_none_keeps_everything():
-  assert plan(method='none', remove=8).cuts == ()
+  assert plan(method='none', remove=8).events == ()
 
 
 def test_a_plan_from_a_config_of_lists_and_unset_keys():
@@ -53,20 +56,22 @@ def test_a_plan_from_a_config_of_lists_and_unset_keys():
       'method': 'topk', 'args': {'order': 'slot'}, 'site': None, 'mode': None, 'layers': [6, 3],
       'keep_ratio': [0.7, 0.5], 'rounding': None, 'ratio_of': None, 'gmacs': None})
   made = make_plan(config, HOST)
-  assert made == Plan('topk', REDUCERS['topk'](order='slot'), 'between',
-                      (Cut(3, 197, 139), Cut(6, 139, 70)))
+  topk = Reduction('topk', REDUCERS['topk'](order='slot'))
+  assert made == Plan((Event(3, 'between', 197, 139, topk), Event(6, 'between', 139, 70, topk)),
+                      (topk,))
   assert make_plan(ml_collections.FrozenConfigDict(config), HOST) == made
 
 
 def test_the_site_is_the_methods_unless_the_config_says():
-  assert plan(method='tome', remove=8).site == 'between'
-  assert plan(method='tome', remove=8, layers=(1,), site='before').site == 'before'
+  assert {event.site for event in plan(method='tome', remove=8).events} == {'between'}
+  event, = plan(method='tome', remove=8, layers=(1,), site='before').events
+  assert event.site == 'before'
 
 
 def test_budgets_in_macs_get_the_hosts_cost():
   made = make_plan({'method': 'tome', 'gmacs': 1.0}, HOST, macs=lambda cuts: 2e9 - 2e7 * sum(
       cut.slots_in - cut.slots_out for cut in cuts))
-  assert sum(cut.slots_in - cut.slots_out for cut in made.cuts) == 50
+  assert sum(cut.slots_in - cut.slots_out for cut in made.events) == 50
 
 
 @pytest.mark.parametrize(('config', 'message'), [
@@ -112,8 +117,9 @@ def test_a_method_that_needs_what_the_host_lacks():
                                        r'it offers attention, depth, grid, hidden.*values; set '
                                        r"args\.by='received_attention'$"):
     plan(host, method='topk', remove=8)
-  assert plan(host, method='topk', args={'by': 'received_attention'}, remove=8).cuts
-  assert plan(host, method='tome', remove=8).cuts[0] == Cut(0, 196, 188)
+  assert plan(host, method='topk', args={'by': 'received_attention'}, remove=8).events
+  first = plan(host, method='tome', remove=8).events[0]
+  assert (first.layer, first.slots_in, first.slots_out) == (0, 196, 188)
   with pytest.raises(ValueError, match='it offers nothing'):
     plan(dataclasses.replace(host, offers=frozenset()), method='tome', remove=8)
 
@@ -141,7 +147,7 @@ def test_signals_exist_only_at_some_sites(needs, site, layers, message, monkeypa
   wanting = type('Asks', (Wanting,), {'needs': frozenset({needs})})
   monkeypatch.setitem(REDUCERS, 'asks', wanting)
   if not message:
-    assert plan(method='asks', site=site, layers=layers, remove=2).site == site
+    assert plan(method='asks', site=site, layers=layers, remove=2).events[0].site == site
     return
   with pytest.raises(ValueError) as caught:  # noqa: PT011
     plan(method='asks', site=site, layers=layers, remove=2)

@@ -137,7 +137,7 @@ def test_what_is_pooled_outlives_any_reduction(text, method):
                                 np.asarray(ENDS if text.causal else (11,) * 3))
   np.testing.assert_array_equal(out['pooled'], tokens.x[np.arange(3), slot])
   assert features.shape == (3, 6)
-  assert tokens.slots == reduced.plan.cuts[-1].slots_out < 12
+  assert tokens.slots == reduced.plan.events[-1].slots_out < 12
   # A text that is no longer than the slots keeps all its tokens.
   lengths = np.asarray(ENDS) + 1 if text.causal else np.full(3, 12)
   np.testing.assert_array_equal(tokens.real.sum(1), np.minimum(lengths, tokens.slots))

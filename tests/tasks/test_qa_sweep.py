@@ -75,7 +75,7 @@ def test_a_budget_is_the_share_that_the_last_cut_leaves(row, ratio, left):
   config = digit_scenes.get_config()
   model = qa_task.build(config.model, reduce, SCENES, context=12)
   visual = qa_task.visual_tokens(model)
-  cuts = model.lm.plan.cuts if model.lm.plan else ()
+  cuts = model.lm.plan.events if model.lm.plan else ()
   assert (cuts[-1].slots_out - 12 if cuts else visual) == left
 
 

@@ -147,7 +147,7 @@ def test_a_share_of_cuts():
 def test_phases_of_a_model():
   vit = tiny('evit')
   found = anneal.phases(vit, {'start_step': 2, 'stop_step': 8, 'phases': 2})
-  kept = [[cut.slots_out for cut in phase.model.plan.cuts] for phase in found]
+  kept = [[cut.slots_out for cut in phase.model.plan.events] for phase in found]
   # 9 of 16 free slots are to stay (8 and the fused one): 1 - share * 7 / 16 of them, rounded up.
   assert kept == [[], [16], [12], [10]]
   assert [anneal.at(found, done).start_step for done in (0, 1, 2, 4, 5, 7, 8, 99)] == [
@@ -256,7 +256,7 @@ def test_training_adds_the_loss_of_a_gentler_plan():
 
 def test_levels_remove_less_and_less():
   found = anneal.levels(tiny('tome'), {'levels': 2})
-  assert [[cut.slots_out for cut in vit.plan.cuts] for vit in found] == [[], [13]]
+  assert [[cut.slots_out for cut in vit.plan.events] for vit in found] == [[], [13]]
   with pytest.raises(ValueError, match=r'optimizer\.consistency\.levels asks for fewer tokens'):
     anneal.levels(tiny(), {'levels': 2})
 

@@ -1,0 +1,337 @@
+"""Asks a method, and carries its answer out: the one place where tokens are reduced.
+
+A stack calls it at its sites, the projector once, a language model once a layer for its cache;
+tools and tests call the same. It knows parameters, mesh, mode, causal order, losses and overflow; a
+method knows none of them.
+
+Axes: B batch, N slots before, M slots after, T original tokens, P numbers in a position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from ops import assignments
+from ops import tokens as tk
+from ops.assignments import Assignment, Gather, Mix
+from ops.primitives.select import ranks
+from ops.reducers.method import Method, WatchingMethod
+from ops.rope import Rope, sequence_index
+from ops.signals import STATIC, Signals
+from ops.tokens import FIXED_PADDING, TokenSet
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+# Axes of a mesh (lib/runtime/sharding.py) that divide the rows of a batch.
+BATCH_AXES = ('data', 'fsdp')
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+  """Holds a method, and how its answers are carried out: what one config says, but for the counts.
+
+  Attributes:
+    name: the method's name in `models.plan.methods()`.
+    method: the method itself: a frozen dataclass, or a Flax module without parameters yet.
+    mode: 'gather' really removes slots; 'mask' keeps them as padding (to train hard decisions).
+    watch: layers that the method measures in addition to those it acts in.
+    of: kinds that it may touch (ops/tokens.py), None for what the tokens say themselves.
+    protected: slots of other kinds, padding included; None with `of`.
+    positions: one of `models.plan.POSITIONS`.
+  """
+
+  name: str
+  method: Method
+  mode: str = 'gather'
+  watch: tuple[int, ...] = ()
+  of: tuple[int, ...] | None = None
+  protected: int | None = None
+  positions: str = 'keep'
+
+  @property
+  def learned(self) -> bool:
+    """Returns whether the method has parameters."""
+    return isinstance(self.method, nn.Module)
+
+  def view(self, tokens: TokenSet) -> TokenSet:
+    """Returns the tokens with the kinds and the protected slots that the method is to see."""
+    if self.of is None:
+      return tokens
+    return tokens.replace(of=self.of, protected=self.protected)
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """Says what changes at one place of a model.
+
+  Attributes:
+    layer: at or behind which it happens.
+    site: where in the layer, one of `models.plan.SITES`; 'cache' on the cache of the layer.
+    slots_in, slots_out: tokens before and after it, protected ones included.
+    reduction: the method that decides.
+  """
+
+  layer: int
+  site: str
+  slots_in: int
+  slots_out: int
+  reduction: Reduction
+
+  @property
+  def method(self) -> Method:
+    """Returns the method that decides."""
+    return self.reduction.method
+
+  @property
+  def parameters(self) -> str:
+    """Returns the name of a learned method's parameters at this place."""
+    return f'reducer_{self.layer:02d}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Describes where methods act: what a host knows of itself before anything runs.
+
+  Attributes:
+    depth: number of layers.
+    grid: (rows, columns) of the tokens, or None.
+    rope: how positions become rotations, or None.
+    mesh: the devices; with it, methods run on the rows of each device by themselves.
+    causal: whether a token sees only those before it; then a slot takes the latest position of the
+      tokens merged into it, so that no token sees a later one through a group, and slots stand in
+      the order of their positions, padding last (in mode 'mask' they stay where they are).
+  """
+
+  depth: int
+  grid: tuple[int, int] | None = None
+  rope: Rope | None = None
+  mesh: Mesh | None = None
+  causal: bool = False
+
+  def by_rows(self, function: Any, whole: int = 0) -> Any:
+    """Returns a function that runs on the rows of each device by itself, if there is a mesh.
+
+    Args:
+      function: of `whole` trees, which every device has whole, then tokens and signals.
+      whole: how many.
+    """
+    if self.mesh is None:
+      return function
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        function, mesh=self.mesh, axis_names=set(BATCH_AXES), check_vma=False, out_specs=rows,
+        in_specs=(PartitionSpec(),) * whole + (rows, rows))
+
+  def signals(self, signals: Signals, needs: frozenset[str], layer: int,
+              slots: int | None = None) -> Signals:
+    """Returns the named signals alone, and those that are known without running a layer."""
+    wanted = {name: getattr(signals, name) for name in needs - STATIC}
+    return Signals(layer=layer, depth=self.depth, slots=slots).replace(
+        **wanted, grid=self.grid, rope=self.rope)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduced:
+  """Holds what became of the tokens.
+
+  Attributes:
+    tokens: M slots (N in mode 'mask').
+    assignment: what the method answered, in causal order where there is one.
+    losses: {name: float32[B]} of a learned method.
+    overflow: int32[B], tokens that an adaptive method wanted to keep beyond its capacity, or None.
+  """
+
+  tokens: TokenSet
+  assignment: Assignment
+  losses: dict[str, Array]
+  overflow: Array | None
+
+
+def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
+           params: Params | None = None, rng: Array | None = None) -> Reduced:
+  """Asks the method of an event, and reduces the tokens.
+
+  Args:
+    event: a cut.
+    tokens: N slots.
+    signals: at least those that the method needs.
+    place: where this happens.
+    params: of a learned method.
+    rng: turns training of a learned method on.
+  """
+  reduction = event.reduction
+  apply = tk.reduce_masked if reduction.mode == 'mask' else tk.reduce
+
+  def decide(params: Params | None, rng: Array | None, tokens: TokenSet,
+             signals: Signals) -> tuple[TokenSet, Assignment, dict[str, Array]]:
+    assignment, losses = ask(reduction.method, _mark_fixed_padding(tokens), signals, params,
+                             _own(rng, place), num_slots=event.slots_out)
+    return apply(tokens, assignment), assignment, losses
+
+  seen = reduction.view(tokens)
+  signals = place.signals(signals, reduction.method.needs, event.layer, event.slots_in)
+  # The names let lib/cost/jaxpr.py tell the method's own products from the backbone's.
+  with jax.named_scope('reduction'):
+    reduced, assignment, losses = place.by_rows(decide, whole=2)(params, rng, seen, signals)
+  if place.causal:
+    reduced, assignment = _order_causally(reduction, seen, reduced, assignment)
+  wanted = assignment.wanted
+  return Reduced(reduced.replace(of=tokens.of, protected=tokens.protected), assignment, losses,
+                 None if wanted is None else jnp.maximum(wanted - event.slots_out, 0))
+
+
+def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
+           params: Params | None = None) -> Any:
+  """Asks the method of an event and returns its answer, for a host that carries it out itself.
+
+  Args:
+    event: of a cache, whose methods answer with `ops.kv_cache.KVGather`.
+    tokens, signals, place, params: as in `reduce`.
+  """
+  method = event.method
+
+  def decide(params: Params | None, tokens: TokenSet, signals: Signals) -> Any:
+    return _call(method, tokens, signals, params, None, num_slots=event.slots_out)[0]
+
+  signals = place.signals(signals, method.needs, event.layer, event.slots_in)
+  return place.by_rows(decide, whole=1)(params, tokens, signals)
+
+
+def watch(reduction: Reduction, layer: int, tokens: TokenSet, signals: Signals,
+          place: Place) -> TokenSet:
+  """Returns the tokens with the stats that a method takes down of a layer that it watches."""
+  method = cast(WatchingMethod, reduction.method)
+  with jax.named_scope('reduction'):
+    stats = place.by_rows(method.watch)(
+        reduction.view(tokens), place.signals(signals, method.watch_needs, layer))
+  return tokens.replace(stats=tokens.stats | stats)
+
+
+def learned_parameters(host: nn.Module, event: Event, tokens: TokenSet, signals: Signals,
+                       place: Place) -> Params | None:
+  """Returns a learned method's parameters at a place, which its host holds; None for any other.
+
+  They are made while the host's are.
+
+  Args:
+    host: the Flax module that is being run.
+    event, tokens, signals, place: as in `reduce`.
+
+  Raises:
+    ValueError: the host has parameters, but none for this method here.
+  """
+  method, name = event.method, event.parameters
+  if not isinstance(method, nn.Module):
+    return None
+  if host.is_initializing():
+    seen = event.reduction.view(tokens)
+    asked = place.signals(signals, method.needs, event.layer, event.slots_in)
+    return cast(Params, host.param(name, lambda key: method.init(
+        key, seen, asked, num_slots=event.slots_out).get('params', {})))
+  if not host.has_variable('params', name):
+    raise ValueError(f'{event.reduction.name} in layer {event.layer} needs learned parameters '
+                     f'{name!r}, which this checkpoint lacks: train with this plan, or start it '
+                     'from fresh parameters')
+  return cast(Params, host.get_variable('params', name))
+
+
+def ask(method: Callable[..., Assignment], tokens: TokenSet, signals: Signals,
+        params: Params | None = None, rng: Array | None = None, *,
+        num_slots: int) -> tuple[Assignment, dict[str, Array]]:
+  """Asks a method, unless everything is to stay: then the answer is the identity.
+
+  Args:
+    method: the method, learned or not.
+    tokens, signals: as it takes them.
+    params: of a learned method.
+    rng: turns its training on.
+    num_slots: M.
+
+  Returns:
+    Its assignment, and the losses {name: float32[B]} that a learned method sows.
+  """
+  losses: dict[str, Array] = {}
+
+  def call(tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    answer, sown = _call(method, tokens, signals, params, rng, num_slots=num_slots)
+    losses.update(sown)
+    return cast(Assignment, answer)
+
+  return tk.decide(call, tokens, signals, num_slots=num_slots), losses
+
+
+def _call(method: Callable[..., Any], tokens: TokenSet, signals: Signals, params: Params | None,
+          rng: Array | None, *, num_slots: int) -> tuple[Any, dict[str, Array]]:
+  if not isinstance(method, nn.Module):
+    return method(tokens, signals, num_slots=num_slots), {}
+  answer, sown = method.apply(
+      {'params': params or {}}, tokens, signals, num_slots=num_slots, mutable=['losses'],
+      rngs=None if rng is None else {'dropout': rng})
+  return answer, {name: value for name, (value,) in sown.get('losses', {}).items()}
+
+
+def _own(rng: Array | None, place: Place) -> Array | None:
+  """A device's own key: each sees its rows alone, and with one key all would draw the same."""
+  if rng is None or place.mesh is None:
+    return rng
+  return jax.random.fold_in(rng, jax.lax.axis_index(BATCH_AXES))
+
+
+def _mark_fixed_padding(tokens: TokenSet) -> TokenSet:
+  """Marks padding among fixed tokens as FIXED_PADDING, which a method must keep like real ones.
+
+  Every row then has the same number of reducible tokens under the schedule, however much text it
+  has.
+  """
+  if tokens.valid is None or not tokens.protected:
+    return tokens
+  free = tokens.replace(valid=None).free
+  kind = jnp.where(tokens.valid | free, tokens.kind, FIXED_PADDING)
+  return tokens.replace(kind=kind.astype(tokens.kind.dtype), valid=tokens.valid | ~free)
+
+
+def _order_causally(reduction: Reduction, tokens: TokenSet, reduced: TokenSet,
+                    assignment: Assignment) -> tuple[TokenSet, Assignment]:
+  """Reduced tokens in the order of their positions, each at the latest of its group."""
+  if isinstance(assignment, Mix) or assignment.features is not None:
+    raise ValueError(f'{reduction.name} mixes all tokens into each, so causal attention would '
+                     'see later ones: choose a method that picks or joins tokens')
+  reduced = reduced.replace(pos=_latest_position(tokens, reduced))
+  order = _position_order(reduced)
+  if reduction.mode == 'gather':
+    sort = Gather(order, reduced.slots)
+    reduced, assignment = tk.reduce(reduced, sort), tk.compose(assignment, sort)
+    reduced = reduced.replace(padding='last')
+    order = tk.identity(reduced).src
+  if reduction.positions == 'compact':
+    reduced = reduced.replace(pos=ranks(order, reduced.slots))
+  return reduced, assignment
+
+
+def _position_order(tokens: TokenSet) -> Array:
+  """int32[B, N]: slots in the order of their positions, padding last."""
+  position = jnp.where(tokens.real, sequence_index(tokens.pos), jnp.iinfo(jnp.int32).max)
+  return jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
+
+
+def _latest_position(tokens: TokenSet, reduced: TokenSet) -> Array:
+  """int32[B, M(, P)]: position of each slot's latest token; the slot's own if it has none."""
+  position = assignments.take(sequence_index(tokens.pos), jnp.maximum(tokens.owner, 0))
+  slot = jnp.where(reduced.owner >= 0, reduced.owner, reduced.slots)
+  latest = jax.vmap(functools.partial(jax.ops.segment_max, num_segments=reduced.slots))(
+      position, slot)
+  latest = jnp.maximum(latest, sequence_index(reduced.pos))
+  if reduced.pos.ndim == 2:
+    return latest
+  # Positions of several numbers follow the first one, from the slot that had it.
+  source = jnp.argmax(latest[:, :, None] == sequence_index(tokens.pos)[:, None], axis=2)
+  return assignments.take(tokens.pos, source)
