@@ -1,18 +1,28 @@
-"""Norms, dense layers and activations that the blocks of all backbones share.
+"""The block that all backbones share, and the norms, dense layers and activations of it.
 
-Axes: B batch, N slots, D width, H heads, d width of a head."""
+Axes: B batch, N slots, M slots after a cut, D width, H heads, K kv heads, d width of a head, F MLP
+width.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from models import sharded_attention
+from ops import attention
+from ops.signals import MAP_SIGNALS, Signals, measure, measure_map
+from ops.tokens import TokenSet, key_bias
+
 Array = jax.Array
+Mixer = Callable[[Array], Array]
 
 
 # 'swiglu' gates: silu of one half of a twice as wide fc1, times the other (arXiv:2002.05202).
@@ -58,3 +68,171 @@ def dense(features: int | tuple[int, ...], dtype: DTypeLike, *, axis: int | tupl
 def hidden_features(mlp: int, activation: str) -> int | tuple[int, int]:
   """Returns the output width of an MLP's first layer; two halves if the activation gates."""
   return (2, mlp) if activation == 'swiglu' else mlp
+
+
+class ReducibleBlock(nn.Module):
+  """Pre-norm block whose attention and MLP return the change that they make; a stack adds it.
+
+  It does not know that reductions exist. A family fills the hooks: `make_norm`, `make_out`,
+  `queries_and_keys`, `values`, `inner` and `outer`; and where they differ `project`, `scaled`,
+  `order` and `kernel_order`.
+  """
+
+  @property
+  def implementation(self) -> str:
+    """Returns which attention to run: 'xla', 'cudnn' or 'splash'; a field of every family."""
+    raise NotImplementedError
+
+  @property
+  def mesh(self) -> Mesh | None:
+    """Returns the devices, or None; a field of every family."""
+    raise NotImplementedError
+
+  def setup(self) -> None:
+    """Makes two norms and attention's output projection."""
+    self.norm1, self.norm2, self.out = self.make_norm(), self.make_norm(), self.make_out()
+
+  def make_norm(self) -> nn.Module:
+    """The norm that stands before attention, and before the MLP."""
+    raise NotImplementedError
+
+  def make_out(self) -> nn.Module:
+    """The product of what attention reads, float[B, N, H, d] -> float[B, N, D]."""
+    raise NotImplementedError
+
+  def queries_and_keys(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array]:
+    """Queries float[B, N, H, d] and keys float[B, N, K, d], and queries before any rotation."""
+    raise NotImplementedError
+
+  def values(self, hidden: Array) -> Array:
+    """Values float[B, N, K, d] of the normed input."""
+    raise NotImplementedError
+
+  def inner(self, hidden: Array) -> Array:
+    """The MLP's inner activations, float[B, N, F], of the normed input."""
+    raise NotImplementedError
+
+  def outer(self, inner: Array) -> Array:
+    """The MLP's output, float[B, N, D]."""
+    raise NotImplementedError
+
+  def project(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array, Array]:
+    """Queries, keys, queries before any rotation, and values: where one product makes them all."""
+    return (*self.queries_and_keys(hidden, tokens), self.values(hidden))
+
+  def scaled(self, change: Array, branch: int) -> Array:
+    """The change of attention (0) or the MLP (1) as it is added."""
+    del branch
+    return change
+
+  def order(self, tokens: TokenSet) -> dict[str, Any]:
+    """What a token sees: `positions` by which attention is causal, None for full; `window`."""
+    del tokens
+    return {'positions': None}
+
+  def kernel_order(self, tokens: TokenSet, bias: Array | None,
+                   proportional: bool) -> tuple[Array | None, Array | None]:
+    """Bias and positions that a fused kernel needs, where fewer than `order` says will do."""
+    del proportional
+    return bias, self.order(tokens)['positions']
+
+  @property
+  def is_causal(self) -> bool:
+    """Whether a token sees only those before it."""
+    raise NotImplementedError
+
+  def __call__(self, tokens: TokenSet) -> TokenSet:
+    """Runs the plain block; it makes the parameters."""
+    change, _ = self.attend(tokens, needs=frozenset(), proportional=False)
+    tokens = add(tokens, change)
+    return add(tokens, self.feed_forward(tokens)[0])
+
+  def attend(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
+             **query_rows: Any) -> tuple[Array, Signals]:
+    """Returns what attention adds, float[B, N, D], and the signals that `needs` names.
+
+    Args:
+      tokens: [B, N].
+      needs: names of `Signals` fields.
+      proportional: whether a slot counts as often in attention as it has tokens.
+      **query_rows: which rows some signals are of (`ops.signals.measure`: span, rows, max_rows).
+    """
+    hidden = self.norm1(tokens.x)
+    q, k, plain, v = self.project(hidden, tokens)
+    bias, order = key_bias(tokens, proportional=proportional), self.order(tokens)
+    read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
+                             query_valid=tokens.valid, **order, **query_rows)
+    mix = functools.partial(sharded_attention.attend, causal=self.is_causal, mesh=self.mesh,
+                            window=order.get('window'), implementation=self.implementation)
+    if self.implementation == 'xla':
+      # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
+      # the keys beside that map for whoever reads them later.
+      signals = read(q=q, k=k, lse=None)
+      q, k, signals = jax.lax.optimization_barrier((q, k, signals))
+      mixed = mix(q, k, v, bias, order['positions'])
+    else:
+      mixed = mix(q, k, v, *self.kernel_order(tokens, bias, proportional))
+      signals = read(q=q, k=k, lse=mixed.lse)
+    change = self.scaled(self.out(mixed.out), 0)
+    more = {'plain_queries': plain, 'attention_out': change}
+    return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
+
+  def attend_and_cut(self, tokens: TokenSet,
+                     decide: Callable[[TokenSet, Signals, Array], tuple[TokenSet, Mixer, bool]], *,
+                     needs: frozenset[str], proportional: bool,
+                     **query_rows: Any) -> tuple[TokenSet, Array]:
+    """Attention that something interrupts between its map and its values.
+
+    Args:
+      tokens: [B, N].
+      decide: gets the tokens, the signals and the map float32[B, H, N, N], and returns fewer
+        tokens, what they make of values [B, S, H, d], and whether these are those of the new
+        tokens.
+      needs, proportional, **query_rows: as in `attend`.
+
+    Returns:
+      The tokens that are left, and what attention adds to them, float[B, M, D].
+    """
+    hidden = self.norm1(tokens.x)
+    q, k, plain = self.queries_and_keys(hidden, tokens)
+    bias, order = key_bias(tokens, proportional=proportional), self.order(tokens)
+    scores = attention.eager(q, k, bias=bias, **order)
+    v = self.values(hidden)
+    signals = measure_map(needs, scores, q=q, k=k, v=v, hidden=hidden, query_valid=tokens.valid)
+    rest = needs - MAP_SIGNALS
+    if rest:
+      rows = measure(rest, q=q, k=k, v=v, lse=None, bias=bias, query_valid=tokens.valid, **order,
+                     **query_rows)
+      told = {name: getattr(rows, name) for name in rest} | (
+          {'plain_queries': plain} if 'plain_queries' in rest else {})
+      signals = signals.replace(**told)
+    tokens, mix, renewed = decide(tokens, signals, scores)
+    if renewed:
+      v = self.values(self.norm1(tokens.x))
+    v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2) if v.shape[2] < q.shape[2] else v
+    return tokens, self.scaled(self.out(mix(v)), 0)
+
+  def probe(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
+            **query_rows: Any) -> Signals:
+    """Measures what this layer's attention would be on the current tokens, without running it."""
+    q, k, _ = self.queries_and_keys(self.norm1(tokens.x), tokens)
+    measured = measure(
+        frozenset(name.removeprefix('next_') for name in needs), q=q, k=k, v=k, lse=None,
+        bias=key_bias(tokens, proportional=proportional), query_valid=tokens.valid,
+        **self.order(tokens), **query_rows)
+    return Signals(**{name: getattr(measured, name.removeprefix('next_')) for name in needs})
+
+  def feed_forward(self, tokens: TokenSet, *, needs: frozenset[str] = frozenset(),
+                   **unused: object) -> tuple[Array, Signals]:
+    """Returns what the MLP adds, float[B, N, D], and the signals that `needs` names."""
+    del unused
+    hidden = self.norm2(tokens.x)
+    inner = self.inner(hidden)
+    change = self.scaled(self.outer(inner), 1)
+    measured = {'mlp_in': hidden, 'mlp_hidden': inner, 'mlp_out': change}
+    return change, Signals(**{name: measured[name] for name in needs})
+
+
+def add(tokens: TokenSet, change: Array) -> TokenSet:
+  """Returns tokens with a change float[B, N, D] added to their features."""
+  return tokens.replace(x=tokens.x + change.astype(tokens.x.dtype))

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import reduction
+from models.blocks import ReducibleBlock, add
 from models.plan import Plan
 from models.reduction import BATCH_AXES, Event, Place, Reduced, Reduction
 from models.storage import LayerSlice, Params, Weights, layer_of, unstack
@@ -64,10 +65,7 @@ class Stack(nn.Module):
   A 'dropout' key turns training on: here, in the blocks and in learned methods.
 
   Attributes:
-    block: an unbound module that offers `attend(tokens, needs=, proportional=)` to
-      (tokens, signals), `feed(tokens)` to tokens, `inside(tokens, decide, needs=, proportional=)`
-      to tokens, `probe(tokens, needs=, proportional=)` to signals, and a `__call__` that makes its
-      parameters.
+    block: an unbound `ReducibleBlock`.
     depth: L.
     plan: where to reduce tokens and how, or None.
     grid: (rows, columns) of the patch grid, passed to methods, or None.
@@ -80,7 +78,7 @@ class Stack(nn.Module):
     rope: how positions become rotations, passed to methods, or None.
   """
 
-  block: nn.Module
+  block: ReducibleBlock
   depth: int
   plan: Plan | None = None
   grid: tuple[int, int] | None = None
@@ -141,15 +139,18 @@ class Stack(nn.Module):
     asking = self._asking(index)
     if inside:
       event, = inside
-      told: list[Signals] = []
-      tokens = layer('inside', tokens, functools.partial(self._inside, event, key, out, told),
-                     **self._measure_args(needs, tokens, asking))
-      signals, = told
+      told: list[tuple[TokenSet, Signals, Signals]] = []
+      if tap and tap.reduction:
+        asking = (*asking, tap.reduction)
+      tokens, change = layer(
+          'attend_and_cut', tokens, functools.partial(self._inside, event, key, out, told),
+          **self._measure_args(needs - MLP_SIGNALS, tokens, asking))
+      tokens, ((attended, seen, signals),) = add(tokens, change), told
     else:
-      tokens, signals = self._attend(layer, tokens, needs, tap, asking)
+      tokens, signals = self._attend(index, layer, tokens, needs, tap, asking)
       if not mlp_needs:
         tokens = self._watch(index, tokens, signals)
-    attended, seen = tokens, signals
+      attended, seen = tokens, signals
     for event in self._events(index, 'between'):
       tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
     tokens, signals = _feed(layer, tokens, signals, mlp_needs)
@@ -162,15 +163,17 @@ class Stack(nn.Module):
       tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
     return tokens, signals
 
-  def _attend(self, layer: Callable[..., Any], tokens: TokenSet, needs: frozenset[str],
-              tap: Tap | None, asking: Sequence[Reduction] = ()) -> tuple[TokenSet, Signals]:
+  def _attend(self, index: int | Array, layer: Callable[..., Any], tokens: TokenSet,
+              needs: frozenset[str], tap: Tap | None,
+              asking: Sequence[Reduction] = ()) -> tuple[TokenSet, Signals]:
     """Attention of a layer, and the needed signals of it."""
+    del index  # Of windows some layers are other than the rest.
     hidden_in = tokens.x if 'hidden_in' in needs else None
     if tap and tap.reduction:
       asking = (*asking, tap.reduction)
-    tokens, signals = layer('attend', tokens,
+    change, signals = layer('attend', tokens,
                             **self._measure_args(needs - MLP_SIGNALS, tokens, asking))
-    return tokens, signals.replace(hidden_in=hidden_in)
+    return add(tokens, change), signals.replace(hidden_in=hidden_in)
 
   def _weights(self, tokens: TokenSet) -> Weights:
     """The blocks' parameters, stacked or as a tuple; fresh ones are stacked."""
@@ -258,7 +261,7 @@ class Stack(nn.Module):
   def _layer(self, params: Params | LayerSlice, index: int | Array, key: Array | None,
              method: str, tokens: TokenSet, *args: Any, **kwargs: Any) -> Any:
     """Calls one method of the block with one layer's parameters and random key."""
-    if method != 'feed':
+    if method != 'feed_forward':
       kwargs['proportional'] = bool(self.plan and self.plan.proportional)
     rngs = None if key is None else {'dropout': jax.random.fold_in(key, index)}
 
@@ -267,7 +270,7 @@ class Stack(nn.Module):
       params = params.read() if isinstance(params, LayerSlice) else params
       return self.block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
 
-    if self.remat != 'none' and method != 'inside':  # A decision must be taken once.
+    if self.remat != 'none' and method != 'attend_and_cut':  # A decision must be taken once.
       dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       call = jax.checkpoint(call, policy=dots if self.remat == 'dots' else None)
     return call(params, tokens)
@@ -282,7 +285,7 @@ class Stack(nn.Module):
       tokens = self._divide_rows(tokens)
       params = layer_of(weights, index) if own is None else LayerSlice(weights, own, index)
       layer = functools.partial(self._layer, params, index, key)
-      attended, signals = self._attend(layer, tokens, needs, tap)
+      attended, signals = self._attend(index, layer, tokens, needs, tap)
       tokens, signals = _feed(layer, attended, signals, needs & MLP_SIGNALS)
       read = tap.read(start, attended, signals) if tap else None
       return tokens, (tokens.x if self.capture else None, read)
@@ -329,17 +332,18 @@ class Stack(nn.Module):
       return signals  # Nobody reads them again; and under a mask the slots stay.
     return signals.of(reduced.assignment.src)
 
-  def _inside(self, event: Event, key: Array | None, out: Outputs, told: list[Signals],
-              tokens: TokenSet, signals: Signals,
+  def _inside(self, event: Event, key: Array | None, out: Outputs,
+              told: list[tuple[TokenSet, Signals, Signals]], tokens: TokenSet, signals: Signals,
               attention: Array) -> tuple[TokenSet, Callable[[Array], Array], bool]:
     """An event between QK and AV: the attention map shrinks with the tokens.
 
-    `told` gets the signals of the tokens that are left.
+    `told` gets the tokens that made keys, their signals, and those of the tokens that are left.
     """
     tokens = self._watch(event.layer, tokens, signals)
     reduced = self._decide(event, key, out, tokens, signals)
     assignment = reduced.assignment
-    told.append(self._follow(signals, reduced))
+    signals = signals.replace(hidden_in=tokens.x)
+    told.append((tokens, signals, self._follow(signals, reduced)))
     if self.causal and not isinstance(assignment, Gather):
       raise ValueError(f'{event.reduction.name} joins tokens inside attention, where causal rows '
                        "would see later tokens through a group: set site='between'")
@@ -372,7 +376,5 @@ class Stack(nn.Module):
 def _feed(layer: Callable[..., Any], tokens: TokenSet, signals: Signals,
           needs: frozenset[str]) -> tuple[TokenSet, Signals]:
   """MLP of a layer, and the needed signals of it joined to others."""
-  if not needs:
-    return layer('feed', tokens), signals
-  tokens, measured = layer('feed', tokens, needs=needs)
-  return tokens, signals.replace(**{name: getattr(measured, name) for name in needs})
+  change, measured = layer('feed_forward', tokens, needs=needs)
+  return add(tokens, change), signals.replace(**{name: getattr(measured, name) for name in needs})

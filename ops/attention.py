@@ -177,12 +177,13 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
 
 
 def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None = None,
-          causal: bool = False, positions: Array | None = None) -> Array:
+          causal: bool = False, positions: Array | None = None,
+          window: int | None = None) -> Array:
   """The whole attention map, float32[B, H, N, S], for methods that act inside attention."""
   last = positions
   if causal and last is None:
     last = jnp.arange(q.shape[1])
-  return rows(q, k, None, bias=bias, scale=scale, last=last, positions=positions)
+  return rows(q, k, None, bias=bias, scale=scale, last=last, positions=positions, window=window)
 
 
 def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = None,

@@ -198,6 +198,11 @@ def latest(positions: Array | None, valid: Array | None, shape: tuple[int, ...])
   return jnp.argsort(positions, axis=1, stable=True)
 
 
+# What `measure_map` tells; every other signal is read as beside fused attention.
+MAP_SIGNALS = frozenset({'keys', 'queries', 'values', 'hidden', 'attention', 'cls_attention',
+                         'received_attention'})
+
+
 @jax.named_scope('signals')
 def measure_map(needs: frozenset[str], attention_map: Array, *, q: Array, k: Array, v: Array,
                 hidden: Array | None = None, query_valid: Array | None = None,

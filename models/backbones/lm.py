@@ -55,7 +55,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from models import sharded_attention
+from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
 from models.reduction import BATCH_AXES, choose, learned_parameters
 from models.stack import Outputs, Stack, Tap
@@ -64,8 +64,8 @@ from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache
 from ops.rope import Rope, sequence_index
-from ops.signals import STATIC, Signals, measure
-from ops.tokens import TEXT, TokenSet, key_bias
+from ops.signals import STATIC, Signals
+from ops.tokens import TEXT, TokenSet
 
 Array = jax.Array
 
@@ -89,7 +89,7 @@ def product(features: int | tuple[int, ...], dtype: DTypeLike, *, bias: bool = F
                          kernel_init=nn.initializers.normal(0.02))
 
 
-class Block(nn.Module):
+class Block(ReducibleBlock):
   """Pre-norm decoder block; norms, rotations and softmax in float32, products in `dtype`.
 
   Attributes:
@@ -120,78 +120,58 @@ class Block(nn.Module):
 
   def setup(self) -> None:
     """Makes two norms, attention's four products and the MLP's three."""
+    super().setup()
     project = functools.partial(product, dtype=self.dtype)
-    self.norm1, self.norm2 = rms_norm(self.norm_eps), rms_norm(self.norm_eps)
     self.q = project((self.heads, self.head_width), bias=self.qkv_bias)
     self.k = project((self.kv_heads, self.head_width), bias=self.qkv_bias)
     self.v = project((self.kv_heads, self.head_width), bias=self.qkv_bias)
     if self.qk_norm:
       self.q_norm, self.k_norm = rms_norm(self.norm_eps), rms_norm(self.norm_eps)
-    self.out = project(self.width, axis=(-2, -1))
     self.gate, self.up, self.down = project(self.mlp), project(self.mlp), project(self.width)
 
-  def __call__(self, tokens: TokenSet) -> TokenSet:
-    """Runs the block without signals; it makes the parameters."""
-    attended, _ = self.attend(tokens, needs=frozenset(), proportional=False)
-    return cast(TokenSet, self.feed(attended))
+  def make_norm(self) -> nn.Module:
+    """The norm that stands before attention, and before the MLP."""
+    return rms_norm(self.norm_eps)
 
-  def attend(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
-             **query_rows: Any) -> tuple[TokenSet, Signals]:
-    """Adds attention to the tokens, and measures the signals that `needs` names.
+  def make_out(self) -> nn.Module:
+    """The product of what attention reads."""
+    return product(self.width, self.dtype, axis=(-2, -1))
 
-    Args:
-      tokens: [B, N].
-      needs: names of `Signals` fields.
-      proportional: whether a slot counts as often in attention as it has tokens.
-      **query_rows: which rows some signals are of (`ops.signals.measure`: span, rows, max_rows).
+  @property
+  def is_causal(self) -> bool:
+    """Whether a token sees only those before it."""
+    return True
+
+  def queries_and_keys(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array]:
+    """Rotated queries [B, N, H, d] and keys [B, N, K, d], and queries before the rotation."""
+    return self._queries_and_keys(hidden, tokens.pos)
+
+  def values(self, hidden: Array) -> Array:
+    """Values float[B, N, K, d]."""
+    return self.v(hidden)
+
+  def order(self, tokens: TokenSet) -> dict[str, Any]:
+    """The positions by which attention is causal, and the window."""
+    return {'positions': sequence_index(tokens.pos), 'window': self._window(tokens)}
+
+  def kernel_order(self, tokens: TokenSet, bias: Array | None,
+                   proportional: bool) -> tuple[Array | None, Array | None]:
+    """Bias and positions that a fused kernel needs.
+
+    Where it masks by slot and that hides all padding it needs neither: a bias would widen each
+    head, at d = 128 beyond what some kernels take, and by a tile in others.
     """
-    hidden = self.norm1(tokens.x)
-    q, k, plain = self._queries_and_keys(hidden, tokens.pos)
-    v = self.v(hidden)
-    bias, positions = key_bias(tokens, proportional=proportional), sequence_index(tokens.pos)
-    window = self._window(tokens)
-    read = functools.partial(
-        measure, needs, v=v, bias=bias, hidden=hidden, query_valid=tokens.valid,
-        positions=positions, window=window, **query_rows)
-    mix = functools.partial(sharded_attention.attend, causal=True, window=window, mesh=self.mesh,
-                            implementation=self.implementation)
-    if self.implementation == 'xla':
-      # As in models/backbones/vit.py: rows first, by themselves, so that the whole map is not kept
-      # for them.
-      signals = read(q=q, k=k, lse=None)
-      q, k, signals = jax.lax.optimization_barrier((q, k, signals))
-      mixed = mix(q, k, v, bias, positions)
-    else:
-      by_slot = self.slots == 'ordered'
-      mixed = mix(q, k, v, self._kernel_bias(tokens, bias, proportional),
-                  None if by_slot else positions)
-      signals = read(q=q, k=k, lse=mixed.lse)
-    change = self.out(mixed.out)
-    extra_signals = {'plain_queries': plain, 'attention_out': change}
-    signals = signals.replace(**{name: x for name, x in extra_signals.items() if name in needs})
-    return _add(tokens, change), signals
+    by_slot, counts = self.slots == 'ordered', proportional and tokens.size is not None
+    hidden = by_slot and tokens.padding == 'last' and not counts
+    return None if hidden else bias, None if by_slot else sequence_index(tokens.pos)
 
-  def probe(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
-            **query_rows: Any) -> Signals:
-    """Measures what this layer's attention would be on the current tokens, without running it."""
-    q, k, _ = self._queries_and_keys(self.norm1(tokens.x), tokens.pos)
-    measured = measure(
-        frozenset(name.removeprefix('next_') for name in needs), q=q, k=k, v=k, lse=None,
-        bias=key_bias(tokens, proportional=proportional), query_valid=tokens.valid,
-        positions=sequence_index(tokens.pos), window=self._window(tokens), **query_rows)
-    return Signals(**{name: getattr(measured, name.removeprefix('next_')) for name in needs})
+  def inner(self, hidden: Array) -> Array:
+    """The MLP's inner activations, float[B, N, F]."""
+    return nn.silu(self.gate(hidden)) * self.up(hidden)
 
-  def feed(self, tokens: TokenSet, *, needs: frozenset[str] = frozenset(),
-           **unused: object) -> TokenSet | tuple[TokenSet, Signals]:
-    """Adds the MLP to the tokens; with `needs` it also measures the signals that they name."""
-    del unused
-    hidden = self.norm2(tokens.x)
-    inner = nn.silu(self.gate(hidden)) * self.up(hidden)
-    change = self.down(inner)
-    measured = {'mlp_in': hidden, 'mlp_hidden': inner, 'mlp_out': change}
-    signals = Signals(**{name: measured[name] for name in needs})
-    tokens = _add(tokens, change)
-    return (tokens, signals) if needs else tokens
+  def outer(self, inner: Array) -> Array:
+    """The MLP's output, float[B, N, D]."""
+    return self.down(inner)
 
   def step(self, carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
     """Runs one token a row through the block, over its cache.
@@ -210,8 +190,7 @@ class Block(nn.Module):
     if self.window:
       visible &= index.reshape(index.shape + (1,) * (kv.pos.ndim - 1)) - kv.pos < self.window
     x = x + self.out(attention.step(q, kv.k, kv.v, visible, bias=kv.bias)).astype(x.dtype)
-    hidden = self.norm2(x)
-    change = self.down(nn.silu(self.gate(hidden)) * self.up(hidden))
+    change = self.outer(self.inner(self.norm2(x)))
     return (x + change.astype(x.dtype), step), kv
 
   def _queries_and_keys(self, hidden: Array, pos: Array) -> tuple[Array, Array, Array]:
@@ -224,20 +203,6 @@ class Block(nn.Module):
   def _window(self, tokens: TokenSet) -> int | None:
     """The window, None where all original tokens fit into it."""
     return self.window if 0 < self.window < tokens.owner.shape[1] else None
-
-  def _kernel_bias(self, tokens: TokenSet, bias: Array | None,
-                   proportional: bool) -> Array | None:
-    """The bias that a fused kernel needs: none where masking by slot hides all padding.
-
-    It would widen each head: at d = 128 beyond what some kernels take, and by a tile in others.
-    """
-    counts = proportional and tokens.size is not None
-    hidden = self.slots == 'ordered' and tokens.padding == 'last'
-    return None if hidden and not counts else bias
-
-
-def _add(tokens: TokenSet, change: Array) -> TokenSet:
-  return tokens.replace(x=tokens.x + change.astype(tokens.x.dtype))
 
 
 class LM(nn.Module):

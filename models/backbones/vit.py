@@ -11,8 +11,6 @@ Axes: B batch, N slots, D width, H heads, d width of a head, P patch side in pix
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -22,19 +20,23 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models import sharded_attention
 from models.backbones.windows import Windows, WindowStack
-from models.blocks import ACTIVATIONS, Heads, dense, hidden_features, layer_norm
+from models.blocks import (
+  ACTIVATIONS,
+  Heads,
+  ReducibleBlock,
+  dense,
+  hidden_features,
+  layer_norm,
+)
 from models.families import NAMED, SIZES
 from models.plan import Host, Plan
 from models.stack import Outputs, Stack
 from ops import attention, choices
 from ops.primitives.select import keep_top
-from ops.signals import Signals, measure, measure_map
 from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias, reduce
 
 Array = jax.Array
-Mixer = Callable[[Array], Array]
 
 POSITIONS = ('learned', 'sincos')
 POOLS = ('cls', 'mean', 'cls_mean', 'map')
@@ -44,7 +46,7 @@ OFFERS = frozenset({'keys', 'queries', 'values', 'received_attention', 'attentio
                     'next_received_attention', 'hidden', 'grid', 'layer', 'depth', 'slots'})
 
 
-class Block(nn.Module):
+class Block(ReducibleBlock):
   """Pre-norm transformer block; norms and softmax in float32, products in `dtype`.
 
   Attributes:
@@ -67,9 +69,8 @@ class Block(nn.Module):
 
   def setup(self) -> None:
     """Two norms, attention's projections and the MLP's."""
-    self.norm1, self.norm2 = self.make_norm(), self.make_norm()
+    super().setup()
     self.qkv = Heads(self.heads, self.dtype)
-    self.out = dense(self.width, self.dtype, axis=(-2, -1))
     self.fc1 = dense(hidden_features(self.mlp, self.activation), self.dtype)
     self.fc2 = dense(self.width, self.dtype)
     self.drop = nn.Dropout(self.dropout)
@@ -83,80 +84,53 @@ class Block(nn.Module):
     """The norm that stands before attention, and before the MLP."""
     return layer_norm(self.norm_eps)
 
+  def make_out(self) -> nn.Module:
+    """The product of what attention reads."""
+    return dense(self.width, self.dtype, axis=(-2, -1))
+
   def rotate_qk(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
     """Queries and keys as attention takes them: a block with rotary positions turns them."""
     del tokens
     return q, k
 
-  def __call__(self, tokens: TokenSet) -> TokenSet:
-    """The plain block; it makes the parameters."""
-    return self.feed(self.attend(tokens, needs=frozenset(), proportional=False)[0])
+  @property
+  def is_causal(self) -> bool:
+    """Whether a token sees only those before it."""
+    return self.causal
 
-  def attend(self, tokens: TokenSet, *, needs: frozenset[str],
-             proportional: bool) -> tuple[TokenSet, Signals]:
-    """Applies attention and its residual; returns also the signals that `needs` names."""
-    hidden = self.norm1(tokens.x)
+  def project(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array, Array]:
+    """Queries, keys, queries before any rotation, and values, by one product."""
     q, k, v = self.qkv(hidden)
-    q, k = self.rotate_qk(tokens, q, k)
-    bias, positions = key_bias(tokens, proportional=proportional), self._causal_positions(tokens)
-    read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
-                             query_valid=tokens.valid, positions=positions)
-    mix = functools.partial(sharded_attention.attend, mesh=self.mesh,
-                            implementation=self.implementation)
-    if self.implementation == 'xla':
-      # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
-      # the keys beside that map for whoever reads them later.
-      signals = read(q=q, k=k, lse=None)
-      q, k, signals = jax.lax.optimization_barrier((q, k, signals))
-      mixed = mix(q, k, v, bias, positions)
-    else:
-      mixed = mix(q, k, v, bias, positions)
-      signals = read(q=q, k=k, lse=mixed.lse)
-    return self._add(tokens, self.out(mixed.out), self.scale1), signals
+    return (*self.rotate_qk(tokens, q, k), q, v)
 
-  def _causal_positions(self, tokens: TokenSet) -> Array | None:
-    """Returns the positions that order causal attention, None for full attention."""
-    return tokens.pos if self.causal else None
+  def queries_and_keys(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array]:
+    """Queries and keys float[B, N, H, d], and queries before any rotation."""
+    q, k = self.qkv(hidden, last=2)
+    return (*self.rotate_qk(tokens, q, k), q)
 
-  def inside(self, tokens: TokenSet,
-             decide: Callable[[TokenSet, Signals, Array], tuple[TokenSet, Mixer, bool]], *,
-             needs: frozenset[str], proportional: bool) -> TokenSet:
-    """Attention that something interrupts between its map and its values.
-
-    `decide` gets the tokens, the signals and the map float32[B, H, N, N], and returns fewer tokens,
-    what they make of the values [B, S, H, d], and whether these are those of the new tokens.
-    """
-    hidden = self.norm1(tokens.x)
-    q, k = self.rotate_qk(tokens, *self.qkv(hidden, last=2))
-    bias = key_bias(tokens, proportional=proportional)
-    scores = attention.eager(q, k, bias=bias, positions=self._causal_positions(tokens))
+  def values(self, hidden: Array) -> Array:
+    """Values float[B, N, H, d]."""
     v, = self.qkv(hidden, first=2)
-    signals = measure_map(needs, scores, q=q, k=k, v=v, hidden=hidden, query_valid=tokens.valid)
-    tokens, mix, renewed = decide(tokens, signals, scores)
-    if renewed:
-      v, = self.qkv(self.norm1(tokens.x), first=2)
-    return self._add(tokens, self.out(mix(v)), self.scale1)
+    return v
 
-  def probe(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool) -> Signals:
-    """Measures this layer's attention on the current tokens, without running the layer."""
-    q, k = self.rotate_qk(tokens, *self.qkv(self.norm1(tokens.x), last=2))
-    bias = key_bias(tokens, proportional=proportional)
-    assert needs == {'next_received_attention'}, needs
-    received = attention.received(q, k, None, bias=bias, query_valid=tokens.valid,
-                                  positions=self._causal_positions(tokens))
-    return Signals(next_received_attention=received)
+  def order(self, tokens: TokenSet) -> dict[str, Any]:
+    """The positions that order causal attention, None for full attention."""
+    return {'positions': tokens.pos if self.causal else None}
 
-  def feed(self, tokens: TokenSet, **unused: object) -> TokenSet:
-    """MLP and its residual."""
-    del unused
-    hidden = ACTIVATIONS[self.activation](self.fc1(self.norm2(tokens.x)))
-    return self._add(tokens, self.fc2(hidden), self.scale2)
+  def inner(self, hidden: Array) -> Array:
+    """The MLP's inner activations, float[B, N, F]."""
+    return ACTIVATIONS[self.activation](self.fc1(hidden))
 
-  def _add(self, tokens: TokenSet, change: Array, scale: Array | None) -> TokenSet:
+  def outer(self, inner: Array) -> Array:
+    """The MLP's output, float[B, N, D]."""
+    return self.fc2(inner)
+
+  def scaled(self, change: Array, branch: int) -> Array:
+    """The change with the layer scale of its branch, and dropout."""
+    scale = (self.scale1, self.scale2)[branch]
     if scale is not None:
       change = change * scale.astype(change.dtype)[None, None]
-    change = self.drop(change, deterministic=not self.has_rng('dropout'))
-    return tokens.replace(x=tokens.x + change.astype(tokens.x.dtype))
+    return self.drop(change, deterministic=not self.has_rng('dropout'))
 
 
 class AttentionPool(nn.Module):

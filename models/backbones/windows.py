@@ -16,14 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.reduction import Event, Reduced
+from models.reduction import Event, Reduced, Reduction
 from models.stack import Outputs, Stack, Tap
 from models.storage import LayerSlice, Params, Weights
 from ops import assignments
@@ -200,18 +200,26 @@ class WindowStack(Stack):
       edges = {edge for layer in self.whole for edge in (layer, layer + 1) if start < edge < stop}
       yield from itertools.pairwise(sorted({start, stop} | edges))
 
+  def _attend(self, index: int | Array, layer: Callable[..., Any], tokens: TokenSet,
+              needs: frozenset[str], tap: Tap | None,
+              asking: Sequence[Reduction] = ()) -> tuple[TokenSet, Signals]:
+    """Attention of a layer; in a whole layer it sees all windows of an image."""
+    if not self._is_whole(index):
+      return super()._attend(index, layer, tokens, needs, tap, asking)
+    tokens, signals = super()._attend(index, layer, self.windows.unfold(tokens), needs, tap, asking)
+    return self.windows.fold(tokens), self._fold_signals(signals)
+
   def _layer(self, params: Params | LayerSlice, index: int | Array, key: Array | None,
              method: str, tokens: TokenSet, *args: Any, **kwargs: Any) -> Any:
-    """Runs one layer; in a whole layer attention sees all windows of an image."""
+    """Runs one method of a block; looked ahead to, a whole layer sees all windows too."""
     run = functools.partial(super()._layer, params, index, key, method)
-    # Inside a loop the index is traced; no whole layer is in one.
-    if method == 'feed' or not isinstance(index, int) or index not in self.whole:
+    if method != 'probe' or not self._is_whole(index):
       return run(tokens, *args, **kwargs)
-    result = run(self.windows.unfold(tokens), *args, **kwargs)
-    if method == 'probe':
-      return self._fold_signals(result)
-    tokens, signals = result
-    return self.windows.fold(tokens), self._fold_signals(signals)
+    return self._fold_signals(run(self.windows.unfold(tokens), *args, **kwargs))
+
+  def _is_whole(self, index: int | Array) -> bool:
+    """Whether attention sees the whole image; inside a loop the index is traced, and none does."""
+    return isinstance(index, int) and index in self.whole
 
   def _fold_signals(self, signals: Signals) -> Signals:
     """Folds the signals of whole images into those of their windows."""

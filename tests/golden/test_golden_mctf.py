@@ -9,6 +9,7 @@ import pytest
 from helpers import golden_vit
 
 from models.backbones.vit import Block
+from models.blocks import add
 from models.plan import make_plan
 from ops import tokens as tk
 from ops.reducers.vision.mctf import MCTF
@@ -169,8 +170,9 @@ def test_precise_form():
   np.testing.assert_allclose(ahead['hidden'][1], raw['r8_block1'], **CLOSE)
   block = Block(golden_vit.WIDTH, golden_vit.HEADS, 128)
   weights = {'params': jax.tree.map(lambda leaf: leaf[1], golden_vit.params()['stack']['blocks'])}
-  attended, _ = block.apply(weights, cut, needs=frozenset(), proportional=True, method='attend')
-  plain = block.apply(weights, attended, method='feed')
+  change, _ = block.apply(weights, cut, needs=frozenset(), proportional=True, method='attend')
+  attended = add(cut, change)
+  plain = add(attended, block.apply(weights, attended, method='feed_forward')[0])
   np.testing.assert_allclose(out['hidden'][1], plain.x, **CLOSE)
   assert np.abs(np.asarray(out['hidden'][1]) - raw['r8_block1']).max() > 1e-3
 

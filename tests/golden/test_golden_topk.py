@@ -10,6 +10,7 @@ import pytest
 from helpers import golden_vit
 
 from models.backbones.vit import Block
+from models.blocks import add
 from models.plan import make_plan
 from ops import tokens as tk
 from ops.budgets import annealed_keep_ratio
@@ -28,11 +29,12 @@ def run_block(method, x, keep):
   tokens = TokenSet.create(x, kind=jnp.broadcast_to(kind, x.shape[:2]), protected=1)
   block = Block(golden_vit.WIDTH, golden_vit.HEADS, 128, parent=None)
   params = {'params': jax.tree.map(lambda leaf: leaf[0], golden_vit.params()['stack']['blocks'])}
-  tokens, signals = block.apply(params, tokens, needs=method.needs, proportional=False,
+  change, signals = block.apply(params, tokens, needs=method.needs, proportional=False,
                                 method='attend')
   answer = method(tokens, signals, num_slots=keep)
-  return signals.cls_attention, answer, block.apply(params, tk.reduce(tokens, answer),
-                                                    method='feed')
+  reduced = tk.reduce(add(tokens, change), answer)
+  change, _ = block.apply(params, reduced, method='feed_forward')
+  return signals.cls_attention, answer, add(reduced, change)
 
 
 @pytest.mark.parametrize('case', ['a', 'b'])

@@ -67,8 +67,7 @@ def test_causality_follows_positions_not_slots(needs):
 
   @jax.jit
   def attend(tokens):
-    out, signals = block.apply(weights, tokens, needs=needs, proportional=False, method='attend')
-    return out.x, signals
+    return block.apply(weights, tokens, needs=needs, proportional=False, method='attend')
 
   order = jnp.asarray([0, 4, 2, 6, 1, 5, 3])  # [CLS] rows are those of slot 0.
   straight, signals = attend(tokens)
