@@ -5,18 +5,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
+
+from ml_collections import ConfigDict
 
 from models import renames
 from models.compressors import COMPRESSORS
 from models.reduction import Event, Reduction
 from ops import choices
-from ops.budgets import BUDGETS, Cut, Limits, parse_layers, part_of, per_layer, resolve
+from ops.budgets import (
+  BUDGETS,
+  Cut,
+  Limits,
+  Step,
+  parse_layers,
+  part_of,
+  per_layer,
+  resolve,
+  solve,
+  take,
+)
 from ops.reducers import REDUCERS, join
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.reducers.method import Method
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC
 from ops.tokens import KINDS
+
+Config: TypeAlias = Mapping[str, Any] | ConfigDict
 
 SITES = ('before', 'inside', 'between', 'after')
 MODES = ('gather', 'mask')
@@ -196,10 +211,11 @@ def _after(event: Event, now: int) -> int:
   return event.slots_out
 
 
-def make_events(reduction: Reduction, site: str,
-                cuts: Sequence[Cut | Event]) -> tuple[Event, ...]:
-  """Returns the events of cuts at a site, all by one method."""
-  return tuple(Event(cut.layer, site, cut.slots_in, cut.slots_out, reduction) for cut in cuts)
+def make_events(reduction: Reduction, site: str, cuts: Sequence[Cut | Event], *,
+                protected: int | None = None) -> tuple[Event, ...]:
+  """Returns the events of cuts at a site, all by one method, with so many slots left alone."""
+  return tuple(Event(cut.layer, site, cut.slots_in, cut.slots_out, reduction, protected)
+               for cut in cuts)
 
 
 def methods(host: Host | None = None) -> dict[str, type[Method]]:
@@ -246,7 +262,7 @@ def reduction_settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
   return settings if settings.get('method', 'none') != 'none' else {}
 
 
-def make_plan(config: Mapping[str, Any], host: Host, *,
+def make_plan(config: Config | Sequence[Config], host: Host, *,
               macs: Callable[[Sequence[Event]], float] | None = None) -> Plan:
   """Resolves `config.reduce.<tower>` for a host.
 
@@ -254,7 +270,9 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
     config: method, args, site, layers, watch, mode and one budget (ops/budgets.py lists the
       forms). `watch` names layers as `layers` does, or none: (); by default the method chooses.
       Where the host has several kinds of tokens, `token_kinds` names one or more ('visual',
-      'text'), all by default; `positions` is one of `POSITIONS`, by default the method's own.
+      'text'), all by default; `positions` is one of `POSITIONS`, by default the method's own. Or
+      several such, whose events happen in the order of layers and sites, those of one place in the
+      order in which they are given; one of them may have a budget in FLOPs, which counts all.
     host: the backbone's depth, tokens and signals.
     macs: the backbone's MACs under given events, for budgets in FLOPs.
 
@@ -263,6 +281,43 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
       that no cut can use, or a method that needs what the host does not offer; each names the value
       and the choices.
   """
+  configs = [config] if isinstance(config, Mapping | ConfigDict) else list(config)
+  drafts = [_draft(each, host) for each in configs]
+  flops = [draft for draft in drafts if draft.in_flops]
+  if len(flops) > 1:
+    raise ValueError(f'{" and ".join(draft.reduction.name for draft in flops)} both have a budget '
+                     'in FLOPs, which counts the whole model: give one of them another')
+  steps = {draft: draft.steps(host) for draft in drafts if not draft.in_flops}
+  events: tuple[Event, ...] = ()
+  if flops:
+    draft, = flops
+    events = solve(draft.config, host.depth, _free(host, draft.kinds),
+                   lambda own: _events({**steps, draft: own}, drafts, host), macs, events)
+  else:
+    events = _events(steps, drafts, host)
+  return _watched(events, drafts, host)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Draft:
+  """Holds one reduction before its budget is resolved."""
+
+  config: Mapping[str, Any]
+  reduction: Reduction
+  site: str
+  kinds: tuple[str, ...]
+
+  @property
+  def in_flops(self) -> bool:
+    """Whether the budget counts what the model computes."""
+    return any(self.config.get(form) is not None for form in ('flops_ratio', 'gmacs'))
+
+  def steps(self, host: Host) -> tuple[Step, ...]:
+    """What the budget asks of each layer."""
+    return solve(self.config, host.depth, _free(host, self.kinds), tuple)
+
+
+def _draft(config: Config, host: Host) -> _Draft:
   config = renames.current('reduce', config)
   for key in config:
     choices.check_key('a reduction has no key ', key, KEYS)
@@ -275,16 +330,75 @@ def make_plan(config: Mapping[str, Any], host: Host, *,
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")
   check_needs(name, method, host, site)
-  of, protected = reducible_kinds(config.get('token_kinds'), host)
-  # Modes cost what their capacities say: a mask keeps all slots only while it is trained.
-  priced = Reduction(name, method)
-  cuts = resolve(config, limits_of(method, host, protected),
-                 macs=macs and (lambda cuts: macs(make_events(priced, site, cuts))))
-  check_layers(name, method, host, cuts, site)
-  reduction = Reduction(
-      name, method, mode, watched_layers(name, method, host, cuts, site, config.get('watch')), of,
-      protected if host.counts else None, position_policy(config.get('positions'), method, host))
-  return Plan(make_events(reduction, site, cuts), (reduction,))
+  kinds = reducible_kinds(config.get('token_kinds'), host)
+  reduction = Reduction(name, method, mode, (), tuple(KINDS[kind] for kind in kinds) or None,
+                        position_policy(config.get('positions'), method, host))
+  return _Draft(config, reduction, site, kinds)
+
+
+def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
+            host: Host) -> tuple[Event, ...]:
+  """The events of all reductions, each from what the one before it left."""
+  turns = sorted(((step, draft) for draft in drafts for step in steps.get(draft, ())),
+                 key=lambda turn: (turn[0].layer, SITES.index(turn[1].site)))
+  slots, counts = host.slots, _Counts(host)
+  events: list[Event] = []
+  for step, draft in turns:
+    free = counts.of(draft)
+    limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free)
+    cut = take(step, slots, _free(host, draft.kinds), limits)
+    if cut is None:
+      continue
+    event = Event(cut.layer, draft.site, cut.slots_in, cut.slots_out, draft.reduction,
+                  slots - free if host.counts else None)
+    if event.site == 'inside' and events and (events[-1].layer, events[-1].site) == (
+        event.layer, 'inside'):
+      raise ValueError(f'{events[-1].reduction.name} and {event.reduction.name} both cut inside '
+                       f'the attention of layer {event.layer}: give one of them another site')
+    events.append(event)
+    if draft.reduction.mode == 'gather':
+      counts.left(draft, free - (cut.slots_in - cut.slots_out))
+      slots = cut.slots_out
+  return tuple(events)
+
+
+class _Counts:
+  """Keeps count of the tokens of each kind, as far as reductions let it be known."""
+
+  def __init__(self, host: Host) -> None:
+    kinds = host.counts or (('', host.slots - host.protected),)
+    self._pools: dict[tuple[str, ...], int] = {(kind,): count for kind, count in kinds}
+
+  def of(self, draft: _Draft) -> int:
+    """How many tokens a reduction may touch."""
+    kinds, count = set(draft.kinds or ('',)), 0
+    for pool, tokens in self._pools.items():
+      if kinds >= set(pool):
+        count += tokens
+      elif kinds & set(pool):
+        raise ValueError(f'{draft.reduction.name} of {" and ".join(draft.kinds)} tokens comes '
+                         f'after a reduction of {" and ".join(pool)} tokens together, which does '
+                         'not tell how many of each are left: set token_kinds of the earlier one')
+    return count
+
+  def left(self, draft: _Draft, count: int) -> None:
+    """Takes down how many a reduction has left."""
+    kinds = draft.kinds or ('',)
+    self._pools = {pool: tokens for pool, tokens in self._pools.items()
+                   if not set(pool) <= set(kinds)} | {kinds: count}
+
+
+def _watched(events: Sequence[Event], drafts: Sequence[_Draft], host: Host) -> Plan:
+  """The plan of events, with the layers that their methods watch."""
+  renewed = {}
+  for draft in drafts:
+    reduction, own = draft.reduction, [e for e in events if e.reduction is draft.reduction]
+    check_layers(reduction.name, reduction.method, host, own, draft.site)
+    watch = watched_layers(reduction.name, reduction.method, host, own, draft.site,
+                           draft.config.get('watch'))
+    renewed[id(reduction)] = dataclasses.replace(reduction, watch=watch)
+  return Plan(tuple(dataclasses.replace(event, reduction=renewed[id(event.reduction)])
+                    for event in events), tuple(renewed.values()))
 
 
 def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None = None) -> Plan:
@@ -338,31 +452,32 @@ def slots_seen(host: Host, plan: Plan | None) -> tuple[int, ...]:
   return tuple(tokens.queries for tokens in plan.profile(host.depth, host.slots))
 
 
-def reducible_kinds(of: str | Sequence[str] | None,
-                    host: Host) -> tuple[tuple[int, ...] | None, int]:
-  """Returns the kinds that a reduction may remove, and how many slots it must leave alone.
+def reducible_kinds(of: str | Sequence[str] | None, host: Host) -> tuple[str, ...]:
+  """Returns the names of the kinds that a reduction may remove; () where the host has one alone.
 
   Args:
     of: a name in `host.counts`, several, or None for all.
     host: of the reduction.
-
-  Returns:
-    Numbers of kinds (ops/tokens.py), None where the host has one kind; and the protected slots.
 
   Raises:
     ValueError: for a kind of which the host has no tokens, or any kind where it has one alone.
   """
   counts = dict(host.counts)
   if of is None:
-    return (tuple(KINDS[kind] for kind in counts) or None), host.protected
+    return tuple(counts)
   names = (of,) if isinstance(of, str) else tuple(of)
   for name in names:
     if not counts.get(name):
       present = [f'{kind} ({count})' for kind, count in counts.items() if count]
       raise ValueError(f'token_kinds={name!r} names no tokens of this host: it has '
                        f'{", ".join(present) or "one kind alone, so leave it out"}')
-  others = sum(count for kind, count in counts.items() if kind not in names)
-  return tuple(KINDS[name] for name in names), host.protected + others
+  return names
+
+
+def _free(host: Host, kinds: tuple[str, ...]) -> int:
+  """How many tokens of some kinds a host starts with."""
+  counts = dict(host.counts)
+  return sum(counts[kind] for kind in kinds) if kinds else host.slots - host.protected
 
 
 def position_policy(positions: str | None, method: Method, host: Host) -> str:
@@ -393,13 +508,17 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
     fraction: 0 removes nothing, 1 as much as `plan`.
   """
   reduction = plan.only
-  protected = host.protected if reduction.protected is None else reduction.protected
+  protected = next((event.protected for event in plan.events if event.protected is not None),
+                   host.protected)
   before = [Cut(event.layer, event.slots_in, event.slots_out) for event in plan.events]
   cuts = part_of(before, fraction, limits_of(reduction.method, host, protected))
   last = cuts[-1].layer if cuts else -1
   weaker = dataclasses.replace(
       reduction, watch=tuple(layer for layer in reduction.watch if layer <= last))
-  return Plan(make_events(weaker, plan.events[0].site, cuts) if cuts else (), (weaker,))
+  if not cuts:
+    return Plan((), (weaker,))
+  first = plan.events[0]
+  return Plan(make_events(weaker, first.site, cuts, protected=first.protected), (weaker,))
 
 
 # Signals that a method can read before the first attention has run.
@@ -431,7 +550,7 @@ def check_needs(name: str, method: Method, host: Host, site: str) -> None:
                      f"site='before' or 'after' (got {site!r})")
 
 
-def watched_layers(name: str, method: Method, host: Host, cuts: tuple[Cut, ...], site: str,
+def watched_layers(name: str, method: Method, host: Host, cuts: Sequence[Cut | Event], site: str,
                    watch: str | int | Sequence[int] | None) -> tuple[int, ...]:
   """Returns the layers that a method watches, from `config.watch` or the method's own choice.
 
@@ -460,7 +579,8 @@ def watched_layers(name: str, method: Method, host: Host, cuts: tuple[Cut, ...],
   return layers
 
 
-def check_layers(name: str, method: Method, host: Host, cuts: tuple[Cut, ...], site: str) -> None:
+def check_layers(name: str, method: Method, host: Host, cuts: Sequence[Cut | Event],
+                 site: str) -> None:
   """Raises if a cut asks for a layer before the first or after the last."""
   if site == 'before' and cuts and cuts[0].layer == 0 and method.needs - FREE_OF_ATTENTION:
     raise ValueError(f'{name} before layer 0 has no earlier layer to read '

@@ -45,7 +45,6 @@ class Reduction:
     mode: 'gather' really removes slots; 'mask' keeps them as padding (to train hard decisions).
     watch: layers that the method measures in addition to those it acts in.
     of: kinds that it may touch (ops/tokens.py), None for what the tokens say themselves.
-    protected: slots of other kinds, padding included; None with `of`.
     positions: one of `models.plan.POSITIONS`.
   """
 
@@ -54,7 +53,6 @@ class Reduction:
   mode: str = 'gather'
   watch: tuple[int, ...] = ()
   of: tuple[int, ...] | None = None
-  protected: int | None = None
   positions: str = 'keep'
 
   @property
@@ -63,10 +61,8 @@ class Reduction:
     return isinstance(self.method, nn.Module)
 
   def view(self, tokens: TokenSet) -> TokenSet:
-    """Returns the tokens with the kinds and the protected slots that the method is to see."""
-    if self.of is None:
-      return tokens
-    return tokens.replace(of=self.of, protected=self.protected)
+    """Returns the tokens with the kinds that the method may touch."""
+    return tokens if self.of is None else tokens.replace(of=self.of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +74,7 @@ class Event:
     site: where in the layer, one of `models.plan.SITES`; 'cache' on the cache of the layer.
     slots_in, slots_out: tokens before and after it, protected ones included.
     reduction: the method that decides.
+    protected: slots that it must leave alone, padding among them; None for what the tokens say.
   """
 
   layer: int
@@ -85,6 +82,12 @@ class Event:
   slots_in: int
   slots_out: int
   reduction: Reduction
+  protected: int | None = None
+
+  def view(self, tokens: TokenSet) -> TokenSet:
+    """Returns the tokens with the kinds and the protected slots that the method is to see."""
+    tokens = self.reduction.view(tokens)
+    return tokens if self.protected is None else tokens.replace(protected=self.protected)
 
   @property
   def method(self) -> Method:
@@ -177,7 +180,7 @@ def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
                              _own(rng, place), num_slots=event.slots_out)
     return apply(tokens, assignment), assignment, losses
 
-  seen = reduction.view(tokens)
+  seen = event.view(tokens)
   signals = place.signals(signals, reduction.method.needs, event.layer, event.slots_in)
   # The names let lib/cost/jaxpr.py tell the method's own products from the backbone's.
   with jax.named_scope('reduction'):
@@ -233,7 +236,7 @@ def learned_parameters(host: nn.Module, event: Event, tokens: TokenSet, signals:
   if not isinstance(method, nn.Module):
     return None
   if host.is_initializing():
-    seen = event.reduction.view(tokens)
+    seen = event.view(tokens)
     asked = place.signals(signals, method.needs, event.layer, event.slots_in)
     return cast(Params, host.param(name, lambda key: method.init(
         key, seen, asked, num_slots=event.slots_out).get('params', {})))

@@ -22,6 +22,7 @@ removing floor(n (1 - ratio))), 'floor' (DynamicViT and the Haurum benchmark: in
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,6 +67,21 @@ class Limits:
   min_slots: Callable[[int], int] = lambda slots: 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Says what a budget asks of one layer.
+
+  Attributes:
+    layer: which.
+    keep: (tokens that may be touched now, and at the start) -> how many of them stay.
+    said: the budget as a config writes it, for errors; '' where it gives way to what is possible.
+  """
+
+  layer: int
+  keep: Callable[[int, int], int]
+  said: str = ''
+
+
 def resolve(budget: Mapping[str, Any], limits: Limits, *,
             macs: Callable[[tuple[Cut, ...]], float] | None = None) -> tuple[Cut, ...]:
   """Turns a budget into cuts.
@@ -82,7 +98,26 @@ def resolve(budget: Mapping[str, Any], limits: Limits, *,
   Raises:
     ValueError: naming the value, what is possible, and what to change.
   """
-  layers = parse_layers(budget.get('layers'), limits.depth)
+  return solve(budget, limits.depth, limits.slots - limits.protected,
+               lambda steps: walk(steps, limits), macs)
+
+
+def solve(budget: Mapping[str, Any], depth: int, free: int, make: Callable[[Sequence[Step]], T],
+          macs: Callable[[T], float] | None = None, unreduced: T | None = None) -> T:
+  """Turns a budget into steps, and those into whatever `make` makes of them.
+
+  Args:
+    budget: as in `resolve`.
+    depth: number of layers.
+    free: tokens at the start that may be touched.
+    make: what steps become: cuts, or the events of a plan that has others too.
+    macs: the model's MACs under what `make` returns; needed by flops_ratio and gmacs.
+    unreduced: what stands for the unreduced model; None for what `make` makes of no steps.
+
+  Raises:
+    ValueError: as `resolve`.
+  """
+  layers = parse_layers(budget.get('layers'), depth)
   named = [name for name in BUDGETS if budget.get(name) is not None]
   if len(named) != 1:
     raise ValueError(f'a reduction needs exactly one budget, got {named or "none"}: '
@@ -92,17 +127,59 @@ def resolve(budget: Mapping[str, Any], limits: Limits, *,
   choices.check('rounding=', rounding, ROUNDING)
   choices.check('ratio_of=', base, RATIO_OF)
   if form == 'remove':
-    return _remove(constant_or_inflected(value, len(layers)), layers, limits)
+    return make(_remove(constant_or_inflected(value, len(layers)), layers))
   if form == 'keep_ratio':
-    return _keep_ratio(value, layers, limits, rounding, base)
+    return make(_keep_ratio(value, layers, rounding, base))
   if form == 'keep':
-    return _keep(value, layers, limits)
+    return make(_keep(value, layers))
   if not _is_number(value) or not 0 < value < math.inf:
     raise ValueError(f'{form}={value!r} must be a positive number')
   if macs is None:
     raise ValueError(f'{form}={value} needs a cost model to solve for: none was given')
-  target = value * macs(()) if form == 'flops_ratio' else value * 1e9
-  return _solve(target, f'{form}={value}', layers, limits, macs, rounding)
+  whole = macs(make(()) if unreduced is None else unreduced)
+  target = value * whole if form == 'flops_ratio' else value * 1e9
+  return _solve(target, f'{form}={value}', whole, layers, free, len(layers) == depth, rounding,
+                make, macs)
+
+
+def walk(steps: Sequence[Step], limits: Limits) -> tuple[Cut, ...]:
+  """Returns the cuts of one method's steps, each from where the one before it left.
+
+  Raises:
+    ValueError: a step that asks for what the method or the host cannot do.
+  """
+  cuts, slots = [], limits.slots
+  for step in steps:
+    cut = take(step, slots, limits.slots - limits.protected, limits)
+    if cut is not None:
+      cuts.append(cut)
+      slots = cut.slots_out
+  return tuple(cuts)
+
+
+def take(step: Step, slots: int, start: int, limits: Limits) -> Cut | None:
+  """Returns the cut of a step, None where nothing goes.
+
+  Args:
+    step: what a budget asks.
+    slots: there now, protected ones included.
+    start: tokens at the start that the reduction may touch.
+    limits: what host and method allow.
+
+  Raises:
+    ValueError: as `walk`.
+  """
+  free = slots - limits.protected
+  count = step.keep(free, start)
+  if not step.said:
+    slots_out = max(limits.protected + count, limits.min_slots(slots))
+    return Cut(step.layer, slots, slots_out) if slots_out < slots else None
+  if count >= free:
+    return None
+  slots_out = limits.protected + limits.extra + count
+  if slots_out >= slots:
+    return None
+  return _checked(Cut(step.layer, slots, slots_out), step.said, limits)
 
 
 def parse_layers(layers: object, depth: int) -> tuple[int, ...]:
@@ -166,53 +243,49 @@ def per_layer(value: T | Sequence[T], layers: Sequence[int], name: str) -> tuple
   return tuple(value)
 
 
-def _remove(counts: Sequence[int], layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
-  cuts, slots = [], limits.slots
-  for layer, count in zip(layers, counts, strict=True):
-    slots_out = max(slots - count, limits.min_slots(slots))
-    if slots_out < slots:
-      cuts.append(Cut(layer, slots, slots_out))
-      slots = slots_out
-  return tuple(cuts)
+def _remove(counts: Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
+  return tuple(Step(layer, functools.partial(_without, count))
+               for layer, count in zip(layers, counts, strict=True))
 
 
-def _keep_ratio(value: float | Sequence[float], layers: Sequence[int], limits: Limits,
-                rounding: str, base: str) -> tuple[Cut, ...]:
+def _without(count: int, now: int, start: int) -> int:
+  del start
+  return now - count
+
+
+def _keep_ratio(value: float | Sequence[float], layers: Sequence[int], rounding: str,
+                base: str) -> tuple[Step, ...]:
   ratio_by_layer = per_layer(value, layers, 'keep_ratio')
   for share in ratio_by_layer:
     if not _is_number(share) or not 0 < share <= 1:
       raise ValueError(f'keep_ratio={share!r} is outside (0, 1]: it is the share of tokens that '
                        'stays')
-  ratios = [Fraction(str(share)) for share in ratio_by_layer]
-  cuts, slots, start = [], limits.slots, limits.slots - limits.protected
-  for i, (layer, ratio) in enumerate(zip(layers, ratios, strict=True)):
-    unprotected = slots - limits.protected
-    if base == 'start':
-      of_start = ratio if isinstance(value, Sequence) else ratio ** (i + 1)
-      count = ROUNDING[rounding](of_start * start)
-    else:
-      count = ROUNDING[rounding](ratio * unprotected)
-    if count >= unprotected:
-      continue
-    slots_out = limits.protected + limits.extra + count
-    if slots_out < slots:
-      cuts.append(_checked(Cut(layer, slots, slots_out), f'keep_ratio={float(ratio)}', limits))
-      slots = slots_out
-  return tuple(cuts)
+  steps = []
+  for i, (layer, share) in enumerate(zip(layers, ratio_by_layer, strict=True)):
+    ratio = Fraction(str(share))
+    if base == 'start' and not isinstance(value, Sequence):
+      ratio = ratio ** (i + 1)
+    keep = functools.partial(_share, ROUNDING[rounding], ratio, base)
+    steps.append(Step(layer, keep, f'keep_ratio={float(share)}'))
+  return tuple(steps)
 
 
-def _keep(value: int | Sequence[int], layers: Sequence[int], limits: Limits) -> tuple[Cut, ...]:
-  cuts, slots = [], limits.slots
-  for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
-    unprotected = slots - limits.protected
-    if not _is_count(count) or not 0 < count <= unprotected:
-      raise ValueError(f'keep={count!r} in layer {layer} is impossible: {unprotected} tokens are '
-                       f'there to keep, so give 1 to {unprotected}')
-    slots_out = limits.protected + limits.extra + int(count)
-    if slots_out < slots:
-      cuts.append(_checked(Cut(layer, slots, slots_out), f'keep={count}', limits))
-      slots = slots_out
-  return tuple(cuts)
+def _share(rounded: Callable[[Fraction], int], ratio: Fraction, base: str, now: int,
+           start: int) -> int:
+  return rounded(ratio * (start if base == 'start' else now))
+
+
+def _keep(value: int | Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
+  return tuple(Step(layer, functools.partial(_exactly, count, layer), f'keep={count}')
+               for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True))
+
+
+def _exactly(count: int, layer: int, now: int, start: int) -> int:
+  del start
+  if not _is_count(count) or not 0 < count <= now:
+    raise ValueError(f'keep={count!r} in layer {layer} is impossible: {now} tokens are there to '
+                     f'keep, so give 1 to {now}')
+  return int(count)
 
 
 def _checked(cut: Cut, budget: str, limits: Limits) -> Cut:
@@ -224,38 +297,38 @@ def _checked(cut: Cut, budget: str, limits: Limits) -> Cut:
   return cut
 
 
-def _solve(target: float, budget: str, layers: Sequence[int], limits: Limits,
-           macs: Callable[[tuple[Cut, ...]], float], rounding: str) -> tuple[Cut, ...]:
+def _solve(target: float, budget: str, whole: float, layers: Sequence[int], free: int,
+           everywhere: bool, rounding: str, make: Callable[[Sequence[Step]], T],
+           macs: Callable[[T], float]) -> T:
   """Finds the schedule closest under the target: even removal over all layers, else one ratio."""
-  free = limits.slots - limits.protected
 
-  def spread(total: int) -> tuple[Cut, ...]:
+  def spread(total: int) -> T:
     ends = [total * (i + 1) // len(layers) for i in range(len(layers))]
     counts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    return _remove(counts, layers, limits)
+    return make(_remove(counts, layers))
 
-  def ratio(removed: int) -> tuple[Cut, ...]:
-    return _keep_ratio((1000 - removed) / 1000, layers, limits, rounding, 'current')
+  def ratio(removed: int) -> T:
+    return make(_keep_ratio((1000 - removed) / 1000, layers, rounding, 'current'))
 
-  make: Callable[[int], tuple[Cut, ...]]
+  scheduled: Callable[[int], T]
   low = 0
-  if len(layers) == limits.depth:
+  if everywhere:
     # More in all than there is: the first layers give what they can, as ToMe with a large r.
-    make, high = spread, free * len(layers)
+    scheduled, high = spread, free * len(layers)
   else:
-    make = ratio
+    scheduled = ratio
     high = max(step for step in range(1000) if _possible(ratio, step))
-  if macs(make(high)) > target:
+  if macs(scheduled(high)) > target:
     raise ValueError(f'{budget} cannot be met: cutting all that this method can cut leaves '
-                     f'{macs(make(high)) / 1e9:.3f} of {macs(()) / 1e9:.3f} GMACs; '
+                     f'{macs(scheduled(high)) / 1e9:.3f} of {whole / 1e9:.3f} GMACs; '
                      'raise the target or list earlier layers')
   while low < high:
     middle = (low + high) // 2
-    low, high = (low, middle) if macs(make(middle)) <= target else (middle + 1, high)
-  return make(low)
+    low, high = (low, middle) if macs(scheduled(middle)) <= target else (middle + 1, high)
+  return scheduled(low)
 
 
-def _possible(make: Callable[[int], tuple[Cut, ...]], step: int) -> bool:
+def _possible(make: Callable[[int], object], step: int) -> bool:
   try:
     make(step)
   except ValueError:

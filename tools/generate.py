@@ -209,7 +209,7 @@ def describe_reductions(reduced: LM | VLM) -> list[str]:
     # A plan that only listens cuts nothing.
     for event in plan.events if plan else ():
       # Padding may be among what is protected.
-      held = event.reduction.protected or 0
+      held = event.protected or 0
       where = {'projector': '', 'cache': f' in layer {event.layer}'}.get(
           component, f' {event.site} layer {event.layer}')
       left, before = event.slots_out - held, event.slots_in - held

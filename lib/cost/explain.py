@@ -184,9 +184,10 @@ def _by_reduction(plan: Plan) -> list[list[Event]]:
 
 def _events_line(events: Sequence[Event], depth: int) -> str:
   """Says what the events of one method do."""
-  fixed = events[0].reduction.protected or 0
-  return (f'; {events[0].reduction.name} ({events[0].site}) in {_layers_of(events, depth)}: '
-          f'{events[0].slots_in - fixed} to {events[-1].slots_out - fixed} tokens')
+  first, last = events[0], events[-1]
+  return (f'; {first.reduction.name} ({first.site}) in {_layers_of(events, depth)}: '
+          f'{first.slots_in - (first.protected or 0)} to {last.slots_out - (last.protected or 0)} '
+          'tokens')
 
 
 def _layers_of(events: Sequence[Event], depth: int) -> str:

@@ -162,11 +162,11 @@ def test_cuts_in_the_language_model_answer_as_hiding_the_same_tokens(method):
   visual = np.asarray(tokens.valid & (tokens.kind == VISUAL))
   assert (visual & (stays < len(plan.events))).sum(axis=1).tolist()[1:2] == [0]
   assert 0 < (visual & (stays < len(plan.events))).sum() < visual.sum()
-  told = Reduction('told', Told(), mode='mask', of=(VISUAL,), positions=plan.positions,
-                   protected=plan.only.protected + NEW)
+  told = Reduction('told', Told(), mode='mask', of=(VISUAL,), positions=plan.positions)
   cuts = [Cut(cut.layer, tokens.slots + NEW, tokens.slots + NEW - (tokens.slots - cut.slots_out))
           for cut in plan.events]
-  hiding = Plan(make_events(told, 'before', cuts), (told,))
+  hiding = Plan(make_events(told, 'before', cuts, protected=plan.events[0].protected + NEW),
+                (told,))
   told = tokens.replace(stats={'stays': jnp.asarray(stays)})
   assert whole_forward(vlm.lm.clone(plan=hiding), params['lm'], told, NEW) == found
   assert found != plain('llava')

@@ -605,10 +605,10 @@ def test_hosts_count_kinds():
   host = TINY.host(12, visual=6, special=2)
   assert host.counts == (('visual', 6), ('special', 2), ('text', 4))
   plan = make_plan({'method': 'random', 'token_kinds': 'visual', 'keep': 3, 'layers': 1}, host)
-  assert (plan.only.of, plan.only.protected) == ((VISUAL,), 6)
+  assert (plan.only.of, plan.events[0].protected) == ((VISUAL,), 6)
   assert [(cut.slots_in, cut.slots_out) for cut in plan.events] == [(12, 9)]
   plan = make_plan({'method': 'random', 'token_kinds': ('visual', 'special'), 'keep': 3,
                     'layers': 1}, host)
-  assert (plan.only.of, plan.only.protected) == ((VISUAL, SPECIAL), 4)
+  assert (plan.only.of, plan.events[0].protected) == ((VISUAL, SPECIAL), 4)
   with pytest.raises(ValueError, match='a prompt of 12 slots with'):
     TINY.host(12, visual=13)

@@ -5,7 +5,9 @@ import dataclasses
 import ml_collections
 import pytest
 
+from lib.cost import vit as vit_cost
 from models.backbones.vit import make_vit
+from models.checkpoints.lm_config import make_lm
 from models.compressors import COMPRESSORS
 from models.plan import Plan, make_plan, methods
 from models.reduction import Event, Reduction
@@ -158,3 +160,58 @@ def test_two_methods_of_one_name(monkeypatch):
   monkeypatch.setitem(COMPRESSORS, 'tome', Wanting)
   with pytest.raises(ValueError, match=r"methods named twice: \['tome'\]; rename one"):
     methods()
+
+
+LANGUAGE = make_lm('llama2_7b', depth=8, width=64, mlp=96, heads=4, kv_heads=2, head_width=16)
+
+
+def counts_of(plan):
+  return [(event.reduction.name, event.layer, event.site, event.slots_in, event.slots_out,
+           event.protected) for event in plan.events]
+
+
+def test_several_reductions_take_turns_by_layer_and_site():
+  made = make_plan([{'method': 'evit', 'keep_ratio': 0.5, 'layers': (3, 6)},
+                    {'method': 'tome', 'remove': 8, 'layers': (3, 4), 'site': 'after'}], HOST)
+  assert counts_of(made) == [
+      ('evit', 3, 'between', 197, 100, None), ('tome', 3, 'after', 100, 92, None),
+      ('tome', 4, 'after', 92, 84, None), ('evit', 6, 'between', 84, 44, None)]
+  assert made.name == 'evit+tome'
+  assert [tokens.left for tokens in made.profile(12, 197)] == [
+      197, 197, 197, 92, 84, 84, 44, 44, 44, 44, 44, 44]
+  assert [tokens.mlp for tokens in made.profile(12, 197)][2:5] == [197, 100, 92]
+  with pytest.raises(ValueError, match=r'a plan of evit\+tome has no single method'):
+    made.only  # noqa: B018
+
+
+def test_several_reductions_leave_each_others_kinds_alone():
+  host = LANGUAGE.host(40, visual=24, special=1)
+  made = make_plan([
+      {'method': 'random', 'keep_ratio': 0.5, 'layers': (2, 5), 'token_kinds': 'visual'},
+      {'method': 'stride', 'keep': 10, 'layers': 3, 'token_kinds': 'text'}], host)
+  assert counts_of(made) == [
+      ('random', 2, 'between', 40, 28, 16), ('stride', 3, 'between', 28, 23, 13),
+      ('random', 5, 'between', 23, 17, 11)]
+  both = {'method': 'random', 'keep_ratio': 0.5, 'layers': 2, 'token_kinds': ('visual', 'text')}
+  with pytest.raises(ValueError, match='stride of text tokens comes after a reduction of visual '
+                                       'and text tokens together, which does not tell how many'):
+    make_plan([both, {'method': 'stride', 'keep': 4, 'layers': 3, 'token_kinds': 'text'}], host)
+
+
+def test_one_budget_in_flops_counts_all_reductions():
+  configs = [{'method': 'topk', 'keep': 120, 'layers': 2},
+             {'method': 'tome', 'flops_ratio': 0.55, 'layers': (3, 5, 7)}]
+  vit = make_vit('S/16')
+  made = make_plan(configs, vit.host, macs=vit_cost.solver(vit))
+  whole = vit_cost.of(vit).macs
+  assert 0.545 < vit_cost.of(vit.clone(plan=made)).macs / whole <= 0.55
+  assert made.events[0].slots_out == 121
+  with pytest.raises(ValueError, match='tome and topk both have a budget in FLOPs'):
+    make_plan([configs[1], {'method': 'topk', 'gmacs': 2.0}], vit.host,
+              macs=vit_cost.solver(vit))
+
+
+def test_only_one_method_sees_a_layers_map():
+  inside = {'site': 'inside', 'layers': 2, 'remove': 4}
+  with pytest.raises(ValueError, match='tome and topk both cut inside the attention of layer 2'):
+    make_plan([{'method': 'tome', **inside}, {'method': 'topk', **inside}], HOST)
