@@ -1,0 +1,81 @@
+"""Several reductions in one tower: each sees what the ones before it left."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.backbones.vit import ViT
+from models.plan import make_plan
+from ops.assignments import take
+from ops.primitives.select import keep_top
+from ops.reducers import REDUCERS
+from ops.reducers.base import Reducer
+
+VIT = ViT(width=16, depth=4, mlp=24, heads=2, patch=4, image_size=20, channels=1, num_classes=0,
+          capture=True)
+IMAGES = jax.random.normal(jax.random.key(0), (2, 20, 20, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched(Reducer):
+  """Keeps the tokens with the largest keys, and takes down what it was shown."""
+
+  told: list = dataclasses.field(default_factory=list, hash=False, compare=False)
+  needs = frozenset({'keys', 'cls_attention'})
+
+  def __call__(self, tokens, signals, *, num_slots):
+    self.told.append((tokens, signals))
+    return keep_top(tokens, jnp.linalg.norm(signals.keys, axis=(2, 3)), num_slots=num_slots)
+
+
+def run(*configs):
+  """The tiny ViT under several reductions: its features, what it tells, and its plan."""
+  vit = VIT.clone(plan=make_plan(configs, VIT.host))
+  params = VIT.init(jax.random.key(1), IMAGES)
+  return (*vit.apply(params, IMAGES), vit.plan)
+
+
+@pytest.mark.parametrize('sites', [
+    (('between', 1), ('after', 1)), (('between', 1), ('before', 2)), (('inside', 1), ('after', 1)),
+    (('after', 1), ('before', 2)), (('between', 1), ('between', 1))])
+def test_signals_follow_the_tokens_from_event_to_event(sites, monkeypatch):
+  monkeypatch.setitem(REDUCERS, 'watched', Watched)
+  (first, one), (second, other) = sites
+  _, _, plan = run({'method': 'watched', 'site': first, 'layers': one, 'remove': 6},
+                   {'method': 'watched', 'site': second, 'layers': other, 'remove': 4})
+  (before, shown), (after, seen) = (event.method.told[0] for event in plan.events)
+  assert (before.slots, after.slots) == (26, 20)
+  # A slot of the second event is where the first one's position is.
+  index = jnp.argmax(after.pos[:, :, None] == before.pos[:, None], axis=2)
+  np.testing.assert_allclose(seen.keys, take(shown.keys, index), atol=1e-6)
+  attention = np.take_along_axis(np.asarray(shown.cls_attention),
+                                 np.asarray(index)[:, None].repeat(2, axis=1), axis=2)
+  np.testing.assert_allclose(seen.cls_attention, attention, atol=1e-6)
+
+
+def test_several_reductions_equal_one_after_the_other():
+  """The second tower starts from what the first left behind its last event."""
+  first = {'method': 'topk', 'remove': 6, 'layers': 1}
+  second = {'method': 'tome', 'remove': 5, 'layers': 2}
+  both, out, plan = run(first, second)
+  assert [tokens.left for tokens in plan.profile(4, 26)] == [26, 20, 15, 15]
+  params = VIT.init(jax.random.key(1), IMAGES)
+  begun = VIT.clone(plan=make_plan(first, VIT.host), layers=(0, 2))
+  left, _ = begun.apply(params, IMAGES)
+  host = dataclasses.replace(VIT.host, slots=20)
+  ended = VIT.clone(plan=make_plan(second, host), layers=(2, 4))
+  apart, told = ended.apply(params, left)
+  np.testing.assert_allclose(both, apart, atol=1e-5)
+  np.testing.assert_array_equal(out['tokens'].owner, told['tokens'].owner)
+
+
+def test_the_order_of_events_is_that_of_layers_and_sites():
+  one = {'method': 'topk', 'remove': 6, 'layers': 1, 'site': 'after'}
+  other = {'method': 'tome', 'remove': 5, 'layers': 1, 'site': 'between'}
+  features, _, plan = run(one, other)
+  assert [event.reduction.name for event in plan.events] == ['tome', 'topk']
+  swapped, _, _ = run(other, one)
+  np.testing.assert_array_equal(features, swapped)
