@@ -24,6 +24,7 @@ SHARED_BYTES = 4 + 1
 BIAS_BYTES = 4  # More, where slots that stand for several tokens count as many.
 START_BYTES = 4  # Where a row's answer begins, in each number of a position.
 LOGIT_BYTES = 4
+MAP_BYTES = 4  # A map that a method inside attention sees is float32.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +188,16 @@ def _both_runs(layer: Layer, first: Layer) -> Layer:
 
 def _layer(lm: LM, index: int, tokens: Tokens, cached: int, room: int, *,
            own: int = SHARED_BYTES) -> Layer:
-  attention, mlp, inner = tokens.queries, tokens.mlp, lm.heads * lm.head_width
-  macs = attention * projections(lm) + 2 * attention ** 2 * inner + 3 * mlp * lm.width * lm.mlp
+  queries, values, attended, mlp = tokens.queries, tokens.values, tokens.attended, tokens.mlp
+  inner, shared = lm.heads * lm.head_width, lm.kv_heads * lm.head_width
+  projected = inner * (queries + attended) + shared * (queries + values)
+  macs = lm.width * projected + inner * (queries ** 2 + attended * values)
+  macs += 3 * mlp * lm.width * lm.mlp
   slot, size = kv_slot_bytes(lm), jnp.dtype(lm.dtype).itemsize
   # Projections write what attention reads; both read or write the width, the MLP twice.
-  moved = attention * (2 * lm.width + 4 * inner + 4 * lm.kv_heads * lm.head_width)
-  moved += mlp * (2 * lm.width + 3 * lm.mlp)
-  return Layer(index, attention, mlp, cached, macs, cached * slot,
+  moved = lm.width * (queries + attended) + 2 * projected + mlp * (2 * lm.width + 3 * lm.mlp)
+  moved += tokens.map_seen * 2 * lm.heads * (queries ** 2 + attended * values) * MAP_BYTES // size
+  return Layer(index, queries, mlp, cached, macs, cached * slot,
                (cached + room) * (slot + own) + START_BYTES * (1 + len(lm.rope.sections)),
                layer_parameters(lm) * size, moved * size)
 

@@ -9,7 +9,7 @@ checkpoint's config.json.
 INTERFACE
   lm = make_lm('llama2_7b', dtype=jnp.bfloat16)  # models/checkpoints/lm_config.py; or from_config
   host = lm.host(slots, visual=576)              # N of the prompt, and slots of a kind in it
-  lm = lm.clone(plan=make_plan(config, host))    # models/plan.py; site before, between or after
+  lm = lm.clone(plan=make_plan(config, host))    # models/plan.py
   lm = lm.clone(cache_plan=make_cache_plan(config, host, plan=lm.plan))       # on the cache
   lm = with_plans(lm, language=config, cache=config, visual=576)(slots)  # models/reduce_config.py
   logits, out = lm.apply({'params': p}, tokens)        # all tokens that are left, training too
@@ -70,11 +70,10 @@ from ops.tokens import TEXT, TokenSet
 Array = jax.Array
 
 OFFERS = frozenset({
-    'keys', 'queries', 'values', 'plain_queries', 'received_attention', 'last_attention',
-    'window_attention', 'row_attention', 'next_received_attention', 'next_last_attention',
-    'next_row_attention', 'next_keys', 'hidden', 'hidden_in', 'attention_out', 'mlp_in', 'mlp_out',
-    'mlp_hidden', 'rope', 'layer', 'depth', 'slots'})
-SITES = ('before', 'between', 'after')
+    'attention', 'keys', 'queries', 'values', 'plain_queries', 'received_attention',
+    'last_attention', 'window_attention', 'row_attention', 'next_received_attention',
+    'next_last_attention', 'next_row_attention', 'next_keys', 'hidden', 'hidden_in',
+    'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'rope', 'layer', 'depth', 'slots'})
 
 
 def rms_norm(eps: float) -> nn.RMSNorm:
@@ -259,7 +258,7 @@ class LM(nn.Module):
       raise ValueError(f'a prompt of {slots} slots with {counts or "text alone"} is impossible: '
                        f'the kinds must fit into the slots, and those into {self.context}')
     kinds = tuple(counts.items()) + ((('text', text),) if text else ())
-    return Host(self.depth, slots, 0, OFFERS, SITES, kinds, POSITIONS)
+    return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=POSITIONS)
 
   def setup(self) -> None:
     """Makes embeddings, blocks, the last norm and the head."""

@@ -13,7 +13,7 @@ from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import lm as lm_cost
 from lib.cost import published as papers
 from models.checkpoints.lm_config import make_lm
-from models.plan import make_plan
+from models.plan import SITES, make_plan
 from ops.tokens import TEXT, VISUAL, TokenSet
 
 LLAVA = make_lm('llama2_7b', dtype=jnp.float16)
@@ -145,7 +145,7 @@ def image_and_text():
 MODELS = {
     'plain': lambda: TINY,
     'tied': lambda: TINY.clone(tied=True, kv_heads=1, window=5),
-    **{site: functools.partial(planned, site=site) for site in ('before', 'between', 'after')},
+    **{site: functools.partial(planned, site=site) for site in SITES},
     'merged': lambda: planned(method='tome'),
     'merged and cut': lambda: with_cache(planned(method='tome'), visual=VISUALS, keep=5),
     'masked': lambda: planned(mode='mask'),

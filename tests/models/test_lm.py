@@ -82,7 +82,8 @@ def test_padding_on_either_side_changes_nothing_and_rows_are_rows_alone():
 
 
 @pytest.mark.parametrize(('method', 'site', 'positions'), [
-    ('random', 'before', 'keep'), ('random', 'after', 'compact'), ('tome', 'between', 'keep')])
+    ('random', 'before', 'keep'), ('random', 'after', 'compact'), ('random', 'inside', 'keep'),
+    ('tome', 'between', 'keep')])
 def test_decoding_after_a_cut_equals_one_longer_prompt(method, site, positions):
   # Text protects itself, so a prompt that has the answer already is cut in the same places.
   tokens = image_and_text()
@@ -98,6 +99,17 @@ def test_decoding_after_a_cut_equals_one_longer_prompt(method, site, positions):
   pos = np.asarray(out['tokens'].pos)
   assert (np.diff(pos) > 0).all()
   assert pos[0, -1] == {'keep': PROMPT + ROOM - 1, 'compact': PROMPT + ROOM - 5}[positions]
+
+
+def test_picking_inside_attention_equals_picking_behind_it():
+  """The rows that stay have read the same keys; a cache holds what attention saw in both."""
+  tokens = image_and_text(jnp.asarray(VALID))
+  inside, between = (planned(site=site, method='topk', args={'by': 'received_attention'})
+                     for site in ('inside', 'between'))
+  for found, wanted in zip(prefill(inside, tokens), prefill(between, tokens), strict=True):
+    chex.assert_trees_all_close(found, wanted, atol=1e-5)
+  with pytest.raises(ValueError, match='tome joins tokens inside attention, where causal rows'):
+    prefill(planned(site='inside', method='tome'), tokens)
 
 
 def test_restarting_equals_a_prompt_of_what_is_left():
@@ -576,7 +588,7 @@ def test_plans_for_other_prompts_are_worded_errors():
 
 
 @pytest.mark.parametrize(('config', 'message'), [
-    ({'site': 'inside'}, "site 'inside' is unknown: choose one of before, between, after"),
+    ({'site': 'amid'}, "site 'amid' is unknown: choose one of before, inside, between, after"),
     ({'token_kinds': 'audio'},
      "token_kinds='audio' names no tokens of this host: it has visual .6., text .6."),
     ({'token_kinds': 'special'}, "token_kinds='special' names no tokens"),
