@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models import reduction as reductions
 from models.blocks import ACTIVATIONS, dense
 from models.plan import Plan
-from models.reduction import Place, Reduced
+from models.reduction import Place, Reduced, Reducers, reduce
 from ops import assignments
 from ops import tokens as tk
 from ops.reducers.base import Reducer
@@ -97,14 +96,16 @@ class ProjectorReduction:
   grid: tuple[int, int] | None = None
 
 
-def reduce_visual(reduction: ProjectorReduction, visual: Visual, *, host: nn.Module,
+def reduce_visual(reduction: ProjectorReduction, visual: Visual, reducers: Reducers, *,
+                  rng: Array | None = None,
                   mesh: Mesh | None = None) -> tuple[Visual, int | None, Reduced | None]:
   """Reduces visual tokens after the projector.
 
   Args:
     reduction: made for as many tokens as an image (or a pool) has.
     visual: x float[B, I, V, D]; stats 'tower_<name>' are signals of the tower.
-    host: the Flax module that is being run, which holds the parameters of a learned method.
+    reducers: holds the parameters of a learned method.
+    rng: turns its training on.
     mesh: the devices, or None.
 
   Returns:
@@ -127,9 +128,8 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, *, host: nn.Mod
                      'slots=...)')
   tokens, from_tower = _pools(visual, slots)
   signals, place = Signals().replace(**from_tower), Place(1, reduction.grid, mesh=mesh)
-  params = reductions.learned_parameters(host, event, tokens, signals, place)
-  rng = host.make_rng('dropout') if params is not None and host.has_rng('dropout') else None
-  outcome = reductions.reduce(event, tokens, signals, place, params=params, rng=rng)
+  params = reducers(event, tokens, signals, place)
+  outcome = reduce(event, tokens, signals, place, params=params, rng=rng)
   reduced = outcome.tokens
   if reduction.order == 'raster':
     position = jnp.where(reduced.real, reduced.pos, slots)

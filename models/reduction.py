@@ -247,6 +247,16 @@ def learned_parameters(host: nn.Module, event: Event, tokens: TokenSet, signals:
   return cast(Params, host.get_variable('params', name))
 
 
+class Reducers(nn.Module):
+  """Holds the parameters of learned methods for a host that makes its own in `setup`."""
+
+  @nn.compact
+  def __call__(self, event: Event, tokens: TokenSet, signals: Signals,
+               place: Place) -> Params | None:
+    """Returns the parameters of a learned method at a place, as `learned_parameters`."""
+    return learned_parameters(self, event, tokens, signals, place)
+
+
 def ask(method: Callable[..., Assignment], tokens: TokenSet, signals: Signals,
         params: Params | None = None, rng: Array | None = None, *,
         num_slots: int) -> tuple[Assignment, dict[str, Array]]:

@@ -57,7 +57,7 @@ from jax.typing import DTypeLike
 
 from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
-from models.reduction import BATCH_AXES, choose, learned_parameters
+from models.reduction import BATCH_AXES, Reducers, choose
 from models.stack import Outputs, Stack, Tap
 from ops import attention, kv_cache
 from ops.assignments import take
@@ -269,6 +269,7 @@ class LM(nn.Module):
                   self.implementation, self.mesh, slots, parent=None)
     self.stack = Stack(block, self.depth, self.plan, None, self.remat, self.mesh, self.capture,
                        causal=True, rope=self.rope)
+    self.reducers = Reducers()
     self.norm = rms_norm(self.norm_eps)
     if not self.tied:
       self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype,
@@ -381,7 +382,7 @@ class LM(nn.Module):
                          f'{layer}, which sees {tokens.slots}: make one with lm.host(slots) and '
                          'plan=lm.plan')
       with jax.named_scope('reduction'):
-        params = learned_parameters(self, event, tokens, signals, self.stack.place)
+        params = self.reducers(event, tokens, signals, self.stack.place)
         answer = choose(event, tokens, signals, self.stack.place, params=params)
         kv = kv_cache.shrink(kv, answer, positions=event.reduction.positions, rope=self.rope)
     return kv
@@ -506,7 +507,9 @@ def _starts(plan: Plan | None) -> tuple[int, ...]:
     return ()
   depth = plan.events[-1].layer + 2 if plan.events else 0
 
-  def size(layer: int) -> list[tuple[int, int]]:
-    return [(event.slots_in, event.slots_out) for event in plan.at(layer)]
+  def size(layer: int) -> list[tuple[int, ...]]:
+    # A learned method has parameters of its own in every layer.
+    return [(event.slots_in, event.slots_out, event.reduction.learned * layer)
+            for event in plan.at(layer)]
 
   return tuple(layer for layer in range(1, depth) if size(layer) != size(layer - 1))

@@ -38,6 +38,7 @@ from models.backbones.vit import ViT
 from models.blocks import dense
 from models.plan import Host
 from models.projector import FROM_TOWER, Projector, ProjectorReduction, reduce_visual
+from models.reduction import Reducers
 from models.stack import Outputs
 from ops import assignments
 from ops import tokens as tk
@@ -108,6 +109,7 @@ class VLM(nn.Module):
 
   def setup(self) -> None:
     """Makes the projector, the probe and the newline."""
+    self.reducers = Reducers()
     if self.projection:
       self.projector = Projector(self.lm.width, self.projection, self.lm.dtype)
     if self.patch_labels:
@@ -242,8 +244,9 @@ class VLM(nn.Module):
       visual = visual.replace(stats=visual.stats | {'axes': images.axes})
     slots = None
     if self.projector_reduction:
-      visual, slots, outcome = reduce_visual(self.projector_reduction, visual, host=self,
-                                             mesh=self.lm.mesh)
+      rng = self.make_rng('dropout') if self.has_rng('dropout') else None
+      visual, slots, outcome = reduce_visual(self.projector_reduction, visual, self.reducers,
+                                             rng=rng, mesh=self.lm.mesh)
       aux['projector'] = outcome and outcome.tokens
       if outcome:
         aux['losses'] = {f'{name}_projector': value for name, value in outcome.losses.items()}

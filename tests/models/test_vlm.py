@@ -140,6 +140,23 @@ def test_methods_that_join_or_read_keys_act_at_the_door(method):
   assert jnp.isfinite(logits).all()
 
 
+def test_a_learned_method_at_the_door_has_parameters_that_train():
+  vlm, params = llava()
+  reduced = with_projector_reduction(vlm, {'method': 'patchmerger', 'keep': 4}, slots=16)
+  fresh = jax.jit(reduced.init)(jax.random.key(0), IDS, VALID, squares())['params']
+  assert fresh['reducers'].keys() == {'reducer_00'}
+
+  def total(own):
+    logits, out = reduced.apply({'params': params | {'reducers': own}}, IDS, VALID, squares())
+    return jnp.sum(logits), out['sequence'].slots
+
+  slope, slots = jax.grad(total, has_aux=True)(fresh['reducers'])
+  assert slots == 5 + 2 * 4
+  assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slope)) > 0
+  with pytest.raises(ValueError, match=r'patchmerger in layer 0 needs learned parameters'):
+    run(reduced, params, squares())
+
+
 def test_a_reduction_in_the_tower_leaves_fewer_visual_tokens():
   vlm, params = llava()
   plan = make_plan({'method': 'tome', 'layers': (0, 1), 'remove': 4}, vlm.tower.host)
