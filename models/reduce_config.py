@@ -14,6 +14,8 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import flax.linen as nn
+
 from models import renames
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
@@ -102,18 +104,22 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)):
     raise ValueError('the projector has no layers and no sites: leave site and layers out of '
                      'reduce.projector')
-  plan = make_plan(settings | {'site': 'after', 'layers': (0,)}, vlm.projector_host(slots))
-  wanted = plan.method.needs & set(FROM_TOWER)
-  tower = vlm.tower
-  if wanted:
+  last, tower = vlm.tower_depth - 1, vlm.tower
+  plan = make_plan(settings | {'site': 'after', 'layers': (last,)}, vlm.projector_host(slots))
+  if isinstance(plan.method, nn.Module):
+    raise ValueError(f'{plan.name} has parameters, which only layers of a tower hold: set '
+                     'reduce.vision, or choose another method')
+  record, grid = RecordSignals(plan), vlm.projector_grid(slots)
+  if record.layers:
     if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):
-      raise ValueError(f'{plan.name} at the projector reads {", ".join(sorted(wanted))} of the '
-                       f'tower, which {tower.plan.name} reduces: reduce at one of the two places')
+      reads = ', '.join(sorted(record.watch_needs & set(FROM_TOWER)))
+      raise ValueError(f'{plan.name} at the projector reads {reads} of the tower, which '
+                       f'{tower.plan.name} reduces: reduce at one of the two places')
     # It watches alone: without cuts nothing calls it.
-    method = RecordSignals(frozenset(wanted))
-    tower = tower.clone(plan=Plan('record_signals', method, 'after', (),  # type: ignore[arg-type]
-                                  watch=(vlm.tower_depth - 1,)))
-  reduction = ProjectorReduction(plan, across, order, vlm.projector_grid(slots))
+    tower = tower.clone(plan=Plan('record_signals', record, 'after', (),  # type: ignore[arg-type]
+                                  watch=record.layers))
+  reduction = ProjectorReduction(plan, across, order, grid, tower.depth,
+                                 vlm.special if record.layers and grid else 0)
   return vlm.clone(tower=tower, projector_reduction=reduction)
 
 
