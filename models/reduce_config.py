@@ -10,6 +10,7 @@ come.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -21,7 +22,7 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.plan import Plan, make_cache_plan, make_plan, reduction_settings
+from models.plan import Plan, make_cache_plan, make_plan, reduction_settings, watched_layers
 from models.projector import ACROSS, FROM_TOWER, ORDERS, ProjectorReduction, RecordSignals
 from ops import choices
 from ops.budgets import Cut
@@ -86,8 +87,8 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
 
   Args:
     vlm: the model.
-    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers;
-      and `across` and `order` of `ProjectorReduction`.
+    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers
+      (`watch` names layers of the tower); and `across` and `order` of `ProjectorReduction`.
     slots: V, tokens of an image (of all images of a row under across='prompt').
 
   Raises:
@@ -104,11 +105,17 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)):
     raise ValueError('the projector has no layers and no sites: leave site and layers out of '
                      'reduce.projector')
-  last, tower = vlm.tower_depth - 1, vlm.tower
-  plan = make_plan(settings | {'site': 'after', 'layers': (last,)}, vlm.projector_host(slots))
+  watch, host = settings.pop('watch', None), vlm.projector_host(slots)
+  plan = make_plan(settings | {'site': 'after', 'layers': (0,)}, host)
   if isinstance(plan.method, nn.Module):
     raise ValueError(f'{plan.name} has parameters, which only layers of a tower hold: set '
                      'reduce.vision, or choose another method')
+  # Signals are those of the tower's last layer that runs: as if the cut were there.
+  tower = vlm.tower
+  cuts = tuple(dataclasses.replace(cut, layer=vlm.tower_depth - 1) for cut in plan.cuts)
+  watch = watched_layers(plan.name, plan.method, dataclasses.replace(host, depth=tower.depth), cuts,
+                         plan.site, watch)
+  plan = dataclasses.replace(plan, cuts=cuts, watch=watch)
   record, grid = RecordSignals(plan), vlm.projector_grid(slots)
   if record.layers:
     if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):

@@ -154,8 +154,8 @@ class VLM(nn.Module):
   def projector_host(self, slots: int) -> Host:
     """Returns what a plan of a reduction behind the projector needs to know of this model.
 
-    It is a host of the tower's layers, of which the last that runs is the one to cut in. Signals
-    of several crops, or of merged patches, tell of each token by itself (a mean of its parts).
+    Signals of several crops, or of merged patches, tell of each token by itself (a mean of its
+    parts), and not what tokens are to each other.
 
     Args:
       slots: V, tokens of an image, or of all images that share a pool.
@@ -163,7 +163,7 @@ class VLM(nn.Module):
     own = frozenset({'layer', 'depth', 'slots'})
     if self.projector_grid(slots):
       own |= {*FROM_TOWER, 'grid', 'one_sequence'}
-    return Host(self.tower.depth, slots, 0, (own | {*PER_TOKEN}) & self.tower.host.offers)
+    return Host(1, slots, 0, (own | {*PER_TOKEN}) & self.tower.host.offers)
 
   def each_image(self, layout: tuple[int, int, int]) -> int:
     """Returns the slots of an image behind the tower, before the projector's reduction.

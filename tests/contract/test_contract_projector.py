@@ -129,7 +129,8 @@ def check(name, tower, **args):
     np.testing.assert_array_equal(pos, wanted)
     assert 0 < len(pos) < PATCHES
     for value, other in zip(values, others, strict=True):
-      np.testing.assert_allclose(value, other, atol=1e-5)
+      # Two programs: entropies of attention, which vid_tldr weighs by, magnify their rounding.
+      np.testing.assert_allclose(value, other, atol=5e-4, rtol=5e-4)
 
 
 @pytest.mark.long
