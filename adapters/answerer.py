@@ -23,12 +23,11 @@ from lib import assistant
 from lib.assistant import Assistant
 from lib.data.pictures import row_of
 from models.backbones.vlm import Images
-from models.decoding.generator import ENDED, Generator, Score
+from models.decoding.generator import BUCKETS, ENDED, Generator, Score
 from models.decoding.sampling import Sampling
 from models.reduce_config import check_components
 
 CHUNK = 16  # Batches whose images are held at a time.
-BUCKETS = (64, 256, 512, 1024, 2048, 4096)
 # What harnesses call the most tokens to decode, the first that is there counts.
 MOST = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
 
@@ -97,7 +96,8 @@ class Answerer:
       None for those that a run was trained with.
     batch_size: B; 'auto' is 8.
     dtype: 'float32' or 'bfloat16'.
-    buckets: lengths that prompts are padded to, as '64:256:1024' or as numbers.
+    buckets: lengths that prompts are padded to (`models.decoding.generator.padded_length`), as
+      '64:256:1024' or as numbers.
     data_dir: where a run's set is, if not where the run had it.
 
   Raises:

@@ -3,12 +3,13 @@
 models/reduce_config.py resolves `config.reduce.projector`, and `reduce_visual` applies it.
 
 Axes: B batch, I images of a row, V visual tokens of an image, M visual tokens after the reduction,
-W width of the tower, D width of the language model, H heads.
+S special tokens of the tower, W width of the tower, D width of the language model, H heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -22,14 +23,17 @@ from models.reduction import Place, Reduced, Reducers, reduce
 from ops import assignments
 from ops import tokens as tk
 from ops.reducers.base import Reducer
+from ops.reducers.method import WatchingMethod
 from ops.signals import Signals
 from ops.splice import Visual
-from ops.tokens import TokenSet
+from ops.tokens import SPECIAL, TokenSet
 
 Array = jax.Array
 
-# Signals of the tower's last layer that a method behind the projector may read.
-FROM_TOWER = ('keys', 'queries', 'values', 'cls_attention', 'received_attention')
+# Signals of the tower's last layer that a method behind the projector may read. Most tell of each
+# token by itself; queries mean something only beside all keys that the layer attended to.
+PER_TOKEN = ('keys', 'values', 'cls_attention', 'received_attention')
+FROM_TOWER = (*PER_TOKEN, 'queries')
 # They travel as stats of the visual tokens, under these names.
 _PREFIX = 'tower_'
 ACROSS = ('image', 'prompt')
@@ -58,24 +62,41 @@ class Projector(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class RecordSignals(Reducer):
-  """Removes nothing: it keeps signals of a layer of the tower for the reduction at the projector.
+  """Removes nothing: it watches the tower for the reduction at the projector.
 
   Attributes:
-    wanted: names in `FROM_TOWER`.
+    plan: of that reduction: its cut names the layer whose signals are kept, its `watch` the layers
+      that its method watches.
   """
 
-  wanted: frozenset[str] = frozenset()
+  plan: Plan
+
+  @property
+  def wanted(self) -> frozenset[str]:
+    """Names of the signals that it keeps."""
+    return self.plan.only.method.needs & set(FROM_TOWER)
 
   @property
   def watch_needs(self) -> frozenset[str]:
-    """Names of the signals that it keeps."""
-    return self.wanted
+    """Names of the signals that it keeps, and that the method watches."""
+    reduction = self.plan.only
+    return self.wanted | (reduction.method.watch_needs if reduction.watch else frozenset())
+
+  @property
+  def layers(self) -> tuple[int, ...]:
+    """Layers of the tower that it watches, () where the method reads none."""
+    cuts = [event.layer for event in self.plan.events if self.wanted]
+    return tuple(sorted({*self.plan.only.watch, *cuts}))
 
   def watch(self, tokens: TokenSet, signals: Signals) -> dict[str, Array]:
-    """Returns the signals as stats, {'tower_<name>': [B, N, ...]}."""
-    del tokens
-    return {f'{_PREFIX}{name}': _swap_attention(name, getattr(signals, name))
-            for name in self.wanted}
+    """Returns the method's own stats, and in the cut's layer {'tower_<name>': [B, N, ...]}."""
+    stats: dict[str, Array] = {}
+    if self.plan.watching(signals.layer):
+      stats |= cast(WatchingMethod, self.plan.only.method).watch(tokens, signals)
+    if self.plan.at(signals.layer):
+      stats |= {f'{_PREFIX}{name}': _swap_attention(name, getattr(signals, name))
+                for name in self.wanted}
+    return stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,27 +104,33 @@ class ProjectorReduction:
   """A reduction of visual tokens between the projector and the language model.
 
   Attributes:
-    plan: with one cut, of 'layer' 0.
+    plan: with one cut, of the tower's last layer that runs, or none; its slots are visual tokens.
     across: 'image', every image for itself, or 'prompt', one pool of all images of a row.
     order: of the tokens after it: 'raster', by the position of each token's anchor, or the
       'method's own.
     grid: (rows, columns) of the tokens, None where they are no grid.
+    depth: layers of the tower.
+    special: S, special tokens of the tower that lead every pool, so that signals have their rows;
+      0 where the method reads none.
   """
 
   plan: Plan
   across: str = 'image'
   order: str = 'raster'
   grid: tuple[int, int] | None = None
+  depth: int = 1
+  special: int = 0
 
 
-def reduce_visual(reduction: ProjectorReduction, visual: Visual, reducers: Reducers, *,
-                  rng: Array | None = None,
+def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual | None,
+                  reducers: Reducers, *, rng: Array | None = None,
                   mesh: Mesh | None = None) -> tuple[Visual, int | None, Reduced | None]:
   """Reduces visual tokens after the projector.
 
   Args:
     reduction: made for as many tokens as an image (or a pool) has.
     visual: x float[B, I, V, D]; stats 'tower_<name>' are signals of the tower.
+    special: x float[B, I, S, D], special tokens of each image with the same stats; None for S = 0.
     reducers: holds the parameters of a learned method.
     rng: turns its training on.
     mesh: the devices, or None.
@@ -126,16 +153,19 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, reducers: Reduc
     raise ValueError(f'the reduction at the projector was made for {event.slots_in} visual tokens '
                      f'and gets {slots}: make it anew with with_projector_reduction(..., '
                      'slots=...)')
-  tokens, from_tower = _pools(visual, slots)
-  signals, place = Signals().replace(**from_tower), Place(1, reduction.grid, mesh=mesh)
+  tokens, from_tower = _pools(visual, special, slots)
+  lead, signals = tokens.protected, Signals().replace(**from_tower)
+  event = dataclasses.replace(event, slots_in=lead + slots, slots_out=lead + event.slots_out)
+  place = Place(reduction.depth, reduction.grid, mesh=mesh,
+                one_sequence=reduction.grid is not None)
   params = reducers(event, tokens, signals, place)
   outcome = reduce(event, tokens, signals, place, params=params, rng=rng)
   reduced = outcome.tokens
-  if reduction.order == 'raster':
-    position = jnp.where(reduced.real, reduced.pos, slots)
-    order = jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
-    reduced = tk.reduce(reduced, assignments.Gather(order, reduced.slots))
-    outcome = dataclasses.replace(outcome, tokens=reduced)
+  position = jnp.where(reduced.real, reduced.pos, slots) if reduction.order == 'raster' else 0
+  position = jnp.where(reduced.kind == SPECIAL, -1, position)
+  order = jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
+  reduced = without_special(tk.reduce(reduced, assignments.Gather(order, reduced.slots)), lead)
+  outcome = dataclasses.replace(outcome, tokens=reduced)
   shape = (batch, images // together, reduced.slots)
   x = reduced.x.reshape(*shape, -1)
   stats = {name: value.reshape(*shape, *value.shape[2:]) for name, value in reduced.stats.items()}
@@ -154,8 +184,12 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, reducers: Reduc
   return spread_visual, reduced.slots, outcome
 
 
-def _pools(visual: Visual, slots: int) -> tuple[TokenSet, dict[str, Array]]:
-  """Visual tokens, a row for every `slots` of them, with stats 'image'; and the tower's signals."""
+def _pools(visual: Visual, special: Visual | None,
+           slots: int) -> tuple[TokenSet, dict[str, Array]]:
+  """Returns a row for every `slots` visual tokens, with stats 'image', and the tower's signals.
+
+  Special tokens of an image lead its row.
+  """
 
   def rows(values: Array) -> Array:
     return values.reshape(-1, slots, *values.shape[3:])
@@ -163,15 +197,47 @@ def _pools(visual: Visual, slots: int) -> tuple[TokenSet, dict[str, Array]]:
   batch, images, each = visual.x.shape[:3]
   image = jnp.broadcast_to(jnp.arange(images, dtype=jnp.int32)[None, :, None],
                            (batch, images, each))
-  stats, signals = {'image': rows(image)}, {}
-  for name, value in visual.stats.items():
-    if name.startswith(_PREFIX):
-      signal = name.removeprefix(_PREFIX)
-      signals[signal] = _swap_attention(signal, rows(value))
-    else:
-      stats[name] = rows(value)
-  valid = None if visual.valid is None else rows(visual.valid)
-  return TokenSet.create(rows(visual.x), stats=stats, valid=valid), signals
+  tokens = TokenSet.create(
+      rows(visual.x), valid=None if visual.valid is None else rows(visual.valid),
+      stats={'image': rows(image)} | {name: rows(value) for name, value in visual.stats.items()})
+  if special is not None:
+    tokens = _behind(special, tokens)
+  from_tower = {name for name in tokens.stats if name.startswith(_PREFIX)}
+  signals = {}
+  for name in from_tower:
+    signal = name.removeprefix(_PREFIX)
+    signals[signal] = _swap_attention(signal, tokens.stats[name])
+  stats = {name: value for name, value in tokens.stats.items() if name not in from_tower}
+  return tokens.replace(stats=stats), signals
+
+
+def _behind(special: Visual, tokens: TokenSet) -> TokenSet:
+  """Puts tokens [B * I, V] behind special ones [B, I, S], which have the tower's stats alone."""
+  lead = special.x.shape[2]
+
+  def join(first: Array, values: Array) -> Array:
+    first = first.reshape(-1, lead, *first.shape[3:])
+    return jnp.concatenate([first.astype(values.dtype), values], axis=1)
+
+  def fill(value: int | bool, values: Array) -> Array:
+    return jnp.pad(values, ((0, 0), (lead, 0), *[(0, 0)] * (values.ndim - 2)),
+                   constant_values=value)
+
+  stats = {name: join(special.stats[name], value) if name in special.stats else fill(-1, value)
+           for name, value in tokens.stats.items()}
+  return TokenSet.create(
+      join(special.x, tokens.x), pos=fill(-1, tokens.pos), kind=fill(SPECIAL, tokens.kind),
+      valid=None if tokens.valid is None else fill(True, tokens.valid), stats=stats, protected=lead)
+
+
+def without_special(tokens: TokenSet, special: int) -> TokenSet:
+  """Returns tokens [B, N] without the first `special`: neither as slots nor as original tokens."""
+  if not special:
+    return tokens
+  index = jnp.broadcast_to(jnp.arange(special, tokens.slots, dtype=jnp.int32),
+                           (len(tokens.x), tokens.slots - special))
+  patches = tk.reduce(tokens, assignments.Gather(index, tokens.slots))
+  return patches.replace(owner=patches.owner[:, special:], protected=0)
 
 
 def _swap_attention(name: str, value: Array) -> Array:

@@ -10,6 +10,7 @@ come.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -19,7 +20,14 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.plan import Plan, make_cache_plan, make_plan, reduction_settings
+from models.plan import (
+  Plan,
+  make_cache_plan,
+  make_events,
+  make_plan,
+  reduction_settings,
+  watched_layers,
+)
 from models.projector import ACROSS, FROM_TOWER, ORDERS, ProjectorReduction, RecordSignals
 from models.reduction import Event, Reduction
 from ops import choices
@@ -84,8 +92,8 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
 
   Args:
     vlm: the model.
-    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers;
-      and `across` and `order` of `ProjectorReduction`.
+    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers
+      (`watch` names layers of the tower); and `across` and `order` of `ProjectorReduction`.
     slots: V, tokens of an image (of all images of a row under across='prompt').
 
   Raises:
@@ -105,18 +113,26 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   if settings.get('mode', 'gather') != 'gather':
     raise ValueError(f'mode={settings["mode"]!r} keeps all slots, which nothing behind the '
                      "projector hides: leave mode out of reduce.projector")
-  plan = make_plan(settings | {'site': 'after', 'layers': (0,)}, vlm.projector_host(slots))
-  wanted = plan.only.method.needs & set(FROM_TOWER)
-  tower = vlm.tower
-  if wanted:
+  watch, host = settings.pop('watch', None), vlm.projector_host(slots)
+  made = make_plan(settings | {'site': 'after', 'layers': (0,)}, host)
+  # Signals are those of the tower's last layer that runs: as if the cut were there.
+  tower, chosen = vlm.tower, made.only
+  cuts = tuple(dataclasses.replace(event, layer=vlm.tower_depth - 1) for event in made.events)
+  watched = watched_layers(chosen.name, chosen.method,
+                           dataclasses.replace(host, depth=tower.depth), cuts, 'after', watch)
+  chosen = dataclasses.replace(chosen, watch=watched)
+  plan = Plan(make_events(chosen, 'after', cuts), (chosen,))
+  record, grid = RecordSignals(plan), vlm.projector_grid(slots)
+  if record.layers:
     if tower.plan is not None and not isinstance(tower.plan.only.method, RecordSignals):
-      raise ValueError(f'{plan.name} at the projector reads {", ".join(sorted(wanted))} of the '
-                       f'tower, which {tower.plan.name} reduces: reduce at one of the two places')
-    # It watches alone: without cuts nothing calls it.
-    recorder = Reduction('record_signals', RecordSignals(frozenset(wanted)),  # type: ignore[arg-type]
-                         watch=(vlm.tower_depth - 1,))
+      reads = ', '.join(sorted(record.watch_needs & set(FROM_TOWER)))
+      raise ValueError(f'{plan.name} at the projector reads {reads} of the tower, which '
+                       f'{tower.plan.name} reduces: reduce at one of the two places')
+    # It watches alone: without events nothing calls it.
+    recorder = Reduction('record_signals', record, watch=record.layers)  # type: ignore[arg-type]
     tower = tower.clone(plan=Plan((), (recorder,)))
-  reduction = ProjectorReduction(plan, across, order, vlm.projector_grid(slots))
+  reduction = ProjectorReduction(plan, across, order, grid, tower.depth,
+                                 vlm.special if record.layers and grid else 0)
   return vlm.clone(tower=tower, projector_reduction=reduction)
 
 

@@ -63,6 +63,9 @@ class Signals(struct.PyTreeNode):
     depth: number of layers. Static.
     slots: tokens that the schedule has here, before the cut (in training a soft method may hold
       more); None where there is no schedule. Static.
+    one_sequence: whether the tokens are those of one sequence of the tower's, special ones
+      included: attention over them is that of the layer, and [CLS] is the first special one. False
+      for visual tokens of several crops, each of which was measured beside others alone. Static.
   """
 
   keys: Array = _signal('BNHd')
@@ -90,6 +93,7 @@ class Signals(struct.PyTreeNode):
   layer: int = _static(0)
   depth: int = _static(1)
   slots: int | None = _static(None)
+  one_sequence: bool = _static(True)
 
   def map_slots(self, change: Callable[[Array, int], Array]) -> Signals:
     """Returns the signals with every measured one changed along its slots; whole maps are let go.

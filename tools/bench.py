@@ -31,11 +31,10 @@ from lib.runtime import cli, timing
 from models.backbones.vit import make_vit
 from models.compressors import COMPRESSORS
 from models.plan import methods
-from models.stack import STATIC
 from ops import assignments, attention, choices
 from ops import tokens as tk
 from ops.primitives import select
-from ops.signals import Signals
+from ops.signals import STATIC, Signals
 
 ONLY = flags.DEFINE_multi_enum('only', ['primitives', 'reducers'], ['primitives', 'reducers'],
                                'What to time.')

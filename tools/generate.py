@@ -41,6 +41,7 @@ from lib.report import overlay, provenance
 from lib.runtime import cli
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
+from models.decoding.generator import BUCKETS as LENGTHS
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
 from models.reduce_config import COMPONENTS
@@ -58,7 +59,7 @@ TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the likeliest toke
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Only among so many of the likeliest; 0 for all.')
 TOP_P = flags.DEFINE_float('top_p', 1.0, 'Only among the likeliest that reach this together.')
 SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
-BUCKETS = flags.DEFINE_list('buckets', ['16', '64', '256', '1024', '4096'],
+BUCKETS = flags.DEFINE_list('buckets', [str(size) for size in (16, 32, *LENGTHS)],
                             'Lengths that a prompt is padded to.')
 DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.")
 DATA_DIR = flags.DEFINE_string('data_dir', '', "Where a run's set is, if not where the run had it.")

@@ -73,7 +73,8 @@ OFFERS = frozenset({
     'attention', 'keys', 'queries', 'values', 'plain_queries', 'received_attention',
     'last_attention', 'window_attention', 'row_attention', 'next_received_attention',
     'next_last_attention', 'next_row_attention', 'next_keys', 'hidden', 'hidden_in',
-    'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'rope', 'layer', 'depth', 'slots'})
+    'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'rope', 'layer', 'depth', 'slots',
+    'one_sequence'})
 
 
 def rms_norm(eps: float) -> nn.RMSNorm:

@@ -17,10 +17,9 @@ import numpy as np
 from flax import struct
 
 from models import plan
-from models.stack import STATIC
 from ops import assignments
 from ops import tokens as tk
-from ops.signals import Signals
+from ops.signals import STATIC, Signals
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 
 BATCH, GRID, WIDTH, HEADS, HEAD = 3, (4, 5), 16, 2, 8

@@ -144,7 +144,7 @@ def test_a_learned_method_at_the_door_has_parameters_that_train():
   vlm, params = llava()
   reduced = with_projector_reduction(vlm, {'method': 'patchmerger', 'keep': 4}, slots=16)
   fresh = jax.jit(reduced.init)(jax.random.key(0), IDS, VALID, squares())['params']
-  assert fresh['reducers'].keys() == {'reducer_00'}
+  assert fresh['reducers'].keys() == {'reducer_01'}
 
   def total(own):
     logits, out = reduced.apply({'params': params | {'reducers': own}}, IDS, VALID, squares())
@@ -153,7 +153,7 @@ def test_a_learned_method_at_the_door_has_parameters_that_train():
   slope, slots = jax.grad(total, has_aux=True)(fresh['reducers'])
   assert slots == 5 + 2 * 4
   assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slope)) > 0
-  with pytest.raises(ValueError, match=r'patchmerger in layer 0 needs learned parameters'):
+  with pytest.raises(ValueError, match=r'patchmerger in layer 1 needs learned parameters'):
     run(reduced, params, squares())
 
 
