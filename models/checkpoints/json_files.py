@@ -73,17 +73,32 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Returns the object that a JSON file holds.
 
   Raises:
-    ValueError: as `read_text`; no JSON, nested too deeply, or no object.
+    ValueError: as `read_text`; no JSON, nested too deeply, NaN or a key given twice, or no object.
     OSError: as `read_text`.
   """
+  text = read_text(path)
   try:
-    content = json.loads(read_text(path))
-  except (json.JSONDecodeError, RecursionError) as error:
+    content = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is no valid JSON ({error}): fetch it again') from error
   if not isinstance(content, dict):
     raise ValueError(f'{path} holds {shown(content)}, and an object with keys is expected: fetch '
                      'it again')
   return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns the pairs of an object as a dict, where no key is given twice."""
+  content: dict[str, Any] = {}
+  for key, value in pairs:
+    if key in content:
+      raise ValueError(f'the key {shown(key)} is given twice')
+    content[key] = value
+  return content
+
+
+def _refuse(constant: str) -> None:
+  raise ValueError(f'{constant} is no number of JSON')
 
 
 def read_json_if_there(path: pathlib.Path) -> dict[str, Any]:
