@@ -176,6 +176,7 @@ def _serve(memory: int) -> None:
   # Where the system has no such limit (macOS), that of time holds.
   with contextlib.suppress(ValueError):
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+  _compiled('')  # What is imported here takes no template's time.
   for line in sys.stdin.buffer:
     request = json.loads(line)
     # The signal ends the process, whatever it is doing.

@@ -58,10 +58,10 @@ def read_text(path: pathlib.Path) -> str:
     raise ValueError(f'{path} is no regular file, but a folder, a pipe or a link that leads '
                      'nowhere: put the file itself there')
   with path.open('rb') as file:
-    content = file.read(MOST_BYTES + 1)
-  if len(content) > MOST_BYTES:
-    raise ValueError(f'{path} has more than {MOST_BYTES >> 20} MB, which no such file has: fetch '
-                     'it again')
+    if os.fstat(file.fileno()).st_size > MOST_BYTES:
+      raise ValueError(f'{path} has more than {MOST_BYTES >> 20} MB, which no such file has: fetch '
+                       'it again')
+    content = file.read()
   try:
     return content.decode('utf-8-sig')
   except UnicodeDecodeError as error:
