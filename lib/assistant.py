@@ -316,6 +316,6 @@ def _ends(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
                        (own, config.get('text_config') or {})):
     with naming(name):
       ends = value_of(source, 'eos_token_id', ENDS)
-    if ends is not None:
+    if ends not in (None, []):
       return tuple(ends) if isinstance(ends, list) else (ends,)
   return ()

@@ -33,6 +33,8 @@ LLAVAS = ('llava', 'llava_next', 'llava_onevision')
 QWENS = ('qwen2_vl', 'qwen2_5_vl')
 # The background of padding where a config names no mean.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+# Keys of the areas of an image in pixels, and what newer releases call them inside `size`.
+AREAS = {'min_pixels': 'shortest_edge', 'max_pixels': 'longest_edge'}
 PATCH, AREA = whole(1, 256), whole(1, 1 << 24)
 POINTS = Form('a list of pairs of sides in pixels, height and width',
               lambda value: isinstance(value, list | tuple) and all(
@@ -319,6 +321,10 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
 def _patches(steps: Mapping[str, Any], config: Mapping[str, Any], grid: Size) -> Patches:
   """Makes the processor of a Qwen tower."""
   size = value_of(steps, 'size', OBJECT) or {}
+  for key in size:
+    choices.check_key('size has no key ', key, (*AREAS, *AREAS.values()))
+  if value_of(steps, 'do_resize', FLAG, True) is False:
+    raise ValueError('do_resize=False is unknown here: sides are made multiples of patches')
   pixel_steps = preprocess.from_config({**steps, 'do_resize': False})
   tower, sides = config.get('vision_config') or {}, []
   for key, its_key, default in (('patch_size', 'patch_size', 14),
@@ -328,9 +334,9 @@ def _patches(steps: Mapping[str, Any], config: Mapping[str, Any], grid: Size) ->
     if tower.get(its_key, sides[-1]) != sides[-1]:
       raise ValueError(f'{key}={sides[-1]} differs from vision_config.{its_key}='
                        f'{shown(tower[its_key])} in config.json: correct one of them')
-  areas = [value_of(steps, key, AREA) or value_of(size, edge, AREA) or default
-           for key, edge, default in (('min_pixels', 'shortest_edge', 56 * 56),
-                                      ('max_pixels', 'longest_edge', 28 * 28 * 1280))]
+  areas = [value_of(steps, key, AREA) or value_of(size, key, AREA) or value_of(size, edge, AREA)
+           or default for (key, edge), default in zip(
+               AREAS.items(), (56 * 56, 28 * 28 * 1280), strict=True)]
   if areas[0] > areas[1]:
     raise ValueError(f'images have at least {areas[0]} and at most {areas[1]} pixels (min_pixels, '
                      'max_pixels, size): that is impossible, correct one of them')

@@ -18,7 +18,6 @@ from lib.data.image_files import rgb
 from models.checkpoints.json_files import (
     FLAG,
     OBJECT,
-    POSITIVE,
     Form,
     is_number,
     naming,
@@ -39,10 +38,12 @@ SIDE = whole(1, 16384)
 SIDES = Form(f'{SIDE.words}, or an object of such',
              lambda value: all(side is None or SIDE.fits(side) for side in
                                (value.values() if isinstance(value, Mapping) else [value])))
-COLOUR = Form('a list of three numbers',
+# Pixels are numbers of 0 to 1, or where nothing rescales them of 0 to 255.
+FACTOR = Form('a number above 0, at most 1', lambda value: is_number(value) and 0 < value <= 1)
+COLOUR = Form('a list of three numbers from 0 to 255',
               lambda value: isinstance(value, list | tuple) and len(value) == 3
-              and all(map(is_number, value)))
-SPREAD = Form('a list of three numbers above 0',
+              and all(is_number(each) and 0 <= each <= 255 for each in value))
+SPREAD = Form('a list of three numbers above 0, at most 255',
               lambda value: COLOUR.fits(value) and min(value) > 0)
 
 
@@ -146,7 +147,7 @@ def from_config(config: Mapping[str, Any]) -> Preprocess:
   if value_of(config, 'do_center_crop', FLAG, False):
     crop = _square(needed(config, 'crop_size', SIDES))
   if value_of(config, 'do_rescale', FLAG, True):
-    rescale = value_of(config, 'rescale_factor', POSITIVE) or 1 / 255
+    rescale = value_of(config, 'rescale_factor', FACTOR) or 1 / 255
   if value_of(config, 'do_normalize', FLAG, True):
     mean = tuple(needed(config, 'image_mean', COLOUR))
     std = tuple(needed(config, 'image_std', SPREAD))

@@ -44,7 +44,6 @@ def is_number(value: Any) -> bool:
 FLAG = Form('true or false', lambda value: type(value) is bool)
 TEXT = Form('a text', lambda value: type(value) is str)
 OBJECT = Form('an object with keys', lambda value: isinstance(value, Mapping))
-POSITIVE = Form('a number above 0', lambda value: is_number(value) and value > 0)
 
 
 def read_text(path: pathlib.Path) -> str:

@@ -206,12 +206,15 @@ THREE = 'it must be a list of three numbers'
     ({'crop_size': {'height': 16}}, 'width is missing: it must be a whole number'),
     ({'crop_size': {'height': 0, 'width': 16}}, 'is impossible'),
     ({'rescale_factor': 0}, 'rescale_factor=0 is impossible: it must be a number above 0'),
+    ({'rescale_factor': 255}, 'rescale_factor=255 is impossible'),
     ({'rescale_factor': '1/255'}, "rescale_factor='1/255' is impossible"),
     ({'image_mean': 'missing'}, f'image_mean is missing: {THREE}'),
     ({'image_mean': [0.5]}, f'image_mean=[0.5] is impossible: {THREE}'),
     ({'image_mean': 0.5}, 'image_mean=0.5 is impossible'),
     ({'image_mean': [0.5, 0.5, NAN]}, 'nan] is impossible'),
     ({'image_mean': [0.5, '0.5', 0.5]}, 'is impossible'),
+    ({'image_mean': [0.5, 0.5, 1e9]}, 'is impossible'),
+    ({'image_mean': [0.5, 0.5, -0.5]}, 'is impossible'),
     ({'image_std': [0.5, 0.5, 0]}, 'three numbers above 0'),
     ({'image_std': [0.5, 0.5, INFINITY]}, 'inf] is impossible'),
     ({'resample': 9}, 'resample=9 is unknown: choose one of 0 (NEAREST)'),
@@ -246,12 +249,17 @@ def test_steps_of_another_form(changes, message, tmp_path):
     ({'max_pixels': 10 ** 12}, 'max_pixels=1000000000000 is impossible'),
     ({'size': {'shortest_edge': 'a'}}, "shortest_edge='a' is impossible"),
     ({'size': 16}, 'size=16 is impossible: it must be an object with keys'),
+    ({'size': {'shortest': 256}}, "size has no key 'shortest' (did you mean 'shortest_edge'?)"),
+    ({'do_resize': False}, 'do_resize=False is unknown here'),
+    ({'do_resize': 'no'}, "do_resize='no' is impossible"),
     ({'min_pixels': 1700}, 'images have at least 1700 and at most 1600 pixels')],
     ids=lambda value: str(value)[:40])
 def test_steps_of_patches_of_another_form(changes, message):
   config = {'model_type': 'qwen2_vl',
             'vision_config': {'patch_size': 4, 'temporal_patch_size': 2, 'spatial_merge_size': 2}}
-  assert anyres.from_config(step('qwen2_vl'), config)
+  made = anyres.from_config(step('qwen2_vl'), config)
+  assert made == anyres.from_config(
+      step('qwen2_vl', size={'min_pixels': 256, 'max_pixels': 1600}), config)
   assert message in said(anyres.from_config, step('qwen2_vl', **changes), config)
 
 
