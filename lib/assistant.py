@@ -25,7 +25,7 @@ from lib.data import anyres
 from lib.data.anyres import Patches, Square
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.preprocess import Preprocess
-from lib.data.tokenizers import Chat, HubTokenizer, WordTokenizer, has_template
+from lib.data.tokenizers import BY_HAND, Chat, HubTokenizer, WordTokenizer, has_template
 from lib.tasks.trained import TrainedModel, load_run
 from models import checkpoints
 from models.backbones.lm import LM
@@ -142,8 +142,7 @@ class Assistant:
       whole = self.chat([{'role': 'user', 'content': content}])
       if all(piece.strip() in whole for piece in pieces):
         return self.encode(whole)
-    raise ValueError('the chat template leaves out what is asked: write the whole prompt by hand '
-                     '(template=False)')
+    raise ValueError(f'the chat template leaves out what is asked: {BY_HAND}')
 
   def _around_images(self, text: str, images: int) -> list[str]:
     """Returns what stands before, between and after the images."""

@@ -152,7 +152,7 @@ def read_question(model: Assistant) -> tuple[Assistant, Question]:
 
 def bucket_sizes(sizes: Sequence[str]) -> list[int]:
   """Reads the lengths that prompts are padded to."""
-  if not all(size.isdecimal() for size in sizes):
+  if not all(size.isdecimal() and int(size) for size in sizes):
     raise ValueError(f'--buckets={",".join(sizes)} are no lengths: give whole numbers, as 64,256')
   return [int(size) for size in sizes]
 

@@ -67,16 +67,13 @@ class _Child:
       self._end(self._process)
 
   def _end(self, process: subprocess.Popen[bytes]) -> None:
-    # Its status is its own if it died of the template: that is waited for.
+    # One that died of its template keeps its own status.
+    process.kill()
+    process.wait()
     for pipe in (process.stdin, process.stdout):
       if pipe is not None:
         with contextlib.suppress(BrokenPipeError):
           pipe.close()
-    try:
-      process.wait(timeout=2 * SECONDS)
-    except subprocess.TimeoutExpired:
-      process.kill()
-      process.wait()
     self._process = None
 
 
@@ -176,6 +173,8 @@ def _serve(memory: int) -> None:
   # Where the system has no such limit (macOS), that of time holds.
   with contextlib.suppress(ValueError):
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+  # Who interrupts means the parent, which asks for the next text all the same.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   _compiled('')  # What is imported here takes no template's time.
   for line in sys.stdin.buffer:
     request = json.loads(line)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
   import tokenizers
 
 FILES = ('chat_template.jinja', 'chat_template.json', 'tokenizer_config.json')
+BY_HAND = 'write the whole prompt by hand (template=False, or --notemplate)'
 CANONICAL = ('none', 'lower', 'words')
 # Stands before each character of a special token's text that is meant as text; a private character.
 ESCAPE = '\U0010fffd'
@@ -96,8 +97,9 @@ class Chat:
     try:
       return templates.render(self.source, variables)
     except ValueError as error:
-      raise ValueError(f'the chat template in {self._folder} {error}; correct it, or write the '
-                       'whole prompt by hand (template=False)') from error
+      other = 'take it away' if variables is None else BY_HAND
+      raise ValueError(f'the chat template in {self._folder} {error}; correct it, or '
+                       f'{other}') from error
 
 
 class HubTokenizer:
@@ -368,8 +370,8 @@ def _ids(tokenizer: tokenizers.Tokenizer, text: str, name: Any, *, special: bool
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise ValueError(f'the text has half a character, {text[error.start]!r} at {error.start}: '
-                     'give whole ones, in UTF-8') from error
+    raise ValueError(f'the text has half a character, {text[error.start]!r}: give whole ones, in '
+                     'UTF-8') from error
   with _worded(f'{name} cannot read this text', 'fetch the file again, or change the text'):
     return tokenizer.encode(text, add_special_tokens=special).ids
 

@@ -1,6 +1,7 @@
 """Chat templates of strangers: what they may not do, and that they end."""
 
 import json
+import signal
 
 import pytest
 from helpers.errors import said
@@ -56,7 +57,9 @@ def test_templates_that_fail_reach_out_or_do_not_end(source, tmp_path, monkeypat
   text = said(lambda: chat(tmp_path, source)(USER))
   assert text.startswith(f'the chat template in {tmp_path} ')
   assert FAULTS[source] in text
-  assert text.endswith('write the whole prompt by hand (template=False)')
+  assert text.endswith((
+      '; correct it, or take it away',
+      '; correct it, or write the whole prompt by hand (template=False, or --notemplate)'))
 
 
 def test_the_next_template_is_rendered_after_one_that_was_ended(tmp_path, monkeypatch):
@@ -68,6 +71,16 @@ def test_the_next_template_is_rendered_after_one_that_was_ended(tmp_path, monkey
   before = good(USER)
   assert 'does not end' in said(endless, USER)
   assert good(USER) == before == 'a cat'
+
+
+def test_who_interrupts_gets_the_next_text_all_the_same(tmp_path):
+  made = chat(tmp_path, '{{ messages[0].content }}')
+  process = templates._child._process
+  process.send_signal(signal.SIGINT)
+  assert made(USER) == 'a cat'
+  process.kill()
+  assert 'ended the process that renders it (status -9)' in said(made, USER)
+  assert made(USER) == 'a cat'
 
 
 def test_what_the_child_says_is_what_was_asked(tmp_path):

@@ -180,7 +180,7 @@ def test_prompts_that_are_none(tmp_path):
     asked(prompt_file=str(tmp_path / 'none'))
 
 
-@pytest.mark.parametrize('sizes', [['a'], ['-1'], ['64', ''], ['1.5'], ['1e3']], ids=str)
+@pytest.mark.parametrize('sizes', [['a'], ['-1'], ['0'], ['64', ''], ['1.5'], ['1e3']], ids=str)
 def test_buckets_that_are_no_lengths(sizes):
   assert said(generate.bucket_sizes, sizes).startswith(f'--buckets={",".join(sizes)} are no')
 
