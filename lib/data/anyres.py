@@ -323,8 +323,7 @@ def _patches(steps: Mapping[str, Any], config: Mapping[str, Any], grid: Size) ->
   size = value_of(steps, 'size', OBJECT) or {}
   for key in size:
     choices.check_key('size has no key ', key, (*AREAS, *AREAS.values()))
-  if value_of(steps, 'do_resize', FLAG, True) is False:
-    raise ValueError('do_resize=False is unknown here: sides are made multiples of patches')
+  value_of(steps, 'do_resize', FLAG)  # Whatever it says, sides are made multiples of patches.
   pixel_steps = preprocess.from_config({**steps, 'do_resize': False})
   tower, sides = config.get('vision_config') or {}, []
   for key, its_key, default in (('patch_size', 'patch_size', 14),
