@@ -103,6 +103,8 @@ class Checkpoints:
     if damaged and restored is None:
       raise ValueError(f'all checkpoints in {self._folder} are damaged and stay as they are: '
                        f'{"; ".join(map(str, damaged.values()))}; take another workdir')
+    if jax.process_count() > 1:
+      self._check_shared()
     if restored:
       for step, reason in damaged.items():
         self._set_aside(step, reason, restored[0])
@@ -150,12 +152,29 @@ class Checkpoints:
       self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
     return self._manager
 
+  def _check_shared(self) -> None:
+    """Raises where the folder is not one and the same: orbax would wait in vain for its files."""
+    mark = self._folder / processes.gather(f'.shared-{time.time_ns()}')[0]
+    if jax.process_index() == 0:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      mark.touch()
+    processes.gather('touched')
+    seen = processes.gather(mark.exists())
+    if jax.process_index() == 0:
+      mark.unlink()
+    if not all(seen):
+      raise ValueError(self._unshared(f'process {seen.index(False)} does not see what process 0 '
+                                      'writes'))
+
+  def _unshared(self, reason: str) -> str:
+    return (f'{self._folder} is not the same for all processes ({reason}): give them one '
+            '--workdir, in storage that they share')
+
   def _steps(self) -> list[int]:
     names = [path.name for path in self._folder.iterdir()] if self._folder.exists() else []
     seen = processes.gather(sorted(int(name) for name in names if name.isdecimal()))
     if any(other != seen[0] for other in seen):
-      raise ValueError(f'processes see different checkpoints in {self._folder}, by index {seen}: '
-                       'give all of them one --workdir, in storage that they share')
+      raise ValueError(self._unshared(f'they see the steps {seen}'))
     return seen[0]
 
   def _score(self, step: int) -> float | None:
