@@ -10,6 +10,7 @@ import asyncio
 import functools
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -28,6 +29,7 @@ from models.checkpoints import merge_params
 from models.checkpoints.layout import flatten, nest
 
 PACKED = 'model.safetensors'
+OLD = '.old'
 T = TypeVar('T')
 
 
@@ -74,7 +76,10 @@ class Checkpoints:
     """Saves in the background; `data` is the iterator's state, JSON-like."""
     items = {name: ocp.args.StandardSave(parts[name]) for name in self._parts}
     items['data'] = ocp.args.JsonSave(data)
-    self._open().save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+    manager = self._open()
+    manager.wait_until_finished()
+    self._remove_old()
+    manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
   def restore(self, template: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]] | None:
     """Restores the newest checkpoint that is not damaged: (step, parts, data), None without any.
@@ -134,23 +139,33 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for writes in the background, then closes."""
     if self._manager:
-      self._manager.wait_until_finished()
       self._manager.close()
+      self._remove_old()
 
   def _open(self) -> ocp.CheckpointManager:
-    """Makes the manager that writes, once; it removes what a kill left half-written."""
+    """Makes the manager that writes, once; what a kill left half-written or -removed goes."""
     if self._manager is None:
+      self._remove_old()
+
       def score(metrics: Mapping[str, float]) -> float:
         return metrics[self._metric]
 
       best = BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
       options = ocp.CheckpointManagerOptions(
           preservation_policy=AnyPreservationPolicy([LatestN(2), best]), best_fn=score,
-          temporary_path_class=_Sealed, cleanup_tmp_directories=True)
+          temporary_path_class=_Sealed, cleanup_tmp_directories=True, todelete_subdir=OLD)
       handlers = {name: ocp.StandardCheckpointHandler() for name in self._parts}
       handlers['data'] = ocp.JsonCheckpointHandler()
       self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
     return self._manager
+
+  def _remove_old(self) -> None:
+    """Removes the checkpoints that are no longer kept, which orbax has renamed.
+
+    Were they removed under their names, a kill could leave half of one there.
+    """
+    if jax.process_index() == 0:
+      shutil.rmtree(self._folder / OLD, ignore_errors=True)
 
   def _check_shared(self) -> None:
     """Raises where the folder is not one and the same: orbax would wait in vain for its files."""
@@ -179,13 +194,17 @@ class Checkpoints:
 
   def _score(self, step: int) -> float | None:
     self._check(step, ['metrics'])
-    try:
-      text = (self._folder / str(step) / 'metrics' / 'metrics').read_text()
-      return float(json.loads(text)[self._metric])
-    except FileNotFoundError:
+    file = self._folder / str(step) / 'metrics' / 'metrics'
+    if not file.exists():
       return None
-    except (ValueError, KeyError, TypeError) as fault:
-      raise checksums.Damaged(f'the score of {self._folder / str(step)} is damaged') from fault
+    try:
+      scores = {name: float(score) for name, score in json.loads(file.read_text()).items()}
+    except (ValueError, AttributeError, TypeError) as fault:
+      raise checksums.Damaged(f'{file} cannot be decoded ({_first_line(fault)})') from fault
+    if self._metric not in scores:
+      raise ValueError(f'{self._folder} is of another task, whose score is {", ".join(scores)} and '
+                       f'not {self._metric}: use the config that wrote it, or another workdir')
+    return scores[self._metric]
 
   def _read(self, step: int, template: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     listed = self._check(step)

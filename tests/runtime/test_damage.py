@@ -130,6 +130,13 @@ def test_a_damaged_score_does_not_choose_the_best(workdir):
   assert checkpoint.best(workdir, shapes(TREE), metric='accuracy')[0] == 3
 
 
+def test_scores_of_another_task_are_no_damage(workdir):
+  before = hashes(workdir)
+  assert 'whose score is accuracy and not mean_iou' in said(
+      checkpoint.best, workdir, shapes(TREE), metric='mean_iou')
+  assert hashes(workdir) == before
+
+
 def test_the_best_is_read_alone(workdir):
   (workdir / 'checkpoints' / '1' / 'state' / '_METADATA').unlink()
   step, params = checkpoint.best(workdir, shapes(TREE), metric='accuracy')
@@ -226,6 +233,20 @@ def test_a_checkpoint_has_its_name_only_with_its_checksums(workdir, monkeypatch)
   checkpoints.close()
   assert checksums.check(folder / '4')
   assert sorted(path.name for path in folder.iterdir()) == ['1', '3', '4']
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(workdir, monkeypatch):
+  """A kill while an old one is removed leaves no part of it among the others."""
+  folder, removed = workdir / 'checkpoints', []
+  monkeypatch.setitem(SCORES, 4, 0.8)
+  with monkeypatch.context() as patched:
+    patched.setattr(shutil, 'rmtree', lambda path, **_: removed.append(path))
+    save(folder, 4, tree(4))
+  old, = {path for path in removed if path.exists()}
+  assert checksums.check(old / '2')
+  assert sorted(path.name for path in folder.iterdir() if path != old) == ['1', '3', '4']
+  assert restore(folder)[0] == 4
+  assert not old.exists()
 
 
 def test_checkpoints_without_checksums_are_read_with_a_word(workdir, caplog):
