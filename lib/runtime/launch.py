@@ -26,9 +26,9 @@ COORDINATOR = flags.DEFINE_string(
     'coordinator', None, "host:port of process 0 for several processes; 'auto' on a pod or Slurm.")
 PROCESSES = flags.DEFINE_integer('processes', None, 'Processes in all, with --coordinator.')
 PROCESS = flags.DEFINE_integer('process', None, "This process's index, with --coordinator.")
-PEER_TIMEOUT = flags.DEFINE_float(
-    'peer_timeout', 60.0, 'Seconds after which one of several processes that does not come, or is '
-    'silent, ends all of them.', lower_bound=1.0, upper_bound=86400.0)
+PEER_TIMEOUT = flags.DEFINE_integer(
+    'peer_timeout', 60, 'Seconds after which one of several processes that does not come, or is '
+    'silent, ends all of them.', lower_bound=1, upper_bound=86400)
 CACHE = flags.DEFINE_string(
     'compile_cache', str(pathlib.Path.home() / '.cache' / 'winnow' / 'xla'),
     'Where compiled programs are kept between runs; empty for nowhere.')
@@ -48,8 +48,12 @@ def start() -> Iterator[bool]:
   together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
   address, count, index = COORDINATOR.value, PROCESSES.value, PROCESS.value
   if address == 'auto':
-    jax.distributed.initialize(initialization_timeout=int(PEER_TIMEOUT.value),
-                               heartbeat_timeout_seconds=int(PEER_TIMEOUT.value))
+    try:
+      jax.distributed.initialize(initialization_timeout=PEER_TIMEOUT.value,
+                                 heartbeat_timeout_seconds=PEER_TIMEOUT.value)
+    except ValueError as fault:
+      raise ValueError(f'--coordinator=auto finds no TPU pod and no Slurm here ({fault}): give '
+                       'host:port of process 0, --processes and --process') from fault
   elif address and count is not None and index is not None:
     about = {'config': json.loads(CONFIG.value.to_json_best_effort()),
              'workdir': os.path.abspath(WORKDIR.value or '')}

@@ -86,8 +86,8 @@ def meet(address: str, count: int, index: int, *, about: Mapping[str, Any],
   """
   host, _, port = address.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise ValueError(f'--coordinator={address} is no address: give host:port of process 0, as in '
-                     "10.0.0.1:1234, the port below 65536, or 'auto'")
+    raise ValueError(f'--coordinator={address} is no address: give host:port of process 0, the '
+                     'port below 65536, as in 10.0.0.1:1234')
   if not 0 <= index < count:
     raise ValueError(f'--process={index} of --processes={count} cannot be: processes are counted '
                      'from 0, and there is at least one')
