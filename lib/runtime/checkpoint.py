@@ -276,8 +276,7 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
     best_step = checkpoints.best()
     return None if best_step is None else (best_step, checkpoints.read(best_step, 'ema', template))
   except checksums.Damaged as fault:
-    raise ValueError(f'{fault}; move that checkpoint away to use another: train.py does so before '
-                     'it goes on from an older one') from fault
+    raise ValueError(f'{fault}; move that checkpoint away to use another') from fault
 
 
 def pack(params: Any, step: int, folder: str | pathlib.Path) -> pathlib.Path:

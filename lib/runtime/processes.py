@@ -149,7 +149,7 @@ class _Peers:
       if isinstance(error, cli.USER_ERRORS) and '--debug' not in sys.argv:
         with contextlib.suppress(SystemExit):
           cli.stop(error)
-      else:
+      elif isinstance(error, Exception):
         traceback.print_exception(error)
       text = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
       self._end(f'process {self._index} of {self._count} failed: {text}')
