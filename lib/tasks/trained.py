@@ -54,14 +54,16 @@ def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
     mesh: where parameters go; None for the first device.
 
   Raises:
-    ValueError, FileNotFoundError: no run there, one that learned something else, no checkpoint, or
-      its set is not there.
+    ValueError, FileNotFoundError: no run there, one that learned something else, no checkpoint, a
+      damaged one, or its set is not there.
   """
   folder = pathlib.Path(workdir)
   if not (folder / 'config.json').exists():
     raise FileNotFoundError(f'there is no run in {folder}, which lacks config.json: train one, '
                             'with python -m train --config=configs/digit_scenes.py '
                             f'--workdir={folder}')
+  if (folder / checkpoint.PACKED).exists():
+    checkpoint.check_packed(folder, ['config.json', INFO])
   config = ml_collections.ConfigDict(read_json(folder / 'config.json'))
   if 'lm' not in (config.get('model') or {}):
     raise ValueError(f'the run in {folder} was not trained to answer questions: give one of '
