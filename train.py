@@ -25,6 +25,7 @@ from lib.runtime import checkpoint, cli, launch, metrics, sharding
 from lib.runtime.meter import Meter
 from lib.tasks import anneal, registry
 from lib.tasks.base import Task, sum_counts
+from lib.tasks.settings import TRAINING, check_config
 from models import checkpoints as weights
 
 
@@ -106,9 +107,9 @@ def run(config, workdir, *, first):
     first: whether this process is the one that writes logs.
   """
   # Devices, task, model, data; nothing is compiled and nothing written before all of it fits.
+  check_config(config, *TRAINING)
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
-  check_steps(config)
   setup = make_setup(config, mesh)
   task = setup.task
   iterator = task.train_iterator(
@@ -273,15 +274,6 @@ def check_batch(config, mesh):
   if batch % (devices * pieces):
     raise ValueError(f'data.batch_size={batch} cannot be divided over {devices} devices in '
                      f'{pieces} microbatches: make it a multiple of {devices * pieces}')
-
-
-def check_steps(config):
-  """Raises if the learning rate would never decay."""
-  warmup = config.optimizer.warmup_steps
-  if config.total_steps <= warmup:
-    raise ValueError(f'total_steps={config.total_steps} must be more than '
-                     f'optimizer.warmup_steps={warmup}, in which the learning rate only rises: '
-                     'raise it, or lower optimizer.warmup_steps')
 
 
 def check_finite(measured, step, config, workdir):

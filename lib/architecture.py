@@ -25,6 +25,7 @@ from lib.cost.vlm import Layout
 from lib.data import anyres, qa
 from lib.data.pictures import row_of
 from lib.tasks import qa as qa_task
+from lib.tasks.settings import check_config
 from models.backbones.clip import Clip, make_clip
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
@@ -152,6 +153,7 @@ def of_config(config: Mapping[str, Any]) -> Source:
   if not settings or not (settings.get('variant') or settings.get('lm')):
     raise ValueError("the config says no model: it needs config.model = dict(variant='S/16', ...), "
                      'or config.model.lm')
+  check_config(config, 'model')
   reduce = config.get('reduce') or {}
   components = COMPONENTS if settings.get('lm') else ('vision',)
   for component, reduction in reduce.items():

@@ -38,6 +38,7 @@ from lib.tasks import image_sweep, qa_sweep
 from lib.tasks import qa as qa_task
 from lib.tasks.base import sum_counts
 from lib.tasks.image_metrics import metric_of
+from lib.tasks.settings import EVALUATION, check_config
 from lib.tasks.trained import TrainedModel, load_run
 from models import build
 from models.backbones.lm import LM
@@ -92,6 +93,7 @@ def load(source: str | pathlib.Path, *, variant: str = '', dtype: str = 'float32
 
 
 def _image_run(path: pathlib.Path, config: ml_collections.ConfigDict, data_dir: str) -> ImageModel:
+  check_config(config, *EVALUATION)
   if data_dir:
     config.data.data_dir = data_dir
   step, params = image_sweep.load(config, path, _one_device())

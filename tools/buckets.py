@@ -29,6 +29,7 @@ from lib.report import tables
 from lib.report.rows import append_jsonl
 from lib.runtime import cli, launch, sharding, timing
 from lib.tasks import image_sweep
+from lib.tasks.settings import EVALUATION, check_config
 from models.build import build
 from models.decoding.buckets import Buckets
 from models.storage import fastest_storage, to_storage
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
   """Counts, times, and prints a table."""
   del argv
   config = launch.CONFIG.value
+  check_config(config, *EVALUATION)
   mesh = sharding.make_mesh(config.mesh)
   step, params = image_sweep.load(config, pathlib.Path(launch.WORKDIR.value), mesh)
   vit = build(config.model, config.reduce.vision, task=config.get('task'))

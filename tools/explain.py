@@ -51,9 +51,7 @@ TRACE = flags.DEFINE_bool('trace', True, "Whether to count the method's own prod
 
 def main(argv: Sequence[str]) -> None:
   """Prints the explanation of --config or --model."""
-  if len(argv) > 1:
-    raise ValueError(f'{argv[1]!r} is not understood: everything is set with --config, --model, '
-                     '--reduce and the lengths')
+  del argv
   config = flags.FLAGS.config
   if (config is None) == (MODEL.value is None):
     raise ValueError('one of --config and --model says what to explain: give '

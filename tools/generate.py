@@ -91,8 +91,7 @@ class Question:
 
 def main(argv: Sequence[str]) -> None:
   """Loads, answers, and prints what it took."""
-  if len(argv) > 1:
-    raise ValueError(f'{argv[1]!r} is not understood: put quotes around the prompt')
+  del argv
   model = assistant.load(MODEL.value, dtype=DTYPE.value, data_dir=DATA_DIR.value)
   model, question = read_question(model) if EXAMPLE.value is None else (model, example(model))
   reduce, images = chosen(model, REDUCE.value), model.encode_images([question.images])

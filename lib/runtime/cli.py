@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from models import renames
 
 # What the libraries underneath and our own checks raise for wrong settings, files and values.
-USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, OverflowError, MemoryError, flags.Error)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -29,10 +29,25 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
+  # Else flags behind a stray word are left unread, and missed.
+  flags.FLAGS.set_gnu_getopt(True)
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    _check_line(rest[1:])
   except (AttributeError, KeyError, TypeError, *USER_ERRORS) as error:
     stop(error)
+  return rest
+
+
+def _check_line(words: Sequence[str]) -> None:
+  """Raises flags.Error for words that are no flag, and for flags that are given twice."""
+  if words:
+    raise flags.Error(f'{words[0]!r} is not understood: everything is set with flags, as '
+                      '--name=value; put quotes around a value with spaces')
+  for name in flags.FLAGS:
+    flag = flags.FLAGS[name]
+    if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
+      raise flags.Error(f'--{name} is given {flag.present} times: leave one')
 
 
 def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
@@ -44,6 +59,8 @@ def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None
 
 def stop(error: Exception) -> NoReturn:
   """Prints a user's mistake in one line, and exits with status 2."""
-  text = ' '.join(str(error).strip('\'"').replace('\\n', ' ').split())
+  # A KeyError shows its message as Python would write it.
+  message = error.args[0] if isinstance(error, KeyError) and error.args else error
+  text = ' '.join(str(message).split())
   print(f'error: {text} (--debug shows where)', file=sys.stderr)
   sys.exit(2)

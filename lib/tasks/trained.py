@@ -16,6 +16,7 @@ from lib.data import qa as qa_data
 from lib.data.qa import Info
 from lib.runtime import checkpoint, sharding
 from lib.tasks import qa as qa_task
+from lib.tasks.settings import check_config
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM
 
@@ -64,6 +65,7 @@ def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
   if 'lm' not in (config.get('model') or {}):
     raise ValueError(f'the run in {folder} was not trained to answer questions: give one of '
                      'configs/digit_scenes.py or configs/stdlib_needle.py')
+  check_config(config, 'model', 'data', 'reduce', 'sharding')
   if data_dir:
     config.data.data_dir = data_dir
   info = read_info(folder) or qa_data.info(config.data)

@@ -12,7 +12,7 @@ cells, P numbers of a patch, D width, O width of the language model, H heads, d 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -23,12 +23,21 @@ from jax.typing import DTypeLike
 
 from models.backbones.vit import OFFERS, Block
 from models.backbones.windows import Windows, WindowStack
-from models.blocks import ACTIVATIONS, dense, layer_norm
+from models.blocks import ACTIVATIONS, check_heads, dense, layer_norm
 from models.plan import Host, Plan
 from models.stack import Outputs, Stack
-from ops import choices
 from ops import tokens as tk
 from ops.tokens import TokenSet
+from ops.values import (
+    Count,
+    CountOrZero,
+    Depth,
+    NotNegative,
+    OneOf,
+    Pixels,
+    Width,
+    check_fields,
+)
 
 Array = jax.Array
 
@@ -98,27 +107,32 @@ class QwenVision(nn.Module):
     norm_eps, dtype, implementation, plan, mesh, remat, capture: as in ViT.
   """
 
-  width: int
-  depth: int
-  mlp: int
-  heads: int
-  projection: int
-  grid: tuple[int, int]
-  patch: int = 14
-  temporal: int = 2
-  channels: int = 3
-  merge: int = 2
-  norm: str = 'layer'
-  activation: str = 'quick_gelu'
-  window: int = 0
-  whole_layers: tuple[int, ...] = ()
-  norm_eps: float = 1e-6
+  width: Width
+  depth: Depth
+  mlp: Width
+  heads: Count
+  projection: Width
+  grid: tuple[Count, Count]
+  patch: Pixels = 14
+  temporal: Count = 2
+  channels: Count = 3
+  merge: Count = 2
+  norm: Annotated[str, OneOf(NORMS)] = 'layer'
+  activation: Annotated[str, OneOf(ACTIVATIONS)] = 'quick_gelu'
+  window: CountOrZero = 0
+  whole_layers: tuple[CountOrZero, ...] = ()
+  norm_eps: NotNegative = 1e-6
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
   remat: str = 'none'
   capture: bool = False
+
+  def __post_init__(self) -> None:
+    check_fields(self)
+    check_heads(self.width, self.heads)
+    super().__post_init__()
 
   @property
   def numbers(self) -> int:
@@ -216,4 +230,3 @@ class QwenVision(nn.Module):
     if any(side % unit for side in self.grid) or unit % self.merge:
       raise ValueError(f'grid={self.grid} must be a multiple of {unit} each way (windows of '
                        f'{self.window} patches, cells of {self.merge})')
-    choices.check('norm=', self.norm, NORMS)

@@ -8,6 +8,8 @@ Axes: B batch, T tokens of a text, N slots, D width.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,21 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.backbones.vit import OFFERS, Block
-from models.blocks import ACTIVATIONS, layer_norm
+from models.blocks import ACTIVATIONS, check_heads, layer_norm
 from models.plan import Host, Plan
 from models.stack import Outputs, Stack
-from ops import choices
 from ops.assignments import take
 from ops.tokens import SPECIAL, TEXT, TokenSet
+from ops.values import (
+    Count,
+    Depth,
+    NotNegative,
+    OneOf,
+    Rate,
+    Width,
+    WidthOrZero,
+    check_fields,
+)
 
 Array = jax.Array
 
@@ -42,25 +53,30 @@ class Text(nn.Module):
     activation, norm_eps, dtype, implementation, plan, mesh, remat, capture: as in ViT.
   """
 
-  width: int
-  depth: int
-  mlp: int
-  heads: int
-  vocabulary: int
-  context: int
+  width: Width
+  depth: Depth
+  mlp: Width
+  heads: Count
+  vocabulary: Count
+  context: Count
   causal: bool
-  pool: str
-  projection: int = 0
+  pool: Annotated[str, OneOf(POOLS)]
+  projection: WidthOrZero = 0
   projection_bias: bool = False
-  activation: str = 'gelu'
-  dropout: float = 0.0
-  norm_eps: float = 1e-6
+  activation: Annotated[str, OneOf(ACTIVATIONS)] = 'gelu'
+  dropout: Rate = 0.0
+  norm_eps: NotNegative = 1e-6
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
   remat: str = 'none'
   capture: bool = False
+
+  def __post_init__(self) -> None:
+    check_fields(self)
+    check_heads(self.width, self.heads)
+    super().__post_init__()
 
   @property
   def special(self) -> int:
@@ -112,8 +128,6 @@ class Text(nn.Module):
       raise ValueError(f'token ids of shape {ids.shape} and dtype {ids.dtype} do not fit: expected '
                        f'integers [batch, {self.context}]; shorten the text, or pad it '
                        '(lib/data/tokenizers.py)')
-    for name, allowed in (('pool', POOLS), ('activation', ACTIVATIONS)):
-      choices.check(f'{name}=', getattr(self, name), allowed)
 
   def _pooled(self, ids: Array) -> Array:
     """int32[B]: which token stands for its text."""

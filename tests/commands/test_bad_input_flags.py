@@ -168,8 +168,8 @@ def test_training_that_is_shorter_than_its_warm_up(tmp_path):
   config = digits.get_config()
   config.total_steps = 30
   assert said(train.run, config, tmp_path / 'run', first=True) == (
-      'total_steps=30 must be more than optimizer.warmup_steps=60, in which the learning rate only '
-      'rises: raise it, or lower optimizer.warmup_steps')
+      'config.total_steps=30 must be more than optimizer.warmup_steps=60, in which the learning '
+      'rate only rises: raise it, or lower optimizer.warmup_steps')
   assert not (tmp_path / 'run').exists()
 
 
