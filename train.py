@@ -21,11 +21,11 @@ import optax
 from absl import flags, logging
 from flax import struct
 
-from lib.runtime import checkpoint, cli, launch, metrics, sharding
+from lib.runtime import checkpoint, cli, launch, memory, metrics, sharding
 from lib.runtime.meter import Meter
 from lib.tasks import anneal, registry
 from lib.tasks.base import Task, sum_counts
-from lib.tasks.settings import TRAINING, check_config
+from lib.tasks.settings import TRAINING, check_config, check_sources
 from models import checkpoints as weights
 
 
@@ -85,6 +85,7 @@ def make_setup(config, mesh):
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   shapes = jax.eval_shape(init, jax.random.key(0))
+  memory.check_state(shapes, mesh)
   shardings = sharding.make_shardings(shapes, config.sharding, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   train_steps = {
@@ -108,6 +109,7 @@ def run(config, workdir, *, first):
   """
   # Devices, task, model, data; nothing is compiled and nothing written before all of it fits.
   check_config(config, *TRAINING)
+  check_sources(config)
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
   setup = make_setup(config, mesh)

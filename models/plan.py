@@ -113,6 +113,7 @@ def make_method(name: str, args: Mapping[str, Any],
   """
   registry = methods() if registry is None else registry
   choices.check('method ', name, sorted(registry))
+  values.check('args', args, Mapping[str, Any])
   kinds = values.keys_of(registry[name]).kinds
   for key, value in args.items():
     if key not in kinds:
@@ -205,7 +206,7 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   for layer, value in zip(layers, amounts, strict=True):
     limits = Limits(host.depth, counts[layer], 0, method.extra_slots,
                     functools.partial(method.min_slots, protected=0))
-    if budgets[0] == 'keep':
+    if budgets[0] == 'keep' and isinstance(value, int):
       value = min(value, counts[layer])  # A capacity: a shorter prompt keeps all that it has.
     budget = {budgets[0]: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
     cuts += resolve(budget, limits)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import reprlib
 import sys
 import types
@@ -99,18 +100,31 @@ class OneOf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Length:
-  """Says how many entries a tuple has at least."""
-
-  low: int
+class NotEmpty:
+  """Refuses a tuple or a text without anything in it."""
 
   def check(self, name: str, value: Any) -> None:
-    """Raises a ValueError for a shorter one, with its name."""
-    if len(value) < self.low:
-      raise ValueError(f'{name}={value!r} must have {self.low} or more')
+    """Raises a ValueError, with its name, where there is nothing."""
+    if not value:
+      raise ValueError(f'{name}={value!r} is empty: give at least one')
 
   def __str__(self) -> str:
-    return f'{self.low} or more'
+    return 'that is not empty'
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+  """Says that a text is a regular expression."""
+
+  def check(self, name: str, value: str) -> None:
+    """Raises a ValueError, with its name, for a text that is none."""
+    try:
+      re.compile(value)
+    except re.error as error:
+      raise ValueError(f'{name}={value!r} is no regular expression: {error}') from error
+
+  def __str__(self) -> str:
+    return 'that is a regular expression'
 
 
 # Counts end up in arrays of int32.
@@ -119,8 +133,10 @@ CountOrZero = Annotated[int, Range(0, INT32_MAX)]
 # Sizes of a model: what no memory could hold fails in words, not by being allocated.
 Width = Annotated[int, Range(1, 2 ** 17)]
 WidthOrZero = Annotated[int, Range(0, 2 ** 17)]
-Depth = Annotated[int, Range(1, 10_000, unit='layers')]
+Depth = Annotated[int, Range(1, 1000, unit='layers')]
 Pixels = Annotated[int, Range(1, 2 ** 14, unit='pixels')]
+# Of a loop inside a method, which an endless one would never leave.
+Iterations = Annotated[int, Range(0, 1000)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(0)]
 # A probability of dropping, or a decay: at 1 nothing would be left, or learned.
@@ -238,12 +254,12 @@ def describe(kind: Any) -> str:
   if origin is Annotated:
     return ' '.join([describe(args[0]), *map(str, args[1:])])
   if origin in (Union, types.UnionType):
-    return ' or '.join(describe(each) for each in args if each is not type(None))
+    return ' or '.join(describe(each) for each in args if each not in (type(None), jax.Array))
   if origin is tuple:
     if args[-1] is Ellipsis:
       return f'a tuple, each {describe(args[0])}'
     same = len(set(map(describe, args))) == 1
-    return (f'{len(args)} of {describe(args[0])}' if same else
+    return (f'a tuple of {len(args)}, each {describe(args[0])}' if same else
             f'({", ".join(map(describe, args))})')
   return _WORDS.get(kind, getattr(kind, '__name__', str(kind)))
 

@@ -10,7 +10,7 @@ import ml_collections
 
 from lib.data import augment
 from lib.data.augment import FILTERS
-from ops.values import Count, OneOf, Pixels, Positive, Range, check_keys
+from ops.values import Count, NotEmpty, OneOf, Pixels, Positive, Range, check_keys
 
 # Modes of Pillow, by number of channels.
 MODES = {1: 'L', 3: 'RGB'}
@@ -31,7 +31,7 @@ class Settings:
     threads, prefetch_batches: background threads, and batches they may run ahead.
   """
 
-  name: str
+  name: Annotated[str, NotEmpty()]
   batch_size: Count
   train_split: str
   test_split: str

@@ -7,12 +7,14 @@ read: budgets in ops/budgets.py, a batch and its devices in train.py.
 
 # TypedDicts find optional keys by their annotations, which must not be strings.
 
+import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from ml_collections import ConfigDict
 
 from lib.data.settings import ImageSettings, QASettings
+from lib.runtime import checkpoint, sharding
 from lib.tasks.base import task_name
 from models import renames
 from models.backbones.lm import LM
@@ -28,9 +30,10 @@ from ops.values import (
     Count,
     CountOrZero,
     Keys,
-    Length,
+    NotEmpty,
     NotNegative,
     OneOf,
+    Pattern,
     Positive,
     Range,
     Rate,
@@ -43,7 +46,9 @@ from ops.values import (
 Weight = NotNegative
 Method = Annotated[str, OneOf(['none', *methods()])]
 Component = Annotated[str, OneOf(COMPONENTS)]
-Layers = Annotated[tuple[CountOrZero, ...], Length(1)]
+# A pattern of parameters, and the axes that divide their last dimensions.
+Rule = tuple[Annotated[str, Pattern()], tuple[Annotated[str, OneOf(sharding.AXES)] | None, ...]]
+Layers = Annotated[tuple[CountOrZero, ...], NotEmpty()]
 
 
 class Optimizer(TypedDict):
@@ -117,7 +122,7 @@ class ImageSweepSettings(Sweep):
 
   methods: tuple[Method, ...]
   budget: Annotated[str, OneOf(BUDGETS)]
-  budgets: Annotated[tuple[Positive, ...], Length(1)]
+  budgets: Annotated[tuple[Positive, ...], NotEmpty()]
   layers: Layers
   overrides: Mapping[Method, Mapping[str, Any]]
   pictured: tuple[Method, ...]
@@ -138,7 +143,7 @@ class QASweepSettings(Sweep):
 
   sets: tuple[tuple[str, Count], ...]
   candidates: tuple[Mapping[str, Any], ...]
-  budgets: Annotated[tuple[Annotated[float, Range(high=1, above=0)], ...], Length(1)]
+  budgets: Annotated[tuple[Annotated[float, Range(high=1, above=0)], ...], NotEmpty()]
 
 
 class Budget(TypedDict):
@@ -146,7 +151,7 @@ class Budget(TypedDict):
 
   budget: str
   layers: Layers
-  keep: Annotated[tuple[Count, ...], Length(1)]
+  keep: Annotated[tuple[Count, ...], NotEmpty()]
 
 
 class Tune(TypedDict):
@@ -177,7 +182,7 @@ class Study(TypedDict):
 
   title: str
   results: str
-  seeds: Annotated[tuple[Seed, ...], Length(1)]
+  seeds: Annotated[tuple[Seed, ...], NotEmpty()]
   eval_batch_size: Count
   methods: tuple[Method, ...]
   baselines: tuple[str, ...]
@@ -206,8 +211,8 @@ class Expected(TypedDict, total=False):
 _KEYS: dict[str, Any] = {
     'seed': Seed, 'total_steps': Count, 'log_steps': Count, 'eval_steps': Count,
     'checkpoint_steps': Count, 'start': str, 'mesh': MeshSizes,
-    'sharding': tuple[tuple[str, tuple[str | None, ...]], ...], 'study': Study,
-    'expected': Expected, 'needs': Mapping[str, str]}
+    'sharding': tuple[Rule, ...], 'study': Study, 'expected': Expected,
+    'needs': Mapping[str, str]}
 _IMAGE = _KEYS | {
     'data': keys_of(ImageSettings), 'model': IMAGE_MODEL, 'optimizer': ImageOptimizer,
     'anneal': Anneal, 'sweep': ImageSweepSettings,
@@ -229,7 +234,7 @@ TABLES: dict[str, dict[str, Any]] = {
         'sweep': QASweepSettings, 'reduce': Mapping[Component, Mapping[str, Any] | None],
         'task': Keys({'name': str})},
 }
-# What a command reads.
+# What commands read.
 EVALUATION = ('seed', 'data', 'model', 'reduce', 'mesh', 'sharding')
 TRAINING = (*EVALUATION, 'total_steps', 'log_steps', 'eval_steps', 'checkpoint_steps', 'optimizer')
 
@@ -258,3 +263,17 @@ def check_config(config: ConfigDict | Mapping[str, Any], *needed: str) -> None:
     raise ValueError(f'config.total_steps={total} must be more than '
                      f'optimizer.warmup_steps={warmup}, in which the learning rate only rises: '
                      'raise it, or lower optimizer.warmup_steps')
+
+
+def check_sources(config: ConfigDict) -> None:
+  """Raises a FileNotFoundError if a run that a training takes parameters from is not there.
+
+  Args:
+    config: of a training, as `check_config` lets it pass.
+  """
+  teacher = config.optimizer.get('distill', {}).get('teacher')
+  for key, workdir in (('start', config.get('start')), ('optimizer.distill.teacher', teacher)):
+    folder = pathlib.Path(workdir or '.')
+    if workdir and not ((folder / 'checkpoints').is_dir() or (folder / checkpoint.PACKED).exists()):
+      raise FileNotFoundError(f'{key}={workdir} has no checkpoint: name the workdir of a run that '
+                              'has one')

@@ -27,17 +27,9 @@ from models.blocks import ACTIVATIONS, check_heads, dense, layer_norm
 from models.plan import Host, Plan
 from models.stack import Outputs, Stack
 from ops import tokens as tk
+from ops import values
+from ops.budgets import parse_layers
 from ops.tokens import TokenSet
-from ops.values import (
-    Count,
-    CountOrZero,
-    Depth,
-    NotNegative,
-    OneOf,
-    Pixels,
-    Width,
-    check_fields,
-)
 
 Array = jax.Array
 
@@ -107,21 +99,21 @@ class QwenVision(nn.Module):
     norm_eps, dtype, implementation, plan, mesh, remat, capture: as in ViT.
   """
 
-  width: Width
-  depth: Depth
-  mlp: Width
-  heads: Count
-  projection: Width
-  grid: tuple[Count, Count]
-  patch: Pixels = 14
-  temporal: Count = 2
-  channels: Count = 3
-  merge: Count = 2
-  norm: Annotated[str, OneOf(NORMS)] = 'layer'
-  activation: Annotated[str, OneOf(ACTIVATIONS)] = 'quick_gelu'
-  window: CountOrZero = 0
-  whole_layers: tuple[CountOrZero, ...] = ()
-  norm_eps: NotNegative = 1e-6
+  width: values.Width
+  depth: values.Depth
+  mlp: values.Width
+  heads: values.Count
+  projection: values.Width
+  grid: tuple[values.Count, values.Count]
+  patch: values.Pixels = 14
+  temporal: values.Count = 2
+  channels: values.Count = 3
+  merge: values.Count = 2
+  norm: Annotated[str, values.OneOf(NORMS)] = 'layer'
+  activation: Annotated[str, values.OneOf(ACTIVATIONS)] = 'quick_gelu'
+  window: values.CountOrZero = 0
+  whole_layers: tuple[values.CountOrZero, ...] = ()
+  norm_eps: values.NotNegative = 1e-6
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
@@ -130,8 +122,10 @@ class QwenVision(nn.Module):
   capture: bool = False
 
   def __post_init__(self) -> None:
-    check_fields(self)
+    values.check_fields(self)
     check_heads(self.width, self.heads)
+    if self.whole_layers:
+      parse_layers(self.whole_layers, self.depth)
     super().__post_init__()
 
   @property

@@ -20,18 +20,9 @@ from models.backbones.vit import OFFERS, Block
 from models.blocks import ACTIVATIONS, check_heads, layer_norm
 from models.plan import Host, Plan
 from models.stack import Outputs, Stack
+from ops import values
 from ops.assignments import take
 from ops.tokens import SPECIAL, TEXT, TokenSet
-from ops.values import (
-    Count,
-    Depth,
-    NotNegative,
-    OneOf,
-    Rate,
-    Width,
-    WidthOrZero,
-    check_fields,
-)
 
 Array = jax.Array
 
@@ -53,19 +44,19 @@ class Text(nn.Module):
     activation, norm_eps, dtype, implementation, plan, mesh, remat, capture: as in ViT.
   """
 
-  width: Width
-  depth: Depth
-  mlp: Width
-  heads: Count
-  vocabulary: Count
-  context: Count
+  width: values.Width
+  depth: values.Depth
+  mlp: values.Width
+  heads: values.Count
+  vocabulary: values.Count
+  context: values.Count
   causal: bool
-  pool: Annotated[str, OneOf(POOLS)]
-  projection: WidthOrZero = 0
+  pool: Annotated[str, values.OneOf(POOLS)]
+  projection: values.WidthOrZero = 0
   projection_bias: bool = False
-  activation: Annotated[str, OneOf(ACTIVATIONS)] = 'gelu'
-  dropout: Rate = 0.0
-  norm_eps: NotNegative = 1e-6
+  activation: Annotated[str, values.OneOf(ACTIVATIONS)] = 'gelu'
+  dropout: values.Rate = 0.0
+  norm_eps: values.NotNegative = 1e-6
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
@@ -74,7 +65,7 @@ class Text(nn.Module):
   capture: bool = False
 
   def __post_init__(self) -> None:
-    check_fields(self)
+    values.check_fields(self)
     check_heads(self.width, self.heads)
     super().__post_init__()
 

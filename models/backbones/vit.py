@@ -28,22 +28,11 @@ from models.blocks import ACTIVATIONS, Heads, check_heads, dense, hidden_feature
 from models.families import NAMED, SIZES
 from models.plan import Host, Plan
 from models.stack import REMAT, Outputs, Stack
-from ops import attention, choices
+from ops import attention, choices, values
+from ops.budgets import parse_layers
 from ops.primitives.select import keep_top
 from ops.signals import Signals, measure, measure_map
 from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias, reduce
-from ops.values import (
-    Count,
-    CountOrZero,
-    Depth,
-    NotNegative,
-    OneOf,
-    Pixels,
-    Rate,
-    Width,
-    WidthOrZero,
-    check_fields,
-)
 
 Array = jax.Array
 Mixer = Callable[[Array], Array]
@@ -235,43 +224,45 @@ class ViT(nn.Module):
       `RESAMPLINGS` (models/checkpoints/positions.py); the model itself does not.
   """
 
-  width: Width
-  depth: Depth
-  mlp: Width
-  heads: Count
-  patch: Pixels
-  image_size: Pixels | tuple[Pixels, Pixels]
-  num_classes: CountOrZero
-  channels: Count = 3
-  registers: CountOrZero = 0
+  width: values.Width
+  depth: values.Depth
+  mlp: values.Width
+  heads: values.Count
+  patch: values.Pixels
+  image_size: values.Pixels | tuple[values.Pixels, values.Pixels]
+  num_classes: values.CountOrZero
+  channels: values.Count = 3
+  registers: values.CountOrZero = 0
   special_positions: bool = True
   distilled: bool = False
   class_token: bool = True
-  positions: Annotated[str, OneOf(POSITIONS)] = 'learned'
-  pool: Annotated[str, OneOf(POOLS)] = 'cls'
-  last_norm: Annotated[str, OneOf(LAST_NORMS)] = 'tokens'
-  projection: WidthOrZero = 0
+  positions: Annotated[str, values.OneOf(POSITIONS)] = 'learned'
+  pool: Annotated[str, values.OneOf(POOLS)] = 'cls'
+  last_norm: Annotated[str, values.OneOf(LAST_NORMS)] = 'tokens'
+  projection: values.WidthOrZero = 0
   patch_bias: bool = True
   pre_norm: bool = False
-  activation: Annotated[str, OneOf(ACTIVATIONS)] = 'gelu'
+  activation: Annotated[str, values.OneOf(ACTIVATIONS)] = 'gelu'
   layer_scale: float | None = None
-  dropout: Rate = 0.0
-  norm_eps: NotNegative = 1e-6
+  dropout: values.Rate = 0.0
+  norm_eps: values.NotNegative = 1e-6
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
-  remat: Annotated[str, OneOf(REMAT)] = 'none'
+  remat: Annotated[str, values.OneOf(REMAT)] = 'none'
   capture: bool = False
-  window: tuple[Count, Count] | None = None
-  whole_layers: tuple[CountOrZero, ...] = ()
-  layers: tuple[CountOrZero, CountOrZero] | None = None
-  training_patches: CountOrZero = 0
-  position_resampling: Annotated[str, OneOf(RESAMPLINGS)] = 'bicubic_antialiased'
+  window: tuple[values.Count, values.Count] | None = None
+  whole_layers: tuple[values.CountOrZero, ...] = ()
+  layers: tuple[values.CountOrZero, values.CountOrZero] | None = None
+  training_patches: values.CountOrZero = 0
+  position_resampling: Annotated[str, values.OneOf(RESAMPLINGS)] = 'bicubic_antialiased'
 
   def __post_init__(self) -> None:
-    check_fields(self)
+    values.check_fields(self)
     check_heads(self.width, self.heads)
+    if self.whole_layers:
+      parse_layers(self.whole_layers, self.depth)
     if any(side % self.patch for side in self.input_shape[:2]):
       raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
                        'change one of them')
