@@ -15,9 +15,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import re
 import reprlib
-import sys
 import types
 import typing
 from collections import abc
@@ -74,7 +74,7 @@ class Range:
               and (self.above is None or value > self.above)
               and (self.below is None or value < self.below))
     if not inside:
-      raise ValueError(f'{name}={value} must be {self}')
+      raise ValueError(f'{name}={reprlib.repr(value)} must be {self}')
 
   def __str__(self) -> str:
     bounds = (('at least', self.low), ('above', self.above), ('at most', self.high),
@@ -175,8 +175,8 @@ def check(name: str, value: Any, kind: Any) -> None:
   elif kind in _LEAVES:
     if not isinstance(value, _LEAVES[kind]) or (kind in (int, float) and isinstance(value, bool)):
       raise ValueError(f'{name}={reprlib.repr(value)} must be {describe(kind)}')
-    if kind is float and not abs(value) <= sys.float_info.max:
-      raise ValueError(f'{name}={value} must be finite')
+    if kind is float and not _is_finite(value):
+      raise ValueError(f'{name}={reprlib.repr(value)} must be finite')
   elif origin in (dict, abc.Mapping):
     _check_mapping(name, value)
     for key, each in value.items():
@@ -207,8 +207,7 @@ def check_keys(name: str, values: Mapping[str, Any], table: Table, *, unknown: s
       check(f'{name}.{key}' if name else key, value, keys.kinds[key])
   missing = [key for key in keys.kinds if key in keys.needed and values.get(key) is None]
   if missing:
-    raise ValueError(f'{name} lacks {", ".join(missing)}: set '
-                     f'{"them" if len(missing) > 1 else "it"}')
+    raise ValueError(f'{name} lacks {", ".join(missing)}: set them')
 
 
 def check_fields(record: Any) -> None:
@@ -262,6 +261,13 @@ def describe(kind: Any) -> str:
     return (f'a tuple of {len(args)}, each {describe(args[0])}' if same else
             f'({", ".join(map(describe, args))})')
   return _WORDS.get(kind, getattr(kind, '__name__', str(kind)))
+
+
+def _is_finite(value: Any) -> bool:
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # A whole number that no float can hold.
+    return False
 
 
 def _check_union(name: str, value: Any, kind: Any) -> None:

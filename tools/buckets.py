@@ -35,9 +35,11 @@ from models.decoding.buckets import Buckets
 from models.storage import fastest_storage, to_storage
 
 SIZES = flags.DEFINE_list('sizes', None, 'Capacities in slots; four even steps if unset.')
-ROWS = flags.DEFINE_integer('rows', 8, 'Rows that share a bucket where a batch is sorted.')
-BATCH = flags.DEFINE_integer('batch', 32, 'Images a batch.')
-ROUNDS = flags.DEFINE_integer('rounds', 20, 'Interleaved rounds.')
+ROWS = flags.DEFINE_integer('rows', 8, 'Rows that share a bucket where a batch is sorted.',
+                            lower_bound=1)
+BATCH = flags.DEFINE_integer('batch', 32, 'Images a batch.', lower_bound=1, upper_bound=65536)
+ROUNDS = flags.DEFINE_integer('rounds', 20, 'Interleaved rounds.', lower_bound=1)
+cli.check_counts('sizes')
 OUT = flags.DEFINE_string('out', 'results/buckets.jsonl', 'Where rows are added.')
 
 

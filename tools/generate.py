@@ -49,17 +49,20 @@ MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a 
 IMAGES = flags.DEFINE_multi_string('image', [], 'An image file; several in the order of the text.')
 PROMPT = flags.DEFINE_string('prompt', None, 'What to ask.')
 PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with what to ask.')
-EXAMPLE = flags.DEFINE_integer('example', None, "A question of a run's test split, instead.")
+EXAMPLE = flags.DEFINE_integer('example', None, "A question of a run's test split, instead.",
+                               lower_bound=0)
 TEMPLATE = flags.DEFINE_bool('template', True, "Whether to wrap the text in the checkpoint's "
                              'chat template.')
 NEW_TOKENS = flags.DEFINE_integer('new_tokens', None, 'The most to decode; by default 64, or what '
-                                  'the context has room for.')
+                                  'the context has room for.', lower_bound=1)
 TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the likeliest token.')
-TOP_K = flags.DEFINE_integer('top_k', 0, 'Only among so many of the likeliest; 0 for all.')
+TOP_K = flags.DEFINE_integer('top_k', 0, 'Only among so many of the likeliest; 0 for all.',
+                             lower_bound=0)
 TOP_P = flags.DEFINE_float('top_p', 1.0, 'Only among the likeliest that reach this together.')
-SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
+SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.', lower_bound=0, upper_bound=2 ** 32 - 1)
 BUCKETS = flags.DEFINE_list('buckets', ['16', '64', '256', '1024', '4096'],
                             'Lengths that a prompt is padded to.')
+cli.check_counts('buckets')
 DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.")
 DATA_DIR = flags.DEFINE_string('data_dir', '', "Where a run's set is, if not where the run had it.")
 WARM = flags.DEFINE_bool('warm', False, 'Answer once before, unseen: times are then without '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -12,6 +13,22 @@ from models import renames
 
 # What the libraries underneath and our own checks raise for wrong settings, files and values.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, OverflowError, MemoryError, flags.Error)
+
+
+def check_counts(name: str, *, length: int | None = None, high: int = 2 ** 31 - 1) -> None:
+  """Makes a flag of a list refuse all but whole numbers.
+
+  Args:
+    name: of the flag, which is defined already.
+    length: how many numbers it takes, None for any number of them.
+    high: the largest; the smallest is 1.
+  """
+  def counts(words: Sequence[str] | None) -> bool:
+    return words is None or (len(words) == (length or len(words)) > 0 and all(
+        re.fullmatch('[0-9]{1,10}', word) and 1 <= int(word) <= high for word in words))
+
+  flags.register_validator(name, counts, f'must be {length or "one or more"} whole numbers from 1 '
+                           f'to {high}, with commas between them')
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -44,7 +44,7 @@ from ops.values import (
 )
 
 Weight = NotNegative
-Method = Annotated[str, OneOf(['none', *methods()])]
+Method = Annotated[str, OneOf(methods())]
 Component = Annotated[str, OneOf(COMPONENTS)]
 # A pattern of parameters, and the axes that divide their last dimensions.
 Rule = tuple[Annotated[str, Pattern()], tuple[Annotated[str, OneOf(sharding.AXES)] | None, ...]]
@@ -251,12 +251,12 @@ def check_config(config: ConfigDict | Mapping[str, Any], *needed: str) -> None:
       values that contradict each other; one line that names the key.
   """
   config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-  check('config.task', config.get('task') or {'name': 'classify'}, Mapping[str, Any])
+  for part in ('task', 'sweep'):
+    if config.get(part) is not None:
+      check(f'config.{part}', config[part], Mapping[str, Any])
+      config[part] = renames.current(part, config[part])
   task = task_name(config)
   choices.check('config.task.name=', task, TABLES)
-  for part in config.keys() & {'task', 'sweep'}:
-    check(f'config.{part}', config[part], Mapping[str, Any])
-    config[part] = renames.current(part, config[part])
   check_keys('config', config, Keys(TABLES[task], frozenset(needed)))
   total, warmup = config.get('total_steps'), config.get('optimizer', {}).get('warmup_steps')
   if None not in (total, warmup) and total <= warmup:
