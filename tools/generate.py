@@ -95,6 +95,7 @@ class Question:
 def main(argv: Sequence[str]) -> None:
   """Loads, answers, and prints what it took."""
   del argv
+  sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
   model = assistant.load(MODEL.value, dtype=DTYPE.value, data_dir=DATA_DIR.value)
   model, question = read_question(model) if EXAMPLE.value is None else (model, example(model))
   reduce, images = chosen(model, REDUCE.value), model.encode_images([question.images])
@@ -102,7 +103,6 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'--show={SHOW.value} has nothing to show: give an image, and a reduction of '
                      f'one of {", ".join(DRAWN)}')
   generator = model.generator(reduce, buckets=[int(size) for size in BUCKETS.value])
-  sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
   layout = None if images is None else images.layout
   visual = generator.plans.visual_slots(layout)
   room = model.model.context - visual - len(question.prompt)
