@@ -33,7 +33,6 @@ from models.backbones.vit import ViT, make_vit
 from models.backbones.vlm import VLM
 from models.build import DTYPES, build
 from models.families import LMS, NAMED, PAIRS, SIZES, VLMS
-from models.reduce_config import COMPONENTS
 from ops import choices
 
 Model = ViT | Clip | LM | VLM
@@ -155,10 +154,7 @@ def of_config(config: Mapping[str, Any]) -> Source:
                      'or config.model.lm')
   check_config(config, 'model')
   reduce = config.get('reduce') or {}
-  components = COMPONENTS if settings.get('lm') else ('vision',)
   for component, reduction in reduce.items():
-    if component not in components:
-      raise ValueError(f'config.reduce.{component} is unknown: choose from {", ".join(components)}')
     if reduction is not None and not reduction.get('method'):
       raise ValueError(f"config.reduce.{component} names no method: set method='tome', or another")
   if not settings.get('lm'):
