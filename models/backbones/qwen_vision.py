@@ -28,7 +28,6 @@ from models.plan import Host, Plan
 from models.stack import Outputs, Stack
 from ops import tokens as tk
 from ops import values
-from ops.budgets import parse_layers
 from ops.tokens import TokenSet
 
 Array = jax.Array
@@ -124,8 +123,6 @@ class QwenVision(nn.Module):
   def __post_init__(self) -> None:
     values.check_fields(self)
     check_heads(self.width, self.heads)
-    if self.whole_layers:
-      parse_layers(self.whole_layers, self.depth)
     super().__post_init__()
 
   @property

@@ -29,7 +29,6 @@ from models.families import NAMED, SIZES
 from models.plan import Host, Plan
 from models.stack import REMAT, Outputs, Stack
 from ops import attention, choices, values
-from ops.budgets import parse_layers
 from ops.primitives.select import keep_top
 from ops.signals import Signals, measure, measure_map
 from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias, reduce
@@ -261,8 +260,6 @@ class ViT(nn.Module):
   def __post_init__(self) -> None:
     values.check_fields(self)
     check_heads(self.width, self.heads)
-    if self.whole_layers:
-      parse_layers(self.whole_layers, self.depth)
     if any(side % self.patch for side in self.input_shape[:2]):
       raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
                        'change one of them')

@@ -78,7 +78,6 @@ def test_sizes_that_the_patch_does_not_divide(size):
     (TINY, {'image_size': 10 ** 6}, 'from 1 to 16384 pixels'),
     (TINY, {'patch': 32}, 'image_size=16 is not a multiple of patch=32'),
     (TINY, {'pool': 'clss'}, "pool='clss' is unknown (did you mean 'cls'?)"),
-    (TINY, {'window': (2, 2), 'whole_layers': (2,)}, 'layer 2 is out of range'),
     (TEXT, {'heads': 3}, 'heads=3 does not divide width=16'),
     (DECODER, {'kv_heads': 3}, 'kv_heads=3 does not divide heads=4'),
     (DECODER, {'depth': True}, 'depth=True must be a whole number'),
