@@ -39,6 +39,7 @@ from lib.tasks import image_sweep, qa_sweep
 from lib.tasks import qa as qa_task
 from lib.tasks.base import sum_counts
 from lib.tasks.image_metrics import metric_of
+from lib.tasks.settings import EVALUATION, check_config
 from lib.tasks.trained import TrainedModel, load_run
 from models import build
 from models.backbones.lm import LM
@@ -96,6 +97,7 @@ def load(source: str | pathlib.Path, *, variant: str = '', dtype: str = 'float32
 
 
 def _image_run(path: pathlib.Path, config: ml_collections.ConfigDict, data_dir: str) -> ImageModel:
+  check_config(config, *EVALUATION)
   if 'data' in config:
     config.data.data_dir = data_dir or data_dir_of_run(config.data)
   # Its weights are in its folder: what it began from may be anywhere.

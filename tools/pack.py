@@ -18,6 +18,7 @@ from absl import flags
 from lib.data import qa as qa_data
 from lib.runtime import checkpoint, checksums, cli, launch, sharding
 from lib.tasks import registry, trained
+from lib.tasks.settings import EVALUATION, check_config
 
 OUT = flags.DEFINE_string('out', None, 'The folder to write.')
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   config = launch.CONFIG.value
   workdir, out = pathlib.Path(launch.WORKDIR.value), pathlib.Path(OUT.value)
+  check_config(config, *EVALUATION, 'optimizer')
   mesh = sharding.make_mesh(config.mesh)
   task = registry.make_task(config, mesh)
   abstract = jax.eval_shape(task.init, jax.random.key(0))

@@ -17,6 +17,7 @@ from lib.data import qa as qa_data
 from lib.data.qa import Info
 from lib.runtime import checkpoint, sharding
 from lib.tasks import qa as qa_task
+from lib.tasks.settings import check_config
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM
 from models.checkpoints.json_files import read_json
@@ -68,6 +69,7 @@ def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
   if 'lm' not in (config.get('model') or {}):
     raise ValueError(f'the run in {folder} was not trained to answer questions: give one of '
                      'configs/digit_scenes.py or configs/stdlib_needle.py')
+  check_config(config, 'model', 'data', 'reduce', 'sharding')
   config.data.data_dir = data_dir or prepare.data_dir_of_run(config.data)
   info = read_info(folder) or qa_data.info(config.data)
   model = qa_task.build(config.model, config.reduce, info, context=config.data.context)
