@@ -21,10 +21,11 @@ import optax
 from absl import flags, logging
 from flax import struct
 
-from lib.runtime import checkpoint, cli, launch, metrics, sharding
+from lib.runtime import checkpoint, cli, launch, memory, metrics, sharding
 from lib.runtime.meter import Meter
 from lib.tasks import anneal, registry
 from lib.tasks.base import Task, sum_counts
+from lib.tasks.settings import TRAINING, check_config, check_sources
 from models import checkpoints as weights
 
 
@@ -67,7 +68,8 @@ class Setup:
 def main(argv):
   """Trains, or goes on training."""
   del argv
-  run(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), first=launch.start())
+  with launch.start() as first:
+    run(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), first=first)
 
 
 def make_setup(config, mesh):
@@ -84,6 +86,7 @@ def make_setup(config, mesh):
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   shapes = jax.eval_shape(init, jax.random.key(0))
+  memory.check_state(shapes, mesh)
   shardings = sharding.make_shardings(shapes, config.sharding, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   train_steps = {
@@ -106,9 +109,10 @@ def run(config, workdir, *, first):
     first: whether this process is the one that writes logs.
   """
   # Devices, task, model, data; nothing is compiled and nothing written before all of it fits.
+  check_config(config, *TRAINING)
+  check_sources(config)
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
-  check_steps(config)
   setup = make_setup(config, mesh)
   task = setup.task
   iterator = task.train_iterator(
@@ -273,15 +277,6 @@ def check_batch(config, mesh):
   if batch % (devices * pieces):
     raise ValueError(f'data.batch_size={batch} cannot be divided over {devices} devices in '
                      f'{pieces} microbatches: make it a multiple of {devices * pieces}')
-
-
-def check_steps(config):
-  """Raises if the learning rate would never decay."""
-  warmup = config.optimizer.warmup_steps
-  if config.total_steps <= warmup:
-    raise ValueError(f'total_steps={config.total_steps} must be more than '
-                     f'optimizer.warmup_steps={warmup}, in which the learning rate only rises: '
-                     'raise it, or lower optimizer.warmup_steps')
 
 
 def check_finite(measured, step, config, workdir):

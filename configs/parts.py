@@ -1,15 +1,13 @@
 """Pieces that configs share. Each declares every key that its reader knows, so that each can be set
 from the command line; None where nothing is set."""
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from models import renames
-from models.backbones.vit import ViT
-from models.build import PRETRAINED
+from models.build import IMAGE_MODEL, PRETRAINED
 from models.plan import KEYS
 
 # Tensor parallelism of a ViT by its last dimensions; fsdp slices what is left
@@ -48,8 +46,6 @@ READING = {'threads': 2, 'prefetch_batches': 4}
 IMAGES = {'augment': {}, 'data_dir': '', 'test_crop': 1.0, 'filter': 'bilinear',
           'on_corrupt': 'raise', **READING}
 QUESTIONS = {'pad_side': 'right', 'turns': 1, 'kinds': (), 'data_dir': '', **READING}
-# Fields of ViT that the program sets, not a config.
-NOT_SET = ('parent', 'name', 'plan', 'mesh', 'capture', 'layers')
 # Keys whose values differ in type: a number or a pair, a name or a tuple.
 LOOSE = ('image_size', 'weights_image_size', 'layers', 'token_kinds')
 
@@ -57,7 +53,7 @@ LOOSE = ('image_size', 'weights_image_size', 'layers', 'token_kinds')
 def reduction(method: str = 'none', **settings: Any) -> ConfigDict:
   """`config.reduce.<place>`: a method, its budget, and keys of models/plan.py."""
   settings = renames.current('reduce', {'layers': 'all', **settings})
-  return _declared(KEYS, {'method': method, **settings})
+  return _declared(KEYS.kinds, {'method': method, **settings})
 
 
 def reductions() -> ConfigDict:
@@ -72,8 +68,7 @@ def reductions() -> ConfigDict:
 
 def image_model(variant: str, **settings: Any) -> ConfigDict:
   """`config.model` of a vision transformer: fields of ViT, and where parameters come from."""
-  names = [field.name for field in dataclasses.fields(ViT) if field.name not in NOT_SET]
-  return _declared(names, {**PRETRAINED, 'variant': variant, **settings})
+  return _declared(IMAGE_MODEL.kinds, {**PRETRAINED, 'variant': variant, **settings})
 
 
 def data(**settings: Any) -> ConfigDict:

@@ -25,6 +25,7 @@ from lib.cost.vlm import Layout
 from lib.data import anyres, qa
 from lib.data.pictures import row_of
 from lib.tasks import qa as qa_task
+from lib.tasks.settings import check_config
 from models.backbones.clip import Clip, make_clip
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
@@ -32,7 +33,6 @@ from models.backbones.vit import ViT, make_vit
 from models.backbones.vlm import VLM
 from models.build import DTYPES, build
 from models.families import LMS, NAMED, PAIRS, SIZES, VLMS
-from models.reduce_config import COMPONENTS
 from ops import choices
 
 Model = ViT | Clip | LM | VLM
@@ -152,11 +152,9 @@ def of_config(config: Mapping[str, Any]) -> Source:
   if not settings or not (settings.get('variant') or settings.get('lm')):
     raise ValueError("the config says no model: it needs config.model = dict(variant='S/16', ...), "
                      'or config.model.lm')
+  check_config(config, 'model')
   reduce = config.get('reduce') or {}
-  components = COMPONENTS if settings.get('lm') else ('vision',)
   for component, reduction in reduce.items():
-    if component not in components:
-      raise ValueError(f'config.reduce.{component} is unknown: choose from {", ".join(components)}')
     if reduction is not None and not reduction.get('method'):
       raise ValueError(f"config.reduce.{component} names no method: set method='tome', or another")
   if not settings.get('lm'):

@@ -53,6 +53,13 @@ class Heads(nn.Module):
     return tuple(out[:, :, i] for i in range(last - first))
 
 
+def check_heads(width: int, heads: int) -> None:
+  """Raises a ValueError unless the heads divide the width."""
+  if width % heads:
+    raise ValueError(f'heads={heads} does not divide width={width}: each head takes as many '
+                     'features as every other; change one of them')
+
+
 def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
   """The norm of every backbone here: in float32, with the variance as defined."""
   return nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)

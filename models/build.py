@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -12,12 +12,19 @@ from models import checkpoints
 from models.backbones.segmenter import segmenter
 from models.backbones.vit import ViT, make_vit
 from models.reduce_config import Macs, with_vision_plan
-from ops import choices
 from ops.attention import pick
+from ops.values import CountOrZero, Keys, OneOf, Pixels, check_keys, keys_of
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 # Keys of `config.model` that say where parameters come from, not what the model is.
 PRETRAINED = {'weights': '', 'weights_image_size': 0, 'fresh': (), 'unused': ()}
+Dtype = Annotated[str, OneOf(DTYPES)]
+# All keys of `config.model`: fields of ViT but for those that the program sets.
+IMAGE_MODEL = Keys({
+    **keys_of(ViT).without('plan', 'mesh', 'capture', 'layers').kinds,
+    'variant': str, 'dtype': Dtype, 'weights': str,
+    'weights_image_size': CountOrZero | tuple[Pixels, Pixels], 'fresh': tuple[str, ...],
+    'unused': tuple[str, ...]}, frozenset({'variant'}))
 
 
 def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
@@ -38,10 +45,10 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
   Raises:
     ValueError: for anything in the config that cannot be; one line, naming what to change.
   """
+  check_keys('model', model, IMAGE_MODEL)
   settings = {name: value for name, value in model.items()
               if value is not None and name not in PRETRAINED}
   dtype = settings.pop('dtype', 'float32')
-  choices.check('dtype ', dtype, DTYPES)
   settings.setdefault('implementation', pick(platform, DTYPES[dtype]))
   vit = make_vit(settings.pop('variant'), dtype=DTYPES[dtype], mesh=mesh, **settings)
   head = dict(task or {'name': 'classify'})

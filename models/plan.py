@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from models import renames
 from models.compressors import COMPRESSORS
 from models.reduction import Event, Reduction
-from ops import choices
+from ops import choices, values
 from ops.budgets import (
   BUDGETS,
   Cut,
@@ -39,10 +39,14 @@ MODES = ('gather', 'mask')
 # 'compact': by their rank among the tokens that are left. 'restart': the kept tokens become a new
 # prompt, numbered from 0, and the model runs again on it.
 POSITIONS = ('keep', 'compact', 'restart')
-KEYS = ('method', 'args', 'site', 'layers', 'watch', 'rounding', 'ratio_of', 'mode',
-        'token_kinds', 'positions', *BUDGETS)
+# Layers and budgets are checked beside the host that they are for (ops/budgets.py).
+KEYS = values.Keys({
+    'method': str, 'args': Mapping[str, Any], 'site': str, 'layers': Any, 'watch': Any,
+    'rounding': str, 'ratio_of': str, 'mode': str, 'token_kinds': str | tuple[str, ...],
+    'positions': str, **dict.fromkeys(BUDGETS, Any)})
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
-CACHE_KEYS = ('method', 'args', 'layers', 'rounding', 'positions', *CACHE_BUDGETS)
+CACHE_KEYS = KEYS.without('site', 'watch', 'ratio_of', 'mode', 'token_kinds',
+                          *set(BUDGETS) - set(CACHE_BUDGETS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,11 +247,13 @@ def make_method(name: str, args: Mapping[str, Any],
   """
   registry = methods() if registry is None else registry
   choices.check('method ', name, sorted(registry))
-  fields = [f.name for f in dataclasses.fields(registry[name]) if f.name not in ('parent', 'name')]
-  for key in args:
-    if key not in fields:
-      raise ValueError(f'{name} has no argument {key!r}{choices.near(key, fields)}: it takes '
-                       f'{", ".join(fields) or "none"}')
+  values.check('args', args, Mapping[str, Any])
+  kinds = values.keys_of(registry[name]).kinds
+  for key, value in args.items():
+    if key not in kinds:
+      raise ValueError(f'{name} has no argument {key!r}{choices.near(key, kinds)}: it takes '
+                       f'{", ".join(kinds) or "none"}')
+    values.check(f'{name}: args.{key}', value, kinds[key])
   frozen = {key: tuple(v) if isinstance(v, list) else v for key, v in args.items()}
   return registry[name](**frozen)
 
@@ -258,6 +264,9 @@ def reduction_settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
   Args:
     config: `config.reduce.<component>`; keys that are None are unset.
   """
+  if config is not None and not hasattr(config, 'keys'):
+    raise ValueError(f'the reduction {config!r} must be a dict of keys, as '
+                     "{'method': 'tome', 'remove': 8}")
   settings = {key: value for key, value in (config or {}).items() if value is not None}
   return settings if settings.get('method', 'none') != 'none' else {}
 
@@ -319,8 +328,7 @@ class _Draft:
 
 def _draft(config: Config, host: Host) -> _Draft:
   config = renames.current('reduce', config)
-  for key in config:
-    choices.check_key('a reduction has no key ', key, KEYS)
+  values.check_keys('reduce', config, KEYS, unknown='a reduction has no key ')
   name = cast(str, config.get('method'))  # `make_method` rejects None.
   method = make_method(name, config.get('args') or {})
   site, mode = config.get('site') or method.site, config.get('mode') or 'gather'
@@ -416,8 +424,8 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   Raises:
     ValueError: as `make_plan` does.
   """
-  for key in config:
-    choices.check_key('a reduction of the cache has no key ', key, CACHE_KEYS)
+  values.check_keys('reduce.cache', config, CACHE_KEYS,
+                    unknown='a reduction of the cache has no key ')
   name = cast(str, config.get('method'))  # `make_method` rejects None.
   method = make_method(name, config.get('args') or {}, CACHE_REDUCERS)
   offers = host.offers - NEXT_LAYER - {'attention'}
@@ -428,12 +436,12 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
     raise ValueError(f'a reduction of the cache needs one budget, got {budgets or "none"}: choose '
                      f'one of {", ".join(CACHE_BUDGETS)}')
   counts = slots_seen(host, plan)
-  values = per_layer(config[budgets[0]], layers, budgets[0])
+  amounts = per_layer(config[budgets[0]], layers, budgets[0])
   cuts: list[Cut] = []
-  for layer, value in zip(layers, values, strict=True):
+  for layer, value in zip(layers, amounts, strict=True):
     limits = Limits(host.depth, counts[layer], 0, method.extra_slots,
                     functools.partial(method.min_slots, protected=0))
-    if budgets[0] == 'keep':
+    if budgets[0] == 'keep' and isinstance(value, int):
       value = min(value, counts[layer])  # A capacity: a shorter prompt keeps all that it has.
     budget = {budgets[0]: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
     cuts += resolve(budget, limits)

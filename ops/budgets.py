@@ -132,7 +132,7 @@ def solve(budget: Mapping[str, Any], depth: int, free: int, make: Callable[[Sequ
     return make(_keep_ratio(value, layers, rounding, base))
   if form == 'keep':
     return make(_keep(value, layers))
-  if not _is_number(value) or not 0 < value < math.inf:
+  if not _is_number(value) or value <= 0:
     raise ValueError(f'{form}={value!r} must be a positive number')
   if macs is None:
     raise ValueError(f'{form}={value} needs a cost model to solve for: none was given')
@@ -222,11 +222,11 @@ def constant_or_inflected(remove: int | Sequence[float], count: int) -> tuple[in
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-  return isinstance(value, Integral)
+  return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-  return isinstance(value, Real) and not isinstance(value, bool)
+  return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def per_layer(value: T | Sequence[T], layers: Sequence[int], name: str) -> tuple[T, ...]:
@@ -235,7 +235,7 @@ def per_layer(value: T | Sequence[T], layers: Sequence[int], name: str) -> tuple
   Raises:
     ValueError: another number of values than layers.
   """
-  if not isinstance(value, Sequence):
+  if not isinstance(value, Sequence) or isinstance(value, str):
     return (value,) * len(layers)
   if len(value) != len(layers):
     raise ValueError(f'{name}={tuple(value)} has {len(value)} values for {len(layers)} layers '

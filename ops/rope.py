@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import choices
+from ops.values import CountOrZero, NotNegative, OneOf, Positive, Width, check_fields
 
 Array = jax.Array
 
@@ -44,23 +45,22 @@ class Rope:
     spread: how the sections lie: in 'blocks', or 'interleaved' (Qwen3-VL).
   """
 
-  width: int
-  theta: float = 10000.0
-  scaling: str = 'none'
-  factor: float = 1.0
-  original: int = 0
-  low: float = 1.0
-  high: float = 4.0
-  fast: float = 32.0
-  slow: float = 1.0
-  temperature: float = 0.0
+  width: Width
+  theta: Positive = 10000.0
+  scaling: Annotated[str, OneOf(SCALINGS)] = 'none'
+  factor: Positive = 1.0
+  original: CountOrZero = 0
+  low: Positive = 1.0
+  high: Positive = 4.0
+  fast: Positive = 32.0
+  slow: Positive = 1.0
+  temperature: NotNegative = 0.0
   rounded: bool = True
-  sections: tuple[int, ...] = ()
-  spread: str = 'blocks'
+  sections: tuple[CountOrZero, ...] = ()
+  spread: Annotated[str, OneOf(SPREADS)] = 'blocks'
 
   def __post_init__(self) -> None:
-    choices.check('RoPE scaling ', self.scaling, SCALINGS)
-    choices.check('spread=', self.spread, SPREADS)
+    check_fields(self)
     if self.width % 2 or (self.sections and sum(self.sections) != self.width // 2):
       raise ValueError(f'RoPE turns pairs of features: width={self.width} must be even, and '
                        f'sections={self.sections} add up to half of it')

@@ -38,9 +38,10 @@ from ops.signals import STATIC, Signals
 
 ONLY = flags.DEFINE_multi_enum('only', ['primitives', 'reducers'], ['primitives', 'reducers'],
                                'What to time.')
-BATCH = flags.DEFINE_integer('batch', None, 'Batch size; by default 8 on a CPU, else 256.')
+BATCH = flags.DEFINE_integer('batch', None, 'Batch size; by default 8 on a CPU, else 256.',
+                             lower_bound=1, upper_bound=65536)
 METHODS = flags.DEFINE_list('methods', None, 'Methods; all by default.')
-ROUNDS = flags.DEFINE_integer('rounds', 10, 'Interleaved rounds.')
+ROUNDS = flags.DEFINE_integer('rounds', 10, 'Interleaved rounds.', lower_bound=1)
 OUT = flags.DEFINE_string('out', None, 'Where the JSON goes; results/bench_<device>.json if unset.')
 
 SHOWN = ('name', 'slots', 'keep', 'latency', 'floor_ms', 'compile_s')
@@ -99,6 +100,7 @@ class Turns:
 def main(argv: Sequence[str]) -> None:
   """Times what --only names, writes the file, and shows a table."""
   del argv
+  chosen()  # A wrong name ends here, not behind the primitives.
   timing.compile_anew()
   dtype = timing.usual_dtype()
   batch = BATCH.value or (8 if jax.default_backend() == 'cpu' else 256)

@@ -29,14 +29,17 @@ from lib.report import tables
 from lib.report.rows import append_jsonl
 from lib.runtime import cli, launch, sharding, timing
 from lib.tasks import image_sweep
+from lib.tasks.settings import EVALUATION, check_config
 from models.build import build
 from models.decoding.buckets import Buckets
 from models.storage import fastest_storage, to_storage
 
 SIZES = flags.DEFINE_list('sizes', None, 'Capacities in slots; four even steps if unset.')
-ROWS = flags.DEFINE_integer('rows', 8, 'Rows that share a bucket where a batch is sorted.')
-BATCH = flags.DEFINE_integer('batch', 32, 'Images a batch.')
-ROUNDS = flags.DEFINE_integer('rounds', 20, 'Interleaved rounds.')
+ROWS = flags.DEFINE_integer('rows', 8, 'Rows that share a bucket where a batch is sorted.',
+                            lower_bound=1)
+BATCH = flags.DEFINE_integer('batch', 32, 'Images a batch.', lower_bound=1, upper_bound=65536)
+ROUNDS = flags.DEFINE_integer('rounds', 20, 'Interleaved rounds.', lower_bound=1)
+cli.check_counts('sizes')
 OUT = flags.DEFINE_string('out', 'results/buckets.jsonl', 'Where rows are added.')
 
 
@@ -44,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
   """Counts, times, and prints a table."""
   del argv
   config = launch.CONFIG.value
+  check_config(config, *EVALUATION)
   mesh = sharding.make_mesh(config.mesh)
   step, params = image_sweep.load(config, pathlib.Path(launch.WORKDIR.value), mesh)
   vit = build(config.model, config.reduce.vision, task=config.get('task'))

@@ -51,12 +51,13 @@ from ops.tokens import SPECIAL, TEXT
 MODELS = flags.DEFINE_list('models', ['scenes', 'lm'], 'Which models.')
 # Tests import several tools at once, whose flags share their names.
 ROUNDS = flags.DEFINE_integer('rounds', None, 'Interleaved rounds; by default 15, and 3 of reading '
-                              'and 5 of decoding for lm.', allow_override=True)
-TOKENS = flags.DEFINE_integer('tokens', 16, 'Tokens that are decoded in a round.')
+                              'and 5 of decoding for lm.', lower_bound=1, allow_override=True)
 OUT = flags.DEFINE_string('out', None, 'Where rows are added; results/decode_<device>.jsonl if '
                           'unset. The table goes beside it.', allow_override=True)
 
 PROMPT, QUESTION, ASKED, ROOM = 4096, 64, 12, 32
+TOKENS = flags.DEFINE_integer('tokens', 16, 'Tokens that are decoded in a round.',
+                              lower_bound=1, upper_bound=ROOM)
 # model: {name of a plan: {place: reduction}}; a place is vision, projector, language or cache.
 PLANS = {
     'scenes': {
@@ -152,8 +153,6 @@ class Programs:
 def main(argv: Sequence[str]) -> None:
   """Measures, adds rows, and writes the table."""
   del argv
-  if not 0 < TOKENS.value <= ROOM:
-    raise ValueError(f'tokens={TOKENS.value} is impossible: decode 1 to {ROOM}')
   for name in MODELS.value:
     choices.check('model ', name, PLANS)
   timing.compile_anew()

@@ -38,12 +38,14 @@ from models.reduce_config import COMPONENTS
 
 MODEL = flags.DEFINE_string('model', None, "A family, as llava1.5_7b; a run's workdir; or a folder "
                             'with the config.json of a checkpoint.')
-PROMPT = flags.DEFINE_integer('prompt', None, 'Text tokens of the prompt.')
+PROMPT = flags.DEFINE_integer('prompt', None, 'Text tokens of the prompt.', lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer('new_tokens', None, 'The most to decode; by default 64, or what '
-                                  'the context has room for.')
-IMAGES = flags.DEFINE_integer('images', 1, 'Images beside the prompt.')
+                                  'the context has room for.', lower_bound=0)
+IMAGES = flags.DEFINE_integer('images', 1, 'Images beside the prompt.', lower_bound=0,
+                              upper_bound=1024)
 IMAGE_SIZE = flags.DEFINE_list('image_size', None, 'Height,width of each image in pixels, where a '
                                'model reads crops, or patches of any number.')
+cli.check_counts('image_size', length=2, high=16384)
 DTYPE = flags.DEFINE_string('dtype', 'bfloat16', "Of a family's or a checkpoint's parameters and "
                             'products: float32 or bfloat16.')
 TRACE = flags.DEFINE_bool('trace', True, "Whether to count the method's own products.")
@@ -51,9 +53,7 @@ TRACE = flags.DEFINE_bool('trace', True, "Whether to count the method's own prod
 
 def main(argv: Sequence[str]) -> None:
   """Prints the explanation of --config or --model."""
-  if len(argv) > 1:
-    raise ValueError(f'{argv[1]!r} is not understood: everything is set with --config, --model, '
-                     '--reduce and the lengths')
+  del argv
   config = flags.FLAGS.config
   if (config is None) == (MODEL.value is None):
     raise ValueError('one of --config and --model says what to explain: give '
@@ -72,9 +72,6 @@ def explain(source: Source, overrides: Mapping[str, Any]) -> str:
   reduce = chosen(source, overrides)
   size = None
   if IMAGE_SIZE.value:
-    if len(IMAGE_SIZE.value) != 2 or not all(side.isdigit() for side in IMAGE_SIZE.value):
-      raise ValueError(f'--image_size={",".join(IMAGE_SIZE.value)} is no size: give height,width, '
-                       'as 672,672')
     size = int(IMAGE_SIZE.value[0]), int(IMAGE_SIZE.value[1])
   prompt = source.prompt if PROMPT.value is None else PROMPT.value
   model, layout = source.model, source.layout(IMAGES.value, size)

@@ -41,6 +41,7 @@ from lib.report import overlay, provenance
 from lib.runtime import cli
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
+from models.checkpoints.json_files import read_text
 from models.decoding.generator import BUCKETS as LENGTHS
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
@@ -50,17 +51,21 @@ MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a 
 IMAGES = flags.DEFINE_multi_string('image', [], 'An image file; several in the order of the text.')
 PROMPT = flags.DEFINE_string('prompt', None, 'What to ask.')
 PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with what to ask.')
-EXAMPLE = flags.DEFINE_integer('example', None, "A question of a run's test split, instead.")
+EXAMPLE = flags.DEFINE_integer('example', None, "A question of a run's test split, instead.",
+                               lower_bound=0)
 TEMPLATE = flags.DEFINE_bool('template', True, "Whether to wrap the text in the checkpoint's "
-                             'chat template.')
+                             'chat template. --notemplate is for a text that writes out all that '
+                             'the model reads, special tokens among it.')
 NEW_TOKENS = flags.DEFINE_integer('new_tokens', None, 'The most to decode; by default 64, or what '
-                                  'the context has room for.')
+                                  'the context has room for.', lower_bound=1)
 TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the likeliest token.')
-TOP_K = flags.DEFINE_integer('top_k', 0, 'Only among so many of the likeliest; 0 for all.')
+TOP_K = flags.DEFINE_integer('top_k', 0, 'Only among so many of the likeliest; 0 for all.',
+                             lower_bound=0)
 TOP_P = flags.DEFINE_float('top_p', 1.0, 'Only among the likeliest that reach this together.')
-SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
+SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.', lower_bound=0, upper_bound=2 ** 32 - 1)
 BUCKETS = flags.DEFINE_list('buckets', [str(size) for size in (16, 32, *LENGTHS)],
                             'Lengths that a prompt is padded to.')
+cli.check_counts('buckets')
 DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.")
 DATA_DIR = flags.DEFINE_string('data_dir', '', "Where a run's set is, if not where the run had it.")
 WARM = flags.DEFINE_bool('warm', False, 'Answer once before, unseen: times are then without '
@@ -92,8 +97,8 @@ class Question:
 
 def main(argv: Sequence[str]) -> None:
   """Loads, answers, and prints what it took."""
-  if len(argv) > 1:
-    raise ValueError(f'{argv[1]!r} is not understood: put quotes around the prompt')
+  del argv
+  sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
   model = assistant.load(MODEL.value, dtype=DTYPE.value, data_dir=DATA_DIR.value)
   model, question = read_question(model) if EXAMPLE.value is None else (model, example(model))
   reduce, images = chosen(model, REDUCE.value), model.encode_images([question.images])
@@ -101,7 +106,6 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'--show={SHOW.value} has nothing to show: give an image, and a reduction of '
                      f'one of {", ".join(DRAWN)}')
   generator = model.generator(reduce, buckets=[int(size) for size in BUCKETS.value])
-  sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
   layout = None if images is None else images.layout
   visual = generator.plans.visual_slots(layout)
   room = model.model.context - visual - len(question.prompt)
@@ -140,7 +144,9 @@ def read_question(model: Assistant) -> tuple[Assistant, Question]:
     raise ValueError('nothing to ask: give --prompt, --prompt_file or --example, one of them')
   text = PROMPT.value
   if text is None:
-    text = pathlib.Path(PROMPT_FILE.value).read_text()
+    text = read_text(pathlib.Path(PROMPT_FILE.value))
+  if not text.strip():
+    raise ValueError('nothing to ask: the prompt is empty')
   images = [read_image(path) for path in IMAGES.value]
   prompt = model.prompt(text, images=len(images), template=TEMPLATE.value)
   model = model.with_grid_for(images)

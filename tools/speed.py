@@ -72,14 +72,16 @@ from ops.signals import Signals, measure, measure_map
 
 VARIANT = flags.DEFINE_string('variant', 'S/16', 'The ViT.')
 BATCHES = flags.DEFINE_list('batches', ['1', '8', '32'], 'Batch sizes.')
+cli.check_counts('batches', high=65536)
 METHODS = flags.DEFINE_list('methods', None, 'Methods; all by default.')
 EVERY_LAYER = flags.DEFINE_list(
     'every_layer', ['tome', 'pitome', 'mctf', 'crossget', 'dymu', 'dtem'],
     'Methods that are also timed with a cut in every layer.')
 # Tests import several tools at once, whose flags share their names.
 ROUNDS = flags.DEFINE_integer('rounds', None, 'Interleaved rounds; by default 15, from batch 16 '
-                              'on 5.', allow_override=True)
-APART = flags.DEFINE_integer('apart', 8, 'Batch size at which passes are taken apart.')
+                              'on 5.', lower_bound=1, allow_override=True)
+APART = flags.DEFINE_integer('apart', 8, 'Batch size at which passes are taken apart.',
+                             lower_bound=1)
 AGAIN = flags.DEFINE_bool('again', False, 'Measures rows anew that are there already.')
 OUT = flags.DEFINE_string('out', None, 'Where rows are added; results/speed_<device>.jsonl if '
                           'unset. The table goes beside it.', allow_override=True)
@@ -447,8 +449,7 @@ def floor(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, int
 
 def main(argv: Sequence[str]) -> None:
   """Measures what is missing, and writes the table."""
-  if len(argv) > 1:
-    raise ValueError(f'{argv[1]!r} is not understood: everything is set with flags')
+  del argv
   timing.compile_anew()
   dtype = timing.usual_dtype()
   out = timing.result_path('speed', 'jsonl', path=OUT.value)

@@ -43,11 +43,14 @@ from lib.runtime import cli, launch, sharding, timing
 from lib.tasks import image_sweep
 from lib.tasks.base import sum_counts
 from lib.tasks.image_metrics import Metric, metric_of
+from lib.tasks.settings import TRAINING, check_config
 from models.backbones.vit import ViT
 from models.build import build
 from models.compressors import COMPRESSORS
 from models.plan import methods
 from models.storage import fastest_storage, to_storage
+from ops import choices
+from ops.budgets import per_layer
 
 UNTRAINED = 'its own parameters are untrained'
 
@@ -85,12 +88,18 @@ class Entry:
 def main(argv: Sequence[str]) -> None:
   """Measures what is missing, then reports."""
   del argv
-  launch.start()
-  study(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value))
+  with launch.start():
+    study(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value))
 
 
 def study(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Measures the rows of a study that are missing, and writes its report."""
+  check_config(config, *TRAINING, 'study')
+  for budget in (*config.study.budgets, *config.study.lower):
+    per_layer(budget['keep'], budget['layers'], f'config.study, {budget["budget"]}: keep')
+  for entry in entries(config):
+    if entry.training:
+      check_config(entry.training)
   path = pathlib.Path(f'{config.study.results}.jsonl')
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   trained = {seed: unreduced(config, workdir / f'seed_{seed}', seed, mesh)
@@ -169,6 +178,7 @@ def trained_entry(config: ConfigDict, recipe: Mapping[str, Any],
     budgets: {label: budget}, None for no reduction.
   """
   recipe = dict(recipe)
+  choices.check(f'config.study: the budget of {recipe["name"]} ', recipe['budget'], budgets)
   budget = budgets[recipe['budget']]
   training = reduced(config, recipe.get('train_method', recipe['method']), budget)
   tune = dict(config.study.tune)

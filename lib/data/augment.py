@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ops import choices
+from ops.values import NotNegative, Positive, Share, check_keys, keys_of
 
 # The side of a square in pixels, or (height, width).
 Size = int | tuple[int, int]
@@ -25,8 +25,8 @@ def none(image: Image.Image, size: Size, random: np.random.Generator, *,
 
 
 def crop(image: Image.Image, size: Size, random: np.random.Generator, *, filter: str,
-         area: tuple[float, float] = (0.08, 1.0), aspect: tuple[float, float] = (3 / 4, 4 / 3),
-         flip: float = 0.5) -> Image.Image:
+         area: tuple[Positive, Positive] = (0.08, 1.0),
+         aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3), flip: Share = 0.5) -> Image.Image:
   """Returns a random part of the image, resized: the crop of Inception training.
 
   `area` is a fraction of the image's area, `aspect` width over height (relative to that of `size`),
@@ -51,8 +51,8 @@ def crop(image: Image.Image, size: Size, random: np.random.Generator, *, filter:
 
 
 def affine(image: Image.Image, size: Size, random: np.random.Generator, *, filter: str,
-           shift: float = 0.0, degrees: float = 0.0, scale: tuple[float, float] = (1.0, 1.0),
-           flip: float = 0.0) -> Image.Image:
+           shift: Share = 0.0, degrees: NotNegative = 0.0,
+           scale: tuple[Positive, Positive] = (1.0, 1.0), flip: Share = 0.0) -> Image.Image:
   """Shifts, rotates and scales by small random amounts in one resampling; the outside is black.
 
   `shift` is at most this fraction of the side, each way; `degrees` at most this angle; `scale`
@@ -112,14 +112,12 @@ def make(arguments: Mapping[str, Any], *, filter: str) -> Callable[..., Image.Im
   keywords = dict(arguments)
   method = keywords.pop('method', 'none')
   choices.check('data.augment.method=', method, AUGMENTS)
-  parameters = inspect.signature(AUGMENTS[method]).parameters.values()
-  accepted = [each.name for each in parameters
-              if each.kind is each.KEYWORD_ONLY and each.name != 'filter']
-  if keywords and not accepted:
+  accepted = keys_of(AUGMENTS[method]).without('filter')
+  if keywords and not accepted.kinds:
     raise ValueError(f'data.augment.method={method!r} takes no arguments, and data.augment has '
                      f'{", ".join(keywords)}: take them out, or choose another method')
-  for key in keywords:
-    choices.check_key(f'data.augment: {method!r} has no argument ', key, accepted)
+  check_keys('data.augment', keywords, accepted,
+             unknown=f'data.augment: {method!r} has no argument ')
 
   def run(image: Image.Image, size: Size, random: np.random.Generator) -> Image.Image:
     return AUGMENTS[method](image, size, random, filter=filter, **keywords)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import ml_collections
 
 from lib.data import augment
 from lib.data.augment import FILTERS
-from ops import choices
+from ops.values import Count, NotEmpty, OneOf, Pixels, Positive, Range, check_keys
 
 # Modes of Pillow, by number of channels.
 MODES = {1: 'L', 3: 'RGB'}
@@ -31,13 +31,13 @@ class Settings:
     threads, prefetch_batches: background threads, and batches they may run ahead.
   """
 
-  name: str
-  batch_size: int
+  name: Annotated[str, NotEmpty()]
+  batch_size: Count
   train_split: str
   test_split: str
   data_dir: str = ''
-  threads: int = 2
-  prefetch_batches: int = 4
+  threads: Annotated[int, Range(0, 1024)] = 2
+  prefetch_batches: Annotated[int, Range(0, 1024)] = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,14 @@ class ImageSettings(Settings):
     on_corrupt: 'raise', or 'skip': training takes the next example, evaluation masks the row.
   """
 
-  image_size: int | tuple[int, int]
-  channels: int
+  image_size: Pixels | tuple[Pixels, Pixels]
+  channels: Annotated[int, OneOf(MODES)]
   mean: tuple[float, ...]
-  std: tuple[float, ...]
+  std: tuple[Positive, ...]
   augment: dict[str, Any] = dataclasses.field(default_factory=dict)
-  test_crop: float = 1.0
-  filter: str = 'bilinear'
-  on_corrupt: str = 'raise'
+  test_crop: Annotated[float, Range(high=1, above=0)] = 1.0
+  filter: Annotated[str, OneOf(FILTERS)] = 'bilinear'
+  on_corrupt: Annotated[str, OneOf(ON_CORRUPT)] = 'raise'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,14 @@ class QASettings(Settings):
     mean, std: one number a channel, for pixels in 0 to 1; of no use to text alone.
   """
 
-  context: int
+  context: Annotated[int, Range(1, 2 ** 24, unit='tokens')]
   train_split: str = 'train'
   test_split: str = 'test'
-  pad_side: str = 'right'
-  turns: int = 1
+  pad_side: Annotated[str, OneOf(PAD_SIDES)] = 'right'
+  turns: Count = 1
   kinds: tuple[str, ...] = ()
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-  std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[Positive, ...] = (0.5, 0.5, 0.5)
 
 
 AnySettings = TypeVar('AnySettings', bound=Settings)
@@ -97,19 +97,10 @@ def image_settings(config: Config) -> ImageSettings:
     ValueError: a field that is unknown, missing, or has an impossible value.
   """
   settings = _read(config, ImageSettings)
-  choices.check('data.filter=', settings.filter, FILTERS)
-  choices.check('data.on_corrupt=', settings.on_corrupt, ON_CORRUPT)
-  choices.check('data.channels=', settings.channels, MODES)
   for key in ('mean', 'std'):
     if len(getattr(settings, key)) != settings.channels:
       raise ValueError(f'data.{key} has {len(getattr(settings, key))} numbers for '
                        f'{settings.channels} channels: give one a channel')
-  if not 0 < settings.test_crop <= 1:
-    raise ValueError(f'data.test_crop={settings.test_crop} must be above 0 and at most 1')
-  size = settings.image_size
-  if not (isinstance(size, int) or (isinstance(size, tuple | list) and len(size) == 2)):
-    raise ValueError(f'data.image_size={size!r} is no size: give a side in pixels, or '
-                     '(height, width)')
   augment.make(settings.augment, filter=settings.filter)
   return settings
 
@@ -120,19 +111,11 @@ def qa_settings(config: Config) -> QASettings:
   Raises:
     ValueError: a field that is unknown, missing, or has an impossible value.
   """
-  settings = _read(config, QASettings)
-  choices.check('data.pad_side=', settings.pad_side, PAD_SIDES)
-  return settings
+  return _read(config, QASettings)
 
 
 def _read(config: Config, kind: type[AnySettings]) -> AnySettings:
   """Returns a data config as the dataclass `kind`."""
-  values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-  fields = {field.name: field for field in dataclasses.fields(kind)}
-  for key in values:
-    choices.check_key('data has no field ', key, fields)
-  missing = [key for key, field in fields.items() if key not in values
-             and field.default is field.default_factory is dataclasses.MISSING]
-  if missing:
-    raise ValueError(f'data lacks {", ".join(missing)}: set them in the config')
-  return kind(**values)
+  fields = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  check_keys('data', fields, kind, unknown='data has no field ')
+  return kind(**{key: value for key, value in fields.items() if value is not None})

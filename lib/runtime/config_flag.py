@@ -9,6 +9,7 @@ augmentation: whoever reads them checks them.
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from typing import Any
 
@@ -42,18 +43,27 @@ class _Parser(flags.ArgumentParser):
     Raises:
       flags.Error: one line, for a flag of a key that is not there, or what get_config says.
     """
+    file = pathlib.Path(path.partition(':')[0])
+    if not file.is_file():
+      raise flags.Error(f'--{self._name}={path}: {file} is no file: give one of configs/, as '
+                        'configs/digits.py')
     try:
       config = self._read.parse(path)
-    except (TypeError, ValueError) as error:
+      # Asked for anything, what stands for a file that could not be read raises why.
+      config = config if hasattr(config, 'unlocked') else None
+    except Exception as error:  # A config is a program, and may raise whatever it likes.
       # Theirs holds a whole traceback; the config's own words are what it came of.
-      raise flags.Error(f'{path}: {error.__context__}') from error
-    if isinstance(config, ConfigDict):
-      with config.unlocked():
-        _rename(config)
-        for argument in sys.argv:
-          key = argument.lstrip('-').partition('=')[0]
-          if argument.startswith('-') and key.startswith(f'{self._name}.'):
-            make_room(config, key.removeprefix(f'{self._name}.'), name=self._name)
+      cause = error.__context__ or error
+      kind = '' if isinstance(cause, ValueError) else f'{type(cause).__name__}: '
+      raise flags.Error(f'{path}: {kind}{cause}') from error
+    if not isinstance(config, ConfigDict):
+      raise flags.Error(f'{path}: its get_config() must return an ml_collections.ConfigDict')
+    with config.unlocked():
+      _rename(config)
+      for argument in sys.argv:
+        key = argument.lstrip('-').partition('=')[0]
+        if argument.startswith('-') and key.startswith(f'{self._name}.'):
+          make_room(config, key.removeprefix(f'{self._name}.'), name=self._name)
     return config
 
   def flag_type(self) -> str:

@@ -57,7 +57,7 @@ class Task:
 
 def task_name(config: Mapping[str, Any]) -> str:
   """Returns `config.task.name`, 'classify' where there is no `config.task`."""
-  return config.get('task', {'name': 'classify'})['name']
+  return (config.get('task') or {}).get('name', 'classify')
 
 
 def sum_counts(counts: list[Any]) -> np.ndarray:

@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from lib.cost import explain
 from lib.cost import vit as vit_cost
 from lib.data import images as image_data
+from lib.data.settings import image_settings
+from lib.runtime import memory
 from lib.tasks import anneal, distill
 from lib.tasks.base import Task
 from lib.tasks.image_metrics import Metric, cross_entropy, metric_of
@@ -36,6 +38,8 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
   metric = metric_of(config)
   vit = build(config.model, config.reduce.vision, macs=vit_cost.solver, mesh=mesh,
               platform=mesh.devices.flat[0].platform, task=config.get('task'))
+  check_images(vit, config.data)
+  memory.check_batch(config.data.batch_size, slots=vit.host.slots, width=vit.width, mesh=mesh)
   info = image_data.info(config.data)
   if vit.classes != info.num_classes:
     raise ValueError(f'model.num_classes (task.pixel_classes) is {vit.classes}, but '
@@ -50,6 +54,17 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
       train_iterator=image_data.train_iterator, eval_batches=image_data.eval_batches,
       macs=lambda model: vit_cost.in_training(model).training_macs, slots=vit.host.slots,
       summary=explain.tower_table(vit) + '\n' + anneal.describe(phases))
+
+
+def check_images(vit: ViT, data: Mapping[str, Any]) -> None:
+  """Raises a ValueError unless the images of a set have the size that the model reads."""
+  settings = image_settings(data)
+  size = settings.image_size
+  height, width = (size, size) if isinstance(size, int) else size
+  if (height, width, settings.channels) != vit.input_shape:
+    raise ValueError(f'data.image_size={size} with data.channels={settings.channels} is not what '
+                     f'the model reads, {vit.input_shape}: set model.image_size and '
+                     'model.channels to that of the data')
 
 
 def init(vit: ViT, key: Array) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from lib.cost import vit as vit_cost
 from lib.data import images as image_data
 from lib.report import intervals, overlay, plots, tables
 from lib.report.rows import Row
-from lib.runtime import checkpoint, sharding, timing
+from lib.runtime import checkpoint, memory, sharding, timing
+from lib.tasks import image as image_task
 from lib.tasks.base import sum_counts
 from lib.tasks.image_metrics import cross_entropies, metric_of
 from lib.tasks.sweep import Candidate, Sweep
@@ -264,6 +265,8 @@ def load(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[int, Pa
     FileNotFoundError: no checkpoint, and no weights named.
   """
   vit = build(config.model, task=config.get('task'))
+  image_task.check_images(vit, config.data)
+  memory.check_batch(config.data.batch_size, slots=vit.host.slots, width=vit.width, mesh=mesh)
   images = jnp.zeros((1, *vit.input_shape))
   abstract = jax.eval_shape(vit.init, jax.random.key(0), images)['params']
   template = sharding.shapes(abstract, sharding.make_shardings(abstract, config.sharding, mesh))

@@ -21,6 +21,7 @@ from lib.cost import lm as lm_cost
 from lib.cost import vit as vit_cost
 from lib.data import qa as qa_data
 from lib.data.qa import Info
+from lib.runtime import memory
 from lib.tasks import anneal
 from lib.tasks.base import Task
 from models.backbones.lm import LM
@@ -95,10 +96,12 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
   info, context = qa_data.info(config.data), config.data.context
   model = build(config.model, config.reduce, info, context=context, mesh=mesh,
                 platform=mesh.devices.flat[0].platform)
+  slots = context + (model.tower.host.slots - model.tower.special if info.image_shape else 0)
+  width = (model.lm if info.image_shape else model).width
+  memory.check_batch(config.data.batch_size, slots=slots, width=width, mesh=mesh)
   kinds = info.kinds or ('all',)
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(
       jax.eval_shape(functools.partial(init, model, info, context), jax.random.key(0))))
-  slots = context + (model.tower.host.slots - model.tower.special if info.image_shape else 0)
   return Task(
       model=model, score='accuracy', phases=(anneal.Phase(0, model),),
       init=functools.partial(init, model, info, context), pretrained=lambda: None,

@@ -24,7 +24,7 @@ from lib.cost import vit as vit_cost
 from lib.data import qa as qa_data
 from lib.report import plots, tables
 from lib.report.rows import Row
-from lib.runtime import checkpoint, sharding, timing
+from lib.runtime import checkpoint, memory, sharding, timing
 from lib.tasks import qa as qa_task
 from lib.tasks.base import sum_counts
 from lib.tasks.sweep import Candidate, Sweep
@@ -49,6 +49,9 @@ class QASweep(Sweep):
     self._sets = {name: self._data(name, context) for name, context in (
         config.sweep.sets or ((config.data.name, config.data.context),))}
     self._info = {name: qa_data.info(data) for name, data in self._sets.items()}
+    width = config.model.lm.width
+    for data in self._sets.values():
+      memory.check_batch(data.batch_size, slots=data.context, width=width, mesh=mesh)
     self.step, self._params = self._load(workdir)
     # Of the set that was measured last.
     self._batches: dict[str, list[Any]] = {}

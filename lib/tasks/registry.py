@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from lib.tasks import image as image_task
 from lib.tasks import qa as qa_task
+from lib.tasks import settings
 from lib.tasks.base import Task, task_name
 from lib.tasks.image_sweep import ImageSweep
 from lib.tasks.qa_sweep import QASweep
@@ -53,6 +54,7 @@ def make_sweep(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> Sweep:
   Raises:
     ValueError, FileNotFoundError: an unknown name; or as `Sweep`.
   """
+  settings.check_config(config, *settings.EVALUATION, 'sweep')
   return _entry(config).make_sweep(config, workdir, mesh)
 
 

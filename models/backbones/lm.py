@@ -47,7 +47,7 @@ vocabulary, S slots of a cache, F MLP width, P numbers in a position.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import flax.linen as nn
 import jax
@@ -58,7 +58,7 @@ from jax.typing import DTypeLike
 from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
 from models.reduction import BATCH_AXES, Reducers, choose
-from models.stack import Outputs, Stack, Tap
+from models.stack import REMAT, Outputs, Stack, Tap
 from ops import attention, kv_cache
 from ops.assignments import take
 from ops.attention import log_weight
@@ -66,6 +66,7 @@ from ops.kv_cache import KV, Cache
 from ops.rope import Rope, sequence_index
 from ops.signals import STATIC, Signals
 from ops.tokens import TEXT, TokenSet
+from ops.values import Count, CountOrZero, Depth, NotNegative, OneOf, Width, check_fields
 
 Array = jax.Array
 
@@ -222,27 +223,34 @@ class LM(nn.Module):
     mesh, remat, capture: see models/stack.py.
   """
 
-  vocabulary: int
-  width: int
-  depth: int
-  mlp: int
-  heads: int
-  kv_heads: int
-  head_width: int
-  context: int
+  vocabulary: Count
+  width: Width
+  depth: Depth
+  mlp: Width
+  heads: Count
+  kv_heads: Count
+  head_width: Width
+  context: Count
   rope: Rope
   tied: bool = False
-  window: int = 0
+  window: CountOrZero = 0
   qkv_bias: bool = False
   qk_norm: bool = False
-  norm_eps: float = 1e-5
+  norm_eps: NotNegative = 1e-5
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   cache_plan: Plan | None = None
   mesh: Mesh | None = None
-  remat: str = 'none'
+  remat: Annotated[str, OneOf(REMAT)] = 'none'
   capture: bool = False
+
+  def __post_init__(self) -> None:
+    check_fields(self)
+    if self.heads % self.kv_heads:
+      raise ValueError(f'kv_heads={self.kv_heads} does not divide heads={self.heads}: each is '
+                       'shared by as many queries as every other; change one of them')
+    super().__post_init__()
 
   def host(self, slots: int, **counts: int) -> Host:
     """Returns what plans need to know of this model with prompts of `slots` slots.

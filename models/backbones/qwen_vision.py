@@ -12,7 +12,7 @@ cells, P numbers of a patch, D width, O width of the language model, H heads, d 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -23,11 +23,11 @@ from jax.typing import DTypeLike
 
 from models.backbones.vit import OFFERS, Block
 from models.backbones.windows import Windows, WindowStack
-from models.blocks import ACTIVATIONS, dense, layer_norm
+from models.blocks import ACTIVATIONS, check_heads, dense, layer_norm
 from models.plan import Host, Plan
 from models.stack import Outputs, Stack
-from ops import choices
 from ops import tokens as tk
+from ops import values
 from ops.tokens import TokenSet
 
 Array = jax.Array
@@ -98,27 +98,32 @@ class QwenVision(nn.Module):
     norm_eps, dtype, implementation, plan, mesh, remat, capture: as in ViT.
   """
 
-  width: int
-  depth: int
-  mlp: int
-  heads: int
-  projection: int
-  grid: tuple[int, int]
-  patch: int = 14
-  temporal: int = 2
-  channels: int = 3
-  merge: int = 2
-  norm: str = 'layer'
-  activation: str = 'quick_gelu'
-  window: int = 0
-  whole_layers: tuple[int, ...] = ()
-  norm_eps: float = 1e-6
+  width: values.Width
+  depth: values.Depth
+  mlp: values.Width
+  heads: values.Count
+  projection: values.Width
+  grid: tuple[values.Count, values.Count]
+  patch: values.Pixels = 14
+  temporal: values.Count = 2
+  channels: values.Count = 3
+  merge: values.Count = 2
+  norm: Annotated[str, values.OneOf(NORMS)] = 'layer'
+  activation: Annotated[str, values.OneOf(ACTIVATIONS)] = 'quick_gelu'
+  window: values.CountOrZero = 0
+  whole_layers: tuple[values.CountOrZero, ...] = ()
+  norm_eps: values.NotNegative = 1e-6
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
   remat: str = 'none'
   capture: bool = False
+
+  def __post_init__(self) -> None:
+    values.check_fields(self)
+    check_heads(self.width, self.heads)
+    super().__post_init__()
 
   @property
   def numbers(self) -> int:
@@ -216,4 +221,3 @@ class QwenVision(nn.Module):
     if any(side % unit for side in self.grid) or unit % self.merge:
       raise ValueError(f'grid={self.grid} must be a multiple of {unit} each way (windows of '
                        f'{self.window} patches, cells of {self.merge})')
-    choices.check('norm=', self.norm, NORMS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import flax.linen as nn
 import jax
@@ -21,9 +21,9 @@ import numpy as np
 from models import renames
 from models.backbones.vit import ViT
 from models.stack import Outputs
-from ops import choices
 from ops import tokens as tk
 from ops.tokens import TokenSet
+from ops.values import Count, CountOrZero, OneOf
 
 Array = jax.Array
 Cuts = Mapping[int, TokenSet]
@@ -126,11 +126,11 @@ class SegmentViT(ViT):
     num_classes: 0; there is no classifier.
   """
 
-  num_classes: int = 0
-  pixel_classes: int = dataclasses.field(kw_only=True)
-  fill: str = 'restore'
-  decoder: str = 'linear'
-  cells: int = 1
+  num_classes: CountOrZero = 0
+  pixel_classes: Count = dataclasses.field(kw_only=True)
+  fill: Annotated[str, OneOf(FILLS)] = 'restore'
+  decoder: Annotated[str, OneOf(DECODERS)] = 'linear'
+  cells: Count = 1
 
   @property
   def classes(self) -> int:
@@ -178,8 +178,6 @@ class SegmentViT(ViT):
     return cast(Array, norm.apply({'params': self.get_variable('params', 'norm')}, x))
 
   def _check_decoder(self) -> None:
-    choices.check('fill=', self.fill, FILLS)
-    choices.check('decoder=', self.decoder, DECODERS)
     if not 1 <= self.cells <= self.patch:
       raise ValueError(f'cells={self.cells} must be 1 to patch={self.patch}')
     if self.layers and self.fill == 'bypass':

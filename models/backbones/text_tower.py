@@ -8,6 +8,8 @@ Axes: B batch, T tokens of a text, N slots, D width.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.backbones.vit import OFFERS, Block
-from models.blocks import ACTIVATIONS, layer_norm
+from models.blocks import ACTIVATIONS, check_heads, layer_norm
 from models.plan import Host, Plan
 from models.stack import Outputs, Stack
-from ops import choices
+from ops import values
 from ops.assignments import take
 from ops.tokens import SPECIAL, TEXT, TokenSet
 
@@ -42,25 +44,30 @@ class Text(nn.Module):
     activation, norm_eps, dtype, implementation, plan, mesh, remat, capture: as in ViT.
   """
 
-  width: int
-  depth: int
-  mlp: int
-  heads: int
-  vocabulary: int
-  context: int
+  width: values.Width
+  depth: values.Depth
+  mlp: values.Width
+  heads: values.Count
+  vocabulary: values.Count
+  context: values.Count
   causal: bool
-  pool: str
-  projection: int = 0
+  pool: Annotated[str, values.OneOf(POOLS)]
+  projection: values.WidthOrZero = 0
   projection_bias: bool = False
-  activation: str = 'gelu'
-  dropout: float = 0.0
-  norm_eps: float = 1e-6
+  activation: Annotated[str, values.OneOf(ACTIVATIONS)] = 'gelu'
+  dropout: values.Rate = 0.0
+  norm_eps: values.NotNegative = 1e-6
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
   remat: str = 'none'
   capture: bool = False
+
+  def __post_init__(self) -> None:
+    values.check_fields(self)
+    check_heads(self.width, self.heads)
+    super().__post_init__()
 
   @property
   def special(self) -> int:
@@ -112,8 +119,6 @@ class Text(nn.Module):
       raise ValueError(f'token ids of shape {ids.shape} and dtype {ids.dtype} do not fit: expected '
                        f'integers [batch, {self.context}]; shorten the text, or pad it '
                        '(lib/data/tokenizers.py)')
-    for name, allowed in (('pool', POOLS), ('activation', ACTIVATIONS)):
-      choices.check(f'{name}=', getattr(self, name), allowed)
 
   def _pooled(self, ids: Array) -> Array:
     """int32[B]: which token stands for its text."""

@@ -11,7 +11,7 @@ Axes: B batch, N slots, D width, H heads, d width of a head, P patch side in pix
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import flax.linen as nn
 import jax
@@ -25,14 +25,15 @@ from models.blocks import (
   ACTIVATIONS,
   Heads,
   ReducibleBlock,
+  check_heads,
   dense,
   hidden_features,
   layer_norm,
 )
 from models.families import NAMED, SIZES
 from models.plan import Host, Plan
-from models.stack import Outputs, Stack
-from ops import attention, choices
+from models.stack import REMAT, Outputs, Stack
+from ops import attention, choices, values
 from ops.primitives.select import keep_top
 from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias, reduce
 
@@ -198,39 +199,47 @@ class ViT(nn.Module):
       `RESAMPLINGS` (models/checkpoints/positions.py); the model itself does not.
   """
 
-  width: int
-  depth: int
-  mlp: int
-  heads: int
-  patch: int
-  image_size: int | tuple[int, int]
-  num_classes: int
-  channels: int = 3
-  registers: int = 0
+  width: values.Width
+  depth: values.Depth
+  mlp: values.Width
+  heads: values.Count
+  patch: values.Pixels
+  image_size: values.Pixels | tuple[values.Pixels, values.Pixels]
+  num_classes: values.CountOrZero
+  channels: values.Count = 3
+  registers: values.CountOrZero = 0
   special_positions: bool = True
   distilled: bool = False
   class_token: bool = True
-  positions: str = 'learned'
-  pool: str = 'cls'
-  last_norm: str = 'tokens'
-  projection: int = 0
+  positions: Annotated[str, values.OneOf(POSITIONS)] = 'learned'
+  pool: Annotated[str, values.OneOf(POOLS)] = 'cls'
+  last_norm: Annotated[str, values.OneOf(LAST_NORMS)] = 'tokens'
+  projection: values.WidthOrZero = 0
   patch_bias: bool = True
   pre_norm: bool = False
-  activation: str = 'gelu'
+  activation: Annotated[str, values.OneOf(ACTIVATIONS)] = 'gelu'
   layer_scale: float | None = None
-  dropout: float = 0.0
-  norm_eps: float = 1e-6
+  dropout: values.Rate = 0.0
+  norm_eps: values.NotNegative = 1e-6
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
   mesh: Mesh | None = None
-  remat: str = 'none'
+  remat: Annotated[str, values.OneOf(REMAT)] = 'none'
   capture: bool = False
-  window: tuple[int, int] | None = None
-  whole_layers: tuple[int, ...] = ()
-  layers: tuple[int, int] | None = None
-  training_patches: int = 0
-  position_resampling: str = 'bicubic_antialiased'
+  window: tuple[values.Count, values.Count] | None = None
+  whole_layers: tuple[values.CountOrZero, ...] = ()
+  layers: tuple[values.CountOrZero, values.CountOrZero] | None = None
+  training_patches: values.CountOrZero = 0
+  position_resampling: Annotated[str, values.OneOf(RESAMPLINGS)] = 'bicubic_antialiased'
+
+  def __post_init__(self) -> None:
+    values.check_fields(self)
+    check_heads(self.width, self.heads)
+    if any(side % self.patch for side in self.input_shape[:2]):
+      raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
+                       'change one of them')
+    super().__post_init__()
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -344,12 +353,6 @@ class ViT(nn.Module):
       raise ValueError(f'images of shape {images.shape} do not fit: expected [batch, '
                        f'{", ".join(map(str, wanted))}]; resize them, or set image_size and '
                        'channels')
-    if any(side % self.patch for side in wanted[:2]):
-      raise ValueError(f'image_size={self.image_size} is not a multiple of patch={self.patch}: '
-                       'change one of them')
-    for name, allowed in (('positions', POSITIONS), ('pool', POOLS), ('last_norm', LAST_NORMS),
-                        ('activation', ACTIVATIONS), ('position_resampling', RESAMPLINGS)):
-      choices.check(f'{name}=', getattr(self, name), allowed)
     patches = self.host.slots - self.special
     if not 0 <= self.training_patches <= patches or (self.training_patches and self.window):
       raise ValueError(f'training_patches={self.training_patches} is impossible: give 1 to '

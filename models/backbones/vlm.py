@@ -25,6 +25,7 @@ H heads, n tokens of a crop that the tower passes on.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -35,7 +36,7 @@ from flax import struct
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
-from models.blocks import dense
+from models.blocks import ACTIVATIONS, dense
 from models.plan import Host
 from models.projector import (
   FROM_TOWER,
@@ -51,6 +52,7 @@ from ops.assignments import take
 from ops.kv_cache import Cache
 from ops.splice import Visual, splice
 from ops.tokens import TokenSet
+from ops.values import CountOrZero, OneOf, check_fields
 
 Array = jax.Array
 
@@ -105,12 +107,16 @@ class VLM(nn.Module):
 
   tower: ViT | QwenVision
   lm: LM
-  image_token: int
-  projection: str = 'gelu'
+  image_token: CountOrZero
+  projection: Annotated[str, OneOf(('', *ACTIVATIONS))] = 'gelu'
   newline: bool = False
   projector_reduction: ProjectorReduction | None = None
   pad_side: str = 'right'
-  patch_labels: int = 0
+  patch_labels: CountOrZero = 0
+
+  def __post_init__(self) -> None:
+    check_fields(self)
+    super().__post_init__()
 
   def setup(self) -> None:
     """Makes the projector, the probe and the newline."""

@@ -11,6 +11,7 @@ from ops.primitives.cluster import average_clusters, density_clusters
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import Count, NotNegative
 
 
 class CTM(Reducer, nn.Module):
@@ -27,8 +28,8 @@ class CTM(Reducer, nn.Module):
       low weight; with 0, a token alone in its group stays exactly as it is.
   """
 
-  neighbours: int = 5
-  smoothing: float = 0.0
+  neighbours: Count = 5
+  smoothing: NotNegative = 0.0
   site = 'before'
 
   @nn.compact

@@ -15,6 +15,7 @@ from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import Count, Positive, Width
 
 Array = jax.Array
 
@@ -36,10 +37,10 @@ class DTEM(Reducer, nn.Module):
       evaluation of MAE weights).
   """
 
-  features: int = 64
-  candidates: int = 3
-  temperature: float = 0.1
-  choice_temperature: float = 0.1
+  features: Width = 64
+  candidates: Count = 3
+  temperature: Positive = 0.1
+  choice_temperature: Positive = 0.1
   proportional: bool = True
   needs = frozenset({'hidden', 'slots'})
 

@@ -19,6 +19,7 @@ from ops.primitives.select import top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, restore
+from ops.values import Count, CountOrZero, Width
 
 Array = jax.Array
 
@@ -64,11 +65,11 @@ class DToP(Reducer, nn.Module):
     head_width: features of an attention head in it.
   """
 
-  classes: int = 150
+  classes: Count = 150
   threshold: float = 0.95
-  spared: int = 5
-  layers: int = 2
-  head_width: int = 64
+  spared: CountOrZero = 5
+  layers: Count = 2
+  head_width: Width = 64
   site = 'after'
   drops = 'pruning drops tokens'
   adaptive = 'tokens leave as soon as they are certain'

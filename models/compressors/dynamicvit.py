@@ -12,6 +12,7 @@ from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, identity
+from ops.values import NotNegative
 
 Array = jax.Array
 
@@ -32,7 +33,7 @@ class DynamicViT(Reducer, nn.Module):
       losses are added up, 2 / S is the same.
   """
 
-  ratio_weight: float = 2.0
+  ratio_weight: NotNegative = 2.0
   site = 'before'
   proportional = True
   drops = 'pruning drops tokens'

@@ -13,6 +13,7 @@ from ops.primitives.mixing import mix_free
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import Positive
 
 
 class PatchMerger(Reducer, nn.Module):
@@ -27,7 +28,7 @@ class PatchMerger(Reducer, nn.Module):
       arXiv:2308.04657.
   """
 
-  scale: float = 1.0
+  scale: Positive = 1.0
   site = 'before'
 
   @nn.compact

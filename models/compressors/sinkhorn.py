@@ -14,6 +14,7 @@ from ops.primitives.mixing import mix_free
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import Iterations, Positive
 
 Array = jax.Array
 
@@ -31,8 +32,8 @@ class Sinkhorn(Reducer, nn.Module):
     iterations: of the row and column scaling.
   """
 
-  eps: float = 1.0
-  iterations: int = 3
+  eps: Positive = 1.0
+  iterations: Iterations = 3
   site = 'before'
 
   @nn.compact

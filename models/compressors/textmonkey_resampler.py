@@ -14,6 +14,7 @@ from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import Count, Width
 
 Array = jax.Array
 
@@ -32,9 +33,9 @@ class TextMonkeyResampler(Reducer, nn.Module):
     head_dim: d; the released model has C = H d = 1024 beside D = 4096.
   """
 
-  width: int = 1024
-  heads: int = 8
-  head_dim: int = 128
+  width: Width = 1024
+  heads: Count = 8
+  head_dim: Width = 128
   site = 'after'
   drops = 'pruning drops tokens'
 

@@ -368,6 +368,10 @@ def _likelihood(logits: Array, tokens: Array) -> tuple[Array, Array]:
 
 def _keys(seeds: int | Sequence[int], rows: int) -> Array:
   """One random key a row."""
+  for seed in [seeds] if isinstance(seeds, int) else seeds:
+    # Larger ones would lose their upper bits, or overflow.
+    if not -2 ** 31 <= seed < 2 ** 31:
+      raise ValueError(f'seed={seed} is impossible: give a whole number of 32 bits')
   if isinstance(seeds, int):
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seeds)))(jnp.arange(rows))
   if len(seeds) != rows:

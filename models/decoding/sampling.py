@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ops import choices
+from ops.values import CountOrZero, NotNegative, Range, check_fields
 
 Array = jax.Array
 SIDES = ('left', 'right')
@@ -29,14 +31,12 @@ class Sampling:
       reach this sum (nucleus sampling, arXiv:1904.09751), and those equal to the last of them.
   """
 
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
+  temperature: NotNegative = 0.0
+  top_k: CountOrZero = 0
+  top_p: Annotated[float, Range(high=1, above=0)] = 1.0
 
   def __post_init__(self) -> None:
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f'{self} is impossible: temperature and top_k are not negative, and top_p '
-                       'lies in (0, 1]')
+    check_fields(self)
 
 
 def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:

@@ -3,6 +3,9 @@
 Settings of methods, budgets, data and checkpoints that do not fit are tested where those live.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +16,18 @@ from safetensors.numpy import save_file
 from lib.data.tokenizers import TextTowerTokenizer
 from models import checkpoints
 from models.backbones.clip import Clip
+from models.backbones.lm import LM
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT, make_vit
 from models.build import build
+from models.decoding.sampling import Sampling
 from models.plan import make_plan
+from ops.rope import Rope
 
 TINY = ViT(width=16, depth=2, mlp=24, heads=2, patch=4, image_size=16, num_classes=5)
 SIGLIP = TINY.clone(class_token=False, pool='map')
+DECODER = LM(vocabulary=11, width=16, depth=2, mlp=24, heads=4, kv_heads=2, head_width=8,
+             context=32, rope=Rope(8))
 TEXT = Text(width=16, depth=2, mlp=24, heads=2, vocabulary=11, context=8, causal=True, pool='eot',
             projection=6)
 
@@ -55,9 +63,32 @@ def test_images_of_another_shape(shape):
 
 @pytest.mark.parametrize('size', [15, 18, 30])
 def test_sizes_that_the_patch_does_not_divide(size):
-  vit = TINY.clone(image_size=size)
-  text = said(jax.eval_shape, vit.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-  assert text == f'image_size={size} is not a multiple of patch=4: change one of them'
+  assert said(TINY.clone, image_size=size) == (
+      f'image_size={size} is not a multiple of patch=4: change one of them')
+
+
+@pytest.mark.parametrize(('model', 'settings', 'message'), [
+    (TINY, {'heads': 3}, 'heads=3 does not divide width=16'),
+    (TINY, {'heads': 0}, 'heads=0 must be from 1 to 2147483647'),
+    (TINY, {'depth': 0}, 'depth=0 must be from 1 to 1000 layers'),
+    (TINY, {'depth': 10 ** 7}, 'depth=10000000 must be from 1 to 1000 layers'),
+    (TINY, {'width': '16'}, "width='16' must be a whole number"),
+    (TINY, {'dropout': 1.0}, 'dropout=1.0 must be at least 0 and below 1'),
+    (TINY, {'norm_eps': float('nan')}, 'norm_eps=nan must be finite'),
+    (TINY, {'image_size': 10 ** 6}, 'from 1 to 16384 pixels'),
+    (TINY, {'patch': 32}, 'image_size=16 is not a multiple of patch=32'),
+    (TINY, {'pool': 'clss'}, "pool='clss' is unknown (did you mean 'cls'?)"),
+    (TEXT, {'heads': 3}, 'heads=3 does not divide width=16'),
+    (DECODER, {'kv_heads': 3}, 'kv_heads=3 does not divide heads=4'),
+    (DECODER, {'depth': True}, 'depth=True must be a whole number'),
+    (DECODER, {'remat': 'some'}, 'choose one of none, full, dots'),
+    (DECODER.rope, {'theta': 0}, 'theta=0 must be above 0'),
+    (Sampling(), {'temperature': float('nan')}, 'temperature=nan must be finite'),
+    (Sampling(), {'top_p': 0}, 'top_p=0 must be above 0 and at most 1')], ids=str)
+def test_settings_of_models_that_cannot_be(model, settings, message):
+  """Wherever they come from: a config, a checkpoint's config.json, or a notebook."""
+  change = getattr(model, 'clone', None) or functools.partial(dataclasses.replace, model)
+  assert message in said(change, **settings)
 
 
 @pytest.mark.parametrize('settings', [{'pool': 'cls'}, {'pool': 'cls_mean'}, {'distilled': True}])

@@ -12,7 +12,7 @@ from helpers.errors import said
 import train
 from configs import digit_scenes, digit_segments, digits, parts, stdlib_needle
 from lib.data.settings import ImageSettings, QASettings
-from lib.runtime import config_flag, launch, sharding
+from lib.runtime import cli, config_flag, launch, sharding
 from models import renames
 from models.backbones.vit import ViT
 from models.plan import make_plan
@@ -31,6 +31,8 @@ def parsed(monkeypatch):
     flags.FLAGS(argv)
     return launch.CONFIG.value
   yield parse
+  # One module of that name is loaded over another, and would keep what the other had.
+  sys.modules.pop('config_config', None)
   for name in [name for name in flags.FLAGS if name.startswith('config.')]:
     delattr(flags.FLAGS, name)
   flags.FLAGS.unparse_flags()
@@ -89,6 +91,105 @@ def test_unknown_keys_end_the_command_with_status_2(tmp_path):
   assert done.stderr.splitlines()[-1] == (
       "error: config.reduce has no key 'language': choose from vision (--debug shows where)")
   assert not (tmp_path / 'run').exists()
+
+
+# -- the config's file ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    (None, 'is no file: give one of configs/, as configs/digits.py'),
+    ('x = 1', "AttributeError: module 'config_config' has no attribute 'get_config'"),
+    ('def get_config(:', 'SyntaxError: invalid syntax'),
+    ('def get_config():\n  return {"seed": 0}', 'must return an ml_collections.ConfigDict'),
+    ('def get_config():\n  return None', 'must return an ml_collections.ConfigDict'),
+    ('def get_config():\n  raise RuntimeError("no luck")', 'RuntimeError: no luck'),
+    ('def get_config():\n  open("/nothing")', "No such file or directory: '/nothing'"),
+    ('import nothing_of_that_name', "No module named 'nothing_of_that_name'")])
+def test_files_that_are_no_config(parsed, tmp_path, text, message):
+  if text is not None:
+    (tmp_path / 'mine.py').write_text(text)
+  with pytest.raises(flags.Error) as caught:
+    parsed(tmp_path / 'mine.py')
+  assert message in str(caught.value)
+  assert str(tmp_path / 'mine.py') in str(caught.value)
+
+
+def test_folders_are_no_config(parsed, tmp_path):
+  with pytest.raises(flags.Error, match='is no file: give one of configs/'):
+    parsed(tmp_path)
+
+
+# -- the whole line ------------------------------------------------------------------------------
+
+
+def test_words_and_flags_that_are_given_twice(monkeypatch):
+  values = flags.FlagValues()
+  flags.DEFINE_integer('rounds', 1, '', lower_bound=1, flag_values=values)
+  flags.DEFINE_multi_string('image', [], '', flag_values=values)
+  flags.DEFINE_list('sizes', None, '', flag_values=values)
+  monkeypatch.setattr(cli.flags, 'FLAGS', values)
+  cli.check_counts('sizes', length=2, high=64, flag_values=values)
+  for line, message in (
+      ('--image=a --image=b --rounds=2 --sizes=3,64', ''),
+      ('--rounds=2 stray', "'stray' is not understood"),
+      ('stray --rounds=2', "'stray' is not understood"),
+      ('--rounds=2 --rounds=2', '--rounds is given 2 times: leave one'),
+      ('--rounds=0', 'flag --rounds=0'), ('--sizes=3', 'must be 2 whole numbers from 1 to 64'),
+      ('--sizes=3,65', 'must be 2 whole'), ('--sizes=3,a', 'must be 2 whole'),
+      ('--sizes=0,1', 'must be 2 whole'), ('--sizes=', 'must be 2 whole')):
+    values.unparse_flags()
+    for flag in values:
+      values[flag].unparse()
+    if message:
+      with pytest.raises(flags.Error, match=message):
+        cli.read_line(['tool', *line.split()])
+    else:
+      assert cli.read_line(['tool', *line.split()]) == ['tool']
+
+
+DIGITS = ('--config=configs/digits.py', '--workdir={run}')
+SWEEP = ('--config=configs/digits_sweep.py', '--workdir={run}')
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(('command', 'message'), [
+    (('train', *DIGITS, '--config.optimizer.peak_lr=-1'), 'config.optimizer.peak_lr=-1.0 must be'),
+    (('train', *DIGITS, '--config.model.heads=5'), 'heads=5 does not divide width=96'),
+    (('train', *DIGITS, '--config.data.batch_size=1000000000'), 'take 24,960.0 GB'),
+    (('train', *DIGITS, '--config.data.image_size=36'), 'is not what the model reads'),
+    (('train', *DIGITS, '--config.optimizer.distill.teacher={run}/none'), 'has no checkpoint'),
+    (('train', *DIGITS, '--config.start={run}/none'), 'has no checkpoint'),
+    (('train', *DIGITS, '--config.log_steps='), 'flag --config.log_steps='),
+    (('train', *DIGITS, '--config.start=\udcff\U0001f600'), 'has no checkpoint'),
+    (('train', *DIGITS, '--config.seed=1', '--config.seed=2'), 'is given 2 times'),
+    (('train', *DIGITS, 'stray'), "'stray' is not understood"),
+    (('train', '--config=configs/vit_s16_tome.py', '--workdir={run}'), 'config lacks seed, '),
+    (('eval', *DIGITS), 'config lacks sweep'),
+    (('eval', *SWEEP, "--config.sweep.methods=('tom',)"), "did you mean 'tome'?"),
+    (('tools.study', '--config=configs/digits_study.py', '--workdir={run}',
+      '--config.study.tuned=1 %'), "'1 %' is unknown"),
+    (('tools.pack', *DIGITS, '--out={run}', '--config.model.depth=0'), 'config.model.depth=0 must'),
+    (('tools.explain', '--config=configs/vit_s16_tome.py', '--config.model.depth=10000000'),
+     'from 1 to 1000 layers'),
+    (('tools.explain', '--model=llava1.5_7b', '--images=-1'), 'flag --images=-1'),
+    (('tools.generate', '--model=results/digit_scenes', '--example=0', '--temperature=nan'),
+     'temperature=nan must be finite'),
+    (('tools.generate', '--model=results/digit_scenes', '--example=0', '--buckets=a'),
+     'must be one or more whole numbers'),
+    (('tools.bench', '--rounds=0'), 'flag --rounds=0'),
+    (('tools.bench', '--methods=tom'), "did you mean 'tome'?")], ids=lambda value: value[-1])
+def test_commands_end_in_one_line_with_status_2(command, message, tmp_path):
+  run = tmp_path / 'run'
+  done = subprocess.run(
+      [sys.executable, '-m', *(part.replace('{run}', str(run)) for part in command)], cwd=ROOT,
+      text=True, capture_output=True, check=False, timeout=120)
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr.splitlines()[-1]
+  assert 'Traceback' not in done.stderr
+  assert not run.exists()
+
+
+# -- the keys that there are ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(('config', 'kind'), [
@@ -168,8 +269,8 @@ def test_training_that_is_shorter_than_its_warm_up(tmp_path):
   config = digits.get_config()
   config.total_steps = 30
   assert said(train.run, config, tmp_path / 'run', first=True) == (
-      'total_steps=30 must be more than optimizer.warmup_steps=60, in which the learning rate only '
-      'rises: raise it, or lower optimizer.warmup_steps')
+      'config.total_steps=30 must be more than optimizer.warmup_steps=60, in which the learning '
+      'rate only rises: raise it, or lower optimizer.warmup_steps')
   assert not (tmp_path / 'run').exists()
 
 

@@ -94,7 +94,7 @@ def test_unreduced_models_and_budgets_in_flops():
 @pytest.mark.parametrize(('broken', 'message'), [
     ({}, 'config.model'),
     ({'model': {'variant': 'S/16'}, 'reduce': {'language': {'method': 'tome'}}},
-     'config.reduce.language is unknown'),
+     "config.reduce has no key 'language': choose from vision"),
     ({'model': {'variant': 'S/16'}, 'reduce': {'vision': {'remove': 3}}}, 'names no method'),
     ({'model': {'variant': 'S/16'}, 'reduce': {'vision': {'method': 'tomme', 'remove': 3}}},
      "did you mean 'tome'"),

@@ -217,8 +217,8 @@ def test_scores_are_those_of_whole_forward_passes_token_by_token_or_not():
 
 
 @pytest.mark.parametrize(('call', 'message'), [
-    (lambda: Sampling(temperature=-1.0), 'temperature and top_k are not negative'),
-    (lambda: Sampling(top_p=0.0), 'top_p lies'),
+    (lambda: Sampling(temperature=-1.0), 'temperature=-1.0 must be at least 0'),
+    (lambda: Sampling(top_p=0.0), 'top_p=0.0 must be above 0 and at most 1'),
     (lambda: padded([[]], 4), 'give at least one, none of them empty'),
     (lambda: padded([[1] * 5], 4), r'prompts of \[5\] tokens do not fit into 4 slots'),
     (lambda: padded([[1]], 4, side='middle'), 'choose one of left, right'),

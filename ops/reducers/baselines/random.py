@@ -13,6 +13,7 @@ from ops.primitives.select import keep_top, rank_of
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Random(Reducer):
     seed: another seed, another choice.
   """
 
-  seed: int = 0
+  seed: Seed | jax.Array = 0
   drops = 'pruning drops tokens'
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:

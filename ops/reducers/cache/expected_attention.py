@@ -17,6 +17,7 @@ from ops.reducers.base import CacheReducer
 from ops.rope import Rope, sequence_index
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import Count, CountOrZero, NotNegative
 
 Array = jax.Array
 
@@ -37,10 +38,10 @@ class ExpectedAttention(CacheReducer):
     epsilon: added to the attention before it is weighed by values.
   """
 
-  future: int = 512
-  sinks: int = 4
+  future: Count = 512
+  sinks: CountOrZero = 4
   covariance: str = 'full'
-  epsilon: float = 0.0
+  epsilon: NotNegative = 0.0
   needs = frozenset({'keys', 'values', 'plain_queries', 'rope'})
 
   def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from ops.primitives.kv_select import by_kv_head, keep_best, latest
 from ops.reducers.base import CacheReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import Count
 
 Array = jax.Array
 
@@ -34,7 +35,7 @@ class H2O(CacheReducer):
     recent: latest entries that always stay; half of those that stay where None, as in the paper.
   """
 
-  recent: int | None = None
+  recent: Count | None = None
   needs = frozenset({'keys', 'received_attention'})
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:

@@ -12,6 +12,7 @@ from ops.primitives.select import rank_of, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import CountOrZero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class StreamingLLM(Reducer):
     sinks: first tokens that stay.
   """
 
-  sinks: int = 4
+  sinks: CountOrZero = 4
   site = 'cache'
   needs = frozenset({'keys'})
   drops = 'pruning drops tokens'

@@ -15,6 +15,7 @@ from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
 from ops.tokens import SPECIAL, TokenSet
+from ops.values import CountOrZero
 
 Array = jax.Array
 # Sums of attention may underflow to zero.
@@ -45,7 +46,7 @@ class FlowCut(ByAttention):
   """
 
   target: int | None = None
-  spare: int = 2
+  spare: CountOrZero = 2
   drops = 'pruning drops tokens'
 
   def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import CountOrZero, NotNegative
 
 Array = jax.Array
 
@@ -34,8 +35,8 @@ class HiPrune(ByAttention):
   """
 
   by: str = 'received_attention'
-  middle: int = 8
-  alpha: float = 0.1
+  middle: CountOrZero = 8
+  alpha: NotNegative = 0.1
   site = 'after'
   drops = 'pruning drops tokens'
 

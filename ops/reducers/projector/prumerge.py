@@ -15,6 +15,7 @@ from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import SPECIAL, TokenSet
+from ops.values import Count
 
 Array = jax.Array
 
@@ -34,7 +35,7 @@ class PruMerge(Reducer):
     neighbours: how many tokens, by cosine of the keys, each one that is kept takes in.
   """
 
-  neighbours: int = 32
+  neighbours: Count = 32
   # The first is not read: a host that offers it has a [CLS].
   needs = frozenset({'cls_attention', 'queries', 'keys'})
   site = 'after'

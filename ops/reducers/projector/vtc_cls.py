@@ -12,6 +12,7 @@ from ops.primitives.select import keep_top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import CountOrZero
 
 Array = jax.Array
 
@@ -29,7 +30,7 @@ class VTCCLS(ByAttention):
     start: the first layer watched.
   """
 
-  start: int = 14
+  start: CountOrZero = 14
   site = 'after'
   drops = 'pruning drops tokens'
 

@@ -10,6 +10,7 @@ from ops.primitives.cluster import average_clusters, density_clusters
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import Count, NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class DPCKNN(Reducer):
       by as much; with 0, a token alone in its group stays exactly as it is.
   """
 
-  neighbours: int = 5
-  smoothing: float = 0.0
+  neighbours: Count = 5
+  smoothing: NotNegative = 0.0
   site = 'before'
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:

@@ -15,6 +15,7 @@ from ops.primitives.select import top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import CountOrZero, Iterations
 
 Array = jax.Array
 WEIGHTS = ('attention', 'equal')
@@ -37,8 +38,8 @@ class KMedoids(Reducer):
   """
 
   weights: str = 'attention'
-  start: int = 0
-  iterations: int = 3
+  start: CountOrZero = 0
+  iterations: Iterations = 3
   site = 'before'
   drops = 'pruning drops tokens'
 
