@@ -10,14 +10,19 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from lib.report.rows import Row, keep_rows
+
 
 class Writer:
   """Writes metrics; every process may make one, only the first writes.
 
+  What earlier lives of the run wrote of steps that come again is removed, so that metrics.jsonl has
+  each step once and in order; TensorBoard is told not to show it.
+
   Args:
     folder: gets metrics.jsonl and TensorBoard's files.
     total_steps: for the progress bar.
-    start: the step to show first.
+    start: steps done.
     active: False silences it (processes other than the first).
   """
 
@@ -27,7 +32,8 @@ class Writer:
       return
     folder.mkdir(parents=True, exist_ok=True)
     self._path = folder / 'metrics.jsonl'
-    self._board = SummaryWriter(str(folder))
+    keep_rows(self._path, lambda row: _place(row, start))
+    self._board = SummaryWriter(str(folder), purge_step=start + 1)
     self._bar = tqdm(total=total_steps, initial=start, unit='step', dynamic_ncols=True,
                      disable=not sys.stderr.isatty())
 
@@ -54,3 +60,12 @@ class Writer:
     if self._active:
       self._bar.close()
       self._board.close()
+
+
+def _place(row: Row, start: int) -> tuple[int, bool] | None:
+  """Returns what tells a row from others, None for one of a step that comes again.
+
+  Training's rows have a loss; those of the evaluation after the same step do not.
+  """
+  step = row.get('step')
+  return (step, 'loss' not in row) if isinstance(step, int) and step <= start else None
