@@ -24,7 +24,8 @@ A row is a dict. Every key is optional; those known here:
   note                what a reader must know, such as 'untrained: has learned parameters'
   fault               what is wrong with the thing measured, '' for nothing
   failed              True where nothing could be measured; `note` says why
-  made_of             all that the row depends on and that its other keys do not say, nested
+  made_of             all that the row depends on and that its other keys do not say: nested, or a
+                      digest
 """
 
 from __future__ import annotations

@@ -127,6 +127,12 @@ def stored(workdir: pathlib.Path) -> dict[str, Any] | None:
   return config | renamed | {'reduce': reduce}
 
 
+def settings(config: ConfigDict) -> dict[str, Any]:
+  """Returns the settings that make a run, by dotted key: those that are set and not `FREE`."""
+  return {key: value for key, value in _flat(_of_json(config))
+          if value is not None and not _matches(key, FREE)}
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
   """Yields the settings that differ, by dotted key.
 
