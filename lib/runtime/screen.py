@@ -53,8 +53,6 @@ def outlive() -> None:
       # Started without it: the next file to be opened would get its number, and others' messages.
       os.open(os.devnull, os.O_RDWR)
   for name in ('stdout', 'stderr'):
-    stream = getattr(sys, name)
-    if stream is None:
-      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
-    elif not isinstance(stream, Lasting):
+    stream = getattr(sys, name) or open(os.devnull, 'w')  # noqa: SIM115
+    if not isinstance(stream, Lasting):
       setattr(sys, name, Lasting(stream))

@@ -192,7 +192,7 @@ def test_without_a_baseline_rows_have_the_keys_that_they_had(config, tmp_path):
     del config.sweep.baseline, config.sweep.baseline_draws
   sweep = sweep_of(config, tmp_path)
   row = next(iter(sweep.rows()))
-  assert list(row) == ['step', 'form', 'layers', 'way', 'method', 'budget']
+  assert list(row) == ['step', 'form', 'layers', 'way', 'method', 'budget', 'made_of']
   assert list(sweep.measure(row)) == [
       'accuracy', 'tokens', 'kept_mean', 'gmacs', 'gmacs_ratio', 'batch', 'dtype', 'median_ms',
       'low_ms', 'high_ms', 'speedup', 'speedup_low', 'speedup_high', 'compile_s', 'note']
