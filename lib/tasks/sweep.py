@@ -20,7 +20,7 @@ from lib.runtime import timing
 
 # Keys of `config.data` and `config.model` that no row depends on: where things lie, how they are
 # read, how the model was trained.
-READING = ('data_dir', 'threads', 'prefetch_batches', 'train_split', 'augment')
+READING = ('data_dir', 'threads', 'prefetch_batches', 'train_split', 'augment', 'turns')
 TRAINING = ('weights', 'weights_image_size', 'fresh', 'unused', 'training_patches', 'remat')
 
 
@@ -140,7 +140,7 @@ def fingerprint(params: Any) -> str:
   Args:
     params: a tree of arrays.
   """
-  sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_mixed_sum, tree))(params))
+  sums = jax.device_get(_mixed_sums(params))
   leaves = [(jax.tree_util.keystr(path), str(leaf.dtype), leaf.shape)
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
   return digest([leaves, [int(each) for each in jax.tree.leaves(sums)]])
@@ -150,6 +150,11 @@ def digest(content: Any) -> str:
   """Returns 12 hexadecimal digits that tell content of JSON's types from other content."""
   text = json.dumps(content, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@jax.jit
+def _mixed_sums(tree: Any) -> Any:
+  return jax.tree.map(_mixed_sum, tree)
 
 
 def _mixed_sum(leaf: jax.Array) -> jax.Array:
