@@ -7,7 +7,7 @@
 The same command goes on from its workdir (what may differ then: lib/runtime/run_identity.py).
 SIGTERM, SIGINT (Ctrl-C) and SIGHUP let it finish its step and save. It exits with 0 when training
 is through or was stopped so, whether or not anyone still reads its output; with 2 where it refuses,
-which changes no file; and with 130 on a Ctrl-C before training has begun.
+which changes no file. Before training has begun a signal ends it at once.
 
 What a task learns from is lib/tasks/image.py's or lib/tasks/qa.py's. Axis: A microbatches.
 """
@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import pathlib
+import signal
 from collections.abc import Callable
 
 import jax
@@ -76,6 +77,8 @@ def main(argv):
   """Trains, or goes on training."""
   del argv
   screen.outlive()
+  # Until there is something to save. Python's own exception can get lost in a library's callback.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   run(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), first=launch.start(),
       on_purpose=CHANGE.value)
 
