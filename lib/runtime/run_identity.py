@@ -181,7 +181,7 @@ def _refusal(workdir: pathlib.Path, fixed: list[Change], unasked: list[Change]) 
   if len(changes) > MOST_NAMED:
     named += f', and {len(changes) - MOST_NAMED} more'
   if fixed:
-    advice = f'set back, or train in another workdir with config.start={workdir}'
+    advice = f'train in another workdir, which config.start={workdir} lets begin from this run'
   else:
-    advice = f'set back, or changed on purpose with --change={",".join(c.key for c in unasked)}'
-  return f'the run in {workdir} was made with other settings, to be {advice}: {named}'
+    advice = f'change it on purpose with --change={",".join(change.key for change in unasked)}'
+  return f'the run in {workdir} was made with other settings: {named}. Set this back, or {advice}'

@@ -143,8 +143,8 @@ def test_a_run_outlives_the_readers_of_its_output(lost, shared, whole, tmp_path)
 
 @pytest.mark.parametrize(('flags', 'said'), [
     (['--config.reduce.vision.method=tome'], "reduce.vision.method was 'none' and is now 'tome'"),
-    (['--config.optimizer.peak_lr=1e-3'], '--change=optimizer.peak_lr: optimizer.peak_lr was '),
-    (['--config.data.name=no_such_set'], 'no_such_set'), (['--config.mesh.fsdp=64'], '64 devices')])
+    (['--config.optimizer.peak_lr=1e-3'], 'on purpose with --change=optimizer.peak_lr (--debug'),
+    (['--config.data.name=no_such_set'], 'no_such_set'), (['--config.mesh.fsdp=64'], "'fsdp': 64")])
 def test_a_refused_command_changes_no_file(flags, said, shared, whole):
   before = content(whole)
   code, text = run(shared, whole, '--config.total_steps=60', *flags)

@@ -1,6 +1,7 @@
 """The identity of a run: what may differ when it goes on, what is said, what is recorded."""
 
 import json
+import re
 
 import ml_collections
 import pytest
@@ -53,7 +54,8 @@ def test_settings_that_never_change(workdir, settings):
   now = now if not isinstance(now, dict) else next(iter(now.values()))
   assert key in message
   assert f'is now {list(now) if isinstance(now, tuple) else now!r}' in message
-  assert f'another workdir with config.start={workdir}' in message
+  assert message.endswith(
+      f'train in another workdir, which config.start={workdir} lets begin from this run')
   assert content(workdir) == before
   message = said(run_identity.compare, changed(), workdir, on_purpose=(key,))
   assert message.startswith(f'--change={key}: a run that goes on cannot change this')
@@ -66,7 +68,8 @@ def test_settings_that_never_change(workdir, settings):
 def test_settings_that_change_on_purpose(workdir, settings):
   (key, now), = settings.items()
   message = said(run_identity.compare, changed(**settings), workdir)
-  assert f'changed on purpose with --change={key}: {key} was ' in message
+  assert f'other settings: {key} was ' in message
+  assert message.endswith(f'Set this back, or change it on purpose with --change={key}')
   change, = run_identity.compare(changed(**settings), workdir, on_purpose=(key, 'anneal.phases'))
   assert (change.key, change.now) == (key, now)
 
@@ -75,12 +78,12 @@ def test_all_that_differs_is_said_at_once(workdir):
   message = said(run_identity.compare, changed(**{
       'optimizer.peak_lr': 1e-3, 'data.batch_size': 32}), workdir, on_purpose=('total_steps',))
   assert message == (
-      f'the run in {workdir} was made with other settings, to be set back, or train in another '
-      f'workdir with config.start={workdir}: data.batch_size was 64 and is now 32, '
-      'optimizer.peak_lr was 0.002 and is now 0.001')
+      f'the run in {workdir} was made with other settings: data.batch_size was 64 and is now 32, '
+      'optimizer.peak_lr was 0.002 and is now 0.001. Set this back, or train in another workdir, '
+      f'which config.start={workdir} lets begin from this run')
   message = said(run_identity.compare, digit_scenes.get_config(), workdir)
   assert len(message) < 1000
-  assert message.endswith(' more')
+  assert re.search(r', and \d\d more\. Set this back', message)
 
 
 @pytest.mark.parametrize(('total', 'differs'), [(500, True), (10, True), (5, True), (399, None)])
