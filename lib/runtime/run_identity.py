@@ -28,7 +28,7 @@ CONFIG, CHANGES = 'config.json', 'changes'
 # Free to change: how a run is watched, where it runs, where its data lie, what other tools read.
 FREE = ('log_steps', 'eval_steps', 'checkpoint_steps', 'mesh.*', 'sharding', 'data.data_dir',
         'data.threads', 'data.prefetch_batches', 'data.on_corrupt', 'model.*remat',
-        'model.*implementation', 'sweep.*', 'study.*', 'expected.*', CHANGES)
+        'model.*implementation', 'sweep.*', 'study.*', 'expected.*', 'needs.*', CHANGES)
 # Changed on purpose only: how the rest is trained and scored. total_steps may also just be raised.
 ON_PURPOSE = ('total_steps', 'optimizer.*', 'anneal.*', 'data.augment*', 'data.test_split',
               'data.test_crop', 'model.*dropout', 'model.training_patches')
