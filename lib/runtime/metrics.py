@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
+import time
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from lib.report.rows import Row, keep_rows
@@ -33,7 +37,10 @@ class Writer:
     folder.mkdir(parents=True, exist_ok=True)
     self._path = folder / 'metrics.jsonl'
     keep_rows(self._path, lambda row: _place(row, start))
-    self._board = SummaryWriter(str(folder), purge_step=start + 1)
+    # Not a SummaryWriter, whose thread loses with a kill what it has not written yet.
+    self._board = EventsWriter(str(folder / 'events'), f'.{os.getpid()}')
+    self._board.write_event(Event(wall_time=time.time(), step=start + 1,
+                                  session_log=SessionLog(status=SessionLog.START)))
     self._bar = tqdm(total=total_steps, initial=start, unit='step', dynamic_ncols=True,
                      disable=not sys.stderr.isatty())
 
@@ -48,11 +55,11 @@ class Writer:
       return
     with self._path.open('a') as file:
       file.write(json.dumps({'step': step, **row}) + '\n')
-    for name, value in row.items():
-      if isinstance(value, (int, float)):
-        self._board.add_scalar(name, value, step)
-    text = '  '.join(f'{name} {value:.4g}' for name, value in row.items()
-                     if isinstance(value, (int, float)))
+    scalars = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[
+        Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])))
+    self._board.flush()
+    text = '  '.join(f'{name} {value:.4g}' for name, value in scalars.items())
     self._bar.write(f'step {step:>6}  {text}', file=sys.stderr)
 
   def close(self) -> None:

@@ -21,6 +21,7 @@ from lib.data.settings import ImageSettings, QASettings
 from lib.report.rows import plain, replace_file
 from lib.runtime.checkpoint import PACKED
 from models import renames
+from models.plan import reduction_settings
 
 CONFIG, CHANGES = 'config.json', 'changes'
 # Keys by pattern; * also stands for what has dots. All others never change: the model, its
@@ -35,6 +36,7 @@ ON_PURPOSE = ('total_steps', 'optimizer.*', 'anneal.*', 'data.augment*', 'data.t
 # What a config of an earlier version leaves out.
 DEFAULTS = {f'data.{field.name}': plain(field.default) for kind in (QASettings, ImageSettings)
             for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+NO_METHOD = 'none'
 MOST_NAMED = 6
 
 
@@ -117,14 +119,15 @@ def stored(workdir: pathlib.Path) -> dict[str, Any] | None:
     logging.warning('%s is damaged (%s): what made the run is not compared, and it is written anew',
                     file, error)
     return None
-  if not isinstance(config, dict) or 'total_steps' not in config:
+  try:
+    reduce = {place: renames.current('reduce', settings or {})
+              for place, settings in (config.get('reduce') or {}).items()}
+    renamed = {part: renames.current(part, config[part]) for part in ('task', 'sweep')
+               if config.get(part)}
+    return config | renamed | {'total_steps': int(config['total_steps']), 'reduce': reduce}
+  except (AttributeError, KeyError, TypeError) as error:
     raise ValueError(f'{file} is not that of a run of train.py, and would be overwritten: give '
-                     'another --workdir')
-  reduce = {place: renames.current('reduce', settings or {})
-            for place, settings in (config.get('reduce') or {}).items()}
-  renamed = {part: renames.current(part, config[part]) for part in ('task', 'sweep')
-             if config.get(part)}
-  return config | renamed | {'reduce': reduce}
+                     'another --workdir') from error
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:
@@ -138,13 +141,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[C
 
   One that a side does not have has its default, or is as good as None, 0, False and empty.
   """
-  old, new = dict(_flat(before)), dict(_flat(now))
+  old, new = (dict(_flat({**config, 'reduce': _reductions(config)})) for config in (before, now))
   for key in dict.fromkeys((*old, *new)):
-    default = DEFAULTS.get(key)
+    default = DEFAULTS.get(key, NO_METHOD if fnmatch.fnmatchcase(key, 'reduce.*.method') else None)
     values = old.get(key, default), new.get(key, default)
     both = key in old and key in new
     if values[0] != values[1] and (both or any(values)):
       yield Change(key, *values)
+
+
+def _reductions(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns `config.reduce`, its methods alone where nothing is reduced: no other key counts."""
+  return {place: reduction_settings(settings) or {'method': NO_METHOD}
+          for place, settings in (config.get('reduce') or {}).items()}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:

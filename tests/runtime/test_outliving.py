@@ -94,18 +94,22 @@ def events(folder):
   return found
 
 
-def live(folder, start, steps):
+def live(folder, start, steps, *, killed=False):
   writer = metrics.Writer(folder, total_steps=9, start=start, active=True)
   for step in steps:
     writer.write(step, {'loss': float(10 * len(steps) + step)})
     if step % 2 == 0:
       writer.write(step, {'accuracy': 0.5})
-  writer.close()
+  if not killed:
+    writer.close()
+  return writer
 
 
 def test_steps_that_come_again_replace_what_earlier_lives_wrote(tmp_path, capsys):
   path = tmp_path / 'metrics.jsonl'
-  live(tmp_path, 0, (1, 2, 3, 4, 5))
+  dead = live(tmp_path, 0, (1, 2, 3, 4, 5), killed=True)
+  assert [event.step for event in events(tmp_path) if event.summary.value] == [
+      1, 2, 2, 3, 4, 4, 5]
   with path.open('a') as file:
     file.write('{"step": 6, "lo')
   live(tmp_path, 3, (4, 5))
@@ -114,6 +118,7 @@ def test_steps_that_come_again_replace_what_earlier_lives_wrote(tmp_path, capsys
   began = [event for event in events(tmp_path)
            if event.session_log.status == SessionLog.START]
   assert [event.step for event in began] == [4]
+  dead.close()
 
 
 def test_rows_that_an_earlier_version_wrote_twice(tmp_path):

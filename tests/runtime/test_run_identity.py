@@ -8,6 +8,7 @@ import pytest
 from helpers.errors import said
 
 from configs import digit_scenes, digits
+from configs.parts import reduction
 from lib.report.rows import replace_file
 from lib.runtime import run_identity
 from lib.runtime.checkpoint import PACKED
@@ -46,12 +47,12 @@ def test_settings_that_are_free_to_change(workdir, settings):
     {'seed': 1}, {'start': 'runs/other'}, {'model.width': 48}, {'model.heads': 6},
     {'model.pool': 'mean'}, {'model.dtype': 'bfloat16'}, {'model.weights': 'x.safetensors'},
     {'data.name': 'cifar10'}, {'data.batch_size': 32}, {'data.train_split': 'train[:50%]'},
-    {'data.mean': (0.1,)}, {'reduce.vision.method': 'tome'}, {'reduce.vision.layers': (1, 2)},
-    {'reduce.vision.args': {'by': 'knorm'}}, {'task': {'name': 'segment'}}])
+    {'data.mean': (0.1,)}, {'reduce.vision.method': 'tome'},
+    {'task': {'name': 'segment'}}])
 def test_settings_that_never_change(workdir, settings):
   before, ((key, now),) = content(workdir), settings.items()
   message = said(run_identity.compare, changed(**settings), workdir)
-  now = now if not isinstance(now, dict) else next(iter(now.values()))
+  now = now['name'] if key == 'task' else now
   assert key in message
   assert f'is now {list(now) if isinstance(now, tuple) else now!r}' in message
   assert message.endswith(
@@ -59,6 +60,20 @@ def test_settings_that_never_change(workdir, settings):
   assert content(workdir) == before
   message = said(run_identity.compare, changed(), workdir, on_purpose=(key,))
   assert message.startswith(f'--change={key}: a run that goes on cannot change this')
+
+
+@pytest.mark.parametrize('settings', [
+    {'reduce.vision.layers': (1, 2)}, {'reduce.vision.args': {'by': 'knorm'}},
+    {'reduce.vision.remove': 9}, {'reduce.vision.method': 'none'}])
+def test_a_reduction_never_changes(workdir, settings):
+  reduced = {'reduce.vision.method': 'topk', 'reduce.vision.remove': 8}
+  run_identity.record(changed(**reduced), workdir, [], step=0)
+  assert run_identity.compare(changed(**reduced), workdir) == []
+  message = said(run_identity.compare, changed(**reduced | settings), workdir)
+  assert next(iter(settings)) in message
+  # Where nothing is reduced, how it would be is the same.
+  run_identity.record(changed(), workdir, [], step=0)
+  assert run_identity.compare(changed(**settings | {'reduce.vision.method': 'none'}), workdir) == []
 
 
 @pytest.mark.parametrize('settings', [
@@ -139,22 +154,28 @@ def test_a_config_of_an_earlier_version(workdir, monkeypatch):
     for key in keys:
       del old[part][key]
   del old['reduce']['vision']['token_kinds'], old['anneal']
-  old['reduce']['vision']['of'] = 'visual'
+  old['reduce']['vision'] |= {'method': 'topk', 'of': 'visual'}
   file.write_text(json.dumps(old))
-  now = changed(**{'reduce.vision.token_kinds': 'visual', 'optimizer.accumulate': 0})
+  now = changed(**{'reduce.vision.token_kinds': 'visual', 'reduce.vision.method': 'topk',
+                   'reduce.cache': reduction(), 'optimizer.accumulate': 0})
   assert run_identity.compare(now, workdir) == []
-  message = said(run_identity.compare, changed(**{'data.filter': 'bicubic'}), workdir)
+  now.data.filter, now.reduce.vision.token_kinds = 'bicubic', None
+  message = said(run_identity.compare, now, workdir)
   assert "data.filter was 'bilinear' and is now 'bicubic'" in message
   assert "reduce.vision.token_kinds was 'visual' and is now None" in message
-  message = said(run_identity.compare, changed(**{'model.window': 7}), workdir)
+  now.model.window, now.reduce.cache.method = 7, 'snapkv'
+  message = said(run_identity.compare, now, workdir)
   assert 'model.window was None and is now 7' in message
+  assert "reduce.cache.method was 'none' and is now 'snapkv'" in message
 
 
 def test_workdirs_of_others_are_left_alone(tmp_path):
   config = digits.get_config()
-  (tmp_path / 'config.json').write_text('{"model_type": "llava"}')
-  assert f'{tmp_path}/config.json is not that of a run' in said(
-      run_identity.compare, config, tmp_path)
+  for other in ('{"model_type": "llava"}', '[]', 'null', '{"total_steps": 4, "reduce": [1]}',
+                '{"total_steps": null}'):
+    (tmp_path / 'config.json').write_text(other)
+    assert f'{tmp_path}/config.json is not that of a run' in said(
+        run_identity.compare, config, tmp_path)
   (tmp_path / 'config.json').write_text(config.to_json_best_effort())
   (tmp_path / PACKED).touch()
   assert 'holds a packed model' in said(run_identity.compare, config, tmp_path)
