@@ -2,12 +2,9 @@
 
 import json
 import pathlib
-import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -31,46 +28,20 @@ def rows(workdir, key):
   return [row[key] for row in map(json.loads, lines) if key in row]
 
 
-def pair(workdir, shared, *flags):
-  """Two processes of one run, just started."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  return [
-      subprocess.Popen(command(workdir, shared, f'--coordinator=127.0.0.1:{port}', '--processes=2',
-                               f'--process={index}', *flags),
-                       cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                       preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
-      for index in range(2)]
-
-
-@pytest.mark.parametrize(('number', 'index'), [(signal.SIGTERM, 1), (signal.SIGHUP, 0)])
-def test_all_processes_stop_when_one_is_asked_to(number, index, tmp_path):
-  """Within seconds and after the same step, though nothing is logged for a million of them."""
-  processes = pair(tmp_path / 'run', tmp_path, '--config.total_steps=1000000',
-                   '--config.log_steps=1000000', '--config.eval_steps=1000000')
-  end = time.monotonic() + 240
-  while not (tmp_path / 'run' / 'checkpoints' / '3').exists() and time.monotonic() < end:
-    time.sleep(0.1)
-  # Another command is refused in each of its processes, and says why in one.
-  refused = [process.communicate(timeout=120)[0] for process in pair(tmp_path / 'run', tmp_path)]
-  assert f'is in use: process {processes[0].pid} on ' in refused[0]
-  assert 'process 0 could not lock' in refused[1]
-  processes[index].send_signal(number)
-  asked = time.monotonic()
-  texts = [process.communicate(timeout=120)[0] for process in processes]
-  assert time.monotonic() - asked < 30
-  assert [process.returncode for process in processes] == [0, 0], texts
-  step, = {re.search(r'stopped by a signal at step (\d+)', text)[1] for text in texts}
-  assert (tmp_path / 'run' / 'checkpoints' / step).exists()
-
-
 def test_two_processes_match_one(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
   done = subprocess.run(command(one, tmp_path), cwd=ROOT, capture_output=True, text=True,
                         check=False, timeout=600)
   assert done.returncode == 0, done.stderr[-3000:]
-  for process in pair(two, tmp_path):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  processes = [
+      subprocess.Popen(command(two, tmp_path, f'--coordinator=127.0.0.1:{port}', '--processes=2',
+                               f'--process={index}'),
+                       cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+      for index in range(2)]
+  for process in processes:
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text[-3000:]
   assert rows(two, 'loss') == pytest.approx(rows(one, 'loss'), abs=1e-5)

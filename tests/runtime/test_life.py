@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,11 +74,16 @@ def whole(shared, tmp_path_factory):
   return workdir
 
 
+def begun(*args):
+  """A command that runs; a test that nohup runs hides no SIGHUP from it."""
+  return subprocess.Popen(
+      command(*args), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+
+
 def at_step_10(shared, workdir):
   """A running command that has saved step 10."""
-  process = subprocess.Popen(
-      command(shared, workdir), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+  process = begun(shared, workdir)
   end = time.monotonic() + 240
   while not (workdir / 'checkpoints' / '10').exists() and max(saved(workdir), default=0) < 10:
     assert process.poll() is None, process.communicate()[0]
@@ -129,6 +135,36 @@ def test_the_second_of_two_commands_is_refused_and_the_first_unharmed(shared, wh
   text, _ = process.communicate(timeout=240)
   assert process.returncode == 0, text
   assert losses(tmp_path) == losses(whole)
+
+
+def pair(shared, workdir, *flags):
+  """Two processes of one run, just started."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  return [begun(shared, workdir, f'--coordinator=127.0.0.1:{port}', '--processes=2',
+                f'--process={index}', *flags) for index in range(2)]
+
+
+@pytest.mark.parametrize(('number', 'index'), [(signal.SIGTERM, 1), (signal.SIGHUP, 0)])
+def test_all_processes_stop_when_one_is_asked_to(number, index, shared, tmp_path):
+  """Within seconds and after the same step, though nothing is logged for a million of them."""
+  processes = pair(shared, tmp_path, '--config.total_steps=1000000',
+                   '--config.log_steps=1000000', '--config.eval_steps=1000000')
+  end = time.monotonic() + 240
+  while not saved(tmp_path) and time.monotonic() < end:
+    time.sleep(0.1)
+  # Another command is refused in each of its processes, and says why in one.
+  refused = [process.communicate(timeout=120)[0] for process in pair(shared, tmp_path)]
+  assert f'is in use: process {processes[0].pid} on ' in refused[0]
+  assert 'process 0 could not lock' in refused[1]
+  processes[index].send_signal(number)
+  asked = time.monotonic()
+  texts = [process.communicate(timeout=120)[0] for process in processes]
+  assert time.monotonic() - asked < 30
+  assert [process.returncode for process in processes] == [0, 0], texts
+  step, = {re.search(r'stopped by a signal at step (\d+)', text)[1] for text in texts}
+  assert int(step) in saved(tmp_path)
 
 
 @pytest.mark.parametrize('lost', ['2>&1 | head -1', '>&- 2>&-', '2>/dev/full >/dev/full'])
