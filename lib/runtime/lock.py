@@ -23,6 +23,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 NAME = 'lock.json'
+MOST_BYTES = 2048  # Of a refusal.
 # What flock raises where another process holds the lock (the second over NFS), and on a file system
 # without locks.
 HELD = (errno.EAGAIN, errno.EACCES)
@@ -43,20 +44,22 @@ def held(workdir: pathlib.Path, *, first: bool) -> Iterator[None]:
   Raises:
     BlockingIOError: another command holds it; says who. Every process of a command raises.
   """
-  refusal: OSError | None = None
+  refusal = ''
   with contextlib.ExitStack() as stack:
     try:
       if first:
         stack.enter_context(_locked(workdir))
     except OSError as error:
-      refusal = error
-    # The others would wait in vain for a first process that is refused.
-    refused = jax.process_count() > 1 and np.any(
-        multihost_utils.process_allgather(np.asarray(refusal is not None)))
+      if jax.process_count() == 1:
+        raise
+      refusal = str(error)
+    if jax.process_count() > 1:
+      # The others would wait in vain for a first process that is refused.
+      text = np.frombuffer(refusal.encode()[:MOST_BYTES].ljust(MOST_BYTES, b'\0'), np.uint8)
+      refusal = multihost_utils.process_allgather(text)[0].tobytes().rstrip(b'\0').decode(
+          errors='replace')
     if refusal:
-      raise refusal
-    if refused:
-      raise BlockingIOError(f'process 0 could not lock {workdir}: it says why')
+      raise BlockingIOError(refusal)
     yield
 
 
