@@ -4,6 +4,7 @@
 
 Our tree has its blocks stacked [L, ...] (models/stack.py). Tensors are read one by one, and every
 one must find its place: what is missing, left over or of another shape is an error that lists it.
+Stored as bfloat16, float16, float32 or float64 they become `dtype`; quantized ones are refused.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ SOURCES = (timm, transformers, transformers_vlm)
 Model = ViT | Text | Clip | LM | QwenVision | VLM
 AnyModel = TypeVar('AnyModel', bound=Model)
 Params = dict[str, Any]
+# Stored dtypes that are read, as the format calls them.
+FLOATS = ('BF16', 'F16', 'F32', 'F64')
 
 
 def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
@@ -52,7 +55,8 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
       the hub as 'owner/name'.
     fresh: paths in our tree to leave out, as ('head',): the caller makes them (`merge_params`).
     unused: patterns of names in the checkpoint to leave out, as ('head.*',).
-    dtype: of the result; None keeps the stored ones.
+    dtype: of the result; None keeps the stored ones, of which float64 is the host's alone: JAX
+      makes float32 of it.
     storage: of the blocks: 'stacked' [L, ...], or 'unstacked', a tuple of L trees
       (models/storage.py).
     shardings: a tree as the result (lib/runtime/sharding.py, `make_shardings`): every array is then
@@ -62,9 +66,10 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
     A tree of numpy arrays, with shardings of jax arrays, without the fresh leaves.
 
   Raises:
-    ValueError: nothing there, a pickle, another model's tensors, a head where the model ties it to
-      other embeddings, or tensors that do not fit; one line with what is missing, what is left over
-      and which shapes differ.
+    ValueError: nothing there, a pickle, a config.json that says what is not known here or another
+      model, another model's tensors, quantized ones, NaN or infinity in one that is read, a head
+      where the model ties it to other embeddings, or tensors that do not fit; one line with what is
+      missing, what is left over and which shapes differ.
   """
   choices.check('storage=', storage, STORAGES)
   path = files.locate(source)
@@ -372,6 +377,11 @@ def _check(model: Model, source: str | pathlib.Path, layout: Layout, wanted: lis
   missing = [name for name in expected if name not in tensors.shapes]
   extra = [name for name in tensors.shapes if name not in expected and name not in left_out
            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+  for name in (*expected, *extra):
+    if tensors.dtypes.get(name, FLOATS[0]) not in FLOATS:
+      raise ValueError(f'{name} of {source} is stored as {tensors.dtypes[name]}, as quantized '
+                       f'weights are, which are not read: use the checkpoint in bfloat16, float16 '
+                       'or float32')
   if missing or extra:
     raise ValueError(f'{source} does not fit this {type(model).__name__} as {layout.name}: it '
                      f'lacks {_listed(missing)}, and has {_listed(extra)} that the model does not; '
