@@ -23,15 +23,19 @@ SIZES = {
     'gopt': (1536, 40, 6144, 16),
 }
 
-MAE = {'num_classes': 0}
+# Torch's, as the releases and the transformers library resample positions; timm's differs.
+_BICUBIC = {'position_resampling': 'bicubic'}
+DEIT = {'patch': 16, **_BICUBIC}
+MAE = {'num_classes': 0, **_BICUBIC}
 # Fine-tuned as released: the mean of the patches, then the norm.
-MAE_TUNED = {'pool': 'mean', 'last_norm': 'pooled'}
+MAE_TUNED = {'pool': 'mean', 'last_norm': 'pooled', **_BICUBIC}
 DINOV2 = {'patch': 14, 'image_size': 518, 'num_classes': 0, 'layer_scale': 1e-5}
 # name's ending: without and with registers, whose release resamples positions in another way.
-_DINOV2: dict[str, Settings] = {'': {'position_resampling': 'bicubic'}, '_reg4': {'registers': 4}}
+_DINOV2: dict[str, Settings] = {'': _BICUBIC, '_reg4': {'registers': 4}}
 CLIP = {'num_classes': 0, 'norm_eps': 1e-5, 'activation': 'quick_gelu', 'pre_norm': True,
-        'patch_bias': False}
-SIGLIP = {'num_classes': 0, 'activation': 'gelu_tanh', 'class_token': False, 'pool': 'map'}
+        'patch_bias': False, **_BICUBIC}
+SIGLIP = {'num_classes': 0, 'activation': 'gelu_tanh', 'class_token': False, 'pool': 'map',
+          **_BICUBIC}
 CLIP_TEXT = {'depth': 12, 'context': 77, 'vocabulary': 49408, 'causal': True, 'pool': 'eot',
              'norm_eps': 1e-5, 'activation': 'quick_gelu'}
 SIGLIP_TEXT = {'context': 64, 'vocabulary': 32000, 'causal': False, 'pool': 'last',
@@ -84,8 +88,8 @@ _SIGLIPS2 = {
 
 # Fields of ViT; 'size' is a name in SIZES.
 NAMED: dict[str, Settings] = {
-    **{f'deit_{size.lower()}16': {'size': size, 'patch': 16} for size in ('Ti', 'S', 'B')},
-    **{f'deit_{size.lower()}16_distilled': {'size': size, 'patch': 16, 'distilled': True}
+    **{f'deit_{size.lower()}16': {'size': size, **DEIT} for size in ('Ti', 'S', 'B')},
+    **{f'deit_{size.lower()}16_distilled': {'size': size, **DEIT, 'distilled': True}
        for size in ('Ti', 'S', 'B')},
     **{f'mae_{size.lower()}{patch}{ending}': {'size': size, 'patch': patch, **family}
        for size, patch in (('B', 16), ('L', 16), ('H', 14))
@@ -133,6 +137,8 @@ QWEN_VL_TEXT = _QWEN | {
     'vocab_size': 152064, 'hidden_size': 8192, 'intermediate_size': 29568, 'num_hidden_layers': 80,
     'num_attention_heads': 64, 'num_key_value_heads': 8, 'max_window_layers': 80,
     'rms_norm_eps': 1e-5, 'rope_theta': 1e6}
+# Frequencies that turn with frames, rows and columns.
+MROPE = (16, 24, 24)
 # The same of a tower's config, by itself or inside that of a pair or a vision-language model.
 _IMAGE_TOWER = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12,
                 'num_attention_heads': 12, 'image_size': 224, 'patch_size': 16, 'num_channels': 3}
@@ -267,7 +273,7 @@ IMAGE_TOKENS = {'llava': 32000, 'llava_next': 32000, 'llava_onevision': 151646,
                 'qwen2_vl': 151655, 'qwen2_5_vl': 151655}
 PINPOINTS = {'llava_next': _TILES, 'llava_onevision': _GRIDS}
 
-_MROPE = {'rope_scaling': {'type': 'mrope', 'mrope_section': (16, 24, 24)}, 'rope_theta': 1e6,
+_MROPE = {'rope_scaling': {'type': 'mrope', 'mrope_section': MROPE}, 'rope_theta': 1e6,
           'rms_norm_eps': 1e-6}
 _VICUNA = {'vocab_size': 32064}
 

@@ -123,7 +123,8 @@ _HARMLESS = {
         'model_type architectures transformers_version torch_dtype dtype auto_map tokenizer_class '
         'torchscript use_bfloat16 tf_legacy_loss return_dict output_attentions prefix use_cache '
         'output_hidden_states chunk_size_feed_forward attn_implementation transformers.js_config '
-        'name_or_path unsloth_version unsloth_fixed max_sequence_length',
+        'name_or_path unsloth_version unsloth_fixed max_sequence_length '
+        'is_llama_config',
     'training, and values that parameters start from, which the file holds as they became':
         'attention_dropout dropout hidden_dropout_prob attention_probs_dropout_prob mask_ratio '
         'drop_path_rate initializer_range initializer_factor logit_scale_init_value '
@@ -159,11 +160,11 @@ _LM: Checks = {
     'rope_theta': THETA, 'rope_scaling': Section(),
     'rope_parameters': Section(), 'partial_rotary_factor': OneOf((1.0, None)),
     'hidden_act': OneOf(('silu', 'swish'), 'these models gate with it'),
-    'tie_word_embeddings': YES_OR_NO, 'attention_bias': NO, 'mlp_bias': NO}
+    'tie_word_embeddings': YES_OR_NO, 'attention_bias': NO, 'mlp_bias': NO, 'rope_interleaved': NO}
 _WINDOW = Number(0, LENGTH.high, null=True)
 _WINDOWS: Checks = {
     'sliding_window': _WINDOW, 'use_sliding_window': YES_OR_NO, 'max_window_layers': _WINDOW,
-    'layer_types': Each(OneOf(('full_attention', 'sliding_attention')))}
+    'layer_types': Each(OneOf(('full_attention', 'sliding_attention'))), 'use_mrope': NO}
 _TOWER: Checks = {
     **_BLOCKS, 'patch_size': Number(1, 1024), 'num_channels': Number(1, 16),
     'hidden_act': ACTIVATION, 'layer_norm_eps': EPSILON, 'tie_word_embeddings': YES_OR_NO}

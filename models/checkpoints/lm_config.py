@@ -8,7 +8,7 @@ from typing import Any
 
 from models.backbones.lm import LM
 from models.checkpoints import config_keys
-from models.families import LLAVA_TEXTS, LM_FAMILIES, LMS, QWEN_VL_TEXT, QWENS
+from models.families import LLAVA_TEXTS, LM_FAMILIES, LMS, MROPE, QWEN_VL_TEXT, QWENS
 from ops import choices
 from ops.rope import Rope
 
@@ -100,8 +100,13 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
   if kind in LLAVA_TEXTS:
     text = {'model_type': LLAVA_TEXTS[kind]} | text
   elif kind in QWENS:
-    own = {key: value for key, value in config.items() if key not in config_keys.KEYS[kind]}
-    text = QWEN_VL_TEXT | (text or own) | {'model_type': 'qwen2'}
+    # Some versions repeat the whole model's keys among the text's.
+    known = config_keys.KEYS['qwen2']
+    own = {key: value for key, value in (text or config).items()
+           if key in known or key not in config_keys.KEYS[kind]}
+    rope = 'rope_parameters' if own.get('rope_parameters') else 'rope_scaling'
+    text = QWEN_VL_TEXT | own | {
+        'model_type': 'qwen2', rope: {'mrope_section': MROPE} | config_keys.section(own, rope)}
   else:
     return text
   tied = config.get('tie_word_embeddings') or text.get('tie_word_embeddings')
