@@ -73,7 +73,8 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
   """
   choices.check('storage=', storage, STORAGES)
   path = files.locate(source)
-  shapes = {name: shape for name, shape in _shapes(model).items() if not _under(name, fresh)}
+  whole = _shapes(model)
+  shapes = {name: shape for name, shape in whole.items() if not _under(name, fresh)}
   with files.reading(files.tensor_files(path)) as tensors:
     layout, prefix = _choose(model, source, shapes, tensors)
     heads = _stored_heads(tensors, unused)
@@ -84,7 +85,7 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
                        'its head: build it with tied=False, or as '
                        'models.checkpoints.tied_as_stored does')
     wanted = list(leaves(layout, prefix, shapes))
-    left_out = [name for leaf in _possible(layout, prefix, _shapes(model), fresh)
+    left_out = [name for leaf in _possible(layout, prefix, whole, fresh)
                 for name in leaf.names]
     _check(model, source, layout, wanted, tensors, {*left_out}, (*unused, *layout.ignorable))
     flat: dict[str, Any] = {}

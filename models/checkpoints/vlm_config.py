@@ -96,9 +96,10 @@ def _llava(config: Mapping[str, Any], kind: str, tower: dict[str, Any],
   if not 0 <= last <= whole.depth:
     raise ValueError(f'vision_feature_layer={feature} is none of a tower of {whole.depth} layers: '
                      'fetch config.json again')
-  layers: dict[str, Any] = {'layers': (0, last)}
+  # Nobody reads what is pooled; without a [CLS] token it can be a mean alone.
+  layers: dict[str, Any] = {'layers': (0, last), 'pool': 'cls' if special else 'mean'}
   if last == whole.depth:
-    # The features are those before the last norm: it stands aside, over a mean that nobody reads.
+    # The features are those before the last norm: it stands aside, over that mean.
     layers = {'layers': None, 'pool': 'mean', 'last_norm': 'pooled'}
   token = config.get('image_token_id', config.get('image_token_index', IMAGE_TOKENS[kind]))
   act = config_keys.ACTIVATIONS[config.get('projector_hidden_act', 'gelu')]
