@@ -31,6 +31,7 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT, make_vit
 from models.backbones.vlm import VLM
 from models.build import DTYPES, build
+from models.checkpoints.vlm_config import tower_config
 from models.families import LMS, NAMED, PAIRS, SIZES, VLMS
 from models.reduce_config import COMPONENTS
 from ops import choices
@@ -86,7 +87,7 @@ class Source:
       steps |= {'patch_size': tower.patch, 'merge_size': tower.merge,
                 'temporal_patch_size': tower.temporal}
     else:
-      whole = (_CROPS * self.checkpoint['vision_config']['image_size'],) * 2
+      whole = (_CROPS * tower_config(self.checkpoint)['image_size'],) * 2
     read = anyres.from_config(steps, self.checkpoint, grid=tower.grid)
     if isinstance(read, anyres.Square):
       return images, images, tower.grid[0] * tower.grid[1]

@@ -40,8 +40,6 @@ SOURCES = (timm, transformers, transformers_vlm)
 Model = ViT | Text | Clip | LM | QwenVision | VLM
 AnyModel = TypeVar('AnyModel', bound=Model)
 Params = dict[str, Any]
-# Stored dtypes that are read, as the format calls them.
-FLOATS = ('BF16', 'F16', 'F32', 'F64')
 
 
 def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
@@ -80,6 +78,8 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
     heads = _stored_heads(tensors, unused)
     if layout.name.startswith('transformers'):
       transformers.check_config(model, files.config(path), own_head=bool(heads))
+    else:
+      timm.check_config(model, files.config(path))
     for head in _other_heads(model, layout, prefix, tensors, heads):
       raise ValueError(f'{head} of {source} differs from the embeddings, to which the model ties '
                        'its head: build it with tied=False, or as '
@@ -378,11 +378,8 @@ def _check(model: Model, source: str | pathlib.Path, layout: Layout, wanted: lis
   missing = [name for name in expected if name not in tensors.shapes]
   extra = [name for name in tensors.shapes if name not in expected and name not in left_out
            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
-  for name in (*expected, *extra):
-    if tensors.dtypes.get(name, FLOATS[0]) not in FLOATS:
-      raise ValueError(f'{name} of {source} is stored as {tensors.dtypes[name]}, as quantized '
-                       f'weights are, which are not read: use the checkpoint in bfloat16, float16 '
-                       'or float32')
+  for name in tensors.shapes.keys() & {*expected, *extra}:
+    tensors.check_dtype(name)
   if missing or extra:
     raise ValueError(f'{source} does not fit this {type(model).__name__} as {layout.name}: it '
                      f'lacks {_listed(missing)}, and has {_listed(extra)} that the model does not; '

@@ -120,7 +120,7 @@ ACTIVATION = OneOf(tuple(ACTIVATIONS), 'no other activation is known here')
 # Keys that mean nothing here at any value, by the reason.
 _HARMLESS = {
     'where a file comes from, and how the library runs it':
-        'model_type architectures transformers_version torch_dtype dtype auto_map tokenizer_class '
+        'model_type transformers_version torch_dtype dtype auto_map tokenizer_class '
         'torchscript use_bfloat16 tf_legacy_loss return_dict output_attentions prefix use_cache '
         'output_hidden_states chunk_size_feed_forward attn_implementation transformers.js_config '
         'name_or_path unsloth_version unsloth_fixed max_sequence_length '
@@ -131,7 +131,8 @@ _HARMLESS = {
         'layerscale_value use_mask_token norm_pix_loss ignore_index gradient_checkpointing '
         'neftune_noise_alpha',
     'names of classes':
-        'id2label label2id num_labels finetuning_task task_specific_params problem_type',
+        'label2id num_labels finetuning_task task_specific_params problem_type label_names '
+        'label_descriptions',
     'how text starts and ends, and is generated: other files beside this one say it':
         'bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_length '
         'min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty top_k '
@@ -148,6 +149,7 @@ HARMLESS = frozenset(key for keys in _HARMLESS.values() for key in keys.split())
 _QUANTIZED = OneOf((None,), 'quantized weights are not read: use the checkpoint in bfloat16, '
                             'float16 or float32')
 _EVERYWHERE: Checks = {
+    'architectures': Each(Pattern('.*', 'LlamaForCausalLM')), 'id2label': Section(),
     'quantization_config': _QUANTIZED, 'compression_config': _QUANTIZED,
     'pruned_heads': OneOf(({}, None)), 'is_encoder_decoder': NO, 'add_cross_attention': NO}
 
@@ -235,6 +237,18 @@ KEYS: dict[str, Checks] = {
         'partial_rotary_factor': OneOf((1.0, None)), 'finetuned': YES_OR_NO,
         **dict.fromkeys(('mscale', 'mscale_all_dim'),
                         OneOf((0, None), "no family's scaling has it"))},
+    # timm's own file, and what it adds to the architecture; most of that, shapes show.
+    'timm': {'architecture': Pattern('.+', 'vit_base_patch16_224'), 'model_args': Section(),
+             'pretrained_cfg': Section(), 'num_classes': Number(0, 2 ** 20), 'num_features': SIZE,
+             'global_pool': OneOf(('token', 'avg', 'map', ''))},
+    'timm_args': {
+        **dict.fromkeys(('embed_dim', 'depth', 'patch_size', 'img_size', 'num_heads', 'in_chans'),
+                        Number(1, SIZE.high)),
+        **dict.fromkeys(('num_classes', 'reg_tokens'), Number(0, 2 ** 20)),
+        **dict.fromkeys(('class_token', 'no_embed_class', 'pre_norm', 'dynamic_img_size',
+                         'dynamic_img_pad', 'strict_img_size'), YES_OR_NO),
+        'mlp_ratio': Number(0.1, 64, whole=False), 'init_values': Number(0, 1e3, False, True),
+        'global_pool': OneOf(('token', 'avg', 'map', '')), 'qkv_bias': YES},
     'tower_rope': {'rope_theta': OneOf((10000.0,)), 'rope_type': OneOf(('axial', 'default'))},
 }
 
@@ -279,3 +293,17 @@ def divides(config: Mapping[str, Any], part: str, whole: str) -> None:
   if config[whole] % config[part]:
     raise ValueError(f'config.json says {whole}={config[whole]} and {part}={config[part]}, which '
                      'does not divide it: fetch the file again')
+
+
+def compare(stated: Mapping[str, Any], model: Any) -> None:
+  """Raises ValueError for the first field of a model that a config states otherwise.
+
+  Args:
+    stated: fields as the config has them.
+    model: with these fields.
+  """
+  for name, value in stated.items():
+    built = getattr(model, name)
+    if value != built:
+      raise ValueError(f'the checkpoint has {name}={value!r} and the model {built!r}, which '
+                       f'shapes do not show: set {name}={value!r}')

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.npz', '.npy')
 INDEX = 'model.safetensors.index.json'
 WANTED = ('*.safetensors', '*.json')
+# Stored dtypes that are read, as the format calls them.
+FLOATS = ('BF16', 'F16', 'F32', 'F64')
 # Of an index of a model of a thousand layers, or of a config.json: far above any real one.
 MAX_JSON_BYTES = 32 * 2 ** 20
 
@@ -129,12 +131,20 @@ class Tensors:
     self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
     self.dtypes = {name: each.get_dtype() for name, each in slices.items()}
 
+  def check_dtype(self, name: str) -> None:
+    """Raises ValueError for a tensor that does not hold floats of 16 to 64 bits."""
+    if self.dtypes[name] not in FLOATS:
+      raise ValueError(f'{name} of {self._home[name][0]} is stored as {self.dtypes[name]}, as '
+                       'quantized weights are, which are not read: use the checkpoint in bfloat16, '
+                       'float16 or float32')
+
   def read(self, name: str) -> np.ndarray:
-    """Reads one tensor, in its stored dtype, a floating one.
+    """Reads one tensor, in its stored dtype.
 
     Raises:
-      ValueError: it holds NaN or infinity.
+      ValueError: it holds no floats, or NaN or infinity among them.
     """
+    self.check_dtype(name)
     file, handle = self._home[name]
     array = handle.get_tensor(name)
     if not _finite(array):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
+from models.checkpoints.config_keys import compare
 from models.checkpoints.layout import Layout, Names
 from models.checkpoints.lm_config import from_config
 from models.checkpoints.vit_config import from_config as vit_from_config
@@ -230,9 +231,10 @@ def _compare(theirs: Any, model: Any, own_head: bool) -> None:
     _compare(theirs.tower, model.tower, own_head)
     _compare(theirs.lm, model.lm, own_head)
     if isinstance(model.tower, ViT):
-      _same(theirs.tower, model.tower, ('layers',))
+      compare({'layers': theirs.tower.layers}, model.tower)
   names = next(names for kind, names in _UNSEEN.items() if isinstance(model, kind))
-  _same(theirs, model, [name for name in names if not (name == 'tied' and own_head)])
+  compare({name: getattr(theirs, name) for name in names if not (name == 'tied' and own_head)},
+          model)
   if isinstance(model, LM) and not _same_rotations(theirs.rope, model.rope):
     fields = [field.name for field in dataclasses.fields(Rope)
               if getattr(theirs.rope, field.name) != getattr(model.rope, field.name)]
@@ -240,14 +242,6 @@ def _compare(theirs: Any, model: Any, own_head: bool) -> None:
                      for rope in (theirs.rope, model.rope))
     raise ValueError(f'the checkpoint has RoPE with {stored} and the model with {built}, which '
                      'shapes do not show: set rope, or build the model that config.json describes')
-
-
-def _same(theirs: Any, model: Any, names: Iterable[str]) -> None:
-  for name in names:
-    stored, built = getattr(theirs, name), getattr(model, name)
-    if stored != built:
-      raise ValueError(f'the checkpoint has {name}={stored!r} and the model {built!r}, which '
-                       f'shapes do not show: set {name}={stored!r}')
 
 
 def _same_rotations(one: Rope, other: Rope) -> bool:

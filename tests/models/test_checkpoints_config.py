@@ -302,6 +302,8 @@ def test_a_scaling_without_its_numbers_is_a_worded_error(scaling, missing):
     ({'model_type': 'qwen2_vl', 'num_hidden_layers': 0}, 'says num_hidden_layers=0'),
     ({'model_type': 'qwen2_5_vl', 'vision_config': {'fullatt_block_indexes': [-1]}},
      'indexes=[-1]'),
+    ({'model_type': 'vit', 'architectures': [3]}, 'says architectures=[3]'),
+    ({'model_type': 'vit', 'id2label': 3}, 'says id2label=3'),
     # No model that is known.
     ({'model_type': 'gpt2'}, "model_type 'gpt2' is unknown"),
     ({'model_type': ['llama']}, "model_type ['llama'] is unknown"),

@@ -11,7 +11,7 @@ from helpers.parity import FOLDER, build, case
 from safetensors.numpy import load_file, save_file
 
 from models import checkpoints
-from models.checkpoints import files
+from models.checkpoints import files, timm
 
 NAME = 'timm_vit'
 TENSORS = load_file(FOLDER / f'{NAME}.safetensors')
@@ -185,3 +185,33 @@ def test_a_folder_with_the_name_of_a_file_and_a_missing_one_are_told_apart(tmp_p
   (tmp_path / 'model.safetensors').symlink_to(tmp_path / 'gone')
   refused(tmp_path, 'cannot be read as safetensors')
   refused(tmp_path / 'model.safetensors', 'there is no checkpoint at')
+
+
+TIMM = {'architecture': 'vit_tiny_patch16_224', 'num_classes': 5, 'num_features': 32,
+        'global_pool': 'token', 'pretrained_cfg': {'tag': 'x', 'mean': [0.5]}}
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    ({'architecture': 'vit_base_patch16_clip_quickgelu_224'}, "set activation='quick_gelu'"),
+    ({'architecture': 'vit_base_patch16_clip_224'}, 'set norm_eps=1e-05'),
+    ({'model_args': {'num_heads': 4}}, 'set heads=4'),
+    ({'model_args': {'no_embed_class': True}}, 'set special_positions=False'),
+    ({'model_args': {'qk_norm': True}}, r'model_args\.qk_norm=True, which is unknown of timm_args'),
+    ({'model_args': {'act_layer': 'relu'}}, "act_layer='relu', which is unknown"),
+    ({'num_classes': -1}, 'says num_classes=-1'), ({'architecture': 7}, 'says architecture=7'),
+])
+def test_what_timms_config_says_is_compared(changes, message):
+  model = build(NAME)
+  timm.check_config(model, TIMM | {'model_args': {'img_size': 24, 'num_heads': 2}})
+  with pytest.raises(ValueError, match=message) as caught:
+    timm.check_config(model, TIMM | changes)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.long
+def test_timms_config_is_read_with_its_tensors(tmp_path):
+  write(tmp_path)
+  (tmp_path / 'config.json').write_text(json.dumps(TIMM))
+  load(tmp_path)
+  (tmp_path / 'config.json').write_text(json.dumps(TIMM | {'model_args': {'num_heads': 4}}))
+  refused(tmp_path, 'set heads=4', load)
