@@ -28,6 +28,7 @@ def from_config(config: Mapping[str, Any]) -> ViT | Text | Clip:
   """
   kind: Any = config.get('model_type')
   choices.check('model_type ', kind, (*TOWER_FAMILIES, *TEXT_FAMILIES, *PAIRS))
+  config_keys.check(config, kind)
   if kind in PAIRS:
     return _pair(config, kind)
   if kind in TEXT_FAMILIES:
@@ -94,7 +95,6 @@ def text_tower(config: Mapping[str, Any], where: str = '', **fields: Any) -> Tex
 
 
 def _pair(config: Mapping[str, Any], kind: str) -> Clip:
-  config_keys.check(config, kind)
   image, text = (
       # Files of the first releases repeat a tower's settings under another name, which wins.
       config_keys.section(config, f'{part}_config')
