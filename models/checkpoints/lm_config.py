@@ -58,7 +58,8 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
   nested = 'text_config' in config
   config = text_config(config)
   kind: Any = config.get('model_type')
-  choices.check('model_type ', kind, LM_FAMILIES)
+  if kind not in tuple(LM_FAMILIES):  # Which may be no text.
+    raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(LM_FAMILIES)}')
   config_keys.check(config, kind, 'text_config.' if nested else '')
   stated = {**LM_FAMILIES[kind], **config}
   get: Callable[..., Any] = stated.get
