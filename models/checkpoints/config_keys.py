@@ -31,12 +31,14 @@ class Number:
     low, high: the ends.
     whole: whether fractions are excluded.
     null: whether null is a value.
+    otherwise: says what other values mean, '' for nothing.
   """
 
   low: float
   high: float
   whole: bool = True
   null: bool = False
+  otherwise: str = ''
 
   def allows(self, value: Any) -> bool:
     """Returns whether a value is in the range; NaN and booleans are not."""
@@ -47,7 +49,7 @@ class Number:
 
   def __str__(self) -> str:
     return (f'a {"whole " if self.whole else ""}number from {self.low:g} to {self.high:g}'
-            f'{" or null" if self.null else ""}')
+            f'{" or null" if self.null else ""}{self.otherwise and "; "}{self.otherwise}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +190,8 @@ _VLM: Checks = {
     **{f'{kind}_token_{ending}': dataclasses.replace(TOKEN, null=True)
        for kind in ('video', 'vision', 'vision_start', 'vision_end') for ending in ('id', 'index')}}
 _LLAVA: Checks = {
-    **_VLM, 'vision_feature_layer': Number(-1024, 1024),
+    **_VLM, 'vision_feature_layer': Number(
+        -1024, 1024, otherwise='one layer, without its [CLS] token if any'),
     'vision_feature_select_strategy': OneOf(('default', 'full')),
     'projector_hidden_act': ACTIVATION, 'multimodal_projector_bias': YES,
     # As long as a processor writes it, and as older files repeat it of the text's.
