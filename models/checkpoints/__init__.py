@@ -251,8 +251,8 @@ def resize_positions(params: Params, model: ViT, *,
   """A tree for images of another size: position embeddings resampled on the new grid of patches.
 
   Resampled as `model.position_resampling` says (models/checkpoints/positions.py); positions of
-  special tokens stay. Within 1e-5 of what timm does, and of DINOv2 with and without registers in
-  the transformers library.
+  special tokens stay. Within 1e-5 of what timm does, and of ViT, DeiT, MAE, DINOv2 with and without
+  registers, CLIP, SigLIP and SigLIP 2 in the transformers library.
 
   Args:
     params: of `model`.

@@ -69,16 +69,27 @@ class OneOf:
 
 @dataclasses.dataclass(frozen=True)
 class Each:
-  """A list of values that one check allows, or null."""
+  """A list of values that one check allows.
+
+  Attributes:
+    check: of a value.
+    length: how many there are, 0 for any number.
+    null: whether null is a value.
+  """
 
   check: Any
+  length: int = 0
+  null: bool = False
 
   def allows(self, value: Any) -> bool:
     """Returns whether a value is such a list."""
-    return value is None or (isinstance(value, list | tuple) and all(map(self.check.allows, value)))
+    if value is None:
+      return self.null
+    return (isinstance(value, list | tuple) and all(map(self.check.allows, value))
+            and self.length in (0, len(value)))
 
   def __str__(self) -> str:
-    return f'a list, each {self.check}'
+    return f'a list{f" of {self.length}" if self.length else ""}, each {self.check}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +124,7 @@ Checks = Mapping[str, Check]
 SIZE, COUNT, LENGTH = Number(1, 2 ** 18), Number(1, 1024), Number(1, 2 ** 30)
 TOKEN, VOCABULARY = Number(0, 2 ** 24), Number(1, 2 ** 24)
 EPSILON, FACTOR = Number(0, 1, whole=False), Number(1e-3, 1e6, whole=False)
-THETA = Number(2, 1e12, whole=False, null=True)
+THETA = Number(2, 1e12, whole=False)
 YES_OR_NO = OneOf((True, False, None), 'write true or false')
 NO = OneOf((False, None), 'this model has no place for anything else: use another checkpoint')
 YES = OneOf((True, None), NO.otherwise)
@@ -151,7 +162,7 @@ HARMLESS = frozenset(key for keys in _HARMLESS.values() for key in keys.split())
 _QUANTIZED = OneOf((None,), 'quantized weights are not read: use the checkpoint in bfloat16, '
                             'float16 or float32')
 _EVERYWHERE: Checks = {
-    'architectures': Each(Pattern('.*', 'LlamaForCausalLM')), 'id2label': Section(),
+    'architectures': Each(Pattern('.*', 'LlamaForCausalLM'), null=True), 'id2label': Section(),
     'quantization_config': _QUANTIZED, 'compression_config': _QUANTIZED,
     'pruned_heads': OneOf(({}, None)), 'is_encoder_decoder': NO, 'add_cross_attention': NO}
 
@@ -168,7 +179,8 @@ _LM: Checks = {
 _WINDOW = Number(0, LENGTH.high, null=True)
 _WINDOWS: Checks = {
     'sliding_window': _WINDOW, 'use_sliding_window': YES_OR_NO, 'max_window_layers': _WINDOW,
-    'layer_types': Each(OneOf(('full_attention', 'sliding_attention'))), 'use_mrope': NO}
+    'layer_types': Each(OneOf(('full_attention', 'sliding_attention')), null=True),
+    'use_mrope': NO}
 _TOWER: Checks = {
     **_BLOCKS, 'patch_size': Number(1, 1024), 'num_channels': Number(1, 16),
     'hidden_act': ACTIVATION, 'layer_norm_eps': EPSILON, 'tie_word_embeddings': YES_OR_NO}
@@ -196,7 +208,8 @@ _LLAVA: Checks = {
     'projector_hidden_act': ACTIVATION, 'multimodal_projector_bias': YES,
     # As long as a processor writes it, and as older files repeat it of the text's.
     'image_seq_length': dataclasses.replace(LENGTH, null=True), 'vocab_size': VOCABULARY}
-_PINPOINTS: Checks = {'image_grid_pinpoints': Each(Each(SIZE)), 'use_image_newline_parameter': YES}
+_PINPOINTS: Checks = {'image_grid_pinpoints': Each(Each(SIZE, 2), null=True),
+                      'use_image_newline_parameter': YES}
 _QWEN_TOWER: Checks = {
     'depth': COUNT, 'num_heads': COUNT, 'hidden_size': SIZE, 'patch_size': Number(1, 1024),
     'temporal_patch_size': OneOf((2,)), 'spatial_merge_size': Number(1, 16),
@@ -234,9 +247,9 @@ KEYS: dict[str, Checks] = {
             (None, 'default', 'linear', 'dynamic', 'llama3', 'yarn', 'mrope'))),
         **dict.fromkeys(('factor', 'low_freq_factor', 'high_freq_factor', 'beta_fast', 'beta_slow',
                          'attention_factor'), dataclasses.replace(FACTOR, null=True)),
-        'rope_theta': THETA, 'truncate': YES_OR_NO,
+        'rope_theta': dataclasses.replace(THETA, null=True), 'truncate': YES_OR_NO,
         'original_max_position_embeddings': dataclasses.replace(LENGTH, null=True),
-        'mrope_section': Each(Number(0, SIZE.high)), 'mrope_interleaved': YES_OR_NO,
+        'mrope_section': Each(Number(0, SIZE.high), 3), 'mrope_interleaved': YES_OR_NO,
         'partial_rotary_factor': OneOf((1.0, None)), 'finetuned': YES_OR_NO,
         **dict.fromkeys(('mscale', 'mscale_all_dim'),
                         OneOf((0, None), "no family's scaling has it"))},

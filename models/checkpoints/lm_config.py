@@ -111,7 +111,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
   else:
     return text
   tied = config.get('tie_word_embeddings') or text.get('tie_word_embeddings')
-  return text | {'tie_word_embeddings': bool(tied)}
+  return text | {'tie_word_embeddings': tied or False}
 
 
 def _window(get: Callable[..., Any]) -> int:

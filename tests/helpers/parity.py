@@ -2,6 +2,7 @@
 (tools/make_parity.py)."""
 
 import functools
+import gzip
 import json
 import pathlib
 
@@ -18,6 +19,13 @@ from models.families import LLAVA_TEXTS, LM_FAMILIES, QWENS
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity'
 CASES = sorted(file.stem for file in FOLDER.glob('*_*.json'))
+
+
+@functools.cache
+def published(version):
+  """{variant: its config as given and as saved, names of its tensors} of one of three versions."""
+  file = recorded.FIXTURES / 'published' / f'{version}.json.gz'
+  return json.loads(gzip.decompress(file.read_bytes()))
 
 
 @functools.cache

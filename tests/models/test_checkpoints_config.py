@@ -4,11 +4,12 @@ The values are those of the transformers library's config classes (4.57 and 5.24
 such as their `save_pretrained` writes.
 """
 
+import copy
 import re
 
 import numpy as np
 import pytest
-from helpers.parity import described
+from helpers.parity import described, published
 
 from lib.data import anyres
 from models.checkpoints import lm_config, vit_config, vlm_config
@@ -304,6 +305,12 @@ def test_a_scaling_without_its_numbers_is_a_worded_error(scaling, missing):
      'indexes=[-1]'),
     ({'model_type': 'vit', 'architectures': [3]}, 'says architectures=[3]'),
     ({'model_type': 'vit', 'id2label': 3}, 'says id2label=3'),
+    ({'model_type': 'llama', 'rope_theta': None}, 'says rope_theta=None'),
+    ({'model_type': 'qwen2_vl', 'rope_scaling': {'mrope_section': []}}, 'mrope_section=[]: known'),
+    ({'model_type': 'qwen2_vl', 'rope_scaling': {'mrope_section': None}}, 'mrope_section=None'),
+    ({'model_type': 'qwen2_5_vl', 'vision_config': {'fullatt_block_indexes': None}},
+     'fullatt_block_indexes=None'),
+    ({'model_type': 'llava', 'text_config': {'tie_word_embeddings': 'x'}}, "embeddings='x'"),
     # No model that is known.
     ({'model_type': 'gpt2'}, "model_type 'gpt2' is unknown"),
     ({'model_type': ['llama']}, "model_type ['llama'] is unknown"),
@@ -359,3 +366,37 @@ def test_a_pair_that_says_nothing(kind, wanted):
           text.projection, text.activation, text.norm_eps) == wanted
   assert pair.bias == (kind != 'clip')
   assert vit_config.from_config({'model_type': f'{kind}_text_model'}) == text
+
+
+ODD = (None, -1, 0, 10 ** 9, 2.5, 'x', True, [], {}, [None], {'a': 1}, float('nan'), float('inf'),
+       [[1]], '10', 1e-300, [{}], {'rope_type': [1]})
+
+
+def paths(config, start=()):
+  """Yields the path of every key, in nested configs too."""
+  for key, value in config.items():
+    yield (*start, key)
+    if isinstance(value, dict):
+      yield from paths(value, (*start, key))
+
+
+@pytest.mark.long
+def test_odd_values_of_every_key_are_read_or_refused_in_one_line():
+  for name, case in published('5.24.0').items():
+    if not name.endswith(('/says_little', '/yarn', '/beside_the_others', '/swiglu')):
+      continue
+    for form in ('given', 'saved'):
+      for path in paths(case[form]):
+        for odd in ODD:
+          config = copy.deepcopy(case[form])
+          inner = config
+          for key in path[:-1]:
+            inner = inner[key]
+          inner[path[-1]] = odd
+          said = ''
+          try:
+            described(config)
+          except ValueError as error:
+            said = str(error)
+          assert len(said) < 700, (name, path, odd)
+          assert '\n' not in said, (name, path, odd)

@@ -7,14 +7,13 @@ versions of the transformers library saved them, and what it then computes.
 """
 
 import functools
-import gzip
 import json
 
 import jax
 import numpy as np
 import pytest
 from helpers import parity_vlm, recorded
-from helpers.parity import CASES, FOLDER, build, case, described, expected, outputs
+from helpers.parity import CASES, FOLDER, build, case, described, expected, outputs, published
 from safetensors.numpy import load_file, save_file
 
 from models import checkpoints
@@ -81,13 +80,7 @@ def test_a_tower_alone_reads_its_part_of_a_pairs_file(name):
 # -- configs as they are published ---------------------------------------------------------------
 
 
-PUBLISHED = recorded.FIXTURES / 'published'
 VERSIONS = ('4.40.2', '4.57.6', '5.24.0')
-
-
-@functools.cache
-def published(version):
-  return json.loads(gzip.decompress((PUBLISHED / f'{version}.json.gz').read_bytes()))
 
 
 def libraries_outputs(name):
@@ -111,7 +104,7 @@ def program(model):
 
 @functools.cache
 def weights():
-  return load_file(PUBLISHED / 'weights.safetensors')
+  return load_file(recorded.FIXTURES / 'published' / 'weights.safetensors')
 
 
 def load_published(model, name, version, folder):
