@@ -24,7 +24,12 @@ def main(argv):
   """Loads, sweeps, shows."""
   del argv
   config, workdir = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value)
-  first = launch.start()
+  with launch.start() as first:
+    evaluate(config, workdir, first=first)
+
+
+def evaluate(config, workdir, *, first):
+  """Makes the rows of a sweep that are missing; the first process writes and shows them."""
   sweep = registry.make_sweep(config, workdir, sharding.make_mesh(config.mesh))
 
   def measure(row):

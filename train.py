@@ -67,7 +67,8 @@ class Setup:
 def main(argv):
   """Trains, or goes on training."""
   del argv
-  run(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), first=launch.start())
+  with launch.start() as first:
+    run(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), first=first)
 
 
 def make_setup(config, mesh):

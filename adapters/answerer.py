@@ -11,8 +11,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import itertools
-import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,12 +23,12 @@ from lib import assistant
 from lib.assistant import Assistant
 from lib.data.pictures import row_of
 from models.backbones.vlm import Images
-from models.decoding.generator import ENDED, Generator, Score
+from models.checkpoints.json_files import read_json
+from models.decoding.generator import BUCKETS, ENDED, Generator, Score
 from models.decoding.sampling import Sampling
 from models.reduce_config import check_components
 
 CHUNK = 16  # Batches whose images are held at a time.
-BUCKETS = (64, 256, 512, 1024, 2048, 4096)
 # What harnesses call the most tokens to decode, the first that is there counts.
 MOST = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
 
@@ -57,7 +57,7 @@ class Settings:
       new_tokens: where it does not say.
     """
     until = arguments.get('until') or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
+    until = (until,) if isinstance(until, str) else tuple(filter(None, until))
     most = next((arguments[name] for name in MOST if arguments.get(name) is not None), new_tokens)
     warm = float(arguments.get('temperature') or 0.0)
     if arguments.get('do_sample') is False:
@@ -97,7 +97,8 @@ class Answerer:
       None for those that a run was trained with.
     batch_size: B; 'auto' is 8.
     dtype: 'float32' or 'bfloat16'.
-    buckets: lengths that prompts are padded to, as '64:256:1024' or as numbers.
+    buckets: lengths that prompts are padded to (`models.decoding.generator.padded_length`), as
+      '64:256:1024' or as numbers.
     data_dir: where a run's set is, if not where the run had it.
 
   Raises:
@@ -108,8 +109,9 @@ class Answerer:
                dtype: str = 'float32', buckets: Any = BUCKETS, data_dir: str = ''):
     self.assistant = assistant.load(path, dtype=dtype, data_dir=data_dir)
     self.reduce = read_reductions(reduce)
-    self.batch_size = 8 if str(batch_size).startswith('auto') else int(batch_size)
-    self._buckets = whole_numbers(buckets)
+    self.batch_size, = (8,) if str(batch_size).startswith('auto') else whole_numbers(
+        batch_size, 'batch_size')
+    self._buckets = whole_numbers(buckets, 'buckets')
     self._generators: dict[Any, Generator] = {}
 
   @property
@@ -237,11 +239,11 @@ def read_reductions(reduce: Any) -> Mapping[str, Mapping[str, Any]] | None:
     ValueError: what is none, or of an unknown place.
   """
   if isinstance(reduce, str) and reduce.endswith('.json'):
-    reduce = json.loads(pathlib.Path(reduce).read_text())
+    reduce = read_json(pathlib.Path(reduce))
   elif isinstance(reduce, str):
     try:
       reduce = ast.literal_eval(reduce) if reduce else None
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
       raise ValueError(f'reduce={reduce!r} is no dict: give one as {{"language": {{"method": '
                        '"fastv", "layers": 2, "keep_ratio": 0.5}}, or a .json file') from error
   if reduce is None:
@@ -254,8 +256,14 @@ def read_reductions(reduce: Any) -> Mapping[str, Mapping[str, Any]] | None:
   return reduce
 
 
-def whole_numbers(text: Any) -> tuple[int, ...]:
-  """Returns buckets from '64:256', from a number, or as they are."""
-  if isinstance(text, str):
-    return tuple(int(part) for part in text.split(':'))
-  return (text,) if isinstance(text, int) else tuple(np.asarray(text).tolist())
+def whole_numbers(value: Any, name: str) -> tuple[int, ...]:
+  """Returns the numbers of an argument, from 1 on: of '64:256', of a number, or as they are.
+
+  Raises:
+    ValueError: anything else.
+  """
+  parts = value.split(':') if isinstance(value, str) else np.atleast_1d(value).tolist()
+  if not all(re.fullmatch(r'[1-9][0-9]{0,8}', str(part)) for part in parts):
+    raise ValueError(f'{name}={value!r} is impossible: give whole numbers from 1 on, several as '
+                     '64:256')
+  return tuple(map(int, parts))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -26,13 +25,14 @@ from lib.data import anyres
 from lib.data.anyres import Patches, Square
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.preprocess import Preprocess
-from lib.data.tokenizers import FILES, Chat, HubTokenizer, WordTokenizer
+from lib.data.tokenizers import BY_HAND, Chat, HubTokenizer, WordTokenizer, has_template
 from lib.tasks.trained import TrainedModel, load_run
 from models import checkpoints
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, passed_on
 from models.build import DTYPES
 from models.checkpoints import files, lm_config, vlm_config
+from models.checkpoints.json_files import Form, naming, read_json_if_there, value_of
 from models.decoding.generator import Generator
 from models.families import LM_FAMILIES
 from models.plan import reduction_settings
@@ -44,6 +44,9 @@ from ops.attention import pick
 IMAGE_PLACEHOLDER = '<image>'
 # A Qwen tower's grid grows by so many patches: images of similar sizes share a program.
 GRID_STEP = 8
+ENDS = Form('the id of a token, or a list of ids',
+            lambda value: all(type(each) is int for each in
+                              (value if isinstance(value, list) else [value])))
 
 
 class Tokenizer(Protocol):
@@ -55,6 +58,12 @@ class Tokenizer(Protocol):
 
   def encode(self, text: str, *, special: bool) -> list[int]:
     """Returns the ids of a text, with those that start it if `special`."""
+
+  def literal(self, text: str) -> str:
+    """Returns a text of which `encode` takes nothing for a special token."""
+
+  def token(self, number: int) -> str:
+    """Returns the token of an id, '' where there is none."""
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids."""
@@ -105,28 +114,54 @@ class Assistant:
     """Returns the ids of a user's message.
 
     Args:
-      text: the words.
-      images: number of images that go with it. They stand where the text has '<image>', if it has
-        as many; else where it has the model's own placeholders, or in front.
-      template: whether to wrap the text in the chat template, if there is one.
+      text: the words. Special tokens among them are text, and end no turn, unless `template` is
+        False.
+      images: number of images that go with it. They stand where the text has '<image>', or the
+        model's own placeholders, if it has as many; in front where it has none.
+      template: whether to wrap the text in the chat template, if there is one. False for a text
+        that writes all out that the model reads, special tokens among it.
 
     Raises:
-      ValueError: images for a model that sees none, or a text that this tokenizer cannot encode.
+      ValueError: images for a model that sees none, another number of '<image>' than of images, a
+        text that this tokenizer cannot encode, or a template that leaves it out.
     """
-    if images and not isinstance(self.model, VLM):
-      raise ValueError('this model reads text alone: leave the images out, or load a '
-                       'vision-language model')
-    marked = images and text.count(IMAGE_PLACEHOLDER) == images
-    pieces = text.split(IMAGE_PLACEHOLDER) if marked else [''] * images + [text]
-    if template and self.chat is not None:
-      content: Any = [{'type': 'text', 'text': pieces[0]}]
-      for piece in pieces[1:]:
-        content += [{'type': 'image'}, {'type': 'text', 'text': piece}]
-      content = [part for part in content if part.get('text') != '']
-      return self.encode(self.chat([{'role': 'user', 'content': content if images else text}]))
-    ids = self.encode(text)
-    if not images or (not marked and ids.count(self.model.image_token) == images):
-      return ids
+    pieces = self._around_images(text, images)
+    if not template:
+      ids = self.encode(text)
+      in_place = isinstance(self.model, VLM) and ids.count(self.model.image_token) == images
+      return ids if in_place or not images else self._joined(pieces)
+    pieces = [self.tokens.literal(piece) for piece in pieces]
+    if self.chat is None:
+      return self._joined(pieces)
+    parts: list[dict[str, str]] = [{'type': 'text', 'text': pieces[0]}]
+    for piece in pieces[1:]:
+      parts += [{'type': 'image'}, {'type': 'text', 'text': piece}]
+    parts = [part for part in parts if part.get('text') != '']
+    # Templates read one of both forms, or both, and may pass over the other in silence.
+    for content in (parts,) if images else (pieces[0], parts):
+      whole = self.chat([{'role': 'user', 'content': content}])
+      if all(piece.strip() in whole for piece in pieces):
+        return self.encode(whole)
+    raise ValueError(f'the chat template leaves out what is asked: {BY_HAND}')
+
+  def _around_images(self, text: str, images: int) -> list[str]:
+    """Returns what stands before, between and after the images."""
+    if not isinstance(self.model, VLM):
+      if images:
+        raise ValueError('this model reads text alone: leave the images out, or load a '
+                         'vision-language model')
+      return [text]
+    for mark in (IMAGE_PLACEHOLDER, self.tokens.token(self.model.image_token)):
+      if images and mark and text.count(mark) == images:
+        return text.split(mark)
+    if IMAGE_PLACEHOLDER in text:
+      raise ValueError(f'the text has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} and '
+                       f'{images} images are given: write one for each image, or none to put the '
+                       'images in front')
+    return [''] * images + [text]
+
+  def _joined(self, pieces: Sequence[str]) -> list[int]:
+    """Returns the ids of pieces with an image between each two."""
     ids = self.encode(pieces[0])
     for piece in pieces[1:]:
       ids += [self.model.image_token, *self.tokens.encode(piece, special=False)]
@@ -251,7 +286,8 @@ def _of_checkpoint(path: pathlib.Path, config: Mapping[str, Any], dtype: str) ->
   look = anyres.read(path, config, grid=model.tower.grid) if isinstance(model, VLM) else None
   model = checkpoints.tied_as_stored(model, path)
   params = checkpoints.load(model, path, dtype=kind, storage='unstacked')
-  return Assistant(model, params, tokens, ends, look, _chat(path))
+  return Assistant(model, params, tokens, ends, look,
+                   Chat(path) if has_template(path) else None)
 
 
 def check_tokens(tokens: Tokenizer, model: LM | VLM, ends: Sequence[int],
@@ -262,9 +298,8 @@ def check_tokens(tokens: Tokenizer, model: LM | VLM, ends: Sequence[int],
   """
   count = model.vocabulary
   # A placeholder is never looked up: some releases have it behind the table.
-  own = {model.image_token} if isinstance(model, VLM) else set()
-  beyond = [each for each in range(count, tokens.size) if each not in own]
-  if beyond:
+  own = isinstance(model, VLM) and count <= model.image_token < tokens.size
+  if tokens.size - own > count:
     raise ValueError(f'the tokenizer of {source} has ids up to {tokens.size - 1} and the model '
                      f'{count} embeddings: put the tokenizer.json of this checkpoint there')
   for each in ends:
@@ -275,18 +310,11 @@ def check_tokens(tokens: Tokenizer, model: LM | VLM, ends: Sequence[int],
 
 def _ends(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
   """Returns the ids that end an answer: as for generating, else as the model's config has them."""
-  file = path / 'generation_config.json'
-  settings = json.loads(file.read_text()) if file.exists() else {}
-  for source in (settings, config, config.get('text_config') or {}):
-    ends = source.get('eos_token_id')
-    if ends is not None:
-      return tuple(ends) if isinstance(ends, Sequence) else (ends,)
+  file, own = path / 'generation_config.json', path / 'config.json'
+  for name, source in ((file, read_json_if_there(file)), (own, config),
+                       (own, config.get('text_config') or {})):
+    with naming(name):
+      ends = value_of(source, 'eos_token_id', ENDS)
+    if ends not in (None, []):
+      return tuple(ends) if isinstance(ends, list) else (ends,)
   return ()
-
-
-def _chat(path: pathlib.Path) -> Chat | None:
-  """Returns the chat template, if there is one."""
-  jinja, *rest = (path / name for name in FILES)
-  has_template = jinja.exists() or any(
-      file.exists() and json.loads(file.read_text()).get('chat_template') for file in rest)
-  return Chat(path) if has_template else None

@@ -33,6 +33,7 @@ from lib.cost import vit as vit_cost
 from lib.data import images as image_data
 from lib.data import qa as qa_data
 from lib.data.image_files import read_image, upright
+from lib.data.prepare import data_dir_of_run
 from lib.runtime import sharding
 from lib.tasks import image_sweep, qa_sweep
 from lib.tasks import qa as qa_task
@@ -44,6 +45,7 @@ from models.backbones.lm import LM
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import files
+from models.checkpoints.json_files import OBJECT, naming, value_of
 from models.decoding.sampling import Sampling
 
 Reduce = Mapping[str, Any]
@@ -80,9 +82,11 @@ def load(source: str | pathlib.Path, *, variant: str = '', dtype: str = 'float32
                      "variant='deit_s16', or leave them out")
   path = files.locate(source)
   config = files.config(path)
-  if 'variant' in (config.get('model') or {}):
+  with naming(path):
+    model = value_of(config, 'model', OBJECT) or {}
+  if 'variant' in model:
     return _image_run(path, ml_collections.ConfigDict(config), data_dir)
-  if 'lm' in (config.get('model') or {}):
+  if 'lm' in model:
     trained = load_run(path, data_dir=data_dir)
     return LanguageModel(assistant.of_run(trained), trained)
   if path.is_dir() and 'model_type' in config:
@@ -92,8 +96,10 @@ def load(source: str | pathlib.Path, *, variant: str = '', dtype: str = 'float32
 
 
 def _image_run(path: pathlib.Path, config: ml_collections.ConfigDict, data_dir: str) -> ImageModel:
-  if data_dir:
-    config.data.data_dir = data_dir
+  if 'data' in config:
+    config.data.data_dir = data_dir or data_dir_of_run(config.data)
+  # Its weights are in its folder: what it began from may be anywhere.
+  config.model.weights = ''
   step, params = image_sweep.load(config, path, _one_device())
   return ImageModel(config, params, step)
 

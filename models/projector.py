@@ -3,12 +3,13 @@
 models/reduce_config.py resolves `config.reduce.projector`, and `reduce_visual` applies it.
 
 Axes: B batch, I images of a row, V visual tokens of an image, M visual tokens after the reduction,
-W width of the tower, D width of the language model, H heads.
+S special tokens of the tower, W width of the tower, D width of the language model, H heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -20,14 +21,17 @@ from models.plan import Plan
 from ops import assignments
 from ops import tokens as tk
 from ops.reducers.base import Reducer
+from ops.reducers.method import WatchingMethod
 from ops.signals import Signals
 from ops.splice import Visual
-from ops.tokens import TokenSet
+from ops.tokens import SPECIAL, TokenSet
 
 Array = jax.Array
 
-# Signals of the tower's last layer that a method behind the projector may read.
-FROM_TOWER = ('keys', 'queries', 'values', 'cls_attention', 'received_attention')
+# Signals of the tower's last layer that a method behind the projector may read. Most tell of each
+# token by itself; queries mean something only beside all keys that the layer attended to.
+PER_TOKEN = ('keys', 'values', 'cls_attention', 'received_attention')
+FROM_TOWER = (*PER_TOKEN, 'queries')
 # They travel as stats of the visual tokens, under these names.
 _PREFIX = 'tower_'
 ACROSS = ('image', 'prompt')
@@ -56,24 +60,40 @@ class Projector(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class RecordSignals(Reducer):
-  """Removes nothing: it keeps signals of a layer of the tower for the reduction at the projector.
+  """Removes nothing: it watches the tower for the reduction at the projector.
 
   Attributes:
-    wanted: names in `FROM_TOWER`.
+    plan: of that reduction: its cut names the layer whose signals are kept, its `watch` the layers
+      that its method watches.
   """
 
-  wanted: frozenset[str] = frozenset()
+  plan: Plan
+
+  @property
+  def wanted(self) -> frozenset[str]:
+    """Names of the signals that it keeps."""
+    return self.plan.method.needs & set(FROM_TOWER)
 
   @property
   def watch_needs(self) -> frozenset[str]:
-    """Names of the signals that it keeps."""
-    return self.wanted
+    """Names of the signals that it keeps, and that the method watches."""
+    return self.wanted | (self.plan.method.watch_needs if self.plan.watch else frozenset())
+
+  @property
+  def layers(self) -> tuple[int, ...]:
+    """Layers of the tower that it watches, () where the method reads none."""
+    cuts = [cut.layer for cut in self.plan.cuts if self.wanted]
+    return tuple(sorted({*self.plan.watch, *cuts}))
 
   def watch(self, tokens: TokenSet, signals: Signals) -> dict[str, Array]:
-    """Returns the signals as stats, {'tower_<name>': [B, N, ...]}."""
-    del tokens
-    return {f'{_PREFIX}{name}': _swap_attention(name, getattr(signals, name))
-            for name in self.wanted}
+    """Returns the method's own stats, and in the cut's layer {'tower_<name>': [B, N, ...]}."""
+    stats: dict[str, Array] = {}
+    if signals.layer in self.plan.watch:
+      stats |= cast(WatchingMethod, self.plan.method).watch(tokens, signals)
+    if self.plan.cut(signals.layer):
+      stats |= {f'{_PREFIX}{name}': _swap_attention(name, getattr(signals, name))
+                for name in self.wanted}
+    return stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,26 +101,32 @@ class ProjectorReduction:
   """A reduction of visual tokens between the projector and the language model.
 
   Attributes:
-    plan: with one cut, of 'layer' 0.
+    plan: with one cut, of the tower's last layer that runs, or none; its slots are visual tokens.
     across: 'image', every image for itself, or 'prompt', one pool of all images of a row.
     order: of the tokens after it: 'raster', by the position of each token's anchor, or the
       'method's own.
     grid: (rows, columns) of the tokens, None where they are no grid.
+    depth: layers of the tower.
+    special: S, special tokens of the tower that lead every pool, so that signals have their rows;
+      0 where the method reads none.
   """
 
   plan: Plan
   across: str = 'image'
   order: str = 'raster'
   grid: tuple[int, int] | None = None
+  depth: int = 1
+  special: int = 0
 
 
-def reduce_visual(reduction: ProjectorReduction,
-                  visual: Visual) -> tuple[Visual, int | None, TokenSet | None]:
+def reduce_visual(reduction: ProjectorReduction, visual: Visual,
+                  special: Visual | None = None) -> tuple[Visual, int | None, TokenSet | None]:
   """Reduces visual tokens after the projector.
 
   Args:
     reduction: made for as many tokens as an image (or a pool) has.
     visual: x float[B, I, V, D]; stats 'tower_<name>' are signals of the tower.
+    special: x float[B, I, S, D], special tokens of each image with the same stats; None for S = 0.
 
   Returns:
     The visual tokens, x float[B, I, M, D]; the slots of a pool, which all images of a row share
@@ -113,22 +139,24 @@ def reduce_visual(reduction: ProjectorReduction,
   batch, images, each = visual.x.shape[:3]
   together = images if reduction.across == 'prompt' else 1
   slots = together * each
-  cut = reduction.plan.cut(0)
-  if cut is None:
+  if not reduction.plan.cuts:
     return visual, None, None
+  cut, = reduction.plan.cuts
   if slots != cut.slots_in:
     raise ValueError(f'the reduction at the projector was made for {cut.slots_in} visual tokens '
                      f'and gets {slots}: make it anew with with_projector_reduction(..., '
                      'slots=...)')
-  tokens, from_tower = _pools(visual, slots)
-  signals = Signals(layer=0, depth=1, slots=slots).replace(grid=reduction.grid, **from_tower)
+  tokens, from_tower = _pools(visual, special, slots)
+  lead = tokens.protected
+  signals = Signals(layer=cut.layer, depth=reduction.depth, slots=lead + slots).replace(
+      grid=reduction.grid, one_sequence=reduction.grid is not None, **from_tower)
   with jax.named_scope('reduction'):
-    assignment = tk.decide(reduction.plan.method, tokens, signals, num_slots=cut.slots_out)
+    assignment = tk.decide(reduction.plan.method, tokens, signals, num_slots=lead + cut.slots_out)
     reduced = tk.reduce(tokens, assignment)
-  if reduction.order == 'raster':
-    position = jnp.where(reduced.real, reduced.pos, slots)
-    order = jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
-    reduced = tk.reduce(reduced, assignments.Gather(order, reduced.slots))
+  position = jnp.where(reduced.real, reduced.pos, slots) if reduction.order == 'raster' else 0
+  position = jnp.where(reduced.kind == SPECIAL, -1, position)
+  order = jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
+  reduced = without_special(tk.reduce(reduced, assignments.Gather(order, reduced.slots)), lead)
   shape = (batch, images // together, reduced.slots)
   x = reduced.x.reshape(*shape, -1)
   stats = {name: value.reshape(*shape, *value.shape[2:]) for name, value in reduced.stats.items()}
@@ -147,8 +175,12 @@ def reduce_visual(reduction: ProjectorReduction,
   return spread_visual, reduced.slots, reduced
 
 
-def _pools(visual: Visual, slots: int) -> tuple[TokenSet, dict[str, Array]]:
-  """Visual tokens, a row for every `slots` of them, with stats 'image'; and the tower's signals."""
+def _pools(visual: Visual, special: Visual | None,
+           slots: int) -> tuple[TokenSet, dict[str, Array]]:
+  """Returns a row for every `slots` visual tokens, with stats 'image', and the tower's signals.
+
+  Special tokens of an image lead its row.
+  """
 
   def rows(values: Array) -> Array:
     return values.reshape(-1, slots, *values.shape[3:])
@@ -156,15 +188,47 @@ def _pools(visual: Visual, slots: int) -> tuple[TokenSet, dict[str, Array]]:
   batch, images, each = visual.x.shape[:3]
   image = jnp.broadcast_to(jnp.arange(images, dtype=jnp.int32)[None, :, None],
                            (batch, images, each))
-  stats, signals = {'image': rows(image)}, {}
-  for name, value in visual.stats.items():
-    if name.startswith(_PREFIX):
-      signal = name.removeprefix(_PREFIX)
-      signals[signal] = _swap_attention(signal, rows(value))
-    else:
-      stats[name] = rows(value)
-  valid = None if visual.valid is None else rows(visual.valid)
-  return TokenSet.create(rows(visual.x), stats=stats, valid=valid), signals
+  tokens = TokenSet.create(
+      rows(visual.x), valid=None if visual.valid is None else rows(visual.valid),
+      stats={'image': rows(image)} | {name: rows(value) for name, value in visual.stats.items()})
+  if special is not None:
+    tokens = _behind(special, tokens)
+  from_tower = {name for name in tokens.stats if name.startswith(_PREFIX)}
+  signals = {}
+  for name in from_tower:
+    signal = name.removeprefix(_PREFIX)
+    signals[signal] = _swap_attention(signal, tokens.stats[name])
+  stats = {name: value for name, value in tokens.stats.items() if name not in from_tower}
+  return tokens.replace(stats=stats), signals
+
+
+def _behind(special: Visual, tokens: TokenSet) -> TokenSet:
+  """Puts tokens [B * I, V] behind special ones [B, I, S], which have the tower's stats alone."""
+  lead = special.x.shape[2]
+
+  def join(first: Array, values: Array) -> Array:
+    first = first.reshape(-1, lead, *first.shape[3:])
+    return jnp.concatenate([first.astype(values.dtype), values], axis=1)
+
+  def fill(value: int | bool, values: Array) -> Array:
+    return jnp.pad(values, ((0, 0), (lead, 0), *[(0, 0)] * (values.ndim - 2)),
+                   constant_values=value)
+
+  stats = {name: join(special.stats[name], value) if name in special.stats else fill(-1, value)
+           for name, value in tokens.stats.items()}
+  return TokenSet.create(
+      join(special.x, tokens.x), pos=fill(-1, tokens.pos), kind=fill(SPECIAL, tokens.kind),
+      valid=None if tokens.valid is None else fill(True, tokens.valid), stats=stats, protected=lead)
+
+
+def without_special(tokens: TokenSet, special: int) -> TokenSet:
+  """Returns tokens [B, N] without the first `special`: neither as slots nor as original tokens."""
+  if not special:
+    return tokens
+  index = jnp.broadcast_to(jnp.arange(special, tokens.slots, dtype=jnp.int32),
+                           (len(tokens.x), tokens.slots - special))
+  patches = tk.reduce(tokens, assignments.Gather(index, tokens.slots))
+  return patches.replace(owner=patches.owner[:, special:], protected=0)
 
 
 def _swap_attention(name: str, value: Array) -> Array:

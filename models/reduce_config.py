@@ -10,16 +10,19 @@ come.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
+
+import flax.linen as nn
 
 from models import renames
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.plan import Plan, make_cache_plan, make_plan, reduction_settings
+from models.plan import Plan, make_cache_plan, make_plan, reduction_settings, watched_layers
 from models.projector import ACROSS, FROM_TOWER, ORDERS, ProjectorReduction, RecordSignals
 from ops import choices
 from ops.budgets import Cut
@@ -84,8 +87,8 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
 
   Args:
     vlm: the model.
-    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers;
-      and `across` and `order` of `ProjectorReduction`.
+    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers
+      (`watch` names layers of the tower); and `across` and `order` of `ProjectorReduction`.
     slots: V, tokens of an image (of all images of a row under across='prompt').
 
   Raises:
@@ -102,18 +105,28 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)):
     raise ValueError('the projector has no layers and no sites: leave site and layers out of '
                      'reduce.projector')
-  plan = make_plan(settings | {'site': 'after', 'layers': (0,)}, vlm.projector_host(slots))
-  wanted = plan.method.needs & set(FROM_TOWER)
+  watch, host = settings.pop('watch', None), vlm.projector_host(slots)
+  plan = make_plan(settings | {'site': 'after', 'layers': (0,)}, host)
+  if isinstance(plan.method, nn.Module):
+    raise ValueError(f'{plan.name} has parameters, which only layers of a tower hold: set '
+                     'reduce.vision, or choose another method')
+  # Signals are those of the tower's last layer that runs: as if the cut were there.
   tower = vlm.tower
-  if wanted:
+  cuts = tuple(dataclasses.replace(cut, layer=vlm.tower_depth - 1) for cut in plan.cuts)
+  watch = watched_layers(plan.name, plan.method, dataclasses.replace(host, depth=tower.depth), cuts,
+                         plan.site, watch)
+  plan = dataclasses.replace(plan, cuts=cuts, watch=watch)
+  record, grid = RecordSignals(plan), vlm.projector_grid(slots)
+  if record.layers:
     if tower.plan is not None and not isinstance(tower.plan.method, RecordSignals):
-      raise ValueError(f'{plan.name} at the projector reads {", ".join(sorted(wanted))} of the '
-                       f'tower, which {tower.plan.name} reduces: reduce at one of the two places')
+      reads = ', '.join(sorted(record.watch_needs & set(FROM_TOWER)))
+      raise ValueError(f'{plan.name} at the projector reads {reads} of the tower, which '
+                       f'{tower.plan.name} reduces: reduce at one of the two places')
     # It watches alone: without cuts nothing calls it.
-    method = RecordSignals(frozenset(wanted))
-    tower = tower.clone(plan=Plan('record_signals', method, 'after', (),  # type: ignore[arg-type]
-                                  watch=(vlm.tower_depth - 1,)))
-  reduction = ProjectorReduction(plan, across, order, vlm.projector_grid(slots))
+    tower = tower.clone(plan=Plan('record_signals', record, 'after', (),  # type: ignore[arg-type]
+                                  watch=record.layers))
+  reduction = ProjectorReduction(plan, across, order, grid, tower.depth,
+                                 vlm.special if record.layers and grid else 0)
   return vlm.clone(tower=tower, projector_reduction=reduction)
 
 

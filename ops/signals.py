@@ -51,6 +51,9 @@ class Signals(struct.PyTreeNode):
     depth: number of layers. Static.
     slots: tokens that the schedule has here, before the cut (in training a soft method may hold
       more); None where there is no schedule. Static.
+    one_sequence: whether the tokens are those of one sequence of the tower's, special ones
+      included: attention over them is that of the layer, and [CLS] is the first special one. False
+      for visual tokens of several crops, each of which was measured beside others alone. Static.
   """
 
   keys: Array = _UNMEASURED
@@ -78,11 +81,12 @@ class Signals(struct.PyTreeNode):
   layer: int = struct.field(pytree_node=False, default=0)
   depth: int = struct.field(pytree_node=False, default=1)
   slots: int | None = struct.field(pytree_node=False, default=None)
+  one_sequence: bool = struct.field(pytree_node=False, default=True)
 
 
 NAMES = tuple(Signals.__dataclass_fields__)
 # Known without a layer; given by the next layer; and given by a layer's MLP.
-STATIC = frozenset({'grid', 'layer', 'depth', 'slots', 'rope'})
+STATIC = frozenset({'grid', 'layer', 'depth', 'slots', 'rope', 'one_sequence'})
 NEXT_LAYER = frozenset({'next_received_attention', 'next_last_attention', 'next_row_attention',
                         'next_keys'})
 MLP_SIGNALS = frozenset({'mlp_in', 'mlp_out', 'mlp_hidden'})

@@ -41,6 +41,8 @@ from lib.report import overlay, provenance
 from lib.runtime import cli
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
+from models.checkpoints.json_files import read_text
+from models.decoding.generator import BUCKETS as LENGTHS
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
 from models.reduce_config import COMPONENTS
@@ -51,14 +53,15 @@ PROMPT = flags.DEFINE_string('prompt', None, 'What to ask.')
 PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with what to ask.')
 EXAMPLE = flags.DEFINE_integer('example', None, "A question of a run's test split, instead.")
 TEMPLATE = flags.DEFINE_bool('template', True, "Whether to wrap the text in the checkpoint's "
-                             'chat template.')
+                             'chat template. --notemplate is for a text that writes out all that '
+                             'the model reads, special tokens among it.')
 NEW_TOKENS = flags.DEFINE_integer('new_tokens', None, 'The most to decode; by default 64, or what '
-                                  'the context has room for.')
+                                  'the context has room for.', lower_bound=1)
 TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the likeliest token.')
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Only among so many of the likeliest; 0 for all.')
 TOP_P = flags.DEFINE_float('top_p', 1.0, 'Only among the likeliest that reach this together.')
 SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
-BUCKETS = flags.DEFINE_list('buckets', ['16', '64', '256', '1024', '4096'],
+BUCKETS = flags.DEFINE_list('buckets', [str(size) for size in (16, 32, *LENGTHS)],
                             'Lengths that a prompt is padded to.')
 DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.")
 DATA_DIR = flags.DEFINE_string('data_dir', '', "Where a run's set is, if not where the run had it.")
@@ -99,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
   if SHOW.value and not (question.images and set(DRAWN) & reduce.keys()):
     raise ValueError(f'--show={SHOW.value} has nothing to show: give an image, and a reduction of '
                      f'one of {", ".join(DRAWN)}')
-  generator = model.generator(reduce, buckets=[int(size) for size in BUCKETS.value])
+  generator = model.generator(reduce, buckets=bucket_sizes(BUCKETS.value))
   sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
   layout = None if images is None else images.layout
   visual = generator.plans.visual_slots(layout)
@@ -139,11 +142,20 @@ def read_question(model: Assistant) -> tuple[Assistant, Question]:
     raise ValueError('nothing to ask: give --prompt, --prompt_file or --example, one of them')
   text = PROMPT.value
   if text is None:
-    text = pathlib.Path(PROMPT_FILE.value).read_text()
+    text = read_text(pathlib.Path(PROMPT_FILE.value))
+  if not text.strip():
+    raise ValueError('nothing to ask: the prompt is empty')
   images = [read_image(path) for path in IMAGES.value]
   prompt = model.prompt(text, images=len(images), template=TEMPLATE.value)
   model = model.with_grid_for(images)
   return model, Question(row_of([model.look(image) for image in images]), prompt)
+
+
+def bucket_sizes(sizes: Sequence[str]) -> list[int]:
+  """Reads the lengths that prompts are padded to."""
+  if not all(size.isdecimal() and int(size) for size in sizes):
+    raise ValueError(f'--buckets={",".join(sizes)} are no lengths: give whole numbers, as 64,256')
+  return [int(size) for size in sizes]
 
 
 def example(model: Assistant) -> Question:

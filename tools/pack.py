@@ -16,14 +16,14 @@ import jax
 from absl import flags
 
 from lib.data import qa as qa_data
-from lib.runtime import checkpoint, cli, launch, sharding
+from lib.runtime import checkpoint, checksums, cli, launch, sharding
 from lib.tasks import registry, trained
 
 OUT = flags.DEFINE_string('out', None, 'The folder to write.')
 
 
 def main(argv: Sequence[str]) -> None:
-  """Reads the run, and writes three files, four where it learned from questions."""
+  """Reads the run, and writes its files and their checksums."""
   del argv
   config = launch.CONFIG.value
   workdir, out = pathlib.Path(launch.WORKDIR.value), pathlib.Path(OUT.value)
@@ -37,10 +37,13 @@ def main(argv: Sequence[str]) -> None:
                             f'python -m train --config=... --workdir={workdir}')
   step, params = best
   path = checkpoint.pack(params, step, out)
-  for name in ('config.json', 'metrics.jsonl'):
+  names = ['config.json', 'metrics.jsonl']
+  for name in names:
     shutil.copy(workdir / name, out)
   if 'lm' in config.model:
     trained.save_info(qa_data.info(config.data), out)
+    names.append(trained.INFO)
+  checksums.write(out, [checkpoint.PACKED, *names])
   print(f'{path}: step {step}, {path.stat().st_size / 1e6:.1f} MB')
 
 

@@ -85,8 +85,8 @@ class Entry:
 def main(argv: Sequence[str]) -> None:
   """Measures what is missing, then reports."""
   del argv
-  launch.start()
-  study(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value))
+  with launch.start():
+    study(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value))
 
 
 def study(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -10,7 +10,6 @@ image, R, C' rows and columns of the grid of a Qwen tower, P numbers of a patch.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -23,8 +22,9 @@ from PIL import Image
 from lib.data import preprocess
 from lib.data.image_files import rgb
 from lib.data.pictures import Picture
-from lib.data.preprocess import RESAMPLE, Preprocess
+from lib.data.preprocess import COLOUR, RESAMPLE, SIDE, Preprocess
 from lib.data.token_layout import Size, anyres_layout, cell_layout, raster_layout
+from models.checkpoints.json_files import FLAG, OBJECT, Form, naming, shown, value_of, whole
 from models.checkpoints.vlm_config import tower_config
 from models.families import PINPOINTS
 from ops import choices
@@ -33,6 +33,13 @@ LLAVAS = ('llava', 'llava_next', 'llava_onevision')
 QWENS = ('qwen2_vl', 'qwen2_5_vl')
 # The background of padding where a config names no mean.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+# Keys of the areas of an image in pixels, and what newer releases call them inside `size`.
+AREAS = {'min_pixels': 'shortest_edge', 'max_pixels': 'longest_edge'}
+PATCH, AREA = whole(1, 256), whole(1, 1 << 24)
+POINTS = Form('a list of pairs of sides in pixels, height and width',
+              lambda value: isinstance(value, list | tuple) and all(
+                  isinstance(pair, list | tuple) and len(pair) == 2 and all(map(SIDE.fits, pair))
+                  for pair in value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,11 +277,9 @@ def read(source: str | pathlib.Path, config: Mapping[str, Any], *,
   Raises:
     ValueError: no such file, or steps that are unknown here.
   """
-  path = pathlib.Path(source)
-  path = path / 'preprocessor_config.json' if path.is_dir() else path
-  if not path.exists():
-    raise ValueError(f'there is no {path}: give the folder of a checkpoint that has one')
-  return from_config(json.loads(path.read_text()), config, grid=grid)
+  path, steps = preprocess.read_steps(source)
+  with naming(path):
+    return from_config(steps, config, grid=grid)
 
 
 def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
@@ -283,16 +288,17 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
   kind: Any = config.get('model_type')
   choices.check('model_type ', kind, (*LLAVAS, *QWENS))
   if kind in QWENS:
-    return _patches(steps, grid)
+    return _patches(steps, config, grid)
   vision = tower_config(config)
-  crop_steps = preprocess.from_config(dict(steps))
+  crop_steps = preprocess.from_config(steps)
   tile = vision['image_size']
   side = tile // vision['patch_size']
   # Where patches do not divide a crop, its last pixels are not read.
   used = side * vision['patch_size']
-  background = tuple(steps.get('image_mean') or CLIP_MEAN)
+  background = tuple(value_of(steps, 'image_mean', COLOUR) or CLIP_MEAN)
   if kind == 'llava':
-    return Square(crop_steps, side, background if steps.get('do_pad') else (), used)
+    pad = value_of(steps, 'do_pad', FLAG)
+    return Square(crop_steps, side, background if pad else (), used)
   max_crops, base_view = 0, None
   if kind == 'llava_onevision':
     ratio = config.get('vision_aspect_ratio', 'anyres_max_9')
@@ -302,19 +308,36 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
     max_crops = int(ratio.removeprefix('anyres_max_'))
     # Only an image by itself is divided into crops; among others it is one padded square.
     base_view = Square(crop_steps, side, background, used, newline=True)
-  pinpoints = (steps.get('image_grid_pinpoints') or config.get('image_grid_pinpoints')
-               or PINPOINTS[kind])
+  pinpoints = (value_of(steps, 'image_grid_pinpoints', POINTS)
+               or value_of(config, 'image_grid_pinpoints', POINTS) or PINPOINTS[kind])
+  for pair in pinpoints:
+    if any(length % tile for length in pair):
+      raise ValueError(f'image_grid_pinpoints has {tuple(pair)}, and a crop is {tile} pixels wide: '
+                       'give multiples')
   return Anyres(crop_steps, tuple(map(tuple, pinpoints)), tile, side, max_crops, used=used,
                 base_view=base_view)
 
 
-def _patches(steps: Mapping[str, Any], grid: Size) -> Patches:
+def _patches(steps: Mapping[str, Any], config: Mapping[str, Any], grid: Size) -> Patches:
   """Makes the processor of a Qwen tower."""
-  size = steps.get('size') or {}
+  size = value_of(steps, 'size', OBJECT) or {}
+  for key in size:
+    choices.check_key('size has no key ', key, (*AREAS, *AREAS.values()))
+  value_of(steps, 'do_resize', FLAG)  # Whatever it says, sides are made multiples of patches.
   pixel_steps = preprocess.from_config({**steps, 'do_resize': False})
-  return Patches(
-      grid, dataclasses.replace(pixel_steps, resample=steps.get('resample', 3)),
-      steps.get('patch_size', 14), steps.get('temporal_patch_size', 2),
-      steps.get('merge_size', 2),
-      steps.get('min_pixels') or size.get('shortest_edge', 56 * 56),
-      steps.get('max_pixels') or size.get('longest_edge', 28 * 28 * 1280))
+  tower, sides = config.get('vision_config') or {}, []
+  for key, its_key, default in (('patch_size', 'patch_size', 14),
+                                ('temporal_patch_size', 'temporal_patch_size', 2),
+                                ('merge_size', 'spatial_merge_size', 2)):
+    sides.append(value_of(steps, key, PATCH) or default)
+    if tower.get(its_key, sides[-1]) != sides[-1]:
+      raise ValueError(f'{key}={sides[-1]} differs from vision_config.{its_key}='
+                       f'{shown(tower[its_key])} in config.json: correct one of them')
+  areas = [value_of(steps, key, AREA) or value_of(size, key, AREA) or value_of(size, edge, AREA)
+           or default for (key, edge), default in zip(
+               AREAS.items(), (56 * 56, 28 * 28 * 1280), strict=True)]
+  if areas[0] > areas[1]:
+    raise ValueError(f'images have at least {areas[0]} and at most {areas[1]} pixels (min_pixels, '
+                     'max_pixels, size): that is impossible, correct one of them')
+  filter_ = preprocess.resample(steps, Image.Resampling.BICUBIC)
+  return Patches(grid, dataclasses.replace(pixel_steps, resample=filter_), *sides, *areas)

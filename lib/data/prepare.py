@@ -10,12 +10,14 @@ import pathlib
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 
 from lib.data.datasets import digit_scenes, digit_segments, digits, stdlib_needle
+from models.checkpoints.json_files import TEXT, needed, value_of
 from ops import choices
 
 # Sets that are prepared on first use: nothing is downloaded and it takes seconds.
@@ -23,6 +25,9 @@ from ops import choices
 BUNDLED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {
            'digits': digits.Digits, 'digit_segments': digit_segments.DigitSegments,
            'digit_scenes': digit_scenes.DigitScenes, 'stdlib_needle': stdlib_needle.StdlibNeedle}
+
+# Where the configs of this project keep their sets.
+DATA_DIR = 'data'
 
 
 def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.Path:
@@ -69,6 +74,27 @@ def prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     builder = _find(name, data_dir)
   _check_format(name, builder)
   return builder
+
+
+def data_dir_of_run(data: Mapping[str, Any]) -> str:
+  """Returns where the set of a run lies, or may be written.
+
+  A run's config.json may come from somebody else, so it does not decide where we write: a set that
+  is not stored where it says belongs into `DATA_DIR`.
+
+  Args:
+    data: `config.data` of the run.
+
+  Raises:
+    ValueError: it names no set.
+  """
+  name, stated = needed(data, 'name', TEXT), value_of(data, 'data_dir', TEXT) or ''
+  if stated in ('', DATA_DIR):
+    return stated
+  try:
+    return stated if _is_prepared(_find(name, stated)) else DATA_DIR
+  except ValueError:  # A set that is not known: whoever needs it says so.
+    return DATA_DIR
 
 
 @contextlib.contextmanager

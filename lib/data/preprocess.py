@@ -6,19 +6,45 @@ Axes: H, W sides of an image in pixels.
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from lib.data.image_files import rgb
+from models.checkpoints.json_files import (
+    FLAG,
+    OBJECT,
+    Form,
+    is_number,
+    naming,
+    needed,
+    read_json,
+    read_json_if_there,
+    shown,
+    value_of,
+    whole,
+)
 
 # The numbers that configs give are Pillow's own; all of these antialias when they shrink.
 RESAMPLE = {code.value: code for code in Image.Resampling}
 # Before `size` was a dict, a single number meant the shorter edge to these, a square to all others.
 SHORTEST_EDGE = ('CLIPFeatureExtractor', 'CLIPImageProcessor', 'BitImageProcessor')
+# Longer sides than any tower has would fill the memory.
+SIDE = whole(1, 16384)
+SIDES = Form(f'{SIDE.words}, or an object of such',
+             lambda value: all(side is None or SIDE.fits(side) for side in
+                               (value.values() if isinstance(value, Mapping) else [value])))
+# Pixels are numbers of 0 to 1, or where nothing rescales them of 0 to 255.
+FACTOR = Form('a number above 0, at most 1', lambda value: is_number(value) and 0 < value <= 1)
+COLOUR = Form('a list of three numbers from 0 to 255',
+              lambda value: isinstance(value, list | tuple) and len(value) == 3
+              and all(is_number(each) and 0 <= each <= 255 for each in value))
+SPREAD = Form('a list of three numbers above 0, at most 255',
+              lambda value: COLOUR.fits(value) and min(value) > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,34 +105,70 @@ def read(source: str | pathlib.Path) -> Preprocess:
   Raises:
     ValueError: no such file, or steps that are unknown here.
   """
+  path, steps = read_steps(source)
+  with naming(path):
+    return from_config(steps)
+
+
+def read_steps(source: str | pathlib.Path) -> tuple[pathlib.Path, Mapping[str, Any]]:
+  """Returns the file that describes a checkpoint's steps, and what it says of them.
+
+  Args:
+    source: that file, or the folder that it or a processor_config.json lies in, which newer
+      releases have.
+
+  Raises:
+    ValueError: no such file, or no JSON object in it.
+  """
   path = pathlib.Path(source)
-  path = path / 'preprocessor_config.json' if path.is_dir() else path
-  if not path.exists():
+  if not path.is_dir():
+    return path, read_json(path)
+  whole = path / 'processor_config.json'
+  with naming(whole):
+    steps = value_of(read_json_if_there(whole), 'image_processor', OBJECT)
+  if steps:
+    return whole, steps
+  path = path / 'preprocessor_config.json'
+  if not os.path.lexists(path):
     raise ValueError(f'there is no {path}: give the folder of a checkpoint that has one, or build '
                      'Preprocess(...) by hand')
-  return from_config(json.loads(path.read_text()))
+  return path, read_json(path)
 
 
-def from_config(config: dict[str, Any]) -> Preprocess:
-  """Makes the steps of `read` from the file's content."""
+def from_config(config: Mapping[str, Any]) -> Preprocess:
+  """Makes the steps of `read` from the file's content.
+
+  Raises:
+    ValueError: a key that is missing, or of the wrong form.
+  """
   size = crop = rescale = mean = std = None
-  if config.get('do_resize', True):
+  if value_of(config, 'do_resize', FLAG, True):
     size = _size(config)
-  if config.get('do_center_crop', False):
-    crop = _square(config['crop_size'])
-  if config.get('do_rescale', True):
-    rescale = config.get('rescale_factor', 1 / 255)
-  if config.get('do_normalize', True):
-    mean, std = tuple(config['image_mean']), tuple(config['image_std'])
-  resample = config.get('resample', Image.Resampling.BILINEAR.value)
-  if resample not in RESAMPLE:
-    raise ValueError(f'resample={resample!r} is unknown: choose one of '
+  if value_of(config, 'do_center_crop', FLAG, False):
+    crop = _square(needed(config, 'crop_size', SIDES))
+  if value_of(config, 'do_rescale', FLAG, True):
+    rescale = value_of(config, 'rescale_factor', FACTOR) or 1 / 255
+  if value_of(config, 'do_normalize', FLAG, True):
+    mean = tuple(needed(config, 'image_mean', COLOUR))
+    std = tuple(needed(config, 'image_std', SPREAD))
+  return Preprocess(size, resample(config, Image.Resampling.BILINEAR), crop, rescale, mean, std)
+
+
+def resample(config: Mapping[str, Any], default: Image.Resampling) -> int:
+  """Returns how a config interpolates, a key of `RESAMPLE`.
+
+  Raises:
+    ValueError: it names none.
+  """
+  code = config.get('resample', default.value)
+  if type(code) is not int or code not in RESAMPLE:
+    raise ValueError(f'resample={shown(code)} is unknown: choose one of '
                      f'{", ".join(f"{key} ({code.name})" for key, code in RESAMPLE.items())}')
-  return Preprocess(size, resample, crop, rescale, mean, std)
+  return code
 
 
-def _size(config: dict[str, Any]) -> tuple[int, int] | int:
-  size = config['size']
+def _size(config: Mapping[str, Any]) -> tuple[int, int] | int:
+  size = needed(config, 'size', SIDES)
   if isinstance(size, int):
     name = config.get('image_processor_type') or config.get('feature_extractor_type')
     return size if name in SHORTEST_EDGE else (size, size)
@@ -118,8 +180,10 @@ def _size(config: dict[str, Any]) -> tuple[int, int] | int:
   raise ValueError(f'size={size} is unknown: give height and width, or shortest_edge')
 
 
-def _square(size: int | dict[str, int]) -> tuple[int, int]:
-  return (size, size) if isinstance(size, int) else (size['height'], size['width'])
+def _square(size: int | Mapping[str, int]) -> tuple[int, int]:
+  if isinstance(size, int):
+    return (size, size)
+  return needed(size, 'height', SIDE), needed(size, 'width', SIDE)
 
 
 def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:

@@ -1,31 +1,64 @@
 """Checkpoints: the state, the data iterator and the best so far, through orbax.
 
-Written in the background, each in a folder that is renamed into place when whole: a kill leaves
-the earlier ones untouched. The newest two and the best one are kept.
+Written in the background, each in a folder that is renamed into place when whole, its checksums
+included: a kill leaves the earlier ones untouched. The newest two and the best one are kept.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.path import atomicity
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from lib.runtime import checksums, processes
 from models.checkpoints import merge_params
 from models.checkpoints.layout import flatten, nest
 
 PACKED = 'model.safetensors'
+OLD = '.old'
+T = TypeVar('T')
+
+
+class _Sealed(atomicity.AtomicRenameTemporaryPath):
+  """A folder while it is written: a checkpoint gets its name once its checksums are in it."""
+
+  def __init__(self, temporary_path: Any, final_path: Any, **options: Any) -> None:
+    whole = temporary_path.with_name(f'{temporary_path.name}-whole')
+    super().__init__(temporary_path, whole, **options)
+    self._name = final_path
+
+  def get_final(self) -> Any:
+    """Returns the folder's path once it is whole."""
+    return self._name
+
+  async def finalize(self) -> None:
+    """Lets orbax write its last file, then adds the checksums."""
+    await super().finalize()
+    whole = super().get_final()
+    # Orbax does the same with each part of a checkpoint, whose files are on the list of the whole.
+    if atomicity.TMP_DIR_SUFFIX not in whole.parent.name:
+      await asyncio.to_thread(checksums.write, whole)
+    whole.rename(self._name)
 
 
 class Checkpoints:
   """The checkpoints of one run.
+
+  Nothing on disk changes before `restore` or `save`; `best` and `read` change nothing ever.
 
   Args:
     folder: where they live; made if missing.
@@ -35,81 +68,188 @@ class Checkpoints:
 
   def __init__(self, folder: str | pathlib.Path, *, parts: Sequence[str] = ('state', 'ema'),
                metric: str = 'accuracy') -> None:
-    best = BestN(get_metric_fn=lambda metrics: metrics[metric], n=1,
-                 keep_checkpoints_without_metrics=False)
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
-        best_fn=lambda metrics: metrics[metric], best_mode='max',
-        cleanup_tmp_directories=True)
-    handlers = {name: ocp.StandardCheckpointHandler() for name in parts}
-    handlers['data'] = ocp.JsonCheckpointHandler()
-    self._parts = parts
-    self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options,
-                                          item_handlers=handlers)
+    self._folder, self._parts, self._metric = pathlib.Path(folder).absolute(), parts, metric
+    self._manager: ocp.CheckpointManager | None = None
 
   def save(self, step: int, parts: Mapping[str, Any], data: dict[str, Any], *,
            metrics: dict[str, float] | None = None) -> None:
     """Saves in the background; `data` is the iterator's state, JSON-like."""
     items = {name: ocp.args.StandardSave(parts[name]) for name in self._parts}
     items['data'] = ocp.args.JsonSave(data)
-    self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+    manager = self._open()
+    manager.wait_until_finished()
+    self._remove_old()
+    manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
   def restore(self, template: Mapping[str, Any]) -> tuple[int, Any, dict[str, Any]] | None:
-    """Restores the newest readable checkpoint: (step, parts, data), None if there is none.
+    """Restores the newest checkpoint that is not damaged: (step, parts, data), None without any.
+
+    The damaged ones are renamed, so that the run can come to their steps again.
 
     Args:
       template: the parts as ShapeDtypeStructs with the shardings to restore into, whatever the
         number of devices that saved them.
 
     Raises:
-      ValueError: when checkpoints exist and none fits, with what differs.
+      ValueError: all are damaged, or the newest of the others has other shapes; nothing changed.
+      OSError: one cannot be read now; nothing changed.
     """
-    faults = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    restored: tuple[int, Any, dict[str, Any]] | None = None
+    damaged: dict[int, checksums.Damaged] = {}
+    for step in reversed(self._steps()):
       try:
-        parts = {name: self._read(step, name, template[name]) for name in self._parts}
-        items = ocp.args.Composite(data=ocp.args.JsonRestore())
-        data = self._manager.restore(step, args=items)['data']
-      except Exception as fault:  # Orbax raises a different class for each kind of damage.
-        faults[step] = f'step {step}: {_first_line(fault)}'
-        continue
-      for damaged, reason in faults.items():
-        # An older one fits, so these are broken, and the run will come to their steps again.
-        logging.warning('deleting the checkpoint of %s; going on from step %d', reason, step)
-        self._manager.delete(damaged)
-      return step, parts, data
-    if faults:
-      raise ValueError(f'no checkpoint in {self._manager.directory} can be read into this model '
-                       f'({"; ".join(faults.values())}): use the config that wrote them, or '
-                       'another workdir')
-    return None
-
-  def _read(self, step: int, part: str, template: Any) -> Any:
-    check_shapes(template, self._manager.item_metadata(step)[part].tree)
-    items = ocp.args.Composite(**{part: ocp.args.StandardRestore(template)})
-    return self._manager.restore(step, args=items)[part]
+        if restored is None:
+          parts, data = _together(functools.partial(self._read, step, template))
+          restored = step, parts, data
+        else:  # Of the older ones only scores matter now.
+          _together(functools.partial(self._score, step))
+      except checksums.Damaged as fault:
+        damaged[step] = fault
+    if damaged and restored is None:
+      raise ValueError(f'all checkpoints in {self._folder} are damaged and stay as they are: '
+                       f'{"; ".join(map(str, damaged.values()))}; take another workdir')
+    if jax.process_count() > 1:
+      self._check_shared()
+    if restored:
+      for step, reason in damaged.items():
+        self._set_aside(step, reason, restored[0])
+    self._open()
+    return restored
 
   def best(self) -> int | None:
-    """Returns the step of the best checkpoint, of the newest if none has a score."""
-    return self._manager.best_step() or self._manager.latest_step()
+    """Returns the step of the best checkpoint, of the newest if none has a score.
+
+    Raises:
+      ValueError, OSError: a score is damaged, or cannot be read.
+    """
+    steps = self._steps()
+    scores = {step: score for step in steps
+              if (score := _together(functools.partial(self._score, step))) is not None}
+    return max(scores, key=lambda step: (scores[step], step), default=max(steps, default=None))
 
   def read(self, step: int, part: str, template: Any) -> Any:
     """Reads one part of a checkpoint, without reading the others.
 
     Raises:
-      ValueError: where it cannot be read or has other shapes, with what differs.
+      ValueError, OSError: it is damaged, has other shapes, or cannot be read, with what differs.
     """
-    try:
-      return self._read(step, part, template)
-    except Exception as fault:
-      raise ValueError(f'checkpoint {step} in {self._manager.directory} cannot be read: '
-                       f'{_first_line(fault)}; use the config that wrote it, or another step of '
-                       f'{sorted(self._manager.all_steps())}') from fault
+    return _together(lambda: self._read_part(step, part, template, self._check(step, [
+        part, '_CHECKPOINT_METADATA'])))
 
   def close(self) -> None:
     """Waits for writes in the background, then closes."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    if self._manager:
+      self._manager.close()
+      self._remove_old()
+
+  def _open(self) -> ocp.CheckpointManager:
+    """Makes the manager that writes, once; what a kill left half-written or -removed goes."""
+    if self._manager is None:
+      self._remove_old()
+
+      def score(metrics: Mapping[str, float]) -> float:
+        return metrics[self._metric]
+
+      best = BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+      options = ocp.CheckpointManagerOptions(
+          preservation_policy=AnyPreservationPolicy([LatestN(2), best]), best_fn=score,
+          temporary_path_class=_Sealed, cleanup_tmp_directories=True, todelete_subdir=OLD)
+      handlers = {name: ocp.StandardCheckpointHandler() for name in self._parts}
+      handlers['data'] = ocp.JsonCheckpointHandler()
+      self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+    return self._manager
+
+  def _remove_old(self) -> None:
+    """Removes the checkpoints that are no longer kept, which orbax has renamed.
+
+    Were they removed under their names, a kill could leave half of one there.
+    """
+    if jax.process_index() == 0:
+      shutil.rmtree(self._folder / OLD, ignore_errors=True)
+
+  def _check_shared(self) -> None:
+    """Raises where the folder is not one and the same: orbax would wait in vain for its files."""
+    mark = self._folder / processes.gather(f'.shared-{time.time_ns()}')[0]
+    if jax.process_index() == 0:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      mark.touch()
+    processes.gather('touched')
+    seen = processes.gather(mark.exists())
+    if jax.process_index() == 0:
+      mark.unlink()
+    if not all(seen):
+      raise ValueError(self._unshared(f'process {seen.index(False)} does not see what process 0 '
+                                      'writes'))
+
+  def _unshared(self, reason: str) -> str:
+    return (f'{self._folder} is not the same for all processes ({reason}): give them one '
+            '--workdir, in storage that they share')
+
+  def _steps(self) -> list[int]:
+    names = [path.name for path in self._folder.iterdir()] if self._folder.exists() else []
+    seen = processes.gather(sorted(int(name) for name in names if name.isdecimal()))
+    if any(other != seen[0] for other in seen):
+      raise ValueError(self._unshared(f'they see the steps {seen}'))
+    return seen[0]
+
+  def _score(self, step: int) -> float | None:
+    self._check(step, ['metrics'])
+    file = self._folder / str(step) / 'metrics' / 'metrics'
+    if not file.exists():
+      return None
+    try:
+      scores = {name: float(score) for name, score in json.loads(file.read_text()).items()}
+    except (ValueError, AttributeError, TypeError) as fault:
+      raise checksums.Damaged(f'{file} cannot be decoded ({_first_line(fault)})') from fault
+    if self._metric not in scores:
+      raise ValueError(f'{self._folder} is of another task, whose score is {", ".join(scores)} and '
+                       f'not {self._metric}: use the config that wrote it, or another workdir')
+    return scores[self._metric]
+
+  def _read(self, step: int, template: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    listed = self._check(step)
+    if not listed:
+      logging.warning('%s has no checksums, as those of earlier versions: only what cannot be '
+                      'decoded shows damage', self._folder / str(step))
+    parts = {name: self._read_part(step, name, template[name], listed) for name in self._parts}
+    data = self._decode(
+        step, listed, lambda folder: ocp.JsonCheckpointHandler().restore(folder / 'data'))
+    return parts, data
+
+  def _read_part(self, step: int, part: str, template: Any, listed: bool) -> Any:
+    handler = ocp.StandardCheckpointHandler()
+    tree = self._decode(step, listed, lambda folder: handler.metadata(folder / part).tree)
+    try:
+      check_shapes(template, tree)
+    except ValueError as fault:
+      raise ValueError(f'checkpoint {step} in {self._folder} is of another model: {fault}; use '
+                       'the config that wrote it, or another workdir') from fault
+    return self._decode(step, listed, lambda folder: handler.restore(
+        folder / part, args=ocp.args.StandardRestore(template)))
+
+  def _check(self, step: int, names: Sequence[str] = ()) -> bool:
+    try:
+      return checksums.check(self._folder / str(step), names)
+    except OSError as fault:
+      raise _unreadable(self._folder / str(step), fault) from fault
+
+  def _decode(self, step: int, listed: bool, read: Callable[[pathlib.Path], T]) -> T:
+    folder = self._folder / str(step)
+    try:
+      return read(folder)
+    except Exception as fault:  # Orbax raises a different class for each kind of fault.
+      if listed:
+        raise _unreadable(folder, fault) from fault
+      raise checksums.Damaged(f'{folder} cannot be decoded ({_first_line(fault)})') from fault
+
+  def _set_aside(self, step: int, reason: Exception, restored: int) -> None:
+    """Renames a checkpoint, out of orbax's numbering."""
+    aside = self._folder / f'damaged-{step}-{time.strftime("%Y%m%d-%H%M%S")}'
+    if jax.process_index() == 0:
+      (self._folder / str(step)).rename(aside)
+      logging.warning('%s: renamed the checkpoint to %s; going on from step %d', reason, aside.name,
+                      restored)
+    processes.gather('renamed')
 
 
 def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[int, Any] | None:
@@ -125,19 +265,18 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
   """
   folder, packed = pathlib.Path(workdir) / 'checkpoints', pathlib.Path(workdir) / PACKED
   if packed.exists():
+    check_packed(workdir, [PACKED])
     with safe_open(packed, framework='numpy') as file:
       step = int(file.metadata()['step'])
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     check_shapes(template, nest(arrays))
     return step, merge_params(template, nest(arrays))
-  if not folder.exists():
-    return None
   checkpoints = Checkpoints(folder, metric=metric)
-  best_step = checkpoints.best()
-  step_and_params = (None if best_step is None else
-                     (best_step, checkpoints.read(best_step, 'ema', template)))
-  checkpoints.close()
-  return step_and_params
+  try:
+    best_step = checkpoints.best()
+    return None if best_step is None else (best_step, checkpoints.read(best_step, 'ema', template))
+  except checksums.Damaged as fault:
+    raise ValueError(f'{fault}; move that checkpoint away to use another') from fault
 
 
 def pack(params: Any, step: int, folder: str | pathlib.Path) -> pathlib.Path:
@@ -153,6 +292,20 @@ def pack(params: Any, step: int, folder: str | pathlib.Path) -> pathlib.Path:
   arrays = {name: np.ascontiguousarray(value) for name, value in flatten(params).items()}
   save_file(arrays, path, metadata={'step': str(step)})
   return path
+
+
+def check_packed(folder: str | pathlib.Path, names: Sequence[str]) -> None:
+  """Compares files that tools/pack.py wrote with their checksums, where there are any.
+
+  Raises:
+    ValueError: one differs.
+  """
+  try:
+    if not checksums.check(folder, names):
+      logging.warning('%s in %s: no checksums, as of earlier versions', ', '.join(names), folder)
+  except checksums.Damaged as fault:
+    raise ValueError(f'{fault}: pack the run again; if the change is meant, write the sum anew, as '
+                     'by sha256sum') from fault
 
 
 def check_shapes(template: Any, tree: Any) -> None:
@@ -177,3 +330,24 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _first_line(fault: Exception) -> str:
   return f'{type(fault).__name__}: {fault}'.splitlines()[0][:300]
+
+
+def _unreadable(folder: pathlib.Path, fault: Exception) -> OSError:
+  return OSError(f'{folder} cannot be read now, and nothing is changed: {_first_line(fault)}; try '
+                 'again, or move the folder away to go on without it')
+
+
+def _together(read: Callable[[], T]) -> T:
+  """Returns what this process reads; a fault in one of them is raised in all, the gravest first."""
+  if jax.process_count() == 1:
+    return read()
+  found, fault = None, None
+  try:
+    found = read()
+  except (ValueError, OSError) as error:
+    fault = isinstance(error, checksums.Damaged), f'in process {jax.process_index()}, {error}'
+  faults = [tuple(each) for each in processes.gather(fault) if each]
+  if faults:
+    damaged, text = min(faults)
+    raise (checksums.Damaged if damaged else ValueError)(text)
+  return cast(T, found)

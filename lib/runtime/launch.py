@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import pathlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
+import flax.traverse_util
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from lib.runtime import config_flag
+from lib.runtime import config_flag, processes
 
 CONFIG = config_flag.define('The experiment, a file of configs/; what follows a colon is passed on '
                             'to its get_config.')
@@ -21,24 +26,44 @@ COORDINATOR = flags.DEFINE_string(
     'coordinator', None, "host:port of process 0 for several processes; 'auto' on a pod or Slurm.")
 PROCESSES = flags.DEFINE_integer('processes', None, 'Processes in all, with --coordinator.')
 PROCESS = flags.DEFINE_integer('process', None, "This process's index, with --coordinator.")
+PEER_TIMEOUT = flags.DEFINE_integer(
+    'peer_timeout', 60, 'Seconds after which one of several processes that does not come, or is '
+    'silent, ends all of them.', lower_bound=1, upper_bound=86400)
 CACHE = flags.DEFINE_string(
     'compile_cache', str(pathlib.Path.home() / '.cache' / 'winnow' / 'xla'),
     'Where compiled programs are kept between runs; empty for nowhere.')
 
 
-def start() -> bool:
-  """Joins the other processes if there are any; True in the one that writes logs."""
+@contextlib.contextmanager
+def start() -> Iterator[bool]:
+  """Joins the other processes if there are any; gives True in the one that writes logs.
+
+  Inside, an error of one process, or its end, ends all of them with exit code 2.
+
+  Raises:
+    ValueError, OSError: flags that do not go together; the others cannot be joined.
+  """
   if CACHE.value:
     jax.config.update('jax_compilation_cache_dir', CACHE.value)
-  if COORDINATOR.value == 'auto':
-    jax.distributed.initialize()
-  elif COORDINATOR.value:
-    if PROCESSES.value is None or PROCESS.value is None:
-      raise ValueError(f'--coordinator={COORDINATOR.value} needs --processes and --process: how '
-                       'many there are, and which this is')
-    jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value,
-                               initialization_timeout=120)
-  return jax.process_index() == 0
+  together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+  address, count, index = COORDINATOR.value, PROCESSES.value, PROCESS.value
+  if address == 'auto':
+    try:
+      jax.distributed.initialize(initialization_timeout=PEER_TIMEOUT.value,
+                                 heartbeat_timeout_seconds=PEER_TIMEOUT.value)
+    except ValueError as fault:
+      raise ValueError(f'--coordinator=auto finds no TPU pod and no Slurm here ({fault}): give '
+                       'host:port of process 0, --processes and --process') from fault
+  elif address and count is not None and index is not None:
+    about = {'config': json.loads(CONFIG.value.to_json_best_effort()),
+             'workdir': os.path.abspath(WORKDIR.value or '')}
+    together = processes.joined(address, count, index, timeout=PEER_TIMEOUT.value,
+                                about=flax.traverse_util.flatten_dict(about, sep='.'))
+  elif address or count is not None or index is not None:
+    raise ValueError('several processes need all of --coordinator, where process 0 is, '
+                     '--processes, how many there are, and --process, which this is')
+  with together:
+    yield jax.process_index() == 0
 
 
 class Stop:

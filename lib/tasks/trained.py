@@ -12,12 +12,14 @@ import jax
 import ml_collections
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from lib.data import prepare
 from lib.data import qa as qa_data
 from lib.data.qa import Info
 from lib.runtime import checkpoint, sharding
 from lib.tasks import qa as qa_task
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM
+from models.checkpoints.json_files import read_json
 
 INFO = 'info.json'
 
@@ -48,24 +50,25 @@ def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
   Args:
     workdir: the run's folder, with its config.json and checkpoints; or what tools/pack.py wrote.
     data_dir: where the set is, if not where the run found it. A folder that tools/pack.py wrote
-      needs no set: it says itself what the set is.
+      needs no set: it says itself what the set is. What only the run says is read, never written.
     mesh: where parameters go; None for the first device.
 
   Raises:
-    ValueError, FileNotFoundError: no run there, one that learned something else, no checkpoint, or
-      its set is not there.
+    ValueError, FileNotFoundError: no run there, one that learned something else, no checkpoint, a
+      damaged one, or its set is not there.
   """
   folder = pathlib.Path(workdir)
   if not (folder / 'config.json').exists():
     raise FileNotFoundError(f'there is no run in {folder}, which lacks config.json: train one, '
                             'with python -m train --config=configs/digit_scenes.py '
                             f'--workdir={folder}')
-  config = ml_collections.ConfigDict(json.loads((folder / 'config.json').read_text()))
+  if (folder / checkpoint.PACKED).exists():
+    checkpoint.check_packed(folder, ['config.json', INFO])
+  config = ml_collections.ConfigDict(read_json(folder / 'config.json'))
   if 'lm' not in (config.get('model') or {}):
     raise ValueError(f'the run in {folder} was not trained to answer questions: give one of '
                      'configs/digit_scenes.py or configs/stdlib_needle.py')
-  if data_dir:
-    config.data.data_dir = data_dir
+  config.data.data_dir = data_dir or prepare.data_dir_of_run(config.data)
   info = read_info(folder) or qa_data.info(config.data)
   model = qa_task.build(config.model, config.reduce, info, context=config.data.context)
   shapes = jax.eval_shape(functools.partial(qa_task.init, model, info, config.data.context),
@@ -94,5 +97,8 @@ def read_info(folder: pathlib.Path) -> Info | None:
   if not file.exists():
     return None
   stored: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
-                            for name, value in json.loads(file.read_text()).items()}
-  return Info(**stored)
+                            for name, value in read_json(file).items()}
+  try:
+    return Info(**stored)
+  except TypeError as error:
+    raise ValueError(f'{file} describes no set ({error}): pack the run again') from error

@@ -72,7 +72,7 @@ OFFERS = frozenset({
     'keys', 'queries', 'values', 'plain_queries', 'received_attention', 'last_attention',
     'window_attention', 'row_attention', 'next_received_attention', 'next_last_attention',
     'next_row_attention', 'next_keys', 'hidden', 'hidden_in', 'attention_out', 'mlp_in', 'mlp_out',
-    'mlp_hidden', 'rope', 'layer', 'depth', 'slots'})
+    'mlp_hidden', 'rope', 'layer', 'depth', 'slots', 'one_sequence'})
 SITES = ('before', 'between', 'after')
 
 

@@ -41,7 +41,8 @@ POOLS = ('cls', 'mean', 'cls_mean', 'map')
 LAST_NORMS = ('tokens', 'pooled')
 RESAMPLINGS = ('bicubic', 'bicubic_antialiased', 'bilinear_antialiased')
 OFFERS = frozenset({'keys', 'queries', 'values', 'received_attention', 'attention',
-                    'next_received_attention', 'hidden', 'grid', 'layer', 'depth', 'slots'})
+                    'next_received_attention', 'hidden', 'grid', 'layer', 'depth', 'slots',
+                    'one_sequence'})
 
 
 class Block(nn.Module):

@@ -37,10 +37,15 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.blocks import dense
 from models.plan import Host
-from models.projector import FROM_TOWER, Projector, ProjectorReduction, reduce_visual
+from models.projector import (
+    FROM_TOWER,
+    PER_TOKEN,
+    Projector,
+    ProjectorReduction,
+    reduce_visual,
+    without_special,
+)
 from models.stack import Outputs
-from ops import assignments
-from ops import tokens as tk
 from ops.assignments import take
 from ops.kv_cache import Cache
 from ops.splice import Visual, splice
@@ -126,6 +131,11 @@ class VLM(nn.Module):
     return self.lm.vocabulary
 
   @property
+  def special(self) -> int:
+    """Returns S, the special tokens of a crop in the tower."""
+    return self.tower.special if isinstance(self.tower, ViT) else 0
+
+  @property
   def tower_depth(self) -> int:
     """Returns the number of the tower's layers that run."""
     return depth_of(self.tower)
@@ -137,20 +147,23 @@ class VLM(nn.Module):
     none.
     """
     tower = self.tower
-    if isinstance(tower, QwenVision) or self.newline or slots != math.prod(tower.grid):
+    if isinstance(tower, QwenVision) or self.newline or tower.window:
       return None
-    return tower.grid
+    return tower.grid if slots == math.prod(tower.grid) else None
 
   def projector_host(self, slots: int) -> Host:
     """Returns what a plan of a reduction behind the projector needs to know of this model.
 
+    Signals of several crops, or of merged patches, tell of each token by itself (a mean of its
+    parts), and not what tokens are to each other.
+
     Args:
       slots: V, tokens of an image, or of all images that share a pool.
     """
-    offers = frozenset(FROM_TOWER) & self.tower.host.offers | {'layer', 'depth', 'slots'}
+    own = frozenset({'layer', 'depth', 'slots'})
     if self.projector_grid(slots):
-      offers |= {'grid'}
-    return Host(1, slots, 0, offers)
+      own |= {*FROM_TOWER, 'grid', 'one_sequence'}
+    return Host(1, slots, 0, (own | {*PER_TOKEN}) & self.tower.host.offers)
 
   def each_image(self, layout: tuple[int, int, int]) -> int:
     """Returns the slots of an image behind the tower, before the projector's reduction.
@@ -171,10 +184,9 @@ class VLM(nn.Module):
       layout: (C, I, V) of `Images`.
     """
     images, reduction = layout[1], self.projector_reduction
-    cut = reduction.plan.cut(0) if reduction else None
-    if reduction is None or cut is None:
+    if reduction is None or not reduction.plan.cuts:
       return images * self.each_image(layout)
-    return cut.slots_out * (images if reduction.across == 'image' else 1)
+    return reduction.plan.cuts[0].slots_out * (images if reduction.across == 'image' else 1)
 
   def __call__(self, ids: Array, valid: Array,
                images: Images | None) -> tuple[Array, Outputs]:
@@ -229,7 +241,8 @@ class VLM(nn.Module):
       projector 'projector' (the TokenSet behind it, None where it cuts nothing), and with
       `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet).
     """
-    tokens, tower_out = self._run_tower(images)
+    whole, tower_out = self._run_tower(images)
+    tokens = without_special(whole, self.special)
     aux: Outputs = {'tower': tower_out}
     if self.patch_labels:
       aux['patches'] = self.probe(tokens.x.astype(jnp.float32)), tokens
@@ -241,14 +254,15 @@ class VLM(nn.Module):
       visual = visual.replace(stats=visual.stats | {'axes': images.axes})
     slots = None
     if self.projector_reduction:
-      visual, slots, aux['projector'] = reduce_visual(self.projector_reduction, visual)
+      special = self._special_of(whole, images) if self.projector_reduction.special else None
+      visual, slots, aux['projector'] = reduce_visual(self.projector_reduction, visual, special)
     stats = {name: value for name, value in visual.stats.items() if not name.startswith('tower_')}
     axes = stats.pop('axes', None)
     stats.pop('cell', None)
     return visual.replace(stats=stats, axes=axes, extent=images.extent), slots, aux
 
   def _run_tower(self, images: Images) -> tuple[TokenSet, Outputs]:
-    """Tokens [B * C, n] without special ones, and the tower's dict."""
+    """Tokens [B * C, S + n], S special ones in front, and the tower's dict."""
 
     def crops(values: Array) -> Array:
       return values.reshape(-1, *values.shape[2:])
@@ -257,8 +271,23 @@ class VLM(nn.Module):
       assert images.sizes is not None
       return self.tower(crops(images.pixels), crops(images.sizes))
     tokens, out = self.tower(crops(images.pixels))
-    tokens = tokens if isinstance(tokens, TokenSet) else out['tokens']
-    return _without_special(tokens, self.tower.special), out
+    return tokens if isinstance(tokens, TokenSet) else out['tokens'], out
+
+  def _special_of(self, tokens: TokenSet, images: Images) -> Visual:
+    """Special tokens [B, I, S, D] of the crop that each image begins with, and their stats."""
+    (batch, crops), special = images.pixels.shape[:2], self.special
+    crop = jnp.broadcast_to(jnp.arange(crops)[None], (batch, crops))
+    if images.index is not None:
+      # Images that are not there begin anywhere.
+      crop = jnp.minimum(images.index[:, :, 0, 0] // (tokens.slots - special), crops - 1)
+
+    def pick(values: Array) -> Array:
+      return take(values[:, :special].reshape(batch, crops, special, *values.shape[2:]), crop)
+
+    with jax.named_scope('reduction'):
+      x = pick(tokens.x)
+      x = self.projector(x) if self.projection else x
+      return Visual(x, stats={name: pick(value) for name, value in tokens.stats.items()})
 
   def _arrange(self, tokens: TokenSet,
                images: Images) -> tuple[Visual, tuple[Array, Array] | None]:
@@ -325,16 +354,6 @@ def passed_on(tower: ViT | QwenVision) -> tuple[int, int]:
   cuts = [cut for cut in plan.cuts if cut.layer < depth_of(tower)] if plan else []
   whole = tower.host.slots - tower.special
   return whole, cuts[-1].slots_out - tower.special if cuts else whole
-
-
-def _without_special(tokens: TokenSet, special: int) -> TokenSet:
-  """Tokens without the special ones, which lead."""
-  if not special:
-    return tokens
-  index = jnp.broadcast_to(jnp.arange(special, tokens.slots, dtype=jnp.int32),
-                           (len(tokens.x), tokens.slots - special))
-  patches = tk.reduce(tokens, assignments.Gather(index, tokens.slots))
-  return patches.replace(owner=patches.owner[:, special:], protected=0)
 
 
 def _reduced_layout(tokens: TokenSet, index: Array, weight: Array) -> tuple[Array, Array]:

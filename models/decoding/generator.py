@@ -42,8 +42,13 @@ from ops.kv_cache import Cache
 Array = jax.Array
 
 ENDED = -1
+BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 # A cache has room for a power of two of tokens, at least this many.
 MIN_ROOM = 16
+# Up to so many slots, padding costs less than another program.
+MIN_SLOTS = 16
+# Lengths between a power of two and the next that prompts without a bucket are padded to.
+STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Score:
 class Generator:
   """Decodes answers with a model.
 
-  Prompts are padded to the next of a few lengths, and the cache to a power of two, so that a
+  Prompts are padded to the next of some lengths, and the cache to a power of two, so that a
   program compiled once serves many prompts.
 
   Attributes:
@@ -72,7 +77,7 @@ class Generator:
   """
 
   def __init__(self, lm: LM | VLM, params: Params, *, ends: Sequence[int] = (),
-               buckets: Sequence[int] = (64, 256, 1024, 4096), side: str = 'left',
+               buckets: Sequence[int] = BUCKETS, side: str = 'left',
                plans: ModelWithPlans | None = None):
     """Prepares functions; nothing is compiled yet.
 
@@ -81,7 +86,7 @@ class Generator:
       params: its parameters; with the blocks as a tuple (`checkpoints.load(storage='unstacked')`)
         decoding copies no weights.
       ends: token ids that end an answer.
-      buckets: slots of ids that prompts are padded to; the context limits them.
+      buckets: slots of ids that prompts are padded to (`padded_length`); the context limits them.
       side: where padding goes, a name in `SIDES`; in a VLM of the ids alone, see its `pad_side`.
       plans: the model with its plans for prompts of any number of slots
         (`models.reduce_config.with_plans`), None for `lm` as it is.
@@ -122,8 +127,7 @@ class Generator:
                        'most; shorten the prompt, or ask for fewer')
     room = max(MIN_ROOM, 1 << (new_tokens - 1).bit_length()) if new_tokens else 0
     room = min(room, context - longest)
-    bucket = next((bucket for bucket in self._buckets if bucket >= longest), context)
-    return min(bucket, context - room), room
+    return min(padded_length(longest, self._buckets), context - room), room
 
   def stream(self, prompts: Sequence[Sequence[int]], images: Images | None = None, *,
              new_tokens: int, sampling: Sampling | None = None,
@@ -336,6 +340,25 @@ class Generator:
     return step
 
 
+def padded_length(longest: int, buckets: Sequence[int]) -> int:
+  """Returns the slots of prompts up to a length: at most twice as many, or `MIN_SLOTS`.
+
+  The next bucket, where it is no more than that. Else, as beyond the last bucket, the next multiple
+  of a sixteenth of the power of two below the length (of 8, for short ones): at most 16 programs
+  for every doubling of the length.
+
+  Args:
+    longest: tokens of the longest prompt.
+    buckets: rising numbers of slots.
+  """
+  bucket = next((bucket for bucket in buckets if bucket >= longest), None)
+  if bucket is not None and bucket <= max(2 * longest, MIN_SLOTS):
+    return bucket
+  longest = max(longest, MIN_SLOTS)
+  step = max(8, (1 << longest.bit_length() - 1) // STEPS)
+  return -(-longest // step) * step
+
+
 def _likelihood(logits: Array, tokens: Array) -> tuple[Array, Array]:
   """Logarithm of a token's likelihood, and whether greedy decoding gives it: [...] of [..., V]."""
   log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
@@ -345,6 +368,10 @@ def _likelihood(logits: Array, tokens: Array) -> tuple[Array, Array]:
 
 def _keys(seeds: int | Sequence[int], rows: int) -> Array:
   """One random key a row."""
+  for seed in [seeds] if isinstance(seeds, int) else seeds:
+    # Larger ones would lose their upper bits, or overflow.
+    if not -2 ** 31 <= seed < 2 ** 31:
+      raise ValueError(f'seed={seed} is impossible: give a whole number of 32 bits')
   if isinstance(seeds, int):
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seeds)))(jnp.arange(rows))
   if len(seeds) != rows:

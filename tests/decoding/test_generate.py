@@ -10,6 +10,8 @@ import pytest
 from helpers import tiny_lm
 from helpers.tiny_lm import TINY, unstacked
 
+from models.checkpoints.lm_config import make_lm
+from models.decoding.generator import BUCKETS as LENGTHS
 from models.decoding.generator import ENDED, Generator
 from models.decoding.sampling import Sampling, padded, sample
 from models.reduce_config import with_plans
@@ -130,13 +132,49 @@ def test_prompts_of_many_lengths_share_a_few_programs(caplog):
 def test_slots_stay_within_the_context():
   made = generator()
   assert made.slots(5, 4) == (8, 16)
-  assert made.slots(17, 4) == (48, 16)
+  assert made.slots(17, 4) == (24, 16)
+  assert made.slots(41, 4) == (48, 16)
   assert made.slots(60, 4) == (60, 4)
   assert made.slots(8, 56) == (8, 56)
   with pytest.raises(ValueError, match='a prompt of 61 tokens and 4 new ones are impossible'):
     made.slots(61, 4)
   with pytest.raises(ValueError, match='new_tokens=0 leaves nothing to decode'):
     next(made.stream(PROMPTS, new_tokens=0))
+
+
+@pytest.mark.parametrize('buckets', [BUCKETS, LENGTHS, (64, 256, 1024), (5,)])
+def test_no_prompt_is_padded_to_more_than_twice_its_length(buckets):
+  lengths = np.arange(1, 6001)
+  made = Generator(LM.clone(context=8192), {}, buckets=buckets)
+  slots = np.array([made.slots(int(length), 0)[0] for length in lengths])
+  assert ((lengths <= slots) & (slots <= np.maximum(2 * lengths, 16))).all()
+  beyond = lengths > max(buckets)
+  assert (slots[beyond] < (lengths + np.maximum(lengths // 16 + 1, 16))[beyond]).all()
+  # Few programs: no more for a doubling of the length than 16.
+  for power in range(13):
+    assert len({*slots[(lengths > 2 ** power) & (lengths < 2 ** (power + 1))].tolist()}) <= 16
+
+
+@pytest.mark.parametrize('name', ['llama3.1_8b', 'qwen2.5_0.5b', 'qwen2.5_7b'])
+def test_the_last_bucket_is_not_the_context(name):
+  lm = make_lm(name)
+  assert lm.context >= 32768
+  assert Generator(lm, None).slots(4097, 64) == (4352, 64)
+  assert Generator(lm, None).slots(lm.context - 10, 10) == (lm.context - 10, 10)
+  with pytest.raises(ValueError, match=f'may be {lm.context} .the context. together at most'):
+    Generator(lm, None).slots(100, lm.context)
+
+
+def test_a_share_of_a_prompt_beyond_the_last_bucket_is_its_own():
+  lm = LM.clone(context=4096, depth=1)
+  plans = with_plans(lm, cache={'method': 'streaming_llm', 'keep_ratio': 0.25})
+  made = Generator(lm, {}, plans=plans, buckets=(16, 64, 128))
+  prompt = [2 + token % 20 for token in range(200)]
+  slots, room = made.slots(len(prompt), 1)
+  ids, valid = padded([prompt], slots)
+  prefill = functools.partial(plans(slots).apply, room=room, method='prefill')
+  _, cache = jax.jit(prefill)(unstacked(1), ids, valid)
+  assert int(cache.layers[0].valid[0, 0, :cache.layers[0].filled].sum()) == 50
 
 
 def test_pruned_caches_answer_whatever_the_bucket():

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -28,22 +29,51 @@ def rows(workdir, key):
   return [row[key] for row in map(json.loads, lines) if key in row]
 
 
-def test_two_processes_match_one(tmp_path):
-  one, two = tmp_path / 'one', tmp_path / 'two'
-  done = subprocess.run(command(one, tmp_path), cwd=ROOT, capture_output=True, text=True,
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+  """A run of one process."""
+  shared = tmp_path_factory.mktemp('one')
+  done = subprocess.run(command(shared / 'run', shared), cwd=ROOT, capture_output=True, text=True,
                         check=False, timeout=600)
   assert done.returncode == 0, done.stderr[-3000:]
+  return shared
+
+
+def start(workdir, shared, *flags):
+  """Two processes of one run."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  processes = [
-      subprocess.Popen(command(two, tmp_path, f'--coordinator=127.0.0.1:{port}', '--processes=2',
-                               f'--process={index}'),
+  return [
+      subprocess.Popen(command(workdir, shared, f'--coordinator=127.0.0.1:{port}', '--processes=2',
+                               f'--process={index}', *flags),
                        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
       for index in range(2)]
+
+
+def check(workdir, one, processes):
   for process in processes:
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text[-3000:]
-  assert rows(two, 'loss') == pytest.approx(rows(one, 'loss'), abs=1e-5)
-  assert rows(two, 'accuracy') == rows(one, 'accuracy')
-  assert (two / 'checkpoints' / '6').exists()
+  assert rows(workdir, 'loss')[-1] == pytest.approx(rows(one / 'run', 'loss')[-1], abs=1e-5)
+  assert rows(workdir, 'accuracy') == rows(one / 'run', 'accuracy')
+  assert (workdir / 'checkpoints' / '6').exists()
+
+
+def test_two_processes_match_one(one, tmp_path):
+  check(tmp_path, one, start(tmp_path, one))
+  assert rows(tmp_path, 'loss') == pytest.approx(rows(one / 'run', 'loss'), abs=1e-5)
+
+
+def test_one_of_two_is_killed_and_the_same_command_goes_on(one, tmp_path):
+  processes = start(tmp_path, one, '--config.checkpoint_steps=1')
+  end = time.monotonic() + 300
+  while not (tmp_path / 'checkpoints' / '1').exists():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+  processes[1].kill()
+  processes[1].communicate()
+  text, _ = processes[0].communicate(timeout=60)
+  assert processes[0].returncode == 2
+  assert 'error: process 1 of 2 is gone' in text.splitlines()[-1]
+  check(tmp_path, one, start(tmp_path, one, '--config.checkpoint_steps=1'))

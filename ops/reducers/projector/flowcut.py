@@ -55,7 +55,9 @@ class FlowCut(ByAttention):
 
   @property
   def needs(self) -> frozenset[str]:
-    return super().needs | {'values'}
+    # The value of [CLS] is compared with all others.
+    rows = {'one_sequence'} if self.by == 'cls_attention' else set()
+    return super().needs | {'values'} | rows
 
   @property
   def watch_needs(self) -> frozenset[str]:

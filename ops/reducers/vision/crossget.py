@@ -55,7 +55,7 @@ class CrossGET(Reducer):
   @property
   def needs(self) -> frozenset[str]:
     if self.form == 'attention':
-      return frozenset({'keys', 'cls_attention', 'received_attention'})
+      return frozenset({'keys', 'cls_attention', 'received_attention', 'one_sequence'})
     return frozenset({'keys', 'queries'})
 
   def min_slots(self, slots: int, protected: int) -> int:

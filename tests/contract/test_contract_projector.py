@@ -1,0 +1,324 @@
+"""Methods behind the projector against the same cut in the tower: new ones are tested by existing.
+
+The models have no projector (`projection=''`), so that features are those of the tower, and every
+method that can act in both places must keep the same tokens in both.
+
+Axes: B batch, C crops of a row, I images of a row, N slots, V visual tokens of an image, H heads.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import contract
+
+from lib.data.pictures import Picture, batch_pictures
+from lib.data.token_layout import anyres_layout, cell_layout, raster_layout
+from models.checkpoints.vlm_config import from_config
+from models.plan import make_plan, methods
+from models.projector import FROM_TOWER, PER_TOKEN
+from models.reduce_config import with_projector_reduction
+from ops.primitives.select import keep_top
+from ops.reducers import REDUCERS
+from ops.reducers.base import Reducer
+from ops.tokens import SPECIAL
+
+SIDE, PATCHES, KEEP, LAST = 4, 16, 6, 1
+TEXT = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
+        'num_hidden_layers': 1, 'num_attention_heads': 2}
+CLIP = {'model_type': 'clip_vision_model', 'hidden_size': 16, 'intermediate_size': 24,
+        'num_hidden_layers': 3, 'num_attention_heads': 2, 'image_size': 16, 'patch_size': 4}
+LLAVA = {'model_type': 'llava', 'text_config': TEXT, 'vision_config': CLIP, 'image_token_id': 30}
+QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': 30,
+        'text_config': TEXT | {'rope_scaling': {'type': 'mrope', 'mrope_section': [1, 1, 2]}},
+        'vision_config': {'hidden_size': 16, 'intermediate_size': 24, 'out_hidden_size': 16,
+                          'depth': 2, 'num_heads': 2, 'patch_size': 2, 'window_size': 8,
+                          'fullatt_block_indexes': [0, 1]}}
+TOWERS = {'cls': {}, 'registers': {'registers': 2},
+          'no_cls': {'class_token': False, 'pool': 'mean'}}
+# Those that read the attention of a whole sequence.
+RELATIONAL = ('prumerge', 'flowcut', 'vid_tldr', 'crossget')
+
+
+def squares(crops=2):
+  """Rows of two images and one, each a crop of 16 x 16 pixels."""
+  random = np.random.default_rng(0)
+  rows = [[Picture(random.normal(size=(1, 16, 16, 3)).astype(np.float32), *raster_layout(PATCHES))
+           for _ in range(count)] for count in (crops, 1)]
+  return batch_pictures(rows, patches=PATCHES)
+
+
+def crops():
+  """An image of three crops in the first row, with padding around it, and one in the second."""
+  random = np.random.default_rng(1)
+
+  def picture(size):
+    pixels = random.normal(size=(3, 16, 16, 3)).astype(np.float32)
+    return Picture(pixels, *anyres_layout(size, (16, 32), tile=16, side=SIDE))
+
+  return batch_pictures([[picture((10, 40))], [picture((16, 32))]], patches=PATCHES)
+
+
+def made(tower, kind='llava'):
+  """A model whose features are those of its tower."""
+  vlm = from_config(LLAVA | {'model_type': kind})
+  return vlm.clone(projection='', tower=vlm.tower.clone(**TOWERS[tower]))
+
+
+@functools.cache
+def random_params(vlm, images_of):
+  """Parameters of tower and newline, none of them zero."""
+  init = functools.partial(vlm.init, method='encode_images')
+  shapes = jax.eval_shape(init, jax.random.key(0), images_of())
+  random = np.random.default_rng(3)
+  return jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
+
+
+def pixels(images):
+  return images.pixels.reshape(-1, *images.pixels.shape[2:])
+
+
+def in_tower(tower, images, params, config):
+  """Applies the same cut in the last layer of the tower that runs: its dict."""
+  plan = make_plan(config | {'site': 'after', 'layers': (LAST,)}, tower.host)
+  return tower.clone(plan=plan).apply({'params': params['params']['tower']}, pixels(images))[1]
+
+
+def behind(vlm, images, params, config, slots):
+  """Applies a reduction behind the projector: the TokenSet that it leaves."""
+  reduced = with_projector_reduction(vlm, config, slots=slots)
+  return reduced.apply(params, images, method='encode_images')[2]['projector']
+
+
+# Every method.
+
+
+def names(tower):
+  """Methods that can act behind the projector of a model with this tower."""
+  return [name for name, method in methods(made(tower).projector_host(PATCHES)).items()
+          if name != 'none' and not issubclass(method, nn.Module)]
+
+
+def left(tokens, row):
+  """Positions, sizes and features of a row's visual tokens, in the order of their positions."""
+  here = np.asarray(tokens.real[row] & (tokens.kind[row] != SPECIAL))
+  pos = np.asarray(tokens.pos[row])[here]
+  order = np.argsort(pos, kind='stable')
+  return (pos[order], *(np.asarray(part[row])[here][order] for part in (tokens.sizes, tokens.x)))
+
+
+def check(name, tower, **args):
+  """Asserts that a method leaves the same tokens in both places."""
+  vlm, images = made(tower), squares()
+  config = {'method': name, 'args': contract.SETTINGS.get(name, {}) | args,
+            'keep': contract.budget(name, PATCHES, KEEP, 0)}
+
+  @jax.jit
+  def run(params):
+    cut = in_tower(vlm.tower, images, params, config)['cuts'][LAST]
+    return cut, behind(vlm, images, params, config, PATCHES)
+
+  inside, outside = run(random_params(vlm, squares))
+  # The second image of the second row is not there.
+  for row in range(3):
+    (pos, *values), (wanted, *others) = left(outside, row), left(inside, row)
+    np.testing.assert_array_equal(pos, wanted)
+    assert 0 < len(pos) < PATCHES
+    for value, other in zip(values, others, strict=True):
+      # Two programs: entropies of attention, which vid_tldr weighs by, magnify their rounding.
+      np.testing.assert_allclose(value, other, atol=5e-4, rtol=5e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(('tower', 'name'), [(tower, name) for tower in ('cls', 'no_cls')
+                                             for name in names(tower)])
+def test_every_method_keeps_what_the_same_cut_in_the_tower_keeps(tower, name):
+  if (tower, name) == ('no_cls', 'crossget'):
+    with pytest.raises(ValueError, match='a special token, of which this host has none'):
+      check(name, tower)
+    return
+  check(name, tower)
+
+
+@pytest.mark.parametrize('name', ['prumerge', 'flowcut'])
+def test_cls_rows_are_those_of_the_tower(name):
+  check(name, 'cls')
+
+
+def test_all_methods_are_there():
+  """The tests above would pass without any."""
+  assert {'prumerge', 'flowcut', 'visionzip', 'vtc_cls', 'hiprune', 'tome', 'vid_tldr', 'crossget',
+          'pool', 'divprune', 'evit', 'ats'} <= set(names('cls')) == set(names('registers'))
+  assert {'tome', 'vid_tldr', 'divprune'} <= set(names('no_cls'))
+  assert not {'prumerge', 'flowcut', 'topk'} & set(names('no_cls'))
+
+
+# What methods are given.
+
+
+CALLS = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Spy(Reducer):
+  """Remembers the tokens and signals of its calls.
+
+  Attributes:
+    names: signals that it asks for.
+  """
+
+  names: tuple[str, ...] = ()
+  drops = 'pruning drops tokens'
+
+  @property
+  def needs(self):
+    return frozenset(self.names)
+
+  def __call__(self, tokens, signals, *, num_slots):
+    CALLS.append((tokens, signals))
+    return keep_top(tokens, jnp.zeros(tokens.x.shape[:2]), num_slots=num_slots)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+  """(function(config, params), names, params) -> tokens and signals that a spy in it gets."""
+  monkeypatch.setitem(REDUCERS, 'spy', Spy)
+
+  def run(function, names, params):
+    @jax.jit
+    def seen(params):
+      CALLS.clear()
+      function({'method': 'spy', 'args': {'names': tuple(sorted(names))}, 'keep': 5}, params)
+      call, = CALLS
+      return call
+
+    return seen(params)
+
+  return run
+
+
+def attention_last(name, value):
+  """A signal with its slots in axis 1."""
+  return np.asarray(jnp.swapaxes(value, 1, 2) if 'attention' in name else value)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('tower', TOWERS)
+def test_signals_of_a_crop_are_all_that_the_tower_has(tower, spy):
+  vlm, images = made(tower), squares()
+  params, host = random_params(vlm, squares), vlm.projector_host(PATCHES)
+  wanted = set(FROM_TOWER) - ({'cls_attention'} if tower == 'no_cls' else set())
+  assert host.offers == wanted | {'grid', 'layer', 'depth', 'slots', 'one_sequence'}
+  tokens, signals = spy(lambda config, params: behind(vlm, images, params, config, PATCHES), wanted,
+                        params)
+  inside, measured = spy(lambda config, params: in_tower(vlm.tower, images, params, config), wanted,
+                         params)
+  rows = np.array([0, 1, 2])  # The fourth image is not there.
+  for name in wanted:
+    np.testing.assert_allclose(getattr(signals, name)[rows], getattr(measured, name)[rows],
+                               atol=1e-6)
+  for name in ('x', 'pos', 'kind', 'real'):
+    np.testing.assert_allclose(getattr(tokens, name)[rows], getattr(inside, name)[rows], atol=1e-5)
+  assert tokens.protected == inside.protected == vlm.tower.special
+  for name in ('grid', 'layer', 'depth', 'slots', 'one_sequence'):
+    assert getattr(signals, name) == getattr(measured, name)
+  assert not tokens.real[3, tokens.protected:].any()
+
+
+def laid_out(images, name, value, special):
+  """A signal [B * C, S + n, ...] of the tower as `Images` lays patches out, zeros at newlines."""
+  value = attention_last(name, value)[:, special:]
+  (batch, images_of_row, visual, _), each = images.index.shape, value.shape[1]
+  flat = value.reshape(batch, -1, *value.shape[2:])
+  flat = np.concatenate([flat, np.zeros_like(flat[:, :1])], axis=1)
+  index, weight = np.asarray(images.index), np.asarray(images.weight)
+  assert index.max() <= flat.shape[1] - 1
+  assert flat.shape[1] - 1 == images.pixels.shape[1] * each
+  parts = flat[np.arange(batch)[:, None, None, None], index]
+  parts = parts * weight.reshape(weight.shape + (1,) * (parts.ndim - 4))
+  return parts.sum(axis=3).reshape(batch, images_of_row * visual, *value.shape[2:])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('case', ['crops', 'prompt'])
+def test_signals_of_several_crops_are_each_crops_own(case, spy):
+  vlm = made('cls', 'llava_next' if case == 'crops' else 'llava')
+  images_of = crops if case == 'crops' else squares
+  images, params = images_of(), random_params(vlm, images_of)
+  slots = images.index.shape[2] * images.index.shape[1]
+  host = vlm.projector_host(slots)
+  assert host.offers == {*PER_TOKEN, 'layer', 'depth', 'slots'}
+  across = {'across': 'prompt', 'order': 'method'} if case == 'prompt' else {}
+  tokens, signals = spy(lambda config, params: behind(vlm, images, params, config | across, slots),
+                        PER_TOKEN, params)
+  _, measured = spy(lambda config, params: in_tower(vlm.tower, images, params, config), PER_TOKEN,
+                    params)
+  assert not signals.one_sequence
+  assert (tokens.kind != SPECIAL).all()
+  for name in PER_TOKEN:
+    np.testing.assert_allclose(
+        attention_last(name, getattr(signals, name)),
+        laid_out(images, name, getattr(measured, name), vlm.tower.special), atol=1e-6)
+
+
+@pytest.mark.parametrize('name', RELATIONAL)
+def test_attention_over_several_crops_is_not_made_up(name):
+  for vlm, slots in ((made('cls'), 2 * PATCHES), (made('cls', 'llava_next'), 40)):
+    with pytest.raises(ValueError, match=f'{name} needs (queries|one_sequence), which this host '
+                                         'does not offer') as error:
+      with_projector_reduction(vlm, {'method': name, 'keep': 9}, slots=slots)
+    assert '\n' not in str(error.value)
+  crossget = {'method': 'crossget', 'args': {'form': 'attention'}, 'keep': 9}
+  with pytest.raises(ValueError, match='crossget needs one_sequence'):
+    with_projector_reduction(made('cls', 'llava_next'), crossget, slots=40)
+
+
+@pytest.mark.long
+def test_signals_of_merged_patches_are_means_of_their_cells(spy):
+  vlm = from_config(QWEN, grid=(8, 8))
+  vlm = vlm.clone(tower=vlm.tower.clone(window=0, whole_layers=()))
+  index, axes, extent = cell_layout(1, (3, 4), 4, 16)
+  patches = np.zeros((1, 8, 8, 24), np.float32)
+  patches[0, :6, :8] = np.random.default_rng(2).normal(size=(6, 8, 24))
+  picture = Picture(patches, index, np.ones(index.shape, np.float32), np.int32([[6, 8]]), axes,
+                    extent)
+  images = batch_pictures([[picture]], patches=16)
+  params = random_params(vlm, lambda: images)
+  wanted = {'keys', 'values', 'received_attention'}
+  slots = images.index.shape[2]
+  assert vlm.projector_host(slots).offers == wanted | {'layer', 'depth', 'slots'}
+  _, signals = spy(lambda config, params: behind(vlm, images, params, config, slots), wanted,
+                   params)
+
+  def tower(config, params):
+    plan = make_plan(config | {'site': 'after', 'layers': (LAST,)}, vlm.tower.host)
+    vlm.tower.clone(plan=plan).apply({'params': params['params']['tower']}, pixels(images),
+                                     images.sizes.reshape(-1, 2))
+
+  _, measured = spy(tower, wanted, params)
+  for name in wanted:
+    patchwise = attention_last(name, getattr(measured, name))[0].reshape(4, 2, 4, 2, -1)
+    cells = patchwise[:3].mean(axis=(1, 3)).reshape(12, -1)
+    np.testing.assert_allclose(
+        attention_last(name, getattr(signals, name))[0].reshape(slots, -1)[:12], cells, atol=1e-6)
+
+
+def test_learned_methods_are_refused_in_words():
+  with pytest.raises(ValueError, match='patchmerger has parameters, which only layers of a tower'):
+    with_projector_reduction(made('cls'), {'method': 'patchmerger', 'keep': 4}, slots=PATCHES)
+
+
+def test_layers_watched_are_the_towers():
+  vlm = made('cls')
+  reduced = with_projector_reduction(vlm, {'method': 'flowcut', 'keep': 4}, slots=PATCHES)
+  assert reduced.tower.plan.watch == (0, 1)
+  alone = with_projector_reduction(vlm, {'method': 'flowcut', 'keep': 4, 'watch': ()},
+                                   slots=PATCHES)
+  assert alone.tower.plan.watch == (1,)
+  plain = with_projector_reduction(vlm, {'method': 'divprune', 'keep': 4}, slots=PATCHES)
+  assert plain.tower.plan is None
+  assert plain.projector_reduction.special == 0
