@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -12,13 +11,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from models.checkpoints.json_files import read_json, read_json_if_there
+
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.npz', '.npy')
 INDEX = 'model.safetensors.index.json'
 WANTED = ('*.safetensors', '*.json')
 # Stored dtypes that are read, as the format calls them.
 FLOATS = ('BF16', 'F16', 'F32', 'F64')
-# Of an index of a model of a thousand layers, or of a config.json: far above any real one.
-MAX_JSON_BYTES = 32 * 2 ** 20
 
 
 def locate(source: str | pathlib.Path) -> pathlib.Path:
@@ -205,50 +204,9 @@ def config(path: pathlib.Path) -> Mapping[str, Any]:
   """Returns the content of config.json beside the tensors, {} where there is none.
 
   Raises:
-    ValueError: as `read_json`.
+    ValueError, OSError: as models/checkpoints/json_files.py.
   """
-  folder = path if path.is_dir() else path.parent
-  file = folder / 'config.json'
-  return read_json(file) if file.exists() else {}
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-  """Returns the content of a foreign JSON file that holds an object.
-
-  Raises:
-    ValueError: no regular file, too large, no JSON, nested too deeply, NaN or a key given twice
-      somewhere in it, or something else than an object.
-  """
-  _check_regular(file)
-  if file.stat().st_size > MAX_JSON_BYTES:
-    raise ValueError(f'{file} has {file.stat().st_size} bytes, and more than {MAX_JSON_BYTES} are '
-                     'not read: give the file of a model')
-  try:
-    content = json.loads(file.read_text(encoding='utf-8'), object_pairs_hook=_once,
-                         parse_constant=_no_constant)
-  except RecursionError as error:
-    raise ValueError(f'{file} is nested too deeply: fetch it again') from error
-  except ValueError as error:
-    raise ValueError(f'{file} cannot be read as JSON ({error}): fetch it again') from error
-  if not isinstance(content, dict):
-    raise ValueError(f'{file} holds a {type(content).__name__}, not an object with keys: fetch it '
-                     'again')
-  return content
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Returns the pairs of an object as a dict, where no key is given twice."""
-  values: dict[str, Any] = {}
-  for key, value in pairs:
-    if key in values:
-      raise ValueError(f'the key {key!r} is given twice')
-    values[key] = value
-  return values
-
-
-def _no_constant(name: str) -> None:
-  """Refuses NaN and infinities, which JSON does not have."""
-  raise ValueError(f'{name} is no number')
+  return read_json_if_there((path if path.is_dir() else path.parent) / 'config.json')
 
 
 def _check_regular(file: pathlib.Path) -> None:
