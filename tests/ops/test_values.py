@@ -43,7 +43,7 @@ def function(image, *, shift: values.Share = 0.0, times: int = 1):
     ((1, 2), tuple[int, ...]), ([1, 2], tuple[int, int]), ((), tuple[int, ...]),
     (('a', (1, 2)), tuple[str, tuple[int, ...]]), (None, int | None), ((1, 2), int | PAIR),
     ({'a': 1}, Mapping[str, int]), ({'rate': 0.5}, Inner), ({'rate': 0.5, 'note': None}, Inner),
-    (0, values.Rate), (1, values.Share), (2 ** 32 - 1, values.Seed), (object(), Any),
+    (0, values.Rate), (1, values.Share), (2 ** 32 - 1, values.Seed), (..., Any),
     ('b', Annotated[str, OneOf('ab')]), ('(a|b)$', Annotated[str, Pattern()])], ids=str)
 def test_what_passes(value, kind):
   check('key', value, kind)
