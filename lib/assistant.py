@@ -36,7 +36,7 @@ from models.checkpoints.json_files import Form, naming, read_json_if_there, valu
 from models.decoding.generator import Generator
 from models.families import LM_FAMILIES
 from models.plan import reduction_settings
-from models.reduce_config import check_components, with_plans, without_plans
+from models.reduce_config import Reductions, check_components, with_plans, without_plans
 from models.storage import to_storage
 from ops import choices
 from ops.attention import pick
@@ -90,7 +90,7 @@ class Assistant:
   ends: tuple[int, ...]
   look: Callable[[Image.Image], Picture] | None = None
   chat: Chat | None = None
-  reduce: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  reduce: Mapping[str, Reductions] = dataclasses.field(default_factory=dict)
   data: ml_collections.ConfigDict | None = None
 
   def generator(self, reduce: Mapping[str, Any] | None = None,

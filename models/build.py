@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from models import checkpoints
 from models.backbones.segmenter import segmenter
 from models.backbones.vit import ViT, make_vit
-from models.reduce_config import Macs, with_vision_plan
+from models.reduce_config import Macs, Reductions, with_vision_plan
 from ops.attention import pick
 from ops.values import CountOrZero, Keys, OneOf, Pixels, check_keys, keys_of
 
@@ -27,7 +27,7 @@ IMAGE_MODEL = Keys({
     'unused': tuple[str, ...]}, frozenset({'variant'}))
 
 
-def build(model: Mapping[str, Any], reduce: Mapping[str, Any] | None = None, *,
+def build(model: Mapping[str, Any], reduce: Reductions | None = None, *,
           macs: Callable[[ViT], Macs] | None = None,
           mesh: Mesh | None = None, platform: str = 'cpu',
           task: Mapping[str, Any] | None = None) -> ViT:

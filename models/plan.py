@@ -32,6 +32,7 @@ from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC
 from ops.tokens import KINDS
 
 Config: TypeAlias = Mapping[str, Any] | ConfigDict
+Settings: TypeAlias = dict[str, Any] | list[dict[str, Any]]
 
 SITES = ('before', 'inside', 'between', 'after')
 MODES = ('gather', 'mask')
@@ -258,17 +259,44 @@ def make_method(name: str, args: Mapping[str, Any],
   return registry[name](**frozen)
 
 
-def reduction_settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
+def reduction_settings(config: Config | Sequence[Config] | None) -> Settings:
   """Returns the keys that a reduction's config sets; {} for None, or method='none'.
 
   Args:
-    config: `config.reduce.<component>`; keys that are None are unset.
+    config: `config.reduce.<component>`, one reduction or several; keys that are None are unset.
+
+  Returns:
+    A dict; of several reductions a list of those that reduce something, {} if none does.
+
+  Raises:
+    ValueError: what is no dict of keys.
   """
+  if isinstance(config, list | tuple):
+    several = [settings for each in config if (settings := _settings(each))]
+    return several[0] if len(several) == 1 else several or {}
+  return _settings(cast(Config | None, config))
+
+
+def _settings(config: Config | None) -> dict[str, Any]:
   if config is not None and not hasattr(config, 'keys'):
     raise ValueError(f'the reduction {config!r} must be a dict of keys, as '
-                     "{'method': 'tome', 'remove': 8}")
+                     "{'method': 'tome', 'remove': 8}, or a list of such")
   settings = {key: value for key, value in (config or {}).items() if value is not None}
   return settings if settings.get('method', 'none') != 'none' else {}
+
+
+def one_reduction(component: str, config: Config | Sequence[Config] | None) -> dict[str, Any]:
+  """Returns `reduction_settings` of a component that takes one reduction.
+
+  Raises:
+    ValueError: as `reduction_settings`; several.
+  """
+  settings = reduction_settings(config)
+  if isinstance(settings, list):
+    names = ', '.join(str(each.get('method')) for each in settings)
+    raise ValueError(f'reduce.{component} takes one reduction, and these are {len(settings)} '
+                     f'({names}): leave one')
+  return settings
 
 
 def make_plan(config: Config | Sequence[Config], host: Host, *,

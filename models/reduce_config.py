@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from models import renames
 from models.backbones.lm import LM
@@ -21,10 +21,12 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.plan import (
+  Config,
   Plan,
   make_cache_plan,
   make_events,
   make_plan,
+  one_reduction,
   reduction_settings,
   watched_layers,
 )
@@ -36,6 +38,8 @@ from ops import choices
 COMPONENTS = ('vision', 'projector', 'language', 'cache')
 Layout = tuple[int, int, int]  # `models.backbones.vlm.Images.layout`.
 Macs = Callable[[Sequence[Event]], float]
+# A reduction, or several in one component.
+Reductions: TypeAlias = Config | Sequence[Config]
 Tower = TypeVar('Tower', bound=ViT | QwenVision)
 
 
@@ -45,7 +49,7 @@ def check_components(names: Iterable[str]) -> None:
     choices.check_key('config.reduce has no component ', name, COMPONENTS)
 
 
-def with_vision_plan(tower: Tower, config: Mapping[str, Any] | None, *,
+def with_vision_plan(tower: Tower, config: Reductions | None, *,
                      macs: Callable[[Tower], Macs] | None = None) -> Tower:
   """Returns a tower with the plan of `config.reduce.vision`, the tower itself where it is none.
 
@@ -65,8 +69,8 @@ def with_vision_plan(tower: Tower, config: Mapping[str, Any] | None, *,
   return cast(Tower, tower.clone(plan=plan))
 
 
-def with_language_plans(lm: LM, *, language: Mapping[str, Any] | None,
-                        cache: Mapping[str, Any] | None, slots: int, **counts: int) -> LM:
+def with_language_plans(lm: LM, *, language: Reductions | None, cache: Reductions | None,
+                        slots: int, **counts: int) -> LM:
   """Returns a language model with the plans of `config.reduce.language` and `config.reduce.cache`.
 
   Args:
@@ -79,7 +83,7 @@ def with_language_plans(lm: LM, *, language: Mapping[str, Any] | None,
   Raises:
     ValueError: as `make_plan` and `make_cache_plan`.
   """
-  language, cache = reduction_settings(language), reduction_settings(cache)
+  language, cache = reduction_settings(language), one_reduction('cache', cache)
   if not language and not cache:
     return lm
   host = lm.host(slots, **counts)
@@ -104,7 +108,7 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   across, order = settings.pop('across', 'image'), settings.pop('order', 'raster')
   choices.check('reduce.projector.across=', across, ACROSS)
   choices.check('reduce.projector.order=', order, ORDERS)
-  settings = reduction_settings(settings)
+  settings = one_reduction('projector', settings)
   if not settings:
     return vlm.clone(projector_reduction=None)
   if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)):
@@ -142,11 +146,12 @@ class ModelWithPlans:
   `with_plans` makes it.
   """
 
-  def __init__(self, model: LM | VLM, reduce: Mapping[str, Mapping[str, Any] | None],
+  def __init__(self, model: LM | VLM, reduce: Mapping[str, Reductions | None],
                counts: Mapping[str, int]):
     self._model, self._counts = model, counts
     self._reduce = {name: settings for name, config in reduce.items()
                     if (settings := reduction_settings(config))}
+    self._projector = one_reduction('projector', reduce.get('projector'))
     for name in ('vision', 'projector'):
       if name in self._reduce and not isinstance(model, VLM):
         raise ValueError(f'reduce.{name} acts on images, and this model reads text alone: leave '
@@ -189,7 +194,7 @@ class ModelWithPlans:
     assert isinstance(model, VLM)
     if 'vision' in self._reduce:
       model = model.clone(tower=with_vision_plan(model.tower, self._reduce['vision']))
-    config = self._reduce.get('projector')
+    config = self._projector
     if config:
       together = layout[1] if config.get('across') == 'prompt' else 1
       model = with_projector_reduction(model, config, slots=together * model.each_image(layout))
@@ -204,23 +209,23 @@ class ModelWithPlans:
     visual = self.visual_slots(layout)
     if layout is not None:
       model = self._cached_visual(layout)
-    if not visual and language and _of_visual_alone(language):
-      language = None
+    if not visual:
+      several = language if isinstance(language, list) else [language] if language else []
+      language = [config for config in several if not _of_visual_alone(config)]
     lm = with_language_plans(model.lm, language=language, cache=cache, slots=slots + visual,
                              **({'visual': visual} if visual else {}))
     return model.clone(lm=lm)
 
 
-def with_plans(model: LM | VLM, *, vision: Mapping[str, Any] | None = None,
-               projector: Mapping[str, Any] | None = None,
-               language: Mapping[str, Any] | None = None,
-               cache: Mapping[str, Any] | None = None, **counts: int) -> ModelWithPlans:
+def with_plans(model: LM | VLM, *, vision: Reductions | None = None,
+               projector: Reductions | None = None, language: Reductions | None = None,
+               cache: Reductions | None = None, **counts: int) -> ModelWithPlans:
   """Returns a model with reductions, for prompts of any number of slots.
 
   Args:
     model: without plans; only where no reduction is given may it have some, which stay.
     vision, projector, language, cache: `config.reduce.vision` and so on; None, or method='none',
-      for no reduction. Keys that are None are unset.
+      for no reduction. Keys that are None are unset. Tower and language model take several.
     **counts: of an LM, slots by kind, as visual=576; the others are text. A VLM counts its own.
 
   Raises:

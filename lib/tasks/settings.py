@@ -44,6 +44,8 @@ from ops.values import (
 )
 
 Weight = NotNegative
+# Of a place: one, or several in one tower.
+Reductions = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 Method = Annotated[str, OneOf(methods())]
 Component = Annotated[str, OneOf(COMPONENTS)]
 # A pattern of parameters, and the axes that divide their last dimensions.
@@ -216,7 +218,7 @@ _KEYS: dict[str, Any] = {
 _IMAGE = _KEYS | {
     'data': keys_of(ImageSettings), 'model': IMAGE_MODEL, 'optimizer': ImageOptimizer,
     'anneal': Anneal, 'sweep': ImageSweepSettings,
-    'reduce': Keys({'vision': Mapping[str, Any]}), 'task': Keys({'name': str})}
+    'reduce': Keys({'vision': Reductions}), 'task': Keys({'name': str})}
 _LM = keys_of(LM).without('vocabulary', 'rope', 'dtype', 'implementation', 'plan', 'cache_plan',
                           'mesh', 'capture') | Keys({'theta': Positive})
 _TOWER = keys_of(ViT).without('num_classes', 'image_size', 'pool', 'last_norm', 'dtype', 'plan',
@@ -231,7 +233,7 @@ TABLES: dict[str, dict[str, Any]] = {
         *keys_of(ViT).kinds)},
     'answers': _KEYS | {
         'data': keys_of(QASettings), 'model': _QA_MODEL, 'optimizer': QAOptimizer,
-        'sweep': QASweepSettings, 'reduce': Mapping[Component, Mapping[str, Any] | None],
+        'sweep': QASweepSettings, 'reduce': Mapping[Component, Reductions | None],
         'task': Keys({'name': str})},
 }
 # What commands read.

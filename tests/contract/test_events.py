@@ -1,14 +1,20 @@
 """Several reductions in one tower: each sees what the ones before it left."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
+from helpers.tiny_lm import TINY
 
+from configs import digits
+from lib.tasks.settings import check_config
 from models.backbones.vit import ViT
 from models.plan import make_plan
+from models.reduce_config import with_plans, with_vision_plan
 from ops.assignments import take
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
@@ -79,3 +85,30 @@ def test_the_order_of_events_is_that_of_layers_and_sites():
   assert [event.reduction.name for event in plan.events] == ['tome', 'topk']
   swapped, _, _ = run(other, one)
   np.testing.assert_array_equal(features, swapped)
+
+
+def test_configs_take_several_reductions():
+  """As a tower and as a language model, from what a run's config.json holds."""
+  vision = [{'method': 'topk', 'remove': 6, 'layers': 1}, {'method': 'none'},
+            {'method': 'tome', 'remove': 5, 'layers': 2}]
+  assert with_vision_plan(VIT, vision).plan == make_plan([vision[0], vision[2]], VIT.host)
+  assert with_vision_plan(VIT, vision[:2]).plan == make_plan(vision[0], VIT.host)
+  assert with_vision_plan(VIT, [{'method': 'none'}]) == VIT
+  language = ({'method': 'random', 'keep': 8, 'layers': 1},
+              {'method': 'stride', 'keep': 6, 'layers': 2})
+  plans = with_plans(TINY, language=language, cache={'method': 'snapkv', 'keep': 4,
+                                                         'args': {'window': 2}})
+  assert plans(12).plan.name == 'random+stride'
+  assert [event.slots_in for event in plans(12).cache_plan.events] == [12, 12, 8]
+  for component in ('projector', 'cache'):
+    with pytest.raises(ValueError, match=rf'reduce\.{component} takes one reduction, and these are '
+                                         r'2 \(random, stride\): leave one'):
+      with_plans(TINY, **{component: language})(12)
+  config = digits.get_config()
+  with config.ignore_type():
+    config.reduce.vision = vision
+  stored = ml_collections.ConfigDict(json.loads(config.to_json_best_effort()))
+  check_config(stored, 'model', 'reduce')
+  assert [dict(each) for each in stored.reduce.vision] == vision
+  with pytest.raises(ValueError, match='must be a dict of keys'):
+    with_vision_plan(VIT, ['tome'])
