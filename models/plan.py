@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -433,8 +434,14 @@ def _watched(events: Sequence[Event], drafts: Sequence[_Draft], host: Host) -> P
     watch = watched_layers(reduction.name, reduction.method, host, own, draft.site,
                            draft.config.get('watch'))
     renewed[id(reduction)] = dataclasses.replace(reduction, watch=watch)
-  return Plan(tuple(dataclasses.replace(event, reduction=renewed[id(event.reduction)])
-                    for event in events), tuple(renewed.values()))
+  made = tuple(dataclasses.replace(event, reduction=renewed[id(event.reduction)],
+                                   several=len(drafts) > 1) for event in events)
+  learned = collections.Counter(event.parameters for event in made if event.reduction.learned)
+  for name, count in learned.items():
+    if count > 1:
+      raise ValueError(f'two learned methods would both have the parameters {name!r}: let them '
+                       'act in different layers')
+  return Plan(made, tuple(renewed.values()))
 
 
 def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None = None) -> Plan:

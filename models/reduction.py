@@ -75,6 +75,7 @@ class Event:
     slots_in, slots_out: tokens before and after it, protected ones included.
     reduction: the method that decides.
     protected: slots that it must leave alone, padding among them; None for what the tokens say.
+    several: whether the plan has other reductions too.
   """
 
   layer: int
@@ -83,6 +84,7 @@ class Event:
   slots_out: int
   reduction: Reduction
   protected: int | None = None
+  several: bool = False
 
   def view(self, tokens: TokenSet) -> TokenSet:
     """Returns the tokens with the kinds and the protected slots that the method is to see."""
@@ -96,8 +98,11 @@ class Event:
 
   @property
   def parameters(self) -> str:
-    """Returns the name of a learned method's parameters at this place."""
-    return f'reducer_{self.layer:02d}'
+    """Returns the name of a learned method's parameters at this place.
+
+    Of several reductions they have the method's name behind the layer.
+    """
+    return f'reducer_{self.layer:02d}' + (f'_{self.reduction.name}' if self.several else '')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,21 @@ def test_the_order_of_events_is_that_of_layers_and_sites():
   np.testing.assert_array_equal(features, swapped)
 
 
+def test_learned_methods_have_parameters_by_layer_and_name():
+  configs = [{'method': 'dynamicvit', 'keep': 18, 'layers': 1},
+             {'method': 'patchmerger', 'keep': 9, 'layers': 1, 'site': 'after'},
+             {'method': 'dynamicvit', 'keep': 6, 'layers': 3}]
+  vit = VIT.clone(plan=make_plan(configs, VIT.host))
+  stack = jax.eval_shape(vit.init, jax.random.key(0), IMAGES)['params']['stack']
+  assert stack.keys() == {'blocks', 'reducer_01_dynamicvit', 'reducer_01_patchmerger',
+                          'reducer_03_dynamicvit'}
+  one = VIT.clone(plan=make_plan(configs[0], VIT.host))
+  stack = jax.eval_shape(one.init, jax.random.key(0), IMAGES)['params']['stack']
+  assert stack.keys() == {'blocks', 'reducer_01'}
+  with pytest.raises(ValueError, match="both have the parameters 'reducer_01_dynamicvit'"):
+    make_plan([configs[0], {**configs[0], 'site': 'after', 'keep': 6}], VIT.host)
+
+
 def test_configs_take_several_reductions():
   """As a tower and as a language model, from what a run's config.json holds."""
   vision = [{'method': 'topk', 'remove': 6, 'layers': 1}, {'method': 'none'},
