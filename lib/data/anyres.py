@@ -22,7 +22,7 @@ from PIL import Image
 from lib.data import preprocess
 from lib.data.image_files import rgb
 from lib.data.pictures import Picture
-from lib.data.preprocess import COLOUR, RESAMPLE, Preprocess
+from lib.data.preprocess import RESAMPLE, Colour, Preprocess
 from lib.data.token_layout import Size, anyres_layout, cell_layout, raster_layout
 from models.checkpoints.json_files import naming, shown, value_of
 from models.checkpoints.vlm_config import tower_config
@@ -39,7 +39,7 @@ AREAS = {'min_pixels': 'shortest_edge', 'max_pixels': 'longest_edge'}
 Patch = Annotated[int, Range(1, 256)]
 Area = Annotated[int, Range(1, 1 << 24)]
 # Heights and widths.
-POINTS = tuple[tuple[Pixels, Pixels], ...]
+Points = tuple[tuple[Pixels, Pixels], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +295,7 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
   side = tile // vision['patch_size']
   # Where patches do not divide a crop, its last pixels are not read.
   used = side * vision['patch_size']
-  background = tuple(value_of(steps, 'image_mean', COLOUR) or CLIP_MEAN)
+  background = tuple(value_of(steps, 'image_mean', Colour) or CLIP_MEAN)
   if kind == 'llava':
     pad = value_of(steps, 'do_pad', bool)
     return Square(crop_steps, side, background if pad else (), used)
@@ -308,8 +308,8 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
     max_crops = int(ratio.removeprefix('anyres_max_'))
     # Only an image by itself is divided into crops; among others it is one padded square.
     base_view = Square(crop_steps, side, background, used, newline=True)
-  pinpoints = (value_of(steps, 'image_grid_pinpoints', POINTS)
-               or value_of(config, 'image_grid_pinpoints', POINTS) or PINPOINTS[kind])
+  pinpoints = (value_of(steps, 'image_grid_pinpoints', Points)
+               or value_of(config, 'image_grid_pinpoints', Points) or PINPOINTS[kind])
   for pair in pinpoints:
     if any(length % tile for length in pair):
       raise ValueError(f'image_grid_pinpoints has {tuple(pair)}, and a crop is {tile} pixels wide: '

@@ -30,12 +30,12 @@ RESAMPLE = {code.value: code for code in Image.Resampling}
 # Before `size` was a dict, a single number meant the shorter edge to these, a square to all others.
 SHORTEST_EDGE = ('CLIPFeatureExtractor', 'CLIPImageProcessor', 'BitImageProcessor')
 # Longer sides than any tower has would fill the memory.
-SIDES = Pixels | Mapping[str, Pixels | None]
+Sides = Pixels | Mapping[str, Pixels | None]
 # Pixels are numbers of 0 to 1, or where nothing rescales them of 0 to 255.
 Factor = Annotated[float, Range(above=0, high=1)]
 Channel = Annotated[float, Range(0, 255)]
 Spread = Annotated[float, Range(above=0, high=255)]
-COLOUR = tuple[Channel, Channel, Channel]
+Colour = tuple[Channel, Channel, Channel]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +136,11 @@ def from_config(config: Mapping[str, Any]) -> Preprocess:
   if value_of(config, 'do_resize', bool, True):
     size = _size(config)
   if value_of(config, 'do_center_crop', bool, False):
-    crop = _square(needed(config, 'crop_size', SIDES))
+    crop = _square(needed(config, 'crop_size', Sides))
   if value_of(config, 'do_rescale', bool, True):
     rescale = value_of(config, 'rescale_factor', Factor) or 1 / 255
   if value_of(config, 'do_normalize', bool, True):
-    mean = tuple(needed(config, 'image_mean', COLOUR))
+    mean = tuple(needed(config, 'image_mean', Colour))
     std = tuple(needed(config, 'image_std', tuple[Spread, Spread, Spread]))
   return Preprocess(size, resample(config, Image.Resampling.BILINEAR), crop, rescale, mean, std)
 
@@ -159,7 +159,7 @@ def resample(config: Mapping[str, Any], default: Image.Resampling) -> int:
 
 
 def _size(config: Mapping[str, Any]) -> tuple[int, int] | int:
-  size = needed(config, 'size', SIDES)
+  size = needed(config, 'size', Sides)
   if not isinstance(size, Mapping):
     name = config.get('image_processor_type') or config.get('feature_extractor_type')
     return size if name in SHORTEST_EDGE else (size, size)

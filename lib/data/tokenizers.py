@@ -43,7 +43,7 @@ CANONICAL = ('none', 'lower', 'words')
 # Stands before each character of a special token's text that is meant as text; a private character.
 ESCAPE = '\U0010fffd'
 Side = Annotated[str, OneOf(('left', 'right'))]
-TEMPLATES = str | Mapping[str, str] | tuple[Mapping[str, Any], ...]
+Templates = str | Mapping[str, str] | tuple[Mapping[str, Any], ...]
 
 
 class Chat:
@@ -433,7 +433,7 @@ def _template(folder: pathlib.Path, name: str) -> str:
 def _templates(path: pathlib.Path) -> dict[str, str]:
   """Returns the templates of a JSON file by name; {} where it has none."""
   with naming(path):
-    content = value_of(read_json_if_there(path), 'chat_template', TEMPLATES)
+    content = value_of(read_json_if_there(path), 'chat_template', Templates)
     if isinstance(content, list):
       with naming('chat_template'):
         return {needed(each, 'name', str): needed(each, 'template', str) for each in content}
