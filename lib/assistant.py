@@ -32,7 +32,7 @@ from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, passed_on
 from models.build import DTYPES
 from models.checkpoints import files, lm_config, vlm_config
-from models.checkpoints.json_files import Form, naming, read_json_if_there, value_of
+from models.checkpoints.json_files import naming, read_json_if_there, value_of
 from models.decoding.generator import Generator
 from models.families import LM_FAMILIES
 from models.plan import reduction_settings
@@ -44,9 +44,6 @@ from ops.attention import pick
 IMAGE_PLACEHOLDER = '<image>'
 # A Qwen tower's grid grows by so many patches: images of similar sizes share a program.
 GRID_STEP = 8
-ENDS = Form('the id of a token, or a list of ids',
-            lambda value: all(type(each) is int for each in
-                              (value if isinstance(value, list) else [value])))
 
 
 class Tokenizer(Protocol):
@@ -314,7 +311,7 @@ def _ends(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
   for name, source in ((file, read_json_if_there(file)), (own, config),
                        (own, config.get('text_config') or {})):
     with naming(name):
-      ends = value_of(source, 'eos_token_id', ENDS)
+      ends = value_of(source, 'eos_token_id', int | tuple[int, ...])
     if ends not in (None, []):
       return tuple(ends) if isinstance(ends, list) else (ends,)
   return ()

@@ -46,7 +46,7 @@ from models.backbones.lm import LM
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import files
-from models.checkpoints.json_files import OBJECT, naming, value_of
+from models.checkpoints.json_files import naming, value_of
 from models.decoding.sampling import Sampling
 
 Reduce = Mapping[str, Any]
@@ -84,7 +84,7 @@ def load(source: str | pathlib.Path, *, variant: str = '', dtype: str = 'float32
   path = files.locate(source)
   config = files.config(path)
   with naming(path):
-    model = value_of(config, 'model', OBJECT) or {}
+    model = value_of(config, 'model', Mapping[str, Any]) or {}
   if 'variant' in model:
     return _image_run(path, ml_collections.ConfigDict(config), data_dir)
   if 'lm' in model:

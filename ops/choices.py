@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -22,7 +23,7 @@ def check(what: str, value: object, choices: Iterable[object]) -> None:
   """
   choices = list(choices)
   if value not in choices:
-    raise ValueError(f'{what}{value!r} is unknown{near(value, choices)}: choose one of '
+    raise ValueError(f'{what}{reprlib.repr(value)} is unknown{near(value, choices)}: choose one of '
                      f'{", ".join(map(str, choices))}')
 
 

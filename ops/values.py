@@ -127,6 +127,22 @@ class Pattern:
     return 'that is a regular expression'
 
 
+@dataclasses.dataclass(frozen=True)
+class Like:
+  """Says that a regular expression matches a whole text, as it does the example."""
+
+  pattern: str
+  example: str
+
+  def check(self, name: str, value: str) -> None:
+    """Raises a ValueError, with its name, for a text that it does not match."""
+    if not re.fullmatch(self.pattern, value):
+      raise ValueError(f'{name}={reprlib.repr(value)} must be text {self}')
+
+  def __str__(self) -> str:
+    return f'as {self.example!r}'
+
+
 # Counts end up in arrays of int32.
 Count = Annotated[int, Range(1, INT32_MAX)]
 CountOrZero = Annotated[int, Range(0, INT32_MAX)]
@@ -254,6 +270,8 @@ def describe(kind: Any) -> str:
     return ' '.join([describe(args[0]), *map(str, args[1:])])
   if origin in (Union, types.UnionType):
     return ' or '.join(describe(each) for each in args if each not in (type(None), jax.Array))
+  if origin in (dict, abc.Mapping):
+    return 'a dict of keys' + (f', each {describe(args[1])}' if args[1] is not Any else '')
   if origin is tuple:
     if args[-1] is Ellipsis:
       return f'a tuple, each {describe(args[0])}'

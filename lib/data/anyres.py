@@ -14,7 +14,7 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -22,12 +22,13 @@ from PIL import Image
 from lib.data import preprocess
 from lib.data.image_files import rgb
 from lib.data.pictures import Picture
-from lib.data.preprocess import COLOUR, RESAMPLE, SIDE, Preprocess
+from lib.data.preprocess import RESAMPLE, Colour, Preprocess
 from lib.data.token_layout import Size, anyres_layout, cell_layout, raster_layout
-from models.checkpoints.json_files import FLAG, OBJECT, Form, naming, shown, value_of, whole
+from models.checkpoints.json_files import naming, shown, value_of
 from models.checkpoints.vlm_config import tower_config
 from models.families import PINPOINTS
 from ops import choices
+from ops.values import Pixels, Range
 
 LLAVAS = ('llava', 'llava_next', 'llava_onevision')
 QWENS = ('qwen2_vl', 'qwen2_5_vl')
@@ -35,11 +36,10 @@ QWENS = ('qwen2_vl', 'qwen2_5_vl')
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 # Keys of the areas of an image in pixels, and what newer releases call them inside `size`.
 AREAS = {'min_pixels': 'shortest_edge', 'max_pixels': 'longest_edge'}
-PATCH, AREA = whole(1, 256), whole(1, 1 << 24)
-POINTS = Form('a list of pairs of sides in pixels, height and width',
-              lambda value: isinstance(value, list | tuple) and all(
-                  isinstance(pair, list | tuple) and len(pair) == 2 and all(map(SIDE.fits, pair))
-                  for pair in value))
+Patch = Annotated[int, Range(1, 256)]
+Area = Annotated[int, Range(1, 1 << 24)]
+# Heights and widths.
+Points = tuple[tuple[Pixels, Pixels], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,9 +295,9 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
   side = tile // vision['patch_size']
   # Where patches do not divide a crop, its last pixels are not read.
   used = side * vision['patch_size']
-  background = tuple(value_of(steps, 'image_mean', COLOUR) or CLIP_MEAN)
+  background = tuple(value_of(steps, 'image_mean', Colour) or CLIP_MEAN)
   if kind == 'llava':
-    pad = value_of(steps, 'do_pad', FLAG)
+    pad = value_of(steps, 'do_pad', bool)
     return Square(crop_steps, side, background if pad else (), used)
   max_crops, base_view = 0, None
   if kind == 'llava_onevision':
@@ -308,8 +308,8 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
     max_crops = int(ratio.removeprefix('anyres_max_'))
     # Only an image by itself is divided into crops; among others it is one padded square.
     base_view = Square(crop_steps, side, background, used, newline=True)
-  pinpoints = (value_of(steps, 'image_grid_pinpoints', POINTS)
-               or value_of(config, 'image_grid_pinpoints', POINTS) or PINPOINTS[kind])
+  pinpoints = (value_of(steps, 'image_grid_pinpoints', Points)
+               or value_of(config, 'image_grid_pinpoints', Points) or PINPOINTS[kind])
   for pair in pinpoints:
     if any(length % tile for length in pair):
       raise ValueError(f'image_grid_pinpoints has {tuple(pair)}, and a crop is {tile} pixels wide: '
@@ -320,20 +320,20 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
 
 def _patches(steps: Mapping[str, Any], config: Mapping[str, Any], grid: Size) -> Patches:
   """Makes the processor of a Qwen tower."""
-  size = value_of(steps, 'size', OBJECT) or {}
+  size = value_of(steps, 'size', Mapping[str, Any]) or {}
   for key in size:
     choices.check_key('size has no key ', key, (*AREAS, *AREAS.values()))
-  value_of(steps, 'do_resize', FLAG)  # Whatever it says, sides are made multiples of patches.
+  value_of(steps, 'do_resize', bool)  # Whatever it says, sides are made multiples of patches.
   pixel_steps = preprocess.from_config({**steps, 'do_resize': False})
   tower, sides = config.get('vision_config') or {}, []
   for key, its_key, default in (('patch_size', 'patch_size', 14),
                                 ('temporal_patch_size', 'temporal_patch_size', 2),
                                 ('merge_size', 'spatial_merge_size', 2)):
-    sides.append(value_of(steps, key, PATCH) or default)
+    sides.append(value_of(steps, key, Patch) or default)
     if tower.get(its_key, sides[-1]) != sides[-1]:
       raise ValueError(f'{key}={sides[-1]} differs from vision_config.{its_key}='
                        f'{shown(tower[its_key])} in config.json: correct one of them')
-  areas = [value_of(steps, key, AREA) or value_of(size, key, AREA) or value_of(size, edge, AREA)
+  areas = [value_of(steps, key, Area) or value_of(size, key, Area) or value_of(size, edge, Area)
            or default for (key, edge), default in zip(
                AREAS.items(), (56 * 56, 28 * 28 * 1280), strict=True)]
   if areas[0] > areas[1]:

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from lib.data.datasets import digit_scenes, digit_segments, digits, stdlib_needle
-from models.checkpoints.json_files import TEXT, needed, value_of
+from models.checkpoints.json_files import needed, value_of
 from ops import choices
 
 # Sets that are prepared on first use: nothing is downloaded and it takes seconds.
@@ -88,7 +88,7 @@ def data_dir_of_run(data: Mapping[str, Any]) -> str:
   Raises:
     ValueError: it names no set.
   """
-  name, stated = needed(data, 'name', TEXT), value_of(data, 'data_dir', TEXT) or ''
+  name, stated = needed(data, 'name', str), value_of(data, 'data_dir', str) or ''
   if stated in ('', DATA_DIR):
     return stated
   try:

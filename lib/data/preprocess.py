@@ -9,42 +9,33 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
 from lib.data.image_files import rgb
 from models.checkpoints.json_files import (
-    FLAG,
-    OBJECT,
-    Form,
-    is_number,
     naming,
     needed,
     read_json,
     read_json_if_there,
     shown,
     value_of,
-    whole,
 )
+from ops.values import Pixels, Range
 
 # The numbers that configs give are Pillow's own; all of these antialias when they shrink.
 RESAMPLE = {code.value: code for code in Image.Resampling}
 # Before `size` was a dict, a single number meant the shorter edge to these, a square to all others.
 SHORTEST_EDGE = ('CLIPFeatureExtractor', 'CLIPImageProcessor', 'BitImageProcessor')
 # Longer sides than any tower has would fill the memory.
-SIDE = whole(1, 16384)
-SIDES = Form(f'{SIDE.words}, or an object of such',
-             lambda value: all(side is None or SIDE.fits(side) for side in
-                               (value.values() if isinstance(value, Mapping) else [value])))
+Sides = Pixels | Mapping[str, Pixels | None]
 # Pixels are numbers of 0 to 1, or where nothing rescales them of 0 to 255.
-FACTOR = Form('a number above 0, at most 1', lambda value: is_number(value) and 0 < value <= 1)
-COLOUR = Form('a list of three numbers from 0 to 255',
-              lambda value: isinstance(value, list | tuple) and len(value) == 3
-              and all(is_number(each) and 0 <= each <= 255 for each in value))
-SPREAD = Form('a list of three numbers above 0, at most 255',
-              lambda value: COLOUR.fits(value) and min(value) > 0)
+Factor = Annotated[float, Range(above=0, high=1)]
+Channel = Annotated[float, Range(0, 255)]
+Spread = Annotated[float, Range(above=0, high=255)]
+Colour = tuple[Channel, Channel, Channel]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +116,7 @@ def read_steps(source: str | pathlib.Path) -> tuple[pathlib.Path, Mapping[str, A
     return path, read_json(path)
   whole = path / 'processor_config.json'
   with naming(whole):
-    steps = value_of(read_json_if_there(whole), 'image_processor', OBJECT)
+    steps = value_of(read_json_if_there(whole), 'image_processor', Mapping[str, Any])
   if steps:
     return whole, steps
   path = path / 'preprocessor_config.json'
@@ -142,15 +133,15 @@ def from_config(config: Mapping[str, Any]) -> Preprocess:
     ValueError: a key that is missing, or of the wrong form.
   """
   size = crop = rescale = mean = std = None
-  if value_of(config, 'do_resize', FLAG, True):
+  if value_of(config, 'do_resize', bool, True):
     size = _size(config)
-  if value_of(config, 'do_center_crop', FLAG, False):
-    crop = _square(needed(config, 'crop_size', SIDES))
-  if value_of(config, 'do_rescale', FLAG, True):
-    rescale = value_of(config, 'rescale_factor', FACTOR) or 1 / 255
-  if value_of(config, 'do_normalize', FLAG, True):
-    mean = tuple(needed(config, 'image_mean', COLOUR))
-    std = tuple(needed(config, 'image_std', SPREAD))
+  if value_of(config, 'do_center_crop', bool, False):
+    crop = _square(needed(config, 'crop_size', Sides))
+  if value_of(config, 'do_rescale', bool, True):
+    rescale = value_of(config, 'rescale_factor', Factor) or 1 / 255
+  if value_of(config, 'do_normalize', bool, True):
+    mean = tuple(needed(config, 'image_mean', Colour))
+    std = tuple(needed(config, 'image_std', tuple[Spread, Spread, Spread]))
   return Preprocess(size, resample(config, Image.Resampling.BILINEAR), crop, rescale, mean, std)
 
 
@@ -168,8 +159,8 @@ def resample(config: Mapping[str, Any], default: Image.Resampling) -> int:
 
 
 def _size(config: Mapping[str, Any]) -> tuple[int, int] | int:
-  size = needed(config, 'size', SIDES)
-  if isinstance(size, int):
+  size = needed(config, 'size', Sides)
+  if not isinstance(size, Mapping):
     name = config.get('image_processor_type') or config.get('feature_extractor_type')
     return size if name in SHORTEST_EDGE else (size, size)
   keys = {key for key, value in size.items() if value is not None}
@@ -181,9 +172,9 @@ def _size(config: Mapping[str, Any]) -> tuple[int, int] | int:
 
 
 def _square(size: int | Mapping[str, int]) -> tuple[int, int]:
-  if isinstance(size, int):
+  if not isinstance(size, Mapping):
     return (size, size)
-  return needed(size, 'height', SIDE), needed(size, 'width', SIDE)
+  return needed(size, 'height', Pixels), needed(size, 'width', Pixels)
 
 
 def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:

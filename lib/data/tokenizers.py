@@ -17,22 +17,22 @@ import re
 import secrets
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from lib.data import templates
 from models.checkpoints.json_files import (
-    FLAG,
     SHOWN,
-    Form,
     naming,
+    needed,
     read_json_if_there,
     read_text,
     shown,
     value_of,
 )
 from ops import choices
+from ops.values import OneOf
 
 if TYPE_CHECKING:
   import tokenizers
@@ -42,10 +42,8 @@ BY_HAND = 'write the whole prompt by hand (template=False, or --notemplate)'
 CANONICAL = ('none', 'lower', 'words')
 # Stands before each character of a special token's text that is meant as text; a private character.
 ESCAPE = '\U0010fffd'
-TOKEN = Form("a text, or an object with a 'content' that is one",
-             lambda value: isinstance(value.get('content') if isinstance(value, Mapping) else value,
-                                      str))
-SIDE = Form("'left' or 'right'", lambda value: value in ('left', 'right'))
+Side = Annotated[str, OneOf(('left', 'right'))]
+Templates = str | Mapping[str, str] | tuple[Mapping[str, Any], ...]
 
 
 class Chat:
@@ -237,8 +235,8 @@ class TextTowerTokenizer:
     settings = read_json_if_there(folder / 'tokenizer_config.json')
     self._tokens = _special_tokens(folder)
     with naming(folder / 'tokenizer_config.json'):
-      self._added = [value_of(settings, f'add_{end}_token', FLAG) for end in ('bos', 'eos')]
-      self._side = value_of(settings, 'padding_side', SIDE)
+      self._added = [value_of(settings, f'add_{end}_token', bool) for end in ('bos', 'eos')]
+      self._side = value_of(settings, 'padding_side', Side)
     self._context, self._canonical = context, canonical
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -435,22 +433,11 @@ def _template(folder: pathlib.Path, name: str) -> str:
 def _templates(path: pathlib.Path) -> dict[str, str]:
   """Returns the templates of a JSON file by name; {} where it has none."""
   with naming(path):
-    content = value_of(read_json_if_there(path), 'chat_template', TEMPLATES)
-  if isinstance(content, list):
-    return {each['name']: each['template'] for each in content}
+    content = value_of(read_json_if_there(path), 'chat_template', Templates)
+    if isinstance(content, list):
+      with naming('chat_template'):
+        return {needed(each, 'name', str): needed(each, 'template', str) for each in content}
   return {'default': content} if isinstance(content, str) else content or {}
-
-
-def _are_templates(value: Any) -> bool:
-  if isinstance(value, list):
-    return all(isinstance(each, Mapping) and isinstance(each.get('name'), str)
-               and isinstance(each.get('template'), str) for each in value)
-  texts = value.values() if isinstance(value, Mapping) else [value]
-  return all(isinstance(each, str) for each in texts)
-
-
-TEMPLATES = Form("a text, an object of texts, or a list of objects with a 'name' and a 'template'",
-                 _are_templates)
 
 
 def _special_tokens(folder: pathlib.Path) -> dict[str, str]:
@@ -460,9 +447,12 @@ def _special_tokens(folder: pathlib.Path) -> dict[str, str]:
   for key in settings:
     if key.endswith('_token') and not key.startswith('add_'):
       with naming(path):
-        token = value_of(settings, key, TOKEN)
+        token = value_of(settings, key, str | Mapping[str, Any])
+        if isinstance(token, Mapping):
+          with naming(key):
+            token = needed(token, 'content', str)
       if token is not None:
-        tokens[key] = token['content'] if isinstance(token, Mapping) else token
+        tokens[key] = token
   return tokens
 
 

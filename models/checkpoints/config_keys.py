@@ -1,6 +1,6 @@
-"""The keys of a published config.json: what is read, in what range, and what means nothing here.
+"""The keys of a published config.json: what is read, of what type, and what means nothing here.
 
-A key that is read has a check. One that changes nothing in a model's outputs passes at any value
+A key that is read has a type. One that changes nothing in a model's outputs passes at any value
 (`HARMLESS`). Every other key is refused, unless it is null: it may change the model, and to ignore
 it would be wrong in silence.
 
@@ -9,13 +9,13 @@ Keys and defaults are those of the transformers library's config classes, versio
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import reprlib
 from collections.abc import Mapping
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any
 
-from ops import choices
+from ops import choices, values
+from ops.values import Like, OneOf, Pixels, Range
 
 # Activations by the library's names, as models/blocks.py calls them.
 ACTIVATIONS = {'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_new': 'gelu_tanh',
@@ -23,112 +23,31 @@ ACTIVATIONS = {'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_new': 'gelu_tanh',
                'quick_gelu': 'quick_gelu'}
 
 
-@dataclasses.dataclass(frozen=True)
-class Number:
-  """A range of numbers, ends included.
+Kinds = Mapping[str, Any]
 
-  Attributes:
-    low, high: the ends.
-    whole: whether fractions are excluded.
-    null: whether null is a value.
-    otherwise: says what other values mean, '' for nothing.
-  """
-
-  low: float
-  high: float
-  whole: bool = True
-  null: bool = False
-  otherwise: str = ''
-
-  def allows(self, value: Any) -> bool:
-    """Returns whether a value is in the range; NaN and booleans are not."""
-    if value is None or isinstance(value, bool):
-      return self.null and value is None
-    return isinstance(value, int if self.whole else (int, float)) and (
-        self.low <= value <= self.high)
-
-  def __str__(self) -> str:
-    return (f'a {"whole " if self.whole else ""}number from {self.low:g} to {self.high:g}'
-            f'{" or null" if self.null else ""}{self.otherwise and "; "}{self.otherwise}')
-
-
-@dataclasses.dataclass(frozen=True)
-class OneOf:
-  """A few values; `otherwise` says what the others need."""
-
-  values: tuple[Any, ...]
-  otherwise: str = 'use another checkpoint'
-
-  def allows(self, value: Any) -> bool:
-    """Returns whether a value is among them."""
-    return value in self.values
-
-  def __str__(self) -> str:
-    return f'{" or ".join(map(repr, self.values))}; {self.otherwise}'
-
-
-@dataclasses.dataclass(frozen=True)
-class Each:
-  """A list of values that one check allows.
-
-  Attributes:
-    check: of a value.
-    length: how many there are, 0 for any number.
-    null: whether null is a value.
-  """
-
-  check: Any
-  length: int = 0
-  null: bool = False
-
-  def allows(self, value: Any) -> bool:
-    """Returns whether a value is such a list."""
-    if value is None:
-      return self.null
-    return (isinstance(value, list | tuple) and all(map(self.check.allows, value))
-            and self.length in (0, len(value)))
-
-  def __str__(self) -> str:
-    return f'a list{f" of {self.length}" if self.length else ""}, each {self.check}'
-
-
-@dataclasses.dataclass(frozen=True)
-class Pattern:
-  """Texts that a regular expression matches as a whole; `example` is one."""
-
-  pattern: str
-  example: str
-
-  def allows(self, value: Any) -> bool:
-    """Returns whether a value is such a text."""
-    return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
-
-  def __str__(self) -> str:
-    return f'a text as {self.example!r}'
-
-
-class Section:
-  """An object with keys of its own, or null."""
-
-  def allows(self, value: Any) -> bool:
-    """Returns whether a value is an object."""
-    return value is None or isinstance(value, Mapping)
-
-  def __str__(self) -> str:
-    return 'an object'
-
-
-Check = Number | OneOf | Each | Pattern | Section
-Checks = Mapping[str, Check]
-
-SIZE, COUNT, LENGTH = Number(1, 2 ** 18), Number(1, 1024), Number(1, 2 ** 30)
-TOKEN, VOCABULARY = Number(0, 2 ** 24), Number(1, 2 ** 24)
-EPSILON, FACTOR = Number(0, 1, whole=False), Number(1e-3, 1e6, whole=False)
-THETA = Number(2, 1e12, whole=False)
-YES_OR_NO = OneOf((True, False, None), 'write true or false')
-NO = OneOf((False, None), 'this model has no place for anything else: use another checkpoint')
-YES = OneOf((True, None), NO.otherwise)
-ACTIVATION = OneOf(tuple(ACTIVATIONS), 'no other activation is known here')
+Size = Annotated[int, Range(1, 2 ** 18)]
+Count = Annotated[int, Range(1, 1024)]
+Few = Annotated[int, Range(1, 16)]
+Layer = Annotated[int, Range(0, 1024)]
+Length = Annotated[int, Range(1, 2 ** 30)]
+Window = Annotated[int, Range(0, 2 ** 30)]
+Vocabulary = Annotated[int, Range(1, 2 ** 24)]
+Token = Annotated[int, Range(0, 2 ** 24)]
+Classes = Annotated[int, Range(0, 2 ** 20)]
+RopeSection = Annotated[int, Range(0, 2 ** 18)]
+Epsilon = Annotated[float, Range(0, 1)]
+Factor = Annotated[float, Range(1e-3, 10 ** 6)]
+Theta = Annotated[float, Range(2, 10 ** 12)]
+Ratio = Annotated[float, Range(0.1, 64)]
+Flag = bool | None
+# Where a model has no place for anything else.
+No = Annotated[bool, OneOf((False,))] | None
+Yes = Annotated[bool, OneOf((True,))] | None
+AllOfIt = Annotated[float, OneOf((1.0,))] | None
+Section = Mapping[Any, Any] | None
+Activation = Annotated[str, OneOf(ACTIVATIONS)]
+Gate = Annotated[str, OneOf(('silu', 'swish'))]
+Pool = Annotated[str, OneOf(('token', 'avg', 'map', ''))]
 
 # Keys that mean nothing here at any value, by the reason.
 _HARMLESS = {
@@ -159,113 +78,108 @@ _HARMLESS = {
         'decoder_intermediate_size stage_names apply_layernorm reshape_hidden_states',
     'the same products in slices': 'pretraining_tp'}
 HARMLESS = frozenset(key for keys in _HARMLESS.values() for key in keys.split())
-_QUANTIZED = OneOf((None,), 'quantized weights are not read: use the checkpoint in bfloat16, '
-                            'float16 or float32')
-_EVERYWHERE: Checks = {
-    'architectures': Each(Pattern('.*', 'LlamaForCausalLM'), null=True), 'id2label': Section(),
-    'quantization_config': _QUANTIZED, 'compression_config': _QUANTIZED,
-    'pruned_heads': OneOf(({}, None)), 'is_encoder_decoder': NO, 'add_cross_attention': NO}
+_QUANTIZED = ('quantization_config', 'compression_config')
+_EVERYWHERE: Kinds = {
+    'architectures': tuple[Annotated[str, Like('.*', 'LlamaForCausalLM')], ...] | None,
+    'id2label': Section, **dict.fromkeys(_QUANTIZED, NoneType),
+    'pruned_heads': Annotated[Mapping[Any, Any], OneOf(({},))] | None, 'is_encoder_decoder': No,
+    'add_cross_attention': No}
 
-_BLOCKS: Checks = {'hidden_size': SIZE, 'intermediate_size': Number(1, 2 ** 20),
-                   'num_hidden_layers': COUNT, 'num_attention_heads': COUNT}
-_LM: Checks = {
-    **_BLOCKS, 'num_key_value_heads': dataclasses.replace(COUNT, null=True),
-    'head_dim': dataclasses.replace(SIZE, null=True), 'vocab_size': VOCABULARY,
-    'max_position_embeddings': LENGTH, 'rms_norm_eps': EPSILON,
-    'rope_theta': THETA, 'rope_scaling': Section(),
-    'rope_parameters': Section(), 'partial_rotary_factor': OneOf((1.0, None)),
-    'hidden_act': OneOf(('silu', 'swish'), 'these models gate with it'),
-    'tie_word_embeddings': YES_OR_NO, 'attention_bias': NO, 'mlp_bias': NO, 'rope_interleaved': NO}
-_WINDOW = Number(0, LENGTH.high, null=True)
-_WINDOWS: Checks = {
-    'sliding_window': _WINDOW, 'use_sliding_window': YES_OR_NO, 'max_window_layers': _WINDOW,
-    'layer_types': Each(OneOf(('full_attention', 'sliding_attention')), null=True),
-    'use_mrope': NO}
-_TOWER: Checks = {
-    **_BLOCKS, 'patch_size': Number(1, 1024), 'num_channels': Number(1, 16),
-    'hidden_act': ACTIVATION, 'layer_norm_eps': EPSILON, 'tie_word_embeddings': YES_OR_NO}
-_IMAGE: Checks = {**_TOWER, 'image_size': Number(1, 2 ** 14)}
-_VIT: Checks = {**_IMAGE, 'qkv_bias': YES}
-_DINOV2: Checks = {
-    **{key: check for key, check in _VIT.items() if key != 'intermediate_size'},
-    'mlp_ratio': Number(0.1, 64, whole=False), 'use_swiglu_ffn': YES_OR_NO}
+_BLOCKS: Kinds = {'hidden_size': Size, 'intermediate_size': Annotated[int, Range(1, 2 ** 20)],
+                  'num_hidden_layers': Count, 'num_attention_heads': Count}
+_LM: Kinds = {
+    **_BLOCKS, 'num_key_value_heads': Count | None, 'head_dim': Size | None,
+    'vocab_size': Vocabulary, 'max_position_embeddings': Length, 'rms_norm_eps': Epsilon,
+    'rope_theta': Theta, 'rope_scaling': Section, 'rope_parameters': Section,
+    'partial_rotary_factor': AllOfIt, 'hidden_act': Gate, 'tie_word_embeddings': Flag,
+    'attention_bias': No, 'mlp_bias': No, 'rope_interleaved': No}
+_WINDOWS: Kinds = {
+    'sliding_window': Window | None, 'use_sliding_window': Flag, 'max_window_layers': Window | None,
+    'use_mrope': No, 'layer_types': tuple[
+        Annotated[str, OneOf(('full_attention', 'sliding_attention'))], ...] | None}
+_TOWER: Kinds = {
+    **_BLOCKS, 'patch_size': Count, 'num_channels': Few, 'hidden_act': Activation,
+    'layer_norm_eps': Epsilon, 'tie_word_embeddings': Flag}
+_IMAGE: Kinds = {**_TOWER, 'image_size': Pixels}
+_VIT: Kinds = {**_IMAGE, 'qkv_bias': Yes}
+_DINOV2: Kinds = {**{key: kind for key, kind in _VIT.items() if key != 'intermediate_size'},
+                  'mlp_ratio': Ratio, 'use_swiglu_ffn': Flag}
 # Beside its own tower CLIP's has these of the text's, which nothing reads.
-_CLIP_IMAGE: Checks = {**_IMAGE, 'projection_dim': SIZE, 'vocab_size': VOCABULARY}
-_TEXT: Checks = {**_TOWER, 'vocab_size': VOCABULARY, 'max_position_embeddings': LENGTH,
-                 'eos_token_id': Number(0, 2 ** 24, null=True)}
-_SIGLIP_TEXT: Checks = {**_TEXT, 'projection_size': dataclasses.replace(SIZE, null=True)}
-_PAIR: Checks = {'vision_config': Section(), 'text_config': Section(),
-                 'tie_word_embeddings': YES_OR_NO}
-_VLM: Checks = {
-    **_PAIR, 'image_token_id': TOKEN, 'image_token_index': TOKEN,
+_CLIP_IMAGE: Kinds = {**_IMAGE, 'projection_dim': Size, 'vocab_size': Vocabulary}
+_TEXT: Kinds = {**_TOWER, 'vocab_size': Vocabulary, 'max_position_embeddings': Length,
+                'eos_token_id': Token | None}
+_SIGLIP_TEXT: Kinds = {**_TEXT, 'projection_size': Size | None}
+_PAIR: Kinds = {'vision_config': Section, 'text_config': Section, 'tie_word_embeddings': Flag}
+_VLM: Kinds = {
+    **_PAIR, 'image_token_id': Token, 'image_token_index': Token,
     # Of videos, and around images: a tokenizer writes them.
-    **{f'{kind}_token_{ending}': dataclasses.replace(TOKEN, null=True)
+    **{f'{kind}_token_{ending}': Token | None
        for kind in ('video', 'vision', 'vision_start', 'vision_end') for ending in ('id', 'index')}}
-_LLAVA: Checks = {
-    **_VLM, 'vision_feature_layer': Number(
-        -1024, 1024, otherwise='one layer, without its [CLS] token if any'),
-    'vision_feature_select_strategy': OneOf(('default', 'full')),
-    'projector_hidden_act': ACTIVATION, 'multimodal_projector_bias': YES,
+_LLAVA: Kinds = {
+    # One layer, without its [CLS] token if any.
+    **_VLM, 'vision_feature_layer': Annotated[int, Range(-1024, 1024)],
+    'vision_feature_select_strategy': Annotated[str, OneOf(('default', 'full'))],
+    'projector_hidden_act': Activation, 'multimodal_projector_bias': Yes,
     # As long as a processor writes it, and as older files repeat it of the text's.
-    'image_seq_length': dataclasses.replace(LENGTH, null=True), 'vocab_size': VOCABULARY}
-_PINPOINTS: Checks = {'image_grid_pinpoints': Each(Each(SIZE, 2), null=True),
-                      'use_image_newline_parameter': YES}
-_QWEN_TOWER: Checks = {
-    'depth': COUNT, 'num_heads': COUNT, 'hidden_size': SIZE, 'patch_size': Number(1, 1024),
-    'temporal_patch_size': OneOf((2,)), 'spatial_merge_size': Number(1, 16),
-    'in_channels': OneOf((3,)), 'in_chans': OneOf((3,)), 'spatial_patch_size': Number(1, 1024),
-    'rope_parameters': Section(), 'tie_word_embeddings': YES_OR_NO}
+    'image_seq_length': Length | None, 'vocab_size': Vocabulary}
+_PINPOINTS: Kinds = {'image_grid_pinpoints': tuple[tuple[Size, Size], ...] | None,
+                     'use_image_newline_parameter': Yes}
+_QWEN_TOWER: Kinds = {
+    'depth': Count, 'num_heads': Count, 'hidden_size': Size, 'patch_size': Count,
+    'temporal_patch_size': Annotated[int, OneOf((2,))], 'spatial_merge_size': Few,
+    **dict.fromkeys(('in_channels', 'in_chans'), Annotated[int, OneOf((3,))]),
+    'spatial_patch_size': Count, 'rope_parameters': Section, 'tie_word_embeddings': Flag}
 
 # What a config.json may say, by its model_type; a nested one of a text has the plain model's.
-KEYS: dict[str, Checks] = {
-    'llama': _LM, 'mistral': {**_LM, 'sliding_window': _WINDOW},
+KEYS: dict[str, Kinds] = {
+    'llama': _LM, 'mistral': {**_LM, 'sliding_window': Window | None},
     'qwen2': {**_LM, **_WINDOWS}, 'qwen3': {**_LM, **_WINDOWS},
     'vit': _VIT, 'deit': _VIT, 'vit_mae': _VIT, 'dinov2': _DINOV2,
-    'dinov2_with_registers': {**_DINOV2, 'num_register_tokens': Number(0, 1024)},
+    'dinov2_with_registers': {**_DINOV2, 'num_register_tokens': Layer},
     'clip_vision_model': _CLIP_IMAGE,
-    'siglip_vision_model': {**_IMAGE, 'vision_use_head': YES_OR_NO},
-    'siglip2_vision_model': {**_TOWER, 'num_patches': LENGTH, 'vision_use_head': YES_OR_NO},
-    'clip_text_model': {**_TEXT, 'projection_dim': SIZE},
+    'siglip_vision_model': {**_IMAGE, 'vision_use_head': Flag},
+    'siglip2_vision_model': {**_TOWER, 'num_patches': Length, 'vision_use_head': Flag},
+    'clip_text_model': {**_TEXT, 'projection_dim': Size},
     'siglip_text_model': _SIGLIP_TEXT, 'siglip2_text_model': _SIGLIP_TEXT,
-    'clip': {**_PAIR, 'projection_dim': SIZE, 'text_config_dict': Section(),
-             'vision_config_dict': Section()},
+    'clip': {**_PAIR, 'projection_dim': Size, 'text_config_dict': Section,
+             'vision_config_dict': Section},
     'siglip': _PAIR, 'siglip2': _PAIR,
     'llava': _LLAVA, 'llava_next': {**_LLAVA, **_PINPOINTS},
-    'llava_onevision': {**_LLAVA, **_PINPOINTS, 'vision_aspect_ratio': Pattern(
-        r'anyres_max_[1-9]\d{0,3}', 'anyres_max_9')},
+    'llava_onevision': {**_LLAVA, **_PINPOINTS, 'vision_aspect_ratio': Annotated[
+        str, Like(r'anyres_max_[1-9]\d{0,3}', 'anyres_max_9')]},
     'qwen2_vl': _VLM, 'qwen2_5_vl': _VLM,
-    'qwen2_vl_vision': {**_QWEN_TOWER, 'embed_dim': SIZE, 'hidden_act': ACTIVATION,
-                        'mlp_ratio': Number(0.1, 64, whole=False)},
+    'qwen2_vl_vision': {**_QWEN_TOWER, 'embed_dim': Size, 'hidden_act': Activation,
+                        'mlp_ratio': Ratio},
     'qwen2_5_vl_vision': {
-        **_QWEN_TOWER, 'hidden_act': OneOf(('silu', 'swish')), 'intermediate_size': SIZE,
-        'out_hidden_size': SIZE, 'window_size': Number(1, 2 ** 14),
-        'fullatt_block_indexes': Each(Number(0, COUNT.high)),
+        **_QWEN_TOWER, 'hidden_act': Gate, 'intermediate_size': Size, 'out_hidden_size': Size,
+        'window_size': Pixels, 'fullatt_block_indexes': tuple[Layer, ...],
         # Of videos.
-        'tokens_per_second': Number(0, 1e6, whole=False)},
+        'tokens_per_second': Annotated[float, Range(0, 10 ** 6)]},
     'rope': {
-        **dict.fromkeys(('rope_type', 'type'), OneOf(
-            (None, 'default', 'linear', 'dynamic', 'llama3', 'yarn', 'mrope'))),
+        **dict.fromkeys(('rope_type', 'type'), Annotated[str, OneOf(
+            ('default', 'linear', 'dynamic', 'llama3', 'yarn', 'mrope'))] | None),
         **dict.fromkeys(('factor', 'low_freq_factor', 'high_freq_factor', 'beta_fast', 'beta_slow',
-                         'attention_factor'), dataclasses.replace(FACTOR, null=True)),
-        'rope_theta': dataclasses.replace(THETA, null=True), 'truncate': YES_OR_NO,
-        'original_max_position_embeddings': dataclasses.replace(LENGTH, null=True),
-        'mrope_section': Each(Number(0, SIZE.high), 3), 'mrope_interleaved': YES_OR_NO,
-        'partial_rotary_factor': OneOf((1.0, None)), 'finetuned': YES_OR_NO,
-        **dict.fromkeys(('mscale', 'mscale_all_dim'),
-                        OneOf((0, None), "no family's scaling has it"))},
+                         'attention_factor'), Factor | None),
+        'rope_theta': Theta | None, 'original_max_position_embeddings': Length | None,
+        'mrope_section': tuple[RopeSection, RopeSection, RopeSection],
+        **dict.fromkeys(('truncate', 'mrope_interleaved', 'finetuned'), Flag),
+        'partial_rotary_factor': AllOfIt,
+        # No family's scaling has these.
+        **dict.fromkeys(('mscale', 'mscale_all_dim'), Annotated[float, OneOf((0,))] | None)},
     # timm's own file, and what it adds to the architecture; most of that, shapes show.
-    'timm': {'architecture': Pattern('.+', 'vit_base_patch16_224'), 'model_args': Section(),
-             'pretrained_cfg': Section(), 'num_classes': Number(0, 2 ** 20), 'num_features': SIZE,
-             'global_pool': OneOf(('token', 'avg', 'map', ''))},
+    'timm': {'architecture': Annotated[str, Like('.+', 'vit_base_patch16_224')],
+             'model_args': Section, 'pretrained_cfg': Section, 'num_classes': Classes,
+             'num_features': Size, 'global_pool': Pool},
     'timm_args': {
         **dict.fromkeys(('embed_dim', 'depth', 'patch_size', 'img_size', 'num_heads', 'in_chans'),
-                        Number(1, SIZE.high)),
-        **dict.fromkeys(('num_classes', 'reg_tokens'), Number(0, 2 ** 20)),
+                        Size),
+        **dict.fromkeys(('num_classes', 'reg_tokens'), Classes),
         **dict.fromkeys(('class_token', 'no_embed_class', 'pre_norm', 'dynamic_img_size',
-                         'dynamic_img_pad', 'strict_img_size'), YES_OR_NO),
-        'mlp_ratio': Number(0.1, 64, whole=False), 'init_values': Number(0, 1e3, False, True),
-        'global_pool': OneOf(('token', 'avg', 'map', '')), 'qkv_bias': YES},
-    'tower_rope': {'rope_theta': OneOf((10000.0,)), 'rope_type': OneOf(('axial', 'default'))},
+                         'dynamic_img_pad', 'strict_img_size'), Flag),
+        'mlp_ratio': Ratio, 'init_values': Annotated[float, Range(0, 1000)] | None,
+        'global_pool': Pool, 'qkv_bias': Yes},
+    'tower_rope': {'rope_theta': Annotated[float, OneOf((10000.0,))],
+                   'rope_type': Annotated[str, OneOf(('axial', 'default'))]},
 }
 
 
@@ -280,15 +194,13 @@ def check(config: Mapping[str, Any], kind: str, where: str = '') -> None:
   Raises:
     ValueError: one line, with the key, its value and what is known.
   """
-  checks = {**_EVERYWHERE, **KEYS[kind]}
+  kinds = {**_EVERYWHERE, **KEYS[kind]}
   for key, value in config.items():
-    if key in checks:
-      if not checks[key].allows(value):
-        raise ValueError(f'config.json says {where}{key}={reprlib.repr(value)}: known here is '
-                         f'{checks[key]}')
+    if key in kinds:
+      _check(where, key, value, kinds[key])
     elif value is not None and key not in HARMLESS and not key.startswith('_'):
       raise ValueError(f'config.json says {where}{key}={reprlib.repr(value)}, which is unknown '
-                       f'of {kind}{choices.near(key, checks)}: delete it if it changes nothing, or '
+                       f'of {kind}{choices.near(key, kinds)}: delete it if it changes nothing, or '
                        'use another checkpoint')
 
 
@@ -298,10 +210,17 @@ def section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
   Raises:
     ValueError: something else is there.
   """
-  value = config.get(key)
-  if not Section().allows(value):
-    raise ValueError(f'config.json says {key}={reprlib.repr(value)}: known here is {Section()}')
-  return dict(value or {})
+  _check('', key, config.get(key), Section)
+  return dict(config.get(key) or {})
+
+
+def _check(where: str, key: str, value: Any, kind: Any) -> None:
+  try:
+    values.check(f'{where}{key}', value, kind)
+  except ValueError as error:
+    advice = ('quantized weights are not read, use the checkpoint in bfloat16, float16 or float32'
+              if key in _QUANTIZED else 'fetch the file again, or use another checkpoint')
+    raise ValueError(f'config.json: {error}; {advice}') from error
 
 
 def divides(config: Mapping[str, Any], part: str, whole: str) -> None:

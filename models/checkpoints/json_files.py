@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from ops import values
 
 # Twice the largest tokenizer.json that is published.
 MOST_BYTES = 64 << 20
 # Characters of a wrong value that an error repeats.
 SHOWN = 200
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """Says what the value of a key must be.
-
-  Attributes:
-    words: that, in words.
-    fits: whether a value is so.
-  """
-
-  words: str
-  fits: Callable[[Any], bool]
-
-
-def whole(least: int, most: int) -> Form:
-  """Returns the form of whole numbers in a range."""
-  return Form(f'a whole number from {least:,} to {most:,}',
-              lambda value: type(value) is int and least <= value <= most)
-
-
-def is_number(value: Any) -> bool:
-  """Returns whether a value is a finite number."""
-  return type(value) in (int, float) and math.isfinite(value)
-
-
-FLAG = Form('true or false', lambda value: type(value) is bool)
-TEXT = Form('a text', lambda value: type(value) is str)
-OBJECT = Form('an object with keys', lambda value: isinstance(value, Mapping))
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -105,27 +76,27 @@ def read_json_if_there(path: pathlib.Path) -> dict[str, Any]:
   return read_json(path) if os.path.lexists(path) else {}
 
 
-def value_of(content: Mapping[str, Any], key: str, form: Form, default: Any = None) -> Any:
+def value_of(content: Mapping[str, Any], key: str, kind: Any, default: Any = None) -> Any:
   """Returns the value of a key, `default` where it is missing, None where it is null.
 
   Raises:
-    ValueError: a value of another form.
+    ValueError: a value of another type than `kind`, as `ops.values.check`.
   """
   value = content.get(key, default)
-  if key in content and value is not None and not form.fits(value):
-    raise ValueError(f'{key}={shown(value)} is impossible: it must be {form.words}')
+  if value is not None:
+    values.check(key, value, kind)
   return value
 
 
-def needed(content: Mapping[str, Any], key: str, form: Form) -> Any:
+def needed(content: Mapping[str, Any], key: str, kind: Any) -> Any:
   """Returns the value of a key that must be there.
 
   Raises:
-    ValueError: it is missing, null, or of another form.
+    ValueError: it is missing or null, or as `value_of`.
   """
-  value = value_of(content, key, form)
+  value = value_of(content, key, kind)
   if value is None:
-    raise ValueError(f'{key} is missing: it must be {form.words}')
+    raise ValueError(f'{key} is missing: it must be {values.describe(kind)}')
   return value
 
 

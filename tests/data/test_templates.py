@@ -119,15 +119,18 @@ def test_variables_that_are_no_data(tmp_path):
   assert 'takes texts, numbers, lists and dicts alone' in said(made, USER, tools=[object()])
 
 
-@pytest.mark.parametrize('value', [
-    3, True, [3], ['{{ a }}'], [{'name': 'default'}], [{'name': 3, 'template': ''}],
-    {'default': None}, {'default': ['{{ a }}']}, [[]]], ids=repr)
+FORMS = 'must be text or a dict of keys, each text or a tuple, each a dict of keys'
+
+
+@pytest.mark.parametrize(('value', 'message'), [
+    *((each, f'={each!r} {FORMS}') for each in (
+        3, True, [3], ['{{ a }}'], {'default': None}, {'default': ['{{ a }}']}, [[]])),
+    ([{'name': 'default'}], ': template is missing: it must be text'),
+    ([{'name': 3, 'template': ''}], ': name=3 must be text')], ids=repr)
 @pytest.mark.parametrize('file', ['tokenizer_config.json', 'chat_template.json'])
-def test_templates_of_another_form(file, value, tmp_path):
+def test_templates_of_another_form(file, value, message, tmp_path):
   (tmp_path / file).write_text(json.dumps({'chat_template': value}))
-  text = said(Chat, tmp_path)
-  assert text == (f'{tmp_path / file}: chat_template={value!r} is impossible: it must be a text, '
-                  "an object of texts, or a list of objects with a 'name' and a 'template'")
+  assert said(Chat, tmp_path) == f'{tmp_path / file}: chat_template{message}'
 
 
 def test_templates_by_name_as_an_object(tmp_path):
@@ -137,10 +140,12 @@ def test_templates_by_name_as_an_object(tmp_path):
   assert Chat(tmp_path).tokens == {'bos_token': '<s>'}
 
 
-@pytest.mark.parametrize('token', [3, ['<s>'], {'content': 3}, {'text': '<s>'}, False], ids=repr)
-def test_special_tokens_of_another_form(token, tmp_path):
+@pytest.mark.parametrize(('token', 'message'), [
+    (3, '=3 must be text or a dict of keys'), (['<s>'], "=['<s>'] must be text or a dict of keys"),
+    ({'content': 3}, ': content=3 must be text'),
+    ({'text': '<s>'}, ': content is missing: it must be text'),
+    (False, '=False must be text or a dict of keys')], ids=repr)
+def test_special_tokens_of_another_form(token, message, tmp_path):
   (tmp_path / 'chat_template.jinja').write_text('{{ bos_token }}')
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'bos_token': token}))
-  assert said(Chat, tmp_path) == (
-      f'{tmp_path / "tokenizer_config.json"}: bos_token={token!r} is impossible: it must be a '
-      "text, or an object with a 'content' that is one")
+  assert said(Chat, tmp_path) == f'{tmp_path / "tokenizer_config.json"}: bos_token{message}'

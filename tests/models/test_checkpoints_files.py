@@ -171,7 +171,7 @@ def test_a_config_that_is_none_is_refused(content, message, tmp_path):
     ({'num_attention_heads': 4}, 'has heads=4 and the model 2'),
     ({'model_type': 'llama'}, "model_type 'llama' is unknown"),
     ({'model_type': None}, 'None is unknown'),
-    ({'layer_norm_eps': None}, 'says layer_norm_eps=None'),
+    ({'layer_norm_eps': None}, 'json: layer_norm_eps=None'),
     ({'quantization_config': {'quant_method': 'bitsandbytes'}}, 'quantized weights are not read'),
     ({'use_gated_mlp': True}, 'says use_gated_mlp=True, which is unknown of vit'),
 ])
@@ -198,7 +198,7 @@ TIMM = {'architecture': 'vit_tiny_patch16_224', 'num_classes': 5, 'num_features'
     ({'model_args': {'no_embed_class': True}}, 'set special_positions=False'),
     ({'model_args': {'qk_norm': True}}, r'model_args\.qk_norm=True, which is unknown of timm_args'),
     ({'model_args': {'act_layer': 'relu'}}, "act_layer='relu', which is unknown"),
-    ({'num_classes': -1}, 'says num_classes=-1'), ({'architecture': 7}, 'says architecture=7'),
+    ({'num_classes': -1}, 'json: num_classes=-1'), ({'architecture': 7}, 'json: architecture=7'),
 ])
 def test_what_timms_config_says_is_compared(changes, message):
   model = build(NAME)

@@ -11,10 +11,11 @@ import pytest
 from helpers.errors import said
 
 from ops import values
-from ops.values import Keys, NotEmpty, OneOf, Pattern, Range, check
+from ops.values import Keys, Like, NotEmpty, OneOf, Pattern, Range, check
 
 NAN, INFINITY = float('nan'), float('inf')
 PAIR = tuple[values.Positive, values.Positive]
+VERSION = Annotated[str, Like('[a-z]+[0-9]', 'b2')]
 
 
 class Inner(TypedDict):
@@ -44,7 +45,8 @@ def function(image, *, shift: values.Share = 0.0, times: int = 1):
     (('a', (1, 2)), tuple[str, tuple[int, ...]]), (None, int | None), ((1, 2), int | PAIR),
     ({'a': 1}, Mapping[str, int]), ({'rate': 0.5}, Inner), ({'rate': 0.5, 'note': None}, Inner),
     (0, values.Rate), (1, values.Share), (2 ** 32 - 1, values.Seed), (..., Any),
-    ('b', Annotated[str, OneOf('ab')]), ('(a|b)$', Annotated[str, Pattern()])], ids=str)
+    ('b', Annotated[str, OneOf('ab')]), ('(a|b)$', Annotated[str, Pattern()]),
+    ('ab3', VERSION)], ids=str)
 def test_what_passes(value, kind):
   check('key', value, kind)
 
@@ -68,6 +70,11 @@ def test_what_passes(value, kind):
     (2, Annotated[float, Range(high=1, unit='pixels')], 'key=2 must be at most 1 pixels'),
     ('c', Annotated[str, OneOf('ab')], "key='c' is unknown: choose one of a, b"),
     ('(', Annotated[str, Pattern()], "key='(' is no regular expression: missing )"),
+    ('3', VERSION, "key='3' must be text as 'b2'"), ('b2\n', VERSION, "key='b2\\n' must be text"),
+    (3, VERSION | tuple[int, ...], "key=3 must be text as 'b2' or a tuple, each a whole number"),
+    (1, str | Mapping[str, values.Share], 'text or a dict of keys, each a number from 0 to 1'),
+    (1, str | Mapping[str, Any], 'key=1 must be text or a dict of keys'),
+    ('x' * 999, Annotated[str, OneOf('ab')], "xxx...xxx"),
     ((), Annotated[tuple[int, ...], NotEmpty()], 'key=() is empty: give at least one'),
     ({'rat': 0.5}, Inner, "key has no key 'rat' (did you mean 'rate'?): choose from rate, note"),
     ({'note': 'a'}, Inner, 'key lacks rate: set them'),
