@@ -45,7 +45,7 @@ def _check(what: str, needed: int, mesh: Mesh) -> None:
 
 def available(mesh: Mesh) -> int:
   """Returns the bytes that the devices of a mesh have; CPUs have those of their machine."""
-  stats = mesh.devices.flat[0].memory_stats()
+  stats = mesh.local_devices[0].memory_stats()
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit'] * mesh.size
   return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') * jax.process_count()
