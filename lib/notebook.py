@@ -48,6 +48,7 @@ from models.backbones.vlm import VLM
 from models.checkpoints import files
 from models.checkpoints.json_files import OBJECT, naming, value_of
 from models.decoding.sampling import Sampling
+from models.plan import reduction_settings
 
 Reduce = Mapping[str, Any]
 # Ids of a prompt that a checkpoint's costs are told for, unless somebody asks for others.
@@ -218,9 +219,9 @@ class LanguageModel:
 
   def _by_component(self, reduce: Reduce) -> dict[str, dict[str, Any]]:
     """Reductions as the models take them: of visual tokens alone, unless they say otherwise."""
-    chosen = {component: dict(component_config) for component, component_config in reduce.items()}
+    chosen = {component: reduction_settings(each) for component, each in reduce.items()}
     language = chosen.get('language')
-    if self.sees and language and language.get('method', 'none') != 'none':
+    if self.sees and language:
       language.setdefault('token_kinds', 'visual')
     return chosen
 

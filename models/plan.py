@@ -129,11 +129,16 @@ def reduction_settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
   Args:
     config: `config.reduce.<component>`; keys that are None are unset.
+
+  Raises:
+    ValueError: no dict, or one that sets something and names no method.
   """
   if config is not None and not hasattr(config, 'keys'):
     raise ValueError(f'the reduction {config!r} must be a dict of keys, as '
                      "{'method': 'tome', 'remove': 8}")
   settings = {key: value for key, value in (config or {}).items() if value is not None}
+  if settings and 'method' not in settings:
+    raise ValueError(f'the reduction {settings} names no method: add one, or set nothing')
   return settings if settings.get('method', 'none') != 'none' else {}
 
 

@@ -260,6 +260,8 @@ def describe(kind: Any) -> str:
     same = len(set(map(describe, args))) == 1
     return (f'a tuple of {len(args)}, each {describe(args[0])}' if same else
             f'({", ".join(map(describe, args))})')
+  if isinstance(kind, Keys) or typing.is_typeddict(kind):
+    return 'a dict of keys'
   return _WORDS.get(kind, getattr(kind, '__name__', str(kind)))
 
 
