@@ -5,10 +5,11 @@
   python -m eval --config=configs/digit_scenes_sweep.py --workdir=runs/scenes
   python -m eval --config=configs/stdlib_needle_sweep.py --workdir=runs/needle
 
-Writes sweep.jsonl (a row a method and budget; rows that are there are not made again), a table,
-plots of the score against cost and latency, differences from a baseline where config.sweep names
-one, and pictures of what was kept, merged and dropped. What is measured of a task is
-lib/tasks/image_sweep.py's or lib/tasks/qa_sweep.py's; what a sweep is, lib/tasks/sweep.py's.
+Writes sweep.jsonl (a row a method and budget; those of the same weights, data, model and settings
+that are there are not made again, those that failed are), a table, plots of the score against cost
+and latency, differences from a baseline where config.sweep names one, and pictures of what was
+kept, merged and dropped. What is measured of a task is lib/tasks/image_sweep.py's or
+lib/tasks/qa_sweep.py's; what a sweep is, lib/tasks/sweep.py's.
 """
 
 import pathlib
@@ -16,13 +17,14 @@ import pathlib
 from absl import flags
 
 from lib.report.measuring import measure_rows
-from lib.runtime import cli, launch, sharding, timing
+from lib.runtime import cli, launch, screen, sharding, timing
 from lib.tasks import registry
 
 
 def main(argv):
   """Loads, sweeps, shows."""
   del argv
+  screen.outlive()
   config, workdir = launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value)
   with launch.start() as first:
     evaluate(config, workdir, first=first)
@@ -32,14 +34,10 @@ def evaluate(config, workdir, *, first):
   """Makes the rows of a sweep that are missing; the first process writes and shows them."""
   sweep = registry.make_sweep(config, workdir, sharding.make_mesh(config.mesh))
 
-  def measure(row):
-    try:
-      return sweep.measure(row)
-    except ValueError as reason:  # A budget that this method cannot meet ends only its own row.
-      return {'note': str(reason)}
-
-  rows = measure_rows(sweep.rows(), measure, path=workdir / 'sweep.jsonl',
-                      about=timing.machine(), write=first)
+  # A budget that a method cannot meet ends only its own row.
+  rows = measure_rows(sweep.rows(), sweep.measure, path=workdir / 'sweep.jsonl',
+                      about=timing.machine(), write=first,
+                      essential=lambda row: row['method'] == 'none')
   if first:
     sweep.show(rows, workdir)
 

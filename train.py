@@ -4,6 +4,11 @@
   python -m train --config=configs/digit_segments.py --workdir=runs/segments
   python -m train --config=configs/digit_scenes.py --workdir=runs/scenes
 
+The same command goes on from its workdir (what may differ then: lib/runtime/run_identity.py).
+SIGTERM, SIGINT (Ctrl-C) and SIGHUP let it finish its step and save. It exits with 0 when training
+is through or was stopped so, whether or not anyone still reads its output; with 2 where it refuses,
+which changes no file. Before training has begun a signal ends it at once.
+
 What a task learns from is lib/tasks/image.py's or lib/tasks/qa.py's. Axis: A microbatches.
 """
 
@@ -21,12 +26,26 @@ import optax
 from absl import flags, logging
 from flax import struct
 
-from lib.runtime import checkpoint, cli, launch, memory, metrics, sharding
+from lib.runtime import (
+    checkpoint,
+    cli,
+    launch,
+    lock,
+    memory,
+    metrics,
+    run_identity,
+    screen,
+    sharding,
+)
 from lib.runtime.meter import Meter
 from lib.tasks import anneal, registry
 from lib.tasks.base import Task, sum_counts
 from lib.tasks.settings import TRAINING, check_config, check_sources
 from models import checkpoints as weights
+
+CHANGE = flags.DEFINE_list(
+    'change', [], 'Keys of the config, comma-separated, that a run which goes on changes on '
+    'purpose: optimizer.peak_lr, total_steps. config.json records since which step.')
 
 
 @struct.dataclass
@@ -68,8 +87,12 @@ class Setup:
 def main(argv):
   """Trains, or goes on training."""
   del argv
+  screen.outlive()
+  # Until there is something to save. Python's own exception can get lost in a library's callback.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   with launch.start() as first:
-    run(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), first=first)
+    run(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value), first=first,
+        on_purpose=CHANGE.value)
 
 
 def make_setup(config, mesh):
@@ -100,17 +123,30 @@ def make_setup(config, mesh):
   return Setup(task, optimizer, init, shardings, train_steps, count_batch)
 
 
-def run(config, workdir, *, first):
+def run(config, workdir, *, first, on_purpose=()):
   """Trains as a config says, or goes on where the workdir stands; True once it is through.
 
   Args:
     config: as the files in configs/ make it.
     workdir: pathlib.Path, where checkpoints and logs go.
     first: whether this process is the one that writes logs.
+    on_purpose: keys of the config that a run which goes on may change.
+
+  Raises:
+    ValueError, OSError: settings, data or a workdir with which nothing can be trained; no file is
+      changed.
+    FloatingPointError: a loss that is not finite.
   """
+  with lock.held(workdir, first=first):
+    return train(config, workdir, first=first, on_purpose=on_purpose)
+
+
+def train(config, workdir, *, first, on_purpose):
+  """Trains in a workdir that is locked, as `run`."""
   # Devices, task, model, data; nothing is compiled and nothing written before all of it fits.
   check_config(config, *TRAINING)
   check_sources(config)
+  changes = run_identity.compare(config, workdir, on_purpose=on_purpose)
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
   setup = make_setup(config, mesh)
@@ -130,24 +166,30 @@ def run(config, workdir, *, first):
 
   # Resume: 1. the newest checkpoint that can be read, 2. its state, 3. its place in the data,
   # 4. else a fresh state.
-  workdir.mkdir(parents=True, exist_ok=True)
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', metric=task.score)
+  folder = workdir / 'checkpoints'
+  # Made before the folder is, since what it starts from may not be there.
+  state = None if folder.exists() else fresh_state(config, setup, template, key)
+  checkpoints = checkpoint.Checkpoints(folder, metric=task.score)
   restored = checkpoints.restore(parts(template))
   if restored:
     start, saved, position = restored
     state = saved['state'].replace(ema=saved['ema'])
     iterator.set_state(position)
   else:
-    start, state = 0, fresh_state(config, setup, template, key)
+    start, state = 0, state or fresh_state(config, setup, template, key)
   if first:
-    (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
     print(task.summary, end='', flush=True)
   if first and restored:
     print(f'resumed at step {start} of {config.total_steps}', flush=True)
 
-  # The loop.
-  stop = launch.Stop(signal.SIGTERM, signal.SIGINT)
-  writer = metrics.Writer(workdir, total_steps=config.total_steps, start=start, active=first)
+  # The loop. A run that is through stays as it is on disk.
+  writes = first and start < config.total_steps
+  if writes:
+    run_identity.record(config, workdir, changes, step=start)
+    for change in changes:
+      print(f'from step {start} on: {change}', flush=True)
+  stop = launch.Stop()
+  writer = metrics.Writer(workdir, total_steps=config.total_steps, start=start, active=writes)
   macs = {phase.start_step: task.macs(phase.model) for phase in task.phases}
   meter = Meter(task.slots, batch_size=config.data.batch_size,
                 device=mesh.devices.flat[0], devices=mesh.size)
@@ -162,7 +204,7 @@ def run(config, workdir, *, first):
     phase = anneal.at(task.phases, step - 1).start_step
     state, measured = setup.train_steps[phase](state, batch, key, teacher)
     writer.advance(step)
-    stopping = stop.should_stop(step % config.log_steps == 0)
+    stopping = stop.should_stop(step)
     last = step == config.total_steps or stopping
     if step % config.log_steps == 0 or last:
       measured = {name: float(value) for name, value in measured.items()}

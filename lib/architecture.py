@@ -11,7 +11,6 @@ No weights are read, no data set is prepared, and nothing is compiled.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +31,8 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT, make_vit
 from models.backbones.vlm import VLM
 from models.build import DTYPES, build
+from models.checkpoints.json_files import read_json
+from models.checkpoints.vlm_config import tower_config
 from models.families import LMS, NAMED, PAIRS, SIZES, VLMS
 from ops import choices
 
@@ -86,7 +87,7 @@ class Source:
       steps |= {'patch_size': tower.patch, 'merge_size': tower.merge,
                 'temporal_patch_size': tower.temporal}
     else:
-      whole = (_CROPS * self.checkpoint['vision_config']['image_size'],) * 2
+      whole = (_CROPS * tower_config(self.checkpoint)['image_size'],) * 2
     read = anyres.from_config(steps, self.checkpoint, grid=tower.grid)
     if isinstance(read, anyres.Square):
       return images, images, tower.grid[0] * tower.grid[1]
@@ -132,7 +133,7 @@ def of_folder(path: pathlib.Path, *, dtype: str = 'bfloat16') -> Source:
   if file.suffix != '.json' or not file.exists():
     raise ValueError(f'{path} describes no model: it needs the config.json of a run (train.py) or '
                      'of a checkpoint')
-  config = json.loads(file.read_text())
+  config = read_json(file)
   if 'model_type' in config:
     return Source(assistant.build(config, dtype=DTYPES[dtype]), checkpoint=config)
   if 'model' not in config:

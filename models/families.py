@@ -23,15 +23,19 @@ SIZES = {
     'gopt': (1536, 40, 6144, 16),
 }
 
-MAE = {'num_classes': 0}
+# Torch's, as the releases and the transformers library resample positions; timm's differs.
+_BICUBIC = {'position_resampling': 'bicubic'}
+DEIT = {'patch': 16, **_BICUBIC}
+MAE = {'num_classes': 0, **_BICUBIC}
 # Fine-tuned as released: the mean of the patches, then the norm.
-MAE_TUNED = {'pool': 'mean', 'last_norm': 'pooled'}
+MAE_TUNED = {'pool': 'mean', 'last_norm': 'pooled', **_BICUBIC}
 DINOV2 = {'patch': 14, 'image_size': 518, 'num_classes': 0, 'layer_scale': 1e-5}
 # name's ending: without and with registers, whose release resamples positions in another way.
-_DINOV2: dict[str, Settings] = {'': {'position_resampling': 'bicubic'}, '_reg4': {'registers': 4}}
+_DINOV2: dict[str, Settings] = {'': _BICUBIC, '_reg4': {'registers': 4}}
 CLIP = {'num_classes': 0, 'norm_eps': 1e-5, 'activation': 'quick_gelu', 'pre_norm': True,
-        'patch_bias': False}
-SIGLIP = {'num_classes': 0, 'activation': 'gelu_tanh', 'class_token': False, 'pool': 'map'}
+        'patch_bias': False, **_BICUBIC}
+SIGLIP = {'num_classes': 0, 'activation': 'gelu_tanh', 'class_token': False, 'pool': 'map',
+          **_BICUBIC}
 CLIP_TEXT = {'depth': 12, 'context': 77, 'vocabulary': 49408, 'causal': True, 'pool': 'eot',
              'norm_eps': 1e-5, 'activation': 'quick_gelu'}
 SIGLIP_TEXT = {'context': 64, 'vocabulary': 32000, 'causal': False, 'pool': 'last',
@@ -84,8 +88,8 @@ _SIGLIPS2 = {
 
 # Fields of ViT; 'size' is a name in SIZES.
 NAMED: dict[str, Settings] = {
-    **{f'deit_{size.lower()}16': {'size': size, 'patch': 16} for size in ('Ti', 'S', 'B')},
-    **{f'deit_{size.lower()}16_distilled': {'size': size, 'patch': 16, 'distilled': True}
+    **{f'deit_{size.lower()}16': {'size': size, **DEIT} for size in ('Ti', 'S', 'B')},
+    **{f'deit_{size.lower()}16_distilled': {'size': size, **DEIT, 'distilled': True}
        for size in ('Ti', 'S', 'B')},
     **{f'mae_{size.lower()}{patch}{ending}': {'size': size, 'patch': patch, **family}
        for size, patch in (('B', 16), ('L', 16), ('H', 14))
@@ -133,14 +137,48 @@ QWEN_VL_TEXT = _QWEN | {
     'vocab_size': 152064, 'hidden_size': 8192, 'intermediate_size': 29568, 'num_hidden_layers': 80,
     'num_attention_heads': 64, 'num_key_value_heads': 8, 'max_window_layers': 80,
     'rms_norm_eps': 1e-5, 'rope_theta': 1e6}
-# The same of a tower's config, which lies in that of a vision-language model.
+# Frequencies that turn with frames, rows and columns.
+MROPE = (16, 24, 24)
+# The same of a tower's config, by itself or inside that of a pair or a vision-language model.
 _IMAGE_TOWER = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12,
-                'num_attention_heads': 12, 'image_size': 224}
+                'num_attention_heads': 12, 'image_size': 224, 'patch_size': 16, 'num_channels': 3}
+_VIT = _IMAGE_TOWER | {'hidden_act': 'gelu', 'layer_norm_eps': 1e-12}
+_DINOV2_CONFIG = {key: value for key, value in _VIT.items() if key != 'intermediate_size'} | {
+    'mlp_ratio': 4, 'layer_norm_eps': 1e-6, 'use_swiglu_ffn': False, 'patch_size': 14}
+_SIGLIP_ACT = {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6}
 TOWER_FAMILIES: dict[str, Settings] = {
-    'clip_vision_model': _IMAGE_TOWER | {'patch_size': 32, 'hidden_act': 'quick_gelu'},
-    'siglip_vision_model': _IMAGE_TOWER | {'patch_size': 16, 'hidden_act': 'gelu_pytorch_tanh'},
+    'vit': _VIT, 'deit': _VIT, 'vit_mae': _VIT,
+    'dinov2': _DINOV2_CONFIG,
+    'dinov2_with_registers': _DINOV2_CONFIG | {'patch_size': 16, 'num_register_tokens': 4},
+    'clip_vision_model': _IMAGE_TOWER | {'patch_size': 32, 'hidden_act': 'quick_gelu',
+                                         'layer_norm_eps': 1e-5, 'projection_dim': 512},
+    'siglip_vision_model': _IMAGE_TOWER | _SIGLIP_ACT | {'vision_use_head': True},
+    'siglip2_vision_model': _IMAGE_TOWER | _SIGLIP_ACT | {'vision_use_head': True,
+                                                          'num_patches': 256},
 }
-
+_TEXT_TOWER = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12,
+               'num_attention_heads': 12, 'vocab_size': 32000, 'max_position_embeddings': 64}
+TEXT_FAMILIES: dict[str, Settings] = {
+    'clip_text_model': _TEXT_TOWER | {
+        'hidden_size': 512, 'intermediate_size': 2048, 'num_attention_heads': 8,
+        'vocab_size': 49408, 'max_position_embeddings': 77, 'hidden_act': 'quick_gelu',
+        'layer_norm_eps': 1e-5, 'projection_dim': 512, 'eos_token_id': 49407},
+    'siglip_text_model': _TEXT_TOWER | _SIGLIP_ACT,
+    'siglip2_text_model': _TEXT_TOWER | _SIGLIP_ACT,
+}
+# What such a config never says of its family: fields of ViT and of Text.
+TOWER_FIELDS: dict[str, Settings] = {
+    'vit': {}, 'deit': {'distilled': True}, 'vit_mae': {},
+    'dinov2': {'layer_scale': 1.0, 'pool': 'cls_mean'},
+    'dinov2_with_registers': {'layer_scale': 1.0, 'pool': 'cls_mean',
+                              'position_resampling': 'bicubic_antialiased'},
+    'clip_vision_model': {'pre_norm': True, 'patch_bias': False},
+    'siglip_vision_model': {'class_token': False},
+    'siglip2_vision_model': {'class_token': False, 'position_resampling': 'bilinear_antialiased'},
+    'clip_text_model': {'causal': True, 'pool': 'eot'},
+    'siglip_text_model': {'causal': False, 'pool': 'last', 'projection_bias': True},
+    'siglip2_text_model': {'causal': False, 'pool': 'last', 'projection_bias': True},
+}
 
 def _lm(kind: str, width: int, depth: int, mlp: int, heads: int, kv_heads: int, vocabulary: int,
         **more: Any) -> Settings:
@@ -235,7 +273,7 @@ IMAGE_TOKENS = {'llava': 32000, 'llava_next': 32000, 'llava_onevision': 151646,
                 'qwen2_vl': 151655, 'qwen2_5_vl': 151655}
 PINPOINTS = {'llava_next': _TILES, 'llava_onevision': _GRIDS}
 
-_MROPE = {'rope_scaling': {'type': 'mrope', 'mrope_section': (16, 24, 24)}, 'rope_theta': 1e6,
+_MROPE = {'rope_scaling': {'type': 'mrope', 'mrope_section': MROPE}, 'rope_theta': 1e6,
           'rms_norm_eps': 1e-6}
 _VICUNA = {'vocab_size': 32064}
 

@@ -51,11 +51,12 @@ def _print_parity(terminalreporter):
   rows = [dict(report.user_properties)['parity'] for outcome in ('passed', 'failed')
           for report in terminalreporter.stats.get(outcome, [])
           if 'parity' in dict(report.user_properties)]
+  width = 2 + max([22, *(len(row[0]) for row in rows)])
   if rows:
-    head = f'{"parity, max error":24}{"layout":22}{"layers":>10}{"outputs":>10}'
+    head = f'{"parity, max error":{width}}{"layout":22}{"layers":>10}{"outputs":>10}'
     terminalreporter.write_line(head)
   for name, layout, hidden, ends in sorted(rows):
-    terminalreporter.write_line(f'{name:24}{layout:22}{hidden:10.1e}{ends:10.1e}')
+    terminalreporter.write_line(f'{name:{width}}{layout:22}{hidden:10.1e}{ends:10.1e}')
 
 
 def _print_table(terminalreporter, title):

@@ -1,16 +1,25 @@
 """Writes checkpoints and outputs of other libraries, for tests/models/test_parity.py.
 
   python -m tools.make_parity --folder=tests/fixtures/parity [--part=language]
+  python -m tools.make_parity --folder=tests/fixtures/published --part=published
 
 Needs torch, timm and transformers, which nothing else here does: run it in an environment of its
 own. Every case is a tiny model whose parameters are all random, norms, biases and layer scales too,
 so that two of them exchanged would show. <case>.safetensors holds the checkpoint as the library
 saves it, <case>.npz inputs and outputs, <case>.json how our model is to be built.
+
+`published` is run once with each of several versions of the transformers library. variants.json of
+the folder holds families' configs, written by hand as releases write them: a base and what each
+variant says otherwise ('<left out>': nothing). For each the library builds the model that it reads
+in the config, and saves it; <version>.json.gz gets the config as it was given and as it was saved,
+and its tensors' names. weights.safetensors holds the tensors of all, each name and shape once, and
+outputs.npz what comes out of them, which all versions must agree in.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import pathlib
 import tempfile
@@ -43,9 +52,12 @@ def main() -> None:
   """Writes every case."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--folder', type=pathlib.Path, required=True)
-  parser.add_argument('--part', choices=('all', 'language'), default='all')
+  parser.add_argument('--part', choices=('all', 'language', 'published'), default='all')
   args = parser.parse_args()
   folder = args.folder
+  if args.part == 'published':
+    write_published(folder)
+    return
   (folder / 'lm').mkdir(parents=True, exist_ok=True)
   for number, (name, case) in enumerate(LANGUAGE.items()):
     torch.manual_seed(100 + number)
@@ -190,18 +202,19 @@ def rope(kind: str, theta: float = 10000.0, **more: Any) -> dict[str, Any]:
   return {'rope_parameters': {'rope_type': kind, 'rope_theta': theta, **more}}
 
 
-LANGUAGE: dict[str, tuple[Any, dict[str, Any]]] = {
-    'llama2': (transformers.LlamaConfig, {'num_key_value_heads': 4}),
-    'llama3': (transformers.LlamaConfig, {
+# By the names of their classes, which older versions of the library lack.
+LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
+    'llama2': ('LlamaConfig', {'num_key_value_heads': 4}),
+    'llama3': ('LlamaConfig', {
         'tie_word_embeddings': True,
         **rope('llama3', 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=64)}),
-    'vicuna': (transformers.LlamaConfig, {'num_key_value_heads': 4, **rope('linear', factor=4.0)}),
-    'mistral': (transformers.MistralConfig, {'sliding_window': 6}),
-    'qwen2': (transformers.Qwen2Config, {}),
-    'qwen2_yarn': (transformers.Qwen2Config, rope('yarn', factor=4.0,
+    'vicuna': ('LlamaConfig', {'num_key_value_heads': 4, **rope('linear', factor=4.0)}),
+    'mistral': ('MistralConfig', {'sliding_window': 6}),
+    'qwen2': ('Qwen2Config', {}),
+    'qwen2_yarn': ('Qwen2Config', rope('yarn', factor=4.0,
                                                   original_max_position_embeddings=32)),
-    'qwen3': (transformers.Qwen3Config, {'num_attention_heads': 3, 'num_key_value_heads': 1,
+    'qwen3': ('Qwen3Config', {'num_attention_heads': 3, 'num_key_value_heads': 1,
                                          'head_dim': 16}),
 }
 PROMPT, LENGTHS, DECODED = 14, (14, 9, 5), 16
@@ -387,11 +400,11 @@ def write(folder: pathlib.Path, name: str, model: Any, settings: dict[str, Any])
 
 
 @torch.no_grad()
-def write_language(folder: pathlib.Path, name: str, case: tuple[Any, dict[str, Any]]) -> None:
+def write_language(folder: pathlib.Path, name: str, case: tuple[str, dict[str, Any]]) -> None:
   """Writes a language model: three prompts padded on the left, and what is decoded after them."""
   family, settings = case
   model = transformers.AutoModelForCausalLM.from_config(
-      family(**(THEIRS_LANGUAGE | settings))).eval()
+      getattr(transformers, family)(**(THEIRS_LANGUAGE | settings))).eval()
   randomise(model)
   model.tie_weights()
   ids = torch.randint(1, 64, (len(LENGTHS), PROMPT))
@@ -409,6 +422,131 @@ def write_language(folder: pathlib.Path, name: str, case: tuple[Any, dict[str, A
   outputs |= {'ids': ids, 'valid': valid, 'decoded': out[:, PROMPT:]}
   tensors, config = read_saved(model)
   write_case(folder, name, tensors, outputs, config)
+
+
+# -- configs as they are published ---------------------------------------------------------------
+
+
+LEFT_OUT = '<left out>'
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a config with what a variant says otherwise, in nested ones too."""
+  config = dict(base)
+  for key, value in changes.items():
+    if isinstance(value, dict) and isinstance(base.get(key), dict):
+      value = merged(base[key], value)
+    config[key] = value
+  return {key: value for key, value in config.items() if value != LEFT_OUT}
+
+
+@torch.no_grad()
+def write_published(folder: pathlib.Path) -> None:
+  """Writes what this version of the transformers library makes of every variant."""
+  version = transformers.__version__
+  pool_file, outputs_file = folder / 'weights.safetensors', folder / 'outputs.npz'
+  pool = load_file(pool_file) if pool_file.exists() else {}
+  outputs = dict(np.load(outputs_file)) if outputs_file.exists() else {}
+  cases: dict[str, Any] = {}
+  for family, entry in json.loads((folder / 'variants.json').read_text()).items():
+    recorded = folder.parent / 'parity_vlm' / f'{family}.npz'
+    for variant, changes in entry['variants'].items():
+      config = merged(entry['base'], changes)
+      since, size = config.pop('_since', 0), config.pop('_size', None)
+      if since > float('.'.join(version.split('.')[:2])):
+        continue
+      with tempfile.TemporaryDirectory() as scratch:
+        model, saved, names = published_model(pathlib.Path(scratch), config, pool)
+      found = as_array(published_rows(recorded, model) if recorded.exists() else
+                       published_outputs(model, family, size, outputs))
+      name = f'{family}/{variant}'
+      gap = float(np.abs(outputs.setdefault(name, found) - found).max())
+      print(version, name, found.shape, float(np.abs(found).max()), gap)
+      if gap > 2e-5:
+        raise SystemExit(f'{name} differs from another version: look why')
+      cases[name] = {'given': config, 'saved': saved, 'tensors': names, 'size': size}
+  save_file(pool, pool_file)
+  savez(outputs_file, outputs)
+  text = json.dumps(cases, sort_keys=True).encode()
+  (folder / f'{version}.json.gz').write_bytes(gzip.compress(text, mtime=0))
+
+
+def published_model(scratch: pathlib.Path, config: Mapping[str, Any],
+                    pool: dict[str, torch.Tensor]) -> tuple[Any, dict[str, Any], dict[str, str]]:
+  """Returns the model that a config describes, its saved config, and {tensor's name: in `pool`}.
+
+  The tensors are those of the pool, which gets what it lacks: random, of half precision. Parts of a
+  name that versions of the library differ in are left out there.
+  """
+  cls = getattr(transformers, config['architectures'][0])
+  (scratch / 'config.json').write_text(json.dumps(config))
+  model = cls(transformers.AutoConfig.from_pretrained(scratch))
+  randomise(model)
+  model.tie_weights()
+  tensors, saved = read_saved(model)
+  names = {
+      key: '.'.join([part for part in key.split('.')
+                     if part not in ('model', 'language_model', 'vision_model')]
+                    + ['x'.join(map(str, value.shape))])
+      for key, value in tensors.items() if not key.endswith('position_ids')}
+  for key, name in names.items():
+    pool.setdefault(name, tensors[key].half().contiguous())
+  save_file({key: pool[name].float() for key, name in names.items()},
+            scratch / 'model.safetensors', metadata={'format': 'pt'})
+  return cls.from_pretrained(scratch, attn_implementation='eager').eval(), saved, names
+
+
+def published_rows(recorded: pathlib.Path, model: Any) -> torch.Tensor:
+  """Returns a vision-language model's logits of the row that tools/make_parity_vlm.py wrote."""
+  with np.load(recorded) as arrays:
+    row = {key.removeprefix('one_'): torch.from_numpy(value) for key, value in arrays.items()
+           if key.startswith('one_')}
+  inputs = {key: row[key] for key in ('pixel_values', 'image_sizes', 'image_grid_thw')
+            if key in row}
+  if 'image_grid_thw' in row and int(transformers.__version__[0]) >= 5:
+    inputs['mm_token_type_ids'] = (row['ids'] == model.config.image_token_id).int()
+  return model(input_ids=row['ids'], attention_mask=row['mask'], **inputs).logits
+
+
+def published_outputs(model: Any, family: str, size: Sequence[int] | None,
+                      arrays: dict[str, np.ndarray]) -> torch.Tensor:
+  """Returns the logits, or the features, of inputs that are the same in every version.
+
+  Args:
+    model: of the library.
+    family: its model_type.
+    size: (height, width) of images where it is not the model's own.
+    arrays: get the inputs, as 'ids' and 'images/3x24x24'.
+  """
+  settings = {'interpolate_pos_encoding': True} if size and family != 'siglip2' else {}
+  vision = getattr(model.config, 'vision_config', model.config)
+  generator = torch.Generator().manual_seed(0)
+  if hasattr(vision, 'patch_size'):
+    side = getattr(vision, 'image_size', SIDE)
+    images = torch.randn(2, vision.num_channels, *(size or (side, side)), generator=generator)
+    arrays[f'images/{"x".join(map(str, images.shape[1:]))}'] = images.numpy()
+  ids = torch.arange(2 * CONTEXT).reshape(2, CONTEXT) * 7 % 37 + 1
+  ids[:, -1] = VOCABULARY - 1
+  arrays['ids'] = ids.numpy()
+  if hasattr(model, 'lm_head'):
+    return model(input_ids=ids).logits
+  if family == 'vit_mae':
+    model.embeddings.config.mask_ratio = 0.0
+    count = images[0, 0].numel() // PATCH ** 2
+    noise = torch.arange(count)[None].expand(2, -1).float()
+    return model(images, noise=noise, **settings).last_hidden_state[:, 0]
+  if not hasattr(model.config, 'text_config'):
+    return model(pixel_values=images, **settings).logits
+  inputs = {'pixel_values': images}
+  if family == 'siglip2':
+    rows, columns = (each // PATCH for each in images.shape[2:])
+    patches = images.reshape(2, 3, rows, PATCH, columns, PATCH).permute(0, 2, 4, 3, 5, 1)
+    inputs = {'pixel_values': patches.reshape(2, rows * columns, -1),
+              'pixel_attention_mask': torch.ones(2, rows * columns, dtype=torch.long),
+              'spatial_shapes': torch.tensor([[rows, columns]] * 2)}
+  out = model(input_ids=ids, **inputs, **settings)
+  return torch.cat([out.logits_per_image.flatten(), out.image_embeds.flatten(),
+                    out.text_embeds.flatten()])
 
 
 # -- beside the models ---------------------------------------------------------------------------

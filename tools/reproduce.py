@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import reproduce as published_rows
@@ -32,6 +33,7 @@ from lib.runtime import cli, launch, sharding
 from lib.tasks import image_sweep
 from lib.tasks.base import sum_counts
 from lib.tasks.image_metrics import metric_of
+from lib.tasks.sweep import fingerprint
 from models.backbones.vit import ViT
 from models.build import build
 from models.compressors import COMPRESSORS
@@ -103,9 +105,11 @@ def describe(name: str, config: ConfigDict, workdir: pathlib.Path) -> str:
   if lacks:
     lines.append(f'  top-1: published {expected.top1} %, not measured')
     return '\n'.join([*lines, *(f'    missing: {lack}' for lack in lacks)])
+  mesh = sharding.make_mesh(config.mesh)
+  _, params = image_sweep.load(config, workdir / name, mesh)
   row, = measuring.measure_rows(
-      [{'settings': config.to_json_best_effort(sort_keys=True)}],
-      lambda head: accuracies(name, config, workdir), path=workdir / 'rows.jsonl',
+      [{'settings': config.to_json_best_effort(sort_keys=True), 'weights': fingerprint(params)}],
+      lambda head: accuracies(config, params, mesh), path=workdir / 'rows.jsonl',
       about={'name': name}, failures=())
   for key, measured in row.items():
     if key in ('top1', 'unreduced_top1'):
@@ -153,11 +157,9 @@ def missing(name: str, config: ConfigDict, workdir: pathlib.Path) -> list[str]:
   return lacks
 
 
-def accuracies(name: str, config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
+def accuracies(config: ConfigDict, params: Any, mesh: Mesh) -> dict[str, float]:
   """Measures % of the test images right: 'top1', and 'unreduced_top1' with a reduction."""
-  mesh = sharding.make_mesh(config.mesh)
   platform = mesh.devices.flat[0].platform
-  _, params = image_sweep.load(config, workdir / name, mesh)
   vit = model(config, mesh=mesh if mesh.size > 1 else None, platform=platform)
   models = {'top1': vit} if vit.plan is None else {'top1': vit,
                                                    'unreduced_top1': vit.clone(plan=None)}

@@ -39,11 +39,12 @@ from lib.cost import vit as vit_cost
 from lib.data import images as image_data
 from lib.report import measuring, plots, tables
 from lib.report.rows import Row
-from lib.runtime import cli, launch, sharding, timing
+from lib.runtime import cli, launch, run_identity, screen, sharding, timing
 from lib.tasks import image_sweep
 from lib.tasks.base import sum_counts
 from lib.tasks.image_metrics import Metric, metric_of
 from lib.tasks.settings import TRAINING, check_config
+from lib.tasks.sweep import digest, fingerprint
 from models.backbones.vit import ViT
 from models.build import build
 from models.compressors import COMPRESSORS
@@ -78,16 +79,26 @@ class Entry:
   taught: bool = False
 
   def head(self, seed: int) -> dict[str, Any]:
-    """Returns the keys that tell a row from others."""
+    """Returns the keys that name a row."""
     reduce = self.config.reduce.vision
     return {'method': self.name, 'budget': self.budget, 'layers': str(reduce.layers),
             'keep': str(reduce.keep),
             'steps': self.training.total_steps if self.training else 0, 'seed': seed}
 
+  def made_of(self, weights: str) -> str:
+    """Returns a digest of all that makes a row, beside its seed.
+
+    Args:
+      weights: the fingerprint of the unreduced model's parameters.
+    """
+    return digest([weights, run_identity.settings(self.config), self.taught,
+                   self.training and run_identity.settings(self.training)])
+
 
 def main(argv: Sequence[str]) -> None:
   """Measures what is missing, then reports."""
   del argv
+  screen.outlive()
   with launch.start():
     study(launch.CONFIG.value, pathlib.Path(launch.WORKDIR.value))
 
@@ -104,11 +115,12 @@ def study(config: ConfigDict, workdir: pathlib.Path) -> None:
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   trained = {seed: unreduced(config, workdir / f'seed_{seed}', seed, mesh)
              for seed in config.study.seeds}
-  of_head = {tuple(entry.head(seed).values()): entry for entry in entries(config)
-             for seed in config.study.seeds}
+  weights = {seed: fingerprint(params) for seed, params in trained.items()}
+  of_head = {(*entry.head(seed).values(), entry.made_of(weights[seed])): entry
+             for entry in entries(config) for seed in config.study.seeds}
   measurer = Measurer(trained, mesh)
   rows = measuring.measure_rows(
-      [entry.head(head[-1]) for head, entry in of_head.items()],
+      [{**entry.head(seed), 'made_of': made_of} for (*_, seed, made_of), entry in of_head.items()],
       lambda head: measurer.measure(of_head[tuple(head.values())], head['seed']),
       path=path, about=timing.machine())
   path.with_suffix('.md').write_text(text(rows, config))

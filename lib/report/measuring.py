@@ -22,8 +22,8 @@ FAILURES = (ValueError, FloatingPointError)
 
 def measure_rows(heads: Iterable[Row], measure: Callable[[Row], Row], *,
                  path: str | Path | None = None, about: Row | None = None, again: bool = False,
-                 write: bool = True, failures: tuple[type[Exception], ...] = FAILURES
-                 ) -> list[dict[str, Any]]:
+                 write: bool = True, failures: tuple[type[Exception], ...] = FAILURES,
+                 essential: Callable[[Row], bool] = lambda head: False) -> list[dict[str, Any]]:
   """Returns a row for each head: the newest one in the file, or else a row that is measured now.
 
   A failure costs only its own row, which gets `failed` and, as `note`, the reason. It is measured
@@ -38,6 +38,10 @@ def measure_rows(heads: Iterable[Row], measure: Callable[[Row], Row], *,
     again: measures also the rows that the file has.
     write: whether this process writes; of several only one may.
     failures: exceptions that end a row instead of the loop.
+    essential: whether nothing is worth measuring without the row of a head.
+
+  Raises:
+    ValueError: an essential row failed; it is in the file.
   """
   heads = list(heads)
   stored = newest(path, tuple(heads[0])) if path is not None and heads else {}
@@ -52,6 +56,8 @@ def measure_rows(heads: Iterable[Row], measure: Callable[[Row], Row], *,
       row = plain({**head, **(about or {}), **_measured(head, measure, failures)})
       if path is not None and write and not _same_failure(row, before):
         append_jsonl(path, row)
+      if row.get('failed') and essential(head):
+        raise ValueError(row['note'])
       rows.append(row)
   return rows
 
@@ -67,7 +73,7 @@ def newest(path: str | Path, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def identity(row: Row, keys: Sequence[str]) -> str:
   """Returns the values of a row's keys as text, the same before and after a file has held them."""
-  return json.dumps([plain(row.get(key, '')) for key in keys])
+  return json.dumps([plain(row.get(key, '')) for key in keys], sort_keys=True)
 
 
 def measured(rows: Iterable[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Measurements as JSON lines, one a row: read, appended, updated.
+"""Measurements as JSON lines, one a row: read, appended, updated, healed.
 
 A row is a dict. Every key is optional; those known here:
 
@@ -24,6 +24,8 @@ A row is a dict. Every key is optional; those known here:
   note                what a reader must know, such as 'untrained: has learned parameters'
   fault               what is wrong with the thing measured, '' for nothing
   failed              True where nothing could be measured; `note` says why
+  made_of             all that the row depends on and that its other keys do not say: nested, or a
+                      digest
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,7 +85,39 @@ def update_json(path: str | Path, entries: Mapping[str, Any]) -> None:
   path = Path(path)
   before = json.loads(path.read_text()) if path.exists() else {}
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(before | plain(entries), indent=1) + '\n')
+  replace_file(path, json.dumps(before | plain(entries), indent=1).encode() + b'\n')
+
+
+def keep_rows(path: str | Path, key: Callable[[Row], Any]) -> None:
+  """Leaves in a file of JSON lines the last row of each key, in the order of the keys.
+
+  Lines that are no JSON object go; a file that is already so, or does not exist, is not touched.
+
+  Args:
+    path: the file; the only writer may be this process.
+    key: row -> what sorts it and tells it from others, None for a row that goes.
+  """
+  path = Path(path)
+  content = path.read_bytes() if path.exists() else b''
+  lines = {}
+  for line in content.split(b'\n'):
+    row = _row(line)
+    if row is not None and (place := key(row)) is not None:
+      lines[place] = line + b'\n'
+  kept = b''.join(lines[place] for place in sorted(lines))
+  if kept != content:
+    replace_file(path, kept)
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+  """Writes a file whole or not at all: a kill leaves what was there before."""
+  path = Path(path).resolve()
+  draft = path.with_name(f'{path.name}.draft')
+  with draft.open('wb') as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  draft.replace(path)
 
 
 def plain(value: Any) -> Any:

@@ -78,6 +78,8 @@ def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None
     main(argv)
   except USER_ERRORS as error:
     stop(error)
+  except KeyboardInterrupt:
+    sys.exit(130)  # As shells say it: 128 and the signal's number.
 
 
 def stop(error: Exception) -> NoReturn:

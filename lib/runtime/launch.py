@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.traverse_util
 import jax
-import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
@@ -67,11 +66,23 @@ def start() -> Iterator[bool]:
 
 
 class Stop:
-  """Turns signals into an answer that the loop asks for between steps."""
+  """Turns SIGTERM, SIGINT and SIGHUP into an answer that the loop asks for between steps.
 
-  def __init__(self, *signals: int) -> None:
+  A SIGHUP that nohup hides stays hidden. Of several processes each may get the signal: JAX's
+  preemption service tells all of them, beside the computation, and names a step that all have
+  still before them. It waits for SIGTERM itself, which therefore keeps its handler, and which the
+  other signals become.
+  """
+
+  def __init__(self) -> None:
     self._requested = False
-    self._before = {number: signal.signal(number, self._ask) for number in signals}
+    self._several = jax.process_count() > 1
+    asked = [signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+      asked.append(signal.SIGHUP)
+    if not self._several:
+      asked.append(signal.SIGTERM)
+    self._before = {number: signal.signal(number, self._ask) for number in asked}
 
   def close(self) -> None:
     """Restores the signal handlers from before."""
@@ -81,13 +92,11 @@ class Stop:
   def _ask(self, number: int, frame: Any) -> None:
     del number, frame
     self._requested = True
+    if self._several:
+      os.kill(os.getpid(), signal.SIGTERM)
 
-  def should_stop(self, exchange: bool) -> bool:
-    """Returns whether to stop now.
-
-    A signal may have reached only one of several processes, so they stop together, when `exchange`
-    is true in all of them.
-    """
-    if jax.process_count() == 1:
-      return self._requested
-    return exchange and bool(np.any(multihost_utils.process_allgather(np.asarray(self._requested))))
+  def should_stop(self, step: int) -> bool:
+    """Returns whether to stop after a step, the same in all processes; ask after every step."""
+    if self._several:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._requested

@@ -27,7 +27,7 @@ from lib.runtime import checkpoint, memory, sharding, timing
 from lib.tasks import image as image_task
 from lib.tasks.base import sum_counts
 from lib.tasks.image_metrics import cross_entropies, metric_of
-from lib.tasks.sweep import Candidate, Sweep
+from lib.tasks.sweep import Candidate, Sweep, fingerprint
 from models import checkpoints
 from models.backbones.vit import ViT
 from models.build import build, pretrained
@@ -51,6 +51,7 @@ class ImageSweep(Sweep):
     super().__init__(config, workdir, mesh)
     self.metric = metric_of(config)
     self.step, self.params = load(config, workdir, mesh)
+    self.weights = fingerprint(self.params)
     self.batches = [(batch, sharding.put(batch, mesh)) for batch in image_data.eval_batches(
         config.data, process_index=jax.process_index(), process_count=jax.process_count())]
     self._baseline: dict[str, np.ndarray] = {}  # By budget, the cross-entropies of its draws.
@@ -62,11 +63,20 @@ class ImageSweep(Sweep):
               'way': config.get('task', {}).get('fill', '')}
     if sweep.get('baseline'):
       shared |= {'baseline': sweep.baseline, 'baseline_draws': sweep.baseline_draws}
-    yield {**shared, 'method': 'none', 'budget': '1.0'}
+    yield {**shared, 'method': 'none', 'budget': '1.0', 'made_of': self._made_of('none')}
     host = build(config.model, task=config.get('task')).host
     for method in sweep.methods or [name for name in methods(host) if name != 'none']:
       for budget in sweep.budgets:
-        yield {**shared, 'method': method, 'budget': str(budget)}
+        yield {**shared, 'method': method, 'budget': str(budget),
+               'made_of': self._made_of(method)}
+
+  def _made_of(self, *reductions: str) -> Row:
+    """Returns `made_of` of a row, or picture, of these methods."""
+    config, sweep = self.config, self.config.sweep
+    chosen = {name: sweep.overrides[name] for name in (*reductions, sweep.get('baseline'))
+              if name in sweep.overrides}
+    # The seed is that of parameters of a method that are untrained.
+    return self.made_of(config.data, overrides=ConfigDict(chosen).to_dict(), seed=config.seed)
 
   @functools.cached_property
   def base(self) -> Candidate:
@@ -233,16 +243,21 @@ class ImageSweep(Sweep):
     """Draws the tokens that the named methods keep, merge and drop on the first test images."""
     config, sweep = self.config, self.config.sweep
     record = folder / 'drawn.json'
-    settings = json.dumps({'step': self.step, 'sweep': sweep.to_dict()}, sort_keys=True) + '\n'
-    if record.exists() and record.read_text() == settings:
-      return
+    settings = json.dumps({'step': self.step, 'sweep': sweep.to_dict(),
+                           'made_of': self._made_of(*sweep.pictured)}, sort_keys=True) + '\n'
     batch, placed = self.batches[0]
     count = min(sweep.pictured_images, len(batch['label']))
+    if not (count and sweep.budgets) or (record.exists() and record.read_text() == settings):
+      return
     mean, std = (np.asarray(values, np.float32) for values in (config.data.mean, config.data.std))
     images = np.clip(batch['image'][:count] * std + mean, 0, 1)
     cuts_by_method = {}
     for method in sweep.pictured:
-      candidate = self.prepare(method, sweep.budgets[len(sweep.budgets) // 2])
+      try:
+        candidate = self.prepare(method, sweep.budgets[len(sweep.budgets) // 2])
+      except ValueError as reason:
+        print(f'no picture of {method}: {reason}')
+        continue
       logits, cuts = jax.device_get(candidate.run(candidate.params, placed['image']))
       cuts_by_method[method] = cuts
       grid, file = candidate.model.grid, folder / f'{method}.png'
@@ -252,9 +267,10 @@ class ImageSweep(Sweep):
       else:
         names = [f'{label}, read as {read}' for label, read in zip(labels, predicted, strict=True)]
         print(overlay.overlay(images, cuts, grid, file, names=names, title=method))
-    print(overlay.compare(images[0], cuts_by_method, grid, folder / 'compare.png',
-                          title=sweep.title))
-    record.write_text(settings)
+    if cuts_by_method:
+      print(overlay.compare(images[0], cuts_by_method, grid, folder / 'compare.png',
+                            title=sweep.title))
+      record.write_text(settings)
 
 
 def load(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[int, Params]:

@@ -27,7 +27,7 @@ from lib.report.rows import Row
 from lib.runtime import checkpoint, memory, sharding, timing
 from lib.tasks import qa as qa_task
 from lib.tasks.base import sum_counts
-from lib.tasks.sweep import Candidate, Sweep
+from lib.tasks.sweep import Candidate, Sweep, fingerprint
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM
 from models.storage import to_storage
@@ -52,7 +52,7 @@ class QASweep(Sweep):
     width = config.model.lm.width
     for data in self._sets.values():
       memory.check_batch(data.batch_size, slots=data.context, width=width, mesh=mesh)
-    self.step, self._params = self._load(workdir)
+    self.step, self.weights, self._params = self._load(workdir)
     # Of the set that was measured last.
     self._batches: dict[str, list[Any]] = {}
     self._base: dict[str, Candidate] = {}
@@ -60,13 +60,15 @@ class QASweep(Sweep):
   def rows(self) -> Iterator[Row]:
     """Yields the rows to measure, as `Sweep.rows`."""
     for name in self._sets:
-      shared = {'step': self.step, 'set': name}
-      yield {**shared, 'method': 'none', 'place': '', 'settings': '', 'budget': '1.0'}
+      shared, made_of = {'step': self.step, 'set': name}, self.made_of(self._sets[name])
+      yield {**shared, 'method': 'none', 'place': '', 'settings': '', 'budget': '1.0',
+             'made_of': made_of}
       for candidate in self.config.sweep.candidates:
         settings = {key: value for key, value in candidate.items() if key not in ('name', 'place')}
         for budget in self.config.sweep.budgets:
           yield {**shared, 'method': candidate['name'], 'place': candidate['place'],
-                 'settings': json.dumps(settings, sort_keys=True), 'budget': str(budget)}
+                 'settings': json.dumps(settings, sort_keys=True), 'budget': str(budget),
+                 'made_of': made_of}
 
   def measure(self, row: Row) -> Row:
     """Returns accuracy in all and by group, tokens, cost and latency, as `Sweep.measure`."""
@@ -118,8 +120,8 @@ class QASweep(Sweep):
       data.batch_size = max(1, data.batch_size * self.config.data.context // context)
     return data
 
-  def _load(self, workdir: pathlib.Path) -> tuple[int, Any]:
-    """Returns the best checkpoint's step and parameters."""
+  def _load(self, workdir: pathlib.Path) -> tuple[int, str, Any]:
+    """Returns the best checkpoint's step, its fingerprint, and its parameters."""
     name, data = next(iter(self._sets.items()))
     model = self._model(name, {})
     init = functools.partial(qa_task.init, model, self._info[name], data.context)
@@ -129,7 +131,7 @@ class QASweep(Sweep):
     if best is None:
       raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
                               f'python -m train --config=configs/<task>.py --workdir={workdir}')
-    return best[0], to_storage(best[1], 'unstacked')
+    return best[0], fingerprint(best[1]), to_storage(best[1], 'unstacked')
 
   def _prepared_set(self, name: str) -> tuple[list[Any], Candidate]:
     """Returns a set's batches and the unreduced model for it; those of the last set are let go."""

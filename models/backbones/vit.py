@@ -39,7 +39,7 @@ Mixer = Callable[[Array], Array]
 POSITIONS = ('learned', 'sincos')
 POOLS = ('cls', 'mean', 'cls_mean', 'map')
 LAST_NORMS = ('tokens', 'pooled')
-RESAMPLINGS = ('bicubic', 'bicubic_antialiased')
+RESAMPLINGS = ('bicubic', 'bicubic_antialiased', 'bilinear_antialiased')
 OFFERS = frozenset({'keys', 'queries', 'values', 'received_attention', 'attention',
                     'next_received_attention', 'hidden', 'grid', 'layer', 'depth', 'slots',
                     'one_sequence'})

@@ -4,6 +4,7 @@
 
 Our tree has its blocks stacked [L, ...] (models/stack.py). Tensors are read one by one, and every
 one must find its place: what is missing, left over or of another shape is an error that lists it.
+Stored as bfloat16, float16, float32 or float64 they become `dtype`; quantized ones are refused.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
       the hub as 'owner/name'.
     fresh: paths in our tree to leave out, as ('head',): the caller makes them (`merge_params`).
     unused: patterns of names in the checkpoint to leave out, as ('head.*',).
-    dtype: of the result; None keeps the stored ones.
+    dtype: of the result; None keeps the stored ones, of which float64 is the host's alone: JAX
+      makes float32 of it.
     storage: of the blocks: 'stacked' [L, ...], or 'unstacked', a tuple of L trees
       (models/storage.py).
     shardings: a tree as the result (lib/runtime/sharding.py, `make_shardings`): every array is then
@@ -62,24 +64,28 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
     A tree of numpy arrays, with shardings of jax arrays, without the fresh leaves.
 
   Raises:
-    ValueError: nothing there, a pickle, another model's tensors, a head where the model ties it to
-      other embeddings, or tensors that do not fit; one line with what is missing, what is left over
-      and which shapes differ.
+    ValueError: nothing there, a pickle, a config.json that says what is not known here or another
+      model, another model's tensors, quantized ones, NaN or infinity in one that is read, a head
+      where the model ties it to other embeddings, or tensors that do not fit; one line with what is
+      missing, what is left over and which shapes differ.
   """
   choices.check('storage=', storage, STORAGES)
   path = files.locate(source)
-  shapes = {name: shape for name, shape in _shapes(model).items() if not _under(name, fresh)}
+  whole = _shapes(model)
+  shapes = {name: shape for name, shape in whole.items() if not _under(name, fresh)}
   with files.reading(files.tensor_files(path)) as tensors:
     layout, prefix = _choose(model, source, shapes, tensors)
     heads = _stored_heads(tensors, unused)
     if layout.name.startswith('transformers'):
       transformers.check_config(model, files.config(path), own_head=bool(heads))
+    else:
+      timm.check_config(model, files.config(path))
     for head in _other_heads(model, layout, prefix, tensors, heads):
       raise ValueError(f'{head} of {source} differs from the embeddings, to which the model ties '
                        'its head: build it with tied=False, or as '
                        'models.checkpoints.tied_as_stored does')
     wanted = list(leaves(layout, prefix, shapes))
-    left_out = [name for leaf in _possible(layout, prefix, _shapes(model), fresh)
+    left_out = [name for leaf in _possible(layout, prefix, whole, fresh)
                 for name in leaf.names]
     _check(model, source, layout, wanted, tensors, {*left_out}, (*unused, *layout.ignorable))
     flat: dict[str, Any] = {}
@@ -245,8 +251,8 @@ def resize_positions(params: Params, model: ViT, *,
   """A tree for images of another size: position embeddings resampled on the new grid of patches.
 
   Resampled as `model.position_resampling` says (models/checkpoints/positions.py); positions of
-  special tokens stay. Within 1e-5 of what timm does, and of DINOv2 with and without registers in
-  the transformers library.
+  special tokens stay. Within 1e-5 of what timm does, and of ViT, DeiT, MAE, DINOv2 with and without
+  registers, CLIP, SigLIP and SigLIP 2 in the transformers library.
 
   Args:
     params: of `model`.
@@ -372,6 +378,8 @@ def _check(model: Model, source: str | pathlib.Path, layout: Layout, wanted: lis
   missing = [name for name in expected if name not in tensors.shapes]
   extra = [name for name in tensors.shapes if name not in expected and name not in left_out
            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+  for name in tensors.shapes.keys() & {*expected, *extra}:
+    tensors.check_dtype(name)
   if missing or extra:
     raise ValueError(f'{source} does not fit this {type(model).__name__} as {layout.name}: it '
                      f'lacks {_listed(missing)}, and has {_listed(extra)} that the model does not; '

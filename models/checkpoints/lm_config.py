@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.backbones.lm import LM
-from models.families import LLAVA_TEXTS, LM_FAMILIES, LMS, QWEN_VL_TEXT, QWENS
+from models.checkpoints import config_keys
+from models.families import LLAVA_TEXTS, LM_FAMILIES, LMS, MROPE, QWEN_VL_TEXT, QWENS
 from ops import choices
 from ops.rope import Rope
 
@@ -54,18 +55,19 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> LM:
     ValueError: an architecture that is not known, or settings of a known one that are not; or a
       field that LM does not have.
   """
+  nested = 'text_config' in config
   config = text_config(config)
-  kind = config.get('model_type')
-  if kind not in LM_FAMILIES:
+  kind: Any = config.get('model_type')
+  if kind not in tuple(LM_FAMILIES):  # Which may be no text.
     raise ValueError(f'model_type {kind!r} is unknown: known are {", ".join(LM_FAMILIES)}')
-  get: Callable[..., Any] = {**LM_FAMILIES[kind], **config}.get
-  if get('hidden_act', 'silu') != 'silu':
-    raise ValueError(f'hidden_act={get("hidden_act")!r} is unknown: these models gate with silu')
-  for name in ('mlp_bias', 'attention_bias'):
-    if get(name):
-      raise ValueError(f'{name}={get(name)!r} is unknown here: no checkpoint of a known family has '
-                       'it')
+  config_keys.check(config, kind, 'text_config.' if nested else '')
+  stated = {**LM_FAMILIES[kind], **config}
+  get: Callable[..., Any] = stated.get
   heads = get('num_attention_heads')
+  if not get('head_dim'):
+    config_keys.divides(stated, 'num_attention_heads', 'hidden_size')
+  if get('num_key_value_heads'):
+    config_keys.divides(stated, 'num_key_value_heads', 'num_attention_heads')
   head_width = get('head_dim') or get('hidden_size') // heads
   rope, context = _rope(config, get, head_width)
   settings = {
@@ -92,15 +94,24 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
   Args:
     config: the file's content; a language model's own is returned as it is.
   """
-  kind, text = config.get('model_type'), config.get('text_config')
+  kind: Any = config.get('model_type')
+  if not (kind in (*LLAVA_TEXTS, *QWENS) or 'text_config' in config):
+    return dict(config)
+  text = config_keys.section(config, 'text_config')
   if kind in LLAVA_TEXTS:
-    text = {'model_type': LLAVA_TEXTS[kind]} | dict(text or {})
+    text = {'model_type': LLAVA_TEXTS[kind]} | text
   elif kind in QWENS:
-    text = QWEN_VL_TEXT | dict(text or config) | {'model_type': 'qwen2'}
+    # Some versions repeat the whole model's keys among the text's.
+    known = config_keys.KEYS['qwen2']
+    own = {key: value for key, value in (text or config).items()
+           if key in known or key not in config_keys.KEYS[kind]}
+    rope = 'rope_parameters' if own.get('rope_parameters') else 'rope_scaling'
+    text = QWEN_VL_TEXT | own | {
+        'model_type': 'qwen2', rope: {'mrope_section': MROPE} | config_keys.section(own, rope)}
   else:
-    return dict(text or config)
+    return text
   tied = config.get('tie_word_embeddings') or text.get('tie_word_embeddings')
-  return text | {'tie_word_embeddings': bool(tied)}
+  return text | {'tie_word_embeddings': tied or False}
 
 
 def _window(get: Callable[..., Any]) -> int:
@@ -130,7 +141,9 @@ def _rope(config: Mapping[str, Any], get: Callable[..., Any], head_width: int) -
 
   Either form of config is read: `rope_parameters`, or theta and `rope_scaling`.
   """
-  rope_config = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
+  name = 'rope_parameters' if config.get('rope_parameters') else 'rope_scaling'
+  rope_config = config_keys.section(config, name)
+  config_keys.check(rope_config, 'rope', f'{name}.')
   kind = rope_config.get('rope_type') or rope_config.get('type') or 'default'
   context = get('max_position_embeddings')
   settings: dict[str, Any] = {
@@ -139,18 +152,17 @@ def _rope(config: Mapping[str, Any], get: Callable[..., Any], head_width: int) -
   if sections:
     settings |= {'sections': sections,
                  'spread': 'interleaved' if rope_config.get('mrope_interleaved') else 'blocks'}
-  if {get('partial_rotary_factor'), rope_config.get('partial_rotary_factor')} - {None, 1.0}:
-    raise ValueError('partial_rotary_factor is unknown here: whole heads are rotated')
   if kind in ('default', 'mrope'):
     return Rope(**settings), context
-  if kind not in _SCALINGS:
-    raise ValueError(f'RoPE scaling {kind!r} is unknown: known are default, {", ".join(_SCALINGS)}')
   missing = [key for key in _REQUIRED[kind] if rope_config.get(key) is None]
   if missing:
     raise ValueError(f'RoPE scaling {kind!r} lacks {", ".join(missing)}: complete rope_scaling in '
                      'config.json')
-  if rope_config.get('mscale') or rope_config.get('mscale_all_dim'):
-    raise ValueError("mscale is unknown here: no family's RoPE scaling has it")
+  if kind == 'llama3' and rope_config['low_freq_factor'] >= rope_config['high_freq_factor']:
+    raise ValueError('config.json says low_freq_factor='
+                     f'{rope_config["low_freq_factor"]} and high_freq_factor='
+                     f'{rope_config["high_freq_factor"]}, which must be greater: fetch the file '
+                     'again')
   if kind == 'dynamic':
     # Its base grows with prompts beyond the context, which are refused here; up to it nothing is
     # scaled.

@@ -18,7 +18,8 @@ A = -0.75
 def bicubic(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
   """Resamples float32[R, C, D] on another grid by torch's 'bicubic' (a = -0.75), not antialiased.
 
-  Places beyond an edge have the edge's values. As DINOv2 without registers does.
+  Places beyond an edge have the edge's values. As DeiT, MAE and DINOv2 without registers do, and
+  CLIP and SigLIP in the transformers library.
   """
   rows, columns = (_matrix(old, new) for old, new in zip(table.shape, grid, strict=False))
   return np.einsum('ir,jc,rcd->ijd', rows, columns, table).astype(np.float32)
@@ -29,8 +30,20 @@ def bicubic_antialiased(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
   As timm does, and DINOv2 with registers.
   """
+  return _antialiased(table, grid, 'cubic')
+
+
+def bilinear_antialiased(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+  """Resamples float32[R, C, D] on another grid linearly, antialiased where the grid shrinks.
+
+  As SigLIP 2 does where images keep their aspect.
+  """
+  return _antialiased(table, grid, 'linear')
+
+
+def _antialiased(table: np.ndarray, grid: tuple[int, int], method: str) -> np.ndarray:
   shape = (*grid, table.shape[-1])
-  return np.asarray(jax.image.resize(jnp.asarray(table), shape, 'cubic', antialias=True,
+  return np.asarray(jax.image.resize(jnp.asarray(table), shape, method, antialias=True,
                                      precision='highest'))
 
 
@@ -46,4 +59,5 @@ def _matrix(old: int, new: int) -> np.ndarray:
   return matrix
 
 
-RESAMPLINGS = {'bicubic': bicubic, 'bicubic_antialiased': bicubic_antialiased}
+RESAMPLINGS = {'bicubic': bicubic, 'bicubic_antialiased': bicubic_antialiased,
+               'bilinear_antialiased': bilinear_antialiased}

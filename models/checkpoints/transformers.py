@@ -15,8 +15,13 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
+from models.checkpoints.config_keys import compare
 from models.checkpoints.layout import Layout, Names
-from models.checkpoints.lm_config import from_config, text_config
+from models.checkpoints.lm_config import from_config
+from models.checkpoints.vit_config import from_config as vit_from_config
+from models.checkpoints.vlm_config import LLAVAS
+from models.checkpoints.vlm_config import from_config as vlm_from_config
+from models.families import QWENS
 from ops.rope import Rope
 
 _EMBED: Names = {
@@ -119,7 +124,6 @@ PAIRS = {
     'siglip': (SIGLIP_IMAGE, SIGLIP_TEXT, 'conv', 1),
     'siglip2': (SIGLIP_IMAGE, SIGLIP_TEXT, 'linear', 1),
 }
-ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}
 
 
 def layouts(model: object) -> list[Layout]:
@@ -171,64 +175,70 @@ def _tower(tower: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
           for path, name in names.items()}
 
 
+# Settings that no tensor's name or shape shows, and that nobody has reason to change.
+_UNSEEN: dict[type, tuple[str, ...]] = {
+    ViT: ('heads', 'activation', 'norm_eps', 'special_positions'),
+    Text: ('heads', 'activation', 'norm_eps', 'causal', 'pool'),
+    QwenVision: ('heads', 'activation', 'window', 'whole_layers', 'merge', 'norm_eps'),
+    LM: ('heads', 'kv_heads', 'window', 'norm_eps', 'tied'), VLM: ('projection',)}
+
+
 def check_config(model: Any, config: Mapping[str, Any], *, own_head: bool = False) -> None:
   """Raises if a config.json contradicts a model in settings that shapes do not show.
 
   Args:
-    model: a ViT, Text, Clip, LM, QwenVision or VLM.
-    config: the file's content.
+    model: a ViT, Text, Clip, LM, QwenVision or VLM; also one that is a part of what the file
+      describes.
+    config: the file's content; {} for none, which contradicts nothing.
     own_head: whether the checkpoint of a language model holds a head: what config.json says of
       tying is then of no account.
 
   Raises:
-    ValueError: another number of heads, or another activation; for an LM, other heads, rotations
-      (base, scaling, sections), window, norm or tying.
+    ValueError: the file describes no such model, says what is not known here, or differs: in
+      heads, activation, norm, what a text sees and where it ends; for an LM in rotations (base,
+      scaling, sections), window or tying; for the tower of a vision-language model in windows, or
+      the layer that is read.
   """
-  if isinstance(model, LM):
-    _check_language(model, config, own_head)
-    return
-  if isinstance(model, QwenVision):
-    heads = (config.get('vision_config') or {}).get('num_heads', model.heads)
-    if heads != model.heads:
-      raise ValueError(f'the checkpoint has {heads} heads in its tower and the model '
-                       f'{model.heads}, which shapes do not show: set heads={heads}')
+  if config:
+    _compare(_described(model, config), model, own_head)
+
+
+def _described(model: Any, config: Mapping[str, Any]) -> Any:
+  """Returns what config.json describes, or of it the part that is of a model's type."""
+  kind = config.get('model_type')
+  if kind in (*LLAVAS, *QWENS) and not isinstance(model, LM):
+    whole: Any = vlm_from_config(config)
+    parts = [whole, whole.tower]
+  elif isinstance(model, ViT | Text | Clip):
+    whole = vit_from_config(config)
+    parts = [whole, *([whole.image, whole.text] if isinstance(whole, Clip) else [])]
+  else:
+    whole = from_config(config)
+    parts = [whole]
+  for part in parts:
+    if isinstance(model, type(part)):
+      return part
+  raise ValueError(f'config.json describes a {kind}, and no {type(model).__name__} in it: build '
+                   'the model that it describes')
+
+
+def _compare(theirs: Any, model: Any, own_head: bool) -> None:
+  if isinstance(model, Clip):
+    _compare(theirs.image, model.image, own_head)
+    _compare(theirs.text, model.text, own_head)
     return
   if isinstance(model, VLM):
-    check_config(model.tower, config)
-    _check_language(model.lm, text_config(config), own_head)
-    return
-  if isinstance(model, Clip):
-    check_config(model.image, config.get('vision_config') or {})
-    check_config(model.text, config.get('text_config') or {})
-    return
-  own = 'text_config' if isinstance(model, Text) else 'vision_config'
-  config = config.get(own) or config
-  heads = config.get('num_attention_heads', model.heads)
-  if heads != model.heads:
-    raise ValueError(f'the checkpoint has {heads} heads and the model {model.heads}, which shapes '
-                     f'do not show: set heads={heads}')
-  act = config.get('hidden_act')
-  if act in ACTIVATIONS and model.activation not in ('swiglu', ACTIVATIONS[act]):
-    raise ValueError(f'the checkpoint uses {act!r} and the model {model.activation!r}: set '
-                     f'activation={ACTIVATIONS[act]!r}')
-
-
-def _check_language(model: LM, config: Mapping[str, Any], own_head: bool) -> None:
-  if not config:
-    return
-  theirs = from_config(config)
-  pairs = {name: (getattr(theirs, name), getattr(model, name))
-           for name in ('heads', 'kv_heads', 'window', 'norm_eps')}
-  if not own_head:
-    pairs |= {'tied': (theirs.tied, model.tied)}
-  for name, (stored, built) in pairs.items():
-    if stored != built:
-      raise ValueError(f'the checkpoint has {name}={stored} and the model {built}, which shapes do '
-                       f'not show: set {name}={stored}')
-  if not _same_rotations(theirs.rope, model.rope):
-    names = [field.name for field in dataclasses.fields(Rope)
-             if getattr(theirs.rope, field.name) != getattr(model.rope, field.name)]
-    stored, built = (', '.join(f'{name}={getattr(rope, name)!r}' for name in names)
+    _compare(theirs.tower, model.tower, own_head)
+    _compare(theirs.lm, model.lm, own_head)
+    if isinstance(model.tower, ViT):
+      compare({'layers': theirs.tower.layers}, model.tower)
+  names = next(names for kind, names in _UNSEEN.items() if isinstance(model, kind))
+  compare({name: getattr(theirs, name) for name in names if not (name == 'tied' and own_head)},
+          model)
+  if isinstance(model, LM) and not _same_rotations(theirs.rope, model.rope):
+    fields = [field.name for field in dataclasses.fields(Rope)
+              if getattr(theirs.rope, field.name) != getattr(model.rope, field.name)]
+    stored, built = (', '.join(f'{name}={getattr(rope, name)!r}' for name in fields)
                      for rope in (theirs.rope, model.rope))
     raise ValueError(f'the checkpoint has RoPE with {stored} and the model with {built}, which '
                      'shapes do not show: set rope, or build the model that config.json describes')

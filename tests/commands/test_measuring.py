@@ -69,6 +69,23 @@ def test_a_failure_costs_its_own_row_and_is_tried_again(tmp_path):
   assert not last.heads
 
 
+def test_without_an_essential_row_nothing_else_is_measured(tmp_path):
+  path, measure = tmp_path / 'rows.jsonl', Measure(a=ValueError('no such size'))
+  with pytest.raises(ValueError, match='no such size'):
+    measuring.measure_rows(HEADS, measure, path=path, essential=lambda row: row['method'] == 'a')
+  assert [row['method'] for row in read_jsonl(path)] == ['a']
+  assert len(measuring.measure_rows(HEADS, Measure(), path=path,
+                                    essential=lambda row: row['method'] == 'a')) == 2
+
+
+def test_nested_keys_of_a_head_tell_rows_apart_in_any_order(tmp_path):
+  path, measure = tmp_path / 'rows.jsonl', Measure()
+  for made_of in ({'size': 32, 'split': ('test',)}, {'split': ['test'], 'size': 32},
+                  {'size': 48, 'split': ('test',)}):
+    measuring.measure_rows([{'method': 'a', 'made_of': made_of}], measure, path=path)
+  assert [row['made_of']['size'] for row in read_jsonl(path)] == [32, 48]
+
+
 def test_other_errors_end_the_loop_with_the_rows_before_them_written(tmp_path):
   path = tmp_path / 'rows.jsonl'
   with pytest.raises(TypeError, match='a bug'):

@@ -143,12 +143,18 @@ def test_rows_are_measured_once(tmp_path, monkeypatch):
   calls = []
   monkeypatch.setattr(reproduce, 'missing', lambda *unused: [])
   monkeypatch.setattr(reproduce, 'accuracies', lambda *unused: calls.append(0) or {'top1': 50.0})
+  params = {'head': jnp.zeros(2)}
+  monkeypatch.setattr(reproduce.image_sweep, 'load', lambda *unused: (0, params))
   first, second = (reproduce.describe(ROW, config, tmp_path) for _ in range(2))
   assert first == second
   assert len(calls) == 1
   config.reduce.vision.remove = 6
   reproduce.describe(ROW, config, tmp_path)
   assert len(calls) == 2
+  # Other weights under the same name.
+  params['head'] = jnp.ones(2)
+  reproduce.describe(ROW, config, tmp_path)
+  assert len(calls) == 3
 
 
 def test_configs_that_are_no_rows_are_worded_errors(tmp_path):

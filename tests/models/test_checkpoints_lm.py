@@ -219,6 +219,16 @@ def test_a_head_of_another_size_is_a_worded_error(tmp_path):
     checkpoints.load(checkpoints.tied_as_stored(tied, folder), folder)
 
 
+def test_a_quantized_head_is_a_worded_error(tmp_path):
+  def change(tensors):
+    tensors['lm_head.weight'] = tensors['lm_head.weight'].astype(np.int8)
+
+  folder, tied = tied_checkpoint(tmp_path, change)
+  for read in (checkpoints.tied_as_stored, checkpoints.load):
+    with pytest.raises(ValueError, match=r'lm_head\.weight of .* is stored as I8'):
+      read(tied, folder)
+
+
 def test_a_head_that_is_not_there_is_tied_or_missed(tmp_path):
   folder, tied = tied_checkpoint(tmp_path, lambda tensors: tensors.pop('lm_head.weight'))
   assert checkpoints.tied_as_stored(tied, folder) == tied

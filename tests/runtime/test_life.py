@@ -1,4 +1,4 @@
-"""A run's life: it dies, resumes bit for bit, is asked to stop, meets damage and bad numbers.
+"""A run's life: it dies, resumes bit for bit, is asked to stop, refuses, meets damage.
 
 Every run is the real command line in a process of its own, on a model that trains in seconds.
 """
@@ -7,8 +7,10 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,9 +48,15 @@ def run(*args):
 
 
 def losses(workdir):
-  """{step: loss}; what a resumed run repeats stands last."""
+  """{step: loss}; each step stands there once, and in order."""
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return {row['step']: row['loss'] for row in rows if 'loss' in row}
+  found = [(row['step'], row['loss']) for row in rows if 'loss' in row]
+  assert [step for step, _ in found] == list(range(1, len(found) + 1))
+  return dict(found)
+
+
+def content(workdir):
+  return {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
 
 
 def saved(workdir):
@@ -66,15 +74,27 @@ def whole(shared, tmp_path_factory):
   return workdir
 
 
-def stopped(shared, workdir, number):
-  """A run that gets a signal once it has saved step 10: its exit code, and what it printed."""
-  process = subprocess.Popen(command(shared, workdir), cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def begun(*args):
+  """A command that runs; a test that nohup runs hides no SIGHUP from it."""
+  return subprocess.Popen(
+      command(*args), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+
+
+def at_step_10(shared, workdir):
+  """A running command that has saved step 10."""
+  process = begun(shared, workdir)
   end = time.monotonic() + 240
   while not (workdir / 'checkpoints' / '10').exists() and max(saved(workdir), default=0) < 10:
     assert process.poll() is None, process.communicate()[0]
     assert time.monotonic() < end, 'step 10 was never saved'
     time.sleep(0.02)
+  return process
+
+
+def stopped(shared, workdir, number):
+  """A run that gets a signal once it has saved step 10: its exit code, and what it printed."""
+  process = at_step_10(shared, workdir)
   process.send_signal(number)
   text, _ = process.communicate(timeout=120)
   return process.returncode, text
@@ -83,7 +103,8 @@ def stopped(shared, workdir, number):
 def test_killed_and_resumed_every_loss_is_the_same_bit_for_bit(shared, whole, tmp_path):
   code, _ = stopped(shared, tmp_path, signal.SIGKILL)
   assert code == -signal.SIGKILL
-  assert max(losses(tmp_path)) < STEPS
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 1')
   newest = max(saved(tmp_path))
   code, text = run(shared, tmp_path)
   assert code == 0, text
@@ -91,8 +112,10 @@ def test_killed_and_resumed_every_loss_is_the_same_bit_for_bit(shared, whole, tm
   assert losses(tmp_path) == losses(whole)
 
 
-def test_asked_to_stop_it_saves_and_the_next_run_goes_on_from_there(shared, whole, tmp_path):
-  code, text = stopped(shared, tmp_path, signal.SIGTERM)
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_stop_it_saves_and_the_next_run_goes_on_from_there(number, shared, whole,
+                                                                    tmp_path):
+  code, text = stopped(shared, tmp_path, number)
   assert code == 0, text
   last = max(losses(tmp_path))
   assert last < STEPS
@@ -101,6 +124,103 @@ def test_asked_to_stop_it_saves_and_the_next_run_goes_on_from_there(shared, whol
   code, text = run(shared, tmp_path)
   assert code == 0, text
   assert losses(tmp_path) == losses(whole)
+
+
+def test_the_second_of_two_commands_is_refused_and_the_first_unharmed(shared, whole, tmp_path):
+  process = at_step_10(shared, tmp_path)
+  code, text = run(shared, tmp_path)
+  assert code == 2, text
+  assert re.fullmatch(rf'error: {tmp_path} is in use: process {process.pid} on \S+, since \S+, '
+                      r'trains in it\. .*', text.strip())
+  text, _ = process.communicate(timeout=240)
+  assert process.returncode == 0, text
+  assert losses(tmp_path) == losses(whole)
+
+
+def pair(shared, workdir, *flags):
+  """Two processes of one run, just started."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  return [begun(shared, workdir, f'--coordinator=127.0.0.1:{port}', '--processes=2',
+                f'--process={index}', *flags) for index in range(2)]
+
+
+@pytest.mark.parametrize(('number', 'index'), [(signal.SIGTERM, 1), (signal.SIGHUP, 0)])
+def test_all_processes_stop_when_one_is_asked_to(number, index, shared, tmp_path):
+  """Within seconds and after the same step, though nothing is logged until then."""
+  processes = pair(shared, tmp_path, '--config.total_steps=20000',
+                   '--config.log_steps=1000000', '--config.eval_steps=1000000')
+  end = time.monotonic() + 240
+  while not saved(tmp_path) and time.monotonic() < end:
+    time.sleep(0.1)
+  # Another command is refused in each of its processes.
+  for process in pair(shared, tmp_path):
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert f'is in use: process {processes[0].pid} on ' in text
+  processes[index].send_signal(number)
+  asked = time.monotonic()
+  texts = [process.communicate(timeout=120)[0] for process in processes]
+  assert time.monotonic() - asked < 30
+  assert [process.returncode for process in processes] == [0, 0], texts
+  step, = {re.search(r'stopped by a signal at step (\d+)', text)[1] for text in texts}
+  assert int(step) in saved(tmp_path)
+
+
+@pytest.mark.parametrize('lost', ['2>&1 | head -1', '>&- 2>&-', '2>/dev/full >/dev/full'])
+def test_a_run_outlives_the_readers_of_its_output(lost, shared, whole, tmp_path):
+  line = f'{shlex.join(command(shared, tmp_path))} {lost}; exit ${{PIPESTATUS[0]}}'
+  done = subprocess.run(['bash', '-c', line], cwd=ROOT, capture_output=True, check=False,
+                        timeout=300)
+  assert done.returncode == 0
+  assert losses(tmp_path) == losses(whole)
+  assert max(saved(tmp_path)) == STEPS
+
+
+@pytest.mark.parametrize(('flags', 'said'), [
+    (['--config.reduce.vision.method=tome'], "reduce.vision.method was 'none' and is now 'tome'"),
+    (['--config.optimizer.peak_lr=1e-3'], 'on purpose with --change=optimizer.peak_lr (--debug'),
+    (['--config.data.name=no_such_set'], 'no_such_set'), (['--config.mesh.fsdp=64'], "'fsdp': 64")])
+def test_a_refused_command_changes_no_file(flags, said, shared, whole):
+  before = content(whole)
+  code, text = run(shared, whole, '--config.total_steps=60', *flags)
+  assert code == 2, text
+  assert said in text
+  assert content(whole) == before
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(shared, whole,
+                                                                              tmp_path):
+  """Also by eval.py; nobody says what made the run."""
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  (tmp_path / 'config.json').unlink()
+  before = content(tmp_path)
+  code, text = run(shared, tmp_path, '--config.total_steps=60', '--config.model.width=48')
+  assert code == 2, text
+  assert content(tmp_path) == before
+  args = command(shared, tmp_path, '--config.model.width=48')
+  args[2:4] = 'eval', '--config=configs/digits_sweep.py'
+  done = subprocess.run(args, cwd=ROOT, text=True, capture_output=True, check=False, timeout=300)
+  assert done.returncode == 2, done.stderr
+  assert content(tmp_path) == before
+
+
+def test_what_changes_on_purpose_is_recorded(shared, whole, tmp_path):
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  flags = ['--config.total_steps=42', '--config.optimizer.peak_lr=1e-3',
+           '--change=optimizer.peak_lr']
+  for _ in range(2):
+    code, text = run(shared, tmp_path, *flags)
+    assert code == 0, text
+  assert 'nothing left to train' in text
+  config = json.loads((tmp_path / 'config.json').read_text())
+  assert [(change['step'], change['key']) for change in config['changes']] == [
+      (STEPS, 'total_steps'), (STEPS, 'optimizer.peak_lr')]
+  assert len(losses(tmp_path)) == 42
+  code, text = run(shared, tmp_path, '--config.total_steps=44')
+  assert code == 2
+  assert 'optimizer.peak_lr was 0.001 and is now 0.002' in text
 
 
 def test_the_newest_two_and_the_best_checkpoints_are_kept(whole):

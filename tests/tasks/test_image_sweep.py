@@ -1,5 +1,6 @@
 """The sweep over models of images, compared with a baseline: statistics by hand, rows made once."""
 
+import functools
 import json
 
 import jax
@@ -10,10 +11,11 @@ import scipy.stats
 
 import eval as evaluation
 from configs import digits_sweep
-from lib.report import intervals, plots, tables
+from lib.report import intervals, measuring, plots, tables
 from lib.report.rows import read_jsonl
 from lib.runtime import launch, sharding
 from lib.tasks import image_metrics, image_sweep
+from lib.tasks.sweep import fingerprint
 from models.build import build
 
 # -- statistics ----------------------------------------------------------------------------------
@@ -109,6 +111,14 @@ def test_differences_are_drawn_and_nothing_is_refused(tmp_path):
 # -- the sweep -----------------------------------------------------------------------------------
 
 
+@functools.cache
+def params_of(vit):
+  params = jax.jit(vit.init)(jax.random.key(0), np.zeros((1, 16, 16, 1)))['params']
+  # A head of zeros would give every image the same loss.
+  kernel = jax.random.normal(jax.random.key(1), params['head']['kernel'].shape)
+  return params | {'head': params['head'] | {'kernel': kernel}}
+
+
 @pytest.fixture
 def config(tmp_path, monkeypatch):
   config = digits_sweep.get_config()
@@ -117,17 +127,92 @@ def config(tmp_path, monkeypatch):
                      test_split='test[:40]')
   config.sweep.update(methods=('random', 'topk'), budgets=(0.8, 0.6), layers=(0,), rounds=1,
                       pictured=(), baseline_draws=2)
-  params = jax.jit(build(config.model).init)(jax.random.key(0), np.zeros((1, 16, 16, 1)))['params']
-  # A head of zeros would give every image the same loss.
-  kernel = jax.random.normal(jax.random.key(1), params['head']['kernel'].shape)
-  params = params | {'head': params['head'] | {'kernel': kernel}}
+  params = params_of(build(config.model))
   monkeypatch.setattr(image_sweep, 'load', lambda *_: (7, params))
   monkeypatch.setattr(image_sweep.ImageSweep, '_draw', lambda *_: None)
   return config
 
 
+DRAW = image_sweep.ImageSweep._draw
+
+
 def sweep_of(config, tmp_path):
   return image_sweep.ImageSweep(config, tmp_path, sharding.make_mesh({'data': 1}))
+
+
+@pytest.fixture
+def identities(config, tmp_path, monkeypatch):
+  """The identities of a sweep's rows with other settings; images are not needed for them."""
+  monkeypatch.setattr(image_sweep.image_data, 'eval_batches', lambda *_, **__: [])
+
+  def call(**settings):
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+      other.update_from_flattened_dict(settings)
+    rows = list(sweep_of(other, tmp_path).rows())
+    return [measuring.identity(row, tuple(rows[0])) for row in rows]
+
+  return call
+
+
+def test_rows_are_known_by_all_that_makes_them(identities):
+  before = identities()
+  assert len(set(before)) == 5
+  for settings in (
+      {'model.image_size': 32, 'data.image_size': 32}, {'data.test_split': 'test[:20]'},
+      {'data.name': 'digit_segments'}, {'data.test_crop': 0.9}, {'data.filter': 'bicubic'},
+      {'data.mean': (0.4,)}, {'data.batch_size': 8}, {'model.dtype': 'bfloat16'},
+      {'model.heads': 1}, {'model.pool': 'mean'}, {'seed': 1}, {'sweep.layers': (1,)},
+      {'sweep.budget': 'keep_ratio'}, {'sweep.baseline_draws': 3},
+      {'sweep.overrides': {'random': {'args': {'seed': 3}}}}):
+    assert not set(before) & set(identities(**settings)), settings
+  # An override of another method than the baseline makes other rows of that method alone.
+  after = identities(**{'sweep.overrides': {'topk': {'args': {'by': 'cls'}}}})
+  assert [one == other for one, other in zip(before, after, strict=True)] == [
+      True, True, True, False, False]
+
+
+def test_rows_stay_what_they_are_with_settings_that_do_not_make_them(identities):
+  before = identities()
+  for settings in (
+      {'sweep.rounds': 9}, {'sweep.title': 'x'}, {'data.threads': 9},
+      {'data.data_dir': '/elsewhere'}, {'model.remat': 'full'}, {'optimizer.peak_lr': 1.0},
+      {'data.train_split': 'train[:10]'}, {'sweep.pictured': ('topk',)},
+      {'sweep.overrides': {'tome': {'args': {'by': 'key'}}}}):
+    assert identities(**settings) == before, settings
+
+
+def test_rows_are_of_their_weights(identities, monkeypatch):
+  before, (_, params) = identities(), image_sweep.load()
+  kernel = np.array(params['head']['kernel'])
+  for place in ((0, 0), (3, 1)):
+    other = kernel.copy()
+    other[place] = np.nextafter(other[place], np.float32(9))
+    changed = params | {'head': params['head'] | {'kernel': other}}
+    monkeypatch.setattr(image_sweep, 'load', lambda *_, changed=changed: (7, changed))
+    assert not set(before) & set(identities())
+
+
+def test_a_fingerprint_is_of_names_shapes_types_and_values_in_their_order():
+  rows = np.arange(32, dtype=np.float32).reshape(8, 4)
+  found = {fingerprint({name: array}) for name, array in (
+      ('a', rows), ('b', rows), ('a', rows[::-1]), ('a', rows.T), ('a', rows.reshape(4, 8)),
+      ('a', rows.astype(jnp.bfloat16)), ('a', rows.view(np.int32)))}
+  assert len(found) == 7
+  assert fingerprint({'a': jnp.asarray(rows)}) == fingerprint({'a': rows.copy()})
+
+
+def test_no_pictures_are_no_error(config, tmp_path, capsys, monkeypatch):
+  batch = {'image': np.zeros((16, 16, 16, 1), np.float32), 'label': np.zeros(16, np.int32)}
+  monkeypatch.setattr(image_sweep.image_data, 'eval_batches', lambda *_, **__: [batch])
+  for settings, printed in (
+      ({'pictured': ()}, ''), ({'pictured': ('topk',), 'pictured_images': 0}, ''),
+      ({'pictured': ('topk',), 'pictured_images': 4, 'budgets': ()}, ''),
+      ({'pictured': ('tome',), 'budgets': (0.01,)}, 'no picture of tome: ')):
+    config.sweep.update(settings)
+    DRAW(sweep_of(config, tmp_path), tmp_path / 'overlays')
+    assert capsys.readouterr().out.startswith(printed)
+    assert not (tmp_path / 'overlays').exists()
 
 
 VOLATILE = ('date', 'median_ms', 'low_ms', 'high_ms', 'speedup', 'speedup_low', 'speedup_high',
@@ -192,7 +277,7 @@ def test_without_a_baseline_rows_have_the_keys_that_they_had(config, tmp_path):
     del config.sweep.baseline, config.sweep.baseline_draws
   sweep = sweep_of(config, tmp_path)
   row = next(iter(sweep.rows()))
-  assert list(row) == ['step', 'form', 'layers', 'way', 'method', 'budget']
+  assert list(row) == ['step', 'form', 'layers', 'way', 'method', 'budget', 'made_of']
   assert list(sweep.measure(row)) == [
       'accuracy', 'tokens', 'kept_mean', 'gmacs', 'gmacs_ratio', 'batch', 'dtype', 'median_ms',
       'low_ms', 'high_ms', 'speedup', 'speedup_low', 'speedup_high', 'compile_s', 'note']

@@ -95,6 +95,30 @@ def test_every_candidate_of_the_configs_is_a_model():
                     lm.cache_plan)), candidate
 
 
+def test_rows_are_known_by_all_that_makes_them(monkeypatch, tmp_path):
+  monkeypatch.setattr(qa_data, 'info', lambda data: SCENES)
+  weights = ['one']
+  monkeypatch.setattr(qa_sweep.QASweep, '_load', lambda *_: (7, weights[-1], None))
+  config = digit_scenes_sweep.get_config()
+  config.sweep.update(sets=(), candidates=config.sweep.candidates[:2], budgets=(0.5,))
+
+  def identities(**settings):
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict(settings)
+    rows = list(qa_sweep.QASweep(other, tmp_path, sharding.make_mesh({'data': 1})).rows())
+    return {measuring.identity(row, tuple(rows[0])) for row in rows}
+
+  before = identities()
+  for settings, same in (
+      ({'data.test_split': 'test[:5]'}, 0), ({'data.context': 61}, 0), ({'data.batch_size': 2}, 0),
+      ({'data.pad_side': 'left'}, 0), ({'data.kinds': ('count',)}, 0),
+      ({'model.dtype': 'bfloat16'}, 0), ({'model.lm.heads': 8}, 0), ({'sweep.budgets': (0.4,)}, 1),
+      ({'sweep.rounds': 9}, 3), ({'data.turns': 1}, 3), ({'data.data_dir': '/elsewhere'}, 3)):
+    assert len(before & identities(**settings)) == same, settings
+  weights.append('other')
+  assert not before & identities()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, capsys):
