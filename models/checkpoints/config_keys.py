@@ -111,11 +111,12 @@ class Section:
   """An object with keys of its own, or null."""
 
   def allows(self, value: Any) -> bool:
-    """Returns whether a value is an object."""
-    return value is None or isinstance(value, Mapping)
+    """Returns whether a value is an object, and its model_type a name where it has one."""
+    return value is None or (
+        isinstance(value, Mapping) and isinstance(value.get('model_type'), str | None))
 
   def __str__(self) -> str:
-    return 'an object'
+    return 'an object, whose model_type is a name'
 
 
 Check = Number | OneOf | Each | Pattern | Section

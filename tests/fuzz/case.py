@@ -23,7 +23,7 @@ BAD: Mapping[type, tuple[Any, ...]] = {
 BAD = {**BAD, list: BAD[tuple]}
 
 
-class Accepted(BaseException):  # noqa: N818
+class Accepted(BaseException):
   """Stops a case where the work would begin: the input was taken."""
 
 
@@ -101,11 +101,24 @@ def overwritten(path: pathlib.Path, rng: random.Random) -> None:
   path.write_bytes(rng.randbytes(path.stat().st_size))
 
 
-def _is(content: bytes) -> Callable[[pathlib.Path, random.Random], None]:
-  return lambda path, rng: path.write_bytes(content) and None
+def zeros(path: pathlib.Path, rng: random.Random) -> None:
+  """Fills a file with zeros."""
+  del rng
+  path.write_bytes(bytes(path.stat().st_size))
 
 
-def _instead(make: Callable[[pathlib.Path], Any]) -> Callable[[pathlib.Path, random.Random], None]:
+Damage = Callable[[pathlib.Path, random.Random], Any]
+
+
+def _is(content: bytes) -> Damage:
+  return lambda path, rng: path.write_bytes(content)
+
+
+def _rewritten(change: Callable[[str], bytes]) -> Damage:
+  return lambda path, rng: path.write_bytes(change(path.read_text()))
+
+
+def _instead(make: Callable[[pathlib.Path], Any]) -> Damage:
   def damage(path: pathlib.Path, rng: random.Random) -> None:
     path.unlink()
     make(path)
@@ -114,8 +127,7 @@ def _instead(make: Callable[[pathlib.Path], Any]) -> Callable[[pathlib.Path, ran
 
 # What may have become of a file whose content has a form: (path, rng) -> nothing.
 DAMAGE = {
-    'truncated': truncated, 'overwritten': overwritten, 'empty': lambda path, rng: os.truncate(path, 0),
-    'zeros': lambda path, rng: path.write_bytes(bytes(path.stat().st_size)) and None,
+    'truncated': truncated, 'overwritten': overwritten, 'empty': _is(b''), 'zeros': zeros,
     'folder': _instead(pathlib.Path.mkdir), 'pipe': _instead(os.mkfifo),
     'device': _instead(lambda path: path.symlink_to('/dev/zero')),
     'dangling': _instead(lambda path: path.symlink_to('nowhere')),
@@ -128,8 +140,8 @@ JSON_DAMAGE = {
     'list': _is(b'[{"a": 1}]'), 'number': _is(b'3'), 'null': _is(b'null'), 'text': _is(b'"a"'),
     'deep': _is(b'[' * 100_000), 'deep objects': _is(b'{"a":' * 100_000),
     'digits': _is(b'{"a": ' + b'9' * 9999 + b'}'), 'Latin': _is(b'{"a": "\xe9"}'),
-    'UTF-16': lambda path, rng: path.write_bytes(path.read_text().encode('utf-16')) and None,
-    'NaN': lambda path, rng: path.write_text(path.read_text().replace('{', '{"a": NaN, ', 1)) and None,
+    'UTF-16': _rewritten(lambda text: text.encode('utf-16')),
+    'NaN': _rewritten(lambda text: text.replace('{', '{"a": NaN, ', 1).encode()),
     'twice': _is(b'{"a": 1, "a": 2}'), 'comment': _is(b'{"a": 1} // one'),
     'comma': _is(b'{"a": 1,}')}
 

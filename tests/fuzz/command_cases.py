@@ -16,10 +16,12 @@ from fuzz.text_cases import source
 # Each command with what it needs.
 DIGITS = '--config=configs/digits.py'
 COMMANDS = {
-    'train': (DIGITS, '--workdir=RUN'), 'eval': ('--config=configs/digits_sweep.py', '--workdir=RUN'),
+    'train': (DIGITS, '--workdir=RUN'),
+    'eval': ('--config=configs/digits_sweep.py', '--workdir=RUN'),
     'tools.generate': ('--model=MODEL', '--prompt=w5'),
     'tools.explain': ('--config=configs/vit_s16_tome.py', '--notrace'),
-    'tools.bench': ('--out=OUT',), 'tools.speed': ('--out=OUT',), 'tools.decode_bench': ('--out=OUT',),
+    'tools.bench': ('--out=OUT',), 'tools.speed': ('--out=OUT',),
+    'tools.decode_bench': ('--out=OUT',),
     'tools.buckets': ('--config=configs/digits.py', '--workdir=RUN', '--out=OUT'),
     'tools.pack': (DIGITS, '--workdir=RUN', '--out=OUT'), 'tools.prepare': ('--name=digits',),
     'tools.study': ('--config=configs/digits_study.py', '--workdir=RUN'),
@@ -53,19 +55,20 @@ LINES: dict[str, Sequence[Sequence[str]]] = {
     'tools.explain': (
         ('--config=',), ('--model=no_such', '--config='), ('--prompt=-1',), ('--prompt=abc',),
         ('--images=-1',), ('--image_size=abc',), ('--image_size=1',), ('--new_tokens=-1',),
-        ('--reduce.vision.method=no_such',), ('--reduce.vision.remove=nan',),
+        ('--reduce.vision.method=no_such',), ('--reduce.no_such=1',),
+        ('--reduce.vision.method=tome', '--reduce.vision.remove=nan'),
         ('--config.reduce.vision.remove=-1',), ('--config.model.depth=10000000',)),
     'tools.bench': (('--only=no_such',), ('--batch=0',), ('--rounds=0',), ('--methods=no_such',),
                     ('--batch=abc',)),
     'tools.speed': (('--variant=no_such',), ('--batches=abc',), ('--batches=0',), ('--rounds=0',),
                     ('--methods=no_such',), ('--apart=0',)),
     'tools.decode_bench': (('--models=no_such',), ('--rounds=0',), ('--tokens=0',)),
-    'tools.pack': (('--workdir=no_such',), ('--out=',)),
+    'tools.pack': (('--workdir=no_such',),),
     'tools.prepare': (('--name=no_such',), ('--name=',), ('--name=/',), ('--name=digits/no_such',),
                       ('--data_dir=/dev/null/data',)),
     'tools.study': (('--config.study.seeds=abc',), (DIGITS,), ('--config.study.seeds=(-1,)',)),
     'tools.reproduce': (('--config=no_such',), ('--rows=no_such',)),
-    'tools.targets': (('--targets=no_such',), ('--methods=no_such',)),
+    'tools.targets': (('--targets=no_such',),),
     'tools.targets_lm': (('--targets=no_such',), ('--steps=no_such',))}
 
 
@@ -98,7 +101,7 @@ def run(command: str, arguments: Sequence[str], folder: pathlib.Path, shared: pa
     raise RuntimeError(f'status {status}: {said[-500:]}')
   if before:
     raise RuntimeError(f'{len(before)} lines before the error: {before[0]}')
-  raise ValueError(last)
+  raise ValueError(last.removeprefix('error: ').removesuffix(' (--debug shows where)'))
 
 
 def commands() -> Iterator[Case]:
@@ -107,8 +110,11 @@ def commands() -> Iterator[Case]:
     for line in (*NEVER, *LINES.get(command, ())):
       given = {argument.partition('=')[0] for argument in line}
       kept = [argument for argument in needed if argument.partition('=')[0] not in given]
-      yield Case(f'{command} {" ".join(line)}', functools.partial(run, command, [*kept, *line]),
-                 seconds=60)
+      flag, _, value = line[-1].partition('=')
+      yield Case(f'{command} {ascii(" ".join(line))[1:-1]}', functools.partial(
+          run, command, [*kept, *line]), seconds=60,
+          says=(flag.strip('-').rpartition('.')[2], value or flag, 'names no method', 'no key',
+                'half a character'))
 
 
 KINDS = {'commands': commands}

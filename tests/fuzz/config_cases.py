@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from ml_collections import ConfigDict
-
 from fuzz.case import Accepted, Case, bad_values, changed, leaves, once, shown
+from ml_collections import ConfigDict
 
 TRAINED = ('digits', 'digit_segments', 'digit_scenes', 'stdlib_needle')
 SWEPT = ('digits_sweep', 'digit_segments_sweep', 'digit_scenes_sweep', 'stdlib_needle_sweep')

@@ -8,12 +8,11 @@ import pathlib
 import random
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
+from fuzz.case import DAMAGE, Case, Damage
 from PIL import Image
-
-from fuzz.case import DAMAGE, Case
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP')
 # What Pillow writes, and no picture here may be.
@@ -24,8 +23,9 @@ MAGIC = {
     'PNG': b'\x89PNG\r\n\x1a\n', 'JPEG': b'\xff\xd8\xff\xe0', 'GIF': b'GIF89a', 'BMP': b'BM',
     'WEBP': b'RIFF\x10\0\0\0WEBP', 'TIFF': b'II*\0', 'PostScript': b'%!PS-Adobe-3.0 EPSF-3.0\n',
     'PDF': b'%PDF-1.7\n', 'Photoshop': b'8BPS', 'SVG': b'<svg xmlns="http://www.w3.org/2000/svg">',
-    'ZIP': b'PK\x03\x04', 'gzip': b'\x1f\x8b', 'HEIC': b'\0\0\0\x18ftypheic', 'video': b'\0\0\0\x18ftypisom',
-    'JPEG XL': b'\xff\x0a', 'ELF': b'\x7fELF', 'pickle': b'\x80\x04', 'sound': b'RIFF\x10\0\0\0WAVE'}
+    'ZIP': b'PK\x03\x04', 'gzip': b'\x1f\x8b', 'HEIC': b'\0\0\0\x18ftypheic',
+    'video': b'\0\0\0\x18ftypisom', 'JPEG XL': b'\xff\x0a', 'ELF': b'\x7fELF',
+    'pickle': b'\x80\x04', 'sound': b'RIFF\x10\0\0\0WAVE'}
 
 
 def encoded(kind: str, size: tuple[int, int] = (36, 24)) -> bytes:
@@ -51,7 +51,7 @@ def read(content: bytes, folder: pathlib.Path, shared: pathlib.Path) -> None:
   read_image(folder / 'photo.png')
 
 
-def read_damaged(kind: str, damage: Callable[[pathlib.Path, random.Random], None], seed: int,
+def read_damaged(kind: str, damage: Damage, seed: int,
                  folder: pathlib.Path, shared: pathlib.Path) -> None:
   """Reads a damaged picture."""
   from lib.data.image_files import read_image
@@ -107,8 +107,8 @@ def images() -> Iterator[Case]:
       yield Case(f'{name}, then {size} bytes', functools.partial(read, content), says=('photo',))
   for size in (1, 7, 64, 4096):
     yield Case(f'{size} bytes', functools.partial(read, rng.randbytes(size)), says=('photo',))
-  for width, height in ((0, 0), (0, 5), (5, 0), (2 ** 31 - 1, 1), (60_000, 60_000), (2 ** 31, 2 ** 31),
-                        (2 ** 32 - 1, 2 ** 32 - 1)):
+  for width, height in ((0, 0), (0, 5), (5, 0), (2 ** 31 - 1, 1), (60_000, 60_000),
+                        (2 ** 31, 2 ** 31), (2 ** 32 - 1, 2 ** 32 - 1)):
     yield Case(f'PNG of {width} x {height}', functools.partial(read, png(width, height)),
                says=('photo',))
   for depth, colour in ((7, 2), (8, 5), (3, 0), (0, 2), (255, 255)):

@@ -77,23 +77,24 @@ def merged(change: Mapping[str, Any]) -> Callable[[pathlib.Path], None]:
 def contents() -> dict[str, Any]:
   """Returns what the JSON files of a tiny checkpoint hold."""
   from helpers import assistants
-  special = {'eos_token_id': [2]}
-  return {'tokenizer_config.json': json.loads((assistants.CHAT / 'tokenizer_config.json').read_text()),
-          'preprocessor_config.json': assistants.STEPS[assistants.STEPS_OF['llava']],
-          'generation_config.json': special,
-          'tokenizer.json': json.loads((assistants.CHAT / 'tokenizer.json').read_text())}
+  return {'preprocessor_config.json': assistants.STEPS[assistants.STEPS_OF['llava']],
+          'generation_config.json': {'eos_token_id': [2]},
+          **{file: json.loads((assistants.CHAT / file).read_text())
+             for file in ('tokenizer.json', 'tokenizer_config.json')}}
 
 
 def beside_weights() -> Iterator[Case]:
   """Yields cases of the files around weights."""
   rng = random.Random(5)
   for name in ('llava', 'qwen2_vl', 'llava_next'):
-    yield Case(name, functools.partial(with_file, name, 'config.json', lambda path: None), fine=True)
+    yield Case(name, functools.partial(with_file, name, 'config.json', lambda path: None),
+               fine=True)
   for file in FILES:
     for how, damage in (DAMAGE | JSON_DAMAGE).items():
       if not (file == 'generation_config.json' and how == 'twice'):
         yield Case(f'{file}: {how}', functools.partial(
-            with_file, 'llava', file, functools.partial(damage, rng=random.Random(0))), says=(file,))
+            with_file, 'llava', file, functools.partial(damage, rng=random.Random(0))),
+            says=(file,))
   for how in ('overwritten', 'folder', 'pipe', 'device', 'dangling'):
     yield Case(f'chat_template.jinja: {how}', functools.partial(
         with_file, 'llava', 'chat_template.jinja',
@@ -104,7 +105,8 @@ def beside_weights() -> Iterator[Case]:
       if path[0] not in UNREAD.get(file, ()) and not fine:
         top = changed(content, path, value)[path[0]]
         yield Case(f'{file}: {".".join(path)}={shown(value)}', functools.partial(
-            with_file, 'llava', file, merged({path[0]: top})), says=(file, path[0], path[-1], 'half a character'))
+            with_file, 'llava', file, merged({path[0]: top})),
+            says=(file, path[0], path[-1], 'half a character'))
   for path, value in bad_values({'min_pixels': 16, 'max_pixels': 256, 'patch_size': 4,
                                  'temporal_patch_size': 2, 'merge_size': 2}, rng, 4):
     yield Case(f'qwen2_vl: {path[0]}={shown(value)}', functools.partial(
@@ -112,7 +114,8 @@ def beside_weights() -> Iterator[Case]:
         says=(path[0], 'preprocessor_config.json'))
   for value in (3, 'abc', [[]], [['a', 'b']], [[0, 16]], [[-16, 16]], [[16]], [[NAN, 16]], {}):
     yield Case(f'llava_next: image_grid_pinpoints={shown(value)}', functools.partial(
-        with_file, 'llava_next', 'preprocessor_config.json', merged({'image_grid_pinpoints': value})),
+        with_file, 'llava_next', 'preprocessor_config.json',
+        merged({'image_grid_pinpoints': value})),
         says=('image_grid_pinpoints', 'preprocessor_config.json'))
 
 
@@ -133,13 +136,15 @@ ENDLESS = {
             '{% endfor %}{{ ns.a }}',
     'format': "{{ '%1000000000000d' % 1 }}", 'width': "{{ '{:>10000000000}'.format(1) }}",
     'range': '{{ range(10**10)|list }}', 'constant': "{{ ('a' * 10**9) * 10**3 }}",
-    'pairs': '{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}',
+    'pairs': '{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}'
+             '{% endfor %}',
     'expression': '{{ ((((((2**31)**31)**31)**31)**31)**31) }}',
     'batch': '{{ range(99999)|batch(1)|map("list")|list|length * "a" * 10**9 }}',
     'centre': '{{ "a"|center(10**10) }}', 'indent': '{{ "a\\n"|indent(10**10, true) }}'}
 FAILING = {
     'refuses': "{{ raise_exception('no') }}", 'divides': '{{ 1 / 0 }}',
-    'type': "{{ 'a' + 1 }}", 'key': "{{ messages[0]['no']['such'] }}", 'index': '{{ messages[9].a.b }}',
+    'type': "{{ 'a' + 1 }}", 'key': "{{ messages[0]['no']['such'] }}",
+    'index': '{{ messages[9].a.b }}',
     'nothing': '{{ nothing.at.all }}', 'calls': '{{ nothing() }}', 'filter': '{{ 1|no_such }}',
     'test': '{{ 1 is no_such }}', 'json': '{{ namespace|tojson }}', 'open': '{{ messages',
     'tag': '{% for m in messages %}', 'end': '{% endfor %}', 'unknown tag': '{% call_me %}',
@@ -154,7 +159,8 @@ def with_template(template: str, folder: pathlib.Path, shared: pathlib.Path) -> 
   """Asks a tiny checkpoint that comes with a template; it gets little time."""
   from lib.data import templates
   with mock.patch.object(templates, 'SECONDS', 0.5):
-    with_file('llava', 'chat_template.jinja', lambda path: path.write_text(template), folder, shared)
+    with_file('llava', 'chat_template.jinja', lambda path: path.write_text(template), folder,
+              shared)
 
 
 def template_cases() -> Iterator[Case]:
@@ -271,7 +277,8 @@ def prompts() -> Iterator[Case]:
       'abc', [None], ['abc'], [{}], [{'role': 'user'}], [{'content': 'w5'}],
       [good | {'role': 3}], [good | {'role': None}], [good | {'role': 'wizard'}],
       [good | {'content': 3}], [good | {'content': None}], [good | {'content': [3]}],
-      [good | {'content': [{}]}], [good | {'content': [{'type': 3}]}], [good | {'content': {'a': 1}}],
+      [good | {'content': [{}]}], [good | {'content': [{'type': 3}]}],
+      [good | {'content': {'a': 1}}],
       [good | {'content': [{'type': 'text'}]}],
       [good | {'content': [{'type': 'text', 'text': 3}]}]):
     yield Case(f'messages {shown(messages)}', functools.partial(chat, messages))
@@ -285,7 +292,8 @@ def prompts() -> Iterator[Case]:
     yield Case(f'reduce={shown(reduce)}', functools.partial(
         ask_text, 'w5 w6 w7', {'new_tokens': 2, 'reduce': reduce}))
   for key, values in {
-      'reduce': ('{', '[1]', 'abc', '3', 'no_such.json', '{"nowhere": {}}', '(' * 9999, '{1: ' * 999),
+      'reduce': ('{', '[1]', 'abc', '3', 'no_such.json', '{"nowhere": {}}', '(' * 9999,
+                 '{1: ' * 999),
       'batch_size': (0, -1, 'abc', 'nan', 1.5, '2:3'), 'dtype': ('float8', ''),
       'buckets': ('abc', '64:', '0', '-4', 0, '1.5', 'nan')}.items():
     for value in values:

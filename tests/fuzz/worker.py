@@ -41,7 +41,7 @@ PRELOADED = ['lib.notebook', 'lib.tasks.registry', 'adapters.answerer', 'tokeniz
              'orbax.checkpoint', 'PIL.Image', 'matplotlib.pyplot', 'fuzz.case']
 # A worker starts, and makes what its cases share.
 STARTING = 120.0
-LONGEST_LINE = 1000
+LONGEST_LINE = 4000
 
 
 @functools.cache
