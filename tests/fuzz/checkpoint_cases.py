@@ -16,6 +16,7 @@ from fuzz.case import (
   DAMAGE,
   JSON_DAMAGE,
   Case,
+  Damage,
   bad_values,
   changed,
   copied,
@@ -130,7 +131,8 @@ def published() -> Iterator[Case]:
 
 
 def damaged(name: str, file: str, damage: Damage, seed: float,
-            read: Callable[[pathlib.Path], Any], folder: pathlib.Path, shared: pathlib.Path) -> None:
+            read: Callable[[pathlib.Path], Any], folder: pathlib.Path,
+            shared: pathlib.Path) -> None:
   """Reads a tiny checkpoint, one of whose files is damaged."""
   source = once(shared / f'folder_{name}', functools.partial(language_model, name)) / name
   place = copied(source, folder)

@@ -51,6 +51,11 @@ def read(content: bytes, folder: pathlib.Path, shared: pathlib.Path) -> None:
   read_image(folder / 'photo.png')
 
 
+def read_encoded(kind: str, folder: pathlib.Path, shared: pathlib.Path) -> None:
+  """Reads a picture of some format as a file called photo.png."""
+  read(encoded(kind, (16, 16)), folder, shared)
+
+
 def read_damaged(kind: str, damage: Damage, seed: int,
                  folder: pathlib.Path, shared: pathlib.Path) -> None:
   """Reads a damaged picture."""
@@ -91,7 +96,7 @@ def images() -> Iterator[Case]:
   """Yields cases of files of pictures."""
   rng = random.Random(4)
   for kind in FORMATS:
-    yield Case(kind, functools.partial(read, encoded(kind)), fine=True)
+    yield Case(kind, functools.partial(read_encoded, kind), fine=True)
     for seed in range(5):
       yield Case(f'{kind}: truncated, {seed}', functools.partial(
           read_damaged, kind, truncated_early, seed), says=('photo',))
@@ -100,7 +105,7 @@ def images() -> Iterator[Case]:
         yield Case(f'{kind}: {how}', functools.partial(read_damaged, kind, damage, 0),
                    says=('photo',))
   for kind in filter(writable, OTHERS):
-    yield Case(f'{kind} as PNG', functools.partial(read, encoded(kind, (16, 16))), says=('photo',))
+    yield Case(f'{kind} as PNG', functools.partial(read_encoded, kind), says=('photo',))
   for name, beginning in MAGIC.items():
     for size in (0, 3, 999):
       content = beginning + rng.randbytes(size)

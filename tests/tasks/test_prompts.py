@@ -12,6 +12,7 @@ from helpers import assistants
 from helpers.errors import said
 
 from adapters.answerer import Settings, read_reductions, whole_numbers
+from configs import digits
 from lib import assistant, notebook
 from lib.data import prepare
 from lib.data.tokenizers import Chat, HubTokenizer, WordTokenizer
@@ -233,9 +234,9 @@ def test_a_run_of_images_reads_its_own_weights_alone(tmp_path, monkeypatch):
   seen = []
   monkeypatch.setattr(notebook.image_sweep, 'load',
                       lambda config, path, mesh: seen.append(config) or (1, {}))
-  (tmp_path / 'config.json').write_text(json.dumps(
-      {'model': {'variant': 'S/16', 'weights': 'somebody/else'},
-       'data': {'name': 'digits', 'data_dir': str(tmp_path / 'chosen')}}))
+  config = digits.get_config()
+  config.model.weights, config.data.data_dir = 'somebody/else', str(tmp_path / 'chosen')
+  (tmp_path / 'config.json').write_text(config.to_json_best_effort())
   notebook.load(tmp_path)
   notebook.load(tmp_path, data_dir='mine')
   assert [(config.data.data_dir, config.model.weights) for config in seen] == [
