@@ -8,10 +8,12 @@ import os
 import pathlib
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 NAN, INFINITY = float('nan'), float('inf')
+FAULTY = 'faults'
 # Impossible values of a key, by the kind of what belongs there.
 BAD: Mapping[type, tuple[Any, ...]] = {
     bool: ('abc', 5, NAN, [], {}),
@@ -160,3 +162,24 @@ def once(folder: pathlib.Path, make: Callable[[pathlib.Path], Any]) -> pathlib.P
     make(unfinished)
     unfinished.rename(folder)
   return folder
+
+
+# Outcomes that are faults, for the test of what runs the cases.
+
+
+def _unsaid(folder: pathlib.Path, shared: pathlib.Path) -> None:
+  raise ValueError('no')
+
+
+def faulty() -> Iterator[Case]:
+  """Yields a case of every fault that there is."""
+  yield Case('traceback', lambda folder, shared: {}['abc'])
+  yield Case('accepted', lambda folder, shared: None)
+  yield Case('never ends', lambda folder, shared: time.sleep(60), seconds=0.5)
+  yield Case('died', lambda folder, shared: os.abort())
+  yield Case("in a library's words", lambda folder, shared: json.loads('abc'))
+  yield Case('refused without a word of key', _unsaid, says=('key',))
+  yield Case('is fine, and was not accepted', _unsaid, fine=True)
+
+
+KINDS = {FAULTY: faulty}

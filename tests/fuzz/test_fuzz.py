@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 from fuzz import worker
+from fuzz.case import FAULTY
 
 pytestmark = pytest.mark.long
 
@@ -26,3 +27,9 @@ def test_there_are_hundreds():
   bad = {kind: sum(not case.fine for case in worker.cases(kind).values()) for kind in worker.KINDS}
   assert sum(bad.values()) >= 300, bad
   assert min(bad.values()) >= 20, bad
+
+
+def test_every_fault_is_found(shared):
+  found = worker.faults(FAULTY, list(worker.cases(FAULTY)), shared)
+  assert found.keys() == worker.cases(FAULTY).keys()
+  assert all(fault.startswith(name) for name, fault in found.items()), found

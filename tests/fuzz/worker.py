@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 if __name__ == '__main__':
   sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from fuzz.case import Accepted, Case  # noqa: E402
+from fuzz.case import FAULTY, Accepted, Case  # noqa: E402
 
 # The module that lists each kind.
 KINDS = {
@@ -47,9 +47,8 @@ LONGEST_LINE = 4000
 @functools.cache
 def cases(kind: str) -> Mapping[str, Case]:
   """Returns the cases of a kind by name."""
-  listed = importlib.import_module(f'fuzz.{KINDS[kind]}').KINDS[kind]()
-  by_name = {case.name: case for case in listed}
-  return by_name
+  module = (KINDS | {FAULTY: 'case'})[kind]
+  return {case.name: case for case in importlib.import_module(f'fuzz.{module}').KINDS[kind]()}
 
 
 def faults(kind: str, names: Sequence[str], shared: pathlib.Path) -> dict[str, str]:
