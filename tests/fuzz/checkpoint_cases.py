@@ -341,6 +341,16 @@ def load_packed(file: str, damage: Damage, seed: int,
   load_run(place)
 
 
+def with_keys(file: str, change: dict[str, Any], folder: pathlib.Path,
+              shared: pathlib.Path) -> None:
+  """Loads a packed run without checksums, in one of whose files keys are changed."""
+  from lib import notebook
+  place = copied(once(shared / 'packed', pack_run), folder)
+  (place / 'SHA256SUMS').unlink()
+  write_json(place / file, json.loads((place / file).read_text()) | change)
+  notebook.load(place)
+
+
 def saved_runs() -> Iterator[Case]:
   """Yields cases of checkpoints of training and of packed runs."""
   def nothing(path: pathlib.Path, rng: random.Random) -> None:
@@ -362,6 +372,18 @@ def saved_runs() -> Iterator[Case]:
     for how in ('truncated', 'empty', 'folder', 'pipe', 'web page'):
       yield Case(f'packed: {file} {how}', functools.partial(load_packed, file, DAMAGE[how], 0),
                  says=(file,))
+  # As from a stranger, who sums up what he likes.
+  source = pathlib.Path(__file__).parents[2] / 'results' / 'stdlib_needle'
+  for file in ('config.json', 'info.json'):
+    content = json.loads((source / file).read_text())
+    yield Case(f'{file} of a run', functools.partial(with_keys, file, {}), fine=True)
+    for path, value in bad_values(content, rng, 3 if file == 'info.json' else 1):
+      # Nothing reads a set, or the layers of a place without a method.
+      if (path[0] == 'data' and isinstance(value, str)) or (path[-1], value) == ('layers', 5):
+        continue
+      top = changed(content, path, value)[path[0]]
+      yield Case(f'{file} of a run: {".".join(path)}={shown(value)}', functools.partial(
+          with_keys, file, {path[0]: top}), says=(path[-1], file))
 
 
 KINDS = {'published configs': published, 'weights': weights, 'saved runs': saved_runs}
