@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import re
 import reprlib
 import types
@@ -175,6 +176,8 @@ def check(name: str, value: Any, kind: Any) -> None:
   elif kind in _LEAVES:
     if not isinstance(value, _LEAVES[kind]) or (kind in (int, float) and isinstance(value, bool)):
       raise ValueError(f'{name}={reprlib.repr(value)} must be {describe(kind)}')
+    if kind is str:
+      _check_text(name, value)
     if kind is float and not _is_finite(value):
       raise ValueError(f'{name}={reprlib.repr(value)} must be finite')
   elif origin in (dict, abc.Mapping):
@@ -270,6 +273,15 @@ def _is_finite(value: Any) -> bool:
     return math.isfinite(value)
   except OverflowError:  # A whole number that no float can hold.
     return False
+
+
+def _check_text(name: str, value: str) -> None:
+  try:
+    # Bytes of a file's name that are no UTF-8 pass: the command line gives them so.
+    os.fsencode(value)
+  except UnicodeEncodeError as error:
+    raise ValueError(f'{name}={value!a} has half a character, which no file and no name can '
+                     'have') from error
 
 
 def _check_union(name: str, value: Any, kind: Any) -> None:

@@ -27,6 +27,7 @@ from models.projector import ACROSS, ORDERS
 from models.reduce_config import COMPONENTS
 from ops import choices
 from ops.budgets import BUDGETS
+from ops.tokens import KINDS
 from ops.values import (
     Count,
     CountOrZero,
@@ -134,7 +135,9 @@ class ImageSweepSettings(Sweep):
 
 # Of a place without a method too, where nothing reads the other keys.
 _Layers = Annotated[str, OneOf(['all'])] | CountOrZero | tuple[CountOrZero, ...]
+_Kind = Annotated[str, OneOf(KINDS)]
 REDUCTION = KEYS | Keys({'layers': _Layers, 'watch': _Layers,
+                         'token_kinds': _Kind | tuple[_Kind, ...],
                          'across': Annotated[str, OneOf(ACROSS)],
                          'order': Annotated[str, OneOf(ORDERS)]})
 CANDIDATE = REDUCTION | Keys({'name': str, 'place': Component}, frozenset({'name', 'place'}))

@@ -69,13 +69,19 @@ def changed(tree: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[
   return {**tree, first: changed(tree[first], tuple(rest), value) if rest else value}
 
 
-def bad_values(tree: Mapping[str, Any], rng: random.Random,
-               count: int) -> Iterator[tuple[tuple[str, ...], Any]]:
-  """Yields (path, impossible value), at most so many of each key of a tree."""
+def bad_values(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+  """Yields (path, impossible value) for all values of every key of a tree."""
   for path, value in leaves(tree):
-    options = BAD.get(type(value), ())
-    for bad in rng.sample(options, min(count, len(options))):
+    for bad in BAD.get(type(value), ()):
       yield path, bad
+
+
+def some_bad_values(tree: Mapping[str, Any],
+                    rng: random.Random) -> Iterator[tuple[tuple[str, ...], Any]]:
+  """Yields one of them for every key."""
+  for path, value in leaves(tree):
+    if type(value) in BAD:
+      yield path, rng.choice(BAD[type(value)])
 
 
 # Files.

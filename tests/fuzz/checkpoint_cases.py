@@ -23,6 +23,7 @@ from fuzz.case import (
   flipped,
   once,
   shown,
+  some_bad_values,
   write_json,
 )
 
@@ -96,7 +97,7 @@ def published() -> Iterator[Case]:
   for name in (*LANGUAGE, *VISION_LANGUAGE, *VISION):
     config = config_of(name)
     yield Case(name, functools.partial(with_config, name, config), fine=True)
-    for path, value in bad_values(config, rng, 1):
+    for path, value in some_bad_values(config, rng):
       key = path[-1]
       fine = len(path) > 1 and value in FINE.get(key, ())
       if not (set(path) & SAYS_NOTHING or fine):
@@ -377,9 +378,10 @@ def saved_runs() -> Iterator[Case]:
   for file in ('config.json', 'info.json'):
     content = json.loads((source / file).read_text())
     yield Case(f'{file} of a run', functools.partial(with_keys, file, {}), fine=True)
-    for path, value in bad_values(content, rng, 3 if file == 'info.json' else 1):
-      # Nothing reads a set, or the layers of a place without a method.
-      if (path[0] == 'data' and isinstance(value, str)) or (path[-1], value) == ('layers', 5):
+    for path, value in bad_values(content):
+      # Nothing reads a set, what it began from, or the layers of a place without a method.
+      if path[0] in ('mesh', 'start') or (path[-1], value) == ('layers', 5) or (
+          path[0] == 'data' and isinstance(value, str)):
         continue
       top = changed(content, path, value)[path[0]]
       yield Case(f'{file} of a run: {".".join(path)}={shown(value)}', functools.partial(
