@@ -23,7 +23,7 @@ from lib import assistant
 from lib.assistant import Assistant
 from lib.data.pictures import row_of
 from models.backbones.vlm import Images
-from models.checkpoints.json_files import read_json
+from models.checkpoints.json_files import read_json, shown
 from models.decoding.generator import BUCKETS, ENDED, Generator, Score
 from models.decoding.sampling import Sampling
 from models.reduce_config import check_components
@@ -109,8 +109,10 @@ class Answerer:
                dtype: str = 'float32', buckets: Any = BUCKETS, data_dir: str = ''):
     self.assistant = assistant.load(path, dtype=dtype, data_dir=data_dir)
     self.reduce = read_reductions(reduce)
-    self.batch_size, = (8,) if str(batch_size).startswith('auto') else whole_numbers(
-        batch_size, 'batch_size')
+    sizes = (8,) if str(batch_size).startswith('auto') else whole_numbers(batch_size, 'batch_size')
+    if len(sizes) > 1:
+      raise ValueError(f'batch_size={batch_size!r} is impossible: give one number')
+    self.batch_size = sizes[0]
     self._buckets = whole_numbers(buckets, 'buckets')
     self._generators: dict[Any, Generator] = {}
 
@@ -244,13 +246,13 @@ def read_reductions(reduce: Any) -> Mapping[str, Mapping[str, Any]] | None:
     try:
       reduce = ast.literal_eval(reduce) if reduce else None
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
-      raise ValueError(f'reduce={reduce!r} is no dict: give one as {{"language": {{"method": '
+      raise ValueError(f'reduce={shown(reduce)} is no dict: give one as {{"language": {{"method": '
                        '"fastv", "layers": 2, "keep_ratio": 0.5}}, or a .json file') from error
   if reduce is None:
     return None
   if not isinstance(reduce, Mapping) or not all(isinstance(each, Mapping | None)
                                                for each in reduce.values()):
-    raise ValueError(f'reduce={reduce!r} is no dict of reductions by place: give one as '
+    raise ValueError(f'reduce={shown(reduce)} is no dict of reductions by place: give one as '
                      '{"language": {"method": "fastv", "layers": 2, "keep_ratio": 0.5}}')
   check_components(reduce)
   return reduce

@@ -48,6 +48,7 @@ from models.backbones.vlm import VLM
 from models.checkpoints import files
 from models.checkpoints.json_files import naming, value_of
 from models.decoding.sampling import Sampling
+from models.plan import Settings, reduction_settings
 
 Reduce = Mapping[str, Any]
 # Ids of a prompt that a checkpoint's costs are told for, unless somebody asks for others.
@@ -216,12 +217,13 @@ class LanguageModel:
         'kv_mb': read.kv_bytes / 1e6,
         'kept_mean': sum(layer.cached for layer in read.layers) / len(read.layers)}
 
-  def _by_component(self, reduce: Reduce) -> dict[str, dict[str, Any]]:
+  def _by_component(self, reduce: Reduce) -> dict[str, Settings]:
     """Reductions as the models take them: of visual tokens alone, unless they say otherwise."""
-    chosen = {component: dict(component_config) for component, component_config in reduce.items()}
-    language = chosen.get('language')
-    if self.sees and language and language.get('method', 'none') != 'none':
-      language.setdefault('token_kinds', 'visual')
+    chosen = {component: reduction_settings(each) for component, each in reduce.items()}
+    language = chosen.get('language') or []
+    for each in [language] if isinstance(language, dict) else language:
+      if self.sees:
+        each.setdefault('token_kinds', 'visual')
     return chosen
 
   def _generator(self, model: Assistant, reduce: Reduce | None) -> Any:

@@ -270,7 +270,7 @@ def reduction_settings(config: Config | Sequence[Config] | None) -> Settings:
     A dict; of several reductions a list of those that reduce something, {} if none does.
 
   Raises:
-    ValueError: what is no dict of keys.
+    ValueError: no dict, or one that sets something and names no method.
   """
   if isinstance(config, list | tuple):
     several = [settings for each in config if (settings := _settings(each))]
@@ -283,6 +283,8 @@ def _settings(config: Config | None) -> dict[str, Any]:
     raise ValueError(f'the reduction {config!r} must be a dict of keys, as '
                      "{'method': 'tome', 'remove': 8}, or a list of such")
   settings = {key: value for key, value in (config or {}).items() if value is not None}
+  if settings and 'method' not in settings:
+    raise ValueError(f'the reduction {settings} names no method: add one, or set nothing')
   return settings if settings.get('method', 'none') != 'none' else {}
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import re
 import reprlib
 import types
@@ -35,10 +36,17 @@ INT32_MAX = 2 ** 31 - 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Keys:
-  """Holds the type of every key that a dict may have, and the keys that it must have."""
+  """Holds the type of every key that a dict may have, and the keys that it must have.
+
+  Attributes:
+    kinds: type by key.
+    needed: keys that must be there.
+    several: whether a list of such dicts will do as well.
+  """
 
   kinds: Mapping[str, Any]
   needed: frozenset[str] = frozenset()
+  several: bool = False
 
   def without(self, *keys: str) -> Keys:
     """Returns the table without some of its keys."""
@@ -191,6 +199,8 @@ def check(name: str, value: Any, kind: Any) -> None:
   elif kind in _LEAVES:
     if not isinstance(value, _LEAVES[kind]) or (kind in (int, float) and isinstance(value, bool)):
       raise ValueError(f'{name}={reprlib.repr(value)} must be {describe(kind)}')
+    if kind is str:
+      _check_text(name, value)
     if kind is float and not _is_finite(value):
       raise ValueError(f'{name}={reprlib.repr(value)} must be finite')
   elif origin in (dict, abc.Mapping):
@@ -199,8 +209,10 @@ def check(name: str, value: Any, kind: Any) -> None:
       check(f'a key of {name}', key, args[0])
       check(f'{name}.{key}', each, args[1])
   elif isinstance(kind, Keys) or typing.is_typeddict(kind):
-    _check_mapping(name, value)
-    check_keys(name, value, kind)
+    many = keys_of(kind).several and isinstance(value, list | tuple)
+    for each in value if many else (value,):
+      _check_mapping(name, each)
+      check_keys(name, each, kind)
 
 
 def check_keys(name: str, values: Mapping[str, Any], table: Table, *, unknown: str = '') -> None:
@@ -278,6 +290,8 @@ def describe(kind: Any) -> str:
     same = len(set(map(describe, args))) == 1
     return (f'a tuple of {len(args)}, each {describe(args[0])}' if same else
             f'({", ".join(map(describe, args))})')
+  if isinstance(kind, Keys) or typing.is_typeddict(kind):
+    return 'a dict of keys'
   return _WORDS.get(kind, getattr(kind, '__name__', str(kind)))
 
 
@@ -286,6 +300,15 @@ def _is_finite(value: Any) -> bool:
     return math.isfinite(value)
   except OverflowError:  # A whole number that no float can hold.
     return False
+
+
+def _check_text(name: str, value: str) -> None:
+  try:
+    # Bytes of a file's name that are no UTF-8 pass: the command line gives them so.
+    os.fsencode(value)
+  except UnicodeEncodeError as error:
+    raise ValueError(f'{name}={value!a} has half a character, which no file and no name can '
+                     'have') from error
 
 
 def _check_union(name: str, value: Any, kind: Any) -> None:

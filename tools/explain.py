@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from configs.parts import reductions
 from lib import architecture
@@ -102,9 +101,5 @@ def chosen(source: Source, overrides: Mapping[str, Any]) -> dict[str, dict[str, 
 
 if __name__ == '__main__':
   config_flag.define('What to explain, a file of configs/.')
-  try:
-    config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by place.')
-  except (AttributeError, KeyError) as error:
-    # It reads the command line before absl does.
-    cli.stop(error)
+  config_flag.define_dict('reduce', reductions(), 'Reductions, by place.')
   cli.run(main)

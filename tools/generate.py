@@ -28,7 +28,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from configs.parts import reductions
 from lib import assistant
@@ -38,7 +37,7 @@ from lib.data.image_files import read_image
 from lib.data.pictures import Picture, row_of
 from lib.data.token_layout import raster_layout
 from lib.report import overlay, provenance
-from lib.runtime import cli
+from lib.runtime import cli, config_flag
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
 from models.checkpoints.json_files import read_text
@@ -77,7 +76,7 @@ SHOW = flags.DEFINE_string('show', None, 'Where to draw what is left of the imag
 DRAWN = ('vision', 'projector', 'language')
 MOST_LINES = 8
 
-REDUCE = config_flags.DEFINE_config_dict('reduce', reductions(), 'Reductions, by place.')
+REDUCE = config_flag.define_dict('reduce', reductions(), 'Reductions, by place.')
 
 
 @dataclasses.dataclass(frozen=True)

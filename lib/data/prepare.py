@@ -163,6 +163,9 @@ def _find(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     raise ValueError(
         f'data set {name!r} is not known to TFDS and not under {data_dir or "its data_dir"}: did '
         f'you mean {", ".join(close)}? tfds.list_builders() lists all {len(names)}') from None
+  except ValueError as error:  # In several lines.
+    raise ValueError(f'data set {name!r} is no name that TFDS can read '
+                     f"({str(error).splitlines()[0]}): give one as 'digits'") from error
 
 
 def _is_bundled(name: str) -> bool:

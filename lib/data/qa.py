@@ -21,6 +21,7 @@ from lib.data import prepare
 from lib.data.settings import PAD_SIDES, Config, QASettings, qa_settings
 from lib.data.stream import EvalBatches, TrainIterator
 from ops import choices
+from ops.values import Count, CountOrZero, Pixels, check_fields
 
 # Features of a record that are one a question.
 PER_QUESTION = ('question', 'answer', 'evidence', 'place', 'depth')
@@ -39,19 +40,29 @@ class Info:
     words: the word of each id, () where `tokenizer` decodes them.
     answer_length: tokens of the longest answer, its end not counted.
     tokenizer: the content of a tokenizer.json, '' where ids are words.
+
+  Raises:
+    ValueError: a value of another type, or an id that the vocabulary does not have.
   """
 
-  vocabulary: int
-  pad: int
-  end: int
-  image: int | None
+  vocabulary: Count
+  pad: CountOrZero
+  end: CountOrZero
+  image: CountOrZero | None
   kinds: tuple[str, ...]
-  num_train: int
-  num_test: int
-  image_shape: tuple[int, int, int] | None
+  num_train: CountOrZero
+  num_test: CountOrZero
+  image_shape: tuple[Pixels, Pixels, Count] | None
   words: tuple[str, ...]
-  answer_length: int
+  answer_length: Count
   tokenizer: str = ''
+
+  def __post_init__(self) -> None:
+    check_fields(self)
+    for name in ('pad', 'end', 'image'):
+      if (getattr(self, name) or 0) >= self.vocabulary:
+        raise ValueError(f'{name}={getattr(self, name)} is no id of a vocabulary of '
+                         f'{self.vocabulary}')
 
 
 def info(config: Config) -> Info:

@@ -461,5 +461,7 @@ def _is_message(message: Any) -> bool:
     return False
   content = message.get('content')
   if isinstance(content, list | tuple):
-    return all(isinstance(part, Mapping) and isinstance(part.get('type'), str) for part in content)
+    return all(isinstance(part, Mapping) and isinstance(part.get('type'), str)
+               and (part['type'] != 'text' or isinstance(part.get('text'), str))
+               for part in content)
   return isinstance(content, str) or (content is None and bool(message.get('tool_calls')))

@@ -68,5 +68,8 @@ def _files(folder: pathlib.Path) -> set[str]:
 
 
 def _digest(path: pathlib.Path) -> str:
+  # Whoever opens a pipe waits for ever, and a device has no end.
+  if path.exists() and not path.is_file():
+    raise Damaged(f'{path} is no regular file')
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()

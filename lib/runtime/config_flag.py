@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from lib.runtime import cli
 from models import renames
 from ops import choices
 
@@ -29,6 +30,20 @@ def define(help: str, name: str = 'config') -> flags.FlagHolder[Any]:
   flag = flags.FLAGS[name]
   flag.parser = _Parser(name, flag.parser)
   return holder
+
+
+def define_dict(name: str, config: ConfigDict, help: str) -> flags.FlagHolder[Any]:
+  """Defines a flag for each key of a config, and returns what holds the config.
+
+  A flag of a key that is not there ends the command here: ml_collections reads the command line
+  before absl does.
+  """
+  try:
+    with config.unlocked():
+      _make_room_for_flags(config, name)
+    return config_flags.DEFINE_config_dict(name, config, help)
+  except (AttributeError, KeyError, flags.Error) as error:
+    cli.stop(error)
 
 
 class _Parser(flags.ArgumentParser):
@@ -60,10 +75,7 @@ class _Parser(flags.ArgumentParser):
       raise flags.Error(f'{path}: its get_config() must return an ml_collections.ConfigDict')
     with config.unlocked():
       _rename(config)
-      for argument in sys.argv:
-        key = argument.lstrip('-').partition('=')[0]
-        if argument.startswith('-') and key.startswith(f'{self._name}.'):
-          make_room(config, key.removeprefix(f'{self._name}.'), name=self._name)
+      _make_room_for_flags(config, self._name)
     return config
 
   def flag_type(self) -> str:
@@ -101,6 +113,14 @@ def make_room(config: ConfigDict, key: str, *, name: str = 'config') -> None:
       raise flags.Error(f'{name}.{".".join(parts[:index + 1])} is {node[part]!r}, which has no '
                         f'key {parts[index + 1]!r}: set it as a whole')
     node = node[part]
+
+
+def _make_room_for_flags(config: ConfigDict, name: str) -> None:
+  """Adds the keys of all flags that the command line has, as `make_room`."""
+  for argument in sys.argv:
+    key = argument.lstrip('-').partition('=')[0]
+    if argument.startswith('-') and key.startswith(f'{name}.'):
+      make_room(config, key.removeprefix(f'{name}.'), name=name)
 
 
 def _rename(config: ConfigDict) -> None:

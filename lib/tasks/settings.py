@@ -7,6 +7,7 @@ read: budgets in ops/budgets.py, a batch and its devices in train.py.
 
 # TypedDicts find optional keys by their annotations, which must not be strings.
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -22,10 +23,12 @@ from models.backbones.segmenter import SegmentViT
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.build import IMAGE_MODEL, Dtype
-from models.plan import methods
+from models.plan import KEYS, methods
+from models.projector import ACROSS, ORDERS
 from models.reduce_config import COMPONENTS
 from ops import choices
 from ops.budgets import BUDGETS
+from ops.tokens import KINDS
 from ops.values import (
     Count,
     CountOrZero,
@@ -44,8 +47,6 @@ from ops.values import (
 )
 
 Weight = NotNegative
-# Of a place: one, or several in one tower.
-Reductions = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 Method = Annotated[str, OneOf(methods())]
 Component = Annotated[str, OneOf(COMPONENTS)]
 # A pattern of parameters, and the axes that divide their last dimensions.
@@ -133,18 +134,23 @@ class ImageSweepSettings(Sweep):
   baseline_draws: NotRequired[Annotated[int, Range(0, 10_000)]]
 
 
-class QACandidate(TypedDict):
-  """A reduction; its other keys are those of `config.reduce.<place>`."""
-
-  name: str
-  place: Component
+# Of a place without a method too, where nothing reads the other keys.
+_Layers = Annotated[str, OneOf(['all'])] | CountOrZero | tuple[CountOrZero, ...]
+_Kind = Annotated[str, OneOf(KINDS)]
+REDUCTION = KEYS | Keys({'layers': _Layers, 'watch': _Layers,
+                         'token_kinds': _Kind | tuple[_Kind, ...],
+                         'across': Annotated[str, OneOf(ACROSS)],
+                         'order': Annotated[str, OneOf(ORDERS)]})
+# Of a place: one, or several in one tower.
+REDUCTIONS = dataclasses.replace(REDUCTION, several=True)
+CANDIDATE = REDUCTION | Keys({'name': str, 'place': Component}, frozenset({'name', 'place'}))
 
 
 class QASweepSettings(Sweep):
   """As `lib.tasks.qa_sweep.QASweep` describes."""
 
   sets: tuple[tuple[str, Count], ...]
-  candidates: tuple[Mapping[str, Any], ...]
+  candidates: tuple[CANDIDATE, ...]  # type: ignore[valid-type]
   budgets: Annotated[tuple[Annotated[float, Range(high=1, above=0)], ...], NotEmpty()]
 
 
@@ -218,7 +224,7 @@ _KEYS: dict[str, Any] = {
 _IMAGE = _KEYS | {
     'data': keys_of(ImageSettings), 'model': IMAGE_MODEL, 'optimizer': ImageOptimizer,
     'anneal': Anneal, 'sweep': ImageSweepSettings,
-    'reduce': Keys({'vision': Reductions}), 'task': Keys({'name': str})}
+    'reduce': Keys({'vision': REDUCTIONS}), 'task': Keys({'name': str})}
 _LM = keys_of(LM).without('vocabulary', 'rope', 'dtype', 'implementation', 'plan', 'cache_plan',
                           'mesh', 'capture') | Keys({'theta': Positive})
 _TOWER = keys_of(ViT).without('num_classes', 'image_size', 'pool', 'last_norm', 'dtype', 'plan',
@@ -233,7 +239,7 @@ TABLES: dict[str, dict[str, Any]] = {
         *keys_of(ViT).kinds)},
     'answers': _KEYS | {
         'data': keys_of(QASettings), 'model': _QA_MODEL, 'optimizer': QAOptimizer,
-        'sweep': QASweepSettings, 'reduce': Mapping[Component, Reductions | None],
+        'sweep': QASweepSettings, 'reduce': Keys(dict.fromkeys(COMPONENTS, REDUCTIONS)),
         'task': Keys({'name': str})},
 }
 # What commands read.
@@ -257,6 +263,9 @@ def check_config(config: ConfigDict | Mapping[str, Any], *needed: str) -> None:
     if config.get(part) is not None:
       check(f'config.{part}', config[part], Mapping[str, Any])
       config[part] = renames.current(part, config[part])
+  if hasattr(config.get('reduce'), 'keys'):
+    config['reduce'] = {place: renames.current('reduce', each) if hasattr(each, 'keys') else each
+                        for place, each in config['reduce'].items()}
   task = task_name(config)
   choices.check('config.task.name=', task, TABLES)
   check_keys('config', config, Keys(TABLES[task], frozenset(needed)))

@@ -102,5 +102,5 @@ def read_info(folder: pathlib.Path) -> Info | None:
                             for name, value in read_json(file).items()}
   try:
     return Info(**stored)
-  except TypeError as error:
+  except (TypeError, ValueError) as error:
     raise ValueError(f'{file} describes no set ({error}): pack the run again') from error

@@ -9,6 +9,7 @@ Keys and defaults are those of the transformers library's config classes, versio
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
 from collections.abc import Mapping
 from types import NoneType
@@ -22,8 +23,20 @@ ACTIVATIONS = {'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_new': 'gelu_tanh',
                'gelu_fast': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
                'quick_gelu': 'quick_gelu'}
 
-
 Kinds = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedType:
+  """Says that the model_type of an object is a name, where it has one."""
+
+  def check(self, name: str, value: Mapping[Any, Any]) -> None:
+    """Raises a ValueError, with its name, for another one."""
+    values.check(f'{name}.model_type', value.get('model_type'), str | None)
+
+  def __str__(self) -> str:
+    return 'whose model_type is a name'
+
 
 Size = Annotated[int, Range(1, 2 ** 18)]
 Count = Annotated[int, Range(1, 1024)]
@@ -44,7 +57,7 @@ Flag = bool | None
 No = Annotated[bool, OneOf((False,))] | None
 Yes = Annotated[bool, OneOf((True,))] | None
 AllOfIt = Annotated[float, OneOf((1.0,))] | None
-Section = Mapping[Any, Any] | None
+Section = Annotated[Mapping[Any, Any], NamedType()] | None
 Activation = Annotated[str, OneOf(ACTIVATIONS)]
 Gate = Annotated[str, OneOf(('silu', 'swish'))]
 Pool = Annotated[str, OneOf(('token', 'avg', 'map', ''))]

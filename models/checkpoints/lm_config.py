@@ -95,7 +95,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     config: the file's content; a language model's own is returned as it is.
   """
   kind: Any = config.get('model_type')
-  if not (kind in (*LLAVA_TEXTS, *QWENS) or 'text_config' in config):
+  if kind in tuple(LM_FAMILIES) or not (kind in (*LLAVA_TEXTS, *QWENS) or 'text_config' in config):
     return dict(config)
   text = config_keys.section(config, 'text_config')
   if kind in LLAVA_TEXTS:
@@ -110,8 +110,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         'model_type': 'qwen2', rope: {'mrope_section': MROPE} | config_keys.section(own, rope)}
   else:
     return text
-  tied = config.get('tie_word_embeddings') or text.get('tie_word_embeddings')
-  return text | {'tie_word_embeddings': tied or False}
+  tied = config.get('tie_word_embeddings') or text.get('tie_word_embeddings', False)
+  return text | {'tie_word_embeddings': tied}
 
 
 def _window(get: Callable[..., Any]) -> int:

@@ -241,7 +241,7 @@ def test_command_line_of_a_family():
 @pytest.mark.parametrize(('args', 'message'), [
     (['--model=llava1.5_7bb'], "model 'llava1.5_7bb' is unknown (did you mean 'llava1.5_7b'?)"),
     (['--model=llama2_7b', '--promt=4'], 'Did you mean: prompt ?'),
-    (['--model=llama2_7b', '--reduce.cahce.method=snapkv'], 'Did you mean "cache"'),
+    (['--model=llama2_7b', '--reduce.cahce.method=snapkv'], "(did you mean 'cache'?)"),
     (['--model=llama2_7b', '--reduce.cache.keep=4'], '--reduce.cache names no method'),
     ([], 'one of --config and --model says what to explain'),
 ])
