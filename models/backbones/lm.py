@@ -250,6 +250,9 @@ class LM(nn.Module):
     if self.heads % self.kv_heads:
       raise ValueError(f'kv_heads={self.kv_heads} does not divide heads={self.heads}: each is '
                        'shared by as many queries as every other; change one of them')
+    if self.rope.width != self.head_width:
+      raise ValueError(f'rope.width={self.rope.width} and head_width={self.head_width} differ: a '
+                       'rotation turns all features of a head; set both')
     super().__post_init__()
 
   def host(self, slots: int, **counts: int) -> Host:

@@ -80,6 +80,7 @@ def test_sizes_that_the_patch_does_not_divide(size):
     (TINY, {'pool': 'clss'}, "pool='clss' is unknown (did you mean 'cls'?)"),
     (TEXT, {'heads': 3}, 'heads=3 does not divide width=16'),
     (DECODER, {'kv_heads': 3}, 'kv_heads=3 does not divide heads=4'),
+    (DECODER, {'head_width': 6}, 'and head_width=6 differ: a rotation turns all features'),
     (DECODER, {'depth': True}, 'depth=True must be a whole number'),
     (DECODER, {'remat': 'some'}, 'choose one of none, full, dots'),
     (DECODER.rope, {'theta': 0}, 'theta=0 must be above 0'),
