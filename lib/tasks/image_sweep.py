@@ -85,6 +85,8 @@ class ImageSweep(Sweep):
   def prepare(self, method: str, budget: float) -> Candidate:
     """Builds and compiles one candidate; it runs on images, and gives logits and cuts."""
     vit = self._build(method, budget, {})
+    # Here, so that the row says it, and is tried again once it is mended.
+    image_task.check_images(vit, self.config.data)
     params = self._stored(vit)
     return Candidate(vit, params, *compiled(vit, params, self.batches[0][1]['image']))
 
@@ -281,7 +283,6 @@ def load(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[int, Pa
     FileNotFoundError: no checkpoint, and no weights named.
   """
   vit = build(config.model, task=config.get('task'))
-  image_task.check_images(vit, config.data)
   memory.check_batch(config.data.batch_size, slots=vit.host.slots, width=vit.width, mesh=mesh)
   images = jnp.zeros((1, *vit.input_shape))
   abstract = jax.eval_shape(vit.init, jax.random.key(0), images)['params']
