@@ -50,8 +50,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 def read_line(argv: Sequence[str]) -> Sequence[str]:
   """Sets the flags by a command line, and returns what else is in it: the program's name.
 
+  Of a flag that is given twice the last one counts.
+
   Raises:
-    flags.Error: words that are no flag, a flag that is given twice, or what flags refuse.
+    flags.Error: words that are no flag, or what flags refuse.
   """
   # Else flags behind a stray word are left unread, and missed.
   flags.FLAGS.set_gnu_getopt(True)
@@ -59,10 +61,6 @@ def read_line(argv: Sequence[str]) -> Sequence[str]:
   if rest[1:]:
     raise flags.Error(f'{rest[1]!r} is not understood: everything is set with flags, as '
                       '--name=value; put quotes around a value with spaces')
-  for name in flags.FLAGS:
-    flag = flags.FLAGS[name]
-    if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
-      raise flags.Error(f'--{name} is given {flag.present} times: leave one')
   return rest
 
 
