@@ -128,7 +128,10 @@ def test_asked_to_stop_it_saves_and_the_next_run_goes_on_from_there(number, shar
 
 def test_the_second_of_two_commands_is_refused_and_the_first_unharmed(shared, whole, tmp_path):
   process = at_step_10(shared, tmp_path)
+  # So that it cannot be through before the other begins.
+  process.send_signal(signal.SIGSTOP)
   code, text = run(shared, tmp_path)
+  process.send_signal(signal.SIGCONT)
   assert code == 2, text
   assert re.fullmatch(rf'error: {tmp_path} is in use: process {process.pid} on \S+, since \S+, '
                       r'trains in it\. .*', text.strip())
