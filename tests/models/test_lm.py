@@ -547,7 +547,8 @@ def test_both_forms_of_config_mean_the_same():
 
 @pytest.mark.parametrize(('config', 'message'), [
     ({'model_type': 'gpt2'}, "'gpt2' is unknown: known are llama, mistral, qwen2, qwen3"),
-    ({'rope_scaling': {'rope_type': 'longrope'}}, "'longrope' is unknown .*: choose one of default, lin"),
+    ({'rope_scaling': {'rope_type': 'longrope'}},
+     "'longrope' is unknown .*: choose one of default, lin"),
     ({'hidden_act': 'gelu'}, "hidden_act='gelu' is unknown"),
     ({'attention_bias': True}, 'attention_bias=True is unknown'),
     ({'model_type': 'qwen2', 'sliding_window': 8, 'use_sliding_window': True,
