@@ -162,7 +162,7 @@ def test_two_methods_of_one_name(monkeypatch):
     methods()
 
 
-LANGUAGE = make_lm('llama2_7b', depth=8, width=64, mlp=96, heads=4, kv_heads=2, head_width=16)
+LANGUAGE = make_lm('llama2_7b', depth=8)
 
 
 def counts_of(plan):
