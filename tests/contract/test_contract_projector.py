@@ -34,7 +34,8 @@ CLIP = {'model_type': 'clip_vision_model', 'hidden_size': 16, 'intermediate_size
         'num_hidden_layers': 3, 'num_attention_heads': 2, 'image_size': 16, 'patch_size': 4}
 LLAVA = {'model_type': 'llava', 'text_config': TEXT, 'vision_config': CLIP, 'image_token_id': 30}
 QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': 30,
-        'text_config': TEXT | {'rope_scaling': {'type': 'mrope', 'mrope_section': [1, 1, 2]}},
+        'text_config': TEXT | {'num_key_value_heads': 2, 'rope_scaling': {
+            'type': 'mrope', 'mrope_section': [1, 1, 2]}},
         'vision_config': {'hidden_size': 16, 'intermediate_size': 24, 'out_hidden_size': 16,
                           'depth': 2, 'num_heads': 2, 'patch_size': 2, 'window_size': 8,
                           'fullatt_block_indexes': [0, 1]}}
