@@ -40,7 +40,7 @@ LINES: dict[str, Sequence[Sequence[str]]] = {
         ('--workdir=README.md',), ('--workdir=/proc/1/run',), ('--coordinator=nowhere',),
         ('--coordinator=nowhere:1', '--processes=0', '--process=0'),
         ('--coordinator=localhost:99999', '--processes=2', '--process=0'),
-        ('--processes=abc',), ('--workdir=a', '--workdir=b')),
+        ('--processes=abc',)),
     'eval': (('--workdir=no_such',), ('--config.sweep.budgets=abc',), ('--config.sweep.rounds=0',),
              (DIGITS,), ('--config.sweep.methods=no_such',)),
     'tools.generate': (
