@@ -289,7 +289,7 @@ def test_a_config_trains_from_pretrained_image_weights(monkeypatch):
   config = deit_s16_finetune.get_config()
   config.model.update(case('timm_vit')['image'], variant='Ti/8', dtype='float32',
                       weights=str(FOLDER / 'timm_vit.safetensors'))
-  config.reduce.vision.remove = 2
+  config.reduce.vision.remove, config.data.image_size = 2, 24
   info = image_data.DataInfo(5, 8, 8, (24, 24, 3), tuple('abcde'))
   monkeypatch.setattr(image_data, 'info', lambda data: info)
   setup = train.make_setup(config, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
