@@ -44,6 +44,7 @@ def run(*configs):
   return (*vit.apply(params, IMAGES), vit.plan)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('sites', [
     (('between', 1), ('after', 1)), (('between', 1), ('before', 2)), (('inside', 1), ('after', 1)),
     (('after', 1), ('before', 2)), (('between', 1), ('between', 1))])

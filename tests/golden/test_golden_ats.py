@@ -80,6 +80,7 @@ def same_rows(hidden, real, raw, kind, layer, row):
   golden_vit.close(hidden[layer][row, :count], raw[f'{kind}_block{layer}'][row, :count])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('keep', [(47, 36), (41, 29)])
 def test_model(keep):
   """Rows that the release left without padding, at two capacities."""

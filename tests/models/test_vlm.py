@@ -140,6 +140,7 @@ def test_methods_that_join_or_read_keys_act_at_the_door(method):
   assert jnp.isfinite(logits).all()
 
 
+@pytest.mark.long
 def test_a_learned_method_at_the_door_has_parameters_that_train():
   vlm, params = llava()
   reduced = with_projector_reduction(vlm, {'method': 'patchmerger', 'keep': 4}, slots=16)

@@ -40,6 +40,7 @@ def says(model, params, batch):
   return {**batch, 'ids': np.array(ids)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', CONFIGS)
 def test_decoding_is_right_where_every_token_is(name):
   _, info, model, params = model_of(name)
