@@ -60,7 +60,7 @@ class Writer:
         Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])))
     self._board.flush()
     text = '  '.join(f'{name} {value:.4g}' for name, value in scalars.items())
-    self._bar.write(f'step {step:>6}  {text}', file=sys.stderr)
+    self._bar.write(f'step {step:>6} of {self._bar.total}  {text}', file=sys.stderr)
 
   def close(self) -> None:
     """Flushes everything."""
