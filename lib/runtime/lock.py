@@ -18,12 +18,11 @@ import socket
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+
+from lib.runtime import processes
 
 NAME = 'lock.json'
-MOST_BYTES = 2048  # Of a refusal.
 # What flock raises where another process holds the lock (the second over NFS), and on a file system
 # without locks.
 HELD = (errno.EAGAIN, errno.EACCES)
@@ -53,11 +52,8 @@ def held(workdir: pathlib.Path, *, first: bool) -> Iterator[None]:
       if jax.process_count() == 1:
         raise
       refusal = str(error)
-    if jax.process_count() > 1:
-      # The others would wait in vain for a first process that is refused.
-      text = np.frombuffer(refusal.encode()[:MOST_BYTES].ljust(MOST_BYTES, b'\0'), np.uint8)
-      refusal = multihost_utils.process_allgather(text)[0].tobytes().rstrip(b'\0').decode(
-          errors='replace')
+    # The others would wait in vain for a first process that is refused.
+    refusal = processes.gather(refusal)[0]
     if refusal:
       raise BlockingIOError(refusal)
     yield
