@@ -21,6 +21,7 @@ removing floor(n (1 - ratio))), 'floor' (DynamicViT and the Haurum benchmark: in
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -314,7 +315,10 @@ def _solve(target: float, budget: str, whole: float, layers: Sequence[int], free
   low = 0
   if everywhere:
     # More in all than there is: the first layers give what they can, as ToMe with a large r.
-    scheduled, high = spread, free * len(layers)
+    scheduled = spread
+    # Another reduction may need what this one would take: the more it takes, the likelier.
+    high = bisect.bisect_left(range(1, free * len(layers) + 1), True,
+                              key=lambda total: not _possible(spread, total))
   else:
     scheduled = ratio
     high = max(step for step in range(1000) if _possible(ratio, step))

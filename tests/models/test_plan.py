@@ -206,6 +206,11 @@ def test_one_budget_in_flops_counts_all_reductions():
   whole = vit_cost.of(vit).macs
   assert 0.545 < vit_cost.of(vit.clone(plan=made)).macs / whole <= 0.55
   assert made.events[0].slots_out == 121
+  # What removes evenly, in every layer, leaves the other what it is to keep.
+  even = make_plan([configs[0], {'method': 'tome', 'flops_ratio': 0.5}], vit.host,
+                   macs=vit_cost.solver(vit))
+  assert 0.49 < vit_cost.of(vit.clone(plan=even)).macs / whole <= 0.5
+  assert [event.slots_out for event in even.events if event.reduction.name == 'topk'] == [121]
   with pytest.raises(ValueError, match='tome and topk both have a budget in FLOPs'):
     make_plan([configs[1], {'method': 'topk', 'gmacs': 2.0}], vit.host,
               macs=vit_cost.solver(vit))
