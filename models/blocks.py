@@ -100,52 +100,52 @@ class ReducibleBlock(nn.Module):
     self.norm1, self.norm2, self.out = self.make_norm(), self.make_norm(), self.make_out()
 
   def make_norm(self) -> nn.Module:
-    """The norm that stands before attention, and before the MLP."""
+    """Makes the norm that stands before attention, and before the MLP."""
     raise NotImplementedError
 
   def make_out(self) -> nn.Module:
-    """The product of what attention reads, float[B, N, H, d] -> float[B, N, D]."""
+    """Makes the product of what attention reads, float[B, N, H, d] -> float[B, N, D]."""
     raise NotImplementedError
 
   def queries_and_keys(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array]:
-    """Queries float[B, N, H, d] and keys float[B, N, K, d], and queries before any rotation."""
+    """Returns queries float[B, N, H, d], keys float[B, N, K, d], and queries before rotation."""
     raise NotImplementedError
 
   def values(self, hidden: Array) -> Array:
-    """Values float[B, N, K, d] of the normed input."""
+    """Returns values float[B, N, K, d] of the normed input."""
     raise NotImplementedError
 
   def inner(self, hidden: Array) -> Array:
-    """The MLP's inner activations, float[B, N, F], of the normed input."""
+    """Returns the MLP's inner activations, float[B, N, F], of the normed input."""
     raise NotImplementedError
 
   def outer(self, inner: Array) -> Array:
-    """The MLP's output, float[B, N, D]."""
+    """Returns the MLP's output, float[B, N, D]."""
     raise NotImplementedError
 
   def project(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array, Array]:
-    """Queries, keys, queries before any rotation, and values: where one product makes them all."""
+    """Returns queries, keys, queries before rotation, and values, where one product makes all."""
     return (*self.queries_and_keys(hidden, tokens), self.values(hidden))
 
   def scaled(self, change: Array, branch: int) -> Array:
-    """The change of attention (0) or the MLP (1) as it is added."""
+    """Returns the change of attention (0) or the MLP (1) as it is added."""
     del branch
     return change
 
   def order(self, tokens: TokenSet) -> dict[str, Any]:
-    """What a token sees: `positions` by which attention is causal, None for full; `window`."""
+    """Returns what a token sees: `positions` that make attention causal, or None; `window`."""
     del tokens
     return {'positions': None}
 
   def kernel_order(self, tokens: TokenSet, bias: Array | None,
                    proportional: bool) -> tuple[Array | None, Array | None]:
-    """Bias and positions that a fused kernel needs, where fewer than `order` says will do."""
+    """Returns bias and positions for a fused kernel, fewer than `order` says where they do."""
     del proportional
     return bias, self.order(tokens)['positions']
 
   @property
   def is_causal(self) -> bool:
-    """Whether a token sees only those before it."""
+    """Returns whether a token sees only those before it."""
     raise NotImplementedError
 
   def __call__(self, tokens: TokenSet) -> TokenSet:
@@ -188,7 +188,7 @@ class ReducibleBlock(nn.Module):
                      decide: Callable[[TokenSet, Signals, Array], tuple[TokenSet, Mixer, bool]], *,
                      needs: frozenset[str], proportional: bool,
                      **query_rows: Any) -> tuple[TokenSet, Array]:
-    """Attention that something interrupts between its map and its values.
+    """Attends, but lets something cut the tokens between the map and the values.
 
     Args:
       tokens: [B, N].

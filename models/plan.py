@@ -349,11 +349,11 @@ class _Draft:
 
   @property
   def in_flops(self) -> bool:
-    """Whether the budget counts what the model computes."""
+    """Returns whether the budget counts what the model computes."""
     return any(self.config.get(form) is not None for form in ('flops_ratio', 'gmacs'))
 
   def steps(self, host: Host) -> tuple[Step, ...]:
-    """What the budget asks of each layer."""
+    """Returns what the budget asks of each layer."""
     return solve(self.config, host.depth, _free(host, self.kinds), tuple)
 
 
@@ -377,7 +377,7 @@ def _draft(config: Config, host: Host) -> _Draft:
 
 def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
             host: Host) -> tuple[Event, ...]:
-  """The events of all reductions, each from what the one before it left."""
+  """Returns the events of all reductions, each from what the one before it left."""
   turns = sorted(((step, draft) for draft in drafts for step in steps.get(draft, ())),
                  key=lambda turn: (turn[0].layer, SITES.index(turn[1].site)))
   slots, counts = host.slots, _Counts(host)
@@ -409,7 +409,7 @@ class _Counts:
     self._pools: dict[tuple[str, ...], int] = {(kind,): count for kind, count in kinds}
 
   def of(self, draft: _Draft) -> int:
-    """How many tokens a reduction may touch."""
+    """Counts the tokens that a reduction may touch."""
     kinds, count = set(draft.kinds or ('',)), 0
     for pool, tokens in self._pools.items():
       if kinds >= set(pool):
@@ -428,7 +428,7 @@ class _Counts:
 
 
 def _watched(events: Sequence[Event], drafts: Sequence[_Draft], host: Host) -> Plan:
-  """The plan of events, with the layers that their methods watch."""
+  """Returns the plan of events, with the layers that their methods watch."""
   renewed = {}
   for draft in drafts:
     reduction, own = draft.reduction, [e for e in events if e.reduction is draft.reduction]
@@ -520,7 +520,7 @@ def reducible_kinds(of: str | Sequence[str] | None, host: Host) -> tuple[str, ..
 
 
 def _free(host: Host, kinds: tuple[str, ...]) -> int:
-  """How many tokens of some kinds a host starts with."""
+  """Counts the tokens of some kinds that a host starts with."""
   counts = dict(host.counts)
   return sum(counts[kind] for kind in kinds) if kinds else host.slots - host.protected
 

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from models.blocks import ACTIVATIONS, dense
 from models.plan import Plan
-from models.reduction import Place, Reduced, Reducers, reduce
+from models.reduction import Place, Reduced, ReducerParameters, reduce
 from ops import assignments
 from ops import tokens as tk
 from ops.reducers.base import Reducer
@@ -123,7 +123,7 @@ class ProjectorReduction:
 
 
 def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual | None,
-                  reducers: Reducers, *, rng: Array | None = None,
+                  reducers: ReducerParameters, *, rng: Array | None = None,
                   mesh: Mesh | None = None) -> tuple[Visual, int | None, Reduced | None]:
   """Reduces visual tokens after the projector.
 

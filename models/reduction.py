@@ -254,7 +254,7 @@ def learned_parameters(host: nn.Module, event: Event, tokens: TokenSet, signals:
   return cast(Params, host.get_variable('params', name))
 
 
-class Reducers(nn.Module):
+class ReducerParameters(nn.Module):
   """Holds the parameters of learned methods for a host that makes its own in `setup`."""
 
   @nn.compact

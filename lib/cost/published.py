@@ -89,7 +89,7 @@ def find(vit: ViT) -> list[tuple[Published, float]]:
 
 
 def _counts(plan: Plan) -> tuple[Any, ...]:
-  """What a plan leaves where, whatever its methods' arguments."""
+  """Returns what a plan leaves where, whatever its methods' arguments."""
   return plan.masked, [(event.layer, event.site, event.slots_in, event.slots_out)
                        for event in plan.events]
 

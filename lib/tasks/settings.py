@@ -81,7 +81,7 @@ class Consistency(TypedDict):
 
 
 class ImageOptimizer(Optimizer):
-  """What classes of images or pixels add."""
+  """Adds what training on classes of images or pixels has."""
 
   label_smoothing: Rate
   distill: NotRequired[Distill]
@@ -89,7 +89,7 @@ class ImageOptimizer(Optimizer):
 
 
 class QAOptimizer(Optimizer):
-  """What questions and answers add: weights of the tower's and the text's own losses."""
+  """Adds weights of the tower's and the text's own losses, for questions and answers."""
 
   patch_weight: Weight
   text_weight: Weight
@@ -113,7 +113,7 @@ class MeshSizes(TypedDict, total=False):
 
 
 class Sweep(TypedDict):
-  """What sweeps over all tasks have: timed rounds, and names that plots show as baselines."""
+  """Holds what sweeps over all tasks have: timed rounds, and names shown as baselines."""
 
   title: str
   rounds: Annotated[int, Range(1, 10_000)]

@@ -57,7 +57,7 @@ from jax.typing import DTypeLike
 
 from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
-from models.reduction import BATCH_AXES, Reducers, choose
+from models.reduction import BATCH_AXES, ReducerParameters, choose
 from models.stack import REMAT, Outputs, Stack, Tap
 from ops import attention, kv_cache
 from ops.assignments import take
@@ -131,33 +131,33 @@ class Block(ReducibleBlock):
     self.gate, self.up, self.down = project(self.mlp), project(self.mlp), project(self.width)
 
   def make_norm(self) -> nn.Module:
-    """The norm that stands before attention, and before the MLP."""
+    """Makes the norm that stands before attention, and before the MLP."""
     return rms_norm(self.norm_eps)
 
   def make_out(self) -> nn.Module:
-    """The product of what attention reads."""
+    """Makes the product of what attention reads."""
     return product(self.width, self.dtype, axis=(-2, -1))
 
   @property
   def is_causal(self) -> bool:
-    """Whether a token sees only those before it."""
+    """Returns whether a token sees only those before it."""
     return True
 
   def queries_and_keys(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array]:
-    """Rotated queries [B, N, H, d] and keys [B, N, K, d], and queries before the rotation."""
+    """Returns rotated queries [B, N, H, d], keys [B, N, K, d], and queries before rotation."""
     return self._queries_and_keys(hidden, tokens.pos)
 
   def values(self, hidden: Array) -> Array:
-    """Values float[B, N, K, d]."""
+    """Returns values float[B, N, K, d]."""
     return self.v(hidden)
 
   def order(self, tokens: TokenSet) -> dict[str, Any]:
-    """The positions by which attention is causal, and the window."""
+    """Returns the positions by which attention is causal, and the window."""
     return {'positions': sequence_index(tokens.pos), 'window': self._window(tokens)}
 
   def kernel_order(self, tokens: TokenSet, bias: Array | None,
                    proportional: bool) -> tuple[Array | None, Array | None]:
-    """Bias and positions that a fused kernel needs.
+    """Returns bias and positions that a fused kernel needs.
 
     Where it masks by slot and that hides all padding it needs neither: a bias would widen each
     head, at d = 128 beyond what some kernels take, and by a tile in others.
@@ -167,11 +167,11 @@ class Block(ReducibleBlock):
     return None if hidden else bias, None if by_slot else sequence_index(tokens.pos)
 
   def inner(self, hidden: Array) -> Array:
-    """The MLP's inner activations, float[B, N, F]."""
+    """Returns the MLP's inner activations, float[B, N, F]."""
     return nn.silu(self.gate(hidden)) * self.up(hidden)
 
   def outer(self, inner: Array) -> Array:
-    """The MLP's output, float[B, N, D]."""
+    """Returns the MLP's output, float[B, N, D]."""
     return self.down(inner)
 
   def step(self, carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
@@ -281,7 +281,7 @@ class LM(nn.Module):
                   self.implementation, self.mesh, slots, parent=None)
     self.stack = Stack(block, self.depth, self.plan, None, self.remat, self.mesh, self.capture,
                        causal=True, rope=self.rope)
-    self.reducers = Reducers()
+    self.reducers = ReducerParameters()
     self.norm = rms_norm(self.norm_eps)
     if not self.tied:
       self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype,

@@ -83,11 +83,11 @@ class Block(ReducibleBlock):
     self.scale1, self.scale2 = scales
 
   def make_norm(self) -> nn.Module:
-    """The norm that stands before attention, and before the MLP."""
+    """Makes the norm that stands before attention, and before the MLP."""
     return layer_norm(self.norm_eps)
 
   def make_out(self) -> nn.Module:
-    """The product of what attention reads."""
+    """Makes the product of what attention reads."""
     return dense(self.width, self.dtype, axis=(-2, -1))
 
   def rotate_qk(self, tokens: TokenSet, q: Array, k: Array) -> tuple[Array, Array]:
@@ -97,38 +97,38 @@ class Block(ReducibleBlock):
 
   @property
   def is_causal(self) -> bool:
-    """Whether a token sees only those before it."""
+    """Returns whether a token sees only those before it."""
     return self.causal
 
   def project(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array, Array]:
-    """Queries, keys, queries before any rotation, and values, by one product."""
+    """Returns queries, keys, queries before rotation, and values, by one product."""
     q, k, v = self.qkv(hidden)
     return (*self.rotate_qk(tokens, q, k), q, v)
 
   def queries_and_keys(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array]:
-    """Queries and keys float[B, N, H, d], and queries before any rotation."""
+    """Returns queries and keys float[B, N, H, d], and queries before rotation."""
     q, k = self.qkv(hidden, last=2)
     return (*self.rotate_qk(tokens, q, k), q)
 
   def values(self, hidden: Array) -> Array:
-    """Values float[B, N, H, d]."""
+    """Returns values float[B, N, H, d]."""
     v, = self.qkv(hidden, first=2)
     return v
 
   def order(self, tokens: TokenSet) -> dict[str, Any]:
-    """The positions that order causal attention, None for full attention."""
+    """Returns the positions that order causal attention, None for full attention."""
     return {'positions': tokens.pos if self.causal else None}
 
   def inner(self, hidden: Array) -> Array:
-    """The MLP's inner activations, float[B, N, F]."""
+    """Returns the MLP's inner activations, float[B, N, F]."""
     return ACTIVATIONS[self.activation](self.fc1(hidden))
 
   def outer(self, inner: Array) -> Array:
-    """The MLP's output, float[B, N, D]."""
+    """Returns the MLP's output, float[B, N, D]."""
     return self.fc2(inner)
 
   def scaled(self, change: Array, branch: int) -> Array:
-    """The change with the layer scale of its branch, and dropout."""
+    """Returns the change with the layer scale of its branch, and dropout."""
     scale = (self.scale1, self.scale2)[branch]
     if scale is not None:
       change = change * scale.astype(change.dtype)[None, None]

@@ -46,7 +46,7 @@ from models.projector import (
   reduce_visual,
   without_special,
 )
-from models.reduction import Reducers
+from models.reduction import ReducerParameters
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
@@ -120,7 +120,7 @@ class VLM(nn.Module):
 
   def setup(self) -> None:
     """Makes the projector, the probe and the newline."""
-    self.reducers = Reducers()
+    self.reducers = ReducerParameters()
     if self.projection:
       self.projector = Projector(self.lm.width, self.projection, self.lm.dtype)
     if self.patch_labels:
