@@ -84,7 +84,7 @@ VERSIONS = ('4.40.2', '4.57.6', '5.24.0')
 
 
 def libraries_outputs(name):
-  """What the versions of the library agree in."""
+  """Reads what the versions of the library agree in."""
   return recorded.arrays('published/outputs')[name]
 
 
@@ -117,7 +117,7 @@ def load_published(model, name, version, folder):
 
 
 def published_outputs(model, params, name, size):
-  """What the library's outputs are compared with."""
+  """Returns what the library's outputs are compared with."""
   family = name.partition('/')[0]
   arrays = recorded.arrays('published/outputs')
   if isinstance(model, VLM):

@@ -28,7 +28,7 @@ def free_port():
 
 
 def meet(port, count, index, about=(), timeout=0.6):
-  """What a process says to the others it met, or the error that it ends with."""
+  """Returns what a process says to the others it met, or the error that it ends with."""
   try:
     lines = processes.meet(f'127.0.0.1:{port}', count, index, about={**SAME, **dict(about)},
                            timeout=timeout)
@@ -43,7 +43,7 @@ def meet(port, count, index, about=(), timeout=0.6):
 
 
 def all_meet(*asked):
-  """What each process ends with, all at once: (count, index, ...)."""
+  """Returns what each process, (count, index, ...), ends with when all come at once."""
   port = free_port()
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return [each.result() for each in [pool.submit(meet, port, *each) for each in asked]]
@@ -242,7 +242,7 @@ def saved(tmp_path_factory):
 
 
 def restored(folders, damaged):
-  """What two processes print, and their exit codes."""
+  """Returns what two processes print, and their exit codes."""
   both = started(*[RESTORE.replace('FOLDER', repr(str(folder))).replace('DAMAGED', str(each))
                    for folder, each in zip(folders, damaged, strict=True)])
   return [(*process.communicate(timeout=120), process.returncode) for process in both]

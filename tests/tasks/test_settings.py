@@ -96,7 +96,7 @@ def test_configs_of_stored_runs_pass(name):
 
 @pytest.mark.parametrize('task', TABLES)
 def test_every_leaf_has_a_type_and_a_range(task):
-  """What has none is listed above, with the place that checks it."""
+  """Leaves without them are listed above, with the place that checks each."""
   leaves_of = [leaf for leaf in ALL[task] if leaf[0].removesuffix('[]') not in OF_REDUCTIONS]
   assert {path for path, kind, _ in leaves_of
           if kind is Any or get_origin(kind) is not None or kind is dict} <= OPEN | {'needs'}
