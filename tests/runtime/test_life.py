@@ -76,9 +76,14 @@ def whole(shared, tmp_path_factory):
 
 def begun(*args):
   """A command that runs; a test that nohup runs hides no SIGHUP from it."""
-  return subprocess.Popen(
-      command(*args), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+  # A child inherits that a signal is ignored. It is set here, not in the child: for that a process
+  # forks, and one in which JAX runs must not.
+  ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  try:
+    return subprocess.Popen(command(*args), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+  finally:
+    signal.signal(signal.SIGHUP, ignored)
 
 
 def at_step_10(shared, workdir):
