@@ -191,12 +191,12 @@ def _layer(lm: LM, index: int, tokens: Tokens, cached: int, room: int, *,
   queries, values, attended, mlp = tokens.queries, tokens.values, tokens.attended, tokens.mlp
   inner, shared = lm.heads * lm.head_width, lm.kv_heads * lm.head_width
   projected = inner * (queries + attended) + shared * (queries + values)
-  macs = lm.width * projected + inner * (queries ** 2 + attended * values)
+  macs = lm.width * projected + inner * (tokens.logits + tokens.weights)
   macs += 3 * mlp * lm.width * lm.mlp
   slot, size = kv_slot_bytes(lm), jnp.dtype(lm.dtype).itemsize
   # Projections write what attention reads; both read or write the width, the MLP twice.
   moved = lm.width * (queries + attended) + 2 * projected + mlp * (2 * lm.width + 3 * lm.mlp)
-  moved += tokens.map_seen * 2 * lm.heads * (queries ** 2 + attended * values) * MAP_BYTES // size
+  moved += tokens.map_seen * 2 * lm.heads * (tokens.logits + tokens.weights) * MAP_BYTES // size
   return Layer(index, queries, mlp, cached, macs, cached * slot,
                (cached + room) * (slot + own) + START_BYTES * (1 + len(lm.rope.sections)),
                layer_parameters(lm) * size, moved * size)

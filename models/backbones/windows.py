@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.reduction import Event, Reduced, Reduction
+from models.reduction import Event, Reduction
 from models.stack import Outputs, Stack, Tap
 from models.storage import LayerSlice, Params, Weights
 from ops import assignments
@@ -169,7 +169,7 @@ class WindowStack(Stack):
     self._check()
     windows = self.windows
     tokens, out = super().__call__(windows.fold(windows.arrange(tokens)))
-    for name in ('before', 'cuts'):
+    for name in ('before', 'cuts', 'branches'):
       out[name] = {layer: windows.unfold(cut) for layer, cut in out[name].items()}
     out['hidden'] = [windows.unfold_values(x) for x in out['hidden']]
     for name, total in (('losses', jnp.mean), ('overflow', jnp.sum)):
@@ -190,8 +190,9 @@ class WindowStack(Stack):
       if keep < least:
         raise ValueError(f'{name} cannot leave {keep} of the {slots} slots of a window in layer '
                          f'{event.layer}: it leaves at least {least}')
-      if event.site == 'inside' and event.layer in self.whole:
-        raise ValueError(f'{name} cuts inside the attention of layer {event.layer}, which sees '
+      if event.layer in self.whole and (event.site == 'inside' or event.parts not in ('', 'mlp')):
+        acts = 'is a branch of' if event.parts else 'cuts inside'
+        raise ValueError(f'{name} {acts} the attention of layer {event.layer}, which sees '
                          'the whole image: take it out of whole_layers, or of the cuts')
 
   def _stages(self, weights: Weights, tap: Tap | None) -> Iterator[tuple[int, int]]:
@@ -225,9 +226,9 @@ class WindowStack(Stack):
     """Folds the signals of whole images into those of their windows."""
     return signals.map_slots(lambda values, axis: self.windows.fold_values(values, axis=axis))
 
-  def _decide(self, event: Event, key: Array | None, out: Outputs, tokens: TokenSet,
-              signals: Signals) -> Reduced:
-    """An event of an image as that of its windows."""
-    event = dataclasses.replace(event, slots_in=self.windows.slots(event.slots_in),
-                                slots_out=self.windows.slots(event.slots_out))
-    return super()._decide(event, key, out, tokens, signals)
+  def _events(self, layer: int, *sites: str) -> tuple[Event, ...]:
+    """The events of an image as those of its windows."""
+    slots = self.windows.slots
+    return tuple(dataclasses.replace(event, slots_in=slots(event.slots_in),
+                                     slots_out=slots(event.slots_out))
+                 for event in super()._events(layer, *sites))

@@ -5,7 +5,8 @@ Axes: B batch, N slots now, M slots after.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 
@@ -36,8 +37,24 @@ class Method(Protocol):
   def site(self) -> str:
     """Its place in a layer, unless a config sets one: 'before', 'inside', 'between' or 'after'.
 
-    Methods on the cache of keys and values have 'cache'.
+    'branch' has no token leave: a part of the layer runs on fewer of them. Methods on the cache of
+    keys and values have 'cache'.
     """
+    ...
+
+  @property
+  def parts(self) -> str:
+    """The part of a layer that a branch is, unless a config says: one of `models.plan.PARTS`."""
+    ...
+
+  @property
+  def gated(self) -> str:
+    """The part of a branch whose change its `gate` multiplies: 'both' or 'mlp'."""
+    ...
+
+  @property
+  def shared(self) -> bool:
+    """True if a learned method has the same parameters in all layers."""
     ...
 
   @property
@@ -88,6 +105,28 @@ class Method(Protocol):
 
   def min_slots(self, slots: int, protected: int) -> int:
     """Returns the fewest slots that it can leave of `slots`, the protected ones included."""
+    ...
+
+  def default_budget(self, depth: int) -> Mapping[str, Any]:
+    """Returns the layers and the budget, as in a config, of a config that sets neither."""
+    ...
+
+  def decode_steps(self, layer: int, depth: int) -> int | None:
+    """Returns how many of the tokens decoded after a prompt run a branch in a layer; None for all.
+
+    Those are the first ones, of all rows alike.
+    """
+    ...
+
+  def route(self, hidden: Array) -> tuple[Array, Array] | None:
+    """Decides whether a decoded token runs a branch, row by row; None where all do.
+
+    Args:
+      hidden: float[B, D], the normed input of the layer.
+
+    Returns:
+      bool[B], whether it runs; then its keys are cached. float[B], the gate of its change.
+    """
     ...
 
   def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
