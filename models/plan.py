@@ -413,7 +413,10 @@ def _draft(config: Config, host: Host) -> _Draft:
   parts = _parts(name, method, site, config)
   check_needs(name, method, host, site, parts)
   kinds = reducible_kinds(config.get('token_kinds'), host)
-  positions = position_policy(config.get('positions'), method, host)
+  # Where a host numbers tokens in one way alone, a branch does not number them anew.
+  renumbers = not parts or method.positions in host.positions
+  positions = position_policy(config.get('positions') or ('' if renumbers else host.positions[0]),
+                              method, host)
   reduction = Reduction(name, method, mode, (), tuple(KINDS[kind] for kind in kinds) or None,
                         positions)
   if site == 'branch' and (mode, positions) != ('gather', positions.replace('restart', '')):
@@ -692,7 +695,7 @@ def check_needs(name: str, method: Method, host: Host, site: str, parts: str = '
       hint = "; set args.by='received_attention'"
     raise ValueError(f'{name} needs {", ".join(missing)}, which this host does not offer: it '
                      f'offers {", ".join(sorted(host.offers)) or "nothing"}{hint}')
-  if method.positions not in ('', *host.positions):
+  if method.positions not in ('', *host.positions) and not parts:
     raise ValueError(f'{name} numbers positions by {method.positions!r}, which this host does not: '
                      f'it knows {", ".join(host.positions)}; choose another method')
   if 'attention' in method.needs and site != 'inside':
