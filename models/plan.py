@@ -248,10 +248,14 @@ def _after(event: Event, now: int) -> int:
 
 
 def make_events(reduction: Reduction, site: str, cuts: Sequence[Cut | Event], *,
-                protected: int | None = None) -> tuple[Event, ...]:
-  """Returns the events of cuts at a site, all by one method, with so many slots left alone."""
-  return tuple(Event(cut.layer, site, cut.slots_in, cut.slots_out, reduction, protected)
-               for cut in cuts)
+                protected: int | None = None, parts: str = '') -> tuple[Event, ...]:
+  """Returns the events of cuts at a site, all by one method, with so many slots left alone.
+
+  With `parts` they are branches.
+  """
+  kind = 'branch' if parts else 'cut'
+  return tuple(Event(cut.layer, site, cut.slots_in, cut.slots_out, reduction, protected, kind=kind,
+                     parts=parts) for cut in cuts)
 
 
 def methods(host: Host | None = None) -> dict[str, type[Method]]:
@@ -385,11 +389,6 @@ class _Draft:
   parts: str = ''
 
   @property
-  def kind(self) -> str:
-    """Returns the kind of its events."""
-    return 'branch' if self.site == 'branch' else 'cut'
-
-  @property
   def in_flops(self) -> bool:
     """Returns whether the budget counts what the model computes."""
     return any(self.config.get(form) is not None for form in ('flops_ratio', 'gmacs'))
@@ -458,17 +457,17 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
     free = counts.of(draft)
     limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free)
     cut = take(step, slots, _free(host, draft.kinds), limits)
-    if cut is None and draft.kind == 'cut':
+    if cut is None and not draft.parts:
       continue
     cut = cut or Cut(step.layer, slots, slots)
-    event = Event(cut.layer, draft.site, cut.slots_in, cut.slots_out, draft.reduction,
-                  slots - free if host.counts else None, kind=draft.kind, parts=draft.parts)
+    event, = make_events(draft.reduction, draft.site, [cut], parts=draft.parts,
+                         protected=slots - free if host.counts else None)
     if event.site == 'inside' and events and (events[-1].layer, events[-1].site) == (
         event.layer, 'inside'):
       raise ValueError(f'{events[-1].reduction.name} and {event.reduction.name} both cut inside '
                        f'the attention of layer {event.layer}: give one of them another site')
     events.append(event)
-    if draft.reduction.mode == 'gather' and draft.kind == 'cut':
+    if draft.reduction.mode == 'gather' and event.kind == 'cut':
       counts.left(draft, free - (cut.slots_in - cut.slots_out))
       slots = cut.slots_out
   return tuple(events)
@@ -675,9 +674,8 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
   if not cuts:
     return Plan((), (weaker,))
   first = plan.events[0]
-  events = make_events(weaker, first.site, cuts, protected=first.protected)
-  return Plan(tuple(dataclasses.replace(event, kind=first.kind, parts=first.parts)
-                    for event in events), (weaker,))
+  return Plan(make_events(weaker, first.site, cuts, protected=first.protected, parts=first.parts),
+              (weaker,))
 
 
 # Signals that a method can read before the first attention has run.

@@ -90,6 +90,23 @@ class LMCost:
     each = projections(lm) + 3 * lm.width * lm.mlp
     return lm.depth * each + 2 * cached * lm.heads * lm.head_width + self.head
 
+  def decoded(self, layer: int, tokens: int) -> int:
+    """Returns how many of so many decoded tokens run a layer; those that a router skips count."""
+    limits = (event.method.decode_steps(layer, self.lm.depth)
+              for event in (self.lm.plan.at(layer, 'branch') if self.lm.plan else ()))
+    return min([tokens, *(limit for limit in limits if limit is not None)])
+
+  def answer_macs(self, tokens: int) -> int:
+    """Returns the MACs of decoding an answer, each layer as often as it runs."""
+    lm = self.lm
+    total = tokens * self.head
+    for layer in self.layers:
+      count = self.decoded(layer.index, tokens)
+      read = count * layer.cached + count * (count + 1) // 2
+      total += count * (projections(lm) + 3 * lm.width * lm.mlp)
+      total += 2 * read * lm.heads * lm.head_width
+    return total
+
   @property
   def kv_bytes(self) -> int:
     """Bytes of keys and values after the prompt."""
