@@ -60,9 +60,8 @@ def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | 
     raise ValueError(f'{method} acts on a cache of keys and values, not on tokens: give it to a '
                      f"language model, as reduce={{'cache': {{'method': {method!r}, ...}}}}")
   if method in branch_methods():
-    raise ValueError(f'{method} runs a part of a layer on some tokens, and none leaves, so it reduces '
-                     'no bare arrays: give it to a model, as '
-                     f"reduce={{'language': {{'method': {method!r}, ...}}}}")
+    raise ValueError(f'{method} runs a part of a layer on some tokens, and none leaves: give it to '
+                     f"a model, as reduce={{'language': {{'method': {method!r}, ...}}}}")
   for name in values:
     choices.check_key('there is no signal ', name, signals.NAMES)
   chosen = make_method(method, args or {})

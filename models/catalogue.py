@@ -51,5 +51,5 @@ def _entry(name: str, method: type[Method]) -> Entry:
   needs = method.needs if isinstance(method.needs, frozenset) else method().needs
   return Entry(
       name=name, summary=' '.join(text.split('\n\n')[0].split()), paper=paper[1] if paper else '',
-      site=cast(str, method.site), needs=tuple(sorted(needs)), learned=issubclass(method, nn.Module),
-      file=method.__module__.replace('.', '/') + '.py')
+      site=cast(str, method.site), needs=tuple(sorted(needs)),
+      learned=issubclass(method, nn.Module), file=method.__module__.replace('.', '/') + '.py')
