@@ -184,8 +184,8 @@ def weights(name):
 @functools.cache
 def batch(name):
   """Prompts with padding -> features of the last layer, compiled once."""
-  lm = planned(METHODS[name], image_and_text(VALID))
-  return jax.jit(lambda tokens: lm.apply(weights(name), tokens)[1]['hidden'][-1])
+  lm, params = planned(METHODS[name], image_and_text(VALID)), weights(name)
+  return jax.jit(lambda tokens: lm.apply(params, tokens)[1]['hidden'][-1])
 
 
 def alone(tokens, row):
