@@ -24,6 +24,7 @@ from models import reduction
 from models.blocks import ReducibleBlock, add
 from models.plan import Plan
 from models.reduction import BATCH_AXES, Event, Place, Reduced, Reduction
+from models.row_budgets import row_budgets
 from models.storage import LayerSlice, Params, Weights, layer_of, unstack
 from ops import choices
 from ops import tokens as tk
@@ -103,7 +104,8 @@ class Stack(nn.Module):
       cut}, 'branches' {layer: TokenSet, those that ran a part of it}, 'overflow' {layer: int32[B],
       the tokens that an adaptive method wanted to keep beyond its capacity}, 'losses'
       {name: float32[B]} of learned methods, with `capture` 'hidden', the features after each layer,
-      and with a tap 'taps', the tree that it read in each layer.
+      with a tap 'taps', the tree that it read in each layer, and 'budgets', for each event of the
+      plan int32[B], the free tokens that each row keeps, or None where no row has padding.
 
     Raises:
       ValueError: for an unknown `remat`, or a learned method whose parameters are missing.
@@ -111,8 +113,9 @@ class Stack(nn.Module):
     choices.check('remat=', self.remat, REMAT)
     weights = self._weights(tokens)
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
+    budgets = row_budgets(self.plan.events, tokens) if self.plan else ()
     out: Outputs = {'before': {}, 'cuts': {}, 'branches': {}, 'overflow': {}, 'losses': {},
-                    'hidden': [], 'taps': []}
+                    'hidden': [], 'taps': [], 'budgets': budgets}
     signals = Signals()
     for start, stop in self._stages(weights, tap):
       for event in self._events(start, 'before'):
@@ -406,11 +409,23 @@ class Stack(nn.Module):
 
   def _choose(self, event: Event, tokens: TokenSet, out: Outputs, signals: Signals) -> Pattern:
     """Who attends to whom in a branch of 'core'."""
+    budget, event = self._budget(event, out), self._of_row(event)
     params = reduction.learned_parameters(self, event, tokens, signals, self.place)
-    pattern = reduction.choose(event, tokens, signals, self.place, params=params)
+    pattern = reduction.choose(event, tokens.replace(budget=budget), signals, self.place,
+                               params=params)
     if pattern.wanted is not None:
       out['overflow'][event.layer] = jnp.maximum(pattern.wanted - event.slots_out, 0)
     return cast(Pattern, pattern)
+
+  def _budget(self, event: Event, out: Outputs) -> Array | None:
+    """The free tokens that each row keeps in an event of the plan."""
+    assert self.plan is not None
+    number = next(i for i, own in enumerate(self.plan.events) if own is event)
+    return cast(Array | None, out['budgets'][number])
+
+  def _of_row(self, event: Event) -> Event:
+    """An event as that of one row of the batch."""
+    return event
 
   def _follow(self, signals: Signals, reduced: Reduced) -> Signals:
     """Signals of the slots that are left, each its anchor's."""
@@ -445,12 +460,13 @@ class Stack(nn.Module):
   def _decide(self, event: Event, key: Array | None, out: Outputs, tokens: TokenSet,
               signals: Signals) -> Reduced:
     """Reduces the tokens, and records the event in `out`."""
-    layer = event.layer
+    layer, budget, event = event.layer, self._budget(event, out), self._of_row(event)
     params = reduction.learned_parameters(self, event, tokens, signals, self.place)
     rng = None
     if params is not None and key is not None:
       rng = jax.random.fold_in(key, self.depth + layer)
-    reduced = reduction.reduce(event, tokens, signals, self.place, params=params, rng=rng)
+    reduced = reduction.reduce(event, tokens, signals, self.place, budget=budget, params=params,
+                               rng=rng)
     if event.kind == 'branch':
       out['branches'][layer] = reduced.tokens
     else:

@@ -226,9 +226,7 @@ class WindowStack(Stack):
     """Folds the signals of whole images into those of their windows."""
     return signals.map_slots(lambda values, axis: self.windows.fold_values(values, axis=axis))
 
-  def _events(self, layer: int, *sites: str) -> tuple[Event, ...]:
-    """The events of an image as those of its windows."""
-    slots = self.windows.slots
-    return tuple(dataclasses.replace(event, slots_in=slots(event.slots_in),
-                                     slots_out=slots(event.slots_out))
-                 for event in super()._events(layer, *sites))
+  def _of_row(self, event: Event) -> Event:
+    """An event of an image as that of its windows."""
+    return dataclasses.replace(event, slots_in=self.windows.slots(event.slots_in),
+                               slots_out=self.windows.slots(event.slots_out))

@@ -61,7 +61,9 @@ class GammaMoD(BranchReducer, nn.Module):
     gate = take(weight, picked.src)
     if not self.has_rng('dropout'):
       runs = tokens.real & (tokens.fixed | (weight > self.threshold))
-      return picked.replace(gate=gate, valid=take(runs, picked.src),
+      passed = take(runs, picked.src)
+      return picked.replace(gate=gate,
+                            valid=passed if picked.valid is None else picked.valid & passed,
                             wanted=jnp.sum(runs, axis=1, dtype=jnp.int32))
     chosen = picked.dst < num_slots
     missed = -jnp.where(chosen, logits[..., 1], logits[..., 0])

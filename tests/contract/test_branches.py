@@ -136,25 +136,26 @@ def half(host, method, x, index=None):
   return x + block.apply({'params': params}, tokens, method=method, **kwargs)[0]
 
 
-# A method of a branch in a language model; 'visual' where it may touch visual tokens alone.
+# A method of a branch in a language model; of visual tokens alone where no kinds are named.
+EVERY = {'token_kinds': ('visual', 'text')}
 METHODS = {
-    'pmod': {'method': 'pmod', 'token_kinds': 'visual', 'layers': (1, 3), 'keep': 2},
-    'gamma_mod': {'method': 'gamma_mod', 'layers': (1, 2, 3), 'keep_ratio': 1.0,
+    'pmod': {'method': 'pmod', 'layers': (1, 3), 'keep': 2},
+    'gamma_mod': {'method': 'gamma_mod', **EVERY, 'layers': (1, 2, 3), 'keep_ratio': 1.0,
                   'args': {'threshold': 0.5, 'decode_threshold': 0.5}},
-    'gamma_mod, visual': {'method': 'gamma_mod', 'token_kinds': 'visual', 'layers': (1, 2),
-                          'keep': 2, 'args': {'threshold': 0.4, 'decode_threshold': 0.0}},
+    'gamma_mod, visual': {'method': 'gamma_mod', 'layers': (1, 2), 'keep_ratio': 0.5,
+                          'args': {'threshold': 0.4, 'decode_threshold': 0.0}},
     'token_sparse_attention': {
-        'method': 'token_sparse_attention', 'layers': (1, 3), 'keep_ratio': 1.0,
+        'method': 'token_sparse_attention', **EVERY, 'layers': (1, 3), 'keep_ratio': 1.0,
         'args': {'window': 2, 'kernel': 3, 'coverage': 0.4, 'least': 1}},
     'token_sparse_attention, a layer': {
-        'method': 'token_sparse_attention', 'layers': (0, 1, 3), 'keep': 5,
+        'method': 'token_sparse_attention', **EVERY, 'layers': (0, 1, 3), 'keep_ratio': 0.6,
         'args': {'window': 2, 'kernel': 3, 'coverage': 0.0, 'select': 'layer'}},
-    'skip_decode': {'method': 'skip_decode', 'layers': (1, 2), 'keep': (6, 7)},
-    'fastv': {'method': 'fastv', 'token_kinds': 'visual', 'site': 'branch', 'layers': (1, 3),
+    'skip_decode': {'method': 'skip_decode', **EVERY, 'layers': (1, 2), 'keep': (6, 7)},
+    'fastv': {'method': 'fastv', 'site': 'branch', 'layers': (1, 3),
               'keep': 2},
 }
-METHODS |= {name: {'method': name, 'layers': (1, 3), 'keep': 5} for name in branch_methods()
-            if name not in METHODS}
+METHODS |= {name: {'method': name, **EVERY, 'layers': (1, 3), 'keep_ratio': 0.5}
+            for name in branch_methods() if name not in METHODS}
 # The first row is whole; the others have 4 visual tokens and 4 of text each, late and with holes.
 VALID = np.stack([np.isin(np.arange(PROMPT), slots) for slots in (
     range(PROMPT), range(4, PROMPT), (0, 1, 2, 3, 4, 5, 8, 9))])
@@ -229,7 +230,7 @@ def test_no_token_is_told_what_stands_behind_it(name):
   np.testing.assert_array_equal(got[VALID], want[VALID])
 
 
-SKIP = {'method': 'skip_decode', 'args': {'tokens': ROOM, 'least': 2}}
+SKIP = {'method': 'skip_decode', **EVERY, 'args': {'tokens': ROOM, 'least': 2}}
 
 
 def reading(name, prompt):
@@ -277,7 +278,7 @@ def joined(prompt, answer, row):
 @pytest.mark.long
 def test_a_layer_that_no_longer_runs_keeps_its_cache():
   lm = LM.clone(capture=False)
-  lm = lm.clone(plan=make_plan(SKIP, lm.host(PROMPT)))
+  lm = lm.clone(plan=make_plan(SKIP | {'token_kinds': None}, lm.host(PROMPT)))
   method = lm.plan.only.method
   assert [method.active(step, 4) for step in range(5)] == [4, 4, 3, 2, 2]
   limits = [method.decode_steps(layer, 4) for layer in range(4)]

@@ -155,8 +155,8 @@ MODELS = {
     'cache': lambda: with_cache(keep=5, layers=(1, 2)),
     **{parts: functools.partial(planned, site='branch', parts=parts)
        for parts in ('attention', 'mlp')},
-    'core': lambda: planned(method='token_sparse_attention', token_kinds=None, keep=(9, 6),
-                            args={'window': 4}),
+    'core': lambda: planned(method='token_sparse_attention', token_kinds=('visual', 'text'),
+                            keep=(9, 6), args={'window': 4}),
     'pmod': lambda: planned(method='pmod'),
     'gamma_mod': lambda: planned(method='gamma_mod'),
     'skip_decode': lambda: planned(method='skip_decode', keep=None, layers=None,

@@ -16,7 +16,7 @@ from ops.primitives.select import top
 from ops.primitives.sparse_attention import HeadGather
 from ops.reducers.base import BranchReducer
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, num_left
 from ops.values import Count, CountOrZero, Share
 
 Array = jax.Array
@@ -91,9 +91,9 @@ class TokenSparseAttention(BranchReducer):
     stays = tokens.fixed | latest(tokens, self.window)
     picked = top(scores.reshape(-1, slots), num_slots, forced=each_group(stays),
                  excluded=each_group(~tokens.real)).reshape(batch, groups, num_slots)
-    count = jnp.sum(tokens.real, axis=1, dtype=jnp.int32)
-    count = jnp.minimum(count, wanted) if self.coverage else count
-    filled = jnp.arange(num_slots)[None] < count[:, None]
+    count = jnp.minimum(num_left(tokens, num_slots), jnp.sum(tokens.real, axis=1, keepdims=True))
+    count = jnp.minimum(count, wanted[:, None]) if self.coverage else count
+    filled = jnp.arange(num_slots)[None] < count
     src = jnp.sort(jnp.where(filled[:, None], picked, slots), axis=2)
     return HeadGather(jnp.minimum(src, slots - 1), valid=src < slots,
                       wanted=wanted if self.coverage else None)
