@@ -100,7 +100,8 @@ class Tokens:
     mlp: tokens that enter the MLP.
     left: tokens after the layer.
     map_seen: whether a method sees the attention map.
-    core: tokens that attend to each other, where those are not all that have queries; else None.
+    pairs: of query and key in a head, where not all that have queries attend to each other; else
+      None.
   """
 
   queries: int
@@ -109,23 +110,22 @@ class Tokens:
   mlp: int
   left: int
   map_seen: bool = False
-  core: int | None = None
+  pairs: int | None = None
 
   @property
   def logits(self) -> int:
     """Entries of the attention map of one head."""
-    return (self.queries if self.core is None else self.core) ** 2
+    return self.queries ** 2 if self.pairs is None else self.pairs
 
   @property
   def weights(self) -> int:
     """Entries of the map of one head that values are multiplied with."""
-    return self.attended * self.values if self.core is None else self.core ** 2
+    return self.attended * self.values if self.pairs is None else self.pairs
 
   def map_counts(self, change: Callable[[int], int]) -> Tokens:
     """Returns the same with other counts."""
     return Tokens(change(self.queries), change(self.values), change(self.attended),
-                  change(self.mlp), change(self.left), self.map_seen,
-                  None if self.core is None else change(self.core))
+                  change(self.mlp), change(self.left), self.map_seen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +246,8 @@ def _branched(tokens: Tokens, event: Event) -> Tokens:
   """Returns the tokens of a layer of which a part runs on fewer."""
   count = event.slots_out
   if event.parts == 'core':
-    return dataclasses.replace(tokens, core=count)
+    pairs = event.method.pairs(event.slots_in, count, event.protected or 0)
+    return dataclasses.replace(tokens, pairs=pairs)
   if event.parts != 'mlp':
     tokens = dataclasses.replace(tokens, queries=count, values=count, attended=count)
   return tokens if event.parts == 'attention' else dataclasses.replace(tokens, mlp=count)
@@ -448,9 +449,25 @@ def _draft(config: Config, host: Host) -> _Draft:
     raise ValueError(f'{name} in a branch lets all tokens stay, so mode={mode!r} and '
                      f"positions={positions!r} do not fit: leave mode out, and choose positions "
                      "'keep' or 'compact'")
-  if not any(config.get(key) is not None for key in ('layers', *BUDGETS)):
-    config = {**config, **method.default_budget(host.depth)}
+  if not any(config.get(form) is not None for form in BUDGETS):
+    config = _with_shares(name, config, method.default_shares(host.depth), host)
   return _Draft(config, reduction, site, kinds, parts)
+
+
+def _with_shares(name: str, config: Mapping[str, Any], shares: Mapping[int, float],
+                 host: Host) -> Mapping[str, Any]:
+  """Returns a config without a budget with the shares that its method has by default."""
+  if not shares:
+    return config
+  named = config.get('layers')
+  layers = tuple(shares) if named is None else parse_layers(named, host.depth)
+  unknown = [layer for layer in layers if layer not in shares]
+  if unknown:
+    raise ValueError(f'{name} has no share of its own for layer {unknown[0]}: leave it out of '
+                     'layers, or give a budget')
+  ratios = tuple(shares[layer] for layer in layers)
+  return {'rounding': 'floor', **{key: value for key, value in config.items() if value is not None},
+          'layers': layers, 'keep_ratio': ratios}
 
 
 def _parts(name: str, method: Method, site: str, config: Mapping[str, Any]) -> str:

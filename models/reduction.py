@@ -138,7 +138,7 @@ class Event:
     """Returns whether a branch leaves a prompt's layer as it is: its method need not be asked."""
     method = self.method
     return self.kind == 'branch' and self.slots_in == self.slots_out and not (
-        self.reduction.learned or method.adaptive)
+        self.reduction.learned or method.adaptive or self.parts == 'core')
 
   @property
   def parameters(self) -> str:

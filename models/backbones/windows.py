@@ -190,6 +190,9 @@ class WindowStack(Stack):
       if keep < least:
         raise ValueError(f'{name} cannot leave {keep} of the {slots} slots of a window in layer '
                          f'{event.layer}: it leaves at least {least}')
+      if event.parts == 'core':
+        raise ValueError(f'{name} says who attends to whom in layer {event.layer}, where windows '
+                         'do: take it out, or the windows')
       if event.layer in self.whole and (event.site == 'inside' or event.parts not in ('', 'mlp')):
         acts = 'is a branch of' if event.parts else 'cuts inside'
         raise ValueError(f'{name} {acts} the attention of layer {event.layer}, which sees '

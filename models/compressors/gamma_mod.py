@@ -4,7 +4,6 @@ Axes: B batch, N slots, M slots that run the layer, D features.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -77,6 +76,6 @@ class GammaMoD(BranchReducer, nn.Module):
     weight = jax.nn.softmax(self.router(hidden), axis=-1)[..., 1]
     return weight >= self.decode_threshold, weight
 
-  def default_budget(self, depth: int) -> Mapping[str, Any]:
-    """Returns all layers but the first three and the last, as many tokens as pass."""
-    return {'layers': tuple(range(3, depth - 1)), 'keep_ratio': 1.0}
+  def default_shares(self, depth: int) -> Mapping[int, float]:
+    """Returns all layers but the first three and the last, with all tokens that pass."""
+    return dict.fromkeys(range(3, depth - 1), 1.0)

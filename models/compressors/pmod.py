@@ -5,7 +5,6 @@ Axes: B batch, N slots, M slots that run the layer, D features.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,8 +24,8 @@ class PMoD(BranchReducer, nn.Module):
   features as they enter the layer; its weight is 1 + scale tanh(score). What the MLP adds to a
   token is multiplied with its weight, and so are the features of a token that skips the layer.
   Tokens that may not be touched run every layer with a weight of 1. A decoded token runs them all.
-  Without layers and budget in a config, layer l of L keeps cos(pi l / (L - 1)) / 2 + mean of the
-  tokens, at least `floor`, and all where that is more than `ceiling`. The release divides by 31
+  Without a budget in a config, layer l of L keeps cos(pi l / (L - 1)) / 2 + mean of the tokens, at
+  least `floor`, and all where that is more than `ceiling`. The release divides by 31
   whatever the depth; its models have 32 layers.
 
   Attributes:
@@ -52,11 +51,9 @@ class PMoD(BranchReducer, nn.Module):
     picked = keep_top(tokens, weight, num_slots=num_slots)
     return picked.replace(gate=take(weight, picked.src), skip_scale=weight)
 
-  def default_budget(self, depth: int) -> Mapping[str, Any]:
-    """Returns layers and their shares of tokens by the schedule, rounded down."""
-    shares = {}
-    for layer in range(depth):
-      share = math.cos(math.pi * layer / max(depth - 1, 1)) / 2 + self.mean
-      if share <= self.ceiling:
-        shares[layer] = max(share, self.floor)
-    return {'layers': tuple(shares), 'keep_ratio': tuple(shares.values()), 'rounding': 'floor'}
+  def default_shares(self, depth: int) -> Mapping[int, float]:
+    """Returns the share of tokens by layer."""
+    shares = {layer: math.cos(math.pi * layer / max(depth - 1, 1)) / 2 + self.mean
+              for layer in range(depth)}
+    return {layer: max(share, self.floor) for layer, share in shares.items()
+            if share <= self.ceiling}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -71,10 +70,15 @@ class Reducer:
     del cuts
     return ()
 
-  def default_budget(self, depth: int) -> Mapping[str, Any]:
-    """Returns the layers and the budget of a config that sets neither: none."""
+  def default_shares(self, depth: int) -> Mapping[int, float]:
+    """Returns the share of tokens by layer for a config without a budget: none."""
     del depth
     return {}
+
+  def pairs(self, slots: int, num_slots: int, protected: int) -> int:
+    """Returns how many pairs of tokens attend in a branch of 'core': all of those that run."""
+    del slots, protected
+    return num_slots ** 2
 
   def decode_steps(self, layer: int, depth: int) -> int | None:
     """Returns how many decoded tokens run a branch: all."""

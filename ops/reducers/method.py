@@ -6,7 +6,7 @@ Axes: B batch, N slots now, M slots after.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
@@ -107,8 +107,15 @@ class Method(Protocol):
     """Returns the fewest slots that it can leave of `slots`, the protected ones included."""
     ...
 
-  def default_budget(self, depth: int) -> Mapping[str, Any]:
-    """Returns the layers and the budget, as in a config, of a config that sets neither."""
+  def default_shares(self, depth: int) -> Mapping[int, float]:
+    """Returns the share of tokens that each layer keeps where a config has no budget; {} for none.
+
+    They are rounded down. A config that names no layers gets these.
+    """
+    ...
+
+  def pairs(self, slots: int, num_slots: int, protected: int) -> int:
+    """Returns how many pairs of query and key there are in a head, in a branch of 'core'."""
     ...
 
   def decode_steps(self, layer: int, depth: int) -> int | None:

@@ -71,9 +71,9 @@ def test_pmod():
 
 def test_the_schedule_of_pmod():
   raw = load('pmod')
-  budget = ROUTERS['pmod']().default_budget(32)
-  np.testing.assert_array_equal(budget['layers'], raw['mod_layer_idx_llava15'])
-  np.testing.assert_allclose(budget['keep_ratio'], raw['ratio_per_layer_llava15'][8:], atol=1e-12)
+  shares = ROUTERS['pmod']().default_shares(32)
+  np.testing.assert_array_equal(list(shares), raw['mod_layer_idx_llava15'])
+  np.testing.assert_allclose(list(shares.values()), raw['ratio_per_layer_llava15'][8:], atol=1e-12)
   lm = make_lm('llama2_7b')
   plan = make_plan({'method': 'pmod', 'token_kinds': 'visual'}, lm.host(576 + 40, visual=576))
   cost = lm_cost.of(lm.clone(plan=plan), 576 + 40)

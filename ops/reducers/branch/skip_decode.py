@@ -5,7 +5,6 @@ Axes: B batch, N slots.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from ops.assignments import Assignment
 from ops.primitives.select import keep_top
@@ -49,10 +48,9 @@ class SkipDecode(BranchReducer):
     del signals
     return keep_top(tokens, -sequence_index(tokens.pos), num_slots=num_slots)
 
-  def default_budget(self, depth: int) -> Mapping[str, Any]:
+  def default_shares(self, depth: int) -> Mapping[int, float]:
     """Returns the layers that some decoded token skips, each with the whole prompt."""
-    layers = (layer for layer in range(depth) if self.decode_steps(layer, depth) is not None)
-    return {'layers': tuple(layers), 'keep_ratio': 1.0}
+    return {layer: 1.0 for layer in range(depth) if self.decode_steps(layer, depth) is not None}
 
   def decode_steps(self, layer: int, depth: int) -> int | None:
     """Returns how many decoded tokens run a layer, None for all."""

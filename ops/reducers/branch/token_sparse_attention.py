@@ -5,7 +5,6 @@ Axes: B batch, N slots, M slots that take part, G groups of heads, H heads, W la
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +73,9 @@ class TokenSparseAttention(BranchReducer):
   def min_slots(self, slots: int, protected: int) -> int:
     return min(slots, max(protected, self.window) + 1)
 
-  def default_budget(self, depth: int) -> Mapping[str, Any]:
-    """Returns the second half of the layers."""
-    return {'layers': tuple(range(depth // 2, depth)), 'keep_ratio': 1.0}
+  def default_shares(self, depth: int) -> Mapping[int, float]:
+    """Returns the second half of the layers, with all tokens that coverage leaves."""
+    return dict.fromkeys(range(depth // 2, depth), 1.0)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> HeadGather:
     scores = self.scores(tokens, signals)
