@@ -177,11 +177,11 @@ class ReducibleBlock(nn.Module):
     if choose is not None:
       signals = read(q=q, k=k, lse=None)
       pattern = choose(signals)
-      v = pattern.values(v)
+      v = pattern.values(v, q.shape[2])
       signals = signals.replace(values=v) if 'values' in needs else signals
       taken = ((bias, order['positions']) if self.implementation == 'xla'
                else self.kernel_order(tokens, bias, proportional))
-      out = pattern.attend(mix, q, k, v, *taken)
+      out = pattern.attend(mix, q, k, v, *taken, causal=self.is_causal)
     elif self.implementation == 'xla':
       # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
       # the keys beside that map for whoever reads them later.

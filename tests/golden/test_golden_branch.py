@@ -17,6 +17,7 @@ from models.plan import make_plan
 from ops import attention
 from ops.primitives.arank import attention_rank, lowest_ranks
 from ops.reducers.branch.token_sparse_attention import TokenSparseAttention
+from ops.reducers.branch.yopo import YOPO
 from ops.rope import Rope
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet
@@ -127,5 +128,29 @@ def test_token_sparse_attention(budget):
   def attend(q, k, v, bias, positions):
     return attention.attend(q, k, v, bias=bias, positions=positions)
 
-  read = picked.attend(attend, q, k, v, None, tokens.pos)
+  read = picked.attend(attend, q, k, v, None, tokens.pos, causal=True)
   close(read.reshape(1, slots, -1), raw['decompressed'])
+
+
+@pytest.mark.parametrize('window', [3, 7])
+def test_yopo(window):
+  """Against softmax under the released mask, made of a whole map."""
+  allowed = load('yopo_neighbor_mask')[f'allowed_w{window}']
+  start, visual, slots = 5, 576, 590
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(1, slots, 2, 8)), jnp.float32) for _ in range(3))
+  kind = np.full((1, slots), TEXT, np.int8)
+  kind[:, start:start + visual] = VISUAL
+  tokens = TokenSet.create(jnp.zeros((1, slots, 1)), kind=jnp.asarray(kind),
+                           protected=slots - visual)
+  seen = np.tril(np.ones((slots, slots), bool))
+  image = slice(start, start + visual)
+  seen[image, image] = allowed
+  logits = np.einsum('nhd,mhd->hnm', q[0], k[0]) / np.sqrt(8)
+  shares = np.array(jax.nn.softmax(jnp.where(seen[None], logits, -jnp.inf), axis=-1))
+  shares[1, :, image] = 0
+  want = np.einsum('hnm,mhd->nhd', shares, v[0])
+  want[image, 1] = 0
+  pattern = YOPO(window=window, heads=(1,))(tokens, Signals(), num_slots=slots)
+  values = pattern.values(v, 2)
+  close(pattern.attend(None, q, k, values, None, None, causal=True)[0], want)
