@@ -216,10 +216,11 @@ def describe_reductions(reduced: LM | VLM) -> list[str]:
     for event in plan.events if plan else ():
       # Padding may be among what is protected.
       held = event.protected or 0
+      verb, place = ('runs', 'in') if event.kind == 'branch' else ('keeps', event.site)
       where = {'projector': '', 'cache': f' in layer {event.layer}'}.get(
-          component, f' {event.site} layer {event.layer}')
+          component, f' {place} layer {event.layer}')
       left, before = event.slots_out - held, event.slots_in - held
-      lines.append(f'{component}: {event.reduction.name} keeps {left} of {before}{where}')
+      lines.append(f'{component}: {event.reduction.name} {verb} {left} of {before}{where}')
   if len(lines) > MOST_LINES:
     lines = [*lines[:MOST_LINES - 1], f'… and {len(lines) - MOST_LINES + 1} cuts more']
   return lines

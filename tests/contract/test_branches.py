@@ -151,6 +151,8 @@ METHODS = {
         'method': 'token_sparse_attention', **EVERY, 'layers': (0, 1, 3), 'keep_ratio': 0.6,
         'args': {'window': 2, 'kernel': 3, 'coverage': 0.0, 'select': 'layer'}},
     'skip_decode': {'method': 'skip_decode', **EVERY, 'layers': (1, 2), 'keep': (6, 7)},
+    'yopo': {'method': 'yopo', 'layers': (1, 3), 'args': {'grid': (1, 2), 'window': 3,
+                                                          'heads': (0, 1)}},
     'fastv': {'method': 'fastv', 'site': 'branch', 'layers': (1, 3),
               'keep': 2},
 }
@@ -159,8 +161,8 @@ METHODS |= {name: {'method': name, **EVERY, 'layers': (1, 3), 'keep_ratio': 0.5}
 # The first row is whole; the others have 4 visual tokens and 4 of text each, late and with holes.
 VALID = np.stack([np.isin(np.arange(PROMPT), slots) for slots in (
     range(PROMPT), range(4, PROMPT), (0, 1, 2, 3, 4, 5, 8, 9))])
-# A token is not told what stands behind it.
-CAUSAL = ('pmod', 'gamma_mod', 'gamma_mod, visual', 'skip_decode')
+# A token of text is not told what stands behind it.
+CAUSAL = ('pmod', 'gamma_mod', 'gamma_mod, visual', 'skip_decode', 'yopo')
 
 
 def planned(config, tokens):
@@ -297,7 +299,7 @@ def test_a_layer_that_no_longer_runs_keeps_its_cache():
 def test_every_method_in_a_vit(name):
   """It runs on fewer patches, trains its router, and all patches stay; or says what it lacks."""
   method = branch_methods()[name]()
-  config = {'method': name, 'layers': (1, 3), 'keep': 5}
+  config = {'method': name, 'layers': (1, 3)} | ({} if name == 'yopo' else {'keep': 5})
   if method.needs - VIT.host.offers:
     with pytest.raises(ValueError, match=f'{name} needs row_attention, which this host does not'):
       make_plan(config, VIT.host)
@@ -312,7 +314,8 @@ def test_every_method_in_a_vit(name):
 
   grads, out = jax.jit(jax.grad(loss, has_aux=True))(params, jax.random.key(2))
   assert out['hidden'][-1].shape == out['hidden'][0].shape
-  assert {layer: ran.slots for layer, ran in out['branches'].items()} == {1: 6, 3: 6}
+  ran = {layer: tokens.slots for layer, tokens in out['branches'].items()}
+  assert ran == ({} if method.parts == 'core' else {1: 6, 3: 6})
   routers = [grads['params']['stack'][event.parameters] for event in vit.plan.events
              if event.reduction.learned]
   for leaf in jax.tree.leaves(routers):

@@ -157,6 +157,7 @@ MODELS = {
        for parts in ('attention', 'mlp')},
     'core': lambda: planned(method='token_sparse_attention', token_kinds=('visual', 'text'),
                             keep=(9, 6), args={'window': 4}),
+    'yopo': lambda: planned(method='yopo', keep=None, args={'grid': (2, 3), 'window': 3}),
     'pmod': lambda: planned(method='pmod'),
     'gamma_mod': lambda: planned(method='gamma_mod'),
     'skip_decode': lambda: planned(method='skip_decode', keep=None, layers=None,
@@ -166,7 +167,7 @@ MODELS = {
 
 
 # Kinds of events that differ from those above in what is counted alone.
-LONG = ('attention', 'mlp', 'core', 'gamma_mod', 'skip_decode', 'branch and cut')
+LONG = ('attention', 'mlp', 'core', 'yopo', 'gamma_mod', 'skip_decode', 'branch and cut')
 
 
 @pytest.mark.parametrize('name', [
