@@ -76,6 +76,8 @@ class Stack(nn.Module):
     layers: (start, stop) to run layers start to stop - 1 alone, None for all.
     causal: whether the blocks are causal, as `models.reduction.Place` has it.
     rope: how positions become rotations, passed to methods, or None.
+    others: a block with the same parameters that runs some layers in place of `block`, and these
+      layers; None for none.
   """
 
   block: ReducibleBlock
@@ -88,6 +90,7 @@ class Stack(nn.Module):
   layers: tuple[int, int] | None = None
   causal: bool = False
   rope: Rope | None = None
+  others: tuple[ReducibleBlock, tuple[int, ...]] | None = None
 
   @nn.compact
   def __call__(self, tokens: TokenSet, tap: Tap | None = None) -> tuple[TokenSet, Outputs]:
@@ -215,10 +218,15 @@ class Stack(nn.Module):
     start, end = self.layers or (0, self.depth)
     while start < end:
       stop = start + 1
-      while start not in alone and stop < end and stop not in alone and stop not in begins:
+      while (start not in alone and stop < end and stop not in alone and stop not in begins
+             and self._block(stop) is self._block(start)):
         stop += 1
       yield start, stop
       start = stop
+
+  def _block(self, layer: int | Array) -> ReducibleBlock:
+    """The block that runs a layer, or a run of equal ones."""
+    return self.others[0] if self.others and layer in self.others[1] else self.block
 
   def _events(self, layer: int, *sites: str) -> tuple[Event, ...]:
     """The plan's events at some sites of a layer."""
@@ -259,8 +267,10 @@ class Stack(nn.Module):
     return args
 
   def _layer(self, params: Params | LayerSlice, index: int | Array, key: Array | None,
-             method: str, tokens: TokenSet, *args: Any, **kwargs: Any) -> Any:
+             method: str, tokens: TokenSet, *args: Any, block: ReducibleBlock | None = None,
+             **kwargs: Any) -> Any:
     """Calls one method of the block with one layer's parameters and random key."""
+    block = block or self._block(index)
     if method != 'feed_forward':
       kwargs['proportional'] = bool(self.plan and self.plan.proportional)
     rngs = None if key is None else {'dropout': jax.random.fold_in(key, index)}
@@ -268,7 +278,7 @@ class Stack(nn.Module):
     def call(params: Params | LayerSlice, tokens: TokenSet) -> Any:
       # Here, so that the backward pass reads them anew instead of keeping them.
       params = params.read() if isinstance(params, LayerSlice) else params
-      return self.block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
+      return block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
 
     if self.remat != 'none' and method != 'attend_and_cut':  # A decision must be taken once.
       dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -284,7 +294,7 @@ class Stack(nn.Module):
       index, own = item
       tokens = self._divide_rows(tokens)
       params = layer_of(weights, index) if own is None else LayerSlice(weights, own, index)
-      layer = functools.partial(self._layer, params, index, key)
+      layer = functools.partial(self._layer, params, index, key, block=self._block(start))
       attended, signals = self._attend(index, layer, tokens, needs, tap)
       tokens, signals = _feed(layer, attended, signals, needs & MLP_SIGNALS)
       read = tap.read(start, attended, signals) if tap else None

@@ -50,6 +50,7 @@ from models.reduction import ReducerParameters
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
+from ops.primitives.queries import text_after_images
 from ops.splice import Visual, splice
 from ops.tokens import TokenSet
 from ops.values import CountOrZero, OneOf, check_fields
@@ -134,6 +135,11 @@ class VLM(nn.Module):
     return self.lm.context
 
   @property
+  def is_causal(self) -> bool:
+    """Returns whether no token of a prompt sees a later one, in any layer."""
+    return self.lm.is_causal
+
+  @property
   def vocabulary(self) -> int:
     """Returns the number of token ids of the language model."""
     return self.lm.vocabulary
@@ -196,38 +202,40 @@ class VLM(nn.Module):
       return images * self.each_image(layout)
     return reduction.plan.events[-1].slots_out * (images if reduction.across == 'image' else 1)
 
-  def __call__(self, ids: Array, valid: Array,
-               images: Images | None) -> tuple[Array, Outputs]:
+  def __call__(self, ids: Array, valid: Array, images: Images | None,
+               question: Array | None = None) -> tuple[Array, Outputs]:
     """Returns scores of the next token after every token that is left.
 
     Args:
       ids: int[B, T].
       valid: bool[B, T], False for padding.
       images: None for text alone.
+      question: bool[B, T], what images see of the text behind them where the language model has
+        mask='mutual'; None for all of it, so give it where the ids hold an answer.
 
     Returns:
       Logits float32[B, N, vocabulary], and the dict of LM, with 'sequence' (the TokenSet that LM
       read), 'slot' int32[B, T] (where each id went, ops/splice.py), and with images those of
       `encode_images`.
     """
-    tokens, aux = self.sequence(ids, valid, images)
+    tokens, aux = self.sequence(ids, valid, images, question)
     logits, out = self.lm(tokens)
     for name in ('losses', 'overflow'):
       out[name] = out[name] | aux.pop(name, {})
     return logits, out | aux
 
-  def prefill(self, ids: Array, valid: Array, images: Images | None, *,
-              room: int) -> tuple[Array, Cache]:
+  def prefill(self, ids: Array, valid: Array, images: Images | None,
+              question: Array | None = None, *, room: int) -> tuple[Array, Cache]:
     """Reads a prompt as LM does: logits float32[B, vocabulary] after its last token, and the cache.
     """
-    return self.lm.prefill(self.sequence(ids, valid, images)[0], room=room)
+    return self.lm.prefill(self.sequence(ids, valid, images, question)[0], room=room)
 
   def decode(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
     """Reads one more token a row, as LM does."""
     return self.lm.decode(ids, cache)
 
-  def sequence(self, ids: Array, valid: Array,
-               images: Images | None) -> tuple[TokenSet, Outputs]:
+  def sequence(self, ids: Array, valid: Array, images: Images | None,
+               question: Array | None = None) -> tuple[TokenSet, Outputs]:
     """Returns the tokens that the language model reads, and auxiliary outputs (`__call__`)."""
     embedded = self.lm.embed(ids).x
     aux: Outputs = {}
@@ -238,6 +246,10 @@ class VLM(nn.Module):
     axes = len(self.lm.rope.sections)
     tokens, slot = splice(embedded, valid, ids == self.image_token, visual, side=self.pad_side,
                           slots=slots, axes=axes)
+    if question is not None:
+      seen = jnp.zeros(tokens.kind.shape, bool)
+      seen = jax.vmap(lambda s, i, q: s.at[i].set(q, mode='drop'))(seen, slot, question & valid)
+      tokens = tokens.replace(stats=tokens.stats | {'question': seen & text_after_images(tokens)})
     return tokens, {**aux, 'sequence': tokens, 'slot': slot, 'visual': visual}
 
   def encode_images(self, images: Images) -> tuple[Visual, int | None, Outputs]:

@@ -214,6 +214,26 @@ def test_text_alone_needs_no_images(config):
       example.index.shape[2] * 2 if example.index is not None else 32] * 3
 
 
+@pytest.mark.long
+def test_images_see_the_question_and_not_the_answer():
+  vlm, params = llava()
+  vlm = vlm.clone(lm=vlm.lm.clone(mask='mutual'))
+  answered = np.array(IDS)
+  answered[1, 4] = 9
+  question = jnp.asarray(np.arange(5) < 4)[None] & VALID
+
+  def moved(*question):
+    score = jax.jit(vlm.apply)
+    (first, out), (second, _) = (score({'params': params}, ids, VALID, squares(), *question)
+                                 for ids in (IDS, answered))
+    apart = np.asarray(jnp.abs(first - second)[1].max(axis=1) > 1e-6)
+    return np.flatnonzero(apart & out['sequence'].valid[1])
+
+  # Two images of 16 tokens behind one of text; the answer is the last of two behind them.
+  np.testing.assert_array_equal(moved(question), [34])
+  np.testing.assert_array_equal(moved(), [*range(1, 33), 34])
+
+
 def test_rows_do_not_touch_each_other():
   vlm, params = llava()
   images = squares()
