@@ -231,7 +231,7 @@ def test_images_see_the_question_and_not_the_answer():
 
   # Two images of 16 tokens behind one of text; the answer is the last of two behind them.
   np.testing.assert_array_equal(moved(question), [34])
-  np.testing.assert_array_equal(moved(), [*range(1, 33), 34])
+  np.testing.assert_array_equal(moved(), np.arange(1, 35))
 
 
 def test_rows_do_not_touch_each_other():
