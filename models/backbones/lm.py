@@ -26,8 +26,9 @@ INTERFACE
 * Attention is causal by `pos`, RoPE rotates by `pos`; a slot's index means nothing. After a cut
   slots are sorted by `pos`; a merged slot takes the latest of its group.
 * A method gets the static number of slots of other kinds as `tokens.protected`, and padding among
-  them as real slots of kind FIXED_PADDING, which it must keep: num_slots - tokens.protected tokens
-  of `of` stay in every row, whatever its text. Text alone is `kind == TEXT`.
+  them; `tokens.budget` says how many tokens of `of` each row keeps, by its own real tokens. The
+  last real token of a prompt is held, unless a config says holds='none'. Text alone is
+  `kind == TEXT`.
 * Signals (ops/signals.py): keys and values [B, N, K, d] (rotated), queries, plain_queries
   [B, N, H, d], last_attention [B, H, N], window_attention [B, H, W, N] (W = method.span),
   row_attention [B, H, N] (mean over method.rows(tokens), bool[B, N]), received_attention [B, H, N];
@@ -59,6 +60,7 @@ from jax.typing import DTypeLike
 from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
 from models.reduction import BATCH_AXES, ReducerParameters, choose
+from models.row_budgets import entry_budget
 from models.stack import REMAT, Outputs, Stack, Tap
 from ops import attention, kv_cache
 from ops.assignments import take
@@ -303,7 +305,7 @@ class LM(nn.Module):
       raise ValueError(f'a prompt of {slots} slots with {counts or "text alone"} is impossible: '
                        f'the kinds must fit into the slots, and those into {self.context}')
     kinds = tuple(counts.items()) + ((('text', text),) if text else ())
-    return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=POSITIONS)
+    return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=POSITIONS, holds='last')
 
   def setup(self) -> None:
     """Makes embeddings, blocks, the last norm and the head."""
@@ -441,7 +443,8 @@ class LM(nn.Module):
                          'plan=lm.plan')
       with jax.named_scope('reduction'):
         params = self.reducers(event, tokens, signals, self.stack.place)
-        answer = choose(event, tokens, signals, self.stack.place, params=params)
+        own = tokens.replace(budget=entry_budget(event, tokens))
+        answer = choose(event, own, signals, self.stack.place, params=params)
         kv = kv_cache.shrink(kv, answer, positions=event.reduction.positions, rope=self.rotation)
     return kv
 
@@ -478,6 +481,8 @@ class LM(nn.Module):
     if self.plan and self.plan.slots not in (None, tokens.slots):
       raise ValueError(f'the plan is for prompts of {self.plan.slots} slots, not '
                        f'{tokens.slots}: make one with lm.host(slots)')
+    if self.plan and self.plan.holds == 'last':
+      tokens = tokens.replace(held=last_real(tokens))
     tokens = tokens.replace(x=tokens.x.astype(self.dtype))
     if self.mask == 'mutual' and 'question' not in tokens.stats:
       tokens = tokens.replace(stats=tokens.stats | {'question': text_after_images(tokens)})
@@ -570,6 +575,12 @@ def _mutual(tokens: TokenSet) -> attention.Mutual:
   """Visual tokens, and the question that all of them see."""
   return attention.Mutual(tokens.real & (tokens.kind == VISUAL),
                           tokens.real & tokens.stats['question'])
+
+
+def last_real(tokens: TokenSet) -> Array:
+  """Marks the latest real token of each row, bool[B, N]."""
+  place = jnp.where(tokens.real, sequence_index(tokens.pos), -1)
+  return jnp.arange(tokens.slots) == jnp.argmax(place, axis=1)[:, None]
 
 
 def _starts(plan: Plan | None) -> tuple[int, ...]:

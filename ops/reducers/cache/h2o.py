@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
-from ops.primitives.kv_select import by_kv_head, keep_best, latest
+from ops.primitives.kv_select import by_kv_head, keep_best, latest, num_entries
 from ops.reducers.base import CacheReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -39,7 +39,8 @@ class H2O(CacheReducer):
   needs = frozenset({'keys', 'received_attention'})
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    recent = latest(tokens, num_slots // 2 if self.recent is None else self.recent)
+    half = num_entries(tokens, num_slots) // 2
+    recent = latest(tokens, half if self.recent is None else self.recent)
     return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots, forced=recent,
                      order='slot')
 

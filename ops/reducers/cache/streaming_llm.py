@@ -8,7 +8,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
-from ops.primitives.select import rank_of, top
+from ops.primitives.kv_select import broadcast_to_heads, keep_best
+from ops.primitives.select import rank_of
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -34,8 +35,7 @@ class StreamingLLM(Reducer):
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
     real = tokens.real
     rank, count = rank_of(real), jnp.sum(real, axis=1, keepdims=True)
-    first = rank < min(self.sinks, num_slots)
+    first = rank < self.sinks
     # Of the others the latest: a later token scores higher.
-    src = jnp.sort(top(rank - count, num_slots, forced=first, excluded=~real), axis=1)
-    heads = signals.keys.shape[2]
-    return KVGather(jnp.broadcast_to(src[:, None], (src.shape[0], heads, num_slots)))
+    scores = broadcast_to_heads(rank - count, signals.keys.shape[2])
+    return keep_best(tokens, scores, num_slots=num_slots, forced=first, order='slot')
