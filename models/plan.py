@@ -385,9 +385,12 @@ def _draft(config: Config, host: Host) -> _Draft:
   values.check_keys('reduce', config, KEYS, unknown='a reduction has no key ')
   name = cast(str, config.get('method'))  # `make_method` rejects None.
   method = make_method(name, config.get('args') or {})
-  site, mode = config.get('site') or method.site, config.get('mode') or 'gather'
+  site, mode = config.get('site') or method.site, config.get('mode') or method.mode or 'gather'
   choices.check('site ', site, host.sites)
   choices.check('mode ', mode, MODES)
+  if method.mode not in ('', mode):
+    raise ValueError(f'{name} with these args decides as it runs how many tokens stay, which takes '
+                     f'slots that stay: set mode={method.mode!r} (got {mode!r})')
   if (mode, site) == ('mask', 'inside'):
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")
@@ -410,6 +413,9 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
   events: list[Event] = []
   for step, draft in turns:
     free = pools.of(draft.kinds or ('',), functools.partial(_unknown_share, draft))
+    if not free:
+      raise ValueError(f'{draft.reduction.name} cuts in layer {step.layer}, where no '
+                       f'{" or ".join(draft.kinds) or "other"} token is left: end before it')
     limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free)
     cut = take(step, slots, _free(host, draft.kinds), limits)
     if cut is None:
@@ -547,7 +553,7 @@ def limits_of(method: Method, host: Host, protected: int) -> Limits:
   """Returns the limits that a host and a method set to budgets, with `protected` slots fixed."""
   return Limits(host.depth, host.slots, protected, method.extra_slots,
                 functools.partial(method.min_slots, protected=protected),
-                'keep' if host.counts else 'refuse')
+                'keep' if host.counts else 'refuse', method.can_empty)
 
 
 def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:

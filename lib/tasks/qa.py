@@ -135,10 +135,10 @@ def inputs(model: LM | VLM, batch: Mapping[str, Array]) -> tuple[Any, ...]:
   """Turns a batch of lib/data/qa.py into the model's arguments."""
   if isinstance(model, LM):
     return batch['ids'], batch['valid']
-  question: tuple[Array, ...] = ()
+  marks = None
   if model.lm.mask == 'mutual' and 'answer' in batch:
-    question = (~batch['answer'],)
-  return batch['ids'], batch['valid'], Images(batch['image'][:, None]), *question
+    marks = {'question': ~batch['answer']}
+  return batch['ids'], batch['valid'], Images(batch['image'][:, None]), marks
 
 
 def apply(model: LM | VLM, params: Any, batch: Mapping[str, Array],

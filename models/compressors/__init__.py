@@ -4,6 +4,7 @@ from models.compressors.ctm import CTM
 from models.compressors.dtem import DTEM
 from models.compressors.dtop import DToP
 from models.compressors.dynamicvit import DynamicViT
+from models.compressors.dyvte import DyVTE
 from models.compressors.patchmerger import PatchMerger
 from models.compressors.sinkhorn import Sinkhorn
 from models.compressors.sit import SiT
@@ -18,5 +19,6 @@ COMPRESSORS: dict[str, type[Method]] = {
     'sit': SiT,
     'dtem': DTEM,
     'dtop': DToP,
+    'dyvte': DyVTE,
     'textmonkey_resampler': TextMonkeyResampler,
 }

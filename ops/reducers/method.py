@@ -51,6 +51,16 @@ class Method(Protocol):
     ...
 
   @property
+  def can_empty(self) -> bool:
+    """True if it may leave none of the tokens that it may touch, where a budget says 0."""
+    ...
+
+  @property
+  def mode(self) -> str:
+    """The mode that it needs, 'gather' or 'mask' (models/plan.py); '' for either."""
+    ...
+
+  @property
   def drops(self) -> str:
     """Reason why original tokens are lost; '' if each of them stays in some slot."""
     ...

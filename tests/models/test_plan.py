@@ -96,7 +96,7 @@ def test_budgets_in_macs_get_the_hosts_cost():
     ({'method': 'tome', 'remove': 8, 'layers': 12}, 'layer 12 is out of range: the model has '
                                                     'layers 0 to 11'),
     ({'method': 'tome'}, 'exactly one budget, got none'),
-    ({'method': 'topk', 'keep': 0}, 'keep=0 in layer 0 is impossible: 196 tokens are there'),
+    ({'method': 'topk', 'keep': 0}, 'keep=0 leaves no token in layer 0, but this method'),
     ({'method': 'topk', 'keep': 300}, 'keep=300 in layer 0 is impossible: 196 tokens are there'),
     ({'method': 'topk', 'keep_ratio': 0.001, 'rounding': 'floor'}, 'leaves 1 of 197 slots'),
     ({'method': 'tome', 'keep_ratio': 0.3}, 'can leave no fewer than 99 (1 protected)'),

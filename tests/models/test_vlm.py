@@ -222,15 +222,15 @@ def test_images_see_the_question_and_not_the_answer():
   answered[1, 4] = 9
   question = jnp.asarray(np.arange(5) < 4)[None] & VALID
 
-  def moved(*question):
+  def moved(*marks):
     score = jax.jit(vlm.apply)
-    (first, out), (second, _) = (score({'params': params}, ids, VALID, squares(), *question)
+    (first, out), (second, _) = (score({'params': params}, ids, VALID, squares(), *marks)
                                  for ids in (IDS, answered))
     apart = np.asarray(jnp.abs(first - second)[1].max(axis=1) > 1e-6)
     return np.flatnonzero(apart & out['sequence'].valid[1])
 
   # Two images of 16 tokens behind one of text; the answer is the last of two behind them.
-  np.testing.assert_array_equal(moved(question), [34])
+  np.testing.assert_array_equal(moved({'question': question}), [34])
   np.testing.assert_array_equal(moved(), np.arange(1, 35))
 
 

@@ -1,5 +1,6 @@
 """Reductions between the layers of a language model."""
 
+from ops.reducers.language.aim import AIM
 from ops.reducers.language.duet_vlm import DUETVLM
 from ops.reducers.language.fastv import FastV
 from ops.reducers.language.gemfilter import GemFilter
@@ -11,6 +12,7 @@ LANGUAGE: dict[str, type[Method]] = {
     'fastv': FastV,
     'pyramiddrop': PyramidDrop,
     'duet_vlm': DUETVLM,
+    'aim': AIM,
     'transprune': TransPrune,
     'gemfilter': GemFilter,
 }

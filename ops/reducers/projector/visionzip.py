@@ -15,6 +15,8 @@ from ops.reducers.base import ByAttention
 from ops.signals import Signals
 from ops.tokens import TokenSet, filled, num_left
 
+Array = jax.Array
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionZip(ByAttention):
@@ -44,14 +46,11 @@ class VisionZip(ByAttention):
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     slots, context = tokens.slots, self.contextual
     own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), tokens.kind.shape)
-    order = top(self.attention(signals).mean(axis=1), num_slots - context, forced=tokens.fixed,
-                excluded=~tokens.real)
     left = num_left(tokens, num_slots)
-    rest = tokens.real & (ranks(order, slots) >= left - context)
+    stay, rest, rank = self.candidates(tokens, signals, num_slots - context, left - context)
     step = jnp.maximum(jnp.sum(rest, axis=1, keepdims=True, dtype=jnp.int32) // context, 1)
-    rank = rank_of(rest)
     target = rest & (rank % step == 0) & (rank // step < context)
-    group = jnp.where(rest, jnp.where(target, 1, 3), jnp.where(tokens.real, 0, 2))
+    group = jnp.where(rest, jnp.where(target, 1, 3), jnp.where(stay, 0, 2))
     src = jnp.argsort(slots * group + own, axis=1)[:, :num_slots].astype(jnp.int32)
 
     metric = jax.lax.stop_gradient(signals.keys.astype(jnp.float32).mean(axis=2))
@@ -65,6 +64,24 @@ class VisionZip(ByAttention):
     shares = take(jnp.pad(1 / jnp.maximum(count, 1.0), ((0, 0), (0, 1))), dst)
     return Merge(src, dst, jnp.where(merges, shares, jnp.where(tokens.real, 1.0, 0.0)),
                  valid=filled(tokens, num_slots))
+
+  def candidates(self, tokens: TokenSet, signals: Signals, most: int,
+                 dominant: Array | int) -> tuple[Array, Array, Array]:
+    """Returns the tokens of which contextual ones are made.
+
+    Args:
+      tokens, signals: as of a call.
+      most: dominant tokens of a row at most.
+      dominant: of each row, int32[B, 1], or `most`.
+
+    Returns:
+      bool[B, N], of which those that are no candidates are dominant; bool[B, N], the candidates;
+      and int32[B, N], their ranks among each other.
+    """
+    order = top(self.attention(signals).mean(axis=1), most, forced=tokens.fixed,
+                excluded=~tokens.real)
+    rest = tokens.real & (ranks(order, tokens.slots) >= dominant)
+    return tokens.real, rest, rank_of(rest)
 
   def min_slots(self, slots: int, protected: int) -> int:
     return min(slots, protected + self.contextual + 1)
