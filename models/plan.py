@@ -389,8 +389,8 @@ def _draft(config: Config, host: Host) -> _Draft:
   choices.check('site ', site, host.sites)
   choices.check('mode ', mode, MODES)
   if method.mode not in ('', mode):
-    raise ValueError(f'{name} with these args decides as it runs how many tokens stay, which takes '
-                     f'slots that stay: set mode={method.mode!r} (got {mode!r})')
+    raise ValueError(f'{name} with these args takes slots that stay as padding: set '
+                     f'mode={method.mode!r} (got {mode!r})')
   if (mode, site) == ('mask', 'inside'):
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")

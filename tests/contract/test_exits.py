@@ -138,9 +138,8 @@ def test_what_leaves_is_what_a_mask_hides():
                                 'leave one at least: raise the budget'),
     (EXIT | {'token_kinds': ('visual', 'text'), 'holds': 'none'},
      'keep_ratio=0.0 leaves no token in layer 3, but nothing would be left at all'),
-    (PLANS['dyvte'] | {'mode': 'gather'}, 'dyvte with these args decides as it runs how many '
-                                          "tokens stay, which takes slots that stay: set mode='mask'"
-     )])
+    (PLANS['dyvte'] | {'mode': 'gather'},
+     "dyvte with these args takes slots that stay as padding: set mode='mask'")])
 def test_exits_that_cannot_be(config, message):
   with pytest.raises(ValueError, match=message):
     planned(config)

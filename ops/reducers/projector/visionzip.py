@@ -5,17 +5,14 @@ Axes: B batch, N slots now, M slots after, H heads, C contextual tokens, d featu
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, Merge, take
-from ops.primitives.match import cosine
+from ops.assignments import Assignment
+from ops.primitives.contextual import zip_tokens
 from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import TokenSet, filled, num_left
-
-Array = jax.Array
+from ops.tokens import TokenSet, num_left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,44 +41,13 @@ class VisionZip(ByAttention):
     return super().needs | {'keys'}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    slots, context = tokens.slots, self.contextual
-    own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), tokens.kind.shape)
-    left = num_left(tokens, num_slots)
-    stay, rest, rank = self.candidates(tokens, signals, num_slots - context, left - context)
-    step = jnp.maximum(jnp.sum(rest, axis=1, keepdims=True, dtype=jnp.int32) // context, 1)
-    target = rest & (rank % step == 0) & (rank // step < context)
-    group = jnp.where(rest, jnp.where(target, 1, 3), jnp.where(stay, 0, 2))
-    src = jnp.argsort(slots * group + own, axis=1)[:, :num_slots].astype(jnp.int32)
-
-    metric = jax.lax.stop_gradient(signals.keys.astype(jnp.float32).mean(axis=2))
-    at = jnp.maximum(left - context + jnp.arange(context, dtype=jnp.int32)[None], 0)
-    targets = take(src, jnp.broadcast_to(at, (len(src), context)))
-    alike = jnp.where(take(target, targets)[:, None], cosine(metric, take(metric, targets)), -2.0)
-    merges = rest & ~target
-    partner = jnp.where(merges, take(targets, jnp.argmax(alike, axis=2)), own)
-    dst = take(ranks(src, slots), partner)
-    count = Merge(src, dst, jnp.ones(dst.shape)).apply(merges.astype(jnp.float32))
-    shares = take(jnp.pad(1 / jnp.maximum(count, 1.0), ((0, 0), (0, 1))), dst)
-    return Merge(src, dst, jnp.where(merges, shares, jnp.where(tokens.real, 1.0, 0.0)),
-                 valid=filled(tokens, num_slots))
-
-  def candidates(self, tokens: TokenSet, signals: Signals, most: int,
-                 dominant: Array | int) -> tuple[Array, Array, Array]:
-    """Returns the tokens of which contextual ones are made.
-
-    Args:
-      tokens, signals: as of a call.
-      most: dominant tokens of a row at most.
-      dominant: of each row, int32[B, 1], or `most`.
-
-    Returns:
-      bool[B, N], of which those that are no candidates are dominant; bool[B, N], the candidates;
-      and int32[B, N], their ranks among each other.
-    """
-    order = top(self.attention(signals).mean(axis=1), most, forced=tokens.fixed,
-                excluded=~tokens.real)
+    dominant = num_left(tokens, num_slots) - self.contextual
+    order = top(self.attention(signals).mean(axis=1), num_slots - self.contextual,
+                forced=tokens.fixed, excluded=~tokens.real)
     rest = tokens.real & (ranks(order, tokens.slots) >= dominant)
-    return tokens.real, rest, rank_of(rest)
+    metric = signals.keys.astype(jnp.float32).mean(axis=2)
+    return zip_tokens(tokens, metric, tokens.real, rest, rank_of(rest), context=self.contextual,
+                      num_slots=num_slots)
 
   def min_slots(self, slots: int, protected: int) -> int:
     return min(slots, protected + self.contextual + 1)
