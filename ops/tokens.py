@@ -175,7 +175,11 @@ def decide(method: Callable[..., Assignment], tokens: TokenSet, signals: object,
   """
   if num_slots >= tokens.slots:
     return identity(tokens)
-  answer = method(tokens, signals, num_slots=num_slots)
+  return whole_rows(method(tokens, signals, num_slots=num_slots), tokens, num_slots)
+
+
+def whole_rows(answer: Assignment, tokens: TokenSet, num_slots: int) -> Assignment:
+  """Returns an answer where rows that lose nothing stay as they are, real slots first."""
   if tokens.budget is None:
     return answer
   order = jnp.argsort(~tokens.real, axis=1, stable=True)[:, :answer.src.shape[1]]

@@ -30,6 +30,8 @@ class DyVTE(Reducer, nn.Module):
   """
 
   width: Width = 2048
+  # Where there is none there is no text that gates could read.
+  needs = frozenset({'rope'})
   site = 'after'
   mode = 'mask'
   positions = 'keep'

@@ -41,7 +41,8 @@ class AIM(Reducer):
   """
 
   variant: str = 'paper'
-  needs = frozenset({'queries', 'keys'})
+  # The map is built anew, from rotated queries and keys in causal order: no other host has a rope.
+  needs = frozenset({'queries', 'keys', 'rope'})
   site = 'after'
   positions = 'keep'
   drops = 'pruning drops tokens'

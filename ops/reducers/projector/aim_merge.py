@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ops import tokens as tk
 from ops.assignments import Assignment
-from ops.primitives.match import bipartite, parity_order
+from ops.primitives.match import bipartite
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, count
@@ -40,8 +40,10 @@ class AIMMerge(Reducer):
       free = count(tokens.free)[:, 0]
       now = tokens.replace(
           size=None, budget=None if budget is None else jnp.maximum(budget, free - free // 2))
-      order = parity_order(now)
-      answer = bipartite(now, now.x, order[:, ::2], order[:, 1::2], num_slots=slots, order='score')
+      # Every other one of those that may go, whatever stands among them.
+      order = jnp.argsort(jnp.where(now.free, 0, jnp.where(now.fixed, 1, 2)), axis=1, stable=True)
+      answer = tk.whole_rows(bipartite(now, now.x, order[:, ::2], order[:, 1::2], num_slots=slots,
+                                       order='score'), now, slots)
       tokens, whole = tk.reduce(now, answer), tk.compose(whole, answer) if whole else answer
     assert whole
     return whole
