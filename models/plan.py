@@ -29,6 +29,7 @@ from ops.budgets import (
 )
 from ops.reducers import REDUCERS, join
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.insert import INSERTS
 from ops.reducers.method import Method
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC
 from ops.tokens import KINDS
@@ -175,7 +176,12 @@ class Plan:
   @property
   def slots(self) -> int | None:
     """Returns the tokens that a host must have for this plan, None where nothing changes."""
-    return self.events[0].slots_in if self.events else None
+    return self.events[0].slots_in + inserted(self.events) if self.events else None
+
+  @property
+  def inserts(self) -> tuple[Event, ...]:
+    """Returns the events at which tokens join."""
+    return tuple(event for event in self.events if event.kind == 'insert')
 
   def at(self, layer: int, *sites: str) -> tuple[Event, ...]:
     """Returns the events of a layer, of some sites or all."""
@@ -207,7 +213,7 @@ def profile(events: Sequence[Event], depth: int, slots: int) -> tuple[Tokens, ..
   if outside:
     raise ValueError(f'an event in layer {outside[0]} does not fit: the layers are 0 to '
                      f'{depth - 1}')
-  layers, now = [], slots
+  layers, now = [], slots - inserted(events)
   for layer in range(depth):
     at = {site: [event for event in events if event.layer == layer and event.site == site]
           for site in SITES}
@@ -222,11 +228,17 @@ def profile(events: Sequence[Event], depth: int, slots: int) -> tuple[Tokens, ..
   return tuple(layers)
 
 
+def inserted(events: Sequence[Event]) -> int:
+  """Returns how many tokens wait outside a host until they join."""
+  return sum(event.slots_out - event.slots_in for event in events if event.kind == 'insert')
+
+
 def _after(event: Event, now: int) -> int:
   """Returns the slots after an event."""
   if event.reduction.mode == 'mask':
     return now
-  if not (event.slots_in == now and 0 < event.slots_out <= now):
+  fits = event.slots_out >= now if event.kind == 'insert' else 0 < event.slots_out <= now
+  if event.slots_in != now or not fits:
     raise ValueError(f'{event.reduction.name} in layer {event.layer} goes from {event.slots_in} to '
                      f'{event.slots_out} tokens, but {now} are there')
   return event.slots_out
@@ -258,12 +270,12 @@ def make_method(name: str, args: Mapping[str, Any],
   Args:
     name: a name in the registry.
     args: fields of the method; lists become tuples.
-    registry: methods by name, all of `methods()` by default.
+    registry: methods by name; by default all of `methods()`, and those that insert.
 
   Raises:
     ValueError: for an unknown name or argument; it lists what there is.
   """
-  registry = methods() if registry is None else registry
+  registry = join(methods(), INSERTS) if registry is None else registry
   choices.check('method ', name, sorted(registry))
   values.check('args', args, Mapping[str, Any])
   kinds = values.keys_of(registry[name]).kinds
@@ -377,7 +389,20 @@ class _Draft:
 
   def steps(self, host: Host) -> tuple[Step, ...]:
     """Returns what the budget asks of each layer."""
+    if self.inserts:
+      layers = parse_layers(self.config.get('layers'), host.depth)
+      budgets = [form for form in BUDGETS if self.config.get(form) is not None]
+      if len(layers) != 1 or budgets:
+        raise ValueError(f'{self.reduction.name} brings all tokens of a kind in before one layer: '
+                         f'give layers as one index, and no {budgets[0] if budgets else "other"}')
+      # A host without such tokens, a prompt without images, has nothing to wait for.
+      return tuple(Step(layer, lambda now, start: now) for layer in layers if self.kinds)
     return solve(self.config, host.depth, _free(host, self.kinds), tuple)
+
+  @property
+  def inserts(self) -> bool:
+    """Returns whether tokens join, rather than leave."""
+    return self.reduction.method.kind == 'insert'
 
 
 def _draft(config: Config, host: Host) -> _Draft:
@@ -395,7 +420,11 @@ def _draft(config: Config, host: Host) -> _Draft:
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")
   check_needs(name, method, host, site)
-  kinds = reducible_kinds(config.get('token_kinds'), host)
+  named = config.get('token_kinds')
+  if method.kind == 'insert' and not dict(host.counts).get('visual'):
+    kinds = reducible_kinds(named, host) if named not in (None, 'visual') else ()
+  else:
+    kinds = reducible_kinds(named, host)
   holds = config.get('holds') or host.holds
   choices.check('holds ', holds, HOLDS)
   reduction = Reduction(name, method, mode, (), tuple(KINDS[kind] for kind in kinds) or None,
@@ -410,12 +439,25 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
                  key=lambda turn: (turn[0].layer, SITES.index(turn[1].site)))
   kinds = host.counts or (('', host.slots - host.protected),)
   slots, pools = host.slots, Pools(kinds)
+  for _, draft in turns:
+    if draft.inserts:
+      slots -= _free(host, draft.kinds)
+      pools.left(draft.kinds, 0)
   events: list[Event] = []
   for step, draft in turns:
     free = pools.of(draft.kinds or ('',), functools.partial(_unknown_share, draft))
+    if draft.inserts:
+      event = _inserted(step, draft, host, slots, free)
+      _check_before(event, events)
+      events, slots = [*events, event], event.slots_out
+      pools.left(draft.kinds, event.slots_out - event.slots_in)
+      continue
+    if events and events[-1].kind == 'insert':
+      _check_behind(step, draft, events[-1])
     if not free:
       raise ValueError(f'{draft.reduction.name} cuts in layer {step.layer}, where no '
-                       f'{" or ".join(draft.kinds) or "other"} token is left: end before it')
+                       f'{" or ".join(draft.kinds) or "other"} token is (any more, or yet): cut in '
+                       'other layers')
     limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free)
     cut = take(step, slots, _free(host, draft.kinds), limits)
     if cut is None:
@@ -431,6 +473,39 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
       pools.left(draft.kinds or ('',), free - (cut.slots_in - cut.slots_out))
       slots = cut.slots_out
   return tuple(events)
+
+
+def _inserted(step: Step, draft: _Draft, host: Host, slots: int, there: int) -> Event:
+  """Returns the event at which the tokens of a kind join, of which `there` are there already."""
+  kinds, layer = ' and '.join(draft.kinds), step.layer
+  if not layer or there:
+    since = 'all tokens start' if not layer else 'they have joined before'
+    raise ValueError(f'{draft.reduction.name} brings {kinds} tokens in before layer {layer}, where '
+                     f'they are already: {since}; name one later layer, once')
+  return Event(layer, draft.site, slots, slots + _free(host, draft.kinds), draft.reduction,
+               kind='insert')
+
+
+def _check_before(event: Event, events: Sequence[Event]) -> None:
+  """Raises where tokens are numbered anew before others join at their own positions."""
+  for earlier in events:
+    if earlier.reduction.positions == 'compact':
+      raise ValueError(f'{earlier.reduction.name} numbers tokens anew in layer {earlier.layer}, '
+                       f'and {event.reduction.name} brings others in at their own positions: set '
+                       "positions='keep'")
+
+
+def _check_behind(step: Step, draft: _Draft, event: Event) -> None:
+  """Raises where a method asks for what tokens that have just joined cannot tell."""
+  reduction, last = draft.reduction, event.reduction.name
+  if reduction.positions == 'restart':
+    raise ValueError(f'{reduction.name} has the model run anew on what it keeps, where {last} has '
+                     "no place: set positions='keep'")
+  read = sorted(reduction.method.needs - FREE_OF_ATTENTION)
+  if (step.layer, draft.site) == (event.layer, event.site) and read:
+    raise ValueError(f'{reduction.name} before layer {step.layer} reads {", ".join(read)} of the '
+                     f'layer above, which the tokens of {last} have not run: cut from layer '
+                     f'{step.layer + 1} on')
 
 
 def _unknown_share(draft: _Draft, pool: tuple[str, ...]) -> ValueError:

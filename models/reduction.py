@@ -81,6 +81,7 @@ class Event:
     protected: slots that it must leave alone, padding among them; None for what the tokens say.
     several: whether the plan has other reductions too.
     step: what the budget asked, by which shorter rows find their own counts; None for all alike.
+    kind: 'cut', there are fewer tokens from here on; or 'insert', tokens join that have waited.
   """
 
   layer: int
@@ -91,6 +92,7 @@ class Event:
   protected: int | None = None
   several: bool = False
   step: Step | None = dataclasses.field(default=None, compare=False)
+  kind: str = 'cut'
 
   def kept(self, now: Array, start: Array, most: int) -> Array:
     """Returns how many of its free tokens each row keeps, int32[B].
@@ -228,6 +230,29 @@ def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
     overflow = jnp.maximum(assignment.wanted - (room if isinstance(room, int) else room[:, 0]), 0)
   return Reduced(reduced.replace(of=tokens.of, protected=tokens.protected), assignment, losses,
                  overflow)
+
+
+def insert(tokens: TokenSet, joining: TokenSet, place: Place) -> TokenSet:
+  """Returns tokens with others that have waited, in causal order where there is one.
+
+  Args:
+    tokens: N slots.
+    joining: I slots of the same rows, which have not run (`ops.tokens.part`).
+    place: where this happens.
+
+  Returns:
+    N + I slots.
+  """
+  def join(tokens: TokenSet, joining: TokenSet) -> TokenSet:
+    joined = tk.join(tokens, joining)
+    if not place.causal:
+      return joined
+    ordered = tk.reduce(joined, Gather(_position_order(joined), joined.slots))
+    return ordered.replace(padding='last')
+
+  with jax.named_scope('reduction'):
+    inserted: TokenSet = place.by_rows(join)(tokens, joining)
+    return inserted
 
 
 def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,

@@ -119,9 +119,15 @@ class Stack(nn.Module):
     out: Outputs = {'before': {}, 'cuts': {}, 'overflow': {}, 'losses': {}, 'hidden': [],
                     'taps': [], 'budgets': budgets}
     signals = Signals()
+    waiting = {}
+    for event in self.plan.inserts if self.plan else ():
+      tokens, waiting[event] = self.place.by_rows(functools.partial(_part, event))(tokens, signals)
     for start, stop in self._stages(weights, tap):
       for event in self._events(start, 'before'):
-        tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
+        if event in waiting:
+          tokens, signals = reduction.insert(tokens, waiting[event], self.place), Signals()
+        else:
+          tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
       if stop - start > 1:
         tokens, hidden, taps = self._run(tokens, weights, start, stop, key, tap)
         out['hidden'] += hidden
@@ -388,6 +394,13 @@ class Stack(nn.Module):
       out['overflow'][layer] = reduced.overflow + out['overflow'].get(layer, 0)
     out['losses'].update({f'{name}_{layer:02d}': value for name, value in reduced.losses.items()})
     return reduced
+
+
+def _part(event: Event, tokens: TokenSet, signals: Signals) -> tuple[TokenSet, TokenSet]:
+  """Tokens without those that join at an event, and these."""
+  del signals
+  kinds = event.reduction.of or tokens.of
+  return tk.part(tokens, kinds, event.slots_out - event.slots_in)
 
 
 def _feed(layer: Callable[..., Any], tokens: TokenSet, signals: Signals,

@@ -161,6 +161,57 @@ def count(flags: Array) -> Array:
   return jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
 
 
+def part(tokens: TokenSet, kinds: tuple[int, ...], number: int) -> tuple[TokenSet, TokenSet]:
+  """Parts tokens by kind.
+
+  Args:
+    tokens: N slots.
+    kinds: of the second part.
+    number: I, slots of these kinds in every row, padding included.
+
+  Returns:
+    The others, N - I slots, and those, I slots; each knows its own of the original tokens.
+  """
+  chosen = jnp.zeros(tokens.kind.shape, bool)
+  for kind in kinds:
+    chosen |= tokens.kind == kind
+  order = jnp.argsort(chosen, axis=1, stable=True).astype(jnp.int32)
+  rest = tokens.slots - number
+  parts = (reduce(tokens, Gather(src, tokens.slots)) for src in (order[:, :rest], order[:, rest:]))
+  first, second = (each.replace(padding=tokens.padding) for each in parts)
+  return first, second
+
+
+def join(first: TokenSet, second: TokenSet) -> TokenSet:
+  """Joins the slots of two parts of the same original tokens, the first one's in front.
+
+  Args:
+    first, second: N and I slots; what methods took down of the first alone is 0 in the second.
+
+  Returns:
+    N + I slots.
+  """
+  def both(name: str, default: Callable[[TokenSet], Array]) -> Array | None:
+    values = [getattr(each, name) for each in (first, second)]
+    if all(value is None for value in values):
+      return None
+    return jnp.concatenate([default(each) if value is None else value
+                            for each, value in zip((first, second), values, strict=True)], axis=1)
+
+  def concatenated(one: Array, other: Array) -> Array:
+    return jnp.concatenate([one, other], axis=1)
+
+  stats = {name: concatenated(value, second.stats.get(name, jnp.zeros(
+      (*second.kind.shape, *value.shape[2:]), value.dtype))) for name, value in first.stats.items()}
+  later = jnp.where(second.owner >= 0, second.owner + first.slots, -1)
+  return first.replace(
+      x=concatenated(first.x, second.x.astype(first.x.dtype)),
+      pos=concatenated(first.pos, second.pos), kind=concatenated(first.kind, second.kind),
+      owner=jnp.where(first.owner >= 0, first.owner, later), stats=stats, padding='anywhere',
+      valid=both('valid', lambda each: each.real), size=both('size', lambda each: each.sizes),
+      held=both('held', lambda each: jnp.zeros(each.kind.shape, bool)))
+
+
 def identity(tokens: TokenSet) -> Gather:
   """The assignment that changes nothing."""
   batch, slots = tokens.x.shape[:2]

@@ -219,7 +219,9 @@ def describe_reductions(reduced: LM | VLM) -> list[str]:
       where = {'projector': '', 'cache': f' in layer {event.layer}'}.get(
           component, f' {event.site} layer {event.layer}')
       left, before = event.slots_out - held, event.slots_in - held
-      lines.append(f'{component}: {event.reduction.name} keeps {left} of {before}{where}')
+      does = (f'brings in {left - before}' if event.kind == 'insert' else
+              f'keeps {left} of {before}')
+      lines.append(f'{component}: {event.reduction.name} {does}{where}')
   if len(lines) > MOST_LINES:
     lines = [*lines[:MOST_LINES - 1], f'… and {len(lines) - MOST_LINES + 1} cuts more']
   return lines

@@ -198,7 +198,7 @@ def _layer(lm: LM, index: int, tokens: Tokens, cached: int, room: int, *,
   moved = lm.width * (queries + attended) + 2 * projected + mlp * (2 * lm.width + 3 * lm.mlp)
   moved += tokens.map_seen * 2 * lm.heads * (queries ** 2 + attended * values) * MAP_BYTES // size
   return Layer(index, queries, mlp, cached, macs, cached * slot,
-               (cached + room) * (slot + own) + START_BYTES * (1 + len(lm.rope.sections)),
+               (cached + room) * (slot + own) + START_BYTES * (1 + len(lm.rotation.sections)),
                layer_parameters(lm) * size, moved * size)
 
 

@@ -26,6 +26,7 @@ class Reducer:
   Members that are properties here may depend on a method's settings.
   """
 
+  kind: str = 'cut'
   site: str = 'between'
   extra_slots: int = 0
   can_empty: bool = False

@@ -33,6 +33,11 @@ class Method(Protocol):
     ...
 
   @property
+  def kind(self) -> str:
+    """The kind of its events: 'cut', or 'insert' where tokens that have waited join."""
+    ...
+
+  @property
   def site(self) -> str:
     """Its place in a layer, unless a config sets one: 'before', 'inside', 'between' or 'after'.
 

@@ -4,6 +4,7 @@ from ops.reducers.language.aim import AIM
 from ops.reducers.language.duet_vlm import DUETVLM
 from ops.reducers.language.fastv import FastV
 from ops.reducers.language.gemfilter import GemFilter
+from ops.reducers.language.hidrop import HiDrop
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.transprune import TransPrune
 from ops.reducers.method import Method
@@ -13,6 +14,7 @@ LANGUAGE: dict[str, type[Method]] = {
     'pyramiddrop': PyramidDrop,
     'duet_vlm': DUETVLM,
     'aim': AIM,
+    'hidrop': HiDrop,
     'transprune': TransPrune,
     'gemfilter': GemFilter,
 }
