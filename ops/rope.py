@@ -106,6 +106,12 @@ class Rope:
         columns[axis:len(self.sections) * self.sections[axis]:len(self.sections)] = axis
     return columns
 
+  def after(self, pos: Array, step: Array) -> Array:
+    """Returns the position of text that comes `step` tokens after a position int[B] or [B, P]."""
+    if self.steps == 1:
+      return pos + step
+    return pos + step * jnp.asarray([[1] + [self.steps] * len(self.sections)])
+
   def rotate(self, x: Array, pos: Array) -> Array:
     """Turns float[..., H, d] by int[...] (or, with sections, [..., P]): the same shape and dtype.
 

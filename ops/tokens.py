@@ -42,6 +42,8 @@ class TokenSet(struct.PyTreeNode):
     held: bool[B, N], True for slots that no reduction may touch, whatever their kind (the last
       token of a prompt, which predicts); None for none.
     stats: a method's memory between layers, {name: [B, N, ...]}; follows the slot's anchor.
+    places: int32[B, T], positions of the original tokens, where attention runs among these
+      (ops/unmerge.py); else None.
     budget: int32[B], how many of its free tokens each row keeps in the reduction at hand, at most
       those it has; None for as many as fit. Reductions fill no more slots than that in any row.
     of: the kinds that the reduction at hand may touch. Static.
@@ -57,6 +59,7 @@ class TokenSet(struct.PyTreeNode):
   valid: Array | None = None
   size: Array | None = None
   held: Array | None = None
+  places: Array | None = None
   budget: Array | None = None
   stats: dict[str, Array] = struct.field(default_factory=dict)
   of: tuple[int, ...] = struct.field(pytree_node=False, default=(VISUAL,))

@@ -57,19 +57,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from models import sharded_attention
 from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
 from models.reduction import BATCH_AXES, ReducerParameters, choose
 from models.row_budgets import entry_budget
 from models.stack import REMAT, Outputs, Stack, Tap
-from ops import attention, kv_cache
+from ops import attention, kv_cache, unmerge
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache
 from ops.primitives.queries import text_after_images
 from ops.rope import V2PE_STEPS, Rope, sequence_index, v2pe_steps
-from ops.signals import STATIC, Signals
-from ops.tokens import TEXT, VISUAL, TokenSet
+from ops.signals import STATIC, Signals, measure
+from ops.tokens import TEXT, VISUAL, TokenSet, key_bias
 from ops.values import Count, CountOrZero, Depth, NotNegative, OneOf, Width, check_fields
 
 Array = jax.Array
@@ -82,6 +83,7 @@ OFFERS = frozenset({
     'one_sequence'})
 # What a token of a prompt sees (`LM.mask`).
 MASKS = ('causal', 'mutual', 'full')
+UNMERGINGS = ('none', 'virtual')
 
 
 def rms_norm(eps: float) -> nn.RMSNorm:
@@ -108,7 +110,7 @@ class Block(ReducibleBlock):
     qk_norm: whether each head's queries and keys are normed before they are rotated (Qwen 3).
     slots: 'ordered' where they stand in the order of positions, so that kernels may mask by slot;
       'any' otherwise.
-    mask: what a token of a prompt sees: one of `MASKS`, see `LM`.
+    mask, unmerging: see `LM`.
   """
 
   width: int
@@ -126,6 +128,7 @@ class Block(ReducibleBlock):
   mesh: Mesh | None = None
   slots: str = 'ordered'
   mask: str = 'causal'
+  unmerging: str = 'none'
 
   def setup(self) -> None:
     """Makes two norms, attention's four products and the MLP's three."""
@@ -179,6 +182,27 @@ class Block(ReducibleBlock):
     hidden = by_slot and tokens.padding == 'last' and not counts
     return None if hidden else bias, None if by_slot else sequence_index(tokens.pos)
 
+  def attend(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
+             **query_rows: Any) -> tuple[Array, Signals]:
+    """Returns the same as `ReducibleBlock.attend`; with virtual unmerging among original tokens.
+
+    Signals are then those of the slots, as if each were a single token.
+    """
+    if self.unmerging == 'none':
+      return super().attend(tokens, needs=needs, proportional=proportional, **query_rows)
+    hidden = self.norm1(tokens.x)
+    q, k, plain, v = self.project(hidden, tokens)
+    signals = measure(needs, q=q, k=k, v=v, lse=None, hidden=hidden, query_valid=tokens.valid,
+                      bias=key_bias(tokens, proportional=False), **self.order(tokens), **query_rows)
+    # Where slots are masked by their order, original tokens are.
+    mix = functools.partial(sharded_attention.attend, positions=None, causal=True, mesh=self.mesh,
+                            window=self._window(tokens), implementation=self.implementation)
+    mixed = unmerge.attend(q, k, v, _owner(tokens), functools.partial(_apart, self.rope, tokens),
+                           mix=mix)
+    change = self.scaled(self.out(mixed), 0)
+    more = {'plain_queries': plain, 'attention_out': change}
+    return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
+
   def inner(self, hidden: Array) -> Array:
     """Returns the MLP's inner activations, float[B, N, F]."""
     return nn.silu(self.gate(hidden)) * self.up(hidden)
@@ -195,7 +219,7 @@ class Block(ReducibleBlock):
       kv: the cache of this layer.
     """
     x, step = carry
-    pos = kv.start + step
+    pos = self.rope.after(kv.start, step)
     index = pos if pos.ndim == 1 else pos[:, 0]
     hidden = self.norm1(x)
     q, k, _ = self._queries_and_keys(hidden, pos)
@@ -234,6 +258,9 @@ class LM(nn.Module):
       or 'full', all tokens. What is decoded sees all that came before, and is seen by no earlier
       token.
     full_layers: layers whose causal mask is removed (Dukic and Snajder, 2024, arXiv:2401.14556).
+    unmerging: 'virtual', where attention runs among the original tokens of merged ones, each at its
+      own position, and its answers are averaged (DyMU, arXiv:2504.17040); caches hold as many
+      entries as there were tokens. 'none': a slot is one token.
     visual_stride: by how many 1/256 of a position a visual token moves on, 1 to 256 (V2PE,
       arXiv:2412.09616, where it is a power of two); 0 for a whole one, as text. Positions are then
       int32[B, N, 2], the place in the sequence and 256ths.
@@ -262,6 +289,7 @@ class LM(nn.Module):
   mask: Annotated[str, OneOf(MASKS)] = 'causal'
   full_layers: tuple[CountOrZero, ...] = ()
   visual_stride: CountOrZero = 0
+  unmerging: Annotated[str, OneOf(UNMERGINGS)] = 'none'
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
@@ -284,6 +312,13 @@ class LM(nn.Module):
     if self.visual_stride and self.rope.sections:
       raise ValueError(f'visual_stride={self.visual_stride} is for one position a token, and this '
                        f'model has M-RoPE with sections={self.rope.sections}: set it to 0')
+    odd = [f'{name}={value!r}' for name, value, usual in (
+        ('mask', self.mask, 'causal'), ('full_layers', self.full_layers, ()),
+        ('visual_stride', self.visual_stride, 0), ('rope.sections', self.rope.sections, ()),
+        ('cache_plan', self.cache_plan, None)) if value != usual]
+    if self.unmerging != 'none' and odd:
+      raise ValueError(f'unmerging={self.unmerging!r} is for causal attention by one position a '
+                       f"token and whole caches: leave {odd[0]} out, or set unmerging='none'")
     beyond = [layer for layer in self.full_layers if layer >= self.depth]
     if beyond:
       raise ValueError(f'full_layers names layer {beyond[0]}, and the model has layers 0 to '
@@ -305,7 +340,10 @@ class LM(nn.Module):
       raise ValueError(f'a prompt of {slots} slots with {counts or "text alone"} is impossible: '
                        f'the kinds must fit into the slots, and those into {self.context}')
     kinds = tuple(counts.items()) + ((('text', text),) if text else ())
-    return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=POSITIONS, holds='last')
+    apart = {} if self.unmerging == 'none' else {'sites': ('before', 'between', 'after')}
+    positions = POSITIONS if self.unmerging == 'none' else ('keep',)
+    return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=positions, holds='last',
+                **apart)
 
   def setup(self) -> None:
     """Makes embeddings, blocks, the last norm and the head."""
@@ -313,7 +351,7 @@ class LM(nn.Module):
     slots = 'any' if self.plan and self.plan.masked else 'ordered'
     block = Block(self.width, self.heads, self.kv_heads, self.head_width, self.mlp, self.rotation,
                   self.window, self.qkv_bias, self.qk_norm, self.norm_eps, self.dtype,
-                  self.implementation, self.mesh, slots, self.mask, parent=None)
+                  self.implementation, self.mesh, slots, self.mask, self.unmerging, parent=None)
     full = (block.clone(mask='full', parent=None), self.full_layers) if self.full_layers else None
     self.stack = Stack(block, self.depth, self.plan, None, self.remat, self.mesh, self.capture,
                        causal=True, rope=self.rotation, others=full)
@@ -427,6 +465,8 @@ class LM(nn.Module):
       tokens, signals: of the layer's attention.
     """
     plan, proportional = self.plan, bool(self.plan and self.plan.proportional)
+    if self.unmerging != 'none':
+      tokens, signals = _unmerged(self.rope, tokens, signals)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (signals.keys, signals.values))
     bias = log_weight(tokens.size) if proportional and tokens.size is not None else None
     compact = plan is not None and plan.positions == 'compact'
@@ -486,6 +526,8 @@ class LM(nn.Module):
     tokens = tokens.replace(x=tokens.x.astype(self.dtype))
     if self.mask == 'mutual' and 'question' not in tokens.stats:
       tokens = tokens.replace(stats=tokens.stats | {'question': text_after_images(tokens)})
+    if self.unmerging != 'none' and tokens.places is None:
+      tokens = tokens.replace(places=tokens.pos)
     if self.visual_stride and tokens.pos.ndim == 2:
       turned = v2pe_steps(tokens.kind == VISUAL, stride=self.visual_stride, valid=tokens.valid)
       tokens = tokens.replace(pos=jnp.stack([tokens.pos, turned], axis=2))
@@ -569,6 +611,29 @@ def _constrain_forward(x: Array, sharding: NamedSharding) -> Array:
 
 _constrain_forward.defvjp(lambda x, sharding: (_constrain_forward(x, sharding), None),
                           lambda sharding, _, grad: (grad,))
+
+
+def _apart(rope: Rope, tokens: TokenSet, x: Array) -> Array:
+  """Turns what slots have, [B, T, H, d] by original token, on to these tokens' own positions."""
+  assert tokens.places is not None
+  turn = dataclasses.replace(rope, temperature=1.0)  # They have their amplitude already.
+  return turn.rotate(x, tokens.places - unmerge.expand(tokens.pos, tokens.owner))
+
+
+def _owner(tokens: TokenSet) -> Array:
+  """int32[B, T]: the slot of each original token, -1 for those that are gone and for padding."""
+  real = unmerge.expand(tokens.real, tokens.owner)
+  return jnp.where(real & (tokens.owner >= 0), tokens.owner, -1)
+
+
+def _unmerged(rope: Rope, tokens: TokenSet, signals: Signals) -> tuple[TokenSet, Signals]:
+  """The original tokens of slots, as a cache holds them: their keys, values and positions."""
+  assert tokens.places is not None
+  keys = _apart(rope, tokens, unmerge.expand(signals.keys, tokens.owner))
+  values = unmerge.expand(signals.values, tokens.owner)
+  owner = _owner(tokens)
+  whole = TokenSet(values, tokens.places, jnp.zeros(owner.shape, jnp.int8), owner, valid=owner >= 0)
+  return whole, Signals(keys=keys, values=values)
 
 
 def _mutual(tokens: TokenSet) -> attention.Mutual:

@@ -14,6 +14,7 @@ from helpers.tiny_lm import TINY, image_and_text, variables
 from jax.experimental.pallas import tpu as pltpu
 
 from models.backbones.lm import LM
+from models.plan import make_plan
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 
@@ -104,20 +105,81 @@ def test_visual_tokens_take_less_room(stride):
       [[784, 256 * (np.ceil(raw[f'pos_stride{stride}'].max()) + 1)]])
 
 
+@pytest.mark.long
+def test_decoding_goes_on_where_the_prompt_ended():
+  """Three tokens, one by one, give what they give as part of the prompt."""
+  lm = TINY.clone(visual_stride=96)
+  tokens = image_and_text()
+  prefill = jax.jit(functools.partial(lm.apply, room=4, method='prefill'))
+  decode = jax.jit(functools.partial(lm.apply, method='decode'))
+  _, cache = prefill(variables(), tokens)
+  ids = jnp.asarray([[3, 1, 4]] * 3, jnp.int32)
+  for step in range(3):
+    logits, cache = decode(variables(), ids[:, step], cache)
+  more = lm.apply(variables(), ids, method='embed')
+  whole = TokenSet.create(
+      jnp.concatenate([tokens.x, more.x], axis=1),
+      kind=jnp.concatenate([tokens.kind, more.kind], axis=1))
+  np.testing.assert_allclose(logits, prefill(variables(), whole)[0], atol=1e-5)
+
+
+def merged(tokens):
+  """The six visual tokens as two slots, of two and of four."""
+  owner = np.array([0, 1, 2, 3, 2, 3, 3, 3, 4, 5, 6, 7])
+  first = [int(np.argmax(owner == slot)) for slot in range(8)]
+  last = [int(np.flatnonzero(owner == slot)[-1]) for slot in range(8)]
+  small = tokens.replace(x=tokens.x[:, jnp.asarray(first)], kind=tokens.kind[:, jnp.asarray(first)],
+                         pos=tokens.pos[:, jnp.asarray(last)], places=tokens.pos,
+                         owner=jnp.broadcast_to(jnp.asarray(owner, jnp.int32), (3, 12)))
+  return small, tokens.replace(x=small.x[:, owner])
+
+
+@pytest.mark.long
+def test_merged_tokens_are_seen_apart():
+  """A layer's attention is the mean over copies at all positions, and the cache holds them all."""
+  lm = TINY.clone(unmerging='virtual', capture=True)
+  small, copies = merged(image_and_text())
+  _, out = jax.jit(lm.apply)(variables(), small)
+  block = lm.bind(variables()).stack.block
+  tokens, owner = small, np.asarray(small.owner[0])
+  for layer in range(3):
+    params = {'params': jax.tree.map(lambda x, layer=layer: x[layer],
+                                     variables()['params']['stack']['blocks'])}
+    plain = block.clone(unmerging='none', parent=None)
+    spread = copies.replace(x=tokens.x[:, owner])
+    change, _ = plain.apply(params, spread, needs=frozenset(), proportional=False, method='attend')
+    change = [np.asarray(change)[:, owner == slot].mean(axis=1) for slot in range(8)]
+    tokens = tokens.replace(x=tokens.x + np.stack(change, axis=1))
+    tokens = tokens.replace(
+        x=tokens.x + plain.apply(params, tokens, method='feed_forward')[0])
+    np.testing.assert_allclose(out['hidden'][layer], tokens.x, atol=1e-5)
+  run = functools.partial(lm.clone(capture=False).apply, room=2, method='prefill')
+  _, cache = jax.jit(run)(variables(), small)
+  _, whole = jax.jit(functools.partial(TINY.apply, room=2, method='prefill'))(variables(), copies)
+  np.testing.assert_allclose(cache.layers[0].k, whole.layers[0].k, atol=1e-5)
+  np.testing.assert_array_equal(cache.layers[0].start, 12)
+
+
 STRUCTURES = {'mutual': {'mask': 'mutual'}, 'full': {'full_layers': (1,)},
               'v2pe': {'visual_stride': 64}}
+MERGE = {'method': 'tome', 'token_kinds': 'visual', 'layers': 1, 'keep': 3}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('pad', ['left', 'right'])
-@pytest.mark.parametrize('structure', [*STRUCTURES, 'all'])
+@pytest.mark.parametrize('structure', [*STRUCTURES, 'all', 'apart'])
 def test_a_row_of_a_batch_equals_the_row_alone(structure, pad):
   """With padding on either side, for the prompt and for what is decoded after it."""
-  lm = TINY
-  for name in STRUCTURES if structure == 'all' else (structure,):
-    lm = lm.clone(**STRUCTURES[name])
+  lm, small = TINY, TINY
+  if structure == 'apart':
+    lm = TINY.clone(unmerging='virtual')
+    small = lm.clone(plan=make_plan(MERGE, lm.host(12, visual=6)))
+    lm = lm.clone(plan=make_plan(MERGE, lm.host(15, visual=6)))
+  else:
+    for name in STRUCTURES if structure == 'all' else (structure,):
+      lm = small = lm.clone(**STRUCTURES[name])
   whole = image_and_text()
-  prefill = jax.jit(functools.partial(lm.apply, room=1, method='prefill'))
+  prefill = jax.jit(lambda lm, *args: lm.apply(*args, room=1, method='prefill'), static_argnums=0)
   decode = jax.jit(functools.partial(lm.apply, method='decode'))
   alone = whole.replace(**{name: getattr(whole, name)[:1, :] for name in ('x', 'pos', 'kind',
                                                                           'owner')})
@@ -128,7 +190,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(structure, pad):
       pos=jnp.pad(alone.pos, width), kind=jnp.pad(alone.kind, width, constant_values=TEXT),
       valid=valid, padding='last' if pad == 'right' else 'anywhere')
   token = jnp.asarray([3], jnp.int32)
-  (want, one), (got, other) = prefill(variables(), alone), prefill(variables(), padded)
+  (want, one), (got, other) = prefill(small, variables(), alone), prefill(lm, variables(), padded)
   np.testing.assert_allclose(got, want, atol=1e-5)
   np.testing.assert_allclose(decode(variables(), token, other)[0],
                              decode(variables(), token, one)[0], atol=1e-5)
@@ -138,6 +200,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(structure, pad):
     ({'mask': 'prefix'}, "mask='prefix'"),
     ({'visual_stride': 300}, 'visual_stride=300 must be in 1 to 256, or 0'),
     ({'visual_stride': 4, 'rope': Rope(8, sections=(2, 1, 1))}, 'is for one position a token'),
+    ({'unmerging': 'virtual', 'mask': 'mutual'}, "leave mask='mutual' out, or set unmerging="),
     ({'full_layers': (0, 3)}, 'full_layers names layer 3, and the model has layers 0 to 2')])
 def test_structures_that_cannot_be(more, message):
   with pytest.raises(ValueError, match=message):
