@@ -514,8 +514,9 @@ class LM(nn.Module):
     if tokens.x.shape[2] != self.width:
       raise ValueError(f'embeddings of width {tokens.x.shape[2]} do not fit this model of width '
                        f'{self.width}: project them first')
-    if tokens.slots + room > self.context:
-      raise ValueError(f'a prompt of {tokens.slots} slots and {room} tokens to come exceed the '
+    length = tokens.slots if tokens.places is None else tokens.places.shape[1]
+    if length + room > self.context:
+      raise ValueError(f'a prompt of {length} slots and {room} tokens to come exceed the '
                        f'context of {self.context}: shorten the prompt, ask for fewer tokens, or '
                        'set context and RoPE scaling for more')
     if self.plan and self.plan.slots not in (None, tokens.slots):

@@ -51,7 +51,7 @@ from models.reduction import ReducerParameters
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
-from ops.splice import Visual, splice
+from ops.splice import Visual, splice, unmerged
 from ops.tokens import TEXT, TokenSet
 from ops.values import CountOrZero, OneOf, check_fields
 
@@ -248,11 +248,25 @@ class VLM(nn.Module):
     axes = len(self.lm.rope.sections)
     tokens, slot = splice(embedded, valid, ids == self.image_token, visual, side=self.pad_side,
                           slots=slots, axes=axes)
+    if self.lm.unmerging != 'none' and images is not None:
+      tokens = self._unmerged(tokens, slot, ids, valid, images, aux['tower_tokens'])
     for name, marked in (marks or {}).items():
       spread = jax.vmap(lambda s, i, m: s.at[i].set(m, mode='drop'))
       stat = spread(jnp.zeros(tokens.kind.shape, bool), slot, marked & valid)
       tokens = tokens.replace(stats=tokens.stats | {name: stat & (tokens.kind == TEXT)})
     return tokens, {**aux, 'sequence': tokens, 'slot': slot, 'visual': visual}
+
+  def _unmerged(self, tokens: TokenSet, slot: Array, ids: Array, valid: Array, images: Images,
+                crops: TokenSet) -> TokenSet:
+    """The sequence with the patches that its visual tokens were merged of in the tower."""
+    if images.index is not None or self.projector_reduction is not None:
+      raise ValueError(f'unmerging={self.lm.unmerging!r} knows patches that a tower merged, of '
+                       'images of one crop in raster order: leave out the reduction at the '
+                       "projector and other layouts, or set unmerging='none'")
+    shape = images.pixels.shape[:2]
+    return unmerged(tokens, slot, valid, ids == self.image_token,
+                    crops.owner.reshape(*shape, -1), crops.real.reshape(*shape, -1),
+                    side=self.pad_side)
 
   def encode_images(self, images: Images) -> tuple[Visual, int | None, Outputs]:
     """Runs tower, projector and the projector's reduction.
