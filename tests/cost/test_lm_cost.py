@@ -195,12 +195,13 @@ MODELS = {
     'late': lambda: TINY.clone(plan=make_plan(LATE, TINY.host(PROMPT, visual=VISUALS))),
     'late and cut': lambda: TINY.clone(plan=make_plan(
         [LATE, {'method': 'hidrop', 'layers': 2, 'keep': 3}], TINY.host(PROMPT, visual=VISUALS))),
+    'apart': lambda: planned(TINY.clone(unmerging='virtual'), method='tome'),
     'v2pe': lambda: planned(TINY.clone(visual_stride=64)),
     'mutual': lambda: TINY.clone(mask='mutual', full_layers=(1,)),
 }
 LATE = {'method': 'late_injection', 'layers': 1}
 # Whatever else is short; in `make test-all` these too.
-LONG = {'exit inside', 'late', 'v2pe', 'mutual', 'exit'}
+LONG = {'apart', 'exit inside', 'late', 'v2pe', 'mutual', 'exit'}
 
 
 @pytest.mark.parametrize('name', [
