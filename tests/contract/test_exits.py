@@ -177,6 +177,8 @@ def test_tokens_join_late():
                                 'leave one at least: raise the budget'),
     (EXIT | {'token_kinds': ('visual', 'text'), 'holds': 'none'},
      'keep_ratio=0.0 leaves no token in layer 3, but nothing would be left at all'),
+    (EXIT | {'token_kinds': ('visual', 'text')},
+     'keep_ratio=0.0 leaves no token in layer 3, but the last one of a prompt must stay: keep 1'),
     (PLANS['dyvte'] | {'mode': 'gather'},
      "dyvte with these args takes slots that stay as padding: set mode='mask'")])
 def test_exits_that_cannot_be(config, message):

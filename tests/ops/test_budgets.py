@@ -206,7 +206,7 @@ def test_layers():
      'keep_ratio=0.001 leaves 1 of 197 slots in layer 1, but this method can leave no fewer than 2 '
      '(1 protected): raise the budget or cut in more layers'),
     ({'keep': 0, 'layers': 1}, 'keep=0 leaves no token in layer 1, but this method must leave one'),
-    ({'keep': -1, 'layers': 1}, 'keep=-1 in layer 1 is impossible: it is how many tokens stay'),
+    ({'keep': -1, 'layers': 1}, 'keep=-1 in layer 1 is impossible: 196 tokens are there to keep'),
     ({'keep': 197, 'layers': 1}, 'keep=197 in layer 1 is impossible'),
     ({'keep': 2.5, 'layers': 1}, 'keep=2.5 in layer 1 is impossible'),
     ({'keep': (48, 64), 'layers': (1, 2)}, 'keep=64 in layer 2 is impossible: 48 tokens'),
