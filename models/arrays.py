@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.plan import Host, limits_of, make_method
+from models.plan import Host, branch_methods, limits_of, make_method
 from models.reduction import ask
 from ops import choices, signals
 from ops import tokens as tk
@@ -59,6 +59,9 @@ def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | 
   if method in CACHE_REDUCERS:
     raise ValueError(f'{method} acts on a cache of keys and values, not on tokens: give it to a '
                      f"language model, as reduce={{'cache': {{'method': {method!r}, ...}}}}")
+  if method in branch_methods():
+    raise ValueError(f'{method} runs a part of a layer on some tokens, and none leaves: give it to '
+                     f"a model, as reduce={{'language': {{'method': {method!r}, ...}}}}")
   for name in values:
     choices.check_key('there is no signal ', name, signals.NAMES)
   chosen = make_method(method, args or {})

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from models import sharded_attention
 from ops import attention
+from ops.primitives.sparse_attention import Pattern
 from ops.signals import MAP_SIGNALS, Signals, measure, measure_map
 from ops.tokens import TokenSet, key_bias
 
@@ -156,6 +157,7 @@ class ReducibleBlock(nn.Module):
     return add(tokens, self.feed_forward(tokens)[0])
 
   def attend(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
+             choose: Callable[[Signals], Pattern] | None = None,
              **query_rows: Any) -> tuple[Array, Signals]:
     """Returns what attention adds, float[B, N, D], and the signals that `needs` names.
 
@@ -163,6 +165,7 @@ class ReducibleBlock(nn.Module):
       tokens: [B, N].
       needs: names of `Signals` fields.
       proportional: whether a slot counts as often in attention as it has tokens.
+      choose: gets the signals of the layer, and says who attends to whom; None for all.
       **query_rows: which rows some signals are of (`ops.signals.measure`: span, rows, max_rows).
     """
     hidden = self.norm1(tokens.x)
@@ -173,16 +176,24 @@ class ReducibleBlock(nn.Module):
     mix = functools.partial(sharded_attention.attend, causal=self.is_causal, mesh=self.mesh,
                             window=order.get('window'), mutual=order.get('mutual'),
                             implementation=self.implementation)
-    if self.implementation == 'xla':
+    if choose is not None:
+      signals = read(q=q, k=k, lse=None)
+      pattern = choose(signals)
+      v = pattern.values(v, q.shape[2])
+      signals = signals.replace(values=v) if 'values' in needs else signals
+      taken = ((bias, order['positions']) if self.implementation == 'xla'
+               else self.kernel_order(tokens, bias, proportional))
+      out = pattern.attend(mix, q, k, v, *taken, causal=self.is_causal)
+    elif self.implementation == 'xla':
       # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
       # the keys beside that map for whoever reads them later.
       signals = read(q=q, k=k, lse=None)
       q, k, signals = jax.lax.optimization_barrier((q, k, signals))
-      mixed = mix(q, k, v, bias, order['positions'])
+      out = mix(q, k, v, bias, order['positions']).out
     else:
       mixed = mix(q, k, v, *self.kernel_order(tokens, bias, proportional))
-      signals = read(q=q, k=k, lse=mixed.lse)
-    change = self.scaled(self.out(mixed.out), 0)
+      out, signals = mixed.out, read(q=q, k=k, lse=mixed.lse)
+    change = self.scaled(self.out(out), 0)
     more = {'plain_queries': plain, 'attention_out': change}
     return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
 
@@ -224,12 +235,18 @@ class ReducibleBlock(nn.Module):
   def probe(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
             **query_rows: Any) -> Signals:
     """Measures what this layer's attention would be on the current tokens, without running it."""
-    q, k, _ = self.queries_and_keys(self.norm1(tokens.x), tokens)
+    hidden = self.norm1(tokens.x)
+    q, k, _ = self.queries_and_keys(hidden, tokens)
     measured = measure(
         frozenset(name.removeprefix('next_') for name in needs), q=q, k=k, v=k, lse=None,
+        hidden=hidden,
         bias=key_bias(tokens, proportional=proportional), query_valid=tokens.valid,
         **self.order(tokens), **query_rows)
     return Signals(**{name: getattr(measured, name.removeprefix('next_')) for name in needs})
+
+  def entering(self, x: Array) -> Array:
+    """Returns features float[..., D] as attention's projections read them."""
+    return self.norm1(x)
 
   def feed_forward(self, tokens: TokenSet, *, needs: frozenset[str] = frozenset(),
                    **unused: object) -> tuple[Array, Signals]:

@@ -7,8 +7,9 @@ import inspect
 import re
 from typing import cast
 
-from models.compressors import COMPRESSORS
-from models.plan import methods
+import flax.linen as nn
+
+from models.plan import branch_methods, methods
 from ops.reducers import join
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.reducers.method import Method
@@ -38,9 +39,9 @@ class Entry:
 
 
 def entries() -> dict[str, Entry]:
-  """Returns every method by name, in alphabetical order, methods on the cache included."""
+  """Returns every method by name, in alphabetical order, of branches and on the cache too."""
   return {name: _entry(name, method)
-          for name, method in sorted(join(methods(), CACHE_REDUCERS).items())}
+          for name, method in sorted(join(methods(), branch_methods(), CACHE_REDUCERS).items())}
 
 
 def _entry(name: str, method: type[Method]) -> Entry:
@@ -50,5 +51,5 @@ def _entry(name: str, method: type[Method]) -> Entry:
   needs = method.needs if isinstance(method.needs, frozenset) else method().needs
   return Entry(
       name=name, summary=' '.join(text.split('\n\n')[0].split()), paper=paper[1] if paper else '',
-      site=cast(str, method.site), needs=tuple(sorted(needs)), learned=name in COMPRESSORS,
-      file=method.__module__.replace('.', '/') + '.py')
+      site=cast(str, method.site), needs=tuple(sorted(needs)),
+      learned=issubclass(method, nn.Module), file=method.__module__.replace('.', '/') + '.py')

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from ml_collections import ConfigDict
 
 from models import renames
-from models.compressors import COMPRESSORS
+from models.compressors import COMPRESSORS, ROUTERS
 from models.reduction import Event, Reduction
 from models.row_budgets import Pools
 from ops import choices, values
@@ -28,6 +28,7 @@ from ops.budgets import (
   take,
 )
 from ops.reducers import REDUCERS, join
+from ops.reducers.branch import BRANCHES
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.reducers.insert import INSERTS
 from ops.reducers.method import Method
@@ -37,7 +38,10 @@ from ops.tokens import KINDS
 Config: TypeAlias = Mapping[str, Any] | ConfigDict
 Settings: TypeAlias = dict[str, Any] | list[dict[str, Any]]
 
-SITES = ('before', 'inside', 'between', 'after')
+SITES = ('before', 'branch', 'inside', 'between', 'after')
+# What may run on fewer tokens as a branch: a layer, its attention, its MLP; or attention alone
+# between queries, keys and values that all tokens make.
+PARTS = ('both', 'attention', 'mlp', 'core')
 MODES = ('gather', 'mask')
 # How tokens are numbered after a cut, decoded ones included. 'keep': by their own positions.
 # 'compact': by their rank among the tokens that are left. 'restart': the kept tokens become a new
@@ -49,9 +53,9 @@ HOLDS = ('last', 'none')
 KEYS = values.Keys({
     'method': str, 'args': Mapping[str, Any], 'site': str, 'layers': Any, 'watch': Any,
     'rounding': str, 'ratio_of': str, 'mode': str, 'token_kinds': str | tuple[str, ...],
-    'positions': str, 'holds': str, **dict.fromkeys(BUDGETS, Any)})
+    'parts': str, 'positions': str, 'holds': str, **dict.fromkeys(BUDGETS, Any)})
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
-CACHE_KEYS = KEYS.without('site', 'watch', 'ratio_of', 'mode', 'token_kinds', 'holds',
+CACHE_KEYS = KEYS.without('site', 'parts', 'watch', 'ratio_of', 'mode', 'token_kinds', 'holds',
                           *set(BUDGETS) - set(CACHE_BUDGETS))
 
 
@@ -92,6 +96,8 @@ class Tokens:
     mlp: tokens that enter the MLP.
     left: tokens after the layer.
     map_seen: whether a method sees the attention map.
+    pairs: of query and key in a head, where not all that have queries attend to each other; else
+      None.
   """
 
   queries: int
@@ -100,6 +106,17 @@ class Tokens:
   mlp: int
   left: int
   map_seen: bool = False
+  pairs: int | None = None
+
+  @property
+  def logits(self) -> int:
+    """Entries of the attention map of one head."""
+    return self.queries ** 2 if self.pairs is None else self.pairs
+
+  @property
+  def weights(self) -> int:
+    """Entries of the map of one head that values are multiplied with."""
+    return self.attended * self.values if self.pairs is None else self.pairs
 
   def map_counts(self, change: Callable[[int], int]) -> Tokens:
     """Returns the same with other counts."""
@@ -218,14 +235,28 @@ def profile(events: Sequence[Event], depth: int, slots: int) -> tuple[Tokens, ..
         now = _after(event, now)
       counts[site] = now
     values = counts['inside'] if any(e.method.merges for e in at['inside']) else counts['before']
-    layers.append(Tokens(counts['before'], values, counts['inside'], counts['between'],
-                         counts['after'], bool(at['inside'])))
+    tokens = Tokens(counts['before'], values, counts['inside'], counts['between'],
+                    counts['after'], bool(at['inside']))
+    for event in at['branch']:
+      tokens = _branched(tokens, event)
+    layers.append(tokens)
   return tuple(layers)
 
 
 def inserted(events: Sequence[Event]) -> int:
   """Returns how many tokens wait outside a host until they join."""
   return sum(event.slots_out - event.slots_in for event in events if event.kind == 'insert')
+
+
+def _branched(tokens: Tokens, event: Event) -> Tokens:
+  """Returns the tokens of a layer of which a part runs on fewer."""
+  count = event.slots_out
+  if event.parts == 'core':
+    pairs = event.method.pairs(event.slots_in, count, event.protected or 0)
+    return dataclasses.replace(tokens, pairs=pairs)
+  if event.parts != 'mlp':
+    tokens = dataclasses.replace(tokens, queries=count, values=count, attended=count)
+  return tokens if event.parts == 'attention' else dataclasses.replace(tokens, mlp=count)
 
 
 def _after(event: Event, now: int) -> int:
@@ -236,15 +267,18 @@ def _after(event: Event, now: int) -> int:
   if event.slots_in != now or not fits:
     raise ValueError(f'{event.reduction.name} in layer {event.layer} goes from {event.slots_in} to '
                      f'{event.slots_out} tokens, but {now} are there')
-  return event.slots_out
+  return now if event.kind == 'branch' else event.slots_out
 
 
 def make_events(reduction: Reduction, site: str, cuts: Sequence[Cut | Event], *,
-                protected: int | None = None) -> tuple[Event, ...]:
-  """Returns the events of cuts at a site, all by one method, with so many slots left alone."""
+                protected: int | None = None, parts: str = '') -> tuple[Event, ...]:
+  """Returns the events of cuts at a site, all by one method, with so many slots left alone.
+
+  With `parts` they are branches.
+  """
+  kind = 'branch' if parts else 'cut'
   return tuple(Event(cut.layer, site, cut.slots_in, cut.slots_out, reduction, protected,
-                     step=cut.step)
-               for cut in cuts)
+                     step=cut.step, kind=kind, parts=parts) for cut in cuts)
 
 
 def methods(host: Host | None = None) -> dict[str, type[Method]]:
@@ -258,6 +292,11 @@ def methods(host: Host | None = None) -> dict[str, type[Method]]:
           and method.positions in ('', *host.positions)}
 
 
+def branch_methods() -> dict[str, type[Method]]:
+  """Returns every method made for a branch by name, learned ones included."""
+  return join(BRANCHES, ROUTERS)
+
+
 def make_method(name: str, args: Mapping[str, Any],
                 registry: Mapping[str, type] | None = None) -> Method:
   """Builds a method from its name and arguments.
@@ -265,12 +304,13 @@ def make_method(name: str, args: Mapping[str, Any],
   Args:
     name: a name in the registry.
     args: fields of the method; lists become tuples.
-    registry: methods by name; by default all of `methods()`, and those that insert.
+    registry: methods by name; by default all of `methods()` and `branch_methods()`, and those that
+      insert.
 
   Raises:
     ValueError: for an unknown name or argument; it lists what there is.
   """
-  registry = join(methods(), INSERTS) if registry is None else registry
+  registry = join(methods(), branch_methods(), INSERTS) if registry is None else registry
   choices.check('method ', name, sorted(registry))
   values.check('args', args, Mapping[str, Any])
   kinds = values.keys_of(registry[name]).kinds
@@ -331,7 +371,8 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
 
   Args:
     config: method, args, site, layers, watch, mode and one budget (ops/budgets.py lists the
-      forms). `watch` names layers as `layers` does, or none: (); by default the method chooses.
+      forms); at site 'branch' `parts`, one of `PARTS`, by default the method's own. `watch` names
+      layers as `layers` does, or none: (); by default the method chooses.
       Where the host has several kinds of tokens, `token_kinds` names one or more ('visual',
       'text'), by default the visual ones where there are any, else all; `positions` is one of
       `POSITIONS`, by default the method's own; `holds` one of `HOLDS`, by default the host's. Or
@@ -347,7 +388,9 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
   """
   configs = [config] if isinstance(config, Mapping | ConfigDict) else list(config)
   drafts = [_draft(each, host) for each in configs]
-  holds = {draft.reduction.holds for draft in drafts}
+  # From a branch no token goes, so that it holds what others hold.
+  holds = {draft.reduction.holds for draft in drafts
+           if not draft.parts or draft.config.get('holds')}
   if len(holds) > 1:
     raise ValueError("the reductions of a tower must agree on what they hold: give all of them "
                      "holds='last', or all holds='none'")
@@ -374,6 +417,7 @@ class _Draft:
   reduction: Reduction
   site: str
   kinds: tuple[str, ...]
+  parts: str = ''
 
   @property
   def in_flops(self) -> bool:
@@ -412,17 +456,63 @@ def _draft(config: Config, host: Host) -> _Draft:
   if (mode, site) == ('mask', 'inside'):
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")
-  check_needs(name, method, host, site)
+  parts = _parts(name, method, site, config)
+  check_needs(name, method, host, site, parts)
   named = config.get('token_kinds')
   if method.kind == 'insert' and not dict(host.counts).get('visual'):
     kinds = reducible_kinds(named, host) if named not in (None, 'visual') else ()
   else:
     kinds = reducible_kinds(named, host)
-  holds = config.get('holds') or host.holds
+  holds = config.get('holds') or ('none' if parts else host.holds)
   choices.check('holds ', holds, HOLDS)
+  # Where a host numbers tokens in one way alone, a branch does not number them anew.
+  renumbers = not parts or method.positions in host.positions
+  positions = position_policy(config.get('positions') or ('' if renumbers else host.positions[0]),
+                              method, host)
   reduction = Reduction(name, method, mode, (), tuple(KINDS[kind] for kind in kinds) or None,
-                        position_policy(config.get('positions'), method, host), holds)
-  return _Draft(config, reduction, site, kinds)
+                        positions, holds)
+  if site == 'branch' and (mode, positions) != ('gather', positions.replace('restart', '')):
+    raise ValueError(f'{name} in a branch lets all tokens stay, so mode={mode!r} and '
+                     f"positions={positions!r} do not fit: leave mode out, and choose positions "
+                     "'keep' or 'compact'")
+  if not any(config.get(form) is not None for form in BUDGETS):
+    config = _with_shares(name, config, method.default_shares(host.depth), host)
+  return _Draft(config, reduction, site, kinds, parts)
+
+
+def _with_shares(name: str, config: Mapping[str, Any], shares: Mapping[int, float],
+                 host: Host) -> Mapping[str, Any]:
+  """Returns a config without a budget with the shares that its method has by default."""
+  if not shares:
+    return config
+  named = config.get('layers')
+  layers = tuple(shares) if named is None else parse_layers(named, host.depth)
+  unknown = [layer for layer in layers if layer not in shares]
+  if unknown:
+    raise ValueError(f'{name} has no share of its own for layer {unknown[0]}: leave it out of '
+                     'layers, or give a budget')
+  ratios = tuple(shares[layer] for layer in layers)
+  return {'rounding': 'floor', **{key: value for key, value in config.items() if value is not None},
+          'layers': layers, 'keep_ratio': ratios}
+
+
+def _parts(name: str, method: Method, site: str, config: Mapping[str, Any]) -> str:
+  """Returns the part of a layer that a reduction is a branch of, '' where it is none."""
+  parts = config.get('parts')
+  if site != 'branch':
+    if method.site == 'branch':
+      raise ValueError(f'{name} is a branch of a layer, from which no token leaves, so it cannot '
+                       f"act at site={site!r}: choose another method, or site='branch'")
+    if parts is not None:
+      raise ValueError(f'parts={parts!r} is of a branch, and {name} acts {site}: leave it out, or '
+                       "set site='branch'")
+    return ''
+  parts = parts or method.parts
+  choices.check('parts=', parts, PARTS)
+  if (parts == 'core') != (method.parts == 'core'):
+    raise ValueError(f'{name} is a branch of {method.parts!r}, so parts={parts!r} does not fit: '
+                     'leave it out')
+  return parts
 
 
 def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
@@ -457,16 +547,17 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
     limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free,
                        draft.reduction.held)
     cut = take(step, slots, _free(host, draft.kinds), limits)
-    if cut is None:
+    if cut is None and not draft.parts:
       continue
-    event = Event(cut.layer, draft.site, cut.slots_in, cut.slots_out, draft.reduction,
-                  slots - free if host.counts else None, step=cut.step)
+    cut = cut or Cut(step.layer, slots, slots)
+    event, = make_events(draft.reduction, draft.site, [cut], parts=draft.parts,
+                         protected=slots - free if host.counts else None)
     if event.site == 'inside' and events and (events[-1].layer, events[-1].site) == (
         event.layer, 'inside'):
       raise ValueError(f'{events[-1].reduction.name} and {event.reduction.name} both cut inside '
                        f'the attention of layer {event.layer}: give one of them another site')
     events.append(event)
-    if draft.reduction.mode == 'gather':
+    if draft.reduction.mode == 'gather' and event.kind == 'cut':
       pools.left(draft.kinds or ('',), free - (cut.slots_in - cut.slots_out))
       slots = cut.slots_out
   return tuple(events)
@@ -523,12 +614,47 @@ def _watched(events: Sequence[Event], drafts: Sequence[_Draft], host: Host) -> P
     renewed[id(reduction)] = dataclasses.replace(reduction, watch=watch)
   made = tuple(dataclasses.replace(event, reduction=renewed[id(event.reduction)],
                                    several=len(drafts) > 1) for event in events)
-  learned = collections.Counter(event.parameters for event in made if event.reduction.learned)
+  _check_branches(made, renewed.values())
+  learned = collections.Counter(event.parameters for event in made
+                                if event.reduction.learned and not event.method.shared)
   for name, count in learned.items():
     if count > 1:
       raise ValueError(f'two learned methods would both have the parameters {name!r}: let them '
                        'act in different layers')
   return Plan(made, tuple(renewed.values()))
+
+
+def _check_branches(events: Sequence[Event], reductions: Collection[Reduction]) -> None:
+  """Raises if something else acts in a part of a layer that a branch runs, or reads it."""
+  for branch in events:
+    if branch.kind != 'branch':
+      continue
+    again = next((each.name for each in reductions if each.positions == 'restart'), '')
+    if again:
+      raise ValueError(f'{again} runs the model again on what it leaves, without the branch of '
+                       f'{branch.reduction.name}: leave one of them out')
+    name, layer, parts = branch.reduction.name, branch.layer, branch.parts
+    where = f'the branch of {name} in layer {layer}'
+    for other in events:
+      if other is branch or other.layer != layer or other.site in ('before', 'after'):
+        continue
+      meets = other.site == 'inside' or (
+          parts in ('both', 'mlp') if other.site == 'between'
+          else 'both' in (parts, other.parts) or (parts == 'mlp') == (other.parts == 'mlp'))
+      if meets:
+        raise ValueError(f'{other.reduction.name} ({other.site}) acts where {where} already runs '
+                         f'on other tokens (parts={parts!r}): give it another layer')
+    for other in events:
+      needs = other.method.needs - FREE_OF_ATTENTION
+      read = needs & MLP_SIGNALS if parts == 'mlp' else needs
+      if other is not branch and other.reads == layer and read:
+        raise ValueError(f'{other.reduction.name} in layer {other.layer} reads '
+                         f'{", ".join(sorted(read))}, which {where} measures of some tokens alone: '
+                         'leave a layer between them')
+    for reduction in reductions:
+      if layer in reduction.watch:
+        raise ValueError(f'{reduction.name} watches layer {layer}, where {where} runs some tokens '
+                         'alone: watch other layers')
 
 
 def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None = None) -> Plan:
@@ -646,15 +772,19 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
   protected = next((event.protected for event in plan.events if event.protected is not None),
                    host.protected)
   before = [Cut(event.layer, event.slots_in, event.slots_out) for event in plan.events]
-  cuts = part_of(before, fraction,
-                 limits_of(reduction.method, host, protected, reduction.held))
+  limits = limits_of(reduction.method, host, protected, reduction.held)
+  branch = bool(plan.events) and plan.events[0].kind == 'branch'
+  # Tokens are back after a branch, so that each is for itself.
+  groups = [[cut] for cut in before] if branch else [before]
+  cuts = [cut for group in groups for cut in part_of(group, fraction, limits)]
   last = cuts[-1].layer if cuts else -1
   weaker = dataclasses.replace(
       reduction, watch=tuple(layer for layer in reduction.watch if layer <= last))
   if not cuts:
     return Plan((), (weaker,))
   first = plan.events[0]
-  return Plan(make_events(weaker, first.site, cuts, protected=first.protected), (weaker,))
+  return Plan(make_events(weaker, first.site, cuts, protected=first.protected, parts=first.parts),
+              (weaker,))
 
 
 # Signals that a method can read before the first attention has run.
@@ -663,7 +793,7 @@ FREE_OF_ATTENTION = STATIC | NEXT_LAYER
 ONLY_CUTS = NEXT_LAYER | {'attention'}
 
 
-def check_needs(name: str, method: Method, host: Host, site: str) -> None:
+def check_needs(name: str, method: Method, host: Host, site: str, parts: str = '') -> None:
   """Raises if a method asks for a signal that its host, or its site, cannot give."""
   missing = sorted((method.needs | method.watch_needs) - host.offers)
   if missing:
@@ -672,16 +802,17 @@ def check_needs(name: str, method: Method, host: Host, site: str) -> None:
       hint = "; set args.by='received_attention'"
     raise ValueError(f'{name} needs {", ".join(missing)}, which this host does not offer: it '
                      f'offers {", ".join(sorted(host.offers)) or "nothing"}{hint}')
-  if method.positions not in ('', *host.positions):
+  if method.positions not in ('', *host.positions) and not parts:
     raise ValueError(f'{name} numbers positions by {method.positions!r}, which this host does not: '
                      f'it knows {", ".join(host.positions)}; choose another method')
   if 'attention' in method.needs and site != 'inside':
     raise ValueError(f'{name} needs the whole attention map, which exists only inside attention: '
                      f"set site='inside' (got {site!r})")
-  if MLP_SIGNALS & method.needs and site not in ('before', 'after'):
+  begins = parts in ('both', 'attention')  # A branch that does reads what a cut before it reads.
+  if MLP_SIGNALS & method.needs and site not in ('before', 'after') and not begins:
     raise ValueError(f"{name} looks at the MLP of a layer, which needs site='before' or 'after' "
                      f'(got {site!r})')
-  if NEXT_LAYER & method.needs and site not in ('before', 'after'):
+  if NEXT_LAYER & method.needs and site not in ('before', 'after') and not begins:
     raise ValueError(f"{name} looks ahead to the next layer's attention, which needs "
                      f"site='before' or 'after' (got {site!r})")
 
@@ -702,7 +833,7 @@ def watched_layers(name: str, method: Method, host: Host, cuts: Sequence[Cut | E
   if beyond:
     raise ValueError(f'{name} cannot watch {", ".join(beyond)}: a watched layer tells '
                      f'{", ".join(sorted(host.offers - ONLY_CUTS))}')
-  last = cuts[-1].layer - (site == 'before') if cuts else -1
+  last = cuts[-1].layer - (site in ('before', 'branch')) if cuts else -1
   if watch is None:
     watch = tuple(layer for layer in method.watched(tuple(cut.layer for cut in cuts))
                   if layer <= last)
@@ -715,13 +846,14 @@ def watched_layers(name: str, method: Method, host: Host, cuts: Sequence[Cut | E
   return layers
 
 
-def check_layers(name: str, method: Method, host: Host, cuts: Sequence[Cut | Event],
+def check_layers(name: str, method: Method, host: Host, events: Sequence[Event],
                  site: str) -> None:
-  """Raises if a cut asks for a layer before the first or after the last."""
-  if site == 'before' and cuts and cuts[0].layer == 0 and method.needs - FREE_OF_ATTENTION:
-    raise ValueError(f'{name} before layer 0 has no earlier layer to read '
+  """Raises if an event asks for a layer before the first or after the last."""
+  if events and events[0].reads < 0 and method.needs - FREE_OF_ATTENTION:
+    where = 'in a branch of' if site == 'branch' else site
+    raise ValueError(f'{name} {where} layer 0 has no earlier layer to read '
                      f'{", ".join(sorted(method.needs))} from: start at layer 1')
   ahead = site == 'after' and NEXT_LAYER & method.needs
-  if ahead and cuts and cuts[-1].layer == host.depth - 1:
+  if ahead and events and events[-1].layer == host.depth - 1:
     raise ValueError(f'{name} after layer {host.depth - 1} has no next layer to look at: end at '
                      f'layer {host.depth - 2}')

@@ -86,7 +86,10 @@ class Event:
     protected: slots that it must leave alone, padding among them; None for what the tokens say.
     several: whether the plan has other reductions too.
     step: what the budget asked, by which shorter rows find their own counts; None for all alike.
-    kind: 'cut', there are fewer tokens from here on; or 'insert', tokens join that have waited.
+    kind: 'cut', there are fewer tokens from here on; 'insert', tokens join that have waited; or
+      'branch', a part of the layer runs on fewer tokens, and what it adds to them is added to the
+      residual stream: all tokens stay.
+    parts: which part of the layer a branch is, one of `models.plan.PARTS`.
   """
 
   layer: int
@@ -98,6 +101,7 @@ class Event:
   several: bool = False
   step: Step | None = dataclasses.field(default=None, compare=False)
   kind: str = 'cut'
+  parts: str = ''
 
   def kept(self, now: Array, start: Array, most: int) -> Array:
     """Returns how many of the tokens that its budget counts each row keeps, int32[B].
@@ -131,11 +135,27 @@ class Event:
     return self.reduction.method
 
   @property
+  def reads(self) -> int:
+    """Returns the layer whose signals the method reads: the one above where this one begins."""
+    begins = self.site == 'before' or self.parts in ('both', 'attention')
+    return self.layer - begins
+
+  @property
+  def idle(self) -> bool:
+    """Returns whether a branch leaves a prompt's layer as it is: its method need not be asked."""
+    method = self.method
+    return self.kind == 'branch' and self.slots_in == self.slots_out and not (
+        self.reduction.learned or method.adaptive or self.parts == 'core')
+
+  @property
   def parameters(self) -> str:
     """Returns the name of a learned method's parameters at this place.
 
-    Of several reductions they have the method's name behind the layer.
+    Of several reductions they have the method's name behind the layer; those that all layers share
+    have it alone.
     """
+    if self.method.shared:
+      return f'reducer_{self.reduction.name}'
     return f'reducer_{self.layer:02d}' + (f'_{self.reduction.name}' if self.several else '')
 
 
@@ -206,7 +226,7 @@ def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
   """Asks the method of an event, and reduces the tokens.
 
   Args:
-    event: a cut.
+    event: a cut, or a branch: then the tokens are those that run it.
     tokens: N slots.
     signals: at least those that the method needs.
     place: where this happens.
@@ -216,11 +236,12 @@ def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
   """
   reduction = event.reduction
   apply = tk.reduce_masked if reduction.mode == 'mask' else tk.reduce
+  answer = _call if event.kind == 'branch' else ask  # A branch may gate even where all tokens run.
 
   def decide(params: Params | None, rng: Array | None, tokens: TokenSet,
              signals: Signals) -> tuple[TokenSet, Assignment, dict[str, Array]]:
-    assignment, losses = ask(reduction.method, tokens, signals, params, _own(rng, place),
-                             num_slots=event.slots_out)
+    assignment, losses = answer(reduction.method, tokens, signals, params, _own(rng, place),
+                                num_slots=event.slots_out)
     return apply(tokens, assignment), assignment, losses
 
   seen = event.view(tokens).replace(budget=budget)
@@ -229,6 +250,9 @@ def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
   with jax.named_scope('reduction'):
     reduced, assignment, losses = place.by_rows(decide, whole=2)(params, rng, seen, signals)
   if place.causal:
+    if event.kind == 'branch' and not isinstance(assignment, Gather):
+      raise ValueError(f'{reduction.name} joins tokens in a branch, where causal attention would '
+                       'give earlier ones what later ones know: choose a method that picks tokens')
     reduced, assignment = _order_causally(reduction, seen, reduced, assignment)
   overflow = None
   if assignment.wanted is not None:
@@ -266,7 +290,8 @@ def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
   """Asks the method of an event and returns its answer, for a host that carries it out itself.
 
   Args:
-    event: of a cache, whose methods answer with `ops.kv_cache.KVGather`.
+    event: of a cache, whose methods answer with `ops.kv_cache.KVGather`; or of a branch of 'core',
+      which answer with `ops.primitives.sparse_attention.Pattern`.
     tokens, signals, place, params: as in `reduce`.
   """
   method = event.method
@@ -275,7 +300,8 @@ def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
     return _call(method, tokens, signals, params, None, num_slots=event.slots_out)[0]
 
   signals = place.signals(signals, method.needs, event.layer, event.slots_in)
-  return place.by_rows(decide, whole=1)(params, tokens, signals)
+  with jax.named_scope('reduction'):
+    return place.by_rows(decide, whole=1)(params, event.view(tokens), signals)
 
 
 def watch(reduction: Reduction, layer: int, tokens: TokenSet, signals: Signals,
@@ -304,7 +330,7 @@ def learned_parameters(host: nn.Module, event: Event, tokens: TokenSet, signals:
   method, name = event.method, event.parameters
   if not isinstance(method, nn.Module):
     return None
-  if host.is_initializing():
+  if host.is_initializing() and not host.has_variable('params', name):
     seen = event.view(tokens)
     asked = place.signals(signals, method.needs, event.layer, event.slots_in)
     return cast(Params, host.param(name, lambda key: method.init(

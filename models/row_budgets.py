@@ -75,7 +75,8 @@ def row_budgets(events: Sequence[Event], tokens: TokenSet) -> tuple[Array | None
     # Budgets count the tokens that are held, which stay in any case.
     held = _sum(start, own) - _sum(free, own)
     budgets.append(jnp.maximum(kept - held, 0))
-    pools.left(own, jnp.maximum(kept, held))
+    if event.kind == 'cut':
+      pools.left(own, jnp.maximum(kept, held))
   return tuple(budgets)
 
 

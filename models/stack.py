@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,7 @@ from models.storage import LayerSlice, Params, Weights, layer_of, unstack
 from ops import choices
 from ops import tokens as tk
 from ops.assignments import Gather
+from ops.primitives.sparse_attention import Pattern
 from ops.rope import Rope
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, Signals
 from ops.tokens import TokenSet
@@ -103,11 +104,11 @@ class Stack(nn.Module):
 
     Returns:
       The final tokens, and a dict: 'before' and 'cuts' {layer: TokenSet before, and after, the
-      cut}, 'overflow' {layer: int32[B], the tokens that an adaptive method wanted to keep beyond
-      its capacity}, 'losses' {name: float32[B]} of learned methods, with `capture` 'hidden', the
-      features after each layer, with a tap 'taps', the tree that it read in each layer, and
-      'budgets', for each event of the plan int32[B], the free tokens that each row keeps, or None
-      where no row has padding.
+      cut}, 'branches' {layer: TokenSet, those that ran a part of it}, 'overflow' {layer: int32[B],
+      the tokens that an adaptive method wanted to keep beyond its capacity}, 'losses'
+      {name: float32[B]} of learned methods, with `capture` 'hidden', the features after each layer,
+      with a tap 'taps', the tree that it read in each layer, and 'budgets', for each event of the
+      plan int32[B], the free tokens that each row keeps, or None where no row has padding.
 
     Raises:
       ValueError: for an unknown `remat`, or a learned method whose parameters are missing.
@@ -117,8 +118,8 @@ class Stack(nn.Module):
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
     events = [self._of_row(event) for event in self.plan.events] if self.plan else []
     budgets = row_budgets(events, tokens)
-    out: Outputs = {'before': {}, 'cuts': {}, 'overflow': {}, 'losses': {}, 'hidden': [],
-                    'taps': [], 'budgets': budgets}
+    out: Outputs = {'before': {}, 'cuts': {}, 'branches': {}, 'overflow': {}, 'losses': {},
+                    'hidden': [], 'taps': [], 'budgets': budgets}
     signals = Signals()
     waiting = {}
     for event in self.plan.inserts if self.plan else ():
@@ -150,8 +151,16 @@ class Stack(nn.Module):
     needs = self._needs(index) | (tap.needs if tap else frozenset())
     mlp_needs = needs & MLP_SIGNALS
     inside = self._events(index, 'inside')
+    branches = {event.parts: event for event in self._events(index, 'branch')}
+    first = branches.get('both') or branches.get('attention')
     asking = self._asking(index)
-    if inside:
+    fewer: TokenSet | None = None  # Those that enter the MLP, where it is in a branch.
+    if first:
+      tokens, run = self._enter(first, tokens, signals, weights, key, out)
+      change, seen = self._measured(layer, run.tokens, needs, tap, asking)
+      tokens, attended = _add_back(tokens, run, change, first, 'attention'), add(run.tokens, change)
+      fewer, signals = attended if first.parts == 'both' else None, Signals()
+    elif inside:
       event, = inside
       told: list[tuple[TokenSet, Signals, Signals]] = []
       if tap and tap.reduction:
@@ -161,16 +170,29 @@ class Stack(nn.Module):
           **self._measure_args(needs - MLP_SIGNALS, tokens, asking))
       tokens, ((attended, seen, signals),) = add(tokens, change), told
     else:
-      tokens, signals = self._attend(index, layer, tokens, needs, tap, asking)
+      attend = layer
+      if 'core' in branches:
+        attend = functools.partial(layer, choose=functools.partial(
+            self._choose, branches['core'], tokens, out))
+      tokens, signals = self._attend(index, attend, tokens, needs, tap, asking)
       if not mlp_needs:
         tokens = self._watch(index, tokens, signals)
       attended, seen = tokens, signals
     for event in self._events(index, 'between'):
       tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
-    tokens, signals = _feed(layer, tokens, signals, mlp_needs)
-    if mlp_needs:
-      tokens = self._watch(index, tokens, signals)
-      seen = seen.replace(**{name: getattr(signals, name) for name in mlp_needs})
+    if 'mlp' in branches:
+      first = branches['mlp']
+      tokens, run = self._enter(first, tokens, signals, weights, key, out)
+      fewer = run.tokens
+    if first and fewer is not None:
+      change, measured = layer('feed_forward', fewer, needs=mlp_needs)
+      tokens = _add_back(tokens, run, change, first, 'mlp')
+      seen = seen.replace(**{name: getattr(measured, name) for name in mlp_needs})
+    else:
+      tokens, signals = _feed(layer, tokens, signals, mlp_needs)
+      if mlp_needs:
+        tokens = self._watch(index, tokens, signals)
+        seen = seen.replace(**{name: getattr(signals, name) for name in mlp_needs})
     if tap:
       out['taps'].append(tap.read(index, attended, seen))
     for event in self._events(index, 'after'):
@@ -182,12 +204,18 @@ class Stack(nn.Module):
               asking: Sequence[Reduction] = ()) -> tuple[TokenSet, Signals]:
     """Attention of a layer, and the needed signals of it."""
     del index  # Of windows some layers are other than the rest.
+    change, signals = self._measured(layer, tokens, needs, tap, asking)
+    return add(tokens, change), signals
+
+  def _measured(self, layer: Callable[..., Any], tokens: TokenSet, needs: frozenset[str],
+                tap: Tap | None, asking: Sequence[Reduction]) -> tuple[Array, Signals]:
+    """What attention of a layer adds, and the needed signals of it."""
     hidden_in = tokens.x if 'hidden_in' in needs else None
     if tap and tap.reduction:
       asking = (*asking, tap.reduction)
     change, signals = layer('attend', tokens,
                             **self._measure_args(needs - MLP_SIGNALS, tokens, asking))
-    return add(tokens, change), signals.replace(hidden_in=hidden_in)
+    return change, signals.replace(hidden_in=hidden_in)
 
   def _weights(self, tokens: TokenSet) -> Weights:
     """The blocks' parameters, stacked or as a tuple; fresh ones are stacked."""
@@ -207,7 +235,7 @@ class Stack(nn.Module):
     (`models.storage.unstack`): a layer of the stack may be copied first.
 
     Args:
-      carry: passed from block to block.
+      carry: passed from block to block: (float[B, D], int32[], the number of the step).
       states: one a layer.
 
     Returns:
@@ -215,17 +243,48 @@ class Stack(nn.Module):
     """
     weights, new_states = self._weights(carry), []
     for layer, state in enumerate(states):
-      carry, state = self.block.apply({'params': layer_of(weights, layer)}, carry, state,
-                                      method='step')
+      event = self._decoding(layer)
+      step = functools.partial(self.block.apply, {'params': layer_of(weights, layer)})
+      if event is None:
+        carry, state = step(carry, state, method='step')
+      else:
+        carry, state = self._step_branch(event, step, carry, state)
       new_states.append(state)
     return carry, tuple(new_states)
+
+  def _decoding(self, layer: int) -> Event | None:
+    """The branch of a layer, where there is one."""
+    return next(iter(self.plan.at(layer, 'branch')), None) if self.plan else None
+
+  def _step_branch(self, event: Event, step: Callable[..., Any], carry: Any,
+                   state: Any) -> tuple[Any, Any]:
+    """Runs a layer that some decoded tokens skip."""
+    method, (x, number) = event.method, carry
+    limit = method.decode_steps(event.layer, self.depth)
+    if limit is not None:
+      return cast(tuple[Any, Any], jax.lax.cond(
+          number < limit, functools.partial(step, method='step'), lambda *same: same, carry, state))
+    with jax.named_scope('reduction'):
+      hidden = step(x, method='entering')
+      if isinstance(method, nn.Module):
+        params: Params = self.get_variable('params', event.parameters)
+        routed = method.apply({'params': params}, hidden, method='route')
+      else:
+        routed = method.route(hidden)
+    if routed is None:
+      return cast(tuple[Any, Any], step(carry, state, method='step'))
+    runs, gate = routed
+    gates = (gate if method.gated == 'both' else None, gate)
+    (ran, _), new = step(carry, state, gates=gates, method='step')
+    state = new.unless(runs, state, compact=event.reduction.positions == 'compact')
+    return (jnp.where(runs[:, None], ran, x), number), state
 
   def _stages(self, weights: Weights, tap: Tap | None) -> Iterator[tuple[int, int]]:
     """(start, stop) of runs of equal layers; a layer that is cut in or measured runs alone."""
     begins = tap.starts if tap else ()
     alone = {layer for layer in range(self.depth)
              if isinstance(weights, tuple) or self._needs(layer)
-             or (self.plan and (self.plan.at(layer) or self.plan.watching(layer)))}
+             or self._events(layer) or (self.plan and self.plan.watching(layer))}
     start, end = self.layers or (0, self.depth)
     while start < end:
       stop = start + 1
@@ -240,8 +299,9 @@ class Stack(nn.Module):
     return self.others[0] if self.others and layer in self.others[1] else self.block
 
   def _events(self, layer: int, *sites: str) -> tuple[Event, ...]:
-    """The plan's events at some sites of a layer."""
-    return self.plan.at(layer, *sites) if self.plan else ()
+    """The plan's events at some sites of a layer, or all, that change something."""
+    events = self.plan.at(layer, *sites) if self.plan else ()
+    return tuple(event for event in events if not event.idle)
 
   def _of_row(self, event: Event) -> Event:
     """An event as it is for each row of the batch that layers see."""
@@ -249,9 +309,8 @@ class Stack(nn.Module):
 
   def _acting(self, layer: int) -> tuple[Reduction, ...]:
     """The methods that act on signals of a layer: an event before a layer reads the one above."""
-    events = (*self._events(layer, 'inside', 'between', 'after'),
-              *self._events(layer + 1, 'before'))
-    return tuple(event.reduction for event in events)
+    events = (*self._events(layer), *self._events(layer + 1))
+    return tuple(event.reduction for event in events if event.reads == layer)
 
   def _asking(self, layer: int) -> tuple[Reduction, ...]:
     """The methods that read signals of a layer."""
@@ -295,7 +354,8 @@ class Stack(nn.Module):
       params = params.read() if isinstance(params, LayerSlice) else params
       return block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
 
-    if self.remat != 'none' and method != 'attend_and_cut':  # A decision must be taken once.
+    decides = method == 'attend_and_cut' or 'choose' in kwargs
+    if self.remat != 'none' and not decides:  # A decision must be taken once.
       dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       call = jax.checkpoint(call, policy=dots if self.remat == 'dots' else None)
     return call(params, tokens)
@@ -341,6 +401,13 @@ class Stack(nn.Module):
     Returns:
       The tokens that are left, and the signals of those tokens.
     """
+    signals = self._ahead(tokens, signals, event, weights, key)
+    reduced = self._decide(event, key, out, tokens, signals)
+    return reduced.tokens, self._follow(signals, reduced)
+
+  def _ahead(self, tokens: TokenSet, signals: Signals, event: Event, weights: Weights,
+             key: Array | None) -> Signals:
+    """Signals with those of the next layer that an event's method reads."""
     ahead = event.method.needs & NEXT_LAYER
     if ahead:
       following = event.layer + (event.site == 'after')
@@ -348,8 +415,34 @@ class Stack(nn.Module):
         probed = self._layer(layer_of(weights, following), following, key, 'probe', tokens,
                              **self._measure_args(ahead, tokens, (event.reduction,)))
       signals = signals.replace(**{name: getattr(probed, name) for name in ahead})
-    reduced = self._decide(event, key, out, tokens, signals)
-    return reduced.tokens, self._follow(signals, reduced)
+    return signals
+
+  def _enter(self, event: Event, tokens: TokenSet, signals: Signals, weights: Weights,
+             key: Array | None, out: Outputs) -> tuple[TokenSet, Reduced]:
+    """All tokens, and those that run a branch."""
+    run = self._decide(event, key, out, tokens, self._ahead(tokens, signals, event, weights, key))
+    scale = run.assignment.skip_scale
+    if scale is not None:
+      skips = run.assignment.dst == run.assignment.src.shape[1]
+      x = tokens.x * jnp.where(skips, scale, 1.0)[..., None].astype(tokens.x.dtype)
+      tokens = tokens.replace(x=x)
+    return tokens, run
+
+  def _choose(self, event: Event, tokens: TokenSet, out: Outputs, signals: Signals) -> Pattern:
+    """Who attends to whom in a branch of 'core'."""
+    budget, event = self._budget(event, out), self._of_row(event)
+    params = reduction.learned_parameters(self, event, tokens, signals, self.place)
+    pattern = reduction.choose(event, tokens.replace(budget=budget), signals, self.place,
+                               params=params)
+    if pattern.wanted is not None:
+      out['overflow'][event.layer] = jnp.maximum(pattern.wanted - event.slots_out, 0)
+    return cast(Pattern, pattern)
+
+  def _budget(self, event: Event, out: Outputs) -> Array | None:
+    """The free tokens that each row keeps in an event of the plan."""
+    assert self.plan is not None
+    number = next(i for i, own in enumerate(self.plan.events) if own is event)
+    return cast(Array | None, out['budgets'][number])
 
   def _follow(self, signals: Signals, reduced: Reduced) -> Signals:
     """Signals of the slots that are left, each its anchor's."""
@@ -384,17 +477,18 @@ class Stack(nn.Module):
   def _decide(self, event: Event, key: Array | None, out: Outputs, tokens: TokenSet,
               signals: Signals) -> Reduced:
     """Reduces the tokens, and records the event in `out`."""
-    assert self.plan is not None
-    layer, budget = event.layer, out['budgets'][self.plan.events.index(event)]
-    event = self._of_row(event)
+    layer, budget, event = event.layer, self._budget(event, out), self._of_row(event)
     params = reduction.learned_parameters(self, event, tokens, signals, self.place)
     rng = None
     if params is not None and key is not None:
       rng = jax.random.fold_in(key, self.depth + layer)
     reduced = reduction.reduce(event, tokens, signals, self.place, budget=budget, params=params,
                                rng=rng)
-    out['before'].setdefault(layer, tokens)
-    out['cuts'][layer] = reduced.tokens
+    if event.kind == 'branch':
+      out['branches'][layer] = reduced.tokens
+    else:
+      out['before'].setdefault(layer, tokens)
+      out['cuts'][layer] = reduced.tokens
     if reduced.overflow is not None:
       out['overflow'][layer] = reduced.overflow + out['overflow'].get(layer, 0)
     out['losses'].update({f'{name}_{layer:02d}': value for name, value in reduced.losses.items()})
@@ -406,6 +500,14 @@ def _part(event: Event, tokens: TokenSet, signals: Signals) -> tuple[TokenSet, T
   del signals
   kinds = event.reduction.of or tokens.of
   return tk.part(tokens, kinds, event.slots_out - event.slots_in)
+
+
+def _add_back(tokens: TokenSet, run: Reduced, change: Array, event: Event, part: str) -> TokenSet:
+  """All tokens, with what a part of a branch adds to those that ran it."""
+  gate = run.assignment.gate if event.method.gated in ('both', part) else None
+  if gate is not None:
+    change = change * gate[..., None].astype(change.dtype)
+  return add(tokens, run.assignment.restore(change))
 
 
 def _feed(layer: Callable[..., Any], tokens: TokenSet, signals: Signals,

@@ -48,6 +48,16 @@ class Extras(Protocol):
     """int32[B], the outputs that an adaptive method would have filled, had it had room."""
     return None
 
+  @property
+  def gate(self) -> Array | None:
+    """float[B, M], the factor of a branch's change before it is added back; None for 1."""
+    return None
+
+  @property
+  def skip_scale(self) -> Array | None:
+    """float[B, N], the factor of the features of slots that skip a branch; None for 1."""
+    return None
+
 
 class Assignment(Extras, Protocol):
   """Says which input slots make up each output slot: the answer of a method."""
@@ -146,6 +156,9 @@ class Gather(Extras, struct.PyTreeNode):
       (for methods that refine what they keep).
     wanted: int32[B] or None, the outputs that an adaptive method would have filled, had it had
       room; the number beyond M is overflow.
+    gate: float[B, M] or None, what a branch's change of each output is multiplied with.
+    skip_scale: float[B, N] or None, what the features of slots that skip a branch are multiplied
+      with.
   """
 
   src: Array
@@ -154,6 +167,8 @@ class Gather(Extras, struct.PyTreeNode):
   policy: Array | None = None
   features: Array | None = None
   wanted: Array | None = None
+  gate: Array | None = None
+  skip_scale: Array | None = None
 
   @property
   def dst(self) -> Array:

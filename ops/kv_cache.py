@@ -100,6 +100,19 @@ class KV(struct.PyTreeNode):
         valid=write(self.valid, jnp.ones(pos.shape, bool), axis))
 
 
+  def unless(self, runs: Array, before: KV, *, compact: bool) -> KV:
+    """Returns the cache without the last token of the rows that skipped its layer.
+
+    Args:
+      runs: bool[B], False where a row skipped it.
+      before: the cache before that token.
+      compact: whether positions go on from what the layer holds, and so do not count that token.
+    """
+    rows = runs.reshape(-1, *(1,) * (self.valid.ndim - 1))
+    start = jnp.where(runs, self.start, self.start - 1) if compact else self.start
+    return self.replace(valid=jnp.where(rows, self.valid, before.valid), start=start)
+
+
 def _folded(x: Array) -> Array:
   """[B, K, S, d] without axes of one before S."""
   return x.reshape(*(n for n in x.shape[:2] if n > 1), *x.shape[2:])

@@ -50,8 +50,8 @@ class Signals(struct.PyTreeNode):
     window_attention: float32[B, H, W, N], rows of the last W real tokens in the order of their
       positions, zeros (first) where a row has fewer; W is the method's `span`.
     row_attention: float32[B, H, N], mean over the rows that the method's `rows` names.
-    next_received_attention, next_last_attention, next_row_attention, next_keys: the same by the
-      next layer's queries and keys, on today's tokens.
+    next_received_attention, next_last_attention, next_row_attention, next_keys, next_hidden: the
+      same by the next layer's norm, queries and keys, on today's tokens.
     hidden: float[B, N, D], the features that entered the layer, after its first norm.
     hidden_in: float[B, N, D], the features that entered the layer, as they came.
     attention_out: float[B, N, D], what attention adds to them.
@@ -83,6 +83,7 @@ class Signals(struct.PyTreeNode):
   next_last_attention: Array = _signal('BHN', 'next')
   next_row_attention: Array = _signal('BHN', 'next')
   next_keys: Array = _signal('BNHd', 'next')
+  next_hidden: Array = _signal('BND', 'next')
   hidden_in: Array = _signal('BND')
   attention_out: Array = _signal('BND')
   mlp_in: Array = _signal('BND', 'mlp')

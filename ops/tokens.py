@@ -305,7 +305,7 @@ def compose(first: Assignment, second: Assignment) -> Assignment:
   Raises:
     ValueError: where no single assignment does: a maximum beside a sum, a `policy` beside anything
       but a Gather, `size_weights` beside a Mix, or `features` of the second's own or before a
-      Merge.
+      Merge. A branch's factors are the first one's.
   """
   valid = None if first.valid is None else take(first.valid, second.src)
   if second.valid is not None:
@@ -320,7 +320,9 @@ def compose(first: Assignment, second: Assignment) -> Assignment:
     policy = policies[1]
     if policies[0] is not None:
       policy = take(policies[0], second.src) * (1.0 if policy is None else policy)
-    return Gather(src, first.slots, valid=valid, policy=policy, features=features)
+    gate = None if first.gate is None else take(first.gate, second.src)
+    return Gather(src, first.slots, valid=valid, policy=policy, features=features,
+                  wanted=first.wanted, gate=gate, skip_scale=first.skip_scale)
   if any(policy is not None for policy in policies):
     raise ValueError('a soft decision composes only with another Gather: apply them one by one')
   size_weights = [part.size_weights for part in (first, second)]

@@ -371,7 +371,8 @@ class Bench:
     # What happens to slots that are joined or picked differs inside attention alone.
     merges = plan.only.method.merges or site_of(plan) != 'inside'
     slicing = Reduction('slice', Slicing(merges))
-    sliced = Plan(make_events(slicing, site_of(plan), plan.events), (slicing,))
+    sliced = Plan(make_events(slicing, site_of(plan), plan.events, parts=plan.events[0].parts),
+                  (slicing,))
     if sliced not in self._slices:
       self._slices[sliced] = timing.ready(
           *forward(self._vit, sliced, self._trained, self._images)).call

@@ -90,6 +90,23 @@ class LMCost:
     each = projections(lm) + 3 * lm.width * lm.mlp
     return lm.depth * each + 2 * cached * lm.heads * lm.head_width + self.head
 
+  def decoded(self, layer: int, tokens: int) -> int:
+    """Returns how many of so many decoded tokens run a layer; those that a router skips count."""
+    limits = (event.method.decode_steps(layer, self.lm.depth)
+              for event in (self.lm.plan.at(layer, 'branch') if self.lm.plan else ()))
+    return min([tokens, *(limit for limit in limits if limit is not None)])
+
+  def answer_macs(self, tokens: int) -> int:
+    """Returns the MACs of decoding an answer, each layer as often as it runs."""
+    lm = self.lm
+    total = tokens * self.head
+    for layer in self.layers:
+      count = self.decoded(layer.index, tokens)
+      read = count * layer.cached + count * (count + 1) // 2
+      total += count * (projections(lm) + 3 * lm.width * lm.mlp)
+      total += 2 * read * lm.heads * lm.head_width
+    return total
+
   @property
   def kv_bytes(self) -> int:
     """Bytes of keys and values after the prompt."""
@@ -196,13 +213,13 @@ def _layer(lm: LM, index: int, tokens: Tokens, cached: int, room: int, *,
   queries, values, attended, mlp = tokens.queries, tokens.values, tokens.attended, tokens.mlp
   inner, shared = lm.heads * lm.head_width, lm.kv_heads * lm.head_width
   projected = inner * (queries + attended) + shared * (queries + values)
-  seen = queries ** 2 + attended * values if lm.unmerging == 'none' else 2 * cached ** 2
+  seen = tokens.logits + tokens.weights if lm.unmerging == 'none' else 2 * cached ** 2
   macs = lm.width * projected + inner * seen
   macs += 3 * mlp * lm.width * lm.mlp
   slot, size = kv_slot_bytes(lm), jnp.dtype(lm.dtype).itemsize
   # Projections write what attention reads; both read or write the width, the MLP twice.
   moved = lm.width * (queries + attended) + 2 * projected + mlp * (2 * lm.width + 3 * lm.mlp)
-  moved += tokens.map_seen * 2 * lm.heads * (queries ** 2 + attended * values) * MAP_BYTES // size
+  moved += tokens.map_seen * 2 * lm.heads * (tokens.logits + tokens.weights) * MAP_BYTES // size
   return Layer(index, queries, mlp, cached, macs, cached * slot,
                (cached + room) * (slot + own) + START_BYTES * (1 + len(lm.rotation.sections)),
                layer_parameters(lm) * size, moved * size)

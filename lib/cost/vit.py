@@ -325,6 +325,7 @@ def compute(arch: Architecture, events: Sequence[Event] = ()) -> Cost:
              M, the map M x N (ATS, arXiv:2111.15667). MLP at M. As their own cost, methods that
              join pay (N² - M²)C more, for rows that read before they are joined
              (`ops.tokens.attend_after_cut`), and NC² where they ask for the values of all N tokens.
+    branch   its parts at M, the rest at N; of 'core' the map alone, M x M
 
   Args:
     arch: the architecture.
@@ -367,11 +368,11 @@ def _layer(arch: Architecture, index: int, tokens: Tokens) -> Layer:
   moved = attention_in * width + project  # into and out of the projections
   moved += project + attention_out * width  # attention
   moved += 2 * attention_out * width + mlp_in * (2 * width + arch.mlp_products * arch.mlp)
-  entries = arch.heads * (attention_in ** 2 + attention_out * keys)
+  entries = arch.heads * (tokens.logits + tokens.weights)
   return Layer(
       index, attention_in, keys, attention_out, mlp_in, tokens.left,
-      qkv=width * project, scores=attention_in ** 2 * width,
-      values=attention_out * keys * width, out=attention_out * width ** 2,
+      qkv=width * project, scores=tokens.logits * width,
+      values=tokens.weights * width, out=attention_out * width ** 2,
       mlp=arch.mlp_products * mlp_in * width * arch.mlp,
       weight_bytes=arch.layer_parameters * arch.parameter_bytes,
       activation_bytes=moved * arch.activation_bytes + tokens.map_seen * 2 * entries * MAP_BYTES)
@@ -402,7 +403,7 @@ def in_training(vit: ViT) -> Cost:
   for event in vit.plan.events if vit.plan else ():
     if event.slots_out < slots:
       events.append(dataclasses.replace(event, slots_in=slots))
-      slots = event.slots_out
+      slots = slots if event.kind == 'branch' else event.slots_out
   return compute(arch, events)
 
 

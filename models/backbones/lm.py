@@ -32,9 +32,9 @@ INTERFACE
 * Signals (ops/signals.py): keys and values [B, N, K, d] (rotated), queries, plain_queries
   [B, N, H, d], last_attention [B, H, N], window_attention [B, H, W, N] (W = method.span),
   row_attention [B, H, N] (mean over method.rows(tokens), bool[B, N]), received_attention [B, H, N];
-  next_last_attention, next_row_attention, next_received_attention, next_keys of the next layer on
-  the current tokens; hidden, hidden_in, attention_out, mlp_in, mlp_out, mlp_hidden; rope, layer,
-  depth, slots. Methods name them in `needs`, and in `watch_needs` for `watch`.
+  next_last_attention, next_row_attention, next_received_attention, next_keys, next_hidden of the
+  next layer on the current tokens; hidden, hidden_in, attention_out, mlp_in, mlp_out, mlp_hidden;
+  rope, layer, depth, slots. Methods name them in `needs`, and in `watch_needs` for `watch`.
 * Methods between layers return an Assignment as anywhere; `positions` ('keep', 'compact',
   'restart') is an attribute of the method, or of the config. Methods on the cache (site = 'cache',
   ops/reducers/cache) are called as method(tokens, signals, num_slots=M) once a layer, after its
@@ -78,7 +78,7 @@ Array = jax.Array
 OFFERS = frozenset({
     'attention', 'keys', 'queries', 'values', 'plain_queries', 'received_attention',
     'last_attention', 'window_attention', 'row_attention', 'next_received_attention',
-    'next_last_attention', 'next_row_attention', 'next_keys', 'hidden', 'hidden_in',
+    'next_last_attention', 'next_row_attention', 'next_keys', 'next_hidden', 'hidden', 'hidden_in',
     'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'rope', 'layer', 'depth', 'slots',
     'one_sequence'})
 # What a token of a prompt sees (`LM.mask`).
@@ -211,12 +211,15 @@ class Block(ReducibleBlock):
     """Returns the MLP's output, float[B, N, D]."""
     return self.down(inner)
 
-  def step(self, carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
+  def step(self, carry: tuple[Array, Array], kv: KV, *,
+           gates: tuple[Array | None, Array | None] = (None, None),
+           ) -> tuple[tuple[Array, Array], KV]:
     """Runs one token a row through the block, over its cache.
 
     Args:
       carry: (float[B, D], int32[], the number of the step).
       kv: the cache of this layer.
+      gates: float[B] or None, what the changes of attention and of the MLP are multiplied with.
     """
     x, step = carry
     pos = self.rope.after(kv.start, step)
@@ -227,9 +230,10 @@ class Block(ReducibleBlock):
     visible = kv.valid
     if self.window:
       visible &= index.reshape(index.shape + (1,) * (kv.pos.ndim - 1)) - kv.pos < self.window
-    x = x + self.out(attention.step(q, kv.k, kv.v, visible, bias=kv.bias)).astype(x.dtype)
-    change = self.outer(self.inner(self.norm2(x)))
-    return (x + change.astype(x.dtype), step), kv
+    change = self.out(attention.step(q, kv.k, kv.v, visible, bias=kv.bias)).astype(x.dtype)
+    x = x + _gated(change, gates[0])
+    change = self.outer(self.inner(self.norm2(x))).astype(x.dtype)
+    return (x + _gated(change, gates[1]), step), kv
 
   def _queries_and_keys(self, hidden: Array, pos: Array) -> tuple[Array, Array, Array]:
     """Rotated queries [..., H, d], rotated keys [..., K, d], and queries before the rotation."""
@@ -241,6 +245,11 @@ class Block(ReducibleBlock):
   def _window(self, tokens: TokenSet) -> int | None:
     """The window, None where all original tokens fit into it."""
     return self.window if 0 < self.window < tokens.owner.shape[1] else None
+
+
+def _gated(change: Array, gate: Array | None) -> Array:
+  """A change float[B, D] times float[B]."""
+  return change if gate is None else change * gate[:, None].astype(change.dtype)
 
 
 class LM(nn.Module):
@@ -319,6 +328,9 @@ class LM(nn.Module):
     if self.unmerging != 'none' and odd:
       raise ValueError(f'unmerging={self.unmerging!r} is for causal attention by one position a '
                        f"token and whole caches: leave {odd[0]} out, or set unmerging='none'")
+    if self.mask == 'mutual' and self.plan and any(e.parts == 'core' for e in self.plan.events):
+      raise ValueError(f'{self.plan.name} chooses who attends to whom by itself, and so does '
+                       "mask='mutual': leave one of them out")
     beyond = [layer for layer in self.full_layers if layer >= self.depth]
     if beyond:
       raise ValueError(f'full_layers names layer {beyond[0]}, and the model has layers 0 to '

@@ -44,8 +44,8 @@ POOLS = ('cls', 'mean', 'cls_mean', 'map')
 LAST_NORMS = ('tokens', 'pooled')
 RESAMPLINGS = ('bicubic', 'bicubic_antialiased', 'bilinear_antialiased')
 OFFERS = frozenset({'keys', 'queries', 'values', 'received_attention', 'attention',
-                    'next_received_attention', 'hidden', 'grid', 'layer', 'depth', 'slots',
-                    'one_sequence'})
+                    'next_received_attention', 'next_hidden', 'hidden', 'grid', 'layer', 'depth',
+                    'slots', 'one_sequence'})
 
 
 class Block(ReducibleBlock):

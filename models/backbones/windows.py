@@ -169,7 +169,7 @@ class WindowStack(Stack):
     self._check()
     windows = self.windows
     tokens, out = super().__call__(windows.fold(windows.arrange(tokens)))
-    for name in ('before', 'cuts'):
+    for name in ('before', 'cuts', 'branches'):
       out[name] = {layer: windows.unfold(cut) for layer, cut in out[name].items()}
     out['hidden'] = [windows.unfold_values(x) for x in out['hidden']]
     out['budgets'] = tuple(kept if kept is None else kept.reshape(-1, windows.count).sum(axis=1)
@@ -192,8 +192,12 @@ class WindowStack(Stack):
       if keep < least:
         raise ValueError(f'{name} cannot leave {keep} of the {slots} slots of a window in layer '
                          f'{event.layer}: it leaves at least {least}')
-      if event.site == 'inside' and event.layer in self.whole:
-        raise ValueError(f'{name} cuts inside the attention of layer {event.layer}, which sees '
+      if event.parts == 'core':
+        raise ValueError(f'{name} says who attends to whom in layer {event.layer}, where windows '
+                         'do: take it out, or the windows')
+      if event.layer in self.whole and (event.site == 'inside' or event.parts not in ('', 'mlp')):
+        acts = 'is a branch of' if event.parts else 'cuts inside'
+        raise ValueError(f'{name} {acts} the attention of layer {event.layer}, which sees '
                          'the whole image: take it out of whole_layers, or of the cuts')
 
   def _stages(self, weights: Weights, tap: Tap | None) -> Iterator[tuple[int, int]]:

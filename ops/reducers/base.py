@@ -6,6 +6,7 @@ Axes: B batch, N slots now, H heads.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 
@@ -28,6 +29,9 @@ class Reducer:
 
   kind: str = 'cut'
   site: str = 'between'
+  parts: str = 'both'
+  gated: str = 'both'
+  shared: bool = False
   extra_slots: int = 0
   can_empty: bool = False
   positions: str = ''
@@ -75,6 +79,26 @@ class Reducer:
     del cuts
     return ()
 
+  def default_shares(self, depth: int) -> Mapping[int, float]:
+    """Returns the share of tokens by layer for a config without a budget: none."""
+    del depth
+    return {}
+
+  def pairs(self, slots: int, num_slots: int, protected: int) -> int:
+    """Returns how many pairs of tokens attend in a branch of 'core': all of those that run."""
+    del slots, protected
+    return num_slots ** 2
+
+  def decode_steps(self, layer: int, depth: int) -> int | None:
+    """Returns how many decoded tokens run a branch: all."""
+    del layer, depth
+    return None
+
+  def route(self, hidden: Array) -> tuple[Array, Array] | None:
+    """Decides whether a decoded token runs a branch: it does."""
+    del hidden
+    return None
+
   def rows(self, tokens: TokenSet) -> Array:
     """Names the queries whose mean is row_attention, bool[B, N]: all text."""
     return tokens.real & (tokens.kind == TEXT)
@@ -87,6 +111,18 @@ class Reducer:
     """Returns the fewest slots that it can leave: the protected ones, its own, and one more."""
     del slots
     return protected + self.extra_slots + 1
+
+
+class BranchReducer(Reducer):
+  """Lets some tokens run a part of a layer; what it adds to them is added to the residual stream.
+
+  The call is that of any other method, and so is the answer, with the factors `gate` and
+  `skip_scale` of a `Gather`; it is asked even where every token runs. On 'core' the answer is a
+  `Pattern` (ops/primitives/sparse_attention.py).
+  """
+
+  site = 'branch'
+  drops = 'other tokens skip the branch'
 
 
 class CacheReducer(Reducer):

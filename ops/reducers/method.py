@@ -5,6 +5,7 @@ Axes: B batch, N slots now, M slots after.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import jax
@@ -41,8 +42,24 @@ class Method(Protocol):
   def site(self) -> str:
     """Its place in a layer, unless a config sets one: 'before', 'inside', 'between' or 'after'.
 
-    Methods on the cache of keys and values have 'cache'.
+    'branch' has no token leave: a part of the layer runs on fewer of them. Methods on the cache of
+    keys and values have 'cache'.
     """
+    ...
+
+  @property
+  def parts(self) -> str:
+    """The part of a layer that a branch is, unless a config says: one of `models.plan.PARTS`."""
+    ...
+
+  @property
+  def gated(self) -> str:
+    """The part of a branch whose change its `gate` multiplies: 'both' or 'mlp'."""
+    ...
+
+  @property
+  def shared(self) -> bool:
+    """True if a learned method has the same parameters in all layers."""
     ...
 
   @property
@@ -103,6 +120,35 @@ class Method(Protocol):
 
   def min_slots(self, slots: int, protected: int) -> int:
     """Returns the fewest slots that it can leave of `slots`, the protected ones included."""
+    ...
+
+  def default_shares(self, depth: int) -> Mapping[int, float]:
+    """Returns the share of tokens that each layer keeps where a config has no budget; {} for none.
+
+    They are rounded down. A config that names no layers gets these.
+    """
+    ...
+
+  def pairs(self, slots: int, num_slots: int, protected: int) -> int:
+    """Returns how many pairs of query and key there are in a head, in a branch of 'core'."""
+    ...
+
+  def decode_steps(self, layer: int, depth: int) -> int | None:
+    """Returns how many of the tokens decoded after a prompt run a branch in a layer; None for all.
+
+    Those are the first ones, of all rows alike.
+    """
+    ...
+
+  def route(self, hidden: Array) -> tuple[Array, Array] | None:
+    """Decides whether a decoded token runs a branch, row by row; None where all do.
+
+    Args:
+      hidden: float[B, D], the normed input of the layer.
+
+    Returns:
+      bool[B], whether it runs; then its keys are cached. float[B], the gate of its change.
+    """
     ...
 
   def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The method of CONTRIBUTING.md works as printed, and shows up everywhere."""
+"""The methods of CONTRIBUTING.md work as printed, and show up everywhere."""
 
 import pathlib
 import re
@@ -20,31 +20,54 @@ def ignored(folder, names):
   return SKIP(folder, names) | own
 
 
-def test_the_printed_method_needs_no_other_edit(tmp_path):
-  copy = tmp_path / 'copy'
+def block(text, mark):
+  """The code behind a mark."""
+  return re.search(rf'<!-- {mark} -->\n```python\n(.*?)```', text, re.S)[1]
+
+
+# What is said of each printed method, from its mark on.
+SAID = re.split(r'(?=<!-- example: )', (ROOT / 'CONTRIBUTING.md').read_text())[1:]
+PATHS = [re.match(r'<!-- example: (\S+) -->', said)[1] for said in SAID]
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+  """The project with the printed methods, each one file and two lines of its folder's dict."""
+  copy = tmp_path_factory.mktemp('project') / 'copy'
   shutil.copytree(ROOT, copy, ignore=ignored)
-  text = (ROOT / 'CONTRIBUTING.md').read_text()
-  path, code = re.search(r'<!-- example: (\S+) -->\n```python\n(.*?)```', text, re.S).groups()
-  line, entry = (re.search(rf'<!-- {part} -->\n```python\n(.*?)```', text, re.S)[1]
-                 for part in ('import', 'entry'))
-  assert len([line for line in code.splitlines() if line.strip()]) <= 40
-  (copy / path).write_text(code)
-  names = (copy / path).parent / '__init__.py'
-  names.write_text(names.read_text().replace('from ', f'{line}from ', 1)
-                   .replace(' = {\n', f' = {{\n{entry}', 1))
+  for path, said in zip(PATHS, SAID, strict=True):
+    code = block(said, r'example: \S+')
+    assert len([line for line in code.splitlines() if line.strip()]) <= 40
+    (copy / path).write_text(code)
+    names = (copy / path).parent / '__init__.py'
+    names.write_text(names.read_text().replace('from ', f'{block(said, "import")}from ', 1)
+                     .replace(' = {\n', f' = {{\n{block(said, "entry")}', 1))
+  return copy
 
-  def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, '-m', *command], cwd=copy, text=True,
-                          capture_output=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
-  assert re.search(r'\d+ passed', run('pytest', 'tests/contract/test_contract.py', '-k', 'keynorm',
-                                      '-p', 'no:cacheprovider'))
-  run('tools.readme_table')
+def run(copy, *command: str) -> str:
+  done = subprocess.run([sys.executable, '-m', *command], cwd=copy, text=True,
+                        capture_output=True, check=False)
+  assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+  return done.stdout
+
+
+@pytest.mark.parametrize(('path', 'said'), list(zip(PATHS, SAID, strict=True)), ids=PATHS)
+def test_a_printed_method_needs_no_other_edit(path, said, copy):
+  tests, name = re.search(r'`python -m pytest (\S+) -k (\w+)`', said).groups()
+  assert name == pathlib.Path(path).stem
+  assert re.search(r'\d+ passed', run(copy, 'pytest', tests, '-k', name, '-p', 'no:cacheprovider'))
+
+
+def test_printed_methods_are_listed_and_explained(copy):
+  run(copy, 'tools.readme_table')
+  readme = (copy / 'README.md').read_text()
   row = '| [`keynorm`](ops/reducers/vision/keynorm.py) | Keeps the tokens with the shortest keys. |'
-  assert row in (copy / 'README.md').read_text()
-  explained = run('tools.explain', '--config=configs/digits.py',
-                  '--config.reduce.vision.method=keynorm', '--config.reduce.vision.layers=(1,3)',
-                  '--config.reduce.vision.keep_ratio=0.5')
-  assert 'keynorm' in explained
+  assert row in readme
+  for path in PATHS:
+    assert f'| [`{pathlib.Path(path).stem}`]({path}) |' in readme
+  for name in ('keynorm', 'attention_depths'):
+    explained = run(copy, 'tools.explain', '--config=configs/digits.py',
+                    f'--config.reduce.vision.method={name}',
+                    '--config.reduce.vision.layers=(1,3)', '--config.reduce.vision.keep_ratio=0.5')
+    assert name in explained

@@ -119,6 +119,19 @@ def test_every_site_equals_the_trace(name, site, budget):
   agree(planned(TINY, method=name, site=site, **budget))
 
 
+@pytest.mark.parametrize('parts', [
+    pytest.param('both', marks=pytest.mark.long), pytest.param('mlp', marks=pytest.mark.long),
+    'attention'])
+def test_branches_equal_the_trace(parts):
+  vit = planned(TINY, method='random', site='branch', parts=parts, keep=(12, 7), layers=(0, 2))
+  agree(vit)
+  # 13 of 26 slots run layer 0: [CLS] and 12 patches.
+  saved = {'attention': 13 * 4 * 16 ** 2 + (26 ** 2 - 13 ** 2) * 2 * 16, 'mlp': 13 * 2 * 16 * 24}
+  plain, ours = (vit_cost.of(model).layers[0] for model in (TINY, vit))
+  assert plain.macs - ours.macs == sum(saved[part] for part in saved if parts in (part, 'both'))
+  assert [layer.left for layer in vit_cost.of(vit).layers] == [26] * 3
+
+
 def test_the_methods_own_products_are_told_apart():
   matching = agree(planned(TINY, method='tome', remove=3))
   # Even against odd slots, by the mean of the keys over heads: 26, then 23, then 20 slots.
@@ -331,7 +344,7 @@ def test_activation_bytes_count_each_operand_once():
     ((Cut(0, 10, 11),), 'between', 'goes from 10 to 11'),
     ((Cut(3, 10, 5),), 'between', 'an event in layer 3 does not fit: the layers are 0 to 0'),
     ((Cut(0, 10, 5), Cut(0, 6, 4)), 'between', 'goes from 6 to 4 tokens, but 5 are there'),
-    ((Cut(0, 10, 5),), 'amid', "site 'amid' is unknown: choose one of before, "
+    ((Cut(0, 10, 5),), 'amid', "site 'amid' is unknown: choose one of before, branch, "
                                 "inside, between, after"),
 ])
 def test_impossible_cuts_are_errors(cuts, site, message):

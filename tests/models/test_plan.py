@@ -9,7 +9,7 @@ from lib.cost import vit as vit_cost
 from models.backbones.vit import make_vit
 from models.checkpoints.lm_config import make_lm
 from models.compressors import COMPRESSORS
-from models.plan import Plan, make_plan, methods
+from models.plan import Plan, branch_methods, make_plan, methods
 from models.reduction import Event, Reduction
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
@@ -46,7 +46,8 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
                      'duet_vlm': ['next_row_attention'], 'transprune': ['next_row_attention'],
                      'hidrop': ['next_last_attention'], 'aim': ['rope'], 'dyvte': ['rope'],
                      'gemfilter': []}  # It runs the model again, which only a language model can.
-  assert not set(methods()) & {*CACHE_REDUCERS, *INSERTS}, 'names are unique'
+  every = [*methods(), *branch_methods(), *CACHE_REDUCERS, *INSERTS]
+  assert len(set(every)) == len(every), 'names are unique'
   assert {name: method.site for name, method in CACHE_REDUCERS.items()} == dict.fromkeys(
       CACHE_REDUCERS, 'cache')
 
@@ -82,7 +83,7 @@ def test_budgets_in_macs_get_the_hosts_cost():
     ({'methd': 'tome'}, "a reduction has no key 'methd' (did you mean 'method'?): choose from "
                         'method, args, site, layers'),
     ({'method': 'tom'}, "method 'tom' is unknown (did you mean 'tome'?): choose one of "
-                        f'{", ".join(sorted(methods() | INSERTS))}'),
+                        f'{", ".join(sorted(methods() | branch_methods() | INSERTS))}'),
     ({'method': 'zzz'}, "method 'zzz' is unknown: choose one of"),
     ({'remove': 8}, "method None is unknown (did you mean 'none'?): choose one of"),
     ({'method': 'topk', 'args': {'ordr': 'slot'}},
@@ -91,8 +92,8 @@ def test_budgets_in_macs_get_the_hosts_cost():
     ({'method': 'evit', 'args': {'by': 'cls'}},
      "by='cls' is unknown: choose one of cls_attention, received_attention"),
     ({'method': 'tome', 'site': 'betwen'},
-     "site 'betwen' is unknown (did you mean 'between'?): choose one of before, inside, between, "
-     'after'),
+     "site 'betwen' is unknown (did you mean 'between'?): choose one of before, branch, inside, "
+     'between, after'),
     ({'method': 'tome', 'mode': 'maks'},
      "mode 'maks' is unknown (did you mean 'mask'?): choose one of gather, mask"),
     ({'method': 'tome', 'remove': 8, 'layers': 12}, 'layer 12 is out of range: the model has '
