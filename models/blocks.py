@@ -134,7 +134,8 @@ class ReducibleBlock(nn.Module):
     return change
 
   def order(self, tokens: TokenSet) -> dict[str, Any]:
-    """Returns what a token sees: `positions` that make attention causal, or None; `window`."""
+    """Returns what a token sees: `positions` that make attention causal, or None; `window` and
+    `mutual` of `ops.attention.attend`, where a family has them."""
     del tokens
     return {'positions': None}
 
@@ -173,7 +174,8 @@ class ReducibleBlock(nn.Module):
     read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
                              query_valid=tokens.valid, **order, **query_rows)
     mix = functools.partial(sharded_attention.attend, causal=self.is_causal, mesh=self.mesh,
-                            window=order.get('window'), implementation=self.implementation)
+                            window=order.get('window'), mutual=order.get('mutual'),
+                            implementation=self.implementation)
     if choose is not None:
       signals = read(q=q, k=k, lse=None)
       pattern = choose(signals)
@@ -181,7 +183,8 @@ class ReducibleBlock(nn.Module):
       signals = signals.replace(values=v) if 'values' in needs else signals
       taken = ((bias, order['positions']) if self.implementation == 'xla'
                else self.kernel_order(tokens, bias, proportional))
-      out = pattern.attend(mix, q, k, v, *taken, causal=self.is_causal)
+      out = pattern.attend(mix, q, k, v, *taken, causal=self.is_causal,
+                           window=order.get('window'))
     elif self.implementation == 'xla':
       # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
       # the keys beside that map for whoever reads them later.

@@ -30,6 +30,7 @@ from ops.budgets import (
 from ops.reducers import REDUCERS, join
 from ops.reducers.branch import BRANCHES
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.insert import INSERTS
 from ops.reducers.method import Method
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC
 from ops.tokens import KINDS
@@ -82,11 +83,6 @@ class Host:
   counts: tuple[tuple[str, int], ...] = ()
   positions: tuple[str, ...] = ('keep',)
   holds: str = 'none'
-
-  def held(self) -> Host:
-    """Returns the same host with one token less that may go: the last one, a text token."""
-    counts = tuple((kind, max(count - (kind == 'text'), 0)) for kind, count in self.counts)
-    return dataclasses.replace(self, counts=counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +188,12 @@ class Plan:
   @property
   def slots(self) -> int | None:
     """Returns the tokens that a host must have for this plan, None where nothing changes."""
-    return self.events[0].slots_in if self.events else None
+    return self.events[0].slots_in + inserted(self.events) if self.events else None
+
+  @property
+  def inserts(self) -> tuple[Event, ...]:
+    """Returns the events at which tokens join."""
+    return tuple(event for event in self.events if event.kind == 'insert')
 
   def at(self, layer: int, *sites: str) -> tuple[Event, ...]:
     """Returns the events of a layer, of some sites or all."""
@@ -224,7 +225,7 @@ def profile(events: Sequence[Event], depth: int, slots: int) -> tuple[Tokens, ..
   if outside:
     raise ValueError(f'an event in layer {outside[0]} does not fit: the layers are 0 to '
                      f'{depth - 1}')
-  layers, now = [], slots
+  layers, now = [], slots - inserted(events)
   for layer in range(depth):
     at = {site: [event for event in events if event.layer == layer and event.site == site]
           for site in SITES}
@@ -242,6 +243,11 @@ def profile(events: Sequence[Event], depth: int, slots: int) -> tuple[Tokens, ..
   return tuple(layers)
 
 
+def inserted(events: Sequence[Event]) -> int:
+  """Returns how many tokens wait outside a host until they join."""
+  return sum(event.slots_out - event.slots_in for event in events if event.kind == 'insert')
+
+
 def _branched(tokens: Tokens, event: Event) -> Tokens:
   """Returns the tokens of a layer of which a part runs on fewer."""
   count = event.slots_out
@@ -257,7 +263,8 @@ def _after(event: Event, now: int) -> int:
   """Returns the slots after an event."""
   if event.reduction.mode == 'mask':
     return now
-  if not (event.slots_in == now and 0 < event.slots_out <= now):
+  fits = event.slots_out >= now if event.kind == 'insert' else 0 < event.slots_out <= now
+  if event.slots_in != now or not fits:
     raise ValueError(f'{event.reduction.name} in layer {event.layer} goes from {event.slots_in} to '
                      f'{event.slots_out} tokens, but {now} are there')
   return now if event.kind == 'branch' else event.slots_out
@@ -297,12 +304,13 @@ def make_method(name: str, args: Mapping[str, Any],
   Args:
     name: a name in the registry.
     args: fields of the method; lists become tuples.
-    registry: methods by name; by default all of `methods()` and `branch_methods()`.
+    registry: methods by name; by default all of `methods()` and `branch_methods()`, and those that
+      insert.
 
   Raises:
     ValueError: for an unknown name or argument; it lists what there is.
   """
-  registry = join(methods(), branch_methods()) if registry is None else registry
+  registry = join(methods(), branch_methods(), INSERTS) if registry is None else registry
   choices.check('method ', name, sorted(registry))
   values.check('args', args, Mapping[str, Any])
   kinds = values.keys_of(registry[name]).kinds
@@ -386,8 +394,6 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
   if len(holds) > 1:
     raise ValueError("the reductions of a tower must agree on what they hold: give all of them "
                      "holds='last', or all holds='none'")
-  if holds == {'last'}:
-    host = host.held()
   flops = [draft for draft in drafts if draft.in_flops]
   if len(flops) > 1:
     raise ValueError(f'{" and ".join(draft.reduction.name for draft in flops)} both have a budget '
@@ -420,7 +426,20 @@ class _Draft:
 
   def steps(self, host: Host) -> tuple[Step, ...]:
     """Returns what the budget asks of each layer."""
+    if self.inserts:
+      layers = parse_layers(self.config.get('layers'), host.depth)
+      budgets = [form for form in BUDGETS if self.config.get(form) is not None]
+      if len(layers) != 1 or budgets:
+        raise ValueError(f'{self.reduction.name} brings all tokens of a kind in before one layer: '
+                         f'give layers as one index, and no {budgets[0] if budgets else "other"}')
+      # A host without such tokens, a prompt without images, has nothing to wait for.
+      return tuple(Step(layer, lambda now, start: now) for layer in layers if self.kinds)
     return solve(self.config, host.depth, _free(host, self.kinds), tuple)
+
+  @property
+  def inserts(self) -> bool:
+    """Returns whether tokens join, rather than leave."""
+    return self.reduction.method.kind == 'insert'
 
 
 def _draft(config: Config, host: Host) -> _Draft:
@@ -428,15 +447,22 @@ def _draft(config: Config, host: Host) -> _Draft:
   values.check_keys('reduce', config, KEYS, unknown='a reduction has no key ')
   name = cast(str, config.get('method'))  # `make_method` rejects None.
   method = make_method(name, config.get('args') or {})
-  site, mode = config.get('site') or method.site, config.get('mode') or 'gather'
+  site, mode = config.get('site') or method.site, config.get('mode') or method.mode or 'gather'
   choices.check('site ', site, host.sites)
   choices.check('mode ', mode, MODES)
+  if method.mode not in ('', mode):
+    raise ValueError(f'{name} with these args takes slots that stay as padding: set '
+                     f'mode={method.mode!r} (got {mode!r})')
   if (mode, site) == ('mask', 'inside'):
     raise ValueError("mode 'mask' keeps all slots, but inside attention the map shrinks with them: "
                      f"use mode='gather', or {name} at another site")
   parts = _parts(name, method, site, config)
   check_needs(name, method, host, site, parts)
-  kinds = reducible_kinds(config.get('token_kinds'), host)
+  named = config.get('token_kinds')
+  if method.kind == 'insert' and not dict(host.counts).get('visual'):
+    kinds = reducible_kinds(named, host) if named not in (None, 'visual') else ()
+  else:
+    kinds = reducible_kinds(named, host)
   holds = config.get('holds') or ('none' if parts else host.holds)
   choices.check('holds ', holds, HOLDS)
   # Where a host numbers tokens in one way alone, a branch does not number them anew.
@@ -496,10 +522,30 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
                  key=lambda turn: (turn[0].layer, SITES.index(turn[1].site)))
   kinds = host.counts or (('', host.slots - host.protected),)
   slots, pools = host.slots, Pools(kinds)
+  for _, draft in turns:
+    if draft.inserts:
+      slots -= _free(host, draft.kinds)
+      pools.left(draft.kinds, 0)
   events: list[Event] = []
   for step, draft in turns:
     free = pools.of(draft.kinds or ('',), functools.partial(_unknown_share, draft))
-    limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free)
+    if draft.inserts:
+      event = _inserted(step, draft, host, slots, free)
+      _check_before(event, events)
+      events, slots = [*events, event], event.slots_out
+      pools.left(draft.kinds, event.slots_out - event.slots_in)
+      continue
+    if events and events[-1].kind == 'insert':
+      _check_behind(step, draft, events[-1])
+    if not free:
+      raise ValueError(f'{draft.reduction.name} cuts in layer {step.layer}, where no '
+                       f'{" or ".join(draft.kinds) or "other"} token is (any more, or yet): cut in '
+                       'other layers')
+    if step.empties and draft.reduction.held:
+      raise ValueError(f'{step.said} leaves no token in layer {step.layer}, but the last one of a '
+                       "prompt must stay: keep 1, or set token_kinds to other kinds than 'text'")
+    limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free,
+                       draft.reduction.held)
     cut = take(step, slots, _free(host, draft.kinds), limits)
     if cut is None and not draft.parts:
       continue
@@ -515,6 +561,39 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
       pools.left(draft.kinds or ('',), free - (cut.slots_in - cut.slots_out))
       slots = cut.slots_out
   return tuple(events)
+
+
+def _inserted(step: Step, draft: _Draft, host: Host, slots: int, there: int) -> Event:
+  """Returns the event at which the tokens of a kind join, of which `there` are there already."""
+  kinds, layer = ' and '.join(draft.kinds), step.layer
+  if not layer or there:
+    since = 'all tokens start' if not layer else 'they have joined before'
+    raise ValueError(f'{draft.reduction.name} brings {kinds} tokens in before layer {layer}, where '
+                     f'they are already: {since}; name one later layer, once')
+  return Event(layer, draft.site, slots, slots + _free(host, draft.kinds), draft.reduction,
+               kind='insert')
+
+
+def _check_before(event: Event, events: Sequence[Event]) -> None:
+  """Raises where tokens are numbered anew before others join at their own positions."""
+  for earlier in events:
+    if earlier.reduction.positions == 'compact':
+      raise ValueError(f'{earlier.reduction.name} numbers tokens anew in layer {earlier.layer}, '
+                       f'and {event.reduction.name} brings others in at their own positions: set '
+                       "positions='keep'")
+
+
+def _check_behind(step: Step, draft: _Draft, event: Event) -> None:
+  """Raises where a method asks for what tokens that have just joined cannot tell."""
+  reduction, last = draft.reduction, event.reduction.name
+  if reduction.positions == 'restart':
+    raise ValueError(f'{reduction.name} has the model run anew on what it keeps, where {last} has '
+                     "no place: set positions='keep'")
+  read = sorted(reduction.method.needs - FREE_OF_ATTENTION)
+  if (step.layer, draft.site) == (event.layer, event.site) and read:
+    raise ValueError(f'{reduction.name} before layer {step.layer} reads {", ".join(read)} of the '
+                     f'layer above, which the tokens of {last} have not run: cut from layer '
+                     f'{step.layer + 1} on')
 
 
 def _unknown_share(draft: _Draft, pool: tuple[str, ...]) -> ValueError:
@@ -668,11 +747,17 @@ def position_policy(positions: str | None, method: Method, host: Host) -> str:
   return chosen
 
 
-def limits_of(method: Method, host: Host, protected: int) -> Limits:
-  """Returns the limits that a host and a method set to budgets, with `protected` slots fixed."""
+def limits_of(method: Method, host: Host, protected: int, held: int = 0) -> Limits:
+  """Returns the limits that a host and a method set to budgets.
+
+  Args:
+    method, host: these.
+    protected: slots that are fixed, and that budgets do not count.
+    held: tokens that are fixed, and that budgets count.
+  """
   return Limits(host.depth, host.slots, protected, method.extra_slots,
-                functools.partial(method.min_slots, protected=protected),
-                'keep' if host.counts else 'refuse')
+                functools.partial(method.min_slots, protected=protected + held),
+                'keep' if host.counts else 'refuse', method.can_empty)
 
 
 def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
@@ -687,7 +772,7 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
   protected = next((event.protected for event in plan.events if event.protected is not None),
                    host.protected)
   before = [Cut(event.layer, event.slots_in, event.slots_out) for event in plan.events]
-  limits = limits_of(reduction.method, host, protected)
+  limits = limits_of(reduction.method, host, protected, reduction.held)
   branch = bool(plan.events) and plan.events[0].kind == 'branch'
   # Tokens are back after a branch, so that each is for itself.
   groups = [[cut] for cut in before] if branch else [before]

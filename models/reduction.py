@@ -28,7 +28,7 @@ from ops.primitives.select import ranks
 from ops.reducers.method import Method, WatchingMethod
 from ops.rope import Rope, sequence_index
 from ops.signals import STATIC, Signals
-from ops.tokens import TokenSet
+from ops.tokens import TEXT, TokenSet
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -60,6 +60,11 @@ class Reduction:
   holds: str = 'none'
 
   @property
+  def held(self) -> int:
+    """Returns how many tokens of a row it holds, of those that its budget counts."""
+    return int(self.holds == 'last' and (self.of is None or TEXT in self.of))
+
+  @property
   def learned(self) -> bool:
     """Returns whether the method has parameters."""
     return isinstance(self.method, nn.Module)
@@ -81,8 +86,9 @@ class Event:
     protected: slots that it must leave alone, padding among them; None for what the tokens say.
     several: whether the plan has other reductions too.
     step: what the budget asked, by which shorter rows find their own counts; None for all alike.
-    kind: 'cut', there are fewer tokens from here on; or 'branch', a part of the layer runs on fewer
-      tokens, and what it adds to them is added to the residual stream: all tokens stay.
+    kind: 'cut', there are fewer tokens from here on; 'insert', tokens join that have waited; or
+      'branch', a part of the layer runs on fewer tokens, and what it adds to them is added to the
+      residual stream: all tokens stay.
     parts: which part of the layer a branch is, one of `models.plan.PARTS`.
   """
 
@@ -98,11 +104,11 @@ class Event:
   parts: str = ''
 
   def kept(self, now: Array, start: Array, most: int) -> Array:
-    """Returns how many of its free tokens each row keeps, int32[B].
+    """Returns how many of the tokens that its budget counts each row keeps, int32[B].
 
     Args:
-      now: int32[B], free tokens.
-      start: int32[B], free tokens when they entered the first layer.
+      now: int32[B], tokens that it counts.
+      start: int32[B], those that entered the first layer.
       most: the largest that `start` can be.
     """
     if self.step is None:
@@ -111,7 +117,8 @@ class Event:
     # Worked out on the host, exactly: products of a ratio may not fit into int32.
     counts = np.arange(most + 1)
     asked = np.minimum(self.step.keep(counts, counts), np.iinfo(np.int32).max)
-    least = np.array([self.method.min_slots(int(n) + fixed, fixed) - fixed for n in counts])
+    least = np.array([self.method.min_slots(int(n) + fixed, fixed + self.reduction.held) - fixed
+                      for n in counts])
     index = start if self.step.of == 'start' else now
     kept: Array = self.step.kept(jnp.asarray(asked, jnp.int32)[index], now,
                                  jnp.asarray(least, jnp.int32)[now])
@@ -253,6 +260,29 @@ def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
     overflow = jnp.maximum(assignment.wanted - (room if isinstance(room, int) else room[:, 0]), 0)
   return Reduced(reduced.replace(of=tokens.of, protected=tokens.protected), assignment, losses,
                  overflow)
+
+
+def insert(tokens: TokenSet, joining: TokenSet, place: Place) -> TokenSet:
+  """Returns tokens with others that have waited, in causal order where there is one.
+
+  Args:
+    tokens: N slots.
+    joining: I slots of the same rows, which have not run (`ops.tokens.part`).
+    place: where this happens.
+
+  Returns:
+    N + I slots.
+  """
+  def join(tokens: TokenSet, joining: TokenSet) -> TokenSet:
+    joined = tk.join(tokens, joining)
+    if not place.causal:
+      return joined
+    ordered = tk.reduce(joined, Gather(_position_order(joined), joined.slots))
+    return ordered.replace(padding='last')
+
+  with jax.named_scope('reduction'):
+    inserted: TokenSet = place.by_rows(join)(tokens, joining)
+    return inserted
 
 
 def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,

@@ -78,6 +78,8 @@ class Stack(nn.Module):
     layers: (start, stop) to run layers start to stop - 1 alone, None for all.
     causal: whether the blocks are causal, as `models.reduction.Place` has it.
     rope: how positions become rotations, passed to methods, or None.
+    others: a block with the same parameters that runs some layers in place of `block`, and these
+      layers; None for none.
   """
 
   block: ReducibleBlock
@@ -90,6 +92,7 @@ class Stack(nn.Module):
   layers: tuple[int, int] | None = None
   causal: bool = False
   rope: Rope | None = None
+  others: tuple[ReducibleBlock, tuple[int, ...]] | None = None
 
   @nn.compact
   def __call__(self, tokens: TokenSet, tap: Tap | None = None) -> tuple[TokenSet, Outputs]:
@@ -113,13 +116,20 @@ class Stack(nn.Module):
     choices.check('remat=', self.remat, REMAT)
     weights = self._weights(tokens)
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
-    budgets = row_budgets(self.plan.events, tokens) if self.plan else ()
+    events = [self._of_row(event) for event in self.plan.events] if self.plan else []
+    budgets = row_budgets(events, tokens)
     out: Outputs = {'before': {}, 'cuts': {}, 'branches': {}, 'overflow': {}, 'losses': {},
                     'hidden': [], 'taps': [], 'budgets': budgets}
     signals = Signals()
+    waiting = {}
+    for event in self.plan.inserts if self.plan else ():
+      tokens, waiting[event] = self.place.by_rows(functools.partial(_part, event))(tokens, signals)
     for start, stop in self._stages(weights, tap):
       for event in self._events(start, 'before'):
-        tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
+        if event in waiting:
+          tokens, signals = reduction.insert(tokens, waiting[event], self.place), Signals()
+        else:
+          tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
       if stop - start > 1:
         tokens, hidden, taps = self._run(tokens, weights, start, stop, key, tap)
         out['hidden'] += hidden
@@ -278,15 +288,24 @@ class Stack(nn.Module):
     start, end = self.layers or (0, self.depth)
     while start < end:
       stop = start + 1
-      while start not in alone and stop < end and stop not in alone and stop not in begins:
+      while (start not in alone and stop < end and stop not in alone and stop not in begins
+             and self._block(stop) is self._block(start)):
         stop += 1
       yield start, stop
       start = stop
+
+  def _block(self, layer: int | Array) -> ReducibleBlock:
+    """The block that runs a layer, or a run of equal ones."""
+    return self.others[0] if self.others and layer in self.others[1] else self.block
 
   def _events(self, layer: int, *sites: str) -> tuple[Event, ...]:
     """The plan's events at some sites of a layer, or all, that change something."""
     events = self.plan.at(layer, *sites) if self.plan else ()
     return tuple(event for event in events if not event.idle)
+
+  def _of_row(self, event: Event) -> Event:
+    """An event as it is for each row of the batch that layers see."""
+    return event
 
   def _acting(self, layer: int) -> tuple[Reduction, ...]:
     """The methods that act on signals of a layer: an event before a layer reads the one above."""
@@ -322,8 +341,10 @@ class Stack(nn.Module):
     return args
 
   def _layer(self, params: Params | LayerSlice, index: int | Array, key: Array | None,
-             method: str, tokens: TokenSet, *args: Any, **kwargs: Any) -> Any:
+             method: str, tokens: TokenSet, *args: Any, block: ReducibleBlock | None = None,
+             **kwargs: Any) -> Any:
     """Calls one method of the block with one layer's parameters and random key."""
+    block = block or self._block(index)
     if method != 'feed_forward':
       kwargs['proportional'] = bool(self.plan and self.plan.proportional)
     rngs = None if key is None else {'dropout': jax.random.fold_in(key, index)}
@@ -331,7 +352,7 @@ class Stack(nn.Module):
     def call(params: Params | LayerSlice, tokens: TokenSet) -> Any:
       # Here, so that the backward pass reads them anew instead of keeping them.
       params = params.read() if isinstance(params, LayerSlice) else params
-      return self.block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
+      return block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
 
     decides = method == 'attend_and_cut' or 'choose' in kwargs
     if self.remat != 'none' and not decides:  # A decision must be taken once.
@@ -348,7 +369,7 @@ class Stack(nn.Module):
       index, own = item
       tokens = self._divide_rows(tokens)
       params = layer_of(weights, index) if own is None else LayerSlice(weights, own, index)
-      layer = functools.partial(self._layer, params, index, key)
+      layer = functools.partial(self._layer, params, index, key, block=self._block(start))
       attended, signals = self._attend(index, layer, tokens, needs, tap)
       tokens, signals = _feed(layer, attended, signals, needs & MLP_SIGNALS)
       read = tap.read(start, attended, signals) if tap else None
@@ -423,10 +444,6 @@ class Stack(nn.Module):
     number = next(i for i, own in enumerate(self.plan.events) if own is event)
     return cast(Array | None, out['budgets'][number])
 
-  def _of_row(self, event: Event) -> Event:
-    """An event as that of one row of the batch."""
-    return event
-
   def _follow(self, signals: Signals, reduced: Reduced) -> Signals:
     """Signals of the slots that are left, each its anchor's."""
     if self.plan is None or len(self.plan.reductions) == 1 or self.plan.masked:
@@ -476,6 +493,13 @@ class Stack(nn.Module):
       out['overflow'][layer] = reduced.overflow + out['overflow'].get(layer, 0)
     out['losses'].update({f'{name}_{layer:02d}': value for name, value in reduced.losses.items()})
     return reduced
+
+
+def _part(event: Event, tokens: TokenSet, signals: Signals) -> tuple[TokenSet, TokenSet]:
+  """Tokens without those that join at an event, and these."""
+  del signals
+  kinds = event.reduction.of or tokens.of
+  return tk.part(tokens, kinds, event.slots_out - event.slots_in)
 
 
 def _add_back(tokens: TokenSet, run: Reduced, change: Array, event: Event, part: str) -> TokenSet:

@@ -12,6 +12,7 @@ extra columns of q and k, because the bias they accept themselves is an N x S bu
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -53,6 +54,22 @@ class Attended(struct.PyTreeNode):
   lse: Array
 
 
+class Mutual(struct.PyTreeNode):
+  """Names what is seen beside the keys that causal attention shows.
+
+  Attributes:
+    queries: bool[B, N], the queries that see more.
+    keys: bool[B, S], the keys that all of these see, wherever they stand; none of them a query.
+  """
+
+  queries: Array
+  keys: Array
+
+  def of(self, index: Array) -> Mutual:
+    """Returns the same of the queries int[B, R]."""
+    return self.replace(queries=jnp.take_along_axis(self.queries, index, axis=1))
+
+
 def pick(platform: str, dtype: DTypeLike) -> str:
   """The implementation for a platform ('cpu', 'gpu', 'cuda', 'tpu', ...) and a dtype.
 
@@ -66,7 +83,8 @@ def pick(platform: str, dtype: DTypeLike) -> str:
 
 
 def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: bool = False,
-           positions: Array | None = None, window: int | None = None, scale: float | None = None,
+           positions: Array | None = None, window: int | None = None,
+           mutual: Mutual | None = None, scale: float | None = None,
            implementation: str = 'xla') -> Attended:
   """Softmax attention with the log-sum-exp of its rows.
 
@@ -82,6 +100,8 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
       that query i sees the keys whose position is not after its own. None where slots are in order.
     window: with causal attention, how many positions back from its own a query sees, its own among
       them; None for all. Only 'xla' has it.
+    mutual: with causal attention, what some queries see beside that. A fused kernel runs twice:
+      once forwards, and once backwards over these keys alone; the log-sum-exps join the two.
     scale: of the logits, a Python number; d ** -0.5 when None.
     implementation: one of `IMPLEMENTATIONS`; see `pick`. 'cudnn' needs a GPU and half precision,
       'splash' a TPU. Over several TPU chips 'splash' must run inside `jax.shard_map`. It scales the
@@ -101,7 +121,9 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
                      "implementation='xla', or shorter inputs, which need no window")
   if implementation == 'xla':
     last = jnp.arange(q.shape[1])[None] if causal and positions is None else positions
-    return Attended(*_xla(q, k, v, bias, scale, last, positions, window))
+    return Attended(*_xla(q, k, v, bias, scale, last, positions, window, mutual))
+  if mutual is not None:
+    return _attend_mutually(q, k, v, bias, positions, mutual, scale, implementation)
   fused = _FUSED[implementation]
   if positions is None:
     return Attended(*fused(causal, scale, q, k, v, bias))
@@ -115,7 +137,8 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
 
 def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
          scale: float | None = None, last: Array | None = None,
-         positions: Array | None = None, window: int | None = None) -> Array:
+         positions: Array | None = None, window: int | None = None,
+         mutual: Mutual | None = None) -> Array:
   """Exact rows of the attention map, float32[B, H, R, S], for the named queries only.
 
   Args:
@@ -127,11 +150,12 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
     last: int32[R] or [B, R], the last key each row sees in causal attention; None when it sees all.
     positions: int32[B, S], the positions of the keys that `last` speaks of; None for their slots.
     window: how many positions back from its last one a row sees, None for all.
+    mutual: what `attend` had, of the named queries.
   """
   chex.assert_rank((q, k), 4)
   if lse is not None:
     chex.assert_shape(lse, q.shape[:3])
-  logits = _logits(q, k, bias, scale, last, positions, window)
+  logits = _logits(q, k, bias, scale, last, positions, window, mutual)
   if lse is None:
     return jax.nn.softmax(logits, axis=-1)
   return jnp.exp(logits - jnp.swapaxes(lse, 1, 2)[..., None])
@@ -140,7 +164,7 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
 def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
              query_valid: Array | None = None, scale: float | None = None, causal: bool = False,
              positions: Array | None = None, last: Array | None = None,
-             window: int | None = None, chunk: int = 32) -> Array:
+             window: int | None = None, mutual: Mutual | None = None, chunk: int = 32) -> Array:
   """Mean over queries of the attention each key receives, float32[B, H, S].
 
   Queries are taken `chunk` at a time, forwards and backwards, so the largest buffer is
@@ -150,7 +174,7 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
     q: float[B, N, H, d].
     k: float[B, S, K, d].
     lse: float32[B, N, H] from `attend`, or None as in `rows`.
-    bias, scale, causal, positions, window: what `attend` had.
+    bias, scale, causal, positions, window, mutual: what `attend` had, `mutual` of these queries.
     last: int32[B, N], the positions of the queries where these are not all the tokens.
     query_valid: bool[B, N], the queries that count; all when None. A row without any gives zeros.
     chunk: queries at a time.
@@ -162,14 +186,16 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
   # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
   @jax.checkpoint
   def step(total: Array, item: tuple[Array, ...]) -> tuple[Array, None]:
-    index, q, lse, counts, last = item
+    index, q, lse, counts, last, more = item
     if causal and last is None:
       last = index * chunk + jnp.arange(chunk)
-    part = rows(q, k, lse, bias=bias, scale=scale, last=last, positions=positions, window=window)
+    part = rows(q, k, lse, bias=bias, scale=scale, last=last, positions=positions, window=window,
+                mutual=mutual and mutual.replace(queries=more))
     return total + jnp.sum(jnp.where(counts[:, None, :, None], part, 0.0), axis=2), None
 
   last = positions if last is None else last
-  chunks = jax.tree.map(lambda x: _cut(x, chunk), (q, lse, counts, last))
+  chunks = jax.tree.map(lambda x: _cut(x, chunk),
+                        (q, lse, counts, last, mutual and mutual.queries))
   # The zeros depend on q so that they vary over the same mesh axes inside a shard_map.
   start = jnp.zeros((batch, heads, k.shape[1]), jnp.float32) + 0.0 * jnp.sum(q[:0])
   total, _ = jax.lax.scan(step, start, (jnp.arange(-(-length // chunk)), *chunks))
@@ -178,12 +204,13 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
 
 def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None = None,
           causal: bool = False, positions: Array | None = None,
-          window: int | None = None) -> Array:
+          window: int | None = None, mutual: Mutual | None = None) -> Array:
   """The whole attention map, float32[B, H, N, S], for methods that act inside attention."""
   last = positions
   if causal and last is None:
     last = jnp.arange(q.shape[1])
-  return rows(q, k, None, bias=bias, scale=scale, last=last, positions=positions, window=window)
+  return rows(q, k, None, bias=bias, scale=scale, last=last, positions=positions, window=window,
+              mutual=mutual)
 
 
 def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = None,
@@ -292,8 +319,9 @@ def _check(q: Array, k: Array, v: Array, bias: Array | None) -> None:
 
 def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
             last: Array | None, positions: Array | None = None,
-            window: int | None = None) -> Array:
-  """float32[B, H, N, S]; keys after `last`, or `window` or more before it, are hidden."""
+            window: int | None = None, mutual: Mutual | None = None) -> Array:
+  """float32[B, H, N, S]; keys after `last`, or `window` or more before it, are hidden, but for
+  those of `mutual`."""
   batch, length, heads, features = q.shape
   kv_heads = k.shape[2]
   grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, features)
@@ -311,8 +339,26 @@ def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
     seen = keys[:, None, None] <= last
     if window is not None:
       seen &= keys[:, None, None] > last - window
+    if mutual is not None:
+      seen |= mutual.queries[:, None, :, None] & mutual.keys[:, None, None]
     logits = jnp.where(seen, logits, -jnp.inf)
   return logits
+
+
+def _attend_mutually(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | None,
+                     mutual: Mutual, scale: float, implementation: str) -> Attended:
+  """`attend` with `mutual` by a kernel that masks causally alone."""
+  run = functools.partial(attend, causal=True, scale=scale, implementation=implementation)
+  seen = run(q, k, v, bias=bias, positions=positions)
+  # Keys behind a query are those before it in the reversed order.
+  only = jnp.where(mutual.keys, 0.0 if bias is None else bias, HIDDEN_LOGIT)
+  if positions is None:
+    behind = run(q[:, ::-1], k[:, ::-1], v[:, ::-1], bias=only[:, ::-1])
+    behind = jax.tree.map(lambda x: x[:, ::-1], behind)
+  else:
+    behind = run(q, k, v, bias=only, positions=-positions)
+  logit = jnp.where(mutual.queries[..., None], behind.lse, HIDDEN_LOGIT)
+  return _mix_in(seen, logit, behind.out.astype(jnp.float32))
 
 
 def _rearranged(x: Array, order: Array) -> Array:
@@ -353,27 +399,30 @@ def _highest(q: Array, k: Array, bias: Array | None, scale: float | None,
 
 
 def _xla(q: Array, k: Array, v: Array, bias: Array | None, scale: float, last: Array | None,
-         positions: Array | None, window: int | None) -> tuple[Array, Array]:
+         positions: Array | None, window: int | None,
+         mutual: Mutual | None) -> tuple[Array, Array]:
   """out and lse, of a large map in parts of some queries each; the arguments are `_logits`'."""
   # Not jax.nn.dot_product_attention: it rounds the log-sum-exp to the dtype of the keys, which puts
   # bfloat16 rows wrong by percents, and cuts its gradient.
 
-  def some(item: tuple[Array, Array | None]) -> tuple[Array, Array]:
-    q, last = item
-    return _weigh(_logits(q, k, bias, scale, last, positions, window), q, v)
+  def some(item: tuple[Array, Array | None, Array | None]) -> tuple[Array, Array]:
+    q, last, more = item
+    own = mutual and mutual.replace(queries=more)
+    return _weigh(_logits(q, k, bias, scale, last, positions, window, own), q, v)
 
   length, keys = q.shape[1], k.shape[1]
+  every = (q, last, None if mutual is None else mutual.queries)
   if length * keys <= _WHOLE:
-    return some((q, last))
+    return some(every)
   # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
   some = jax.checkpoint(some)
   chunk = min(length, max(1, _PART // keys))
   # What a whole number of chunks leaves over is a part of its own, so that nothing is padded.
   whole = length - length % chunk
-  items = jax.tree.map(lambda x: _cut(x[:, :whole], chunk), (q, last))
+  items = jax.tree.map(lambda x: _cut(x[:, :whole], chunk), every)
   parts = [jax.tree.map(_joined, jax.lax.map(some, items))]
   if whole < length:
-    parts.append(some(jax.tree.map(lambda x: x[:, whole:], (q, last))))
+    parts.append(some(jax.tree.map(lambda x: x[:, whole:], every)))
   return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *parts)
 
 

@@ -10,7 +10,8 @@ slots that a method adds (EViT's fused token) come on top. The forms:
   keep_ratio=0.7            in every listed layer, of its tokens (ratio_of='current') or
                             0.7, 0.49, … of what the model started with (ratio_of='start')
   keep_ratio=(0.7, 0.5)     one a listed layer, of either
-  keep=(48, 32, 16)         counts, one for all or one a listed layer
+  keep=(48, 32, 16)         counts, one for all or one a listed layer; here and in keep_ratio, 0
+                            leaves nothing that may be touched, where a method can
   flops_ratio=0.6           of the unreduced model's MACs, solved to counts: at most this, as close
   gmacs=2.9                 as integers come
 
@@ -73,6 +74,7 @@ class Step:
     said: the budget as a config writes it, for errors; '' where it gives way to what is possible.
     of: which of the two decides, 'current' or 'start'; '' for neither (a count).
     extra: slots that the method adds to those it keeps.
+    empties: whether nothing is to stay that may be touched.
   """
 
   layer: int
@@ -80,6 +82,7 @@ class Step:
   said: str = ''
   of: str = 'current'
   extra: int = 0
+  empties: bool = False
 
   def kept(self, count: Any, now: Any, least: Any) -> Any:
     """Returns how many free tokens stay, as far as a method can: counts, or arrays of them.
@@ -89,6 +92,8 @@ class Step:
       now: free tokens.
       least: the fewest that the method can leave.
     """
+    if self.empties:
+      return 0 * now
     extra = self.extra if self.said else 0
     below = (count < now) & (count + extra < now)
     lower = count + extra
@@ -123,6 +128,7 @@ class Limits:
     extra: slots that the method adds to those it keeps.
     min_slots: slots -> the fewest that the method can leave of them, protected ones included.
     short: one of `SHORT`.
+    can_empty: whether the method may leave the protected tokens alone, where a budget says 0.
   """
 
   depth: int
@@ -131,6 +137,7 @@ class Limits:
   extra: int = 0
   min_slots: Callable[[int], int] = lambda slots: 1
   short: str = 'refuse'
+  can_empty: bool = False
 
 
 def resolve(budget: Mapping[str, Any], limits: Limits, *,
@@ -221,8 +228,10 @@ def take(step: Step, slots: int, start: int, limits: Limits) -> Cut | None:
     ValueError: as `walk`.
   """
   free = slots - limits.protected
+  if step.empties:
+    return _emptied(step, slots, limits)
   count = step.keep(free, start)
-  if step.of == '' and count > free and limits.short == 'refuse':
+  if step.of == '' and (count < 1 or (count > free and limits.short == 'refuse')):
     raise ValueError(f'{step.said} in layer {step.layer} is impossible: {free} tokens are there to '
                      f'keep, so give 1 to {free}')
   step = dataclasses.replace(step, extra=limits.extra)
@@ -312,8 +321,8 @@ def _keep_ratio(value: float | Sequence[float], layers: Sequence[int], rounding:
                 base: str) -> tuple[Step, ...]:
   ratio_by_layer = per_layer(value, layers, 'keep_ratio')
   for share in ratio_by_layer:
-    if not _is_number(share) or not 0 < share <= 1:
-      raise ValueError(f'keep_ratio={share!r} is outside (0, 1]: it is the share of tokens that '
+    if not _is_number(share) or not 0 <= share <= 1:
+      raise ValueError(f'keep_ratio={share!r} is outside [0, 1]: it is the share of tokens that '
                        'stays')
   steps = []
   for i, (layer, share) in enumerate(zip(layers, ratio_by_layer, strict=True)):
@@ -321,7 +330,7 @@ def _keep_ratio(value: float | Sequence[float], layers: Sequence[int], rounding:
     if base == 'start' and not isinstance(value, Sequence):
       ratio = ratio ** (i + 1)
     keep = functools.partial(_share, ROUNDING[rounding], ratio, base)
-    steps.append(Step(layer, keep, f'keep_ratio={float(share)}', base))
+    steps.append(Step(layer, keep, f'keep_ratio={float(share)}', base, empties=not share))
   return tuple(steps)
 
 
@@ -333,16 +342,26 @@ def _share(rounded: Callable[[Any, int], Any], ratio: Fraction, base: str, now: 
 def _keep(value: int | Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
   steps = []
   for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
-    if not _is_count(count) or count < 1:
+    if not _is_count(count):
       raise ValueError(f'keep={count!r} in layer {layer} is impossible: it is how many tokens '
                        'stay, so give 1 or more')
-    steps.append(Step(layer, functools.partial(_exactly, int(count)), f'keep={count}', ''))
+    steps.append(Step(layer, functools.partial(_exactly, int(count)), f'keep={count}', '',
+                      empties=not count))
   return tuple(steps)
 
 
 def _exactly(count: int, now: Counts, start: Counts) -> Counts:
   del start
   return count + 0 * now
+
+
+def _emptied(step: Step, slots: int, limits: Limits) -> Cut:
+  if not limits.can_empty or not limits.protected:
+    why = ('nothing would be left at all' if limits.can_empty else
+           'this method must leave one at least')
+    raise ValueError(f'{step.said} leaves no token in layer {step.layer}, but {why}: raise the '
+                     'budget, or let another method take all tokens of a kind')
+  return Cut(step.layer, slots, limits.protected, step)
 
 
 def _check(step: Step, kept: int, slots: int, limits: Limits) -> None:

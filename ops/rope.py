@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops.values import CountOrZero, NotNegative, OneOf, Positive, Width, check_fields
+from ops.values import Count, CountOrZero, NotNegative, OneOf, Positive, Width, check_fields
 
 Array = jax.Array
 
 SCALINGS = ('none', 'linear', 'llama3', 'yarn')
 SPREADS = ('blocks', 'interleaved')
+# Strides of V2PE that make up a position.
+V2PE_STEPS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Rope:
     sections: M-RoPE (Qwen2-VL, arXiv:2409.12191): how many of the d / 2 frequencies turn with time,
       height and width; empty for one position a token.
     spread: how the sections lie: in 'blocks', or 'interleaved' (Qwen3-VL).
+    steps: what the sections' positions count: 1 / steps of a position each (V2PE).
   """
 
   width: Width
@@ -58,6 +61,7 @@ class Rope:
   rounded: bool = True
   sections: tuple[CountOrZero, ...] = ()
   spread: Annotated[str, OneOf(SPREADS)] = 'blocks'
+  steps: Count = 1
 
   def __post_init__(self) -> None:
     check_fields(self)
@@ -102,6 +106,12 @@ class Rope:
         columns[axis:len(self.sections) * self.sections[axis]:len(self.sections)] = axis
     return columns
 
+  def after(self, pos: Array, step: Array) -> Array:
+    """Returns the position of text that comes `step` tokens after a position int[B] or [B, P]."""
+    if self.steps == 1:
+      return pos + step
+    return pos + step * jnp.asarray([[1] + [self.steps] * len(self.sections)])
+
   def rotate(self, x: Array, pos: Array) -> Array:
     """Turns float[..., H, d] by int[...] (or, with sections, [..., P]): the same shape and dtype.
 
@@ -118,7 +128,7 @@ class Rope:
                        + (f'{1 + len(self.sections)} numbers a token, the place in the sequence '
                           'and one a section' if self.sections else 'one number a token'))
     angles = pos.astype(jnp.float32)
-    angles = angles[..., 1 + self.axes()] if self.sections else angles[..., None]
+    angles = angles[..., 1 + self.axes()] / self.steps if self.sections else angles[..., None]
     frequencies = self.frequencies()
     angles = angles * frequencies.reshape((1,) * (angles.ndim - 1) + frequencies.shape)
     cos, sin = (self.amplitude * f(angles)[..., None, :] for f in (jnp.cos, jnp.sin))
@@ -132,7 +142,7 @@ def sequence_index(pos: Array) -> Array:
   return pos if pos.ndim == 2 else pos[..., 0]
 
 
-def v2pe_positions(visual: Array, *, stride: int, steps: int = 256,
+def v2pe_positions(visual: Array, *, stride: int, steps: int = V2PE_STEPS,
                    valid: Array | None = None) -> Array:
   """Positions by which visual tokens take less room than text.
 
@@ -152,6 +162,12 @@ def v2pe_positions(visual: Array, *, stride: int, steps: int = 256,
   Raises:
     ValueError: a stride that is not in 1 to `steps`.
   """
+  return v2pe_steps(visual, stride=stride, steps=steps, valid=valid) / steps
+
+
+def v2pe_steps(visual: Array, *, stride: int, steps: int = V2PE_STEPS,
+               valid: Array | None = None) -> Array:
+  """Returns `v2pe_positions` counted in steps, int32[B, N]; it takes and raises the same."""
   if not 1 <= stride <= steps:
     raise ValueError(f'stride={stride} must be in 1 to {steps}')
   real = jnp.ones(visual.shape, bool) if valid is None else valid
@@ -162,4 +178,4 @@ def v2pe_positions(visual: Array, *, stride: int, steps: int = 256,
   before = jnp.pad(ended, ((0, 0), (1, 0)))[:, :-1]
   whole = -(-(ended - before) * stride // steps)
   start = jnp.cumsum(text + whole, axis=1) - 1
-  return start.astype(jnp.float32) + (seen - ended) * (stride / steps)
+  return start * steps + (seen - ended) * stride

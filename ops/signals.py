@@ -132,7 +132,8 @@ NEXT_LAYER, MLP_SIGNALS = (
 def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array | None,
             bias: Array | None = None, hidden: Array | None = None,
             query_valid: Array | None = None, cls_slot: int = 0,
-            positions: Array | None = None, window: int | None = None, rows: Array | None = None,
+            positions: Array | None = None, window: int | None = None,
+            mutual: attention.Mutual | None = None, rows: Array | None = None,
             max_rows: int | None = None, span: int = 0) -> Signals:
   """Computes the named signals of one attention layer, beside fused attention.
 
@@ -147,7 +148,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     cls_slot: where the [CLS] token sits.
     positions: int32[B, N] where attention is causal by them (`attention.attend_after_cut`), else
       None.
-    window: of causal attention, as `attention.attend_after_cut` has it.
+    window, mutual: of causal attention, as `attention.attend` has them.
     rows: bool[B, N], the queries of row_attention.
     max_rows: how many there are at most, None for N.
     span: W, rows of window_attention.
@@ -161,12 +162,14 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
         last=None if positions is None else positions[:, row])[:, :, 0]
   if 'received_attention' in needs:
     measured['received_attention'] = attention.received(
-        q, k, lse, bias=bias, positions=positions, query_valid=query_valid, window=window)
+        q, k, lse, bias=bias, positions=positions, query_valid=query_valid, window=window,
+        mutual=mutual)
 
   def attention_rows(index: Array) -> Array:
     """Attention rows of the queries at int[B, R], float32[B, H, R, N]."""
     return attention.rows(take(q, index), k, _take(lse, index), bias=bias,
-                          last=_take(positions, index), positions=positions, window=window)
+                          last=_take(positions, index), positions=positions, window=window,
+                          mutual=mutual and mutual.of(index))
 
   if needs & {'last_attention', 'window_attention'}:
     by_position = latest(positions, query_valid, q.shape[:2])
@@ -185,7 +188,8 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     index = jnp.argsort(~rows, axis=1, stable=True)[:, :max_rows]
     measured['row_attention'] = attention.received(
         take(q, index), k, _take(lse, index), bias=bias, query_valid=take(rows, index),
-        last=_take(positions, index), positions=positions, window=window)
+        last=_take(positions, index), positions=positions, window=window,
+        mutual=mutual and mutual.of(index))
   return Signals(**measured)
 
 

@@ -9,6 +9,7 @@ A axes of a position beside its place in the sequence (3 for M-RoPE: time, heigh
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -116,6 +117,38 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
                            valid=source.real, stats=stats,
                            padding='last' if side == 'right' else 'anywhere')
   return tokens, jnp.where(count > 0, starts + shift, total)
+
+
+def unmerged(tokens: TokenSet, slot: Array, valid: Array, is_image: Array, owner: Array,
+             kept: Array, *, side: str = 'right') -> TokenSet:
+  """Returns a sequence that knows the original tokens of its images (ops/unmerge.py).
+
+  Args:
+    tokens: of `splice`, N slots.
+    slot: int32[B, T], the slot of each id, of `splice`.
+    valid, is_image: bool[B, T], of `splice`.
+    owner: int32[B, I, P], for each original token of an image that of its V tokens that holds it,
+      -1 for none.
+    kept: bool[B, I, V], which of these are real.
+    side: where padding goes.
+
+  Returns:
+    The tokens, with owner and places int32[B, T + I P], and each at the latest of its places.
+  """
+  rank = jnp.cumsum(kept, axis=2, dtype=jnp.int32) - 1
+  held = jnp.maximum(owner, 0)
+  number = jnp.where((owner >= 0) & jnp.take_along_axis(kept, held, axis=2),
+                     jnp.take_along_axis(rank, held, axis=2), -1)
+  order = jnp.argsort(~(is_image & valid), axis=1, stable=True)[:, :owner.shape[1]]
+  first = take(slot, order)[..., None]
+  # What is spliced is the number of the slot that holds each token.
+  numbers = jnp.where(number >= 0, first + number, -1)[..., None].astype(jnp.float32)
+  whole, _ = splice(slot[..., None].astype(jnp.float32), valid, is_image, Visual(numbers),
+                    side=side)
+  owner = jnp.where(whole.real, whole.x[..., 0].astype(jnp.int32), -1)
+  latest = jax.vmap(functools.partial(jax.ops.segment_max, num_segments=tokens.slots))(
+      whole.pos, jnp.where(owner >= 0, owner, tokens.slots))
+  return tokens.replace(owner=owner, places=whole.pos, pos=jnp.maximum(latest, 0))
 
 
 class _Sources(NamedTuple):

@@ -42,6 +42,8 @@ class TokenSet(struct.PyTreeNode):
     held: bool[B, N], True for slots that no reduction may touch, whatever their kind (the last
       token of a prompt, which predicts); None for none.
     stats: a method's memory between layers, {name: [B, N, ...]}; follows the slot's anchor.
+    places: int32[B, T], positions of the original tokens, where attention runs among these
+      (ops/unmerge.py); else None.
     budget: int32[B], how many of its free tokens each row keeps in the reduction at hand, at most
       those it has; None for as many as fit. Reductions fill no more slots than that in any row.
     of: the kinds that the reduction at hand may touch. Static.
@@ -57,6 +59,7 @@ class TokenSet(struct.PyTreeNode):
   valid: Array | None = None
   size: Array | None = None
   held: Array | None = None
+  places: Array | None = None
   budget: Array | None = None
   stats: dict[str, Array] = struct.field(default_factory=dict)
   of: tuple[int, ...] = struct.field(pytree_node=False, default=(VISUAL,))
@@ -161,6 +164,57 @@ def count(flags: Array) -> Array:
   return jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
 
 
+def part(tokens: TokenSet, kinds: tuple[int, ...], number: int) -> tuple[TokenSet, TokenSet]:
+  """Parts tokens by kind.
+
+  Args:
+    tokens: N slots.
+    kinds: of the second part.
+    number: I, slots of these kinds in every row, padding included.
+
+  Returns:
+    The others, N - I slots, and those, I slots; each knows its own of the original tokens.
+  """
+  chosen = jnp.zeros(tokens.kind.shape, bool)
+  for kind in kinds:
+    chosen |= tokens.kind == kind
+  order = jnp.argsort(chosen, axis=1, stable=True).astype(jnp.int32)
+  rest = tokens.slots - number
+  parts = (reduce(tokens, Gather(src, tokens.slots)) for src in (order[:, :rest], order[:, rest:]))
+  first, second = (each.replace(padding=tokens.padding) for each in parts)
+  return first, second
+
+
+def join(first: TokenSet, second: TokenSet) -> TokenSet:
+  """Joins the slots of two parts of the same original tokens, the first one's in front.
+
+  Args:
+    first, second: N and I slots; what methods took down of the first alone is 0 in the second.
+
+  Returns:
+    N + I slots.
+  """
+  def both(name: str, default: Callable[[TokenSet], Array]) -> Array | None:
+    values = [getattr(each, name) for each in (first, second)]
+    if all(value is None for value in values):
+      return None
+    return jnp.concatenate([default(each) if value is None else value
+                            for each, value in zip((first, second), values, strict=True)], axis=1)
+
+  def concatenated(one: Array, other: Array) -> Array:
+    return jnp.concatenate([one, other], axis=1)
+
+  stats = {name: concatenated(value, second.stats.get(name, jnp.zeros(
+      (*second.kind.shape, *value.shape[2:]), value.dtype))) for name, value in first.stats.items()}
+  later = jnp.where(second.owner >= 0, second.owner + first.slots, -1)
+  return first.replace(
+      x=concatenated(first.x, second.x.astype(first.x.dtype)),
+      pos=concatenated(first.pos, second.pos), kind=concatenated(first.kind, second.kind),
+      owner=jnp.where(first.owner >= 0, first.owner, later), stats=stats, padding='anywhere',
+      valid=both('valid', lambda each: each.real), size=both('size', lambda each: each.sizes),
+      held=both('held', lambda each: jnp.zeros(each.kind.shape, bool)))
+
+
 def identity(tokens: TokenSet) -> Gather:
   """The assignment that changes nothing."""
   batch, slots = tokens.x.shape[:2]
@@ -175,7 +229,11 @@ def decide(method: Callable[..., Assignment], tokens: TokenSet, signals: object,
   """
   if num_slots >= tokens.slots:
     return identity(tokens)
-  answer = method(tokens, signals, num_slots=num_slots)
+  return whole_rows(method(tokens, signals, num_slots=num_slots), tokens, num_slots)
+
+
+def whole_rows(answer: Assignment, tokens: TokenSet, num_slots: int) -> Assignment:
+  """Returns an answer where rows that lose nothing stay as they are, real slots first."""
   if tokens.budget is None:
     return answer
   order = jnp.argsort(~tokens.real, axis=1, stable=True)[:, :answer.src.shape[1]]

@@ -10,12 +10,13 @@ Axes: B batch, M slots, T original tokens, H heads, K kv heads, d features a hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from ops import attention
 from ops.assignments import take
-from ops.attention import HIDDEN_LOGIT
+from ops.attention import HIDDEN_LOGIT, Attended
 
 Array = jax.Array
 
@@ -64,23 +65,21 @@ def scores(q: Array, k: Array, owner: Array, cos: Array, sin: Array, *,
   return logits * (q.shape[3] ** -0.5 if scale is None else scale)
 
 
-def attend(q: Array, k: Array, v: Array, owner: Array, cos: Array, sin: Array, *, causal: bool,
-           scale: float | None = None, implementation: str = 'xla') -> Array:
+def attend(q: Array, k: Array, v: Array, owner: Array, turn: Callable[[Array], Array], *,
+           mix: Callable[..., Attended]) -> Array:
   """Attention among all original tokens, averaged over those of each slot.
 
   Args:
-    q: float[B, M, H, d], of the slots, not rotated.
+    q: float[B, M, H, d], of the slots.
     k, v: float[B, M, K, d].
     owner: int32[B, T], -1 for tokens that no slot holds: nobody sees them.
-    cos, sin: float32[B or 1, T, d], see `rotate`.
-    causal: an original token sees those up to itself.
-    scale, implementation: see `ops.attention.attend_after_cut`.
+    turn: [B, T, ...] -> the same, which turns what a slot has to the position of each original
+      token, as `rotate` does.
+    mix: q, k, v, bias float32[B, T] -> what attention among so many tokens gives.
 
   Returns:
     float[B, M, H, d].
   """
-  rows_q, rows_k = (rotate(expand(x, owner), cos, sin) for x in (q, k))
   bias = jnp.where(owner >= 0, 0.0, HIDDEN_LOGIT)
-  mixed = attention.attend(rows_q, rows_k, expand(v, owner), bias=bias, causal=causal, scale=scale,
-                           implementation=implementation)
+  mixed = mix(turn(expand(q, owner)), turn(expand(k, owner)), expand(v, owner), bias)
   return collapse(mixed.out, owner, slots=q.shape[1])

@@ -161,7 +161,7 @@ def parameters(lm: LM) -> int:
   return tables + lm.depth * layer_parameters(lm) + lm.width
 
 
-def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
+def of(lm: LM, slots: int, *, room: int = 0, originals: int | None = None) -> LMCost:
   """Returns the cost of a model under its plans.
 
   Under positions='restart' the whole model runs again on what is left, and only that is cached; the
@@ -171,6 +171,8 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
     lm: with its plans, which must be for prompts of `slots`.
     slots: N of a prompt, padding included.
     room: tokens that may be decoded after it.
+    originals: tokens that attention and caches hold under virtual unmerging, where some were merged
+      before the model; None for `slots`.
 
   Raises:
     ValueError: for plans that are about other prompts.
@@ -192,8 +194,11 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
   for index, tokens in enumerate((plan or Plan((), ())).profile(lm.depth, slots)):
     cached = cache_plan.at(index) if cache_plan else ()
     bias = BIAS_BYTES if plan and plan.proportional and tokens.queries < slots else 0
-    layers.append(_layer(lm, index, tokens, cached[-1].slots_out if cached else tokens.queries,
-                         room, own=(SHARED_BYTES + bias) * (lm.kv_heads if cached else 1)))
+    held = cached[-1].slots_out if cached else tokens.queries
+    if lm.unmerging != 'none':
+      held, bias = slots if originals is None else originals, 0
+    own = (SHARED_BYTES + bias) * (lm.kv_heads if cached else 1)
+    layers.append(_layer(lm, index, tokens, held, room, own=own))
   return LMCost(lm, slots, room, tuple(layers))
 
 
@@ -208,14 +213,15 @@ def _layer(lm: LM, index: int, tokens: Tokens, cached: int, room: int, *,
   queries, values, attended, mlp = tokens.queries, tokens.values, tokens.attended, tokens.mlp
   inner, shared = lm.heads * lm.head_width, lm.kv_heads * lm.head_width
   projected = inner * (queries + attended) + shared * (queries + values)
-  macs = lm.width * projected + inner * (tokens.logits + tokens.weights)
+  seen = tokens.logits + tokens.weights if lm.unmerging == 'none' else 2 * cached ** 2
+  macs = lm.width * projected + inner * seen
   macs += 3 * mlp * lm.width * lm.mlp
   slot, size = kv_slot_bytes(lm), jnp.dtype(lm.dtype).itemsize
   # Projections write what attention reads; both read or write the width, the MLP twice.
   moved = lm.width * (queries + attended) + 2 * projected + mlp * (2 * lm.width + 3 * lm.mlp)
   moved += tokens.map_seen * 2 * lm.heads * (tokens.logits + tokens.weights) * MAP_BYTES // size
   return Layer(index, queries, mlp, cached, macs, cached * slot,
-               (cached + room) * (slot + own) + START_BYTES * (1 + len(lm.rope.sections)),
+               (cached + room) * (slot + own) + START_BYTES * (1 + len(lm.rotation.sections)),
                layer_parameters(lm) * size, moved * size)
 
 

@@ -101,7 +101,8 @@ def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
   """
   arch = dataclasses.replace(vit_cost.architecture(vlm.tower),
                              parameter_bytes=jnp.dtype(vlm.lm.dtype).itemsize)
-  visual = vlm.visual_slots(layout)
+  visual, visual_in = vlm.visual_slots(layout), layout[1] * vlm.each_image(layout)
+  patches = layout[1] * passed_on(vlm.tower)[0]
   return VLMCost(
-      vlm, layout[0], passed_on(vlm.tower)[1], layout[1] * vlm.each_image(layout), visual,
-      vit_cost.of(vlm.tower, arch), lm_cost.of(vlm.lm, prompt + visual, room=room))
+      vlm, layout[0], passed_on(vlm.tower)[1], visual_in, visual, vit_cost.of(vlm.tower, arch),
+      lm_cost.of(vlm.lm, prompt + visual, room=room, originals=prompt + patches))

@@ -67,6 +67,10 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
   settings = dict(model['lm'])
   rope = Rope(settings['head_width'], theta=settings.pop('theta', 1e4))
   lm = LM(**settings, vocabulary=info.vocabulary, rope=rope, **shared)
+  if lm.mask == 'full' or lm.full_layers:
+    raise ValueError(f'mask={lm.mask!r} and full_layers={lm.full_layers} show a token the answer '
+                     "that it is to predict: train with mask='causal' or 'mutual', and no "
+                     'full_layers')
   if info.image_shape is None:
     for name in ('vision', 'projector'):
       if reduction_settings(reduce.get(name)):
@@ -131,7 +135,10 @@ def inputs(model: LM | VLM, batch: Mapping[str, Array]) -> tuple[Any, ...]:
   """Turns a batch of lib/data/qa.py into the model's arguments."""
   if isinstance(model, LM):
     return batch['ids'], batch['valid']
-  return batch['ids'], batch['valid'], Images(batch['image'][:, None])
+  marks = None
+  if model.lm.mask == 'mutual' and 'answer' in batch:
+    marks = {'question': ~batch['answer']}
+  return batch['ids'], batch['valid'], Images(batch['image'][:, None]), marks
 
 
 def apply(model: LM | VLM, params: Any, batch: Mapping[str, Array],

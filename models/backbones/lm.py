@@ -47,6 +47,7 @@ vocabulary, S slots of a cache, F MLP width, P numbers in a position.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Annotated, Any, cast
 
@@ -56,18 +57,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from models import sharded_attention
 from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
 from models.reduction import BATCH_AXES, ReducerParameters, choose
 from models.row_budgets import entry_budget
 from models.stack import REMAT, Outputs, Stack, Tap
-from ops import attention, kv_cache
+from ops import attention, kv_cache, unmerge
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache
-from ops.rope import Rope, sequence_index
-from ops.signals import STATIC, Signals
-from ops.tokens import TEXT, TokenSet
+from ops.primitives.queries import text_after_images
+from ops.rope import V2PE_STEPS, Rope, sequence_index, v2pe_steps
+from ops.signals import STATIC, Signals, measure
+from ops.tokens import TEXT, VISUAL, TokenSet, key_bias
 from ops.values import Count, CountOrZero, Depth, NotNegative, OneOf, Width, check_fields
 
 Array = jax.Array
@@ -78,6 +81,9 @@ OFFERS = frozenset({
     'next_last_attention', 'next_row_attention', 'next_keys', 'next_hidden', 'hidden', 'hidden_in',
     'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'rope', 'layer', 'depth', 'slots',
     'one_sequence'})
+# What a token of a prompt sees (`LM.mask`).
+MASKS = ('causal', 'mutual', 'full')
+UNMERGINGS = ('none', 'virtual')
 
 
 def rms_norm(eps: float) -> nn.RMSNorm:
@@ -104,6 +110,7 @@ class Block(ReducibleBlock):
     qk_norm: whether each head's queries and keys are normed before they are rotated (Qwen 3).
     slots: 'ordered' where they stand in the order of positions, so that kernels may mask by slot;
       'any' otherwise.
+    mask, unmerging: see `LM`.
   """
 
   width: int
@@ -120,6 +127,8 @@ class Block(ReducibleBlock):
   implementation: str = 'xla'
   mesh: Mesh | None = None
   slots: str = 'ordered'
+  mask: str = 'causal'
+  unmerging: str = 'none'
 
   def setup(self) -> None:
     """Makes two norms, attention's four products and the MLP's three."""
@@ -143,7 +152,7 @@ class Block(ReducibleBlock):
   @property
   def is_causal(self) -> bool:
     """Returns whether a token sees only those before it."""
-    return True
+    return self.mask != 'full'
 
   def queries_and_keys(self, hidden: Array, tokens: TokenSet) -> tuple[Array, Array, Array]:
     """Returns rotated queries [B, N, H, d], keys [B, N, K, d], and queries before rotation."""
@@ -154,8 +163,11 @@ class Block(ReducibleBlock):
     return self.v(hidden)
 
   def order(self, tokens: TokenSet) -> dict[str, Any]:
-    """Returns the positions by which attention is causal, and the window."""
-    return {'positions': sequence_index(tokens.pos), 'window': self._window(tokens)}
+    """Returns the positions by which attention is causal, the window, and what is seen beside."""
+    if not self.is_causal:
+      return {'positions': None}
+    mutual = {'mutual': _mutual(tokens)} if self.mask == 'mutual' else {}
+    return mutual | {'positions': sequence_index(tokens.pos), 'window': self._window(tokens)}
 
   def kernel_order(self, tokens: TokenSet, bias: Array | None,
                    proportional: bool) -> tuple[Array | None, Array | None]:
@@ -164,9 +176,32 @@ class Block(ReducibleBlock):
     Where it masks by slot and that hides all padding it needs neither: a bias would widen each
     head, at d = 128 beyond what some kernels take, and by a tile in others.
     """
+    if not self.is_causal:
+      return bias, None
     by_slot, counts = self.slots == 'ordered', proportional and tokens.size is not None
     hidden = by_slot and tokens.padding == 'last' and not counts
     return None if hidden else bias, None if by_slot else sequence_index(tokens.pos)
+
+  def attend(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
+             **query_rows: Any) -> tuple[Array, Signals]:
+    """Returns the same as `ReducibleBlock.attend`; with virtual unmerging among original tokens.
+
+    Signals are then those of the slots, as if each were a single token.
+    """
+    if self.unmerging == 'none':
+      return super().attend(tokens, needs=needs, proportional=proportional, **query_rows)
+    hidden = self.norm1(tokens.x)
+    q, k, plain, v = self.project(hidden, tokens)
+    signals = measure(needs, q=q, k=k, v=v, lse=None, hidden=hidden, query_valid=tokens.valid,
+                      bias=key_bias(tokens, proportional=False), **self.order(tokens), **query_rows)
+    # Where slots are masked by their order, original tokens are.
+    mix = functools.partial(sharded_attention.attend, positions=None, causal=True, mesh=self.mesh,
+                            window=self._window(tokens), implementation=self.implementation)
+    mixed = unmerge.attend(q, k, v, _owner(tokens), functools.partial(_apart, self.rope, tokens),
+                           mix=mix)
+    change = self.scaled(self.out(mixed), 0)
+    more = {'plain_queries': plain, 'attention_out': change}
+    return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
 
   def inner(self, hidden: Array) -> Array:
     """Returns the MLP's inner activations, float[B, N, F]."""
@@ -187,7 +222,7 @@ class Block(ReducibleBlock):
       gates: float[B] or None, what the changes of attention and of the MLP are multiplied with.
     """
     x, step = carry
-    pos = kv.start + step
+    pos = self.rope.after(kv.start, step)
     index = pos if pos.ndim == 1 else pos[:, 0]
     hidden = self.norm1(x)
     q, k, _ = self._queries_and_keys(hidden, pos)
@@ -226,6 +261,18 @@ class LM(nn.Module):
     context: the longest sequence that it was made for, prompt and answer together.
     tied: whether logits are products with the embeddings, else with a head of their own.
     rope, window, qkv_bias, qk_norm, norm_eps: see `Block`.
+    mask: what a token of the prompt sees: 'causal'; 'mutual', where visual tokens also see the
+      question that follows them (AKI, arXiv:2503.02597): the bool stat 'question' of the tokens, by
+      default all text after the last image, so that a sequence that holds an answer must name it;
+      or 'full', all tokens. What is decoded sees all that came before, and is seen by no earlier
+      token.
+    full_layers: layers whose causal mask is removed (Dukic and Snajder, 2024, arXiv:2401.14556).
+    unmerging: 'virtual', where attention runs among the original tokens of merged ones, each at its
+      own position, and its answers are averaged (DyMU, arXiv:2504.17040); caches hold as many
+      entries as there were tokens. 'none': a slot is one token.
+    visual_stride: by how many 1/256 of a position a visual token moves on, 1 to 256 (V2PE,
+      arXiv:2412.09616, where it is a power of two); 0 for a whole one, as text. Positions are then
+      int32[B, N, 2], the place in the sequence and 256ths.
     dtype: of the products; norms, softmax and logits are float32. Give parameters of this dtype to
       prefill and decode, which would otherwise convert them in every call.
     plan: how to reduce tokens between layers, or None.
@@ -248,6 +295,10 @@ class LM(nn.Module):
   qkv_bias: bool = False
   qk_norm: bool = False
   norm_eps: NotNegative = 1e-5
+  mask: Annotated[str, OneOf(MASKS)] = 'causal'
+  full_layers: tuple[CountOrZero, ...] = ()
+  visual_stride: CountOrZero = 0
+  unmerging: Annotated[str, OneOf(UNMERGINGS)] = 'none'
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
   plan: Plan | None = None
@@ -264,6 +315,26 @@ class LM(nn.Module):
     if self.rope.width != self.head_width:
       raise ValueError(f'rope.width={self.rope.width} and head_width={self.head_width} differ: a '
                        'rotation turns all features of a head; set both')
+    if not 0 <= self.visual_stride <= V2PE_STEPS:
+      raise ValueError(f'visual_stride={self.visual_stride} must be in 1 to {V2PE_STEPS}, or 0 for '
+                       'one position a visual token')
+    if self.visual_stride and self.rope.sections:
+      raise ValueError(f'visual_stride={self.visual_stride} is for one position a token, and this '
+                       f'model has M-RoPE with sections={self.rope.sections}: set it to 0')
+    odd = [f'{name}={value!r}' for name, value, usual in (
+        ('mask', self.mask, 'causal'), ('full_layers', self.full_layers, ()),
+        ('visual_stride', self.visual_stride, 0), ('rope.sections', self.rope.sections, ()),
+        ('cache_plan', self.cache_plan, None)) if value != usual]
+    if self.unmerging != 'none' and odd:
+      raise ValueError(f'unmerging={self.unmerging!r} is for causal attention by one position a '
+                       f"token and whole caches: leave {odd[0]} out, or set unmerging='none'")
+    if self.mask == 'mutual' and self.plan and any(e.parts == 'core' for e in self.plan.events):
+      raise ValueError(f'{self.plan.name} chooses who attends to whom by itself, and so does '
+                       "mask='mutual': leave one of them out")
+    beyond = [layer for layer in self.full_layers if layer >= self.depth]
+    if beyond:
+      raise ValueError(f'full_layers names layer {beyond[0]}, and the model has layers 0 to '
+                       f'{self.depth - 1}: leave it out')
     super().__post_init__()
 
   def host(self, slots: int, **counts: int) -> Host:
@@ -281,22 +352,38 @@ class LM(nn.Module):
       raise ValueError(f'a prompt of {slots} slots with {counts or "text alone"} is impossible: '
                        f'the kinds must fit into the slots, and those into {self.context}')
     kinds = tuple(counts.items()) + ((('text', text),) if text else ())
-    return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=POSITIONS, holds='last')
+    apart = {} if self.unmerging == 'none' else {'sites': ('before', 'between', 'after')}
+    positions = POSITIONS if self.unmerging == 'none' else ('keep',)
+    return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=positions, holds='last',
+                **apart)
 
   def setup(self) -> None:
     """Makes embeddings, blocks, the last norm and the head."""
     self.table = self.param('table', nn.initializers.normal(0.02), (self.vocabulary, self.width))
     slots = 'any' if self.plan and self.plan.masked else 'ordered'
-    block = Block(self.width, self.heads, self.kv_heads, self.head_width, self.mlp, self.rope,
+    block = Block(self.width, self.heads, self.kv_heads, self.head_width, self.mlp, self.rotation,
                   self.window, self.qkv_bias, self.qk_norm, self.norm_eps, self.dtype,
-                  self.implementation, self.mesh, slots, parent=None)
+                  self.implementation, self.mesh, slots, self.mask, self.unmerging, parent=None)
+    full = (block.clone(mask='full', parent=None), self.full_layers) if self.full_layers else None
     self.stack = Stack(block, self.depth, self.plan, None, self.remat, self.mesh, self.capture,
-                       causal=True, rope=self.rope)
+                       causal=True, rope=self.rotation, others=full)
     self.reducers = ReducerParameters()
     self.norm = rms_norm(self.norm_eps)
     if not self.tied:
       self.head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype,
                            kernel_init=nn.initializers.normal(0.02), dot_general=self._product)
+
+  @property
+  def is_causal(self) -> bool:
+    """Returns whether no token of a prompt sees a later one, in any layer."""
+    return self.mask == 'causal' and not self.full_layers
+
+  @property
+  def rotation(self) -> Rope:
+    """Returns how positions become rotations as the tokens carry them."""
+    if not self.visual_stride:
+      return self.rope
+    return dataclasses.replace(self.rope, sections=(self.rope.width // 2,), steps=V2PE_STEPS)
 
   def embed(self, ids: Array, valid: Array | None = None) -> TokenSet:
     """Looks up the embeddings of token ids.
@@ -373,7 +460,7 @@ class LM(nn.Module):
     needs = frozenset({'keys', 'values'})
     if cache_plan:
       needs |= cache_plan.only.method.needs - STATIC
-    tap = Tap(needs, functools.partial(self._store, _next_position(tokens), room),
+    tap = Tap(needs, functools.partial(self._store, self._next_position(tokens), room),
               _starts(cache_plan), cache_plan.only if cache_plan else None)
     tokens, out = self.stack(tokens, tap)
     last = jnp.argmax(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1)
@@ -390,11 +477,13 @@ class LM(nn.Module):
       tokens, signals: of the layer's attention.
     """
     plan, proportional = self.plan, bool(self.plan and self.plan.proportional)
+    if self.unmerging != 'none':
+      tokens, signals = _unmerged(self.rope, tokens, signals)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (signals.keys, signals.values))
     bias = log_weight(tokens.size) if proportional and tokens.size is not None else None
     compact = plan is not None and plan.positions == 'compact'
     kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=tokens.real, filled=tokens.slots,
-                   bias=bias, start=_next_position(tokens) if compact else start)
+                   bias=bias, start=self._next_position(tokens) if compact else start)
     return kv_cache.with_room(self._reduce_cache(kv, layer, tokens, signals), room)
 
   def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> KV:
@@ -408,7 +497,7 @@ class LM(nn.Module):
         params = self.reducers(event, tokens, signals, self.stack.place)
         own = tokens.replace(budget=entry_budget(event, tokens))
         answer = choose(event, own, signals, self.stack.place, params=params)
-        kv = kv_cache.shrink(kv, answer, positions=event.reduction.positions, rope=self.rope)
+        kv = kv_cache.shrink(kv, answer, positions=event.reduction.positions, rope=self.rotation)
     return kv
 
   def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
@@ -437,8 +526,9 @@ class LM(nn.Module):
     if tokens.x.shape[2] != self.width:
       raise ValueError(f'embeddings of width {tokens.x.shape[2]} do not fit this model of width '
                        f'{self.width}: project them first')
-    if tokens.slots + room > self.context:
-      raise ValueError(f'a prompt of {tokens.slots} slots and {room} tokens to come exceed the '
+    length = tokens.slots if tokens.places is None else tokens.places.shape[1]
+    if length + room > self.context:
+      raise ValueError(f'a prompt of {length} slots and {room} tokens to come exceed the '
                        f'context of {self.context}: shorten the prompt, ask for fewer tokens, or '
                        'set context and RoPE scaling for more')
     if self.plan and self.plan.slots not in (None, tokens.slots):
@@ -446,7 +536,27 @@ class LM(nn.Module):
                        f'{tokens.slots}: make one with lm.host(slots)')
     if self.plan and self.plan.holds == 'last':
       tokens = tokens.replace(held=last_real(tokens))
-    return tokens.replace(x=tokens.x.astype(self.dtype))
+    tokens = tokens.replace(x=tokens.x.astype(self.dtype))
+    if self.mask == 'mutual' and 'question' not in tokens.stats:
+      tokens = tokens.replace(stats=tokens.stats | {'question': text_after_images(tokens)})
+    if self.unmerging != 'none' and tokens.places is None:
+      tokens = tokens.replace(places=tokens.pos)
+    if self.visual_stride and tokens.pos.ndim == 2:
+      turned = v2pe_steps(tokens.kind == VISUAL, stride=self.visual_stride, valid=tokens.valid)
+      tokens = tokens.replace(pos=jnp.stack([tokens.pos, turned], axis=2))
+    return tokens
+
+  def _next_position(self, tokens: TokenSet) -> Array:
+    """int32[B(, P)]: the position after the latest; with several numbers the others are all one
+    more than the largest of them, from a whole one (Qwen2-VL, arXiv:2409.12191, Sec. 2.1)."""
+    steps = self.rotation.steps
+    real = tokens.real.reshape(tokens.real.shape + (1,) * (tokens.pos.ndim - 2))
+    latest = jnp.max(jnp.where(real, tokens.pos, -steps), axis=1)
+    if latest.ndim == 1:
+      return latest + 1
+    rotary = (-(-jnp.max(latest[:, 1:], axis=1, keepdims=True) // steps) + 1) * steps
+    return jnp.concatenate([latest[:, :1] + 1, jnp.broadcast_to(rotary, latest[:, 1:].shape)],
+                           axis=1)
 
   def _restarted(self, tokens: TokenSet) -> TokenSet:
     """A new prompt of the original tokens that the last cut leaves, in their order, from 0."""
@@ -516,15 +626,33 @@ _constrain_forward.defvjp(lambda x, sharding: (_constrain_forward(x, sharding), 
                           lambda sharding, _, grad: (grad,))
 
 
-def _next_position(tokens: TokenSet) -> Array:
-  """int32[B(, P)]: the position after the latest; with M-RoPE its other numbers are all one more
-  than the largest of them (Qwen2-VL, arXiv:2409.12191, Sec. 2.1)."""
-  real = tokens.real.reshape(tokens.real.shape + (1,) * (tokens.pos.ndim - 2))
-  latest = jnp.max(jnp.where(real, tokens.pos, -1), axis=1) + 1
-  if latest.ndim == 1:
-    return latest
-  rotary = jnp.max(latest[:, 1:], axis=1, keepdims=True)
-  return jnp.concatenate([latest[:, :1], jnp.broadcast_to(rotary, latest[:, 1:].shape)], axis=1)
+def _apart(rope: Rope, tokens: TokenSet, x: Array) -> Array:
+  """Turns what slots have, [B, T, H, d] by original token, on to these tokens' own positions."""
+  assert tokens.places is not None
+  turn = dataclasses.replace(rope, temperature=1.0)  # They have their amplitude already.
+  return turn.rotate(x, tokens.places - unmerge.expand(tokens.pos, tokens.owner))
+
+
+def _owner(tokens: TokenSet) -> Array:
+  """int32[B, T]: the slot of each original token, -1 for those that are gone and for padding."""
+  real = unmerge.expand(tokens.real, tokens.owner)
+  return jnp.where(real & (tokens.owner >= 0), tokens.owner, -1)
+
+
+def _unmerged(rope: Rope, tokens: TokenSet, signals: Signals) -> tuple[TokenSet, Signals]:
+  """The original tokens of slots, as a cache holds them: their keys, values and positions."""
+  assert tokens.places is not None
+  keys = _apart(rope, tokens, unmerge.expand(signals.keys, tokens.owner))
+  values = unmerge.expand(signals.values, tokens.owner)
+  owner = _owner(tokens)
+  whole = TokenSet(values, tokens.places, jnp.zeros(owner.shape, jnp.int8), owner, valid=owner >= 0)
+  return whole, Signals(keys=keys, values=values)
+
+
+def _mutual(tokens: TokenSet) -> attention.Mutual:
+  """Visual tokens, and the question that all of them see."""
+  return attention.Mutual(tokens.real & (tokens.kind == VISUAL),
+                          tokens.real & tokens.stats['question'])
 
 
 def last_real(tokens: TokenSet) -> Array:

@@ -25,6 +25,7 @@ H heads, n tokens of a crop that the tower passes on.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated
 
 import flax.linen as nn
@@ -50,8 +51,8 @@ from models.reduction import ReducerParameters
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
-from ops.splice import Visual, splice
-from ops.tokens import TokenSet
+from ops.splice import Visual, splice, unmerged
+from ops.tokens import TEXT, TokenSet
 from ops.values import CountOrZero, OneOf, check_fields
 
 Array = jax.Array
@@ -134,6 +135,11 @@ class VLM(nn.Module):
     return self.lm.context
 
   @property
+  def is_causal(self) -> bool:
+    """Returns whether no token of a prompt sees a later one, in any layer."""
+    return self.lm.is_causal
+
+  @property
   def vocabulary(self) -> int:
     """Returns the number of token ids of the language model."""
     return self.lm.vocabulary
@@ -196,38 +202,42 @@ class VLM(nn.Module):
       return images * self.each_image(layout)
     return reduction.plan.events[-1].slots_out * (images if reduction.across == 'image' else 1)
 
-  def __call__(self, ids: Array, valid: Array,
-               images: Images | None) -> tuple[Array, Outputs]:
+  def __call__(self, ids: Array, valid: Array, images: Images | None,
+               marks: Mapping[str, Array] | None = None) -> tuple[Array, Outputs]:
     """Returns scores of the next token after every token that is left.
 
     Args:
       ids: int[B, T].
       valid: bool[B, T], False for padding.
       images: None for text alone.
+      marks: {name: bool[B, T]}, ids that something singles out, by the name of the stat that they
+        become: 'question', what images see of the text where the language model has mask='mutual'
+        (else all text behind them, so give it where the ids hold an answer); 'salient', the words
+        that `duet_vlm` asks.
 
     Returns:
       Logits float32[B, N, vocabulary], and the dict of LM, with 'sequence' (the TokenSet that LM
       read), 'slot' int32[B, T] (where each id went, ops/splice.py), and with images those of
       `encode_images`.
     """
-    tokens, aux = self.sequence(ids, valid, images)
+    tokens, aux = self.sequence(ids, valid, images, marks)
     logits, out = self.lm(tokens)
     for name in ('losses', 'overflow'):
       out[name] = out[name] | aux.pop(name, {})
     return logits, out | aux
 
-  def prefill(self, ids: Array, valid: Array, images: Images | None, *,
-              room: int) -> tuple[Array, Cache]:
+  def prefill(self, ids: Array, valid: Array, images: Images | None,
+              marks: Mapping[str, Array] | None = None, *, room: int) -> tuple[Array, Cache]:
     """Reads a prompt as LM does: logits float32[B, vocabulary] after its last token, and the cache.
     """
-    return self.lm.prefill(self.sequence(ids, valid, images)[0], room=room)
+    return self.lm.prefill(self.sequence(ids, valid, images, marks)[0], room=room)
 
   def decode(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
     """Reads one more token a row, as LM does."""
     return self.lm.decode(ids, cache)
 
-  def sequence(self, ids: Array, valid: Array,
-               images: Images | None) -> tuple[TokenSet, Outputs]:
+  def sequence(self, ids: Array, valid: Array, images: Images | None,
+               marks: Mapping[str, Array] | None = None) -> tuple[TokenSet, Outputs]:
     """Returns the tokens that the language model reads, and auxiliary outputs (`__call__`)."""
     embedded = self.lm.embed(ids).x
     aux: Outputs = {}
@@ -238,7 +248,25 @@ class VLM(nn.Module):
     axes = len(self.lm.rope.sections)
     tokens, slot = splice(embedded, valid, ids == self.image_token, visual, side=self.pad_side,
                           slots=slots, axes=axes)
+    if self.lm.unmerging != 'none' and images is not None:
+      tokens = self._unmerged(tokens, slot, ids, valid, images, aux['tower_tokens'])
+    for name, marked in (marks or {}).items():
+      spread = jax.vmap(lambda s, i, m: s.at[i].set(m, mode='drop'))
+      stat = spread(jnp.zeros(tokens.kind.shape, bool), slot, marked & valid)
+      tokens = tokens.replace(stats=tokens.stats | {name: stat & (tokens.kind == TEXT)})
     return tokens, {**aux, 'sequence': tokens, 'slot': slot, 'visual': visual}
+
+  def _unmerged(self, tokens: TokenSet, slot: Array, ids: Array, valid: Array, images: Images,
+                crops: TokenSet) -> TokenSet:
+    """The sequence with the patches that its visual tokens were merged of in the tower."""
+    if images.index is not None or self.projector_reduction is not None:
+      raise ValueError(f'unmerging={self.lm.unmerging!r} knows patches that a tower merged, of '
+                       'images of one crop in raster order: leave out the reduction at the '
+                       "projector and other layouts, or set unmerging='none'")
+    shape = images.pixels.shape[:2]
+    return unmerged(tokens, slot, valid, ids == self.image_token,
+                    crops.owner.reshape(*shape, -1), crops.real.reshape(*shape, -1),
+                    side=self.pad_side)
 
   def encode_images(self, images: Images) -> tuple[Visual, int | None, Outputs]:
     """Runs tower, projector and the projector's reduction.

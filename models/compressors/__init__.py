@@ -4,6 +4,7 @@ from models.compressors.ctm import CTM
 from models.compressors.dtem import DTEM
 from models.compressors.dtop import DToP
 from models.compressors.dynamicvit import DynamicViT
+from models.compressors.dyvte import DyVTE
 from models.compressors.gamma_mod import GammaMoD
 from models.compressors.patchmerger import PatchMerger
 from models.compressors.pmod import PMoD
@@ -20,6 +21,7 @@ COMPRESSORS: dict[str, type[Method]] = {
     'sit': SiT,
     'dtem': DTEM,
     'dtop': DToP,
+    'dyvte': DyVTE,
     'textmonkey_resampler': TextMonkeyResampler,
 }
 # Routers, which say what runs a branch.

@@ -187,7 +187,8 @@ class Generator:
     """Returns how likely given answers are.
 
     A reduction acts on the prompt alone, as when the answer is decoded. Without reductions prompt
-    and answer are read in one pass; with them the answer is read token by token.
+    and answer are read in one pass; with them, and where tokens of the prompt see later ones, the
+    answer is read token by token.
 
     Args:
       prompts, images: as of `stream`.
@@ -199,7 +200,8 @@ class Generator:
     if len(answers) != len(prompts) or not all(map(len, answers)):
       raise ValueError(f'answers of {list(map(len, answers))} tokens do not fit {len(prompts)} '
                        'prompts: give one a prompt, none of them empty')
-    score = self._score_in_one_pass if self.plans.plain else self._score_by_decoding
+    plain = self.plans.plain and self._lm.is_causal
+    score = self._score_in_one_pass if plain else self._score_by_decoding
     likely, best = score(prompts, answers, images)
     return [Score(float(np.sum(row[:len(answer)], dtype=np.float64)),
                   bool(first[:len(answer)].all()))

@@ -24,16 +24,25 @@ class Reducer:
   A method inherits this class and states only where it differs, by a class attribute, a dataclass
   field or a property. A method with parameters is a Flax module with this class beside it.
 
-  `needs`, `watch_needs`, `drops`, `adaptive` and `span` may depend on a method's settings.
+  Members that are properties here may depend on a method's settings.
   """
 
+  kind: str = 'cut'
   site: str = 'between'
   parts: str = 'both'
   gated: str = 'both'
   shared: bool = False
-  proportional: bool = False
   extra_slots: int = 0
+  can_empty: bool = False
   positions: str = ''
+
+  @property
+  def proportional(self) -> bool:
+    return False
+
+  @property
+  def mode(self) -> str:
+    return ''
 
   @property
   def needs(self) -> frozenset[str]:

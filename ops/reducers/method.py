@@ -34,6 +34,11 @@ class Method(Protocol):
     ...
 
   @property
+  def kind(self) -> str:
+    """The kind of its events: 'cut', or 'insert' where tokens that have waited join."""
+    ...
+
+  @property
   def site(self) -> str:
     """Its place in a layer, unless a config sets one: 'before', 'inside', 'between' or 'after'.
 
@@ -65,6 +70,16 @@ class Method(Protocol):
   @property
   def extra_slots(self) -> int:
     """Number of slots that it makes beside those it keeps (a fused token)."""
+    ...
+
+  @property
+  def can_empty(self) -> bool:
+    """True if it may leave none of the tokens that it may touch, where a budget says 0."""
+    ...
+
+  @property
+  def mode(self) -> str:
+    """The mode that it needs, 'gather' or 'mask' (models/plan.py); '' for either."""
     ...
 
   @property

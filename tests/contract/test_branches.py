@@ -356,3 +356,35 @@ def test_what_contradicts_itself_is_one_line_when_the_model_is_built(config, mes
     make_plan(config, VIT.host)
   assert message in str(caught.value)
   assert '\n' not in str(caught.value)
+
+
+YOPO = METHODS['yopo']
+
+
+@pytest.mark.parametrize(('settings', 'config', 'message'), [
+    ({'window': 4}, YOPO, 'neighbours of patches do not go with a window of 4 positions'),
+    ({}, YOPO | {'args': {'grid': (2, 2)}}, '6 patches are no images of 2 x 2: set args.grid'),
+    ({}, YOPO | {'args': {'grid': (1, 2), 'heads': (0,)}},
+     r'of heads \[0\] some share keys and values with others, 2 to each'),
+    ({}, {'method': 'tome', 'site': 'branch', 'keep': 3, 'layers': 1},
+     'tome joins tokens in a branch, where causal attention would give earlier ones')])
+def test_what_a_language_model_cannot_carry_out_is_one_line(settings, config, message):
+  tokens = image_and_text()
+  lm = LM.clone(**settings)
+  lm = lm.clone(plan=make_plan(config, lm.host(PROMPT, visual=6)))
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lm.apply, parameters('lm'), tokens)
+
+
+@pytest.mark.parametrize('parts', [
+    'attention', *(pytest.param(parts, marks=pytest.mark.long) for parts in ('both', 'mlp'))])
+@pytest.mark.parametrize('window', [None, pytest.param((2, 2), marks=pytest.mark.long)])
+def test_any_other_method_is_a_branch_too(parts, window):
+  """Merged patches share what their group gets (as in ToMe for diffusion, arXiv:2303.17604)."""
+  vit = VIT.clone(window=window, whole_layers=(2,) if window else ())
+  config = {'method': 'tome', 'site': 'branch', 'parts': parts, 'layers': (1, 3), 'remove': 4}
+  vit = vit.clone(plan=make_plan(config, vit.host))
+  _, out = jax.eval_shape(vit.apply, parameters('vit'), IMAGES)
+  assert out['tokens'].x.shape == (3, 17, 16)
+  assert {layer: ran.x.shape for layer, ran in out['branches'].items()} == {
+      1: (3, 13, 16), 3: (3, 13, 16)}

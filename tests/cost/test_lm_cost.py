@@ -103,11 +103,50 @@ def test_other_models_and_formulas():
     assert lm_cost.mac2(LLAVA, counts) / whole == pytest.approx(share, abs=0.0011)
 
 
+def test_late_injection_a_concave_pyramid_and_an_early_exit():
+  """HiDrop's 0.42 of 3.82 T and mean of 64 tokens; its counts by layer are ours."""
+  config = [{'method': 'late_injection', 'layers': 9},
+            {'method': 'hidrop', 'layers': (10, 14, 16, 18, 25), 'keep': (241, 119, 58, 22, 0)}]
+  plan = make_plan(config, LLAVA.host(612, visual=576))
+  lm = LLAVA.clone(plan=plan)
+  cost = lm_cost.of(lm, 612)
+  visual = [layer.attention - 36 for layer in cost.layers]
+  assert tuple(visual) == runs((0, 9), (576, 1), (241, 4), (119, 2), (58, 2), (22, 7), (0, 7))
+  assert [layer.cached - 36 for layer in cost.layers] == visual
+  assert np.mean(visual) == 64
+  assert 1 - np.mean(visual) / 576 == pytest.approx(0.889, abs=0.0005)
+  assert lm_cost.mac3(LLAVA, visual) / 1e12 == pytest.approx(0.42, abs=0.005)
+  assert lm_cost.exact(LLAVA, [layer.attention for layer in cost.layers]) == cost.macs
+
+
+def test_exits():
+  """DUET-VLM's 192 from its config; DyVTE's 45.7 % lie between exits behind 16 and 17 layers."""
+  config = {'method': 'duet_vlm', 'layers': (16, 24), 'keep_ratio': (0.5, 0.0), 'rounding': 'floor',
+            'ratio_of': 'start'}
+  plan = make_plan(config, LLAVA.host(307 + 36, visual=307))
+  assert tuple(n.queries - 36 for n in plan.profile(32, 343)) == TABLES['DUET 192'][0]
+  saved = []
+  for layer in (16, 17):
+    exit_plan = make_plan({'method': 'random', 'site': 'after', 'layers': layer - 1, 'keep': 0},
+                          LLAVA.host(576 + 42, visual=576))
+    counts = [n.queries for n in exit_plan.profile(32, 618)]
+    assert counts == [618] * layer + [42] * (32 - layer)
+    saved.append(1 - lm_cost.mac3(LLAVA, counts) / lm_cost.mac3(LLAVA, [618] * 32))
+  assert saved[1] < 0.457 < saved[0]
+
+
 def test_aim_counts_flops_of_everything():
   lm = make_lm('qwen2_7b')
   steps = (1668,) * 14 + (1472, 1276, 1080, 884, 688, 492, 296) + (100,) * 7
   for counts, published in (((32 * 196 + 100,) * 28, 99.63), (steps, 14.76)):
     assert lm_cost.viewer(lm, counts) / 1e12 == pytest.approx(published, abs=0.005)
+  # Its schedule, from a config: nothing but text behind layer 21.
+  config = {'method': 'aim', 'layers': tuple(range(14, 22)), 'ratio_of': 'start',
+            'rounding': 'floor', 'keep_ratio': tuple(1 - step / 8 for step in range(1, 9))}
+  visual = 32 * 49
+  plan = make_plan(config, lm.host(visual + 100, visual=visual))
+  assert tuple(n.queries for n in plan.profile(28, visual + 100)) == (
+      (1668,) * 15 + steps[14:21] + (100,) * 6)
 
 
 @pytest.mark.parametrize(('name', 'slots', 'published'), [
@@ -153,6 +192,14 @@ MODELS = {
     'masked': lambda: planned(mode='mask'),
     'restart': lambda: planned(positions='restart', site='before', layers=2, keep=3),
     'cache': lambda: with_cache(keep=5, layers=(1, 2)),
+    'exit': lambda: planned(keep=(4, 0)),
+    'exit inside': lambda: planned(keep=(4, 0), site='inside'),
+    'late': lambda: TINY.clone(plan=make_plan(LATE, TINY.host(PROMPT, visual=VISUALS))),
+    'late and cut': lambda: TINY.clone(plan=make_plan(
+        [LATE, {'method': 'hidrop', 'layers': 2, 'keep': 3}], TINY.host(PROMPT, visual=VISUALS))),
+    'apart': lambda: planned(TINY.clone(unmerging='virtual'), method='tome'),
+    'v2pe': lambda: planned(TINY.clone(visual_stride=64)),
+    'mutual': lambda: TINY.clone(mask='mutual', full_layers=(1,)),
     **{parts: functools.partial(planned, site='branch', parts=parts)
        for parts in ('attention', 'mlp')},
     'core': lambda: planned(method='token_sparse_attention', token_kinds=('visual', 'text'),
@@ -164,10 +211,10 @@ MODELS = {
                                    args={'tokens': 3}),
     'branch and cut': lambda: with_cache(planned(method='pmod'), visual=VISUALS, keep=5),
 }
-
-
-# Kinds of events that differ from those above in what is counted alone.
-LONG = ('attention', 'mlp', 'core', 'yopo', 'gamma_mod', 'skip_decode', 'branch and cut')
+LATE = {'method': 'late_injection', 'layers': 1}
+# Whatever else is short; in `make test-all` these too.
+LONG = {'apart', 'exit inside', 'late', 'v2pe', 'mutual', 'exit', 'attention', 'mlp', 'core',
+        'yopo', 'gamma_mod', 'skip_decode', 'branch and cut'}
 
 
 @pytest.mark.parametrize('name', [

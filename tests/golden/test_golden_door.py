@@ -15,7 +15,9 @@ from helpers import recorded
 from ops import tokens as tk
 from ops.primitives import farthest
 from ops.primitives.match import l2_normalize
+from ops.reducers.projector.aim_merge import AIMMerge
 from ops.reducers.projector.divprune import DivPrune
+from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.prumerge import PruMerge, whole_attention
@@ -112,6 +114,36 @@ def test_visionzip_on_crops():
   np.testing.assert_array_equal(answer.src[:, :10], np.sort(raw['all_indices'], axis=1))
   # Means of some 190 numbers of a size up to 576: relative above a size of 1.
   np.testing.assert_allclose(reduced.x, raw['per_crop_tokens'], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_aim_merges_in_rounds(case):
+  raw = load(f'aim_merge_case{case}')
+  tokens = TokenSet.create(jnp.asarray(raw['x']))
+  answer = AIMMerge()(tokens, Signals(), num_slots=raw['after1'].shape[1])
+  close(tk.reduce(tokens, answer).x, raw['after1'])
+  close(tk.reduce(tokens, AIMMerge()(tokens, Signals(), num_slots=raw['after0'].shape[1])).x,
+        raw['after0'])
+
+
+def test_duet_zip_merges_the_next_tokens_alone():
+  """By hand: two of eight are dominant, and the next four make two contextual ones."""
+  attention = np.array([5, 1, 8, 4, 2, 6, 3, 7.])
+  keys = np.eye(8)[[0, 1, 2, 3, 4, 5, 6, 7]]
+  keys[3] = [0, 0, 0, 1, 0, 1, 0, 0]  # Like slot 5, and not like slot 0.
+  keys[0] = [1, 0, 0, 0, 0, 0, 0, 0]
+  x = np.random.default_rng(0).normal(size=(1, 8, 3))
+  tokens = TokenSet.create(jnp.asarray(x))
+  told = Signals(cls_attention=jnp.asarray(attention)[None, None],
+                 keys=jnp.asarray(keys, jnp.float32)[None, :, None])
+  method = DUETZip(contextual=2, width=2)
+  reduced = tk.reduce(tokens, method(tokens, told, num_slots=4))
+  # By attention: 2, 7 | 5, 0, 3, 6 | 4, 1. Anchors are every second of the four: 5 and 3; slots 0
+  # and 6 are like neither, and join the first in raster order, 3.
+  np.testing.assert_array_equal(reduced.pos, [[2, 7, 3, 5]])
+  close(reduced.x[0, 2], x[0, 3] + (x[0, 0] + x[0, 6]) / 2)
+  close(reduced.x[0, 3], x[0, 5])
+  np.testing.assert_array_equal(reduced.owner, [[2, -1, 0, 2, -1, 3, 2, 1]])
 
 
 def test_vtc_cls():

@@ -9,8 +9,8 @@ import pytest
 from helpers import golden_vit, recorded
 
 from models.plan import make_plan
+from ops import attention, unmerge
 from ops import tokens as tk
-from ops import unmerge
 from ops.reducers.vision.dymu import DyMU, find_threshold
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
@@ -160,7 +160,10 @@ def test_unmerged_attention(causal):
   full = np.einsum('bhnm,bmhd->bnhd', weights, v[:, index])
   wanted = np.stack([full[:, index == slot].mean(1) if (index == slot).any()
                      else np.zeros_like(full[:, 0]) for slot in range(7)], axis=1)
-  found = unmerge.attend(q, k, jnp.asarray(v), jnp.asarray(index)[None], cos, sin, causal=causal)
+  found = unmerge.attend(q, k, jnp.asarray(v), jnp.asarray(index)[None],
+                         functools.partial(unmerge.rotate, cos=cos, sin=sin),
+                         mix=lambda q, k, v, bias: attention.attend(q, k, v, bias=bias,
+                                                                    causal=causal))
   np.testing.assert_allclose(found, wanted, **CLOSE)
 
 

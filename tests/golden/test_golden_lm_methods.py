@@ -16,6 +16,7 @@ from helpers import recorded
 
 from models.backbones.lm import LM
 from models.plan import make_cache_plan, make_plan
+from ops.reducers.language import aim
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 
@@ -28,12 +29,12 @@ def close(got, want):
   np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
 
-def model(name, *, eps):
+def model(name, *, eps, heads=4):
   """The recorded language model and its parameters; embeddings and head where they are there."""
   raw = {key.removeprefix('w/').removeprefix('model.'): value for key, value in load(name).items()
          if key.startswith('w/')}
   depth = 1 + max(int(key.split('.')[1]) for key in raw if key.startswith('layers.'))
-  width, heads = len(raw['norm.weight']), 4
+  width = len(raw['norm.weight'])
   head = width // heads
 
   def stack(part, *shape):
@@ -52,11 +53,16 @@ def model(name, *, eps):
       'up': {'kernel': stack('mlp.up_proj', width, mlp)},
       'down': {'kernel': stack('mlp.down_proj', mlp, width)},
   }
+  qkv_bias = 'layers.0.self_attn.q_proj.bias' in raw
+  for part in 'qkv' if qkv_bias else '':
+    blocks[part]['bias'] = np.stack([raw[f'layers.{i}.self_attn.{part}_proj.bias'].reshape(-1, head)
+                                     for i in range(depth)])
   table = raw.get('embed_tokens.weight', np.zeros((8, width), np.float32))
   params = {'table': table, 'stack': {'blocks': blocks}, 'norm': {'scale': raw['norm.weight']},
             'head': {'kernel': raw.get('lm_head.weight', np.zeros_like(table)).T}}
   lm = LM(vocabulary=len(table), width=width, depth=depth, mlp=mlp, heads=heads, kv_heads=kv_heads,
-          head_width=head, context=1024, rope=Rope(head), norm_eps=eps, capture=True)
+          head_width=head, context=1024, rope=Rope(head), qkv_bias=qkv_bias, norm_eps=eps,
+          capture=True)
   return lm, {'params': params}
 
 
@@ -140,3 +146,57 @@ def test_decoding_from_a_reduced_cache(name):
   logits, _ = jax.jit(functools.partial(lm.apply, method='decode'))(
       variables, raw['decode_token'][0].astype(np.int32), cache)
   close(logits[0], raw['decode_logits'])
+
+
+AIM_SCHEDULE = {'layers': tuple(range(14, 22)), 'ratio_of': 'start', 'rounding': 'floor',
+                'keep_ratio': tuple(1 - step / 8 for step in range(1, 9))}
+
+
+@pytest.mark.long
+def test_aim_as_released():
+  """What goes is hidden as a key, and walks on as a query; the last cut leaves text alone."""
+  raw = load('aim_pruning_model')
+  lm, variables = model('aim_pruning_model', eps=1e-6, heads=2)
+  params = variables['params']
+  width = lm.width
+  params['table'][0] = raw['decode_embed'][0, 0]
+  params['head']['kernel'][:] = np.eye(width, lm.vocabulary)
+  start, visual, _ = (int(x) for x in raw['PRE_V_T'])
+  tokens = image_and_text(raw['inputs_embeds'], start, visual)
+  config = {'method': 'aim', 'args': {'variant': 'release'}, 'token_kinds': 'visual',
+            **AIM_SCHEDULE}
+  lm = lm.clone(plan=make_plan(config, lm.host(tokens.slots, visual=visual)), capture=False)
+  prefill = jax.jit(functools.partial(lm.apply, room=1, method='prefill'))
+  logits, cache = prefill(variables, tokens)
+  close(logits[0, :width], raw['last_hidden'][-1])
+  for layer in AIM_SCHEDULE['layers']:
+    np.testing.assert_array_equal(cache.layers[layer + 1].bias[0, :tokens.slots] == 0,
+                                  raw['keep_mask_after_layer'][layer])
+  logits, _ = jax.jit(functools.partial(lm.apply, method='decode'))(
+      variables, jnp.zeros((1,), jnp.int32), cache)
+  close(logits[0, :width], raw['decode_last_hidden'][0])
+
+
+@pytest.mark.parametrize('hidden', [False, True])
+def test_aim_walks(hidden):
+  raw = load('aim_importance')
+  logits = raw['attn_logits_causal']
+  if hidden:
+    logits = np.where(raw['already_pruned_mask'], logits, -1e30)
+  found = aim.importance(jax.nn.softmax(jnp.asarray(logits) / 0.1, axis=3), jnp.ones((1, 40), bool))
+  close(found, raw['importance_with_pruned_cols_masked' if hidden else 'importance'])
+
+
+def test_dyvte():
+  """The gate of the first layer stays shut, that of the second lets all visual tokens leave."""
+  raw = load('dyvte')
+  lm, variables = model('dyvte', eps=1e-5, heads=2)
+  for layer in range(2):
+    variables['params']['stack'][f'reducer_{layer:02d}'] = {
+        'fc1': {'kernel': raw['router_w1'][layer].T}, 'fc2': {'kernel': raw['router_w2'][layer].T}}
+  out = run(lm, variables, image_and_text(raw['inputs_embeds'], 35, 576), 576, method='dyvte',
+            layers=(0, 1), keep=0)
+  assert out['cuts'][0].real.all()
+  left = np.flatnonzero(out['cuts'][1].real[0])
+  np.testing.assert_array_equal(left, raw['pos_after_exit'][0])
+  close(out['tokens'].x[0][left][-8:], raw['final_normed_last8'])

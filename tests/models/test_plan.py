@@ -14,6 +14,7 @@ from models.reduction import Event, Reduction
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.insert import INSERTS
 from ops.tokens import identity
 
 HOST = make_vit('S/16').host
@@ -43,8 +44,9 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
              for name in methods().keys() - methods(HOST).keys()}
   assert missing == {'fastv': ['last_attention'], 'pyramiddrop': ['next_last_attention'],
                      'duet_vlm': ['next_row_attention'], 'transprune': ['next_row_attention'],
+                     'hidrop': ['next_last_attention'], 'aim': ['rope'], 'dyvte': ['rope'],
                      'gemfilter': []}  # It runs the model again, which only a language model can.
-  every = [*methods(), *branch_methods(), *CACHE_REDUCERS]
+  every = [*methods(), *branch_methods(), *CACHE_REDUCERS, *INSERTS]
   assert len(set(every)) == len(every), 'names are unique'
   assert {name: method.site for name, method in CACHE_REDUCERS.items()} == dict.fromkeys(
       CACHE_REDUCERS, 'cache')
@@ -81,7 +83,7 @@ def test_budgets_in_macs_get_the_hosts_cost():
     ({'methd': 'tome'}, "a reduction has no key 'methd' (did you mean 'method'?): choose from "
                         'method, args, site, layers'),
     ({'method': 'tom'}, "method 'tom' is unknown (did you mean 'tome'?): choose one of "
-                        f'{", ".join(sorted(methods() | branch_methods()))}'),
+                        f'{", ".join(sorted(methods() | branch_methods() | INSERTS))}'),
     ({'method': 'zzz'}, "method 'zzz' is unknown: choose one of"),
     ({'remove': 8}, "method None is unknown (did you mean 'none'?): choose one of"),
     ({'method': 'topk', 'args': {'ordr': 'slot'}},
@@ -97,7 +99,7 @@ def test_budgets_in_macs_get_the_hosts_cost():
     ({'method': 'tome', 'remove': 8, 'layers': 12}, 'layer 12 is out of range: the model has '
                                                     'layers 0 to 11'),
     ({'method': 'tome'}, 'exactly one budget, got none'),
-    ({'method': 'topk', 'keep': 0}, 'keep=0 in layer 0 is impossible: 196 tokens are there'),
+    ({'method': 'topk', 'keep': 0}, 'keep=0 leaves no token in layer 0, but this method'),
     ({'method': 'topk', 'keep': 300}, 'keep=300 in layer 0 is impossible: 196 tokens are there'),
     ({'method': 'topk', 'keep_ratio': 0.001, 'rounding': 'floor'}, 'leaves 1 of 197 slots'),
     ({'method': 'tome', 'keep_ratio': 0.3}, 'can leave no fewer than 99 (1 protected)'),

@@ -214,6 +214,61 @@ def test_text_alone_needs_no_images(config):
       example.index.shape[2] * 2 if example.index is not None else 32] * 3
 
 
+@pytest.mark.long
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_patches_that_a_tower_merged_are_seen_apart(side):
+  """Each patch belongs to the slot of its group, wherever rows are padded; caches hold them all."""
+  vlm, params = llava()
+  tower = vlm.tower.clone(plan=make_plan({'method': 'tome', 'remove': 5, 'layers': (0, 1)},
+                                         vlm.tower.host))
+  vlm = vlm.clone(tower=tower, lm=vlm.lm.clone(unmerging='virtual'), pad_side=side)
+  out = look(vlm, params, squares())
+  tokens, crops = out['sequence'], out['tower_tokens']
+  assert (tokens.slots, tokens.places.shape[1]) == (5 + 2 * 6, 5 + 2 * 16)
+  for row, images in enumerate([1, 2, 0]):
+    real = np.asarray(tokens.real[row])
+    owner, place = np.asarray(tokens.owner[row]), np.asarray(tokens.places[row])
+    held = owner >= 0
+    assert held.sum() == VALID[row].sum() - images + 16 * images
+    np.testing.assert_array_equal(np.sort(place[held]), np.arange(held.sum()))
+    np.testing.assert_array_equal(np.unique(owner[held]), np.flatnonzero(real))
+    text = held & (np.asarray(tokens.kind[row])[owner] == 2)
+    assert text.sum() == VALID[row].sum() - images
+    first = np.flatnonzero(held)[0] + (row == 1)
+    for image in range(images):
+      own = owner[first + 16 * image:first + 16 * (image + 1)]
+      np.testing.assert_array_equal(own - own.min(), crops.owner[2 * row + image])
+  run = jax.jit(functools.partial(vlm.apply, room=1, method='prefill'))
+  logits, cache = run({'params': params}, IDS, VALID, squares())
+  assert cache.layers[0].pos.shape == (3, 5 + 2 * 16 + 1)
+  pixels = squares().pixels
+  for row, length, images in ((0, 4, 1), (1, 5, 2)):
+    alone, own = run({'params': params}, IDS[row:row + 1, :length], VALID[row:row + 1, :length],
+                     Images(pixels[row:row + 1, :images]))
+    np.testing.assert_allclose(logits[row], alone[0], atol=1e-5)
+    np.testing.assert_array_equal(own.layers[0].start[0], cache.layers[0].start[row])
+
+
+@pytest.mark.long
+def test_images_see_the_question_and_not_the_answer():
+  vlm, params = llava()
+  vlm = vlm.clone(lm=vlm.lm.clone(mask='mutual'))
+  answered = np.array(IDS)
+  answered[1, 4] = 9
+  question = jnp.asarray(np.arange(5) < 4)[None] & VALID
+
+  def moved(*marks):
+    score = jax.jit(vlm.apply)
+    (first, out), (second, _) = (score({'params': params}, ids, VALID, squares(), *marks)
+                                 for ids in (IDS, answered))
+    apart = np.asarray(jnp.abs(first - second)[1].max(axis=1) > 1e-6)
+    return np.flatnonzero(apart & out['sequence'].valid[1])
+
+  # Two images of 16 tokens behind one of text; the answer is the last of two behind them.
+  np.testing.assert_array_equal(moved({'question': question}), [34])
+  np.testing.assert_array_equal(moved(), np.arange(1, 35))
+
+
 def test_rows_do_not_touch_each_other():
   vlm, params = llava()
   images = squares()

@@ -232,6 +232,30 @@ def test_splash_equals_xla(dtype, tolerance, causal):
     close(got.out, want.out, 2 * tolerance)
 
 
+def mutual(rows, length):
+  """A third of the queries, and a fifth of the keys, anywhere."""
+  drawn = np.random.default_rng(3).random((rows, length))
+  return attention.Mutual(jnp.asarray(drawn < 0.3), jnp.asarray(drawn > 0.8))
+
+
+@pytest.mark.long
+def test_splash_shows_what_lies_beside_causal_attention():
+  """Results and gradients, by positions."""
+  q, k, v = inputs(length=130, heads=2, kv_heads=1, features=24)
+  positions = jnp.asarray(np.random.default_rng(4).permutation(130), jnp.int32)
+  bias, positions = make_bias('infinite', 2, 130), jnp.broadcast_to(positions, (2, 130))
+
+  def loss(q, k, v, implementation):
+    got = attention.attend(q, k, v, bias=bias, causal=True, positions=positions,
+                           mutual=mutual(2, 130), implementation=implementation)
+    return jnp.sum(got.out ** 2) + jnp.sum(jnp.sin(got.lse)), got
+
+  run = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
+  with pltpu.force_tpu_interpret_mode():
+    got = run(q, k, v, 'splash')
+  chex.assert_trees_all_close(got, run(q, k, v, 'xla'), atol=2e-5, rtol=1e-4)
+
+
 def test_splash_takes_the_batch_in_groups(monkeypatch):
   q, k, v = inputs(batch=3, length=4, heads=2)
   bias = make_bias('sizes', 3, 4)
@@ -310,7 +334,8 @@ def test_scores_hold_no_map(differentiate):
 
 
 @pytest.mark.parametrize(('kind', 'length'), [('all', 96), ('all', 90), ('causal', 90),
-                                              ('window', 90), ('positions', 96)])
+                                              ('window', 90), ('positions', 96),
+                                              pytest.param('mutual', 90, marks=pytest.mark.long)])
 def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
   chunk = 16
   q, k, v = inputs(length=length, heads=4, kv_heads=2, features=8)
@@ -318,7 +343,8 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
   positions = jnp.asarray(np.stack([np.random.default_rng(seed).permutation(length)
                                     for seed in range(2)]), jnp.int32)
   arguments = {'all': {}, 'causal': {'causal': True}, 'window': {'causal': True, 'window': 20},
-               'positions': {'positions': positions}}[kind]
+               'positions': {'positions': positions},
+               'mutual': {'causal': True, 'mutual': mutual(2, length)}}[kind]
 
   def found():
     """Gradients and results, and the size of the largest buffer; a function traced anew."""
@@ -340,13 +366,18 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
   chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_fused_attention_is_given_no_map():
+@pytest.mark.parametrize('more', [
+    {}, {'causal': True, 'mutual': 1}, {'mutual': 1, 'positions': 1}], ids=str)
+def test_fused_attention_is_given_no_map(more):
   length = 640
+  makers = {'mutual': mutual, 'positions': lambda rows, length: jnp.arange(length)[None]}
+  more = {name: makers[name](1, length) if name in makers else value
+          for name, value in more.items()}
   q, k, v = inputs(batch=1, length=length, heads=1, features=8)
   bias = make_bias('sizes', 1, length)
 
   def splash(q, k, v, bias):
-    return attention.attend(q, k, v, bias=bias, implementation='splash')
+    return attention.attend(q, k, v, bias=bias, implementation='splash', **more)
 
   def outside_of_kernels(jaxpr):
     for equation in jaxpr.eqns:

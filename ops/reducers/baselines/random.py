@@ -30,6 +30,7 @@ class Random(Reducer):
 
   seed: Seed | jax.Array = 0
   drops = 'pruning drops tokens'
+  can_empty = True
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals

@@ -32,6 +32,7 @@ class Stride(Reducer):
 
   phase: str = 'first'
   drops = 'pruning drops tokens'
+  can_empty = True
 
   def __post_init__(self) -> None:
     choices.check('phase=', self.phase, PHASES)

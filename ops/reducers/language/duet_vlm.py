@@ -6,6 +6,7 @@ Axes: B batch, N slots now, H heads.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.primitives.queries import text_after_images
@@ -21,19 +22,26 @@ Array = jax.Array
 class DUETVLM(Reducer):
   """Keeps the tokens with the highest attention from the text after the image, in the next layer.
 
-  The second stage of DUET-VLM (2026), arXiv:2602.18846, as released, where no words are singled
-  out: means over the rows of that text and over heads. (Its choice of salient words needs a
-  tagger.) The first stage, in the tower, is a form of `visionzip`. Otherwise as `pyramiddrop`.
+  The second stage of DUET-VLM (2026), arXiv:2602.18846, as released: means over the rows of salient
+  words, the bool stat 'salient' of the tokens, and over heads. A row that names none, or has no
+  such stat, takes all text after the image. (The release finds salient words by a tagger: nouns and
+  the like.) Its last ratio is 0: no visual token is left. The first stage is `duet_zip`. Otherwise
+  as `pyramiddrop`.
   """
 
   needs = frozenset({'next_row_attention'})
   site = 'before'
   positions = 'compact'
   drops = 'pruning drops tokens'
+  can_empty = True
 
   def rows(self, tokens: TokenSet) -> Array:
-    """bool[B, N], text after the last visual token."""
-    return text_after_images(tokens)
+    """bool[B, N], salient words; where there are none, text after the last visual token."""
+    after = text_after_images(tokens)
+    if 'salient' not in tokens.stats:
+      return after
+    salient = tokens.real & tokens.stats['salient']
+    return jnp.where(salient.any(axis=1, keepdims=True), salient, after)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     return keep_top(tokens, signals.next_row_attention.mean(axis=1), num_slots=num_slots)

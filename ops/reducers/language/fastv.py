@@ -25,6 +25,7 @@ class FastV(Reducer):
   site = 'before'
   positions = 'keep'
   drops = 'pruning drops tokens'
+  can_empty = True
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     return keep_top(tokens, signals.last_attention.mean(axis=1), num_slots=num_slots)

@@ -27,6 +27,7 @@ class PyramidDrop(Reducer):
   site = 'before'
   positions = 'compact'
   drops = 'pruning drops tokens'
+  can_empty = True
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     return keep_top(tokens, signals.next_last_attention.mean(axis=1), num_slots=num_slots)

@@ -37,6 +37,7 @@ class TransPrune(Reducer):
   site = 'before'
   positions = 'compact'
   drops = 'pruning drops tokens'
+  can_empty = True
 
   def rows(self, tokens: TokenSet) -> Array:
     """bool[B, N], text after the last visual token."""

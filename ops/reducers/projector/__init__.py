@@ -1,7 +1,9 @@
 """Reductions of the output of a vision tower, before a language model reads it."""
 
 from ops.reducers.method import Method
+from ops.reducers.projector.aim_merge import AIMMerge
 from ops.reducers.projector.divprune import DivPrune
+from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.flowcut import FlowCut
 from ops.reducers.projector.hiprune import HiPrune
@@ -16,6 +18,8 @@ PROJECTOR: dict[str, type[Method]] = {
     'divprune': DivPrune,
     'fastervlm': FasterVLM,
     'visionzip': VisionZip,
+    'duet_zip': DUETZip,
+    'aim_merge': AIMMerge,
     'prumerge': PruMerge,
     'vtc_cls': VTCCLS,
     'hiprune': HiPrune,

@@ -5,15 +5,14 @@ Axes: B batch, N slots now, M slots after, H heads, C contextual tokens, d featu
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, Merge, take
-from ops.primitives.match import cosine
+from ops.assignments import Assignment
+from ops.primitives.contextual import zip_tokens
 from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import TokenSet, filled, num_left
+from ops.tokens import TokenSet, num_left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,29 +41,13 @@ class VisionZip(ByAttention):
     return super().needs | {'keys'}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    slots, context = tokens.slots, self.contextual
-    own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), tokens.kind.shape)
-    order = top(self.attention(signals).mean(axis=1), num_slots - context, forced=tokens.fixed,
-                excluded=~tokens.real)
-    left = num_left(tokens, num_slots)
-    rest = tokens.real & (ranks(order, slots) >= left - context)
-    step = jnp.maximum(jnp.sum(rest, axis=1, keepdims=True, dtype=jnp.int32) // context, 1)
-    rank = rank_of(rest)
-    target = rest & (rank % step == 0) & (rank // step < context)
-    group = jnp.where(rest, jnp.where(target, 1, 3), jnp.where(tokens.real, 0, 2))
-    src = jnp.argsort(slots * group + own, axis=1)[:, :num_slots].astype(jnp.int32)
-
-    metric = jax.lax.stop_gradient(signals.keys.astype(jnp.float32).mean(axis=2))
-    at = jnp.maximum(left - context + jnp.arange(context, dtype=jnp.int32)[None], 0)
-    targets = take(src, jnp.broadcast_to(at, (len(src), context)))
-    alike = jnp.where(take(target, targets)[:, None], cosine(metric, take(metric, targets)), -2.0)
-    merges = rest & ~target
-    partner = jnp.where(merges, take(targets, jnp.argmax(alike, axis=2)), own)
-    dst = take(ranks(src, slots), partner)
-    count = Merge(src, dst, jnp.ones(dst.shape)).apply(merges.astype(jnp.float32))
-    shares = take(jnp.pad(1 / jnp.maximum(count, 1.0), ((0, 0), (0, 1))), dst)
-    return Merge(src, dst, jnp.where(merges, shares, jnp.where(tokens.real, 1.0, 0.0)),
-                 valid=filled(tokens, num_slots))
+    dominant = num_left(tokens, num_slots) - self.contextual
+    order = top(self.attention(signals).mean(axis=1), num_slots - self.contextual,
+                forced=tokens.fixed, excluded=~tokens.real)
+    rest = tokens.real & (ranks(order, tokens.slots) >= dominant)
+    metric = signals.keys.astype(jnp.float32).mean(axis=2)
+    return zip_tokens(tokens, metric, tokens.real, rest, rank_of(rest), context=self.contextual,
+                      num_slots=num_slots)
 
   def min_slots(self, slots: int, protected: int) -> int:
     return min(slots, protected + self.contextual + 1)

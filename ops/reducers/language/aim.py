@@ -1,0 +1,90 @@
+"""AIM: prunes visual tokens in a language model by a PageRank of its attention.
+
+Axes: B batch, N slots now, H heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ops import attention, choices
+from ops.assignments import Assignment
+from ops.attention import HIDDEN_LOGIT
+from ops.primitives.select import keep_top
+from ops.reducers.base import Reducer
+from ops.rope import sequence_index
+from ops.signals import Signals
+from ops.tokens import TokenSet, identity
+
+Array = jax.Array
+VARIANTS = ('paper', 'release')
+# Of the softmax that the PageRank walks by, and how many steps it takes.
+TEMPERATURE, STEPS = 0.1, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class AIM(Reducer):
+  """Keeps the tokens where random walks over the attention of a layer end.
+
+  AIM (Zhong et al., 2024), arXiv:2412.03248: walks begin anywhere, and take five steps from queries
+  to keys by the layer's logits at a temperature of 0.1; a token counts by the root of the mean
+  square over heads. Its schedule for 28 layers is keep_ratio=(0.875, 0.75, …, 0.125, 0.0) after
+  layers 14 to 21, ratio_of='start', rounded down. The stage before the language model is
+  `aim_merge`.
+
+  The walk needs the whole map of the layer that it acts in, in float32.
+
+  Attributes:
+    variant: 'paper', what goes is gone; or 'release', where it is only hidden as a key, and still
+      runs and walks as a query (mode='mask', which saves nothing).
+  """
+
+  variant: str = 'paper'
+  # The map is built anew, from rotated queries and keys in causal order: no other host has a rope.
+  needs = frozenset({'queries', 'keys', 'rope'})
+  site = 'after'
+  positions = 'keep'
+  drops = 'pruning drops tokens'
+  can_empty = True
+
+  def __post_init__(self) -> None:
+    choices.check('variant=', self.variant, VARIANTS)
+
+  @property
+  def mode(self) -> str:
+    """Returns the mode that the release's variant needs."""
+    return 'mask' if self.variant == 'release' else ''
+
+  @property
+  def proportional(self) -> bool:
+    """Returns whether sizes count in attention: those that are hidden have none."""
+    return self.variant == 'release'
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    shown = tokens.sizes > 0
+    walks = attention.eager(
+        signals.queries, signals.keys, scale=signals.keys.shape[3] ** -0.5 / TEMPERATURE,
+        bias=jnp.where(shown, 0.0, HIDDEN_LOGIT), positions=sequence_index(tokens.pos))
+    scores = jnp.where(shown, importance(walks, tokens.real), -1.0)
+    kept = keep_top(tokens, scores, num_slots=num_slots)
+    if self.variant == 'paper':
+      return kept
+    return identity(tokens).replace(policy=(kept.dst < num_slots).astype(jnp.float32))
+
+
+def importance(walks: Array, real: Array) -> Array:
+  """Ranks tokens by where walks end.
+
+  Args:
+    walks: float32[B, H, N, N], the probability of a step from each query to each key.
+    real: bool[B, N], where walks begin.
+
+  Returns:
+    float32[B, N].
+  """
+  begin = real / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
+  at = jnp.broadcast_to(begin[:, None], walks.shape[:3])
+  for _ in range(STEPS):
+    at = jnp.einsum('bhn,bhnm->bhm', at, walks, precision='highest')
+  return jnp.sqrt(jnp.mean(at * at, axis=1))
