@@ -476,22 +476,18 @@ def _draft(config: Config, host: Host) -> _Draft:
                      f"positions={positions!r} do not fit: leave mode out, and choose positions "
                      "'keep' or 'compact'")
   if not any(config.get(form) is not None for form in BUDGETS):
-    config = _with_shares(name, config, method.default_shares(host.depth), host)
+    config = _with_shares(config, method.default_shares(host.depth), host)
   return _Draft(config, reduction, site, kinds, parts)
 
 
-def _with_shares(name: str, config: Mapping[str, Any], shares: Mapping[int, float],
+def _with_shares(config: Mapping[str, Any], shares: Mapping[int, float],
                  host: Host) -> Mapping[str, Any]:
   """Returns a config without a budget with the shares that its method has by default."""
   if not shares:
     return config
   named = config.get('layers')
   layers = tuple(shares) if named is None else parse_layers(named, host.depth)
-  unknown = [layer for layer in layers if layer not in shares]
-  if unknown:
-    raise ValueError(f'{name} has no share of its own for layer {unknown[0]}: leave it out of '
-                     'layers, or give a budget')
-  ratios = tuple(shares[layer] for layer in layers)
+  ratios = tuple(shares.get(layer, 1.0) for layer in layers)
   return {'rounding': 'floor', **{key: value for key, value in config.items() if value is not None},
           'layers': layers, 'keep_ratio': ratios}
 

@@ -31,7 +31,7 @@ class GammaMoD(BranchReducer, nn.Module):
   is below `decode_threshold`, and leaves nothing in that layer's cache; with other thresholds for
   prompt and answer, as released, reading an answer with its prompt differs from decoding it.
   Without layers and budget in a config, all layers but the first three and the last are routed;
-  `ops.primitives.arank` ranks layers as the paper chooses them.
+  lib/report/attention_ranks.py ranks them as the paper chooses.
 
   Sows the loss 'route' in training, float32[B]: the weighted cross-entropy of p against the choice.
 

@@ -125,7 +125,8 @@ class Method(Protocol):
   def default_shares(self, depth: int) -> Mapping[int, float]:
     """Returns the share of tokens that each layer keeps where a config has no budget; {} for none.
 
-    They are rounded down. A config that names no layers gets these.
+    They are rounded down. A config that names no layers gets these; a layer without a share keeps
+    all.
     """
     ...
 

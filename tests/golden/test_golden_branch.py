@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import recorded
+from helpers.tiny_lm import PROMPT, TINY, image_and_text, variables
 
 from lib.cost import lm as lm_cost
+from lib.report.attention_ranks import attention_ranks
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import make_lm
 from models.compressors import ROUTERS
@@ -105,6 +107,20 @@ def test_arank():
   assert lowest_ranks([9.0, 3.0, 5.0, 3.0, 7.0], 3, never=(1,)) == (2, 3, 4)
   with pytest.raises(ValueError, match='3 layers of the lowest rank are too many'):
     lowest_ranks([9.0, 3.0], 3)
+
+
+@pytest.mark.long
+def test_arank_of_a_models_layers():
+  """Maps of equal shares, but for their diagonals, lack one direction; padding has none."""
+  weights = variables(2)['params']
+  q = weights['stack']['blocks']['q']['kernel']
+  blocks = weights['stack']['blocks'] | {'q': {'kernel': q.at[1].set(0)}}
+  params = {'params': weights | {'stack': {'blocks': blocks}}}
+  whole, padded = (attention_ranks(TINY.clone(depth=2), params, tokens) for tokens in (
+      image_and_text(), image_and_text(np.tile(np.arange(PROMPT) >= 5, (3, 1)))))
+  assert whole.shape == (2,)
+  assert (whole[1], padded[1]) == (PROMPT - 1, PROMPT - 6)
+  assert (whole <= PROMPT - 1).all()
 
 
 @pytest.mark.parametrize('budget', ['coverage', pytest.param('count', marks=pytest.mark.long)])
