@@ -39,6 +39,8 @@ BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
 RATIO_OF = ('current', 'start')
 # What becomes of a host that is shorter than a budget: an error, or nothing goes (prompts).
 SHORT = ('refuse', 'keep')
+# Longer than any prompt.
+LONG = 2 ** 24
 T = TypeVar('T')
 # A count, or int64[...], counts of many rows.
 Counts = TypeVar('Counts', int, np.ndarray)
@@ -352,7 +354,7 @@ def _check(step: Step, kept: int, slots: int, limits: Limits) -> None:
     return
   # A least count that a longer prompt would not reach (a window) leaves a short one as it is; one
   # that grows with the tokens (pairs that merge) would be missed by all.
-  if limits.short == 'keep' and limits.min_slots(4 * slots) < 2 * limits.min_slots(slots):
+  if limits.short == 'keep' and limits.min_slots(LONG) < LONG // 8:
     return
   raise ValueError(f'{step.said} leaves {limits.protected + kept} of {slots} slots in layer '
                    f'{step.layer}, but this method can leave no fewer than {least} '
