@@ -332,6 +332,11 @@ def _share(rounded: Callable[[Any, int], Any], ratio: Fraction, base: str, now: 
   return rounded(ratio.numerator * (start if base == 'start' else now), ratio.denominator)
 
 
+def share_step(layer: int, share: Fraction) -> Step:
+  """Returns a step that keeps a share of the tokens, rounded up, where that is possible."""
+  return Step(layer, functools.partial(_share, _ceil, share, 'current'))
+
+
 def _keep(value: int | Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
   steps = []
   for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
@@ -420,8 +425,8 @@ def part_of(cuts: Sequence[Cut], fraction: float, limits: Limits) -> tuple[Cut, 
   for cut in cuts:
     ratio = Fraction(cut.slots_out - limits.protected, cut.slots_in - limits.protected)
     weaker_ratio = 1 - Fraction(str(fraction)) * (1 - ratio)
-    step = Step(cut.layer, functools.partial(_share, _ceil, weaker_ratio, 'current'))
-    weaker_cut = take(step, slots, limits.slots - limits.protected, limits)
+    weaker_cut = take(share_step(cut.layer, weaker_ratio), slots,
+                      limits.slots - limits.protected, limits)
     if weaker_cut is not None:
       weaker.append(weaker_cut)
       slots = weaker_cut.slots_out

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from helpers.tiny_lm import TINY, unstacked
 
-from models.plan import make_cache_plan, make_plan, methods
+from models.plan import Host, make_cache_plan, make_plan, methods
+from models.projector import ProjectorReduction, reduce_visual
 from models.row_budgets import row_budgets
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.splice import Visual
 from ops.tokens import TEXT, VISUAL, TokenSet
 
 LENGTHS, LATER = (13, 9, 5), 3
@@ -109,6 +111,31 @@ def test_in_the_cache(name, form):
     return TINY.clone(cache_plan=make_cache_plan(config, TINY.host(slots)))
 
   check(make, LAYOUTS)
+
+
+@pytest.mark.parametrize('budget', BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize('name', ['divprune', 'textmonkey', 'tome_kth'])
+@pytest.mark.long
+def test_at_the_projector(name, budget):
+  """An image of fewer tokens, beside one of more."""
+  counts, width = (12, 7), 8
+  x = jax.random.normal(jax.random.key(0), (1, 2, counts[0], width))
+  keys = jax.random.normal(jax.random.key(1), (1, 2, counts[0], 2, 4))
+  valid = jnp.arange(counts[0])[None, None] < jnp.array(counts)[None, :, None]
+
+  def reduced(x, keys, valid):
+    host = Host(1, x.shape[2], 0, frozenset({'keys'}))
+    plan = make_plan({'method': name, 'site': 'after', 'layers': 0, **budget}, host)
+    visual = Visual(x, valid, stats={'tower_keys': keys})
+    found, _, _ = reduce_visual(ProjectorReduction(plan), visual, None, lambda *_: None)
+    real = jnp.ones(found.x.shape[:3], bool) if found.valid is None else found.valid
+    return [np.asarray(found.x[0, i])[np.asarray(real)[0, i]] for i in range(x.shape[1])]
+
+  together = reduced(x, keys, valid)
+  for image, count in enumerate(counts):
+    own = slice(image, image + 1), slice(count)
+    alone, = reduced(x[:, *own], keys[:, *own], None)
+    np.testing.assert_allclose(together[image], alone, atol=1e-6)
 
 
 @pytest.mark.parametrize('holds', ['last', 'none'])
