@@ -29,6 +29,9 @@ INTERFACE
   them; `tokens.budget` says how many tokens of `of` each row keeps, by its own real tokens. The
   last real token of a prompt is held, unless a config says holds='none'. Text alone is
   `kind == TEXT`.
+* A branch (site 'branch') lets some tokens run a part of a layer, and none leaves. The layer's
+  cache holds the keys that its attention saw; decoded tokens run the layer unless the method says
+  otherwise (`decode_steps`, `route`), and leave nothing in the cache of one that they skip.
 * Signals (ops/signals.py): keys and values [B, N, K, d] (rotated), queries, plain_queries
   [B, N, H, d], last_attention [B, H, N], window_attention [B, H, W, N] (W = method.span),
   row_attention [B, H, N] (mean over method.rows(tokens), bool[B, N]), received_attention [B, H, N];
