@@ -128,7 +128,7 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   plan = Plan(make_events(chosen, 'after', cuts), (chosen,))
   record, grid = RecordSignals(plan), vlm.projector_grid(slots)
   if record.layers:
-    if tower.plan is not None and not isinstance(tower.plan.only.method, RecordSignals):
+    if tower.plan is not None and tower.plan.events:
       reads = ', '.join(sorted(record.watch_needs & set(FROM_TOWER)))
       raise ValueError(f'{plan.name} at the projector reads {reads} of the tower, which '
                        f'{tower.plan.name} reduces: reduce at one of the two places')

@@ -38,20 +38,22 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.blocks import ACTIVATIONS, dense
-from models.plan import Host
+from models.plan import Host, Plan
 from models.projector import (
   FROM_TOWER,
   PER_TOKEN,
   Projector,
   ProjectorReduction,
+  Relevance,
   reduce_visual,
   without_special,
 )
-from models.reduction import ReducerParameters
+from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
 from ops.splice import Visual, splice, unmerged
+from ops.temporal import TTF, fuse_frames
 from ops.tokens import TEXT, TokenSet
 from ops.values import CountOrZero, OneOf, check_fields
 
@@ -102,6 +104,9 @@ class VLM(nn.Module):
     projector_reduction: how to reduce visual tokens after the projector, or None; made by
       `models.reduce_config.with_projector_reduction`.
     pad_side: where the padding of a sequence goes.
+    frames: the rule by which tokens of a frame are those of the frame before (TTF-VLA), where the
+      crops of a row are frames of one stream, in the order of time; None for images. It reads the
+      attention of the tower's last layer, and saves nothing in the tower.
     patch_labels: number of labels of a patch, which a linear probe on the tower's features
       predicts, to train the tower beside the answers; 0 for none.
   """
@@ -113,10 +118,13 @@ class VLM(nn.Module):
   newline: bool = False
   projector_reduction: ProjectorReduction | None = None
   pad_side: str = 'right'
+  frames: TTF | None = None
   patch_labels: CountOrZero = 0
 
   def __post_init__(self) -> None:
     check_fields(self)
+    if self.frames:
+      self.tower = _with_relevance(self.tower)
     super().__post_init__()
 
   def setup(self) -> None:
@@ -280,6 +288,11 @@ class VLM(nn.Module):
       `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet).
     """
     whole, tower_out = self._run_tower(images)
+    if self.frames:
+      stats = dict(whole.stats)
+      relevance = stats.pop('relevance')
+      whole, tower_out['reused'] = fuse_frames(
+          self.frames, whole.replace(stats=stats), images.pixels, relevance, grid=self.tower.grid)
     tokens = without_special(whole, self.special)
     aux: Outputs = {'tower': tower_out}
     if self.patch_labels:
@@ -371,6 +384,25 @@ class VLM(nn.Module):
     if valid is not None:
       real &= mix(valid.astype(jnp.float32), jnp.ones((batch, 1))) > 0
     return Visual(mix(x, newline), real, stats=stats), (index, weight)
+
+
+def _with_relevance(tower: ViT | QwenVision) -> ViT:
+  """A tower that tells how relevant each token is to its last layer.
+
+  Raises:
+    ValueError: a tower without a grid of pixels, or with reductions.
+  """
+  plan = tower.plan or Plan((), ())
+  if not isinstance(tower, ViT) or tower.window or plan.events:
+    raise ValueError('frames are compared patch by patch, so the tower must be a ViT without '
+                     'windows that keeps all tokens: leave frames out, or reduce.vision')
+  if any(isinstance(reduction.method, Relevance) for reduction in plan.reductions):
+    return tower
+  last = depth_of(tower) - 1
+  by = 'cls_attention' if tower.class_token else 'received_attention'
+  # It watches alone: without events nothing calls it.
+  record = Reduction('relevance', Relevance(by, last), watch=(last,))  # type: ignore[arg-type]
+  return tower.clone(plan=Plan((), (*plan.reductions, record)))
 
 
 def image_counts(images: Images) -> np.ndarray:

@@ -15,6 +15,7 @@ from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config, make_vlm
 from models.plan import make_plan
 from models.reduce_config import with_projector_reduction
+from ops.temporal import TTF
 from ops.tokens import VISUAL
 
 IMAGE, SIDE = 30, 4
@@ -247,6 +248,44 @@ def test_patches_that_a_tower_merged_are_seen_apart(side):
                      Images(pixels[row:row + 1, :images]))
     np.testing.assert_allclose(logits[row], alone[0], atol=1e-5)
     np.testing.assert_array_equal(own.layers[0].start[0], cache.layers[0].start[row])
+
+
+@pytest.mark.long
+def test_frames_of_a_stream_share_what_has_not_changed():
+  """Behind the tower, row by row and frame by frame, and as `TTF` does it by itself."""
+  vlm, params = llava()
+  params = params | {'tower': jax.tree.map(lambda x: x / 3, params['tower'])}
+  rule = TTF(threshold=0.05, attended=3, keyframe_every=4)
+  streams = vlm.clone(frames=rule)
+  pixels = np.asarray(squares().pixels).repeat(3, axis=1)  # Six frames, each thrice.
+  pixels[:, 1, :8, 4:12] += 1.0
+  pixels[1, 5, 12:] -= 0.5
+  images = Images(jnp.asarray(pixels))
+  ids = np.full((3, 8), IMAGE)
+  ids[:, 6:] = [[1, 2], [3, 4], [5, 6]]
+  valid = np.ones(ids.shape, bool)
+  see = jax.jit(lambda m, ids, valid, images: m.apply(
+      {'params': params}, ids, valid, images, method='sequence')[1], static_argnums=0)
+  plain, out = see(vlm, ids, valid, images), see(streams, ids, valid, images)
+  reused = np.asarray(out['tower']['reused']).reshape(3, 6, -1)[..., -16:]
+  # Keyframes renew everything; an equal frame keeps all but what is attended to most.
+  assert not reused[:, [0, 4]].any()
+  assert (reused[:, 2].sum(axis=1) <= 13).all()
+  changed = np.zeros((4, 4), bool)
+  changed[:2, 1:3] = True
+  assert not reused[:, 1][:, changed.reshape(-1)].any()
+  assert reused[:, 1][:, ~changed.reshape(-1)].sum() >= 3 * (12 - 3)
+  found = np.asarray(out['tower_tokens'].x).reshape(3, 6, 16, -1)
+  new = np.asarray(plain['tower_tokens'].x).reshape(3, 6, 16, -1)
+  kept = new[:, 0]
+  for frame in range(6):
+    kept = np.where(reused[:, frame][..., None], kept, new[:, frame])
+    np.testing.assert_allclose(found[:, frame], kept, atol=1e-5)
+  alone = see(streams, ids[1:2, [0, 1, 6, 7]], valid[:1, :4], Images(images.pixels[1:2, :2]))
+  np.testing.assert_allclose(alone['tower_tokens'].x, found[1, :2], atol=1e-5)
+  with pytest.raises(ValueError, match='the tower must be a ViT without windows'):
+    streams.clone(tower=vlm.tower.clone(plan=make_plan(
+        {'method': 'tome', 'remove': 2, 'layers': 1}, vlm.tower.host)))
 
 
 @pytest.mark.long
