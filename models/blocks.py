@@ -183,7 +183,8 @@ class ReducibleBlock(nn.Module):
       signals = signals.replace(values=v) if 'values' in needs else signals
       taken = ((bias, order['positions']) if self.implementation == 'xla'
                else self.kernel_order(tokens, bias, proportional))
-      out = pattern.attend(mix, q, k, v, *taken, causal=self.is_causal)
+      out = pattern.attend(mix, q, k, v, *taken, causal=self.is_causal,
+                           window=order.get('window'))
     elif self.implementation == 'xla':
       # Rows normalised by themselves, and first: XLA keeps its whole map for a log-sum-exp, and
       # the keys beside that map for whoever reads them later.

@@ -216,11 +216,12 @@ def describe_reductions(reduced: LM | VLM) -> list[str]:
     for event in plan.events if plan else ():
       # Padding may be among what is protected.
       held = event.protected or 0
+      place = 'in' if event.kind == 'branch' else event.site
       where = {'projector': '', 'cache': f' in layer {event.layer}'}.get(
-          component, f' {event.site} layer {event.layer}')
+          component, f' {place} layer {event.layer}')
       left, before = event.slots_out - held, event.slots_in - held
-      does = (f'brings in {left - before}' if event.kind == 'insert' else
-              f'keeps {left} of {before}')
+      does = {'insert': f'brings in {left - before}', 'branch': f'runs {left} of {before}'}.get(
+          event.kind, f'keeps {left} of {before}')
       lines.append(f'{component}: {event.reduction.name} {does}{where}')
   if len(lines) > MOST_LINES:
     lines = [*lines[:MOST_LINES - 1], f'… and {len(lines) - MOST_LINES + 1} cuts more']

@@ -37,7 +37,7 @@ class Pattern(Protocol):
     ...
 
   def attend(self, attend: Attend, q: Array, k: Array, v: Array, bias: Array | None,
-             positions: Array | None, *, causal: bool) -> Array:
+             positions: Array | None, *, causal: bool, window: int | None = None) -> Array:
     """Returns what all tokens read, float[B, N, H, d], zero where one takes no part.
 
     Args:
@@ -46,6 +46,7 @@ class Pattern(Protocol):
       k, v: float[B, N, K, d], `v` as `values` returned them.
       bias, positions: as the host would give them to `attend` for all tokens.
       causal: whether a token sees only those before it, by slot where there are no positions.
+      window: of causal attention, which `attend` has by itself, or None.
     """
     ...
 
@@ -69,9 +70,9 @@ class HeadGather(struct.PyTreeNode):
     return v
 
   def attend(self, attend: Attend, q: Array, k: Array, v: Array, bias: Array | None,
-             positions: Array | None, *, causal: bool) -> Array:
+             positions: Array | None, *, causal: bool, window: int | None = None) -> Array:
     """Attends among the tokens of each group, as `Pattern.attend`."""
-    del causal
+    del causal, window
     batch, groups, picked = self.src.shape
     slots, heads = q.shape[1:3]
     valid = None if self.valid is None else self.valid.reshape(-1, picked)
@@ -141,9 +142,16 @@ class Neighbourhood(struct.PyTreeNode):
     return jnp.where(patch[:, :, None, None] & silent[None, None, :, None], 0, v)
 
   def attend(self, attend: Attend, q: Array, k: Array, v: Array, bias: Array | None,
-             positions: Array | None, *, causal: bool) -> Array:
-    """Attends as `Pattern.attend`; the host's own attention would see everything."""
+             positions: Array | None, *, causal: bool, window: int | None = None) -> Array:
+    """Attends as `Pattern.attend`; the host's own attention would see everything.
+
+    Raises:
+      ValueError: a window of causal attention.
+    """
     del attend
+    if window is not None:
+      raise ValueError(f'neighbours of patches do not go with a window of {window} positions: '
+                       'leave the method out, or give prompts that fit into the window')
     batch, slots, heads, _ = q.shape
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))

@@ -151,6 +151,8 @@ METHODS = {
         'method': 'token_sparse_attention', **EVERY, 'layers': (0, 1, 3), 'keep_ratio': 0.6,
         'args': {'window': 2, 'kernel': 3, 'coverage': 0.0, 'select': 'layer'}},
     'skip_decode': {'method': 'skip_decode', **EVERY, 'layers': (1, 2), 'keep': (6, 7)},
+    'yopo': {'method': 'yopo', 'layers': (1, 3), 'args': {'grid': (1, 2), 'window': 3,
+                                                          'heads': (0, 1)}},
     'fastv': {'method': 'fastv', 'site': 'branch', 'layers': (1, 3),
               'keep': 2},
 }
@@ -159,8 +161,8 @@ METHODS |= {name: {'method': name, **EVERY, 'layers': (1, 3), 'keep_ratio': 0.5}
 # The first row is whole; the others have 4 visual tokens and 4 of text each, late and with holes.
 VALID = np.stack([np.isin(np.arange(PROMPT), slots) for slots in (
     range(PROMPT), range(4, PROMPT), (0, 1, 2, 3, 4, 5, 8, 9))])
-# A token is not told what stands behind it.
-CAUSAL = ('pmod', 'gamma_mod', 'gamma_mod, visual', 'skip_decode')
+# A token of text is not told what stands behind it.
+CAUSAL = ('pmod', 'gamma_mod', 'gamma_mod, visual', 'skip_decode', 'yopo')
 
 
 def planned(config, tokens):
@@ -297,7 +299,7 @@ def test_a_layer_that_no_longer_runs_keeps_its_cache():
 def test_every_method_in_a_vit(name):
   """It runs on fewer patches, trains its router, and all patches stay; or says what it lacks."""
   method = branch_methods()[name]()
-  config = {'method': name, 'layers': (1, 3), 'keep': 5}
+  config = {'method': name, 'layers': (1, 3)} | ({} if name == 'yopo' else {'keep': 5})
   if method.needs - VIT.host.offers:
     with pytest.raises(ValueError, match=f'{name} needs row_attention, which this host does not'):
       make_plan(config, VIT.host)
@@ -312,7 +314,8 @@ def test_every_method_in_a_vit(name):
 
   grads, out = jax.jit(jax.grad(loss, has_aux=True))(params, jax.random.key(2))
   assert out['hidden'][-1].shape == out['hidden'][0].shape
-  assert {layer: ran.slots for layer, ran in out['branches'].items()} == {1: 6, 3: 6}
+  ran = {layer: tokens.slots for layer, tokens in out['branches'].items()}
+  assert ran == ({} if method.parts == 'core' else {1: 6, 3: 6})
   routers = [grads['params']['stack'][event.parameters] for event in vit.plan.events
              if event.reduction.learned]
   for leaf in jax.tree.leaves(routers):
@@ -353,3 +356,35 @@ def test_what_contradicts_itself_is_one_line_when_the_model_is_built(config, mes
     make_plan(config, VIT.host)
   assert message in str(caught.value)
   assert '\n' not in str(caught.value)
+
+
+YOPO = METHODS['yopo']
+
+
+@pytest.mark.parametrize(('settings', 'config', 'message'), [
+    ({'window': 4}, YOPO, 'neighbours of patches do not go with a window of 4 positions'),
+    ({}, YOPO | {'args': {'grid': (2, 2)}}, '6 patches are no images of 2 x 2: set args.grid'),
+    ({}, YOPO | {'args': {'grid': (1, 2), 'heads': (0,)}},
+     r'of heads \[0\] some share keys and values with others, 2 to each'),
+    ({}, {'method': 'tome', 'site': 'branch', 'keep': 3, 'layers': 1},
+     'tome joins tokens in a branch, where causal attention would give earlier ones')])
+def test_what_a_language_model_cannot_carry_out_is_one_line(settings, config, message):
+  tokens = image_and_text()
+  lm = LM.clone(**settings)
+  lm = lm.clone(plan=make_plan(config, lm.host(PROMPT, visual=6)))
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lm.apply, parameters('lm'), tokens)
+
+
+@pytest.mark.parametrize('parts', [
+    'attention', *(pytest.param(parts, marks=pytest.mark.long) for parts in ('both', 'mlp'))])
+@pytest.mark.parametrize('window', [None, pytest.param((2, 2), marks=pytest.mark.long)])
+def test_any_other_method_is_a_branch_too(parts, window):
+  """Merged patches share what their group gets (as in ToMe for diffusion, arXiv:2303.17604)."""
+  vit = VIT.clone(window=window, whole_layers=(2,) if window else ())
+  config = {'method': 'tome', 'site': 'branch', 'parts': parts, 'layers': (1, 3), 'remove': 4}
+  vit = vit.clone(plan=make_plan(config, vit.host))
+  _, out = jax.eval_shape(vit.apply, parameters('vit'), IMAGES)
+  assert out['tokens'].x.shape == (3, 17, 16)
+  assert {layer: ran.x.shape for layer, ran in out['branches'].items()} == {
+      1: (3, 13, 16), 3: (3, 13, 16)}

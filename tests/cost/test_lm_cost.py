@@ -204,6 +204,7 @@ MODELS = {
        for parts in ('attention', 'mlp')},
     'core': lambda: planned(method='token_sparse_attention', token_kinds=('visual', 'text'),
                             keep=(9, 6), args={'window': 4}),
+    'yopo': lambda: planned(method='yopo', keep=None, args={'grid': (2, 3), 'window': 3}),
     'pmod': lambda: planned(method='pmod'),
     'gamma_mod': lambda: planned(method='gamma_mod'),
     'skip_decode': lambda: planned(method='skip_decode', keep=None, layers=None,
@@ -213,7 +214,7 @@ MODELS = {
 LATE = {'method': 'late_injection', 'layers': 1}
 # Whatever else is short; in `make test-all` these too.
 LONG = {'apart', 'exit inside', 'late', 'v2pe', 'mutual', 'exit', 'attention', 'mlp', 'core',
-        'gamma_mod', 'skip_decode', 'branch and cut'}
+        'yopo', 'gamma_mod', 'skip_decode', 'branch and cut'}
 
 
 @pytest.mark.parametrize('name', [

@@ -27,8 +27,9 @@ class YOPO(BranchReducer):
   arXiv:2410.06169, as released. Within the square a patch sees in both directions; text sees all
   that came before. In dropped heads patches read nothing, and nobody reads them, though they still
   count in the softmax; in dropped layers nobody does in any head. Give one config for each group of
-  layers with the same heads. The release masks a whole map; here no map of all tokens is formed,
-  and fused kernels are not used in these layers. Its smaller MLPs for patches are not here.
+  layers with the same heads, in a language model with token_kinds='visual'. The release masks a
+  whole map; here no map of all tokens is formed, and fused kernels are not used in these layers.
+  Its smaller MLPs for patches are not here.
 
   Attributes:
     window: side of the square, an odd number.
