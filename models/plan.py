@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, TypeAlias, cast
 
 from ml_collections import ConfigDict
@@ -24,6 +25,7 @@ from ops.budgets import (
   part_of,
   per_layer,
   resolve,
+  share_step,
   solve,
   take,
 )
@@ -404,6 +406,9 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
     draft, = flops
     events = solve(draft.config, host.depth, _free(host, draft.kinds),
                    lambda own: _events({**steps, draft: own}, drafts, host), macs, events)
+    # It is solved for the longest row; shorter ones lose the same share in each layer.
+    events = tuple(_by_share(event, host) if event.reduction is draft.reduction else event
+                   for event in events)
   else:
     events = _events(steps, drafts, host)
   return _watched(events, drafts, host)
@@ -594,6 +599,13 @@ def _check_behind(step: Step, draft: _Draft, event: Event) -> None:
     raise ValueError(f'{reduction.name} before layer {step.layer} reads {", ".join(read)} of the '
                      f'layer above, which the tokens of {last} have not run: cut from layer '
                      f'{step.layer + 1} on')
+
+
+def _by_share(event: Event, host: Host) -> Event:
+  """Returns an event of which every row keeps the share that the longest one keeps."""
+  fixed = host.protected if event.protected is None else event.protected
+  share = Fraction(event.slots_out - fixed, event.slots_in - fixed)
+  return dataclasses.replace(event, step=share_step(event.layer, share))
 
 
 def _unknown_share(draft: _Draft, pool: tuple[str, ...]) -> ValueError:
