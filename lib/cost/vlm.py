@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lib.cost import lm as lm_cost
 from lib.cost import vit as vit_cost
+from models.backbones.lm import LM
 from models.backbones.vlm import VLM, passed_on
 
 Layout = tuple[int, int, int]
@@ -84,6 +85,17 @@ class VLMCost:
     """Bytes that all products read and write beside the parameters."""
     return (self.crops * self.tower.activation_bytes + self.projector_activation_bytes
             + self.lm.activation_bytes)
+
+
+def macs_of(model: LM | VLM, prompt: int, layout: Layout | None) -> float:
+  """Returns the MACs of reading a prompt and its images, under the plans of a model.
+
+  Args:
+    model, prompt, layout: as in `of`; an LM, or None for layout, reads text alone.
+  """
+  if isinstance(model, VLM) and layout is not None:
+    return of(model, prompt, layout).macs
+  return lm_cost.of(model.lm if isinstance(model, VLM) else model, prompt).macs
 
 
 def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lib.cost.vlm import macs_of
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.token_layout import anyres_layout, cell_layout
 from models import checkpoints
@@ -14,7 +15,7 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config, make_vlm
 from models.plan import make_plan
-from models.reduce_config import with_projector_reduction
+from models.reduce_config import with_plans, with_projector_reduction
 from ops.temporal import TTF
 from ops.tokens import VISUAL
 
@@ -286,6 +287,33 @@ def test_frames_of_a_stream_share_what_has_not_changed():
   with pytest.raises(ValueError, match='the tower must be a ViT without windows'):
     streams.clone(tower=vlm.tower.clone(plan=make_plan(
         {'method': 'tome', 'remove': 2, 'layers': 1}, vlm.tower.host)))
+
+
+@pytest.mark.long
+def test_a_joint_budget_of_projector_language_model_and_cache():
+  """VisionZip, FastV and SnapKV in one config: FastV takes what the others leave of a budget."""
+  vlm, params = llava()
+  reduce = {'projector': {'method': 'visionzip', 'keep': 12, 'args': {'contextual': 2}},
+            'language': {'method': 'fastv', 'layers': 1, 'flops_ratio': 0.75},
+            'cache': {'method': 'snapkv', 'keep': 9, 'args': {'window': 2, 'kernel': 3}}}
+  ids, valid, images = IDS[1:2], VALID[1:2], Images(squares().pixels[1:2])
+  plans = with_plans(vlm, **reduce, macs=macs_of)
+  made = plans(5, images.layout)
+  whole, ours = (macs_of(model, 5, images.layout) for model in (vlm, made))
+  event, = made.lm.plan.events
+  assert 0.6 * whole < ours <= 0.75 * whole
+  assert event.slots_in == 5 + 2 * 12 > event.slots_out
+  # One token more would be too many; the projector alone is not enough.
+  more = with_plans(vlm, **reduce | {'language': {'method': 'fastv', 'layers': 1,
+                                                  'keep': event.slots_out - 5 + 1}})
+  assert macs_of(more(5, images.layout), 5, images.layout) > 0.75 * whole
+  run = jax.jit(functools.partial(made.apply, room=2, method='prefill'))
+  logits, cache = run({'params': params}, ids, valid, images)
+  assert np.isfinite(logits).all()
+  assert [layer.pos.shape[-1] for layer in cache.layers] == [11, 11]
+  _, cache = jax.jit(functools.partial(made.apply, method='decode'))(
+      {'params': params}, jnp.asarray([3]), cache)
+  assert int(cache.steps) == 1
 
 
 @pytest.mark.long
