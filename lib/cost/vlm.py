@@ -48,11 +48,12 @@ class VLMCost:
 
   @property
   def projector_macs(self) -> int:
-    """MACs of the projector's two products, on every token that the tower passes on."""
+    """MACs of the projector's two products, on every token that the tower passes on, once more for
+    each of its layers that are added later."""
     if not self.vlm.projection:
       return 0
-    width = self.vlm.lm.width
-    return self.crops * self.passed * (self.vlm.tower.width + width) * width
+    width, times = self.vlm.lm.width, 1 + len(self.vlm.deepstack)
+    return times * self.crops * self.passed * (self.vlm.tower.width + width) * width
 
   @property
   def projector_parameters(self) -> int:
@@ -77,7 +78,7 @@ class VLMCost:
     """Bytes that the projector's products read and write."""
     if not self.vlm.projection:
       return 0
-    moved = self.vlm.tower.width + 3 * self.vlm.lm.width
+    moved = (1 + len(self.vlm.deepstack)) * (self.vlm.tower.width + 3 * self.vlm.lm.width)
     return self.crops * self.passed * moved * jnp.dtype(self.vlm.lm.dtype).itemsize
 
   @property

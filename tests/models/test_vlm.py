@@ -317,6 +317,47 @@ def test_a_joint_budget_of_projector_language_model_and_cache():
 
 
 @pytest.mark.long
+def test_features_of_the_tower_join_their_tokens_in_later_layers():
+  """Those that are left, whoever stands where; and rows do not depend on their padding."""
+  plain, params = llava()
+  vlm = plain.clone(deepstack=((0, 1),), pad_side='left')
+  host = vlm.lm.host(5 + 32, visual=32)
+  plan = make_plan({'method': 'random', 'site': 'before', 'layers': 1, 'keep_ratio': 0.25}, host)
+  lm = vlm.lm.clone(plan=plan, capture=True)
+  vlm = vlm.clone(lm=lm)
+  logits, out = run(vlm, params, squares())
+  tower = jax.jit(lambda images: plain.tower.clone(capture=True).apply(
+      {'params': params['tower']}, images)[1]['hidden'][0])(squares().pixels.reshape(-1, 16, 16, 3))
+  without, before = run(vlm.clone(deepstack=()), params, squares())
+  assert jnp.abs(logits - without).max() > 1e-4
+  np.testing.assert_array_equal(out['cuts'][1].pos, before['cuts'][1].pos)
+  # By hand: what the cut left, and its patches' features of the tower's first layer.
+  first, second = (params['projector'][name] for name in ('fc1', 'fc2'))
+  deep = tower[:, 1:] @ first['kernel'] + first['bias'][None, None]
+  deep = jax.nn.gelu(deep, approximate=False) @ second['kernel'] + second['bias'][None, None]
+  deep = np.asarray(deep).reshape(3, 32, 16)
+  left = out['cuts'][1]
+  x = np.array(left.x)
+  for row in range(3):
+    for slot in np.flatnonzero(np.asarray(left.real[row] & (left.kind[row] == VISUAL))):
+      place = np.flatnonzero(np.asarray(left.owner[row]) == slot)[0]
+      group = int(out['sequence'].stats['group'][row, place])
+      first = np.flatnonzero(np.asarray(out['sequence'].stats['group'][row]) == group)[0]
+      x[row, slot] += deep[row, 16 * group + place - first]
+  own = lm.clone(plan=None).bind({'params': params['lm']})
+  block = own.stack.block.clone(parent=None)
+  layer = {'params': jax.tree.map(lambda p: p[1], params['lm']['stack']['blocks'])}
+  want = jax.jit(lambda x: block.apply(layer, left.replace(x=x)).x)(jnp.asarray(x))
+  real = np.asarray(left.real)
+  np.testing.assert_allclose(np.asarray(out['hidden'][1])[real], np.asarray(want)[real], atol=1e-4)
+  with pytest.raises(ValueError, match='nothing may be reduced before'):
+    vlm.clone(projector_reduction=with_projector_reduction(
+        plain, {'method': 'divprune', 'keep': 4}, slots=16).projector_reduction)
+  with pytest.raises(ValueError, match=r'deepstack has layers \(0, 9\)'):
+    plain.clone(deepstack=((0, 9),))
+
+
+@pytest.mark.long
 def test_images_see_the_question_and_not_the_answer():
   vlm, params = llava()
   vlm = vlm.clone(lm=vlm.lm.clone(mask='mutual'))
