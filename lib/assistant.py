@@ -21,6 +21,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
+from lib.cost.vlm import macs_of
 from lib.data import anyres
 from lib.data.anyres import Patches, Square
 from lib.data.pictures import Picture, batch_pictures
@@ -105,7 +106,7 @@ class Assistant:
     reduce = self.reduce if reduce is None else reduce
     check_components(reduce)
     return Generator(self.model, self.params, ends=self.ends,
-                     plans=with_plans(self.model, **reduce), **settings)
+                     plans=with_plans(self.model, **reduce, macs=macs_of), **settings)
 
   def prompt(self, text: str, *, images: int = 0, template: bool = True) -> list[int]:
     """Returns the ids of a user's message.

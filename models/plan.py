@@ -219,6 +219,11 @@ class Plan:
     return profile(self.events, depth, slots)
 
 
+def plan_of(events: Sequence[Event]) -> Plan:
+  """Returns the plan of events, whose reductions watch what they say."""
+  return Plan(tuple(events), tuple(dict.fromkeys(event.reduction for event in events)))
+
+
 def profile(events: Sequence[Event], depth: int, slots: int) -> tuple[Tokens, ...]:
   """Returns the tokens of every layer under events, as `Plan.profile`."""
   for event in events:

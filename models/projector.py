@@ -101,6 +101,30 @@ class RecordSignals(Reducer):
 
 
 @dataclasses.dataclass(frozen=True)
+class Relevance(Reducer):
+  """Removes nothing: it takes down how relevant a tower's last layer finds each token.
+
+  Attributes:
+    by: the signal that says so, 'cls_attention' or 'received_attention'; means over heads.
+    layer: the last that runs.
+  """
+
+  by: str
+  layer: int
+
+  @property
+  def watch_needs(self) -> frozenset[str]:
+    """Names the signal."""
+    return frozenset({self.by})
+
+  def watch(self, tokens: TokenSet, signals: Signals) -> dict[str, Array]:
+    """Returns {'relevance': float32[B, N]}."""
+    del tokens
+    attention: Array = getattr(signals, self.by)
+    return {'relevance': attention.mean(axis=1)}
+
+
+@dataclasses.dataclass(frozen=True)
 class ProjectorReduction:
   """A reduction of visual tokens between the projector and the language model.
 

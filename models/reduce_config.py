@@ -15,6 +15,8 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
+from ml_collections import ConfigDict
+
 from models import renames
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
@@ -27,6 +29,7 @@ from models.plan import (
   make_events,
   make_plan,
   one_reduction,
+  plan_of,
   reduction_settings,
   watched_layers,
 )
@@ -38,6 +41,8 @@ from ops import choices
 COMPONENTS = ('vision', 'projector', 'language', 'cache')
 Layout = tuple[int, int, int]  # `models.backbones.vlm.Images.layout`.
 Macs = Callable[[Sequence[Event]], float]
+# A model with its plans, ids of a prompt and the layout of its images -> MACs of reading them.
+TotalMacs = Callable[[LM | VLM, int, Layout | None], float]
 # A reduction, or several in one component.
 Reductions: TypeAlias = Config | Sequence[Config]
 Tower = TypeVar('Tower', bound=ViT | QwenVision)
@@ -70,7 +75,8 @@ def with_vision_plan(tower: Tower, config: Reductions | None, *,
 
 
 def with_language_plans(lm: LM, *, language: Reductions | None, cache: Reductions | None,
-                        slots: int, **counts: int) -> LM:
+                        slots: int, macs: Callable[[LM], float] | None = None,
+                        unreduced: float = 0.0, **counts: int) -> LM:
   """Returns a language model with the plans of `config.reduce.language` and `config.reduce.cache`.
 
   Args:
@@ -78,6 +84,8 @@ def with_language_plans(lm: LM, *, language: Reductions | None, cache: Reduction
     language, cache: as `make_plan` and `make_cache_plan` read them; None, or method='none', for no
       reduction. Keys that are None are unset.
     slots: N of the prompt, visual tokens included.
+    macs: a language model with its plan -> MACs of the whole model, for budgets in FLOPs.
+    unreduced: those of the whole model without any reduction, of which flops_ratio is a share.
     **counts: slots by kind, as visual=576; the others are text.
 
   Raises:
@@ -87,7 +95,12 @@ def with_language_plans(lm: LM, *, language: Reductions | None, cache: Reduction
   if not language and not cache:
     return lm
   host = lm.host(slots, **counts)
-  plan = make_plan(language, host) if language else None
+  plan = None
+  if language and macs:
+    joint = _in_gmacs(language, unreduced)
+    plan = make_plan(joint, host, macs=lambda events: macs(lm.clone(plan=plan_of(events))))
+  elif language:
+    plan = make_plan(language, host)
   return lm.clone(plan=plan, cache_plan=make_cache_plan(cache, host, plan=plan) if cache else None)
 
 
@@ -128,7 +141,7 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   plan = Plan(make_events(chosen, 'after', cuts), (chosen,))
   record, grid = RecordSignals(plan), vlm.projector_grid(slots)
   if record.layers:
-    if tower.plan is not None and not isinstance(tower.plan.only.method, RecordSignals):
+    if tower.plan is not None and tower.plan.events:
       reads = ', '.join(sorted(record.watch_needs & set(FROM_TOWER)))
       raise ValueError(f'{plan.name} at the projector reads {reads} of the tower, which '
                        f'{tower.plan.name} reduces: reduce at one of the two places')
@@ -147,8 +160,9 @@ class ModelWithPlans:
   """
 
   def __init__(self, model: LM | VLM, reduce: Mapping[str, Reductions | None],
-               counts: Mapping[str, int]):
-    self._model, self._counts = model, counts
+               counts: Mapping[str, int], macs: TotalMacs | None = None):
+    self._model, self._macs = model, macs
+    self._counts: Mapping[str, Any] = counts
     self._reduce = {name: settings for name, config in reduce.items()
                     if (settings := reduction_settings(config))}
     self._projector = one_reduction('projector', reduce.get('projector'))
@@ -203,7 +217,8 @@ class ModelWithPlans:
   def _with_all_plans(self, slots: int, layout: Layout | None) -> LM | VLM:
     model, language, cache = self._model, self._reduce.get('language'), self._reduce.get('cache')
     if not isinstance(model, VLM):
-      return with_language_plans(model, language=language, cache=cache, slots=slots, **self._counts)
+      return with_language_plans(model, language=language, cache=cache, slots=slots,
+                                 **self._joint(model, slots, None), **self._counts)
     if not self._reduce:
       return model
     visual = self.visual_slots(layout)
@@ -212,20 +227,35 @@ class ModelWithPlans:
     if not visual:
       several = language if isinstance(language, list) else [language] if language else []
       language = [config for config in several if not _of_visual_alone(config)]
+    counts: dict[str, Any] = {'visual': visual} if visual else {}
     lm = with_language_plans(model.lm, language=language, cache=cache, slots=slots + visual,
-                             **({'visual': visual} if visual else {}))
+                             **self._joint(model, slots, layout), **counts)
     return model.clone(lm=lm)
+
+  def _joint(self, model: LM | VLM, slots: int, layout: Layout | None) -> dict[str, Any]:
+    """What budgets in FLOPs count: the whole model, with all that is reduced before."""
+    total = self._macs
+    if total is None:
+      return {}
+
+    def macs(lm: LM) -> float:
+      return total(model.clone(lm=lm) if isinstance(model, VLM) else lm, slots, layout)
+
+    return {'macs': macs, 'unreduced': total(self._model, slots, layout)}
 
 
 def with_plans(model: LM | VLM, *, vision: Reductions | None = None,
                projector: Reductions | None = None, language: Reductions | None = None,
-               cache: Reductions | None = None, **counts: int) -> ModelWithPlans:
+               cache: Reductions | None = None, macs: TotalMacs | None = None,
+               **counts: int) -> ModelWithPlans:
   """Returns a model with reductions, for prompts of any number of slots.
 
   Args:
     model: without plans; only where no reduction is given may it have some, which stay.
     vision, projector, language, cache: `config.reduce.vision` and so on; None, or method='none',
       for no reduction. Keys that are None are unset. Tower and language model take several.
+    macs: of a whole model (`lib.cost.vlm.macs_of`), for budgets in FLOPs of the language model:
+      flops_ratio is then of the model without any reduction, whatever stands before.
     **counts: of an LM, slots by kind, as visual=576; the others are text. A VLM counts its own.
 
   Raises:
@@ -233,7 +263,7 @@ def with_plans(model: LM | VLM, *, vision: Reductions | None = None,
       `ModelWithPlans.__call__`.
   """
   reduce = {'vision': vision, 'projector': projector, 'language': language, 'cache': cache}
-  return ModelWithPlans(model, reduce, counts)
+  return ModelWithPlans(model, reduce, counts, macs)
 
 
 def without_plans(model: LM | VLM) -> LM | VLM:
@@ -242,6 +272,13 @@ def without_plans(model: LM | VLM) -> LM | VLM:
     return model.clone(plan=None, cache_plan=None)
   return model.clone(tower=model.tower.clone(plan=None), projector_reduction=None,
                      lm=model.lm.clone(plan=None, cache_plan=None))
+
+
+def _in_gmacs(language: Reductions, unreduced: float) -> list[Mapping[str, Any]]:
+  """Reductions with shares of FLOPs as so many of the unreduced model's."""
+  several = [language] if isinstance(language, Mapping | ConfigDict) else list(language)
+  return [{**config, 'flops_ratio': None, 'gmacs': config['flops_ratio'] * unreduced / 1e9}
+          if isinstance(config.get('flops_ratio'), float) else dict(config) for config in several]
 
 
 def _of_visual_alone(config: Mapping[str, Any]) -> bool:

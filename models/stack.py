@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -33,6 +33,7 @@ from ops.primitives.sparse_attention import Pattern
 from ops.rope import Rope
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, Signals
 from ops.tokens import TokenSet
+from ops.unmerge import collapse
 
 Array = jax.Array
 # The auxiliary outputs of a model, by name (`Stack.__call__`).
@@ -121,15 +122,18 @@ class Stack(nn.Module):
     out: Outputs = {'before': {}, 'cuts': {}, 'branches': {}, 'overflow': {}, 'losses': {},
                     'hidden': [], 'taps': [], 'budgets': budgets}
     signals = Signals()
+    added, tokens = tokens.added, tokens.replace(added={})
     waiting = {}
     for event in self.plan.inserts if self.plan else ():
       tokens, waiting[event] = self.place.by_rows(functools.partial(_part, event))(tokens, signals)
-    for start, stop in self._stages(weights, tap):
+    for start, stop in self._stages(weights, (*(tap.starts if tap else ()), *added)):
       for event in self._events(start, 'before'):
         if event in waiting:
           tokens, signals = reduction.insert(tokens, waiting[event], self.place), Signals()
         else:
           tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
+      if start in added:
+        tokens = add(tokens, collapse(added[start], tokens.owner, slots=tokens.slots))
       if stop - start > 1:
         tokens, hidden, taps = self._run(tokens, weights, start, stop, key, tap)
         out['hidden'] += hidden
@@ -279,9 +283,9 @@ class Stack(nn.Module):
     state = new.unless(runs, state, compact=event.reduction.positions == 'compact')
     return (jnp.where(runs[:, None], ran, x), number), state
 
-  def _stages(self, weights: Weights, tap: Tap | None) -> Iterator[tuple[int, int]]:
-    """(start, stop) of runs of equal layers; a layer that is cut in or measured runs alone."""
-    begins = tap.starts if tap else ()
+  def _stages(self, weights: Weights, begins: Collection[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of runs of equal layers; a layer that is cut in or measured runs alone, and at
+    some others a run begins."""
     alone = {layer for layer in range(self.depth)
              if isinstance(weights, tuple) or self._needs(layer)
              or self._events(layer) or (self.plan and self.plan.watching(layer))}

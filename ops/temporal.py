@@ -104,6 +104,38 @@ class TTF:
     return Stream(stream.frame + 1, gray, fused.x), fused, reused
 
 
+def fuse_frames(ttf: TTF, tokens: TokenSet, images: Array, attention: Array, *,
+                grid: tuple[int, int]) -> tuple[TokenSet, Array]:
+  """Runs whole streams through `TTF`, frame after frame.
+
+  Args:
+    ttf: the rule.
+    tokens: [B * F, N], the frames of a stream in the order of time.
+    images: float[B, F, S, S, C].
+    attention: float32[B * F, N].
+    grid: (rows, columns) of patches.
+
+  Returns:
+    The tokens after fusion, and bool[B * F, N], which of them are older ones.
+  """
+  frames = images.shape[1]
+
+  def by_frame(x: Array) -> Array:
+    return jnp.moveaxis(x.reshape(-1, frames, *x.shape[1:]), 1, 0)
+
+  def step(stream: Stream,
+           item: tuple[TokenSet, Array, Array]) -> tuple[Stream, tuple[Array, Array]]:
+    stream, fused, reused = ttf(stream, *item, grid=grid)
+    return stream, (fused.x, reused)
+
+  each = jax.tree.map(by_frame, tokens)
+  start = ttf.start(jax.tree.map(lambda x: x[0], each), images[:, 0], grid=grid)
+  items = each, jnp.moveaxis(images, 1, 0), by_frame(attention)
+  results = jax.lax.scan(step, start, items)[1]
+  x, reused = (jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]) for x in results)
+  return tokens.replace(x=x), reused
+
+
 def gray_patches(images: Array, *, grid: tuple[int, int]) -> Array:
   """Gray values by patch, in raster order: float[B, S, S, C] -> float32[B, P, p].
 

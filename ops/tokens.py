@@ -44,6 +44,8 @@ class TokenSet(struct.PyTreeNode):
     stats: a method's memory between layers, {name: [B, N, ...]}; follows the slot's anchor.
     places: int32[B, T], positions of the original tokens, where attention runs among these
       (ops/unmerge.py); else None.
+    added: {layer: float[B, T, D]}, features of original tokens that are added to their slots before
+      a layer runs (to a slot of several their mean), as a stack is given them; it lets go of them.
     budget: int32[B], how many of its free tokens each row keeps in the reduction at hand, at most
       those it has; None for as many as fit. Reductions fill no more slots than that in any row.
     of: the kinds that the reduction at hand may touch. Static.
@@ -62,6 +64,7 @@ class TokenSet(struct.PyTreeNode):
   places: Array | None = None
   budget: Array | None = None
   stats: dict[str, Array] = struct.field(default_factory=dict)
+  added: dict[int, Array] = struct.field(default_factory=dict)
   of: tuple[int, ...] = struct.field(pytree_node=False, default=(VISUAL,))
   protected: int = struct.field(pytree_node=False, default=0)
   padding: str = struct.field(pytree_node=False, default='anywhere')

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lib.cost import lm as lm_cost
 from lib.cost import vit as vit_cost
+from models.backbones.lm import LM
 from models.backbones.vlm import VLM, passed_on
 
 Layout = tuple[int, int, int]
@@ -47,11 +48,12 @@ class VLMCost:
 
   @property
   def projector_macs(self) -> int:
-    """MACs of the projector's two products, on every token that the tower passes on."""
+    """MACs of the projector's two products, on every token that the tower passes on, once more for
+    each of its layers that are added later."""
     if not self.vlm.projection:
       return 0
-    width = self.vlm.lm.width
-    return self.crops * self.passed * (self.vlm.tower.width + width) * width
+    width, times = self.vlm.lm.width, 1 + len(self.vlm.deepstack)
+    return times * self.crops * self.passed * (self.vlm.tower.width + width) * width
 
   @property
   def projector_parameters(self) -> int:
@@ -76,7 +78,7 @@ class VLMCost:
     """Bytes that the projector's products read and write."""
     if not self.vlm.projection:
       return 0
-    moved = self.vlm.tower.width + 3 * self.vlm.lm.width
+    moved = (1 + len(self.vlm.deepstack)) * (self.vlm.tower.width + 3 * self.vlm.lm.width)
     return self.crops * self.passed * moved * jnp.dtype(self.vlm.lm.dtype).itemsize
 
   @property
@@ -84,6 +86,17 @@ class VLMCost:
     """Bytes that all products read and write beside the parameters."""
     return (self.crops * self.tower.activation_bytes + self.projector_activation_bytes
             + self.lm.activation_bytes)
+
+
+def macs_of(model: LM | VLM, prompt: int, layout: Layout | None) -> float:
+  """Returns the MACs of reading a prompt and its images, under the plans of a model.
+
+  Args:
+    model, prompt, layout: as in `of`; an LM, or None for layout, reads text alone.
+  """
+  if isinstance(model, VLM) and layout is not None:
+    return of(model, prompt, layout).macs
+  return lm_cost.of(model.lm if isinstance(model, VLM) else model, prompt).macs
 
 
 def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:

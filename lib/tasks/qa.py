@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from lib.cost import lm as lm_cost
 from lib.cost import vit as vit_cost
+from lib.cost.vlm import macs_of
 from lib.data import qa as qa_data
 from lib.data.qa import Info
 from lib.runtime import memory
@@ -76,12 +77,12 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
       if reduction_settings(reduce.get(name)):
         raise ValueError(f'reduce.{name} acts on images, and this set has none: set its method to '
                          "'none'")
-    return with_plans(lm, **reduce)(context)
+    return with_plans(lm, **reduce, macs=macs_of)(context)
   tower = ViT(**model['tower'], num_classes=0, image_size=info.image_shape[0], pool='mean',
               last_norm='pooled', **shared)
   vlm = VLM(tower, lm, cast(int, info.image), model['projection'],
             patch_labels=model['patch_labels'])
-  return with_plans(vlm, **reduce)(context, LAYOUT)
+  return with_plans(vlm, **reduce, macs=macs_of)(context, LAYOUT)
 
 
 def visual_tokens(vlm: VLM) -> int:

@@ -537,6 +537,13 @@ class LM(nn.Module):
     if self.plan and self.plan.slots not in (None, tokens.slots):
       raise ValueError(f'the plan is for prompts of {self.plan.slots} slots, not '
                        f'{tokens.slots}: make one with lm.host(slots)')
+    for layer in tokens.added:
+      if layer >= self.depth:
+        raise ValueError(f'features cannot be added before layer {layer}: the layers are 0 to '
+                         f'{self.depth - 1}')
+    if tokens.added and self.plan and self.plan.positions == 'restart':
+      raise ValueError(f"{self.plan.name} has the model run anew under positions='restart', where "
+                       "features that are added have no place: set positions='keep'")
     if self.plan and self.plan.holds == 'last':
       tokens = tokens.replace(held=last_real(tokens))
     tokens = tokens.replace(x=tokens.x.astype(self.dtype))

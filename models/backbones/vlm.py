@@ -38,20 +38,22 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.blocks import ACTIVATIONS, dense
-from models.plan import Host
+from models.plan import Host, Plan
 from models.projector import (
   FROM_TOWER,
   PER_TOKEN,
   Projector,
   ProjectorReduction,
+  Relevance,
   reduce_visual,
   without_special,
 )
-from models.reduction import ReducerParameters
+from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
 from ops.splice import Visual, splice, unmerged
+from ops.temporal import TTF, fuse_frames
 from ops.tokens import TEXT, TokenSet
 from ops.values import CountOrZero, OneOf, check_fields
 
@@ -102,6 +104,13 @@ class VLM(nn.Module):
     projector_reduction: how to reduce visual tokens after the projector, or None; made by
       `models.reduce_config.with_projector_reduction`.
     pad_side: where the padding of a sequence goes.
+    deepstack: (layer of the tower, layer of the language model) pairs: what the first makes goes
+      through the projector, and is added to the visual tokens that are there before the second
+      (as in Qwen3-VL, whose projectors of their own are not here, after DeepStack,
+      arXiv:2406.04334).
+    frames: the rule by which tokens of a frame are those of the frame before (TTF-VLA), where the
+      crops of a row are frames of one stream, in the order of time; None for images. It reads the
+      attention of the tower's last layer, and saves nothing in the tower.
     patch_labels: number of labels of a patch, which a linear probe on the tower's features
       predicts, to train the tower beside the answers; 0 for none.
   """
@@ -113,10 +122,17 @@ class VLM(nn.Module):
   newline: bool = False
   projector_reduction: ProjectorReduction | None = None
   pad_side: str = 'right'
+  deepstack: tuple[tuple[CountOrZero, CountOrZero], ...] = ()
+  frames: TTF | None = None
   patch_labels: CountOrZero = 0
 
   def __post_init__(self) -> None:
     check_fields(self)
+    if self.frames:
+      self.tower = _with_relevance(self.tower)
+    if self.deepstack:
+      self._check_deepstack()
+      self.tower = self.tower.clone(capture=True)
     super().__post_init__()
 
   def setup(self) -> None:
@@ -254,7 +270,33 @@ class VLM(nn.Module):
       spread = jax.vmap(lambda s, i, m: s.at[i].set(m, mode='drop'))
       stat = spread(jnp.zeros(tokens.kind.shape, bool), slot, marked & valid)
       tokens = tokens.replace(stats=tokens.stats | {name: stat & (tokens.kind == TEXT)})
-    return tokens, {**aux, 'sequence': tokens, 'slot': slot, 'visual': visual}
+    told = {**aux, 'sequence': tokens, 'slot': slot, 'visual': visual}
+    if images is not None and self.deepstack:
+      tokens = tokens.replace(added={read: self._added(seen, ids, valid, images, aux)
+                                     for seen, read in self.deepstack})
+    return tokens, told
+
+  def _check_deepstack(self) -> None:
+    """Raises unless the tower's layers can be added to the language model's."""
+    tower, plan = self.tower, self.tower.plan
+    reduced = (plan is not None and plan.events) or self.projector_reduction is not None
+    if not isinstance(tower, ViT) or tower.window or reduced or self.lm.unmerging != 'none':
+      raise ValueError(f'deepstack={self.deepstack} adds features token by token, so the tower '
+                       'must be a ViT without windows, nothing may be reduced before the language '
+                       "model, and unmerging be 'none': leave deepstack out, or the others")
+    for seen, read in self.deepstack:
+      if seen >= self.tower_depth or read >= self.lm.depth:
+        raise ValueError(f'deepstack has layers ({seen}, {read}), and the tower has layers 0 to '
+                         f'{self.tower_depth - 1}, the language model 0 to {self.lm.depth - 1}')
+
+  def _added(self, layer: int, ids: Array, valid: Array, images: Images, aux: Outputs) -> Array:
+    """What a layer of the tower adds to each slot of a sequence, float[B, N, D]."""
+    tokens = aux['tower_tokens']
+    x = aux['tower']['hidden'][layer][:, self.special:]
+    deep, _ = self._arrange(tokens.replace(x=self.projector(x) if self.projection else x), images)
+    blank = jnp.zeros((*ids.shape, self.lm.width), deep.x.dtype)
+    kept = Visual(deep.x, deep.valid)
+    return splice(blank, valid, ids == self.image_token, kept, side=self.pad_side)[0].x
 
   def _unmerged(self, tokens: TokenSet, slot: Array, ids: Array, valid: Array, images: Images,
                 crops: TokenSet) -> TokenSet:
@@ -280,6 +322,11 @@ class VLM(nn.Module):
       `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet).
     """
     whole, tower_out = self._run_tower(images)
+    if self.frames:
+      stats = dict(whole.stats)
+      relevance = stats.pop('relevance')
+      whole, tower_out['reused'] = fuse_frames(
+          self.frames, whole.replace(stats=stats), images.pixels, relevance, grid=self.tower.grid)
     tokens = without_special(whole, self.special)
     aux: Outputs = {'tower': tower_out}
     if self.patch_labels:
@@ -371,6 +418,25 @@ class VLM(nn.Module):
     if valid is not None:
       real &= mix(valid.astype(jnp.float32), jnp.ones((batch, 1))) > 0
     return Visual(mix(x, newline), real, stats=stats), (index, weight)
+
+
+def _with_relevance(tower: ViT | QwenVision) -> ViT:
+  """A tower that tells how relevant each token is to its last layer.
+
+  Raises:
+    ValueError: a tower without a grid of pixels, or with reductions.
+  """
+  plan = tower.plan or Plan((), ())
+  if not isinstance(tower, ViT) or tower.window or plan.events:
+    raise ValueError('frames are compared patch by patch, so the tower must be a ViT without '
+                     'windows that keeps all tokens: leave frames out, or reduce.vision')
+  if any(isinstance(reduction.method, Relevance) for reduction in plan.reductions):
+    return tower
+  last = depth_of(tower) - 1
+  by = 'cls_attention' if tower.class_token else 'received_attention'
+  # It watches alone: without events nothing calls it.
+  record = Reduction('relevance', Relevance(by, last), watch=(last,))  # type: ignore[arg-type]
+  return tower.clone(plan=Plan((), (*plan.reductions, record)))
 
 
 def image_counts(images: Images) -> np.ndarray:

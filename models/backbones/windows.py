@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -200,9 +200,9 @@ class WindowStack(Stack):
         raise ValueError(f'{name} {acts} the attention of layer {event.layer}, which sees '
                          'the whole image: take it out of whole_layers, or of the cuts')
 
-  def _stages(self, weights: Weights, tap: Tap | None) -> Iterator[tuple[int, int]]:
+  def _stages(self, weights: Weights, begins: Collection[int]) -> Iterator[tuple[int, int]]:
     """A whole layer runs alone, as its attention is not that of its neighbours."""
-    for start, stop in super()._stages(weights, tap):
+    for start, stop in super()._stages(weights, begins):
       edges = {edge for layer in self.whole for edge in (layer, layer + 1) if start < edge < stop}
       yield from itertools.pairwise(sorted({start, stop} | edges))
 

@@ -160,6 +160,35 @@ def test_merged_tokens_are_seen_apart():
   np.testing.assert_array_equal(cache.layers[0].start, 12)
 
 
+@pytest.mark.long
+def test_features_are_added_where_their_tokens_are():
+  """In layer 0 as to the input; behind a cut to what is left; to merged tokens their mean."""
+  tokens = image_and_text()
+  more = jax.random.normal(jax.random.key(8), tokens.x.shape)
+  run = jax.jit(lambda lm, tokens: lm.clone(capture=True).apply(variables(), tokens),
+                static_argnums=0)
+  first = run(TINY, tokens.replace(added={0: more}))[0]
+  np.testing.assert_allclose(first, run(TINY, tokens.replace(x=tokens.x + more))[0], atol=1e-5)
+  for method in ('random', 'tome'):
+    plan = make_plan({'method': method, 'token_kinds': 'visual', 'layers': 0, 'site': 'after',
+                      'keep': 4}, TINY.host(12, visual=6))
+    lm = TINY.clone(plan=plan)
+    _, out = run(lm, tokens.replace(added={1: more}))
+    cut = out['cuts'][0]
+    share = np.asarray(cut.owner)[:, None] == np.arange(10)[None, :, None]
+    mean = share @ np.asarray(more) / share.sum(axis=2, keepdims=True)
+    block = TINY.bind(variables()).stack.block.clone(parent=None)
+    layer = {'params': jax.tree.map(lambda p: p[1], variables()['params']['stack']['blocks'])}
+    seen = cut.replace(x=cut.x + mean.astype(np.float32))
+    change, _ = block.apply(layer, seen, needs=frozenset(), proportional=method == 'tome',
+                            method='attend')
+    seen = seen.replace(x=seen.x + change)
+    want = seen.x + block.apply(layer, seen, method='feed_forward')[0]
+    np.testing.assert_allclose(out['hidden'][1], want, atol=1e-5)
+  with pytest.raises(ValueError, match='before layer 3: the layers are 0 to 2'):
+    TINY.apply(variables(), tokens.replace(added={3: more}))
+
+
 STRUCTURES = {'mutual': {'mask': 'mutual'}, 'full': {'full_layers': (1,)},
               'v2pe': {'visual_stride': 64}}
 MERGE = {'method': 'tome', 'token_kinds': 'visual', 'layers': 1, 'keep': 3}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lib.cost.vlm import macs_of
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.token_layout import anyres_layout, cell_layout
 from models import checkpoints
@@ -14,7 +15,8 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config, make_vlm
 from models.plan import make_plan
-from models.reduce_config import with_projector_reduction
+from models.reduce_config import with_plans, with_projector_reduction
+from ops.temporal import TTF
 from ops.tokens import VISUAL
 
 IMAGE, SIDE = 30, 4
@@ -247,6 +249,112 @@ def test_patches_that_a_tower_merged_are_seen_apart(side):
                      Images(pixels[row:row + 1, :images]))
     np.testing.assert_allclose(logits[row], alone[0], atol=1e-5)
     np.testing.assert_array_equal(own.layers[0].start[0], cache.layers[0].start[row])
+
+
+@pytest.mark.long
+def test_frames_of_a_stream_share_what_has_not_changed():
+  """Behind the tower, row by row and frame by frame, and as `TTF` does it by itself."""
+  vlm, params = llava()
+  params = params | {'tower': jax.tree.map(lambda x: x / 3, params['tower'])}
+  rule = TTF(threshold=0.05, attended=3, keyframe_every=4)
+  streams = vlm.clone(frames=rule)
+  pixels = np.asarray(squares().pixels).repeat(3, axis=1)  # Six frames, each thrice.
+  pixels[:, 1, :8, 4:12] += 1.0
+  pixels[1, 5, 12:] -= 0.5
+  images = Images(jnp.asarray(pixels))
+  ids = np.full((3, 8), IMAGE)
+  ids[:, 6:] = [[1, 2], [3, 4], [5, 6]]
+  valid = np.ones(ids.shape, bool)
+  see = jax.jit(lambda m, ids, valid, images: m.apply(
+      {'params': params}, ids, valid, images, method='sequence')[1], static_argnums=0)
+  plain, out = see(vlm, ids, valid, images), see(streams, ids, valid, images)
+  reused = np.asarray(out['tower']['reused']).reshape(3, 6, -1)[..., -16:]
+  # Keyframes renew everything; an equal frame keeps all but what is attended to most.
+  assert not reused[:, [0, 4]].any()
+  assert (reused[:, 2].sum(axis=1) <= 13).all()
+  changed = np.zeros((4, 4), bool)
+  changed[:2, 1:3] = True
+  assert not reused[:, 1][:, changed.reshape(-1)].any()
+  assert reused[:, 1][:, ~changed.reshape(-1)].sum() >= 3 * (12 - 3)
+  found = np.asarray(out['tower_tokens'].x).reshape(3, 6, 16, -1)
+  new = np.asarray(plain['tower_tokens'].x).reshape(3, 6, 16, -1)
+  kept = new[:, 0]
+  for frame in range(6):
+    kept = np.where(reused[:, frame][..., None], kept, new[:, frame])
+    np.testing.assert_allclose(found[:, frame], kept, atol=1e-5)
+  alone = see(streams, ids[1:2, [0, 1, 6, 7]], valid[:1, :4], Images(images.pixels[1:2, :2]))
+  np.testing.assert_allclose(alone['tower_tokens'].x, found[1, :2], atol=1e-5)
+  with pytest.raises(ValueError, match='the tower must be a ViT without windows'):
+    streams.clone(tower=vlm.tower.clone(plan=make_plan(
+        {'method': 'tome', 'remove': 2, 'layers': 1}, vlm.tower.host)))
+
+
+@pytest.mark.long
+def test_a_joint_budget_of_projector_language_model_and_cache():
+  """VisionZip, FastV and SnapKV in one config: FastV takes what the others leave of a budget."""
+  vlm, params = llava()
+  reduce = {'projector': {'method': 'visionzip', 'keep': 12, 'args': {'contextual': 2}},
+            'language': {'method': 'fastv', 'layers': 1, 'flops_ratio': 0.75},
+            'cache': {'method': 'snapkv', 'keep': 9, 'args': {'window': 2, 'kernel': 3}}}
+  ids, valid, images = IDS[1:2], VALID[1:2], Images(squares().pixels[1:2])
+  plans = with_plans(vlm, **reduce, macs=macs_of)
+  made = plans(5, images.layout)
+  whole, ours = (macs_of(model, 5, images.layout) for model in (vlm, made))
+  event, = made.lm.plan.events
+  assert 0.6 * whole < ours <= 0.75 * whole
+  assert event.slots_in == 5 + 2 * 12 > event.slots_out
+  # One token more would be too many; the projector alone is not enough.
+  more = with_plans(vlm, **reduce | {'language': {'method': 'fastv', 'layers': 1,
+                                                  'keep': event.slots_out - 5 + 1}})
+  assert macs_of(more(5, images.layout), 5, images.layout) > 0.75 * whole
+  run = jax.jit(functools.partial(made.apply, room=2, method='prefill'))
+  logits, cache = run({'params': params}, ids, valid, images)
+  assert np.isfinite(logits).all()
+  assert [layer.pos.shape[-1] for layer in cache.layers] == [11, 11]
+  _, cache = jax.jit(functools.partial(made.apply, method='decode'))(
+      {'params': params}, jnp.asarray([3]), cache)
+  assert int(cache.steps) == 1
+
+
+@pytest.mark.long
+def test_features_of_the_tower_join_their_tokens_in_later_layers():
+  """Those that are left, whoever stands where; and rows do not depend on their padding."""
+  plain, params = llava()
+  vlm = plain.clone(deepstack=((0, 1),), pad_side='left')
+  host = vlm.lm.host(5 + 32, visual=32)
+  plan = make_plan({'method': 'random', 'site': 'before', 'layers': 1, 'keep_ratio': 0.25}, host)
+  lm = vlm.lm.clone(plan=plan, capture=True)
+  vlm = vlm.clone(lm=lm)
+  logits, out = run(vlm, params, squares())
+  tower = jax.jit(lambda images: plain.tower.clone(capture=True).apply(
+      {'params': params['tower']}, images)[1]['hidden'][0])(squares().pixels.reshape(-1, 16, 16, 3))
+  without, before = run(vlm.clone(deepstack=()), params, squares())
+  assert jnp.abs(logits - without).max() > 1e-4
+  np.testing.assert_array_equal(out['cuts'][1].pos, before['cuts'][1].pos)
+  # By hand: what the cut left, and its patches' features of the tower's first layer.
+  first, second = (params['projector'][name] for name in ('fc1', 'fc2'))
+  deep = tower[:, 1:] @ first['kernel'] + first['bias'][None, None]
+  deep = jax.nn.gelu(deep, approximate=False) @ second['kernel'] + second['bias'][None, None]
+  deep = np.asarray(deep).reshape(3, 32, 16)
+  left = out['cuts'][1]
+  x = np.array(left.x)
+  for row in range(3):
+    for slot in np.flatnonzero(np.asarray(left.real[row] & (left.kind[row] == VISUAL))):
+      place = np.flatnonzero(np.asarray(left.owner[row]) == slot)[0]
+      group = int(out['sequence'].stats['group'][row, place])
+      first = np.flatnonzero(np.asarray(out['sequence'].stats['group'][row]) == group)[0]
+      x[row, slot] += deep[row, 16 * group + place - first]
+  own = lm.clone(plan=None).bind({'params': params['lm']})
+  block = own.stack.block.clone(parent=None)
+  layer = {'params': jax.tree.map(lambda p: p[1], params['lm']['stack']['blocks'])}
+  want = jax.jit(lambda x: block.apply(layer, left.replace(x=x)).x)(jnp.asarray(x))
+  real = np.asarray(left.real)
+  np.testing.assert_allclose(np.asarray(out['hidden'][1])[real], np.asarray(want)[real], atol=1e-4)
+  with pytest.raises(ValueError, match='nothing may be reduced before'):
+    vlm.clone(projector_reduction=with_projector_reduction(
+        plain, {'method': 'divprune', 'keep': 4}, slots=16).projector_reduction)
+  with pytest.raises(ValueError, match=r'deepstack has layers \(0, 9\)'):
+    plain.clone(deepstack=((0, 9),))
 
 
 @pytest.mark.long
