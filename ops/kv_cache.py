@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ops import attention
 from ops.rope import Rope
 
 Array = jax.Array
@@ -81,8 +82,14 @@ class KV(struct.PyTreeNode):
   def _unfolded(self, x: Array) -> Array:
     return x.reshape(len(self.start), -1, *x.shape[-2:])
 
-  def append(self, k: Array, v: Array, pos: Array, step: Array) -> KV:
-    """Writes keys and values float[B, K, d] of decoded token `step`, in place where donated."""
+  def append(self, k: Array, v: Array, index: Array, step: Array) -> KV:
+    """Writes one more token a row, in place where the cache is donated.
+
+    Args:
+      k, v: float[B, K, d], its keys (rotated) and values.
+      index: int32[B], its place in the sequence.
+      step: int32[], the tokens that were written before it.
+    """
     at = self.filled + step
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
@@ -90,7 +97,7 @@ class KV(struct.PyTreeNode):
           buffer, jnp.expand_dims(new, axis).astype(buffer.dtype), at, axis)
 
     heads = self.pos.shape[1:-1]
-    pos = jnp.broadcast_to(pos.reshape(pos.shape + (1,) * len(heads)), pos.shape + heads)
+    pos = jnp.broadcast_to(_beside_heads(index, len(heads)), index.shape + heads)
     axis = self.pos.ndim - 1
     row = self.keys.ndim - 2
     return self.replace(
@@ -98,6 +105,24 @@ class KV(struct.PyTreeNode):
         values=write(self.values, v.reshape(*self.keys.shape[:row], -1), row),
         pos=write(self.pos, pos, axis),
         valid=write(self.valid, jnp.ones(pos.shape, bool), axis))
+
+  def attend(self, q: Array, index: Array, window: int = 0) -> Array:
+    """Attends with the token that was appended last: float[B, H, d].
+
+    Args:
+      q: float[B, H, d], its queries, rotated.
+      index: int32[B], its place in the sequence.
+      window: number of positions up to its own that it sees; 0 for all.
+    """
+    visible = self.valid
+    if window:
+      visible &= _beside_heads(index, self.pos.ndim - 1) - self.pos < window
+    return attention.step(q, self.k, self.v, visible, bias=self.bias)
+
+
+def _beside_heads(x: Array, axes: int) -> Array:
+  """[B] as [B, 1, ...], with so many axes more."""
+  return x.reshape(x.shape + (1,) * axes)
 
 
 def _folded(x: Array) -> Array:

@@ -59,7 +59,7 @@ from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
 from models.reduction import BATCH_AXES, ReducerParameters, choose
 from models.stack import REMAT, Outputs, Stack, Tap
-from ops import attention, kv_cache
+from ops import kv_cache
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache
@@ -187,10 +187,7 @@ class Block(ReducibleBlock):
     hidden = self.norm1(x)
     q, k, _ = self._queries_and_keys(hidden, pos)
     kv = kv.append(k, self.v(hidden), index, step)
-    visible = kv.valid
-    if self.window:
-      visible &= index.reshape(index.shape + (1,) * (kv.pos.ndim - 1)) - kv.pos < self.window
-    x = x + self.out(attention.step(q, kv.k, kv.v, visible, bias=kv.bias)).astype(x.dtype)
+    x = x + self.out(kv.attend(q, index, self.window)).astype(x.dtype)
     change = self.outer(self.inner(self.norm2(x)))
     return (x + change.astype(x.dtype), step), kv
 
