@@ -8,9 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.kv_cache import KVGather
-from ops.primitives.kv_select import keep_best
-from ops.reducers.base import CacheReducer
+from ops.reducers.scoring import ScoringReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -18,16 +16,13 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class KeyDiff(CacheReducer):
+class KeyDiff(ScoringReducer):
   """Keeps the entries whose keys point away from the mean direction of all keys, head by head.
 
   KeyDiff (Park et al., 2025), arXiv:2504.15364, Sec. 3. Like keys receive like attention, so that
   distinct ones carry more. The paper compresses the prompt block by block; here the prompt is cut
   once, as in the kvpress library.
   """
-
-  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], minus the cosine between each key and the mean direction."""
