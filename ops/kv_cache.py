@@ -7,7 +7,7 @@ numbers in a position.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,37 @@ class KVGather(struct.PyTreeNode):
     """[B, K, N, ...] -> [B, K, M, ...]."""
     return jnp.take_along_axis(
         values, self.src.reshape(self.src.shape + (1,) * (values.ndim - 3)), axis=2)
+
+  def only(self, wanted: Array) -> KVGather:
+    """Returns the same with places empty that hold others than bool[B, N] or [B, K, N] names."""
+    if wanted.ndim == 2:
+      wanted = jnp.broadcast_to(wanted[:, None], (*self.src.shape[:2], wanted.shape[1]))
+    wanted = jnp.take_along_axis(wanted, self.src, axis=2)
+    return self.replace(valid=wanted if self.valid is None else self.valid & wanted)
+
+  def shrink(self, kv: KV, *, positions: str, rope: Rope) -> KV:
+    """Reduces a layer's cache to these entries, as `KVAnswer`."""
+    heads, slots = kv.k.shape[1:3]
+
+    def pick(x: Array) -> Array:
+      return self.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
+
+    pos, valid = pick(kv.pos), pick(kv.valid)
+    bias = None if kv.bias is None else pick(kv.bias)
+    k, v = self.apply(kv.k), self.apply(kv.v)
+    if self.valid is not None:
+      valid &= self.valid
+    start = kv.start
+    if positions == 'compact':
+      by_position = jnp.argsort(jnp.where(valid, pos, jnp.iinfo(jnp.int32).max), axis=2,
+                                stable=True)
+      rank = jnp.argsort(by_position, axis=2).astype(jnp.int32)
+      turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
+      k = jnp.swapaxes(turn.rotate(jnp.swapaxes(k, 1, 2)[..., None, :],
+                                   jnp.swapaxes(rank - pos, 1, 2))[..., 0, :], 1, 2)
+      # Where the heads keep different numbers, the fullest says where decoding goes on.
+      pos, start = rank, jnp.max(jnp.sum(valid, axis=2, dtype=jnp.int32), axis=1)
+    return KV.create(k, v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2])
 
 
 class KV(struct.PyTreeNode):
@@ -81,6 +112,23 @@ class KV(struct.PyTreeNode):
 
   def _unfolded(self, x: Array) -> Array:
     return x.reshape(len(self.start), -1, *x.shape[-2:])
+
+  def with_room(self, room: int) -> KV:
+    """Appends empty slots, for tokens to decode."""
+
+    def pad(x: Array, axis: int) -> Array:
+      return jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])
+
+    axis = self.pos.ndim - 1
+    # A token that is decoded stands for one: its bias is the zero that is padded here.
+    bias = None if self.bias is None else pad(self.bias, axis)
+    keys, values = (pad(x, x.ndim - 2) for x in (self.keys, self.values))
+    return self.replace(keys=keys, values=values, pos=pad(self.pos, axis),
+                        valid=pad(self.valid, axis), bias=bias)
+
+  def with_values(self, v: Array) -> KV:
+    """Returns the same with other values float[B, K, S, d]."""
+    return self.replace(values=_folded(v))
 
   def append(self, k: Array, v: Array, index: Array, step: Array) -> KV:
     """Writes one more token a row, in place where the cache is donated.
@@ -130,70 +178,64 @@ def _folded(x: Array) -> Array:
   return x.reshape(*(n for n in x.shape[:2] if n > 1), *x.shape[2:])
 
 
+class KVAnswer(Protocol):
+  """Says what becomes of one layer's cache: what a method on the cache returns."""
+
+  def shrink(self, kv: KV, *, positions: str, rope: Rope) -> LayerCache:
+    """Reduces a layer's cache, which has no room yet.
+
+    Args:
+      kv: of N slots, `pos` and `valid` shared by the heads.
+      positions: 'keep', or 'compact': the kept keys of a head are turned to positions 0, 1, … in
+        their order, and decoding goes on from there (FINCH, arXiv:2408.00167).
+      rope: of the model; only 'compact' asks.
+    """
+    ...
+
+
+class LayerCache(Protocol):
+  """Holds one layer's cache: `KV` says what the members do."""
+
+  @property
+  def start(self) -> Array:
+    """Returns the position of the first token behind the prompt, int32[B] or [B, P]."""
+    ...
+
+  @property
+  def filled(self) -> int:
+    """Returns the slots of the prompt; where heads have different numbers, their mean."""
+    ...
+
+  @property
+  def room(self) -> int:
+    """Returns the tokens that may follow the prompt."""
+    ...
+
+  def with_room(self, room: int) -> LayerCache:
+    """Appends empty slots, for tokens to decode."""
+    ...
+
+  def append(self, k: Array, v: Array, index: Array, step: Array) -> LayerCache:
+    """Writes one more token a row."""
+    ...
+
+  def attend(self, q: Array, index: Array, window: int = 0) -> Array:
+    """Attends with the token that was appended last: float[B, H, d]."""
+    ...
+
+
 class Cache(struct.PyTreeNode):
   """Holds the caches of all layers.
 
   Attributes:
-    layers: one `KV` a layer, each of its own length.
+    layers: one cache a layer, each of its own length.
     steps: int32[], tokens decoded so far, at most the room.
   """
 
-  layers: tuple[KV, ...]
+  layers: tuple[LayerCache, ...]
   steps: Array
 
   @property
   def room(self) -> int:
     """Tokens that can be decoded in all."""
     return self.layers[0].room
-
-
-def shrink(kv: KV, assignment: KVGather, *, positions: str, rope: Rope) -> KV:
-  """Reduces a layer's cache to the entries that a method keeps; `kv` has no room yet.
-
-  Args:
-    kv: of N slots, `pos` and `valid` shared by the heads.
-    assignment: M slots a head.
-    positions: 'keep', or 'compact': the kept keys of a head are turned to positions 0, 1, … in
-      their order, and decoding goes on from there (FINCH, arXiv:2408.00167).
-    rope: of the model; only 'compact' asks.
-
-  Raises:
-    ValueError: 'compact' with positions of several numbers.
-  """
-  heads, slots = kv.k.shape[1:3]
-
-  def pick(x: Array) -> Array:
-    return assignment.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
-
-  pos, valid = pick(kv.pos), pick(kv.valid)
-  bias = None if kv.bias is None else pick(kv.bias)
-  k, v = assignment.apply(kv.k), assignment.apply(kv.v)
-  if assignment.valid is not None:
-    valid &= assignment.valid
-  start = kv.start
-  if positions == 'compact':
-    if start.ndim > 1:
-      raise ValueError("positions='compact' has no meaning for positions of several numbers "
-                       "(M-RoPE): choose 'keep'")
-    by_position = jnp.argsort(jnp.where(valid, pos, jnp.iinfo(jnp.int32).max), axis=2, stable=True)
-    rank = jnp.argsort(by_position, axis=2).astype(jnp.int32)
-    turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
-    k = jnp.swapaxes(turn.rotate(jnp.swapaxes(k, 1, 2)[..., None, :],
-                                 jnp.swapaxes(rank - pos, 1, 2))[..., 0, :], 1, 2)
-    # Where the heads keep different numbers, the fullest says where decoding goes on.
-    pos, start = rank, jnp.max(jnp.sum(valid, axis=2, dtype=jnp.int32), axis=1)
-  return KV.create(k, v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2])
-
-
-def with_room(kv: KV, room: int) -> KV:
-  """Appends empty slots to a cache, for tokens to decode."""
-
-  def pad(x: Array, axis: int) -> Array:
-    return jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])
-
-  axis = kv.pos.ndim - 1
-  # A token that is decoded stands for one: its bias is the zero that is padded here.
-  bias = None if kv.bias is None else pad(kv.bias, axis)
-  keys, values = (pad(x, x.ndim - 2) for x in (kv.keys, kv.values))
-  return kv.replace(keys=keys, values=values, pos=pad(kv.pos, axis), valid=pad(kv.valid, axis),
-                    bias=bias)

@@ -59,10 +59,9 @@ from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
 from models.reduction import BATCH_AXES, ReducerParameters, choose
 from models.stack import REMAT, Outputs, Stack, Tap
-from ops import kv_cache
 from ops.assignments import take
 from ops.attention import log_weight
-from ops.kv_cache import KV, Cache
+from ops.kv_cache import KV, Cache, KVAnswer, LayerCache
 from ops.rope import Rope, sequence_index
 from ops.signals import STATIC, Signals
 from ops.tokens import TEXT, TokenSet
@@ -74,8 +73,8 @@ OFFERS = frozenset({
     'attention', 'keys', 'queries', 'values', 'plain_queries', 'received_attention',
     'last_attention', 'window_attention', 'row_attention', 'next_received_attention',
     'next_last_attention', 'next_row_attention', 'next_keys', 'hidden', 'hidden_in',
-    'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'rope', 'layer', 'depth', 'slots',
-    'one_sequence'})
+    'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'projected_norms', 'rope', 'layer', 'depth',
+    'slots', 'one_sequence'})
 
 
 def rms_norm(eps: float) -> nn.RMSNorm:
@@ -366,7 +365,8 @@ class LM(nn.Module):
     x = take(tokens.x, last[:, None])[:, 0]
     return self._logits(self.norm(x)), Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
 
-  def _store(self, start: Array, room: int, layer: int, tokens: TokenSet, signals: Signals) -> KV:
+  def _store(self, start: Array, room: int, layer: int, tokens: TokenSet,
+             signals: Signals) -> LayerCache:
     """Keys and values of a layer as its cache, reduced by the cache plan.
 
     Args:
@@ -381,9 +381,9 @@ class LM(nn.Module):
     compact = plan is not None and plan.positions == 'compact'
     kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=tokens.real, filled=tokens.slots,
                    bias=bias, start=_next_position(tokens) if compact else start)
-    return kv_cache.with_room(self._reduce_cache(kv, layer, tokens, signals), room)
+    return self._reduce_cache(kv, layer, tokens, signals).with_room(room)
 
-  def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> KV:
+  def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> LayerCache:
     """A layer's cache with the entries that the cache plan keeps."""
     for event in self.cache_plan.at(layer) if self.cache_plan else ():
       if event.slots_in != tokens.slots:
@@ -392,8 +392,8 @@ class LM(nn.Module):
                          'plan=lm.plan')
       with jax.named_scope('reduction'):
         params = self.reducers(event, tokens, signals, self.stack.place)
-        answer = choose(event, tokens, signals, self.stack.place, params=params)
-        kv = kv_cache.shrink(kv, answer, positions=event.reduction.positions, rope=self.rope)
+        answer: KVAnswer = choose(event, tokens, signals, self.stack.place, params=params)
+        return answer.shrink(kv, positions=event.reduction.positions, rope=self.rope)
     return kv
 
   def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:

@@ -33,6 +33,7 @@ class ScoringReducer(CacheReducer):
   def forced(self, tokens: TokenSet, num_slots: int) -> Array | None:
     """Names entries that stay whatever their score, bool[B, N]; None for none."""
     del tokens, num_slots
+    return None
 
   def ranking(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Array:
     """Returns the scores as wrappers rank by them, float32[B, K, N].
@@ -89,7 +90,7 @@ class Wrapper(CacheReducer):
     return max((method.span for method in self.held), default=0)
 
   @property
-  def positions(self) -> str:
+  def positions(self) -> str:  # type: ignore[override]
     return next((method.positions for method in self.held if method.positions), '')
 
   def min_slots(self, slots: int, protected: int) -> int:
