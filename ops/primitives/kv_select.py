@@ -9,12 +9,13 @@ of entries means nothing to attention.
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
-from ops.primitives.select import rank_of, top
+from ops.primitives.select import rank_of, ranks, top
 from ops.tokens import TokenSet
 
 Array = jax.Array
@@ -47,6 +48,66 @@ def keep_best(tokens: TokenSet, scores: Array, *, num_slots: int, forced: Array 
   if order == 'slot':
     picked = jnp.sort(picked, axis=1)
   return KVGather(picked.reshape(batch, heads, num_slots))
+
+
+def budgets(tokens: TokenSet, num_slots: int) -> Array:
+  """int32[B], entries that each row keeps a head: `num_slots`, or all where it has fewer."""
+  return jnp.minimum(jnp.sum(tokens.real, axis=1, dtype=jnp.int32), num_slots)
+
+
+def share_of(counts: Array, share: float | Fraction, most: int) -> Array:
+  """Rounds a share of counts int32[...] of at most `most` down."""
+  return jnp.asarray([int(n * share) for n in range(most + 1)], jnp.int32)[counts]
+
+
+def best_of_each_head(scores: Array, counts: Array, forced: Array | None = None) -> Array:
+  """Flags the best entries of each head: bool[B, K, N].
+
+  Args:
+    scores: float32[B, K, N], -inf at padding.
+    counts: int32[B, K] or [B, 1], how many.
+    forced: bool[B, K, N], entries that come first, or None.
+  """
+  batch, heads, slots = scores.shape
+  flat = None if forced is None else forced.reshape(-1, slots)
+  order = top(scores.reshape(-1, slots), slots, forced=flat)
+  return (ranks(order, slots).reshape(scores.shape) < counts[..., None]) & (scores > -jnp.inf)
+
+
+def best_of_all_heads(scores: Array, counts: Array, most: int, forced: Array | None = None) -> Array:
+  """Flags the best entries of all heads together: bool[B, K, N].
+
+  Args:
+    scores: float32[B, K, N], -inf at padding.
+    counts: int32[B], how many.
+    most: static, of any row.
+    forced: bool[B, K, N], entries that come first, or None.
+  """
+  batch = len(scores)
+  order = top(scores.reshape(batch, -1), most,
+              forced=None if forced is None else forced.reshape(batch, -1))
+  place = ranks(order, scores.size // batch).reshape(scores.shape)
+  return (place < jnp.minimum(counts, most)[:, None, None]) & (scores > -jnp.inf)
+
+
+def packed(tokens: TokenSet) -> tuple[Array, Array]:
+  """int32[B, N] twice: slots with real ones first, in order; and the place of each slot there."""
+  order = jnp.argsort(~tokens.real, axis=1, stable=True).astype(jnp.int32)
+  return order, jnp.argsort(order, axis=1).astype(jnp.int32)
+
+
+def along_slots(values: Array, index: Array) -> Array:
+  """Takes slots int32[B, M] of every head: float[B, K, N, ...] -> [B, K, M, ...]."""
+  index = index.reshape(index.shape[0], 1, index.shape[1], *(1,) * (values.ndim - 3))
+  return jnp.take_along_axis(values, index, axis=2)
+
+
+def in_parts(values: Array, length: int, fill: float = 0.0) -> Array:
+  """Cuts float[B, K, N, ...] into parts: [B, K, ceil(N / length), length, ...], `fill` at the end."""
+  rest = -values.shape[2] % length
+  padding = [(0, rest if axis == 2 else 0) for axis in range(values.ndim)]
+  values = jnp.pad(values, padding, constant_values=fill)
+  return values.reshape(*values.shape[:2], -1, length, *values.shape[3:])
 
 
 def by_kv_head(attention: Array, heads: int) -> Array:

@@ -6,6 +6,7 @@ Each is called as `method(tokens, signals, num_slots=M)` in a layer, and answers
 
 from ops.reducers.cache.expected_attention import ExpectedAttention
 from ops.reducers.cache.h2o import H2O
+from ops.reducers.cache.keydiff import KeyDiff
 from ops.reducers.cache.knorm import KNorm
 from ops.reducers.cache.observed_attention import ObservedAttention
 from ops.reducers.cache.snapkv import SnapKV
@@ -15,6 +16,7 @@ from ops.reducers.cache.tova import TOVA
 CACHE_REDUCERS: dict[str, type] = {
     'streaming_llm': StreamingLLM,
     'knorm': KNorm,
+    'keydiff': KeyDiff,
     'tova': TOVA,
     'observed_attention': ObservedAttention,
     'h2o': H2O,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import by_kv_head, keep_best, latest
-from ops.reducers.base import CacheReducer
+from ops.reducers.scoring import ScoringReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count
@@ -23,7 +23,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class H2O(CacheReducer):
+class H2O(ScoringReducer):
   """Keeps the latest entries and those with the highest accumulated attention.
 
   H2O (Zhang et al., 2023), Algorithm 1, arXiv:2306.14048, as released. Attention is summed over
@@ -39,9 +39,12 @@ class H2O(CacheReducer):
   needs = frozenset({'keys', 'received_attention'})
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    recent = latest(tokens, num_slots // 2 if self.recent is None else self.recent)
-    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots, forced=recent,
-                     order='slot')
+    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
+                     forced=self.forced(tokens, num_slots), order='slot')
+
+  def forced(self, tokens: TokenSet, num_slots: int) -> Array:
+    """Names the latest entries."""
+    return latest(tokens, num_slots // 2 if self.recent is None else self.recent)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], attention that each entry got from all queries."""

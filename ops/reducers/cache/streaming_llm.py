@@ -5,18 +5,22 @@ Axes: B batch, N slots now, M slots after, K kv heads, d features a head.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
-from ops.primitives.select import rank_of, top
-from ops.reducers.base import Reducer
+from ops.primitives.kv_select import broadcast_to_heads, earliest, keep_best
+from ops.primitives.select import rank_of
+from ops.reducers.scoring import ScoringReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import CountOrZero
 
+Array = jax.Array
+
 
 @dataclasses.dataclass(frozen=True)
-class StreamingLLM(Reducer):
+class StreamingLLM(ScoringReducer):
   """Keeps the first few tokens (attention sinks) and the latest ones.
 
   Efficient Streaming Language Models with Attention Sinks (Xiao et al., 2024), Sec. 3.2,
@@ -27,15 +31,17 @@ class StreamingLLM(Reducer):
   """
 
   sinks: CountOrZero = 4
-  site = 'cache'
-  needs = frozenset({'keys'})
-  drops = 'pruning drops tokens'
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
+    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
+                     forced=self.forced(tokens, num_slots), order='slot')
+
+  def scores(self, tokens: TokenSet, signals: Signals) -> Array:
+    """float32[B, K, N]: a later token scores higher."""
     real = tokens.real
-    rank, count = rank_of(real), jnp.sum(real, axis=1, keepdims=True)
-    first = rank < min(self.sinks, num_slots)
-    # Of the others the latest: a later token scores higher.
-    src = jnp.sort(top(rank - count, num_slots, forced=first, excluded=~real), axis=1)
-    heads = signals.keys.shape[2]
-    return KVGather(jnp.broadcast_to(src[:, None], (src.shape[0], heads, num_slots)))
+    from_end = rank_of(real) - jnp.sum(real, axis=1, keepdims=True)
+    return broadcast_to_heads(from_end.astype(jnp.float32), signals.keys.shape[2])
+
+  def forced(self, tokens: TokenSet, num_slots: int) -> Array:
+    """Names the sinks."""
+    return earliest(tokens, min(self.sinks, num_slots))
