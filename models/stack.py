@@ -186,8 +186,9 @@ class Stack(nn.Module):
 
     return self.param('blocks', init)
 
-  def step(self, carry: Any, states: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Runs the blocks' own `step`, for decoding.
+  def step(self, carry: Any, states: tuple[Any, ...], method: str = 'step',
+           **settings: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Runs the blocks' own `step`, for decoding, or another method that goes by states.
 
     It runs layer by layer, so that no state is copied into a loop. Give weights as a tuple
     (`models.storage.unstack`): a layer of the stack may be copied first.
@@ -195,6 +196,8 @@ class Stack(nn.Module):
     Args:
       carry: passed from block to block.
       states: one a layer.
+      method: of the blocks, (carry, state, **settings) -> (carry, state).
+      **settings: of all of them.
 
     Returns:
       The last carry, and the new states.
@@ -202,7 +205,7 @@ class Stack(nn.Module):
     weights, new_states = self._weights(carry), []
     for layer, state in enumerate(states):
       carry, state = self.block.apply({'params': layer_of(weights, layer)}, carry, state,
-                                      method='step')
+                                      method=method, **settings)
       new_states.append(state)
     return carry, tuple(new_states)
 

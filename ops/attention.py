@@ -66,8 +66,8 @@ def pick(platform: str, dtype: DTypeLike) -> str:
 
 
 def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: bool = False,
-           positions: Array | None = None, window: int | None = None, scale: float | None = None,
-           implementation: str = 'xla') -> Attended:
+           positions: Array | None = None, last: Array | None = None, window: int | None = None,
+           scale: float | None = None, implementation: str = 'xla') -> Attended:
   """Softmax attention with the log-sum-exp of its rows.
 
   Gradients flow through both results. That of `lse` costs the fused kernels one more forward and
@@ -80,6 +80,8 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
     causal: query i sees the keys 0 to i.
     positions: int32[B, N] of queries and keys: causal attention by these, whatever the slot, so
       that query i sees the keys whose position is not after its own. None where slots are in order.
+    last: int32[B, N], the positions of the queries, where those in `positions` int32[B, S] are of
+      the keys alone. Only 'xla' has it.
     window: with causal attention, how many positions back from its own a query sees, its own among
       them; None for all. Only 'xla' has it.
     scale: of the logits, a Python number; d ** -0.5 when None.
@@ -99,8 +101,12 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
   if window is not None and implementation != 'xla':
     raise ValueError(f'implementation {implementation!r} has no window of {window} positions: use '
                      "implementation='xla', or shorter inputs, which need no window")
+  if last is not None and implementation != 'xla':
+    raise ValueError(f'implementation {implementation!r} takes queries and keys of the same tokens '
+                     "alone: use implementation='xla'")
   if implementation == 'xla':
-    last = jnp.arange(q.shape[1])[None] if causal and positions is None else positions
+    if last is None:
+      last = jnp.arange(q.shape[1])[None] if causal and positions is None else positions
     return Attended(*_xla(q, k, v, bias, scale, last, positions, window))
   fused = _FUSED[implementation]
   if positions is None:

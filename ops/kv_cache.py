@@ -1,7 +1,7 @@
 """KV caches: read by decoding, reduced by methods.
 
-Axes: B batch, N slots now, M slots after, K kv heads, S slots of a buffer, d features a head, P
-numbers in a position.
+Axes: B batch, N slots now, M slots after, C tokens of a chunk, H heads, K kv heads, S slots of a
+buffer, d features a head, P numbers in a position.
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ class KVGather(struct.PyTreeNode):
       by_position = jnp.argsort(jnp.where(valid, pos, jnp.iinfo(jnp.int32).max), axis=2,
                                 stable=True)
       rank = jnp.argsort(by_position, axis=2).astype(jnp.int32)
-      turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
-      k = jnp.swapaxes(turn.rotate(jnp.swapaxes(k, 1, 2)[..., None, :],
-                                   jnp.swapaxes(rank - pos, 1, 2))[..., 0, :], 1, 2)
+      k = jnp.swapaxes(turned(jnp.swapaxes(k, 1, 2), jnp.swapaxes(rank - pos, 1, 2), start, rope),
+                       1, 2)
       # Where the heads keep different numbers, the fullest says where decoding goes on.
       pos, start = rank, jnp.max(jnp.sum(valid, axis=2, dtype=jnp.int32), axis=1)
     return KV.create(k, v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2])
@@ -76,7 +75,8 @@ class KV(struct.PyTreeNode):
     pos: int32[B, S], or [B, K, S] where the heads hold different tokens: places in the sequence,
       which a sliding window goes by.
     valid: bool, of the same shape, False for padding and for room that is still empty.
-    start: int32[B] or [B, P], the position of the first decoded token in this layer.
+    start: int32[B] or [B, P], what the number of a slot that is filled after the prompt is added to
+      for the position of its token in this layer: that of the first, until chunks have padding.
     bias: float32, as `pos`, what is added to the logits of each slot (proportional attention), or
       None.
     filled: slots of the prompt; decoded token t goes to slot filled + t. Static.
@@ -126,6 +126,10 @@ class KV(struct.PyTreeNode):
     return self.replace(keys=keys, values=values, pos=pad(self.pos, axis),
                         valid=pad(self.valid, axis), bias=bias)
 
+  def with_start(self, start: Array) -> KV:
+    """Returns the same with another position of the first token behind the prompt."""
+    return self.replace(start=start)
+
   def with_values(self, v: Array) -> KV:
     """Returns the same with other values float[B, K, S, d]."""
     return self.replace(values=_folded(v))
@@ -144,8 +148,7 @@ class KV(struct.PyTreeNode):
       return jax.lax.dynamic_update_slice_in_dim(
           buffer, jnp.expand_dims(new, axis).astype(buffer.dtype), at, axis)
 
-    heads = self.pos.shape[1:-1]
-    pos = jnp.broadcast_to(_beside_heads(index, len(heads)), index.shape + heads)
+    pos = self._each_head(index)
     axis = self.pos.ndim - 1
     row = self.keys.ndim - 2
     return self.replace(
@@ -164,13 +167,72 @@ class KV(struct.PyTreeNode):
     """
     visible = self.valid
     if window:
-      visible &= _beside_heads(index, self.pos.ndim - 1) - self.pos < window
+      visible &= index.reshape(index.shape + (1,) * (self.pos.ndim - 1)) - self.pos < window
     return attention.step(q, self.k, self.v, visible, bias=self.bias)
 
+  def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> KV:
+    """Writes a chunk of tokens, in place where the cache is donated.
 
-def _beside_heads(x: Array, axes: int) -> Array:
-  """[B] as [B, 1, ...], with so many axes more."""
-  return x.reshape(x.shape + (1,) * axes)
+    Args:
+      k, v: float[B, C, K, d], their keys (rotated) and values.
+      index: int32[B, C], their places in the sequence.
+      valid: bool[B, C], False for padding, which takes slots that nobody sees.
+      step: int32[], the tokens that were written before them.
+    """
+    at = self.filled + step
+
+    def write(buffer: Array, new: Array, axis: int) -> Array:
+      return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), at, axis)
+
+    row, axis = self.keys.ndim - 2, self.pos.ndim - 1
+    keys, values = (write(buffer, _folded(jnp.swapaxes(new, 1, 2)), row)
+                    for buffer, new in ((self.keys, k), (self.values, v)))
+    return self.replace(keys=keys, values=values,
+                        pos=write(self.pos, self._each_head(index), axis),
+                        valid=write(self.valid, self._each_head(valid), axis))
+
+  def attend_chunk(self, q: Array, index: Array, window: int = 0) -> Array:
+    """Attends with the chunk that was written last: float[B, C, H, d].
+
+    Large maps are formed in parts (`attention.attend`), each of some tokens over all S slots.
+
+    Args:
+      q: float[B, C, H, d], its queries, rotated.
+      index: int32[B, C], its places in the sequence.
+      window: number of positions up to its own that a token sees; 0 for all.
+    """
+    (batch, chunk, heads, width), (_, kv_heads, slots, _) = q.shape, self.k.shape
+
+    def rows(x: Array) -> Array:
+      """Heads that share keys as rows of a batch, as those may hold different tokens."""
+      x = x.reshape(batch, -1, slots)
+      return jnp.broadcast_to(x, (batch, kv_heads, slots)).reshape(-1, slots)
+
+    k, v = (x.reshape(-1, slots, 1, width) for x in (self.k, self.v))
+    q = jnp.swapaxes(q.reshape(batch, chunk, kv_heads, -1, width), 1, 2)
+    out = attention.attend(
+        q.reshape(-1, chunk, heads // kv_heads, width), k, v, bias=rows(self.visible_bias),
+        positions=rows(self.pos), last=jnp.repeat(index, kv_heads, axis=0),
+        window=window or None).out
+    return jnp.swapaxes(out.reshape(q.shape), 1, 2).reshape(batch, chunk, heads, width)
+
+  @property
+  def visible_bias(self) -> Array:
+    """float32, as `pos`: `bias`, and for slots that hold no token what hides them."""
+    return jnp.where(self.valid, 0.0 if self.bias is None else self.bias, attention.HIDDEN_LOGIT)
+
+  def take(self, rows: Array) -> KV:
+    """Returns the cache of rows int[R] of the batch, which may repeat."""
+    fields = {name: None if x is None else x[rows]
+              for name, x in ((name, getattr(self, name)) for name in ('pos', 'valid', 'bias'))}
+    return KV.create(self.k[rows], self.v[rows], start=self.start[rows], filled=self.filled,
+                     **fields)
+
+  def _each_head(self, x: Array) -> Array:
+    """[B, ...] as [B, K, ...] where the heads hold different tokens."""
+    heads = self.pos.shape[1:-1]
+    return jnp.broadcast_to(jnp.expand_dims(x, tuple(range(1, 1 + len(heads)))),
+                            x.shape[:1] + heads + x.shape[1:])
 
 
 def _folded(x: Array) -> Array:
@@ -223,6 +285,22 @@ class LayerCache(Protocol):
     """Attends with the token that was appended last: float[B, H, d]."""
     ...
 
+  def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> LayerCache:
+    """Writes a chunk of tokens."""
+    ...
+
+  def attend_chunk(self, q: Array, index: Array, window: int = 0) -> Array:
+    """Attends with the chunk that was written last: float[B, C, H, d]."""
+    ...
+
+  def take(self, rows: Array) -> LayerCache:
+    """Returns the cache of rows int[R] of the batch, which may repeat."""
+    ...
+
+  def with_start(self, start: Array) -> LayerCache:
+    """Returns the same with another position of the first token behind the prompt."""
+    ...
+
 
 class Cache(struct.PyTreeNode):
   """Holds the caches of all layers.
@@ -239,3 +317,27 @@ class Cache(struct.PyTreeNode):
   def room(self) -> int:
     """Tokens that can be decoded in all."""
     return self.layers[0].room
+
+  def take(self, rows: Array) -> Cache:
+    """Returns the cache of rows int[R] of the batch, which may repeat: one context, R questions."""
+    return self.replace(layers=tuple(kv.take(rows) for kv in self.layers))
+
+  def check_room(self, tokens: int) -> None:
+    """Raises a ValueError if so many more tokens do not fit; while traced, if they never do."""
+    used = 0 if isinstance(self.steps, jax.core.Tracer) else int(self.steps)
+    if used + tokens > self.room:
+      raise ValueError(f'{tokens} more tokens do not fit: the cache has room for {self.room} after '
+                       f'the prompt, of which {used} are taken; prefill with more room')
+
+
+def turned(keys: Array, by: Array, start: Array, rope: Rope) -> Array:
+  """Returns keys float[..., d] at other positions, `by` int32[...] further on.
+
+  Raises:
+    ValueError: positions of several numbers, which `start` int32[B, P] has.
+  """
+  if start.ndim > 1:
+    raise ValueError("positions='compact' has no meaning for positions of several numbers "
+                     "(M-RoPE): choose 'keep'")
+  turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
+  return turn.rotate(keys[..., None, :], by)[..., 0, :]

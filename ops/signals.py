@@ -134,8 +134,8 @@ NEXT_LAYER, MLP_SIGNALS = (
 def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array | None,
             bias: Array | None = None, hidden: Array | None = None,
             query_valid: Array | None = None, cls_slot: int = 0,
-            positions: Array | None = None, window: int | None = None, rows: Array | None = None,
-            max_rows: int | None = None, span: int = 0) -> Signals:
+            positions: Array | None = None, last: Array | None = None, window: int | None = None,
+            rows: Array | None = None, max_rows: int | None = None, span: int = 0) -> Signals:
   """Computes the named signals of one attention layer, beside fused attention.
 
   Args:
@@ -149,6 +149,8 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     cls_slot: where the [CLS] token sits.
     positions: int32[B, N] where attention is causal by them (`attention.attend_after_cut`), else
       None.
+    last: int32[B, N], the positions of the queries, where those in `positions` int32[B, S] are of
+      S keys, of which the N queries are some.
     window: of causal attention, as `attention.attend_after_cut` has it.
     rows: bool[B, N], the queries of row_attention.
     max_rows: how many there are at most, None for N.
@@ -156,22 +158,24 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
   """
   inputs = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden}
   measured: dict[str, Any] = {name: value for name, value in inputs.items() if name in needs}
+  last = positions if last is None else last
   if 'cls_attention' in needs:
     row = slice(cls_slot, cls_slot + 1)
     measured['cls_attention'] = attention.rows(
         q[:, row], k, None if lse is None else lse[:, row], bias=bias, positions=positions,
-        last=None if positions is None else positions[:, row])[:, :, 0]
+        last=None if last is None else last[:, row])[:, :, 0]
   if 'received_attention' in needs:
     measured['received_attention'] = attention.received(
-        q, k, lse, bias=bias, positions=positions, query_valid=query_valid, window=window)
+        q, k, lse, bias=bias, positions=positions, last=last, query_valid=query_valid,
+        window=window)
 
   def attention_rows(index: Array) -> Array:
     """Attention rows of the queries at int[B, R], float32[B, H, R, N]."""
     return attention.rows(take(q, index), k, _take(lse, index), bias=bias,
-                          last=_take(positions, index), positions=positions, window=window)
+                          last=_take(last, index), positions=positions, window=window)
 
   if needs & {'last_attention', 'window_attention'}:
-    by_position = latest(positions, query_valid, q.shape[:2])
+    by_position = latest(last, query_valid, q.shape[:2])
     if 'last_attention' in needs:
       measured['last_attention'] = attention_rows(by_position[:, -1:])[:, :, 0]
     if 'window_attention' in needs:
@@ -187,7 +191,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     index = jnp.argsort(~rows, axis=1, stable=True)[:, :max_rows]
     measured['row_attention'] = attention.received(
         take(q, index), k, _take(lse, index), bias=bias, query_valid=take(rows, index),
-        last=_take(positions, index), positions=positions, window=window)
+        last=_take(last, index), positions=positions, window=window)
   return Signals(**measured)
 
 

@@ -15,6 +15,7 @@ INTERFACE
   logits, out = lm.apply({'params': p}, tokens)        # all tokens that are left, training too
   logits, cache = lm.apply({'params': p}, tokens, room=64, method='prefill')  # the last real one
   logits, cache = lm.apply({'params': p}, ids, cache, method='decode')        # donate the cache
+  logits, cache = lm.apply({'params': p}, chunk, cache, method='extend')      # several tokens
 * `tokens` are ids int[B, N] (with `valid=` bool[B, N]), or a TokenSet of embeddings (`lm.embed`
   makes them of ids): `pos` the index in the sequence, real tokens in ascending order, padding
   anywhere (left, right, or between a row's image and its text); `kind` VISUAL, TEXT or SPECIAL,
@@ -59,11 +60,12 @@ from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
 from models.reduction import BATCH_AXES, ReducerParameters, choose
 from models.stack import REMAT, Outputs, Stack, Tap
+from ops import choices
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache, KVAnswer, LayerCache
 from ops.rope import Rope, sequence_index
-from ops.signals import STATIC, Signals
+from ops.signals import STATIC, Signals, measure
 from ops.tokens import TEXT, TokenSet
 from ops.values import Count, CountOrZero, Depth, NotNegative, OneOf, Width, check_fields
 
@@ -75,6 +77,8 @@ OFFERS = frozenset({
     'next_last_attention', 'next_row_attention', 'next_keys', 'hidden', 'hidden_in',
     'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'projected_norms', 'rope', 'layer', 'depth',
     'slots', 'one_sequence'})
+# What the last chunk of a prompt tells of all its tokens.
+LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention'})
 
 
 def rms_norm(eps: float) -> nn.RMSNorm:
@@ -173,7 +177,8 @@ class Block(ReducibleBlock):
     """Returns the MLP's output, float[B, N, D]."""
     return self.down(inner)
 
-  def step(self, carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
+  def step(self, carry: tuple[Array, Array],
+           kv: LayerCache) -> tuple[tuple[Array, Array], LayerCache]:
     """Runs one token a row through the block, over its cache.
 
     Args:
@@ -189,6 +194,36 @@ class Block(ReducibleBlock):
     x = x + self.out(kv.attend(q, index, self.window)).astype(x.dtype)
     change = self.outer(self.inner(self.norm2(x)))
     return (x + change.astype(x.dtype), step), kv
+
+  def extend(self, carry: tuple[Array, TokenSet, Array], kv: LayerCache, *,
+             needs: frozenset[str], span: int,
+             ) -> tuple[tuple[Array, TokenSet, Array], tuple[LayerCache, Signals]]:
+    """Runs a chunk of tokens through the block, over its cache and itself.
+
+    Args:
+      carry: float[B, C, D]; the chunk, positions counted from its start; and int32[], the number
+        of tokens written before it.
+      kv: the cache of this layer.
+      needs: names of `Signals` fields, of S keys and the chunk's queries.
+      span: as in `ops.signals.measure`.
+
+    Returns:
+      The carry, the cache, and the signals.
+    """
+    x, chunk, step = carry
+    pos = (kv.start + step)[:, None] + chunk.pos
+    index = sequence_index(pos)
+    hidden = self.norm1(x)
+    q, k, _ = self._queries_and_keys(hidden, pos)
+    kv = kv.extend(k, self.v(hidden), index, chunk.real, step)
+    signals = Signals()
+    if isinstance(kv, KV):  # No other cache is of a prompt that goes on.
+      signals = measure(needs, q=q, k=jnp.swapaxes(kv.k, 1, 2), v=jnp.swapaxes(kv.v, 1, 2),
+                        lse=None, bias=kv.visible_bias, query_valid=chunk.valid, positions=kv.pos,
+                        last=index, window=self.window or None, span=span)
+    x = x + self.out(kv.attend_chunk(q, index, self.window)).astype(x.dtype)
+    change = self.outer(self.inner(self.norm2(x)))
+    return (x + change.astype(x.dtype), chunk, step), (kv, signals)
 
   def _queries_and_keys(self, hidden: Array, pos: Array) -> tuple[Array, Array, Array]:
     """Rotated queries [..., H, d], rotated keys [..., K, d], and queries before the rotation."""
@@ -361,9 +396,8 @@ class LM(nn.Module):
     tap = Tap(needs, functools.partial(self._store, _next_position(tokens), room),
               _starts(cache_plan), cache_plan.only if cache_plan else None)
     tokens, out = self.stack(tokens, tap)
-    last = jnp.argmax(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1)
-    x = take(tokens.x, last[:, None])[:, 0]
-    return self._logits(self.norm(x)), Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
+    cache = Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
+    return self._logits(self.norm(_last(tokens, tokens.x))), cache
 
   def _store(self, start: Array, room: int, layer: int, tokens: TokenSet,
              signals: Signals) -> LayerCache:
@@ -414,7 +448,102 @@ class LM(nn.Module):
     (x, step), layers = self.stack.step((x, kvs.steps), kvs.layers)
     return self._logits(self.norm(x)), Cache(layers, step + 1)
 
-  def _enter(self, tokens: Array | TokenSet, valid: Array | None, room: int = 0) -> TokenSet:
+  def empty_cache(self, rows: int, slots: int) -> Cache:
+    """Returns a cache of nothing, for a prompt that is read in chunks.
+
+    Args:
+      rows: B.
+      slots: of all chunks together.
+    """
+    self._check_length(slots, 0)
+    shape = (rows, self.kv_heads, slots, self.head_width)
+    pos = jnp.zeros((rows, slots), jnp.int32)
+    start = (rows, 1 + len(self.rope.sections)) if self.rope.sections else (rows,)
+    kv = KV.create(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), pos=pos,
+                   valid=jnp.zeros(pos.shape, bool), start=jnp.zeros(start, jnp.int32), filled=0)
+    return Cache((kv,) * self.depth, jnp.zeros((), jnp.int32))
+
+  def extend(self, tokens: Array | TokenSet, kvs: Cache, valid: Array | None = None, *,
+             room: int | None = None, logits: str = 'last') -> tuple[Array, Cache]:
+    """Reads a chunk of tokens into a cache, each over all before it.
+
+    A prompt that is read in chunks gives what it gives in one:
+      cache = lm.empty_cache(rows, slots)
+      for chunk in chunks[:-1]:
+        _, cache = lm.apply(variables, chunk, cache, method='extend')          # donate the cache
+      logits, cache = lm.apply(variables, chunks[-1], cache, room=64, method='extend')
+    What follows a prompt that `prefill` read and the cache plan cut (a question on its context)
+    goes uncut behind it: `cache.take(rows)` repeats the context for several questions.
+
+    Chunks of one shape share a program. Reductions between layers act on what `prefill` reads
+    alone. Padding in a chunk, on whichever side, takes slots.
+
+    Args:
+      tokens: ids int[B, C], or a TokenSet of embeddings, whose positions count from 0.
+      kvs: the cache that `empty_cache`, `prefill`, `extend` or `decode` returned.
+      valid: with ids, as in `embed`.
+      room: given with the last chunk of a prompt, number of tokens that may be decoded: the cache
+        plan, one of as many slots as the cache has, then cuts the cache. It may need keys and
+        values of all tokens, and attention of the last ones, as far as they are in this chunk.
+      logits: 'last' or 'all'.
+
+    Returns:
+      Logits float32[B, V] after the last real token of the chunk, or [B, C, V] after every one, and
+      the cache.
+
+    Raises:
+      ValueError: tokens that do not fit, or beyond the room; a cache plan that needs more than the
+        last chunk tells, or a cache that was cut before.
+    """
+    choices.check('logits=', logits, ('last', 'all'))
+    tokens = self._enter(tokens, valid, planned=False)
+    kvs.check_room(tokens.slots)
+    needs, span = frozenset[str](), 0
+    if room is not None:
+      needs, span = self._check_last(tokens, kvs, room)
+    (x, _, _), layers = self.stack.step((tokens.x, tokens, kvs.steps), kvs.layers, method='extend',
+                                        needs=needs, span=span)
+    after, read = _next_position(tokens), kvs.steps + tokens.slots
+    kvs = Cache(tuple(kv.with_start(kv.start + after - tokens.slots) for kv, _ in layers), read)
+    if room is not None:
+      ended = [self._end_prompt(layer, cast(KV, kv), signals, read, room)
+               for layer, (kv, (_, signals)) in enumerate(zip(kvs.layers, layers, strict=True))]
+      kvs = Cache(tuple(ended), jnp.zeros((), jnp.int32))
+    x = _last(tokens, x) if logits == 'last' else x
+    return self._logits(self.norm(x)), kvs
+
+  def _check_last(self, tokens: TokenSet, kvs: Cache, room: int) -> tuple[frozenset[str], int]:
+    """Signals that the cache plan needs of the last chunk, and their span."""
+    slots = {kv.filled + kv.room for kv in kvs.layers}
+    if len(slots) > 1 or not all(isinstance(kv, KV) and kv.pos.ndim == 2 for kv in kvs.layers):
+      raise ValueError('room= ends a prompt of chunks, and this cache was cut already: leave it '
+                       'out')
+    self._check_length(slots.pop(), room)
+    if self.cache_plan is None:
+      return frozenset(), 0
+    only = self.cache_plan.only
+    needs, span = only.method.needs - STATIC, only.method.span
+    missing = sorted(needs - LAST_CHUNK)
+    if missing:
+      raise ValueError(f'{only.name} needs {", ".join(missing)} of the whole prompt, and the last '
+                       f'chunk tells {", ".join(sorted(LAST_CHUNK))}: read the prompt in one')
+    if span > tokens.slots:
+      raise ValueError(f'{only.name} asks the last {span} tokens, and the last chunk has '
+                       f'{tokens.slots} slots: make that chunk longer')
+    return needs, span
+
+  def _end_prompt(self, layer: int, kv: KV, signals: Signals, read: Array,
+                  room: int) -> LayerCache:
+    """A layer's cache when all chunks are read, cut by the cache plan."""
+    filled = kv.filled + kv.room
+    tokens = TokenSet.create(jnp.zeros((*kv.pos.shape, 1), self.dtype), pos=kv.pos, valid=kv.valid,
+                             kind=jnp.full(kv.pos.shape, TEXT, jnp.int8), of=(TEXT,))
+    kv = kv.replace(start=kv.start + read, filled=filled)
+    return self._reduce_cache(kv, layer, tokens, signals).with_room(room)
+
+  def _enter(self, tokens: Array | TokenSet, valid: Array | None, room: int = 0, *,
+             planned: bool = True) -> TokenSet:
+    """Tokens of embeddings that fit this model, and its plan where that is to act on them."""
     if not isinstance(tokens, TokenSet):
       tokens = self.embed(tokens, valid)
     elif valid is not None:
@@ -422,14 +551,17 @@ class LM(nn.Module):
     if tokens.x.shape[2] != self.width:
       raise ValueError(f'embeddings of width {tokens.x.shape[2]} do not fit this model of width '
                        f'{self.width}: project them first')
-    if tokens.slots + room > self.context:
-      raise ValueError(f'a prompt of {tokens.slots} slots and {room} tokens to come exceed the '
-                       f'context of {self.context}: shorten the prompt, ask for fewer tokens, or '
-                       'set context and RoPE scaling for more')
-    if self.plan and self.plan.slots not in (None, tokens.slots):
+    self._check_length(tokens.slots, room)
+    if planned and self.plan and self.plan.slots not in (None, tokens.slots):
       raise ValueError(f'the plan is for prompts of {self.plan.slots} slots, not '
                        f'{tokens.slots}: make one with lm.host(slots)')
     return tokens.replace(x=tokens.x.astype(self.dtype))
+
+  def _check_length(self, slots: int, room: int) -> None:
+    if slots + room > self.context:
+      raise ValueError(f'a prompt of {slots} slots and {room} tokens to come exceed the '
+                       f'context of {self.context}: shorten the prompt, ask for fewer tokens, or '
+                       'set context and RoPE scaling for more')
 
   def _restarted(self, tokens: TokenSet) -> TokenSet:
     """A new prompt of the original tokens that the last cut leaves, in their order, from 0."""
@@ -497,6 +629,12 @@ def _constrain_forward(x: Array, sharding: NamedSharding) -> Array:
 
 _constrain_forward.defvjp(lambda x, sharding: (_constrain_forward(x, sharding), None),
                           lambda sharding, _, grad: (grad,))
+
+
+def _last(tokens: TokenSet, x: Array) -> Array:
+  """float[B, D], the features of each row's last real token in float[B, N, D]."""
+  last = jnp.argmax(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1)
+  return take(x, last[:, None])[:, 0]
 
 
 def _next_position(tokens: TokenSet) -> Array:

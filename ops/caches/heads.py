@@ -14,14 +14,12 @@ a page, Q queries of a kv head, d features a head.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from ops.caches.split import Partial, SplitKV, _finite, _mix, weigh, within
-from ops.kv_cache import KV
+from ops.kv_cache import KV, turned
 from ops.rope import Rope
 
 Array = jax.Array
@@ -99,8 +97,7 @@ class KVHeads(struct.PyTreeNode):
       own = jnp.take_along_axis(self.first, self.head, axis=1)
       place = (jnp.arange(pages) - own)[..., None] * size + jnp.arange(size)
       place = place.astype(jnp.int32)
-      turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
-      keys = turn.rotate(keys[..., None, :], place - pos)[..., 0, :]
+      keys = turned(keys, place - pos, start, rope)
       pos, start = place, jnp.max(jnp.where(valid, place + 1, 0), axis=(1, 2))
     bias = None if kv.bias is None else shared(kv.bias)
     prompt = Pages(keys, pick(kv.v), pos, valid, self.head, kv.k.shape[1], bias)

@@ -92,11 +92,31 @@ class SplitKV(struct.PyTreeNode):
 
   def attend(self, q: Array, index: Array, window: int = 0) -> Array:
     """Attends with the token that was appended last, as `KV.attend`: float[B, H, d]."""
+    return self.attend_chunk(q[:, None], index[:, None], window)[:, 0]
+
+  def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> SplitKV:
+    """Writes a chunk of tokens, as `KV.extend`."""
+    return self.replace(tail=self.tail.extend(k, v, index, valid, step))
+
+  def attend_chunk(self, q: Array, index: Array, window: int = 0) -> Array:
+    """Attends with the chunk that was written last, as `KV.attend_chunk`: float[B, C, H, d].
+
+    A chunk's map over the prompt is formed whole.
+    """
+    batch, chunk, heads, width = q.shape
     kv_heads = self.tail.k.shape[1]
-    grouped = q.reshape(len(q), kv_heads, -1, q.shape[2])
-    index = index[:, None]
-    return join(self.prompt.read(grouped, index, window),
-                _read_tail(self.tail, grouped, index, window)).reshape(q.shape).astype(q.dtype)
+    group = heads // kv_heads
+    grouped = jnp.moveaxis(q.reshape(batch, chunk, kv_heads, group, width), 1, 2)
+    grouped = grouped.reshape(batch, kv_heads, chunk * group, width)
+    index = jnp.repeat(index, group, axis=1)
+    out = join(self.prompt.read(grouped, index, window),
+               _read_tail(self.tail, grouped, index, window))
+    out = jnp.moveaxis(out.reshape(batch, kv_heads, chunk, group, width), 2, 1)
+    return out.reshape(q.shape).astype(q.dtype)
+
+  def with_start(self, start: Array) -> SplitKV:
+    """Returns the same with another position of the first token behind the prompt."""
+    return self.replace(tail=self.tail.with_start(start))
 
   def take(self, rows: Array) -> SplitKV:
     """Returns the cache of rows int[R] of the batch, which may repeat."""
