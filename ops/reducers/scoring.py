@@ -66,15 +66,14 @@ class Wrapper(CacheReducer):
   # Signals that the wrapper reads itself.
   reads: ClassVar[frozenset[str]] = frozenset()
   # Names of the methods that fields hold where a config sets none; '' for no method.
-  default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
+  default: ClassVar[dict[str, str]]
 
   def __post_init__(self) -> None:
     for field, name in self.default.items():
       held = getattr(self, field)
       if not isinstance(held, ScoringReducer) and (name or held is not None):
         raise ValueError(f'{type(self).__name__} cannot hold {type(held).__name__} as its {field}, '
-                         'which gives entries no scores: hold a method that ranks them, as '
-                         f'{name or "snapkv"} does')
+                         'which gives entries no scores: hold a method that ranks entries')
 
   @property
   def held(self) -> tuple[ScoringReducer, ...]:

@@ -4,6 +4,7 @@ Axes: B batch, N entries now, M entries a head on average, K kv heads.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -36,6 +37,7 @@ class AdaKV(Wrapper):
   """
 
   safeguard: Ratio = 0.2
+  default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVHeads:
     scores = self.inner.ranking(tokens, signals, num_slots=num_slots)

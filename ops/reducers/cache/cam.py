@@ -36,6 +36,7 @@ class CaM(Wrapper):
   """
 
   merged: Count = 32
+  default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
   reads: ClassVar[frozenset[str]] = frozenset({'received_attention'})
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVMerge:

@@ -49,6 +49,7 @@ class Chunk(Wrapper):
 
   length: Count = 1024
   share: Ratio | None = None
+  default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
   reads: ClassVar[frozenset[str]] = frozenset({'queries', 'keys', 'values'})
   adaptive = 'shares of parts are rounded down'
 

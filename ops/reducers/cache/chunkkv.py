@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ class ChunkKV(Wrapper):
 
   length: Count = 20
   share: Ratio | None = None
+  default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
   adaptive = 'whole chunks may fill fewer slots than a budget allows'
 
   def with_ratio(self, ratio: Fraction) -> ChunkKV:

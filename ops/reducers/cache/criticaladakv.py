@@ -44,6 +44,7 @@ class CriticalAdaKV(Wrapper):
   safeguard: Ratio = 0.2
   first_stage: Ratio = 0.5
   epsilon: NotNegative = 1e-4
+  default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
   reads: ClassVar[frozenset[str]] = frozenset({'projected_norms'})
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVHeads:

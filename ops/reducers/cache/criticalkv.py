@@ -41,6 +41,7 @@ class CriticalKV(Wrapper, ScoringReducer):
 
   first_stage: Ratio = 0.5
   epsilon: NotNegative = 1e-4
+  default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
   reads: ClassVar[frozenset[str]] = frozenset({'projected_norms'})
 
   def ranking(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Array:

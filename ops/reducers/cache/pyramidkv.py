@@ -5,6 +5,7 @@ Axes: B batch, N entries now, M entries after, K kv heads.
 
 import dataclasses
 from fractions import Fraction
+from typing import ClassVar
 
 from ops.kv_cache import KVGather
 from ops.reducers.scoring import Wrapper
@@ -27,6 +28,7 @@ class PyramidKV(Wrapper):
   """
 
   beta: Count = 20
+  default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
   allocates = True
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
