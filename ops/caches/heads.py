@@ -95,7 +95,7 @@ class KVHeads(struct.PyTreeNode):
     if positions == 'compact':
       pages, size = self.src.shape[1:]
       own = jnp.take_along_axis(self.first, self.head, axis=1)
-      place = (jnp.arange(pages) - own)[..., None] * size + jnp.arange(size)
+      place = (jnp.arange(pages)[None] - own)[..., None] * size + jnp.arange(size)[None, None]
       place = place.astype(jnp.int32)
       keys = turned(keys, place - pos, start, rope)
       pos, start = place, jnp.max(jnp.where(valid, place + 1, 0), axis=(1, 2))
@@ -136,7 +136,7 @@ class Pages(struct.PyTreeNode):
       visible &= within(index, self.pos, window)
     bias = None if self.bias is None else self.bias[:, :, None]
     logits = weigh(own, self.keys, visible, bias, scale=q.shape[3] ** -0.5)
-    belongs = self.head[:, None] == jnp.arange(self.heads)[:, None]
+    belongs = self.head[:, None] == jnp.arange(self.heads)[None, :, None]
     peak = jnp.max(jnp.where(belongs[..., None], jnp.max(logits, axis=3)[:, None], -jnp.inf),
                    axis=2)
     level = jnp.take_along_axis(_finite(peak), self.head[..., None], axis=1)

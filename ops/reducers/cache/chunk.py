@@ -94,7 +94,7 @@ class Chunk(Wrapper):
     rank = ranks(top(scores.reshape(-1, length), length), length)
     rank = rank.reshape(batch, count, heads, length).swapaxes(1, 2).reshape(batch, heads, -1)
     real = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
-    sizes = jnp.clip(real - length * jnp.arange(count), 0, length)
+    sizes = jnp.clip(real - length * jnp.arange(count)[None], 0, length)
     if self.share is None:
       stay = sizes * budgets(tokens, num_slots) // jnp.maximum(real, 1)
     else:

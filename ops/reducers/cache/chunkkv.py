@@ -51,7 +51,7 @@ class ChunkKV(Wrapper):
     real = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
     total = jnp.where(tokens.real[:, None], scores, 0.0).sum(axis=1, keepdims=True)
     parts = in_parts(along_slots(total, order), self.length)[:, 0]
-    sizes = jnp.clip(real - self.length * jnp.arange(parts.shape[1]), 0, self.length)
+    sizes = jnp.clip(real - self.length * jnp.arange(parts.shape[1])[None], 0, self.length)
     means = jnp.where(sizes > 0, parts.sum(axis=2) / jnp.maximum(sizes, 1), -jnp.inf)
     chunk_rank = ranks(top(means, parts.shape[1]), parts.shape[1])
     chunks = -(-real // self.length)

@@ -44,7 +44,7 @@ class Finch(ScoringReducer):
     before = tokens.real & ~latest(tokens, self.window)
     real = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
     rows = signals.window_attention
-    seen = real - rows.shape[2] + jnp.arange(rows.shape[2], dtype=jnp.int32)
+    seen = real - rows.shape[2] + jnp.arange(rows.shape[2], dtype=jnp.int32)[None]
     rows = (rows * jnp.maximum(seen, 0)[:, None, :, None]).mean(axis=2)
     scores = by_kv_head(rows, signals.keys.shape[2]).mean(axis=2)
     return jnp.where(before[:, None], scores, 0.0)
