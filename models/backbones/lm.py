@@ -58,14 +58,21 @@ from jax.typing import DTypeLike
 
 from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
-from models.reduction import BATCH_AXES, ReducerParameters, choose
+from models.reduction import (
+  BATCH_AXES,
+  ReducerParameters,
+  cache_needs,
+  choose,
+  keep_up,
+  start_upkeep,
+)
 from models.stack import REMAT, Outputs, Stack, Tap
 from ops import choices, kv_cache
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache
 from ops.rope import Rope, sequence_index
-from ops.signals import STATIC, Signals, measure
+from ops.signals import Signals, measure
 from ops.tokens import TEXT, TokenSet
 from ops.values import Count, CountOrZero, Depth, NotNegative, OneOf, Width, check_fields
 
@@ -73,12 +80,13 @@ Array = jax.Array
 
 OFFERS = frozenset({
     'attention', 'keys', 'queries', 'values', 'plain_queries', 'received_attention',
-    'last_attention', 'window_attention', 'row_attention', 'next_received_attention',
+    'last_attention', 'window_attention', 'window_queries', 'row_attention',
+    'next_received_attention',
     'next_last_attention', 'next_row_attention', 'next_keys', 'hidden', 'hidden_in',
     'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'rope', 'layer', 'depth', 'slots',
     'one_sequence'})
 # What the last chunk of a prompt tells of all its tokens.
-LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention'})
+LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention', 'window_queries'})
 
 
 def rms_norm(eps: float) -> nn.RMSNorm:
@@ -177,22 +185,28 @@ class Block(ReducibleBlock):
     """Returns the MLP's output, float[B, N, D]."""
     return self.down(inner)
 
-  def step(self, carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
+  def step(self, carry: tuple[Array, Array],
+           kv: KV) -> tuple[tuple[Array, Array], tuple[KV, Signals]]:
     """Runs one token a row through the block, over its cache.
 
     Args:
       carry: (float[B, D], int32[], the number of the step).
       kv: the cache of this layer.
+
+    Returns:
+      The carry, the cache, and the token's `queries` and `last_attention`.
     """
     x, step = carry
-    pos = kv.start + step
+    pos = kv.position(step)
     index = pos if pos.ndim == 1 else pos[:, 0]
     hidden = self.norm1(x)
     q, k, _ = self._queries_and_keys(hidden, pos)
     kv = kv.append(k, self.v(hidden), index, step)
-    x = x + self.out(kv.attend(q, index, self.window)).astype(x.dtype)
+    mixed, weights = kv.attend(q, index, self.window)
+    x = x + self.out(mixed).astype(x.dtype)
     change = self.outer(self.inner(self.norm2(x)))
-    return (x + change.astype(x.dtype), step), kv
+    signals = Signals(queries=q[:, None], last_attention=weights)
+    return (x + change.astype(x.dtype), step), (kv, signals)
 
   def extend(self, carry: tuple[Array, TokenSet, Array], kv: KV, *, needs: frozenset[str],
              span: int) -> tuple[tuple[Array, TokenSet, Array], tuple[KV, Signals]]:
@@ -388,7 +402,7 @@ class LM(nn.Module):
     cache_plan = self.cache_plan
     needs = frozenset({'keys', 'values'})
     if cache_plan:
-      needs |= cache_plan.only.method.needs - STATIC
+      needs |= cache_needs(cache_plan.only)
     tap = Tap(needs, functools.partial(self._store, _next_position(tokens), room),
               _starts(cache_plan), cache_plan.only if cache_plan else None)
     tokens, out = self.stack(tokens, tap)
@@ -410,20 +424,28 @@ class LM(nn.Module):
     compact = plan is not None and plan.positions == 'compact'
     kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=tokens.real, filled=tokens.slots,
                    bias=bias, start=_next_position(tokens) if compact else start)
-    return kv_cache.with_room(self._reduce_cache(kv, layer, tokens, signals), room)
+    return self._reduce_cache(kv, layer, tokens, signals, room)
 
-  def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> KV:
-    """A layer's cache with the entries that the cache plan keeps."""
+  def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals,
+                    room: int) -> KV:
+    """A layer's cache with the entries that the cache plan keeps, and room for more."""
     for event in self.cache_plan.at(layer) if self.cache_plan else ():
       if event.slots_in != tokens.slots:
         raise ValueError(f'the plan of the cache is for {event.slots_in} slots in layer '
                          f'{layer}, which sees {tokens.slots}: make one with lm.host(slots) and '
                          'plan=lm.plan')
+      reduction, place = event.reduction, self.stack.place
       with jax.named_scope('reduction'):
-        params = self.reducers(event, tokens, signals, self.stack.place)
-        answer = choose(event, tokens, signals, self.stack.place, params=params)
-        kv = kv_cache.shrink(kv, answer, positions=event.reduction.positions, rope=self.rope)
-    return kv
+        if reduction.capacity:
+          kv = start_upkeep(event, kv, tokens, signals, place)
+        if event.slots_out < event.slots_in:
+          params = self.reducers(event, tokens, signals, place)
+          answer = choose(event, tokens, signals, place, params=params)
+          kv = kv_cache.shrink(kv, answer, positions=reduction.positions, rope=self.rope)
+        if reduction.capacity:
+          return kv_cache.with_upkeep(kv, event.method, capacity=reduction.capacity,
+                                      positions=reduction.positions, rope=self.rope)
+    return kv_cache.with_room(kv, room)
 
   def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
     """Reads one more token a row.
@@ -441,7 +463,9 @@ class LM(nn.Module):
     """
     x = self._embedded(ids)
     (x, step), layers = self.stack.step((x, kvs.steps), kvs.layers)
-    return self._logits(self.norm(x)), Cache(layers, step + 1)
+    kept = tuple(kv if kv.upkeep is None else keep_up(kv, signals, step, layer, self.stack.place)
+                 for layer, (kv, signals) in enumerate(layers))
+    return self._logits(self.norm(x)), Cache(kept, step + 1)
 
   def empty_cache(self, rows: int, slots: int) -> Cache:
     """Returns a cache of nothing, for a prompt that is read in chunks.
@@ -517,7 +541,7 @@ class LM(nn.Module):
     if self.cache_plan is None:
       return frozenset(), 0
     only = self.cache_plan.only
-    needs, span = only.method.needs - STATIC, only.method.span
+    needs, span = cache_needs(only), only.method.span
     missing = sorted(needs - LAST_CHUNK)
     if missing:
       raise ValueError(f'{only.name} needs {", ".join(missing)} of the whole prompt, and the last '
@@ -533,7 +557,7 @@ class LM(nn.Module):
     tokens = TokenSet.create(jnp.zeros((*kv.pos.shape, 1), self.dtype), pos=kv.pos, valid=kv.valid,
                              kind=jnp.full(kv.pos.shape, TEXT, jnp.int8), of=(TEXT,))
     kv = kv.replace(start=kv.start + read, filled=filled)
-    return kv_cache.with_room(self._reduce_cache(kv, layer, tokens, signals), room)
+    return self._reduce_cache(kv, layer, tokens, signals, room)
 
   def _enter(self, tokens: Array | TokenSet, valid: Array | None, room: int = 0, *,
              planned: bool = True) -> TokenSet:

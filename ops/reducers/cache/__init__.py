@@ -9,8 +9,11 @@ from ops.reducers.cache.h2o import H2O
 from ops.reducers.cache.keydiff import KeyDiff
 from ops.reducers.cache.knorm import KNorm
 from ops.reducers.cache.observed_attention import ObservedAttention
+from ops.reducers.cache.periodic import Periodic
+from ops.reducers.cache.rkv import RKV
 from ops.reducers.cache.snapkv import SnapKV
 from ops.reducers.cache.streaming_llm import StreamingLLM
+from ops.reducers.cache.threshold import Threshold
 from ops.reducers.cache.tova import TOVA
 
 CACHE_REDUCERS: dict[str, type] = {
@@ -22,4 +25,7 @@ CACHE_REDUCERS: dict[str, type] = {
     'h2o': H2O,
     'snapkv': SnapKV,
     'expected_attention': ExpectedAttention,
+    'rkv': RKV,
+    'periodic': Periodic,
+    'threshold': Threshold,
 }

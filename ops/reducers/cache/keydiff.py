@@ -24,6 +24,8 @@ class KeyDiff(ScoringReducer):
   once, as in the kvpress library.
   """
 
+  by_order = False
+
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], minus the cosine between each key and the mean direction."""
     keys = jnp.swapaxes(signals.keys, 1, 2).astype(jnp.float32)
