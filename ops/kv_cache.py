@@ -363,8 +363,7 @@ def _ranks(pos: Array, valid: Array) -> Array:
 def _turned(k: Array, by: Array, rope: Rope) -> Array:
   """Keys float[B, K, S, d], rotated by int32[B, K, S] positions more."""
   turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
-  return jnp.swapaxes(turn.rotate(jnp.swapaxes(k, 1, 2)[..., None, :],
-                                  jnp.swapaxes(by, 1, 2))[..., 0, :], 1, 2)
+  return turn.rotate(k[..., None, :], by)[..., 0, :]
 
 
 def with_upkeep(kv: KV, method: Any, *, capacity: int, positions: str, rope: Rope) -> KV:

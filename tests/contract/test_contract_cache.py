@@ -19,6 +19,7 @@ from ops.kv_cache import KVGather
 from ops.primitives import kv_select
 from ops.reducers.base import CacheReducer
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.cache.knorm import KNorm
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 
@@ -28,9 +29,11 @@ HOLES = np.setdiff1d(np.arange(WIDE), [0, 5, 13, 14])
 GARBAGE = 1e3
 # Small windows and few sinks, so that there is something left to choose.
 SETTINGS = {'snapkv': {'window': 3, 'kernel': 3}, 'streaming_llm': {'sinks': 2},
-            'h2o': {'recent': 4}, 'expected_attention': {'sinks': 2, 'future': 8}}
+            'h2o': {'recent': 4}, 'expected_attention': {'sinks': 2, 'future': 8},
+            'rkv': {'window': 3, 'kernel': 3}, 'periodic': {'inner': KNorm()},
+            'threshold': {'inner': KNorm(), 'threshold': -1e9, 'window': 3}}
 # Where all is equal, the sums and the pools of these still go by place.
-BY_PLACE = {'streaming_llm', 'observed_attention', 'h2o', 'snapkv'}
+BY_PLACE = {'streaming_llm', 'observed_attention', 'h2o', 'snapkv', 'rkv', 'threshold'}
 
 
 def method(name):

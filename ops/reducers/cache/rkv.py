@@ -18,7 +18,7 @@ from ops.values import Count, Share
 
 Array = jax.Array
 # Rows of the map of similarities that are formed at a time.
-_ROWS = 128
+_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class RKV(ScoringReducer):
     logits = jnp.einsum('bkgwd,bknd->bkgwn', queries, keys, precision='highest').max(axis=2)
     before = (tokens.real & ~latest(tokens, self.window))[:, None]
     # A row has fewer queries than W where it has fewer tokens; the first ones are then empty.
-    there = jnp.sum(tokens.real, axis=1)[:, None] > jnp.arange(self.window)[None, ::-1]
+    there = jnp.sum(tokens.real, axis=1)[:, None] > jnp.arange(queries.shape[3])[None, ::-1]
     weights = jax.nn.softmax(jnp.where(before[:, :, None], logits * keys.shape[3] ** -0.5,
                                        HIDDEN_LOGIT), axis=3)
     weights = jnp.where(there[:, None, :, None] & before[:, :, None], weights, 0.0).sum(axis=2)
@@ -89,12 +89,12 @@ class RKV(ScoringReducer):
     slots = keys.shape[2]
     units = keys / (jnp.sqrt(jnp.sum(keys * keys, axis=3, keepdims=True)) + 1e-8)
     units = jnp.where(real[:, None, :, None], units, 0.0)
-    iota, first = jnp.arange(slots), jnp.argmax(real, axis=1)[:, None, None]
+    iota, first = jnp.arange(slots)[None, None, None], jnp.argmax(real, axis=1)[:, None, None]
 
     def add(part: Array) -> Array:
       """Sums the cosines of some keys, int[R], to all: [B, K, N]."""
       cosine = jnp.einsum('bkrd,bknd->bkrn', units[:, :, part], units, precision='highest')
-      cosine = jnp.where(part[:, None] == iota, 0.0, cosine)
+      cosine = jnp.where(part[None, None, :, None] == iota, 0.0, cosine)
       like = jnp.where(cosine > self.threshold, iota, -1).max(axis=3)
       like = jnp.where(like < 0, first, like)
       return jnp.where(iota == like[..., None], 0.0, cosine).sum(axis=2)
@@ -103,9 +103,9 @@ class RKV(ScoringReducer):
     total = jnp.zeros(keys.shape[:3])
     if whole:
       total, _ = jax.lax.scan(lambda total, part: (total + add(part), None), total,
-                              iota[:whole].reshape(-1, _ROWS))
+                              jnp.arange(whole).reshape(-1, _ROWS))
     if whole < slots:
-      total += add(iota[whole:])
+      total += add(jnp.arange(whole, slots))
     real = real[:, None]
     mean = total / jnp.maximum(jnp.sum(real, axis=2, keepdims=True), 1)
     return jax.nn.softmax(jnp.where(real, mean, HIDDEN_LOGIT), axis=2)
