@@ -8,7 +8,7 @@ import re
 from typing import cast
 
 from models.compressors import COMPRESSORS
-from models.plan import methods
+from models.plan import make_method, methods
 from ops.reducers import join
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.reducers.method import Method
@@ -47,7 +47,8 @@ def _entry(name: str, method: type[Method]) -> Entry:
   text = inspect.cleandoc(method.__doc__ or '')
   paper = re.search(r'arXiv:(\d{4}\.\d{5})', text)
   # A property where it follows from an argument: then that of the default.
-  needs = method.needs if isinstance(method.needs, frozenset) else method().needs
+  needs = (method.needs if isinstance(method.needs, frozenset)
+           else make_method(name, {}, join(methods(), CACHE_REDUCERS)).needs)
   return Entry(
       name=name, summary=' '.join(text.split('\n\n')[0].split()), paper=paper[1] if paper else '',
       site=cast(str, method.site), needs=tuple(sorted(needs)), learned=name in COMPRESSORS,

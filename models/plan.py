@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, TypeAlias, cast
 
 from ml_collections import ConfigDict
@@ -46,6 +47,8 @@ KEYS = values.Keys({
     'method': str, 'args': Mapping[str, Any], 'site': str, 'layers': Any, 'watch': Any,
     'rounding': str, 'ratio_of': str, 'mode': str, 'token_kinds': str | tuple[str, ...],
     'positions': str, **dict.fromkeys(BUDGETS, Any)})
+# A method that another one holds (ops/reducers/scoring.py).
+HELD_KEYS = values.Keys({'method': str, 'args': Mapping[str, Any]}, frozenset({'method'}))
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
 CACHE_KEYS = KEYS.without('site', 'watch', 'ratio_of', 'mode', 'token_kinds',
                           *set(BUDGETS) - set(CACHE_BUDGETS)) | values.Keys(
@@ -242,7 +245,8 @@ def make_method(name: str, args: Mapping[str, Any],
 
   Args:
     name: a name in the registry.
-    args: fields of the method; lists become tuples.
+    args: fields of the method; lists become tuples. A method that it holds is a dict of `method`
+      and `args`.
     registry: methods by name, all of `methods()` by default.
 
   Raises:
@@ -258,7 +262,17 @@ def make_method(name: str, args: Mapping[str, Any],
                        f'{", ".join(kinds) or "none"}')
     values.check(f'{name}: args.{key}', value, kinds[key])
   frozen = {key: tuple(v) if isinstance(v, list) else v for key, v in args.items()}
+  for field, default in getattr(registry[name], 'default', {}).items():
+    config = frozen.get(field) or ({'method': default} if default else None)
+    if config is not None:
+      frozen[field] = _held_method(f'{name}: args.{field}', config, registry)
   return registry[name](**frozen)
+
+
+def _held_method(name: str, config: Any, registry: Mapping[str, type]) -> Method:
+  """Builds the method that another one holds."""
+  values.check(name, config, HELD_KEYS)
+  return make_method(config['method'], config.get('args') or {}, registry)
 
 
 def reduction_settings(config: Config | Sequence[Config] | None) -> Settings:
@@ -466,7 +480,7 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   values.check_keys('reduce.cache', config, CACHE_KEYS,
                     unknown='a reduction of the cache has no key ')
   name = cast(str, config.get('method'))  # `make_method` rejects None.
-  method = make_method(name, config.get('args') or {}, CACHE_REDUCERS)
+  method: Any = make_method(name, config.get('args') or {}, CACHE_REDUCERS)  # A `CacheReducer`.
   offers = host.offers - NEXT_LAYER - {'attention'}
   check_needs(name, method, dataclasses.replace(host, offers=offers), 'cache')
   layers = parse_layers(config.get('layers'), host.depth)
@@ -476,24 +490,36 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
     if not any(config.get(key) is not None for key in BUDGETS):
       config = {**config, 'keep': capacity}
   budgets = [key for key in BUDGETS if config.get(key) is not None]
-  if len(budgets) != 1 or budgets[0] not in CACHE_BUDGETS:
+  if len(budgets) > 1 or (not budgets and not method.allocates) or (
+      not set(budgets) <= set(CACHE_BUDGETS)):
     raise ValueError(f'a reduction of the cache needs one budget, got {budgets or "none"}: choose '
                      f'one of {", ".join(CACHE_BUDGETS)}')
+  form = budgets[0] if budgets else ''
   counts = slots_seen(host, plan)
-  amounts = per_layer(config[budgets[0]], layers, budgets[0])
+  amounts = per_layer(config.get(form), layers, form)
   cuts: list[Cut] = []
   for layer, value in zip(layers, amounts, strict=True):
-    limits = Limits(host.depth, counts[layer], 0, method.extra_slots,
+    slots = counts[layer]
+    limits = Limits(host.depth, slots, 0, method.extra_slots,
                     functools.partial(method.min_slots, protected=0))
-    if budgets[0] == 'keep' and isinstance(value, int):
-      value = min(value, counts[layer])  # A capacity: a shorter prompt keeps all that it has.
-    budget = {budgets[0]: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
-    cut = resolve(budget, limits) or (Cut(layer, counts[layer], counts[layer]),) * bool(capacity)
+    if method.allocates:
+      asked = _exact(form, value, slots) if form else None
+      own = {'keep': method.allocate(layer, host.depth, slots, asked), 'layers': layer}
+      # A method may leave the count to what it reads: then a layer is asked though nothing goes.
+      cuts += resolve(own, limits) or [Cut(layer, slots, slots)]
+      continue
+    if form == 'keep' and isinstance(value, int):
+      value = min(value, slots)  # A capacity: a shorter prompt keeps all that it has.
+    budget = {form: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
+    # While the model decodes, entries go though of the prompt none does.
+    cut = resolve(budget, limits) or (Cut(layer, slots, slots),) * bool(capacity)
     if capacity and cut[0].slots_out > capacity and cast(EvictingMethod, method).every == 1:
       raise ValueError(f'{name} leaves {cut[0].slots_out} entries of a prompt in layer {layer}, '
                        f'more than capacity={capacity}, and then lets one go for every token: set '
                        f'keep={capacity} or less')
     cuts += cut
+  if form == 'keep_ratio' and len(set(amounts)) == 1:
+    method = method.with_ratio(_exact(form, amounts[0], 1))
   policies = dataclasses.replace(host, positions=('keep', 'compact'))
   positions = position_policy(config.get('positions'), method, policies)
   if capacity and positions == 'compact' and cast(EvictingMethod, method).evict_needs & OF_RECENT:
@@ -519,6 +545,18 @@ def _evicting(name: str, method: Method, capacity: int) -> EvictingMethod:
                      f'{method.min_capacity} entries at least, its sinks and window among them: '
                      f'set capacity={method.min_capacity} or more, or fewer of these')
   return method
+
+
+def _exact(form: str, value: Any, slots: int) -> Fraction:
+  """Returns the entries that a budget asks for of so many, not rounded.
+
+  Raises:
+    ValueError: a budget that is no number.
+  """
+  values.check(form, value, float)
+  number = Fraction(str(value))
+  return {'keep_ratio': number * slots, 'keep': min(number, Fraction(slots)),
+          'remove': max(slots - number, Fraction(1))}[form]
 
 
 def slots_seen(host: Host, plan: Plan | None) -> tuple[int, ...]:

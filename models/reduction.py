@@ -58,6 +58,10 @@ class Reduction:
   positions: str = 'keep'
   capacity: int = 0
 
+  def asks(self, event: Event) -> bool:
+    """Returns whether the method is asked of a prompt, and not only of what is decoded."""
+    return not self.capacity or event.slots_out < event.slots_in
+
   @property
   def learned(self) -> bool:
     """Returns whether the method has parameters."""

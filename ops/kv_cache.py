@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,35 @@ class KVGather(struct.PyTreeNode):
     """[B, K, N, ...] -> [B, K, M, ...]."""
     return jnp.take_along_axis(
         values, self.src.reshape(self.src.shape + (1,) * (values.ndim - 3)), axis=2)
+
+  def only(self, wanted: Array) -> KVGather:
+    """Returns the same with places empty that hold others than bool[B, N] or [B, K, N] names."""
+    if wanted.ndim == 2:
+      wanted = jnp.broadcast_to(wanted[:, None], (*self.src.shape[:2], wanted.shape[1]))
+    wanted = jnp.take_along_axis(wanted, self.src, axis=2)
+    return self.replace(valid=wanted if self.valid is None else self.valid & wanted)
+
+  def shrink(self, kv: KV, *, positions: str, rope: Rope) -> KV:
+    """Reduces a layer's cache to these entries, as `KVAnswer`."""
+    heads, slots = kv.k.shape[1:3]
+
+    def pick(x: Array) -> Array:
+      return self.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
+
+    pos, valid = pick(kv.pos), pick(kv.valid)
+    bias = None if kv.bias is None else pick(kv.bias)
+    k, v = self.apply(kv.k), self.apply(kv.v)
+    if self.valid is not None:
+      valid &= self.valid
+    start = kv.start
+    if positions == 'compact':
+      rank = _ranks(pos, valid)
+      k = turned(k, rank - pos, start, rope)
+      # Where the heads keep different numbers, the fullest says where decoding goes on.
+      pos, start = rank, jnp.max(jnp.sum(valid, axis=2, dtype=jnp.int32), axis=1)
+    stats = {name: self.apply(x) for name, x in kv.stats.items()}
+    return KV.create(k, v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2],
+                     stats=stats, recent=kv.recent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +164,31 @@ class KV(struct.PyTreeNode):
     # Where the heads hold different numbers, the fullest says.
     return jnp.max(jnp.sum(self.valid, axis=2, dtype=jnp.int32), axis=1)
 
+  def with_room(self, room: int) -> KV:
+    """Appends empty slots, for tokens to decode; with `upkeep` there are enough."""
+    return self if self.upkeep else self._with_slots(room)
+
+  def _with_slots(self, count: int) -> KV:
+
+    def pad(x: Array, axis: int) -> Array:
+      return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
+
+    axis = self.pos.ndim - 1
+    # A token that is decoded stands for one: its bias is the zero that is padded here.
+    bias = None if self.bias is None else pad(self.bias, axis)
+    keys, values = (pad(x, x.ndim - 2) for x in (self.keys, self.values))
+    return self.replace(keys=keys, values=values, pos=pad(self.pos, axis),
+                        valid=pad(self.valid, axis), bias=bias,
+                        stats={name: pad(x, 2) for name, x in self.stats.items()})
+
+  def with_start(self, start: Array) -> KV:
+    """Returns the same with another position of the first token behind the prompt."""
+    return self.replace(start=start)
+
+  def with_values(self, v: Array) -> KV:
+    """Returns the same with other values float[B, K, S, d]."""
+    return self.replace(values=_folded(v))
+
   def append(self, k: Array, v: Array, index: Array, step: Array) -> KV:
     """Writes one more token a row, in place where the cache is donated.
 
@@ -199,7 +253,7 @@ class KV(struct.PyTreeNode):
       visible &= index.reshape(index.shape + (1,) * (self.pos.ndim - 1)) - self.pos < window
     k = self.k
     if self.turned is not None and self.upkeep and self.upkeep.rope:
-      k = _turned(k, self.pos - self.turned, self.upkeep.rope)
+      k = turned(k, self.pos - self.turned, self.start, self.upkeep.rope)
     return attention.step(q, k, self.v, visible, bias=self.bias)
 
   def drop(self, stays: Array) -> KV:
@@ -290,15 +344,86 @@ def _folded(x: Array) -> Array:
   return x.reshape(*(n for n in x.shape[:2] if n > 1), *x.shape[2:])
 
 
+class KVAnswer(Protocol):
+  """Says what becomes of one layer's cache: what a method on the cache returns."""
+
+  def shrink(self, kv: KV, *, positions: str, rope: Rope) -> LayerCache:
+    """Reduces a layer's cache, which has no room yet.
+
+    Args:
+      kv: of N slots, `pos` and `valid` shared by the heads.
+      positions: 'keep', or 'compact': the kept keys of a head are turned to positions 0, 1, … in
+        their order, and decoding goes on from there (FINCH, arXiv:2408.00167).
+      rope: of the model; only 'compact' asks.
+    """
+    ...
+
+
+class LayerCache(Protocol):
+  """Holds one layer's cache: `KV` says what the members do."""
+
+  @property
+  def start(self) -> Array:
+    """Returns the position of the first token behind the prompt, int32[B] or [B, P]."""
+    ...
+
+  @property
+  def filled(self) -> int:
+    """Returns the slots of the prompt; where heads have different numbers, their mean."""
+    ...
+
+  @property
+  def room(self) -> int:
+    """Returns the tokens that may follow the prompt."""
+    ...
+
+  @property
+  def upkeep(self) -> Upkeep | None:
+    """Returns how it stays within bounds while a model decodes, None for a cache that grows."""
+    ...
+
+  def with_room(self, room: int) -> LayerCache:
+    """Appends empty slots, for tokens to decode."""
+    ...
+
+  def position(self, step: Array) -> Array:
+    """Returns the position of decoded token `step`: int32[B] or [B, P]."""
+    ...
+
+  def append(self, k: Array, v: Array, index: Array, step: Array) -> LayerCache:
+    """Writes one more token a row."""
+    ...
+
+  def attend(self, q: Array, index: Array, window: int = 0) -> tuple[Array, Array | None]:
+    """Attends with the token that was appended last: float[B, H, d], and weights where told."""
+    ...
+
+  def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> LayerCache:
+    """Writes a chunk of tokens."""
+    ...
+
+  def attend_chunk(self, q: Array, index: Array, window: int = 0) -> Array:
+    """Attends with the chunk that was written last: float[B, C, H, d]."""
+    ...
+
+  def take(self, rows: Array) -> LayerCache:
+    """Returns the cache of rows int[R] of the batch, which may repeat."""
+    ...
+
+  def with_start(self, start: Array) -> LayerCache:
+    """Returns the same with another position of the first token behind the prompt."""
+    ...
+
+
 class Cache(struct.PyTreeNode):
   """Holds the caches of all layers.
 
   Attributes:
-    layers: one `KV` a layer, each of its own length.
+    layers: one cache a layer, each of its own length.
     steps: int32[], tokens decoded so far, at most the room.
   """
 
-  layers: tuple[KV, ...]
+  layers: tuple[LayerCache, ...]
   steps: Array
 
   @property
@@ -318,52 +443,22 @@ class Cache(struct.PyTreeNode):
                        f'the prompt, of which {used} are taken; prefill with more room')
 
 
-def shrink(kv: KV, assignment: KVGather, *, positions: str, rope: Rope) -> KV:
-  """Reduces a layer's cache to the entries that a method keeps; `kv` has no room yet.
-
-  Args:
-    kv: of N slots, `pos` and `valid` shared by the heads.
-    assignment: M slots a head.
-    positions: 'keep', or 'compact': the kept keys of a head are turned to positions 0, 1, … in
-      their order, and decoding goes on from there (FINCH, arXiv:2408.00167).
-    rope: of the model; only 'compact' asks.
+def turned(keys: Array, by: Array, start: Array, rope: Rope) -> Array:
+  """Returns keys float[..., d] at other positions, `by` int32[...] further on.
 
   Raises:
-    ValueError: 'compact' with positions of several numbers.
+    ValueError: positions of several numbers, which `start` int32[B, P] has.
   """
-  heads, slots = kv.k.shape[1:3]
-
-  def pick(x: Array) -> Array:
-    return assignment.apply(jnp.broadcast_to(x[:, None], (x.shape[0], heads, slots)))
-
-  pos, valid = pick(kv.pos), pick(kv.valid)
-  bias = None if kv.bias is None else pick(kv.bias)
-  k, v = assignment.apply(kv.k), assignment.apply(kv.v)
-  if assignment.valid is not None:
-    valid &= assignment.valid
-  start = kv.start
-  if positions == 'compact':
-    if start.ndim > 1:
-      raise ValueError(COMPACT_OF_SEVERAL)
-    rank = _ranks(pos, valid)
-    k = _turned(k, rank - pos, rope)
-    # Where the heads keep different numbers, the fullest says where decoding goes on.
-    pos, start = rank, jnp.max(jnp.sum(valid, axis=2, dtype=jnp.int32), axis=1)
-  stats = {name: assignment.apply(x) for name, x in kv.stats.items()}
-  return KV.create(k, v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2],
-                   stats=stats, recent=kv.recent)
+  if start.ndim > 1:
+    raise ValueError(COMPACT_OF_SEVERAL)
+  turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
+  return turn.rotate(keys[..., None, :], by)[..., 0, :]
 
 
 def _ranks(pos: Array, valid: Array) -> Array:
   """int32[B, K, S], how many entries of a head come before each."""
   order = jnp.argsort(jnp.where(valid, pos, ENDLESS), axis=2, stable=True)
   return jnp.argsort(order, axis=2).astype(jnp.int32)
-
-
-def _turned(k: Array, by: Array, rope: Rope) -> Array:
-  """Keys float[B, K, S, d], rotated by int32[B, K, S] positions more."""
-  turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
-  return turn.rotate(k[..., None, :], by)[..., 0, :]
 
 
 def with_upkeep(kv: KV, method: Any, *, capacity: int, positions: str, rope: Rope) -> KV:
@@ -373,28 +468,12 @@ def with_upkeep(kv: KV, method: Any, *, capacity: int, positions: str, rope: Rop
     kv: of one prompt, without room.
     method: as in `Upkeep`.
     capacity: entries of a head that stay; `method.every` more come before it is asked.
-    positions, rope: as in `shrink`.
+    positions, rope: as in `KVAnswer.shrink`.
   """
   compact = positions == 'compact'
-  if compact and kv.start.ndim > 1:
-    raise ValueError(COMPACT_OF_SEVERAL)
   if kv.pos.ndim == 2:
     everything = jnp.broadcast_to(jnp.arange(kv.k.shape[2])[None, None], kv.k.shape[:3])
-    kv = shrink(kv, KVGather(everything), positions=positions, rope=rope)
-  kv = with_room(kv, max(capacity - kv.filled, 0) + method.every)
+    kv = KVGather(everything).shrink(kv, positions=positions, rope=rope)
+  kv = kv._with_slots(max(capacity - kv.filled, 0) + method.every)
   return kv.replace(upkeep=Upkeep(method, capacity, rope if compact else None),
                     turned=kv.pos if compact else None)
-
-
-def with_room(kv: KV, room: int) -> KV:
-  """Appends empty slots to a cache, for tokens to decode."""
-
-  def pad(x: Array, axis: int) -> Array:
-    return jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])
-
-  axis = kv.pos.ndim - 1
-  # A token that is decoded stands for one: its bias is the zero that is padded here.
-  bias = None if kv.bias is None else pad(kv.bias, axis)
-  keys, values = (pad(x, x.ndim - 2) for x in (kv.keys, kv.values))
-  return kv.replace(keys=keys, values=values, pos=pad(kv.pos, axis), valid=pad(kv.valid, axis),
-                    bias=bias, stats={name: pad(x, 2) for name, x in kv.stats.items()})

@@ -50,6 +50,8 @@ class Signals(struct.PyTreeNode):
     window_attention: float32[B, H, W, N], rows of the last W real tokens in the order of their
       positions, zeros (first) where a row has fewer; W is the method's `span`.
     window_queries: float[B, W, H, d], the queries of the same W tokens, in the same order.
+    projected_norms: float32[B, H, N], the L1 norm of what the output projection of a head makes of
+      each value.
     row_attention: float32[B, H, N], mean over the rows that the method's `rows` names.
     next_received_attention, next_last_attention, next_row_attention, next_keys: the same by the
       next layer's queries and keys, on today's tokens.
@@ -78,6 +80,7 @@ class Signals(struct.PyTreeNode):
   next_received_attention: Array = _signal('BHN', 'next')
   hidden: Array = _signal('BND')
   plain_queries: Array = _signal('BNHd')
+  projected_norms: Array = _signal('BHN')
   last_attention: Array = _signal('BHN')
   window_attention: Array = _signal('BHWN')
   window_queries: Array = _signal('BWHd')
@@ -219,6 +222,23 @@ def by_head(signals: Signals, heads: int) -> Signals:
 def _take(values: Array | None, index: Array) -> Array | None:
   """Picks rows as `take`, of None none."""
   return None if values is None else take(values, index)
+
+
+def projected_norms(v: Array, kernel: Array) -> Array:
+  """L1 norms of values after the output projection, float32[B, H, N].
+
+  Args:
+    v: float[B, N, K, d].
+    kernel: float[H, d, D] of the projection.
+  """
+  heads = jnp.repeat(jnp.moveaxis(v, 2, 0), len(kernel) // v.shape[2], axis=0)
+
+  def norms(head: tuple[Array, Array]) -> Array:
+    # One head after another: of all together the products would be as large as the MLP's.
+    product = jnp.einsum('bnd,de->bne', *head, preferred_element_type=jnp.float32)
+    return jnp.sum(jnp.abs(product), axis=2)
+
+  return jnp.moveaxis(jax.lax.map(norms, (heads, kernel.astype(v.dtype))), 0, 1)
 
 
 def latest(positions: Array | None, valid: Array | None, shape: tuple[int, ...]) -> Array:

@@ -67,10 +67,10 @@ from models.reduction import (
   start_upkeep,
 )
 from models.stack import REMAT, Outputs, Stack, Tap
-from ops import choices, kv_cache
+from ops import choices
 from ops.assignments import take
 from ops.attention import log_weight
-from ops.kv_cache import KV, Cache
+from ops.kv_cache import KV, Cache, KVAnswer, LayerCache, with_upkeep
 from ops.rope import Rope, sequence_index
 from ops.signals import Signals, measure
 from ops.tokens import TEXT, TokenSet
@@ -83,8 +83,8 @@ OFFERS = frozenset({
     'last_attention', 'window_attention', 'window_queries', 'row_attention',
     'next_received_attention',
     'next_last_attention', 'next_row_attention', 'next_keys', 'hidden', 'hidden_in',
-    'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'rope', 'layer', 'depth', 'slots',
-    'one_sequence'})
+    'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'projected_norms', 'rope', 'layer', 'depth',
+    'slots', 'one_sequence'})
 # What the last chunk of a prompt tells of all its tokens.
 LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention', 'window_queries'})
 
@@ -186,7 +186,7 @@ class Block(ReducibleBlock):
     return self.down(inner)
 
   def step(self, carry: tuple[Array, Array],
-           kv: KV) -> tuple[tuple[Array, Array], tuple[KV, Signals]]:
+           kv: LayerCache) -> tuple[tuple[Array, Array], tuple[LayerCache, Signals]]:
     """Runs one token a row through the block, over its cache.
 
     Args:
@@ -205,11 +205,12 @@ class Block(ReducibleBlock):
     mixed, weights = kv.attend(q, index, self.window)
     x = x + self.out(mixed).astype(x.dtype)
     change = self.outer(self.inner(self.norm2(x)))
-    signals = Signals(queries=q[:, None], last_attention=weights)
+    signals = Signals(queries=q[:, None], last_attention=cast(Array, weights))
     return (x + change.astype(x.dtype), step), (kv, signals)
 
-  def extend(self, carry: tuple[Array, TokenSet, Array], kv: KV, *, needs: frozenset[str],
-             span: int) -> tuple[tuple[Array, TokenSet, Array], tuple[KV, Signals]]:
+  def extend(self, carry: tuple[Array, TokenSet, Array], kv: LayerCache, *,
+             needs: frozenset[str], span: int,
+             ) -> tuple[tuple[Array, TokenSet, Array], tuple[LayerCache, Signals]]:
     """Runs a chunk of tokens through the block, over its cache and itself.
 
     Args:
@@ -228,9 +229,11 @@ class Block(ReducibleBlock):
     hidden = self.norm1(x)
     q, k, _ = self._queries_and_keys(hidden, pos)
     kv = kv.extend(k, self.v(hidden), index, chunk.real, step)
-    signals = measure(needs, q=q, k=jnp.swapaxes(kv.k, 1, 2), v=jnp.swapaxes(kv.v, 1, 2), lse=None,
-                      bias=kv.visible_bias, query_valid=chunk.valid, positions=kv.pos, last=index,
-                      window=self.window or None, span=span)
+    signals = Signals()
+    if isinstance(kv, KV):  # No other cache is of a prompt that goes on.
+      signals = measure(needs, q=q, k=jnp.swapaxes(kv.k, 1, 2), v=jnp.swapaxes(kv.v, 1, 2),
+                        lse=None, bias=kv.visible_bias, query_valid=chunk.valid, positions=kv.pos,
+                        last=index, window=self.window or None, span=span)
     x = x + self.out(kv.attend_chunk(q, index, self.window)).astype(x.dtype)
     change = self.outer(self.inner(self.norm2(x)))
     return (x + change.astype(x.dtype), chunk, step), (kv, signals)
@@ -409,7 +412,8 @@ class LM(nn.Module):
     cache = Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
     return self._logits(self.norm(_last(tokens, tokens.x))), cache
 
-  def _store(self, start: Array, room: int, layer: int, tokens: TokenSet, signals: Signals) -> KV:
+  def _store(self, start: Array, room: int, layer: int, tokens: TokenSet,
+             signals: Signals) -> LayerCache:
     """Keys and values of a layer as its cache, reduced by the cache plan.
 
     Args:
@@ -424,11 +428,10 @@ class LM(nn.Module):
     compact = plan is not None and plan.positions == 'compact'
     kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=tokens.real, filled=tokens.slots,
                    bias=bias, start=_next_position(tokens) if compact else start)
-    return self._reduce_cache(kv, layer, tokens, signals, room)
+    return self._reduce_cache(kv, layer, tokens, signals).with_room(room)
 
-  def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals,
-                    room: int) -> KV:
-    """A layer's cache with the entries that the cache plan keeps, and room for more."""
+  def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> LayerCache:
+    """A layer's cache with the entries that the cache plan keeps."""
     for event in self.cache_plan.at(layer) if self.cache_plan else ():
       if event.slots_in != tokens.slots:
         raise ValueError(f'the plan of the cache is for {event.slots_in} slots in layer '
@@ -438,14 +441,16 @@ class LM(nn.Module):
       with jax.named_scope('reduction'):
         if reduction.capacity:
           kv = start_upkeep(event, kv, tokens, signals, place)
-        if event.slots_out < event.slots_in:
+        reduced: LayerCache = kv
+        if reduction.asks(event):
           params = self.reducers(event, tokens, signals, place)
-          answer = choose(event, tokens, signals, place, params=params)
-          kv = kv_cache.shrink(kv, answer, positions=reduction.positions, rope=self.rope)
+          answer: KVAnswer = choose(event, tokens, signals, place, params=params)
+          reduced = answer.shrink(kv, positions=reduction.positions, rope=self.rope)
         if reduction.capacity:
-          return kv_cache.with_upkeep(kv, event.method, capacity=reduction.capacity,
-                                      positions=reduction.positions, rope=self.rope)
-    return kv_cache.with_room(kv, room)
+          reduced = with_upkeep(cast(KV, reduced), event.method, capacity=reduction.capacity,
+                                positions=reduction.positions, rope=self.rope)
+        return reduced
+    return kv
 
   def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
     """Reads one more token a row.
@@ -523,9 +528,9 @@ class LM(nn.Module):
     (x, _, _), layers = self.stack.step((tokens.x, tokens, kvs.steps), kvs.layers, method='extend',
                                         needs=needs, span=span)
     after, read = _next_position(tokens), kvs.steps + tokens.slots
-    kvs = Cache(tuple(kv.replace(start=kv.start + after - tokens.slots) for kv, _ in layers), read)
+    kvs = Cache(tuple(kv.with_start(kv.start + after - tokens.slots) for kv, _ in layers), read)
     if room is not None:
-      ended = [self._end_prompt(layer, kv, signals, read, room)
+      ended = [self._end_prompt(layer, cast(KV, kv), signals, read, room)
                for layer, (kv, (_, signals)) in enumerate(zip(kvs.layers, layers, strict=True))]
       kvs = Cache(tuple(ended), jnp.zeros((), jnp.int32))
     x = _last(tokens, x) if logits == 'last' else x
@@ -534,7 +539,7 @@ class LM(nn.Module):
   def _check_last(self, tokens: TokenSet, kvs: Cache, room: int) -> tuple[frozenset[str], int]:
     """Signals that the cache plan needs of the last chunk, and their span."""
     slots = {kv.filled + kv.room for kv in kvs.layers}
-    if len(slots) > 1 or kvs.layers[0].pos.ndim > 2:
+    if len(slots) > 1 or not all(isinstance(kv, KV) and kv.pos.ndim == 2 for kv in kvs.layers):
       raise ValueError('room= ends a prompt of chunks, and this cache was cut already: leave it '
                        'out')
     self._check_length(slots.pop(), room)
@@ -551,13 +556,14 @@ class LM(nn.Module):
                        f'{tokens.slots} slots: make that chunk longer')
     return needs, span
 
-  def _end_prompt(self, layer: int, kv: KV, signals: Signals, read: Array, room: int) -> KV:
+  def _end_prompt(self, layer: int, kv: KV, signals: Signals, read: Array,
+                  room: int) -> LayerCache:
     """A layer's cache when all chunks are read, cut by the cache plan."""
     filled = kv.filled + kv.room
     tokens = TokenSet.create(jnp.zeros((*kv.pos.shape, 1), self.dtype), pos=kv.pos, valid=kv.valid,
                              kind=jnp.full(kv.pos.shape, TEXT, jnp.int8), of=(TEXT,))
     kv = kv.replace(start=kv.start + read, filled=filled)
-    return self._reduce_cache(kv, layer, tokens, signals, room)
+    return self._reduce_cache(kv, layer, tokens, signals).with_room(room)
 
   def _enter(self, tokens: Array | TokenSet, valid: Array | None, room: int = 0, *,
              planned: bool = True) -> TokenSet:

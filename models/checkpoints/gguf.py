@@ -49,13 +49,14 @@ def config(path: pathlib.Path) -> dict[str, Any]:
   reader = _open(path)
   architecture = _setting(reader, path, 'general.architecture')
   if architecture not in _ARCHITECTURES:
-    raise ValueError(f'{path} holds the architecture {architecture!r}, which is unknown here: known '
-                     f'are {", ".join(_ARCHITECTURES)}')
+    raise ValueError(f'{path} holds the architecture {architecture!r}, which is unknown here: '
+                     f'known are {", ".join(_ARCHITECTURES)}')
   get = functools.partial(_setting, reader, path)
   if get(f'{architecture}.rope.scaling.type', 'none') != 'none':
     raise ValueError(f'{path} scales RoPE, which is not read from GGUF files: use the model\'s '
                      'safetensors files')
-  width, heads = get(f'{architecture}.embedding_length'), get(f'{architecture}.attention.head_count')
+  width = get(f'{architecture}.embedding_length')
+  heads = get(f'{architecture}.attention.head_count')
   tensors = {tensor.name for tensor in reader.tensors}
   return {
       'model_type': _ARCHITECTURES[architecture], 'hidden_size': width,

@@ -102,13 +102,21 @@ def in_order(tokens: TokenSet, signals: Signals) -> tuple[TokenSet, Signals, Arr
 
 
 def budgets(tokens: TokenSet, num_slots: int) -> Array:
-  """int32[B], entries that each row keeps a head: `num_slots`, or all where it has fewer."""
-  return jnp.minimum(jnp.sum(tokens.real, axis=1, dtype=jnp.int32), num_slots)
+  """int32[B, 1], entries that each row keeps a head: `num_slots`, or all where it has fewer."""
+  return jnp.minimum(jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32), num_slots)
 
 
-def share_of(counts: Array, share: float | Fraction, most: int) -> Array:
-  """Rounds a share of counts int32[...] of at most `most` down."""
-  return jnp.asarray([int(n * share) for n in range(most + 1)], jnp.int32)[counts]
+def share_of(counts: Array, share: float, most: int) -> Array:
+  """Rounds a share of counts int32[...], of at most `most`, down: exactly, as 0.7 means 7/10."""
+  exact = Fraction(str(share))
+  return jnp.asarray([int(n * exact) for n in range(most + 1)], jnp.int32)[counts]
+
+
+def share_with_floor(counts: Array, share: float, most: int) -> Array:
+  """Returns `share_of`, but one at least of what is there, unless the share is 0."""
+  if not share:
+    return jnp.zeros_like(counts)
+  return jnp.maximum(share_of(counts, share, most), jnp.minimum(counts, 1))
 
 
 def best_of_each_head(scores: Array, counts: Array, forced: Array | None = None) -> Array:
@@ -116,29 +124,30 @@ def best_of_each_head(scores: Array, counts: Array, forced: Array | None = None)
 
   Args:
     scores: float32[B, K, N], -inf at padding.
-    counts: int32[B, K] or [B, 1], how many.
+    counts: int32[B, K], or [B, 1] for all heads, how many.
     forced: bool[B, K, N], entries that come first, or None.
   """
-  batch, heads, slots = scores.shape
+  slots = scores.shape[2]
   flat = None if forced is None else forced.reshape(-1, slots)
   order = top(scores.reshape(-1, slots), slots, forced=flat)
   return (ranks(order, slots).reshape(scores.shape) < counts[..., None]) & (scores > -jnp.inf)
 
 
-def best_of_all_heads(scores: Array, counts: Array, most: int, forced: Array | None = None) -> Array:
+def best_of_all_heads(scores: Array, counts: Array, most: int,
+                      forced: Array | None = None) -> Array:
   """Flags the best entries of all heads together: bool[B, K, N].
 
   Args:
     scores: float32[B, K, N], -inf at padding.
-    counts: int32[B], how many.
-    most: static, of any row.
+    counts: int32[B, 1], how many.
+    most: of any row.
     forced: bool[B, K, N], entries that come first, or None.
   """
   batch = len(scores)
   order = top(scores.reshape(batch, -1), most,
               forced=None if forced is None else forced.reshape(batch, -1))
   place = ranks(order, scores.size // batch).reshape(scores.shape)
-  return (place < jnp.minimum(counts, most)[:, None, None]) & (scores > -jnp.inf)
+  return (place < jnp.minimum(counts, most)[..., None]) & (scores > -jnp.inf)
 
 
 def packed(tokens: TokenSet) -> tuple[Array, Array]:
@@ -154,7 +163,7 @@ def along_slots(values: Array, index: Array) -> Array:
 
 
 def in_parts(values: Array, length: int, fill: float = 0.0) -> Array:
-  """Cuts float[B, K, N, ...] into parts: [B, K, ceil(N / length), length, ...], `fill` at the end."""
+  """Cuts float[B, K, N, ...] into [B, K, ceil(N / length), length, ...], `fill` at the end."""
   rest = -values.shape[2] % length
   padding = [(0, rest if axis == 2 else 0) for axis in range(values.ndim)]
   values = jnp.pad(values, padding, constant_values=fill)

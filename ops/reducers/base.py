@@ -6,6 +6,7 @@ Axes: B batch, N slots now, H heads.
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 
 import jax
 
@@ -91,9 +92,12 @@ class CacheReducer(Reducer):
   defaults.
   """
 
-  needs = frozenset({'keys'})
   site = 'cache'
   drops = 'pruning drops tokens'
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return frozenset({'keys'})
 
   @property
   def every(self) -> int:
@@ -125,6 +129,32 @@ class CacheReducer(Reducer):
     """Leaves the stats as they are."""
     del signals, queries
     return tokens.stats
+
+  def with_ratio(self, ratio: Fraction) -> CacheReducer:
+    """Returns the method for a budget that is this share of entries: itself, or one that reads it.
+
+    A count tells a method less, where it rounds shares of its own.
+    """
+    del ratio
+    return self
+
+  @property
+  def allocates(self) -> bool:
+    """Returns whether the method says itself how many entries a layer keeps (`allocate`)."""
+    return False
+
+  def allocate(self, layer: int, depth: int, slots: int, asked: Fraction | None) -> int:
+    """Returns the entries of a layer, of a method that `allocates`.
+
+    Args:
+      layer, depth: which of how many.
+      slots: entries that the layer has.
+      asked: those that the config's budget asks for, not rounded; None where it has none.
+
+    Raises:
+      ValueError: no budget where there must be one, or one where there must be none.
+    """
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

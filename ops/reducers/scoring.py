@@ -40,6 +40,7 @@ class ScoringReducer(CacheReducer):
   def forced(self, tokens: TokenSet, num_slots: int) -> Array | None:
     """Names entries that stay whatever their score, bool[B, N]; None for none."""
     del tokens, num_slots
+    return None
 
   def ranking(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Array:
     """Returns the scores as wrappers rank by them, float32[B, K, N].
@@ -87,15 +88,14 @@ class Wrapper(CacheReducer):
   # Signals that the wrapper reads itself.
   reads: ClassVar[frozenset[str]] = frozenset()
   # Names of the methods that fields hold where a config sets none; '' for no method.
-  default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
+  default: ClassVar[dict[str, str]]
 
   def __post_init__(self) -> None:
     for field, name in self.default.items():
       held = getattr(self, field)
       if not isinstance(held, ScoringReducer) and (name or held is not None):
         raise ValueError(f'{type(self).__name__} cannot hold {type(held).__name__} as its {field}, '
-                         'which gives entries no scores: hold a method that ranks them, as '
-                         f'{name or "snapkv"} does')
+                         'which gives entries no scores: hold a method that ranks entries')
 
   @property
   def held(self) -> tuple[ScoringReducer, ...]:
@@ -111,7 +111,7 @@ class Wrapper(CacheReducer):
     return max((method.span for method in self.held), default=0)
 
   @property
-  def positions(self) -> str:
+  def positions(self) -> str:  # type: ignore[override]
     return next((method.positions for method in self.held if method.positions), '')
 
   def min_slots(self, slots: int, protected: int) -> int:

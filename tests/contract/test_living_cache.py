@@ -150,8 +150,8 @@ def test_chunks_that_do_not_fit_are_refused_in_one_line():
   _, cache = extend(TINY, tokens[:, :3], cache)
   with pytest.raises(ValueError, match=r'2 more tokens do not fit: .* of which 3 are taken'):
     cache.check_room(2)
+  cut = prefill(with_cache(keep=5, layers=1), tokens[:, :PROMPT])[1]
   with pytest.raises(ValueError, match='was cut already'):
-    cut = prefill(with_cache(keep=5, layers=1), tokens[:, :PROMPT])[1]
     extend(TINY, tokens[:, :1], cut, room=1)
   late = with_cache(method='snapkv', args={'window': 4}, keep=6)
   with pytest.raises(ValueError, match='asks the last 4 tokens, and the last chunk has 3'):

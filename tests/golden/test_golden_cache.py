@@ -98,7 +98,7 @@ def test_streaming_llm(index):
 
 @pytest.mark.parametrize('index', [0, 1])
 def test_knorm(index):
-  told = layer(index, KNorm.needs)
+  told = layer(index, KNorm().needs)
   close(*same_order(KNorm(), text(1, N), told, 'knorm', index, KNorm().scores(text(1, N), told)))
 
 

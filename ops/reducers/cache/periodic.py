@@ -1,6 +1,7 @@
 """Periodic: compresses the cache by any ranking of its entries while a model decodes."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -21,10 +22,12 @@ class Periodic(Wrapper):
   eviction.
 
   Attributes:
+    inner: the method that ranks entries, by what a decoded token tells.
     every: tokens between two evictions.
   """
 
   every: Count = 128
+  default: ClassVar[dict[str, str]] = {'inner': 'knorm'}
 
   @property
   def shared(self) -> bool:

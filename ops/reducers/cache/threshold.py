@@ -4,6 +4,7 @@ Axes: B batch, N entries now, M entries after, K kv heads, R heads of all rows, 
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,14 @@ class Threshold(Wrapper):
   cache is cut, which is the same for scores that go by an entry alone.
 
   Attributes:
+    inner: the method that ranks entries, by what a decoded token tells.
     threshold: entries with scores below it leave.
     window: latest entries, which stay.
   """
 
   threshold: float = 0.0
   window: Count = 128
+  default: ClassVar[dict[str, str]] = {'inner': 'knorm'}
   adaptive = 'entries with low scores leave'
 
   @property
