@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from models import renames
 from models.compressors import COMPRESSORS
-from models.reduction import Event, Reduction
+from models.reduction import DECODED, OF_RECENT, Event, Reduction
 from ops import choices, values
 from ops.budgets import (
   BUDGETS,
@@ -29,7 +29,7 @@ from ops.budgets import (
 )
 from ops.reducers import REDUCERS, join
 from ops.reducers.cache import CACHE_REDUCERS
-from ops.reducers.method import Method
+from ops.reducers.method import EvictingMethod, Method
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC
 from ops.tokens import KINDS
 
@@ -51,7 +51,8 @@ KEYS = values.Keys({
 HELD_KEYS = values.Keys({'method': str, 'args': Mapping[str, Any]}, frozenset({'method'}))
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
 CACHE_KEYS = KEYS.without('site', 'watch', 'ratio_of', 'mode', 'token_kinds',
-                          *set(BUDGETS) - set(CACHE_BUDGETS))
+                          *set(BUDGETS) - set(CACHE_BUDGETS)) | values.Keys(
+                            {'capacity': values.Count})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,7 +469,8 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   Args:
     config: method (one of ops/reducers/cache), args, layers, rounding, positions and one of the
       budgets keep_ratio (a share of what a layer has, one for all or one a listed layer), keep or
-      remove.
+      remove. `capacity` is how many entries a head may hold while a model decodes: the method then
+      makes room for new ones, and without a budget it is that, too.
     host: of the model.
     plan: the plan that reduces tokens between layers, or None.
 
@@ -482,6 +484,11 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   offers = host.offers - NEXT_LAYER - {'attention'}
   check_needs(name, method, dataclasses.replace(host, offers=offers), 'cache')
   layers = parse_layers(config.get('layers'), host.depth)
+  capacity = config.get('capacity') or 0
+  if capacity:
+    method = _evicting(name, method, capacity)
+    if not any(config.get(key) is not None for key in BUDGETS):
+      config = {**config, 'keep': capacity}
   budgets = [key for key in BUDGETS if config.get(key) is not None]
   if len(budgets) > 1 or (not budgets and not method.allocates) or (
       not set(budgets) <= set(CACHE_BUDGETS)):
@@ -504,13 +511,40 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
     if form == 'keep' and isinstance(value, int):
       value = min(value, slots)  # A capacity: a shorter prompt keeps all that it has.
     budget = {form: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
-    cuts += resolve(budget, limits)
+    # While the model decodes, entries go though of the prompt none does.
+    cut = resolve(budget, limits) or (Cut(layer, slots, slots),) * bool(capacity)
+    if capacity and cut[0].slots_out > capacity and cast(EvictingMethod, method).every == 1:
+      raise ValueError(f'{name} leaves {cut[0].slots_out} entries of a prompt in layer {layer}, '
+                       f'more than capacity={capacity}, and then lets one go for every token: set '
+                       f'keep={capacity} or less')
+    cuts += cut
   if form == 'keep_ratio' and len(set(amounts)) == 1:
     method = method.with_ratio(_exact(form, amounts[0], 1))
   policies = dataclasses.replace(host, positions=('keep', 'compact'))
-  reduction = Reduction(name, method,
-                        positions=position_policy(config.get('positions'), method, policies))
+  positions = position_policy(config.get('positions'), method, policies)
+  if capacity and positions == 'compact' and cast(EvictingMethod, method).evict_needs & OF_RECENT:
+    raise ValueError(f"{name} compares the latest queries with keys, which positions='compact' "
+                     "turns while the model decodes: choose 'keep', or leave capacity out")
+  reduction = Reduction(name, method, positions=positions, capacity=capacity)
   return Plan(make_events(reduction, 'cache', cuts), (reduction,))
+
+
+def _evicting(name: str, method: Method, capacity: int) -> EvictingMethod:
+  """Returns a method that can keep a cache at a capacity while a model decodes, else raises."""
+  if not hasattr(method, 'evict'):
+    able = sorted(key for key, made in CACHE_REDUCERS.items() if hasattr(made, 'evict'))
+    raise ValueError(f'{name} lets no entries go while a model decodes: choose one of '
+                     f'{", ".join(able)}, or leave capacity out')
+  method = cast(EvictingMethod, method)
+  missing = sorted(method.evict_needs - STATIC - DECODED)
+  if missing:
+    raise ValueError(f'{name} needs {", ".join(missing)}, which a decoded token does not tell of '
+                     f'all entries: choose another method, or leave capacity={capacity} out')
+  if capacity < method.min_capacity:
+    raise ValueError(f'capacity={capacity} is too small for {name}, which keeps '
+                     f'{method.min_capacity} entries at least, its sinks and window among them: '
+                     f'set capacity={method.min_capacity} or more, or fewer of these')
+  return method
 
 
 def _exact(form: str, value: Any, slots: int) -> Fraction:

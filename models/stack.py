@@ -247,7 +247,7 @@ class Stack(nn.Module):
                     asking: Sequence[Reduction]) -> dict[str, Any]:
     """Arguments of a block that measures: the signals' names, and the rows that some are of."""
     args: dict[str, Any] = {'needs': needs}
-    if 'window_attention' in needs:
+    if needs & {'window_attention', 'window_queries'}:
       args['span'] = min(tokens.slots, max(reduction.method.span for reduction in asking))
     if needs & ROWS:
       owners = {reduction.method: reduction for reduction in asking

@@ -193,8 +193,8 @@ def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None 
 
 
 def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = None,
-         scale: float | None = None) -> Array:
-  """Attends with one query a row to a cache of keys and values, float[B, H, d].
+         scale: float | None = None) -> tuple[Array, Array]:
+  """Attends with one query a row to a cache of keys and values.
 
   Args:
     q: float[B, H, d].
@@ -202,6 +202,9 @@ def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = N
     visible: bool[B, S], or [B, K, S] where the kv heads hold different tokens; one at least.
     bias: float32 of the same shape, added to the logits of each key, or None.
     scale: of the logits; d ** -0.5 when None.
+
+  Returns:
+    float[B, H, d], and the weights float32[B, H, S].
   """
   batch, heads, features = q.shape
   kv_heads = k.shape[1]
@@ -216,7 +219,8 @@ def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = N
     logits = logits + bias[:, :, None]
   visible = visible[:, :, None]
   weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-  return jnp.einsum('bkgs,bksd->bkgd', weights.astype(v.dtype), v).reshape(q.shape)
+  out = jnp.einsum('bkgs,bksd->bkgd', weights.astype(v.dtype), v).reshape(q.shape)
+  return out, weights.reshape(batch, heads, -1)
 
 
 def policy_attend(q: Array, k: Array, v: Array, policy: Array, *, bias: Array | None = None,

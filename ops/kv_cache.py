@@ -7,6 +7,7 @@ buffer, d features a head, P numbers in a position.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +18,10 @@ from ops import attention
 from ops.rope import Rope
 
 Array = jax.Array
+# The room of a cache that evicts.
+ENDLESS = 2 ** 31 - 1
+COMPACT_OF_SEVERAL = ("positions='compact' has no meaning for positions of several numbers "
+                      "(M-RoPE): choose 'keep'")
 
 
 class KVGather(struct.PyTreeNode):
@@ -56,18 +61,48 @@ class KVGather(struct.PyTreeNode):
       valid &= self.valid
     start = kv.start
     if positions == 'compact':
-      by_position = jnp.argsort(jnp.where(valid, pos, jnp.iinfo(jnp.int32).max), axis=2,
-                                stable=True)
-      rank = jnp.argsort(by_position, axis=2).astype(jnp.int32)
-      k = jnp.swapaxes(turned(jnp.swapaxes(k, 1, 2), jnp.swapaxes(rank - pos, 1, 2), start, rope),
-                       1, 2)
+      rank = _ranks(pos, valid)
+      k = turned(k, rank - pos, start, rope)
       # Where the heads keep different numbers, the fullest says where decoding goes on.
       pos, start = rank, jnp.max(jnp.sum(valid, axis=2, dtype=jnp.int32), axis=1)
-    return KV.create(k, v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2])
+    stats = {name: self.apply(x) for name, x in kv.stats.items()}
+    return KV.create(k, v, pos=pos, valid=valid, bias=bias, start=start, filled=k.shape[2],
+                     stats=stats, recent=kv.recent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Upkeep:
+  """Says how a layer's cache stays within bounds while a model decodes.
+
+  Attributes:
+    method: an `EvictingMethod` (ops/reducers/method.py).
+    capacity: entries that a head may hold once the method has been asked.
+    rope: how keys are turned where entries are renumbered from 0 as others leave (positions
+      'compact'); None where they keep their positions.
+  """
+
+  method: Any
+  capacity: int
+  rope: Rope | None
+
+
+class Recent(struct.PyTreeNode):
+  """Holds the queries of the latest tokens, for methods that score entries by them.
+
+  Attributes:
+    queries: float[B, W, H, d], rotated, the latest last.
+    pos: int32[B, W], their places in the sequence; -1 for none.
+  """
+
+  queries: Array
+  pos: Array
 
 
 class KV(struct.PyTreeNode):
   """Holds one layer's cache: entries of the prompt, then room for decoded tokens.
+
+  With `upkeep` it stays as large as it is: a decoded token takes an empty slot, another in every
+  head, and a method empties slots. Shapes are then a head's: [B, K, S].
 
   Attributes:
     keys, values: as `create` takes them, but without axes of one before S: XLA takes those off in
@@ -80,6 +115,11 @@ class KV(struct.PyTreeNode):
     bias: float32, as `pos`, what is added to the logits of each slot (proportional attention), or
       None.
     filled: slots of the prompt; decoded token t goes to slot filled + t. Static.
+    stats: {name: float32[B, K, S]}, what the method of `upkeep` takes down of entries.
+    turned: int32[B, K, S], the positions that keys are rotated by, where they are renumbered; None
+      where these are `pos`.
+    recent: queries of the latest tokens, or None.
+    upkeep: how it stays within bounds, None for a cache that grows. Static.
   """
 
   keys: Array
@@ -89,6 +129,10 @@ class KV(struct.PyTreeNode):
   start: Array
   filled: int = struct.field(pytree_node=False)
   bias: Array | None = None
+  stats: dict[str, Array] = struct.field(default_factory=dict)
+  turned: Array | None = None
+  recent: Recent | None = None
+  upkeep: Upkeep | None = struct.field(pytree_node=False, default=None)
 
   @classmethod
   def create(cls, k: Array, v: Array, **fields: Any) -> KV:
@@ -107,24 +151,35 @@ class KV(struct.PyTreeNode):
 
   @property
   def room(self) -> int:
-    """Tokens that can be decoded."""
-    return self.keys.shape[-2] - self.filled
+    """Tokens that can be decoded; `ENDLESS` where others leave."""
+    return ENDLESS if self.upkeep else self.keys.shape[-2] - self.filled
 
   def _unfolded(self, x: Array) -> Array:
     return x.reshape(len(self.start), -1, *x.shape[-2:])
 
+  def position(self, step: Array) -> Array:
+    """Returns the position of decoded token `step`: int32[B] or [B, P]."""
+    if self.turned is None:
+      return self.start + step
+    # Where the heads hold different numbers, the fullest says.
+    return jnp.max(jnp.sum(self.valid, axis=2, dtype=jnp.int32), axis=1)
+
   def with_room(self, room: int) -> KV:
-    """Appends empty slots, for tokens to decode."""
+    """Appends empty slots, for tokens to decode; with `upkeep` there are enough."""
+    return self if self.upkeep else self._with_slots(room)
+
+  def _with_slots(self, count: int) -> KV:
 
     def pad(x: Array, axis: int) -> Array:
-      return jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])
+      return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
 
     axis = self.pos.ndim - 1
     # A token that is decoded stands for one: its bias is the zero that is padded here.
     bias = None if self.bias is None else pad(self.bias, axis)
     keys, values = (pad(x, x.ndim - 2) for x in (self.keys, self.values))
     return self.replace(keys=keys, values=values, pos=pad(self.pos, axis),
-                        valid=pad(self.valid, axis), bias=bias)
+                        valid=pad(self.valid, axis), bias=bias,
+                        stats={name: pad(x, 2) for name, x in self.stats.items()})
 
   def with_start(self, start: Array) -> KV:
     """Returns the same with another position of the first token behind the prompt."""
@@ -137,11 +192,15 @@ class KV(struct.PyTreeNode):
   def append(self, k: Array, v: Array, index: Array, step: Array) -> KV:
     """Writes one more token a row, in place where the cache is donated.
 
+    With `upkeep` it goes to the first empty slot of each head.
+
     Args:
       k, v: float[B, K, d], its keys (rotated) and values.
       index: int32[B], its place in the sequence.
       step: int32[], the tokens that were written before it.
     """
+    if self.upkeep:
+      return self._append_at(jnp.argmin(self.valid, axis=2), k, v, index)
     at = self.filled + step
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
@@ -157,18 +216,65 @@ class KV(struct.PyTreeNode):
         pos=write(self.pos, pos, axis),
         valid=write(self.valid, jnp.ones(pos.shape, bool), axis))
 
-  def attend(self, q: Array, index: Array, window: int = 0) -> Array:
-    """Attends with the token that was appended last: float[B, H, d].
+  def _append_at(self, at: Array, k: Array, v: Array, index: Array) -> KV:
+    """Writes one more token a row to slots int32[B, K]."""
+
+    def write(buffer: Array, new: Array) -> Array:
+      heads = buffer.shape[:-2]
+      update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+      for _ in heads:
+        update = jax.vmap(update)
+      return update(buffer, new.reshape(*heads, -1).astype(buffer.dtype), at.reshape(heads))
+
+    here = jnp.arange(self.valid.shape[2])[None, None] == at[..., None]
+
+    def put(x: Array | None, new: Array | float) -> Array | None:
+      return None if x is None else jnp.where(here, new, x)
+
+    index = index[:, None, None]
+    return self.replace(
+        keys=write(self.keys, k), values=write(self.values, v), pos=put(self.pos, index),
+        valid=self.valid | here, bias=put(self.bias, 0.0), turned=put(self.turned, index),
+        stats={name: put(x, 0.0) for name, x in self.stats.items()})
+
+  def attend(self, q: Array, index: Array, window: int = 0) -> tuple[Array, Array]:
+    """Attends with the token that was appended last.
 
     Args:
       q: float[B, H, d], its queries, rotated.
       index: int32[B], its place in the sequence.
       window: number of positions up to its own that it sees; 0 for all.
+
+    Returns:
+      float[B, H, d], and the weights of the slots, float32[B, H, S].
     """
     visible = self.valid
     if window:
       visible &= index.reshape(index.shape + (1,) * (self.pos.ndim - 1)) - self.pos < window
-    return attention.step(q, self.k, self.v, visible, bias=self.bias)
+    k = self.k
+    if self.turned is not None and self.upkeep and self.upkeep.rope:
+      k = turned(k, self.pos - self.turned, self.start, self.upkeep.rope)
+    return attention.step(q, k, self.v, visible, bias=self.bias)
+
+  def drop(self, stays: Array) -> KV:
+    """Empties the slots of entries that do not stay, bool[B, K, S], and renumbers those behind."""
+    pos, valid = self.pos, self.valid & stays
+    if self.turned is not None and self.upkeep:
+      if self.valid.shape[2] == self.upkeep.capacity + 1:  # One leaves at most.
+        gone = jnp.min(jnp.where(self.valid & ~stays, pos, ENDLESS), axis=2, keepdims=True)
+        pos -= (pos > gone).astype(jnp.int32)
+      else:
+        pos = _ranks(pos, valid)
+    return self.replace(valid=valid, pos=pos)
+
+  def remember(self, q: Array) -> KV:
+    """Puts queries float[B, H, d] of the token that was appended last behind the recent ones."""
+    if self.recent is None:
+      return self
+    index = jnp.max(jnp.where(self.valid, self.pos, -1), axis=(1, 2))
+    later = Recent(*(jnp.concatenate([old[:, 1:], new[:, None].astype(old.dtype)], axis=1)
+                     for old, new in ((self.recent.queries, q), (self.recent.pos, index))))
+    return self.replace(recent=later)
 
   def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> KV:
     """Writes a chunk of tokens, in place where the cache is donated.
@@ -223,10 +329,8 @@ class KV(struct.PyTreeNode):
 
   def take(self, rows: Array) -> KV:
     """Returns the cache of rows int[R] of the batch, which may repeat."""
-    fields = {name: None if x is None else x[rows]
-              for name, x in ((name, getattr(self, name)) for name in ('pos', 'valid', 'bias'))}
-    return KV.create(self.k[rows], self.v[rows], start=self.start[rows], filled=self.filled,
-                     **fields)
+    others = jax.tree.map(lambda x: x[rows], self.replace(keys=None, values=None))
+    return others.replace(keys=_folded(self.k[rows]), values=_folded(self.v[rows]))
 
   def _each_head(self, x: Array) -> Array:
     """[B, ...] as [B, K, ...] where the heads hold different tokens."""
@@ -273,16 +377,25 @@ class LayerCache(Protocol):
     """Returns the tokens that may follow the prompt."""
     ...
 
+  @property
+  def upkeep(self) -> Upkeep | None:
+    """Returns how it stays within bounds while a model decodes, None for a cache that grows."""
+    ...
+
   def with_room(self, room: int) -> LayerCache:
     """Appends empty slots, for tokens to decode."""
+    ...
+
+  def position(self, step: Array) -> Array:
+    """Returns the position of decoded token `step`: int32[B] or [B, P]."""
     ...
 
   def append(self, k: Array, v: Array, index: Array, step: Array) -> LayerCache:
     """Writes one more token a row."""
     ...
 
-  def attend(self, q: Array, index: Array, window: int = 0) -> Array:
-    """Attends with the token that was appended last: float[B, H, d]."""
+  def attend(self, q: Array, index: Array, window: int = 0) -> tuple[Array, Array | None]:
+    """Attends with the token that was appended last: float[B, H, d], and weights where told."""
     ...
 
   def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> LayerCache:
@@ -315,8 +428,8 @@ class Cache(struct.PyTreeNode):
 
   @property
   def room(self) -> int:
-    """Tokens that can be decoded in all."""
-    return self.layers[0].room
+    """Tokens that can be decoded in all; `ENDLESS` where every layer evicts."""
+    return min(kv.room for kv in self.layers)
 
   def take(self, rows: Array) -> Cache:
     """Returns the cache of rows int[R] of the batch, which may repeat: one context, R questions."""
@@ -337,7 +450,30 @@ def turned(keys: Array, by: Array, start: Array, rope: Rope) -> Array:
     ValueError: positions of several numbers, which `start` int32[B, P] has.
   """
   if start.ndim > 1:
-    raise ValueError("positions='compact' has no meaning for positions of several numbers "
-                     "(M-RoPE): choose 'keep'")
+    raise ValueError(COMPACT_OF_SEVERAL)
   turn = dataclasses.replace(rope, temperature=1.0)  # Keys have their amplitude already.
   return turn.rotate(keys[..., None, :], by)[..., 0, :]
+
+
+def _ranks(pos: Array, valid: Array) -> Array:
+  """int32[B, K, S], how many entries of a head come before each."""
+  order = jnp.argsort(jnp.where(valid, pos, ENDLESS), axis=2, stable=True)
+  return jnp.argsort(order, axis=2).astype(jnp.int32)
+
+
+def with_upkeep(kv: KV, method: Any, *, capacity: int, positions: str, rope: Rope) -> KV:
+  """Makes a cache stay within bounds from here on, with the slots that it takes.
+
+  Args:
+    kv: of one prompt, without room.
+    method: as in `Upkeep`.
+    capacity: entries of a head that stay; `method.every` more come before it is asked.
+    positions, rope: as in `KVAnswer.shrink`.
+  """
+  compact = positions == 'compact'
+  if kv.pos.ndim == 2:
+    everything = jnp.broadcast_to(jnp.arange(kv.k.shape[2])[None, None], kv.k.shape[:3])
+    kv = KVGather(everything).shrink(kv, positions=positions, rope=rope)
+  kv = kv._with_slots(max(capacity - kv.filled, 0) + method.every)
+  return kv.replace(upkeep=Upkeep(method, capacity, rope if compact else None),
+                    turned=kv.pos if compact else None)

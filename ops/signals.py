@@ -49,6 +49,7 @@ class Signals(struct.PyTreeNode):
     last_attention: float32[B, H, N], the attention row of the last real token.
     window_attention: float32[B, H, W, N], rows of the last W real tokens in the order of their
       positions, zeros (first) where a row has fewer; W is the method's `span`.
+    window_queries: float[B, W, H, d], the queries of the same W tokens, in the same order.
     projected_norms: float32[B, H, N], the L1 norm of what the output projection of a head makes of
       each value.
     row_attention: float32[B, H, N], mean over the rows that the method's `rows` names.
@@ -82,6 +83,7 @@ class Signals(struct.PyTreeNode):
   projected_norms: Array = _signal('BHN')
   last_attention: Array = _signal('BHN')
   window_attention: Array = _signal('BHWN')
+  window_queries: Array = _signal('BWHd')
   row_attention: Array = _signal('BHN')
   next_last_attention: Array = _signal('BHN', 'next')
   next_row_attention: Array = _signal('BHN', 'next')
@@ -99,7 +101,9 @@ class Signals(struct.PyTreeNode):
   one_sequence: bool = _static(True)
 
   def map_slots(self, change: Callable[[Array, int], Array]) -> Signals:
-    """Returns the signals with every measured one changed along its slots; whole maps are let go.
+    """Returns the signals with every measured one changed along its slots.
+
+    Whole maps, and what has no slots, are let go.
 
     Args:
       change: (values, the axis of their N slots, from 0) -> values.
@@ -112,7 +116,7 @@ class Signals(struct.PyTreeNode):
     return self.replace(**changed)
 
   def of(self, index: Array) -> Signals:
-    """Returns the signals of the slots int32[B, M]; whole maps are let go."""
+    """Returns the signals of the slots int32[B, M]; what `map_slots` lets go is gone."""
     def pick(values: Array, axis: int) -> Array:
       return jnp.moveaxis(take(jnp.moveaxis(values, axis, 1), index), 1, axis)
 
@@ -154,7 +158,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     window: of causal attention, as `attention.attend_after_cut` has it.
     rows: bool[B, N], the queries of row_attention.
     max_rows: how many there are at most, None for N.
-    span: W, rows of window_attention.
+    span: W, rows of window_attention and window_queries.
   """
   inputs = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden}
   measured: dict[str, Any] = {name: value for name, value in inputs.items() if name in needs}
@@ -174,7 +178,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     return attention.rows(take(q, index), k, _take(lse, index), bias=bias,
                           last=_take(last, index), positions=positions, window=window)
 
-  if needs & {'last_attention', 'window_attention'}:
+  if needs & {'last_attention', 'window_attention', 'window_queries'}:
     by_position = latest(last, query_valid, q.shape[:2])
     if 'last_attention' in needs:
       measured['last_attention'] = attention_rows(by_position[:, -1:])[:, :, 0]
@@ -182,6 +186,8 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
       index = by_position[:, -span:]
       real = jnp.ones(index.shape, bool) if query_valid is None else take(query_valid, index)
       measured['window_attention'] = jnp.where(real[:, None, :, None], attention_rows(index), 0.0)
+    if 'window_queries' in needs:
+      measured['window_queries'] = take(q, by_position[:, -span:])
   if 'row_attention' in needs:
     if rows is None:
       raise ValueError("row_attention is a mean over the rows that a method names: give rows, as "
@@ -193,6 +199,24 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
         take(q, index), k, _take(lse, index), bias=bias, query_valid=take(rows, index),
         last=_take(last, index), positions=positions, window=window)
   return Signals(**measured)
+
+
+def by_head(signals: Signals, heads: int) -> Signals:
+  """Returns the signals with the heads that share keys as rows of a batch: [B * K, ...].
+
+  Args:
+    signals: whose features have H or K heads.
+    heads: K.
+  """
+  folded = {}
+  for name, axes in AXES.items():
+    value = getattr(signals, name)
+    if value is not None and 'H' in axes:
+      axis = axes.index('H')
+      value = jnp.moveaxis(value, axis, 1)
+      value = value.reshape(value.shape[0] * heads, -1, *value.shape[2:])
+      folded[name] = jnp.moveaxis(value, 1, axis)
+  return signals.replace(**folded)
 
 
 def _take(values: Array | None, index: Array) -> Array | None:

@@ -58,14 +58,21 @@ from jax.typing import DTypeLike
 
 from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
-from models.reduction import BATCH_AXES, ReducerParameters, choose
+from models.reduction import (
+  BATCH_AXES,
+  ReducerParameters,
+  cache_needs,
+  choose,
+  keep_up,
+  start_upkeep,
+)
 from models.stack import REMAT, Outputs, Stack, Tap
 from ops import choices
 from ops.assignments import take
 from ops.attention import log_weight
-from ops.kv_cache import KV, Cache, KVAnswer, LayerCache
+from ops.kv_cache import KV, Cache, KVAnswer, LayerCache, with_upkeep
 from ops.rope import Rope, sequence_index
-from ops.signals import STATIC, Signals, measure
+from ops.signals import Signals, measure
 from ops.tokens import TEXT, TokenSet
 from ops.values import Count, CountOrZero, Depth, NotNegative, OneOf, Width, check_fields
 
@@ -73,12 +80,13 @@ Array = jax.Array
 
 OFFERS = frozenset({
     'attention', 'keys', 'queries', 'values', 'plain_queries', 'received_attention',
-    'last_attention', 'window_attention', 'row_attention', 'next_received_attention',
+    'last_attention', 'window_attention', 'window_queries', 'row_attention',
+    'next_received_attention',
     'next_last_attention', 'next_row_attention', 'next_keys', 'hidden', 'hidden_in',
     'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'projected_norms', 'rope', 'layer', 'depth',
     'slots', 'one_sequence'})
 # What the last chunk of a prompt tells of all its tokens.
-LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention'})
+LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention', 'window_queries'})
 
 
 def rms_norm(eps: float) -> nn.RMSNorm:
@@ -178,22 +186,27 @@ class Block(ReducibleBlock):
     return self.down(inner)
 
   def step(self, carry: tuple[Array, Array],
-           kv: LayerCache) -> tuple[tuple[Array, Array], LayerCache]:
+           kv: LayerCache) -> tuple[tuple[Array, Array], tuple[LayerCache, Signals]]:
     """Runs one token a row through the block, over its cache.
 
     Args:
       carry: (float[B, D], int32[], the number of the step).
       kv: the cache of this layer.
+
+    Returns:
+      The carry, the cache, and the token's `queries` and `last_attention`.
     """
     x, step = carry
-    pos = kv.start + step
+    pos = kv.position(step)
     index = pos if pos.ndim == 1 else pos[:, 0]
     hidden = self.norm1(x)
     q, k, _ = self._queries_and_keys(hidden, pos)
     kv = kv.append(k, self.v(hidden), index, step)
-    x = x + self.out(kv.attend(q, index, self.window)).astype(x.dtype)
+    mixed, weights = kv.attend(q, index, self.window)
+    x = x + self.out(mixed).astype(x.dtype)
     change = self.outer(self.inner(self.norm2(x)))
-    return (x + change.astype(x.dtype), step), kv
+    signals = Signals(queries=q[:, None], last_attention=cast(Array, weights))
+    return (x + change.astype(x.dtype), step), (kv, signals)
 
   def extend(self, carry: tuple[Array, TokenSet, Array], kv: LayerCache, *,
              needs: frozenset[str], span: int,
@@ -392,7 +405,7 @@ class LM(nn.Module):
     cache_plan = self.cache_plan
     needs = frozenset({'keys', 'values'})
     if cache_plan:
-      needs |= cache_plan.only.method.needs - STATIC
+      needs |= cache_needs(cache_plan.only)
     tap = Tap(needs, functools.partial(self._store, _next_position(tokens), room),
               _starts(cache_plan), cache_plan.only if cache_plan else None)
     tokens, out = self.stack(tokens, tap)
@@ -424,10 +437,19 @@ class LM(nn.Module):
         raise ValueError(f'the plan of the cache is for {event.slots_in} slots in layer '
                          f'{layer}, which sees {tokens.slots}: make one with lm.host(slots) and '
                          'plan=lm.plan')
+      reduction, place = event.reduction, self.stack.place
       with jax.named_scope('reduction'):
-        params = self.reducers(event, tokens, signals, self.stack.place)
-        answer: KVAnswer = choose(event, tokens, signals, self.stack.place, params=params)
-        return answer.shrink(kv, positions=event.reduction.positions, rope=self.rope)
+        if reduction.capacity:
+          kv = start_upkeep(event, kv, tokens, signals, place)
+        reduced: LayerCache = kv
+        if reduction.asks(event):
+          params = self.reducers(event, tokens, signals, place)
+          answer: KVAnswer = choose(event, tokens, signals, place, params=params)
+          reduced = answer.shrink(kv, positions=reduction.positions, rope=self.rope)
+        if reduction.capacity:
+          reduced = with_upkeep(cast(KV, reduced), event.method, capacity=reduction.capacity,
+                                positions=reduction.positions, rope=self.rope)
+        return reduced
     return kv
 
   def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
@@ -446,7 +468,9 @@ class LM(nn.Module):
     """
     x = self._embedded(ids)
     (x, step), layers = self.stack.step((x, kvs.steps), kvs.layers)
-    return self._logits(self.norm(x)), Cache(layers, step + 1)
+    kept = tuple(kv if kv.upkeep is None else keep_up(kv, signals, step, layer, self.stack.place)
+                 for layer, (kv, signals) in enumerate(layers))
+    return self._logits(self.norm(x)), Cache(kept, step + 1)
 
   def empty_cache(self, rows: int, slots: int) -> Cache:
     """Returns a cache of nothing, for a prompt that is read in chunks.
@@ -522,7 +546,7 @@ class LM(nn.Module):
     if self.cache_plan is None:
       return frozenset(), 0
     only = self.cache_plan.only
-    needs, span = only.method.needs - STATIC, only.method.span
+    needs, span = cache_needs(only), only.method.span
     missing = sorted(needs - LAST_CHUNK)
     if missing:
       raise ValueError(f'{only.name} needs {", ".join(missing)} of the whole prompt, and the last '

@@ -82,6 +82,11 @@ class SplitKV(struct.PyTreeNode):
     """Returns the tokens that may follow the prompt."""
     return self.tail.room
 
+  @property
+  def upkeep(self) -> None:
+    """Returns nothing: it grows."""
+    return None
+
   def with_room(self, room: int) -> SplitKV:
     """Appends empty slots, for tokens to come."""
     return self.replace(tail=self.tail.with_room(room))
@@ -90,9 +95,13 @@ class SplitKV(struct.PyTreeNode):
     """Writes one more token a row, as `KV.append`."""
     return self.replace(tail=self.tail.append(k, v, index, step))
 
-  def attend(self, q: Array, index: Array, window: int = 0) -> Array:
-    """Attends with the token that was appended last, as `KV.attend`: float[B, H, d]."""
-    return self.attend_chunk(q[:, None], index[:, None], window)[:, 0]
+  def position(self, step: Array) -> Array:
+    """Returns the position of decoded token `step`, as `KV.position`."""
+    return self.tail.position(step)
+
+  def attend(self, q: Array, index: Array, window: int = 0) -> tuple[Array, None]:
+    """Attends with the token that was appended last: float[B, H, d], and no weights."""
+    return self.attend_chunk(q[:, None], index[:, None], window)[:, 0], None
 
   def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> SplitKV:
     """Writes a chunk of tokens, as `KV.extend`."""

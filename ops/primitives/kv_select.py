@@ -14,8 +14,10 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import take
 from ops.kv_cache import KVGather
 from ops.primitives.select import rank_of, ranks, top
+from ops.signals import Signals
 from ops.tokens import TokenSet
 
 Array = jax.Array
@@ -48,6 +50,55 @@ def keep_best(tokens: TokenSet, scores: Array, *, num_slots: int, forced: Array 
   if order == 'slot':
     picked = jnp.sort(picked, axis=1)
   return KVGather(picked.reshape(batch, heads, num_slots))
+
+
+def stays(tokens: TokenSet, scores: Array, num_slots: int, forced: Array | None = None) -> Array:
+  """Flags the entries of a cache that stay while a model decodes: bool[R, S].
+
+  Of equals those at lower positions stay.
+
+  Args:
+    tokens: S entries, in no order.
+    scores: float[R, S], higher stays.
+    num_slots: the most that stay.
+    forced: bool[R, S], entries that stay whatever their score, or None.
+  """
+  real, pos = tokens.real, tokens.pos
+  scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+  forced = jnp.zeros(real.shape, bool) if forced is None else forced
+  if tokens.slots == num_slots + 1:  # One goes at most: no need to sort.
+    free = real & ~forced
+    lowest = jnp.min(jnp.where(free, scores, jnp.inf), axis=1, keepdims=True)
+    last = jnp.max(jnp.where(free & (scores == lowest), pos, -1), axis=1, keepdims=True)
+    return real & ~((pos == last) & jnp.all(real, axis=1, keepdims=True))
+  scores = jnp.where(forced, jnp.inf, jnp.where(real, scores, -jnp.inf))
+  iota = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), pos.shape)
+  order = jax.lax.sort((-scores, pos, iota), dimension=1, num_keys=2)[2]
+  return real & (jnp.argsort(order, axis=1) < num_slots)
+
+
+def newest(tokens: TokenSet, count: int) -> Array:
+  """bool[R, S], True for entries less than `count` positions before the last, in no order."""
+  last = jnp.max(jnp.where(tokens.real, tokens.pos, -1), axis=1, keepdims=True)
+  return tokens.real & (tokens.pos > last - count)
+
+
+def oldest(tokens: TokenSet, count: int) -> Array:
+  """bool[R, S], True for the `count` real entries at the lowest positions, in no order."""
+  if not count:
+    return jnp.zeros(tokens.pos.shape, bool)
+  before = jax.lax.top_k(jnp.where(tokens.real, -tokens.pos, jnp.iinfo(jnp.int32).min), count)[0]
+  return tokens.real & (-tokens.pos >= before[:, -1:])
+
+
+def in_order(tokens: TokenSet, signals: Signals) -> tuple[TokenSet, Signals, Array]:
+  """Sorts entries by position, empty slots last; and int32[R, S], the place of each slot there."""
+  order = jnp.argsort(jnp.where(tokens.real, tokens.pos, jnp.iinfo(jnp.int32).max), axis=1)
+  pos, valid = (take(x, order) for x in (tokens.pos, tokens.real))
+  stats = {name: take(x, order) for name, x in tokens.stats.items()}
+  queries = signals.window_queries
+  return (tokens.replace(pos=pos, valid=valid, stats=stats),
+          signals.of(order).replace(window_queries=queries), jnp.argsort(order, axis=1))
 
 
 def budgets(tokens: TokenSet, num_slots: int) -> Array:

@@ -87,6 +87,9 @@ class CacheReducer(Reducer):
   The call is that of any other method, with the tokens that the cache holds (of any kind; their
   features are not used) and the signals of the layer's attention over them. The answer is a
   `KVGather` (ops/kv_cache.py), which names entries for each kv head.
+
+  One with an `evict` is an `EvictingMethod` (ops/reducers/method.py), of which this class has the
+  defaults.
   """
 
   site = 'cache'
@@ -95,6 +98,37 @@ class CacheReducer(Reducer):
   @property
   def needs(self) -> frozenset[str]:
     return frozenset({'keys'})
+
+  @property
+  def every(self) -> int:
+    return 1
+
+  @property
+  def shared(self) -> bool:
+    return False
+
+  @property
+  def tracks(self) -> tuple[str, ...]:
+    return ()
+
+  @property
+  def update_needs(self) -> frozenset[str]:
+    return frozenset()
+
+  @property
+  def evict_needs(self) -> frozenset[str]:
+    """Names what `evict` reads: what the prompt is cut by."""
+    return self.needs
+
+  @property
+  def min_capacity(self) -> int:
+    """Returns the fewest entries that it can keep while decoding: those that it leaves of many."""
+    return self.min_slots(2 ** 31 - 1, 0)
+
+  def update(self, tokens: TokenSet, signals: Signals, queries: Array) -> dict[str, Array]:
+    """Leaves the stats as they are."""
+    del signals, queries
+    return tokens.stats
 
   def with_ratio(self, ratio: Fraction) -> CacheReducer:
     """Returns the method for a budget that is this share of entries: itself, or one that reads it.

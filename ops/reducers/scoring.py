@@ -14,8 +14,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import take
 from ops.kv_cache import KVGather
-from ops.primitives.kv_select import keep_best
+from ops.primitives.kv_select import in_order, keep_best, stays
 from ops.reducers.base import CacheReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -24,7 +25,13 @@ Array = jax.Array
 
 
 class ScoringReducer(CacheReducer):
-  """Keeps the entries with the highest scores, head by head."""
+  """Keeps the entries with the highest scores, head by head; so, too, while a model decodes.
+
+  Attributes:
+    by_order: whether scores, or the entries that are forced to stay, go by the order of slots.
+  """
+
+  by_order: bool = True
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """Returns float32[B, K, N]: the higher an entry's, the sooner it stays."""
@@ -52,6 +59,21 @@ class ScoringReducer(CacheReducer):
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
     return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
                      forced=self.forced(tokens, num_slots))
+
+  def evict(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Array:
+    """Lets the entries with the lowest scores go, as `EvictingMethod` has it."""
+    scores, forced = self.scores_while_decoding(tokens, signals, num_slots=num_slots)
+    return stays(tokens, scores, num_slots, forced)
+
+  def scores_while_decoding(self, tokens: TokenSet, signals: Signals, *,
+                            num_slots: int) -> tuple[Array, Array]:
+    """Returns scores float32[R, S], and bool[R, S], the entries that stay whatever theirs."""
+    back = None
+    if self.by_order:
+      tokens, signals, back = in_order(tokens, signals)
+    scores, forced = self.scores(tokens, signals)[:, 0], self.forced(tokens, num_slots)
+    forced = jnp.zeros(tokens.pos.shape, bool) if forced is None else forced
+    return (scores, forced) if back is None else (take(scores, back), take(forced, back))
 
 
 @dataclasses.dataclass(frozen=True)

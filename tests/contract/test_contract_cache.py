@@ -37,15 +37,17 @@ SETTINGS = {'snapkv': SNAPKV, 'streaming_llm': {'sinks': 2}, 'h2o': {'recent': 4
             'expected_attention': {'sinks': 2, 'future': 8}, 'lagkv': {'sinks': 2, 'lag': 4},
             'cur': {'sinks': 2, 'window': 4}, 'finch': {'window': 3},
             'simlayerkv': {'first': 2, 'recent': 6, 'threshold': 0.4},
-            **dict.fromkeys(('adakv', 'criticalkv', 'criticaladakv', 'pyramidkv', 'two_stage'),
-                            HELD),
+            **dict.fromkeys(('adakv', 'criticalkv', 'criticaladakv', 'pyramidkv', 'two_stage',
+                             'periodic'), HELD),
             'chunkkv': {**HELD, 'length': 3}, 'chunk': {**HELD, 'length': 8},
-            'think': {**HELD, 'window': 3}, 'cam': {**HELD, 'merged': 4}}
+            'think': {**HELD, 'window': 3}, 'cam': {**HELD, 'merged': 4},
+            'rkv': {'window': 3, 'kernel': 3},
+            'threshold': {**HELD, 'threshold': -1e9, 'window': 4}}
 # Heads of these keep different numbers.
 SHARING = {'adakv', 'criticaladakv'}
 # Where all is equal, the sums and the pools of these still go by place.
 BY_PLACE = {'streaming_llm', 'observed_attention', 'h2o', 'snapkv', 'finch', 'lagkv', 'simlayerkv',
-            'cur', *(name for name in SETTINGS if 'inner' in SETTINGS[name])}
+            'cur', 'rkv', *(name for name in SETTINGS if 'inner' in SETTINGS[name])}
 
 
 def method(name):

@@ -115,7 +115,7 @@ def test_one_context_serves_several_questions():
     following = ids(PROMPT + ROOM, 4)[:, PROMPT:]
     found = np.concatenate([logits[:, None], decoded(lm, cache, following)], axis=1)
     for row, length in enumerate(lengths):
-      alone, own = prefill(lm, ids()[:1, :PROMPT], room=5 + ROOM)
+      _, own = prefill(lm, ids()[:1, :PROMPT], room=5 + ROOM)
       wanted = decoded(lm, own, jnp.concatenate(
           [questions[row][valid[row]], following[row]])[None])
       np.testing.assert_allclose(found[row], wanted[0, length - 1:], atol=1e-5)
@@ -150,8 +150,9 @@ def test_chunks_that_do_not_fit_are_refused_in_one_line():
   _, cache = extend(TINY, tokens[:, :3], cache)
   with pytest.raises(ValueError, match=r'2 more tokens do not fit: .* of which 3 are taken'):
     cache.check_room(2)
+  cut = prefill(with_cache(keep=5, layers=1), tokens[:, :PROMPT])[1]
   with pytest.raises(ValueError, match='was cut already'):
-    extend(TINY, tokens[:, :1], prefill(with_cache(keep=5, layers=1), tokens[:, :PROMPT])[1], room=1)
+    extend(TINY, tokens[:, :1], cut, room=1)
   late = with_cache(method='snapkv', args={'window': 4}, keep=6)
   with pytest.raises(ValueError, match='asks the last 4 tokens, and the last chunk has 3'):
     read_in_chunks(late, tokens[:, :PROMPT], (9, 3))

@@ -19,11 +19,14 @@ from ops.reducers.cache.keydiff import KeyDiff
 from ops.reducers.cache.knorm import KNorm
 from ops.reducers.cache.lagkv import LagKV
 from ops.reducers.cache.observed_attention import ObservedAttention
+from ops.reducers.cache.periodic import Periodic
 from ops.reducers.cache.pyramidkv import PyramidKV
+from ops.reducers.cache.rkv import RKV
 from ops.reducers.cache.simlayerkv import SimLayerKV
 from ops.reducers.cache.snapkv import SnapKV
 from ops.reducers.cache.streaming_llm import StreamingLLM
 from ops.reducers.cache.think import ThinK
+from ops.reducers.cache.threshold import Threshold
 from ops.reducers.cache.tova import TOVA
 from ops.reducers.cache.two_stage import TwoStage
 
@@ -49,4 +52,7 @@ CACHE_REDUCERS: dict[str, type] = {
     'two_stage': TwoStage,
     'think': ThinK,
     'cam': CaM,
+    'rkv': RKV,
+    'periodic': Periodic,
+    'threshold': Threshold,
 }

@@ -24,6 +24,8 @@ class KeyDiff(ScoringReducer):
   once, as in the kvpress library.
   """
 
+  by_order = False
+
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], minus the cosine between each key and the mean direction."""
     keys = jnp.swapaxes(signals.keys, 1, 2).astype(jnp.float32)
@@ -37,9 +39,8 @@ def cosine_to_mean(keys: Array, valid: Array) -> Array:
     keys: float32[B, K, N, d].
     valid: bool[B, K, N].
   """
-  length = jnp.sqrt(jnp.sum(keys * keys, axis=3, keepdims=True))
-  units = keys / jnp.maximum(length, 1e-12)
-  count = jnp.maximum(jnp.sum(valid, axis=2, dtype=jnp.float32), 1.0)
-  anchor = jnp.sum(jnp.where(valid[..., None], units, 0.0), axis=2) / count[..., None]
+  # Products, so that no second copy of the keys is formed: a model that decodes asks every token.
+  length = jnp.maximum(jnp.sqrt(jnp.sum(keys * keys, axis=3)), 1e-12)
+  anchor = jnp.einsum('bkn,bknd->bkd', valid / length, keys, precision='highest')
   anchor /= jnp.maximum(jnp.sqrt(jnp.sum(anchor * anchor, axis=2, keepdims=True)), 1e-12)
-  return jnp.sum(units * anchor[:, :, None], axis=3)
+  return jnp.einsum('bknd,bkd->bkn', keys, anchor, precision='highest') / length

@@ -20,6 +20,8 @@ class KNorm(ScoringReducer):
   Compression (Devoto et al., 2024), arXiv:2406.11430. Rotation leaves the length of a key as it is.
   """
 
+  by_order = False
+
   def scores(self, tokens: TokenSet, signals: Signals) -> jnp.ndarray:
     """float32[B, K, N], minus the length of each key."""
     del tokens

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
-from ops.primitives.kv_select import broadcast_to_heads, earliest, keep_best
+from ops.primitives.kv_select import broadcast_to_heads, earliest, keep_best, oldest, stays
 from ops.primitives.select import rank_of
 from ops.reducers.scoring import ScoringReducer
 from ops.signals import Signals
@@ -24,13 +24,17 @@ class StreamingLLM(ScoringReducer):
   """Keeps the first few tokens (attention sinks) and the latest ones.
 
   Efficient Streaming Language Models with Attention Sinks (Xiao et al., 2024), Sec. 3.2,
-  arXiv:2309.17453. The paper counts positions within the cache: positions='compact'.
+  arXiv:2309.17453. The paper counts positions within the cache: positions='compact'. With
+  `capacity` in the config it goes on so while a model decodes, and keys are then turned anew for
+  every token; the release keeps them unturned instead.
 
   Attributes:
     sinks: first tokens that stay.
   """
 
   sinks: CountOrZero = 4
+  shared = True
+  evict_needs = frozenset()
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
     return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
@@ -45,3 +49,13 @@ class StreamingLLM(ScoringReducer):
   def forced(self, tokens: TokenSet, num_slots: int) -> Array:
     """Names the sinks."""
     return earliest(tokens, min(self.sinks, num_slots))
+
+  def evict(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Array:
+    """Lets the oldest entry go that is no sink."""
+    del signals
+    since = tokens.pos - jnp.max(tokens.pos, axis=1, keepdims=True)
+    return stays(tokens, since.astype(jnp.float32), num_slots, oldest(tokens, self.sinks))
+
+  @property
+  def min_capacity(self) -> int:
+    return self.sinks + 1
