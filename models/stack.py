@@ -24,6 +24,7 @@ from models import reduction
 from models.blocks import ReducibleBlock, add
 from models.plan import Plan
 from models.reduction import BATCH_AXES, Event, Place, Reduced, Reduction
+from models.row_budgets import row_budgets
 from models.storage import LayerSlice, Params, Weights, layer_of, unstack
 from ops import choices
 from ops import tokens as tk
@@ -101,7 +102,9 @@ class Stack(nn.Module):
       The final tokens, and a dict: 'before' and 'cuts' {layer: TokenSet before, and after, the
       cut}, 'overflow' {layer: int32[B], the tokens that an adaptive method wanted to keep beyond
       its capacity}, 'losses' {name: float32[B]} of learned methods, with `capture` 'hidden', the
-      features after each layer, and with a tap 'taps', the tree that it read in each layer.
+      features after each layer, with a tap 'taps', the tree that it read in each layer, and
+      'budgets', for each event of the plan int32[B], the free tokens that each row keeps, or None
+      where no row has padding.
 
     Raises:
       ValueError: for an unknown `remat`, or a learned method whose parameters are missing.
@@ -109,8 +112,9 @@ class Stack(nn.Module):
     choices.check('remat=', self.remat, REMAT)
     weights = self._weights(tokens)
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
+    budgets = row_budgets(self.plan.events, tokens) if self.plan else ()
     out: Outputs = {'before': {}, 'cuts': {}, 'overflow': {}, 'losses': {}, 'hidden': [],
-                           'taps': []}
+                    'taps': [], 'budgets': budgets}
     signals = Signals()
     for start, stop in self._stages(weights, tap):
       for event in self._events(start, 'before'):
@@ -367,7 +371,10 @@ class Stack(nn.Module):
     rng = None
     if params is not None and key is not None:
       rng = jax.random.fold_in(key, self.depth + layer)
-    reduced = reduction.reduce(event, tokens, signals, self.place, params=params, rng=rng)
+    assert self.plan is not None
+    number = next(i for i, own in enumerate(self.plan.events) if own is event)
+    reduced = reduction.reduce(event, tokens, signals, self.place, budget=out['budgets'][number],
+                               params=params, rng=rng)
     out['before'].setdefault(layer, tokens)
     out['cuts'][layer] = reduced.tokens
     if reduced.overflow is not None:
