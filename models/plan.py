@@ -84,11 +84,6 @@ class Host:
   positions: tuple[str, ...] = ('keep',)
   holds: str = 'none'
 
-  def held(self) -> Host:
-    """Returns the same host with one token less that may go: the last one, a text token."""
-    counts = tuple((kind, max(count - (kind == 'text'), 0)) for kind, count in self.counts)
-    return dataclasses.replace(self, counts=counts)
-
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -360,8 +355,6 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
   if len(holds) > 1:
     raise ValueError("the reductions of a tower must agree on what they hold: give all of them "
                      "holds='last', or all holds='none'")
-  if holds == {'last'}:
-    host = host.held()
   flops = [draft for draft in drafts if draft.in_flops]
   if len(flops) > 1:
     raise ValueError(f'{" and ".join(draft.reduction.name for draft in flops)} both have a budget '
@@ -426,7 +419,8 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
   events: list[Event] = []
   for step, draft in turns:
     free = pools.of(draft.kinds or ('',), functools.partial(_unknown_share, draft))
-    limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free)
+    limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free,
+                       draft.reduction.held)
     cut = take(step, slots, _free(host, draft.kinds), limits)
     if cut is None:
       continue
@@ -626,10 +620,16 @@ def position_policy(positions: str | None, method: Method, host: Host) -> str:
   return chosen
 
 
-def limits_of(method: Method, host: Host, protected: int) -> Limits:
-  """Returns the limits that a host and a method set to budgets, with `protected` slots fixed."""
+def limits_of(method: Method, host: Host, protected: int, held: int = 0) -> Limits:
+  """Returns the limits that a host and a method set to budgets.
+
+  Args:
+    method, host: these.
+    protected: slots that are fixed, and that budgets do not count.
+    held: tokens that are fixed, and that budgets count.
+  """
   return Limits(host.depth, host.slots, protected, method.extra_slots,
-                functools.partial(method.min_slots, protected=protected),
+                functools.partial(method.min_slots, protected=protected + held),
                 'keep' if host.counts else 'refuse')
 
 
@@ -645,7 +645,8 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
   protected = next((event.protected for event in plan.events if event.protected is not None),
                    host.protected)
   before = [Cut(event.layer, event.slots_in, event.slots_out) for event in plan.events]
-  cuts = part_of(before, fraction, limits_of(reduction.method, host, protected))
+  cuts = part_of(before, fraction,
+                 limits_of(reduction.method, host, protected, reduction.held))
   last = cuts[-1].layer if cuts else -1
   weaker = dataclasses.replace(
       reduction, watch=tuple(layer for layer in reduction.watch if layer <= last))

@@ -67,6 +67,11 @@ class Reduction:
     return not self.capacity or event.slots_out < event.slots_in
 
   @property
+  def held(self) -> int:
+    """Returns how many tokens of a row it holds, of those that its budget counts."""
+    return int(self.holds == 'last' and (self.of is None or TEXT in self.of))
+
+  @property
   def learned(self) -> bool:
     """Returns whether the method has parameters."""
     return isinstance(self.method, nn.Module)
@@ -100,11 +105,11 @@ class Event:
   step: Step | None = dataclasses.field(default=None, compare=False)
 
   def kept(self, now: Array, start: Array, most: int) -> Array:
-    """Returns how many of its free tokens each row keeps, int32[B].
+    """Returns how many of the tokens that its budget counts each row keeps, int32[B].
 
     Args:
-      now: int32[B], free tokens.
-      start: int32[B], free tokens when they entered the first layer.
+      now: int32[B], tokens that it counts.
+      start: int32[B], those that entered the first layer.
       most: the largest that `start` can be.
     """
     if self.step is None:
@@ -113,7 +118,8 @@ class Event:
     # Worked out on the host, exactly: products of a ratio may not fit into int32.
     counts = np.arange(most + 1)
     asked = np.minimum(self.step.keep(counts, counts), np.iinfo(np.int32).max)
-    least = np.array([self.method.min_slots(int(n) + fixed, fixed) - fixed for n in counts])
+    least = np.array([self.method.min_slots(int(n) + fixed, fixed + self.reduction.held) - fixed
+                      for n in counts])
     index = start if self.step.of == 'start' else now
     kept: Array = self.step.kept(jnp.asarray(asked, jnp.int32)[index], now,
                                  jnp.asarray(least, jnp.int32)[now])

@@ -8,7 +8,7 @@ Axes: B batch, N slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import jax
@@ -64,15 +64,18 @@ def row_budgets(events: Sequence[Event], tokens: TokenSet) -> tuple[Array | None
   if tokens.valid is None:
     return (None,) * len(events)
   kinds = {kind for event in events for kind in _kinds(event, tokens)}
-  start = {kind: _count(tokens.replace(of=(kind,)).free) for kind in kinds}
+  start = {kind: _count(tokens.real & (tokens.kind == kind)) for kind in kinds}
+  free = {kind: _count(tokens.replace(of=(kind,)).free) for kind in kinds}
   pools: Pools[int, Array] = Pools(tuple(start.items()))
   budgets = []
   for event in events:
     own = _kinds(event, tokens)
     now = pools.of(own, lambda pool: AssertionError(f'a plan split the pool {pool}'))
-    kept = event.kept(now, sum((start[kind] for kind in own[1:]), start[own[0]]), tokens.slots)
-    budgets.append(kept)
-    pools.left(own, kept)
+    kept = event.kept(now, _sum(start, own), tokens.slots)
+    # Budgets count the tokens that are held, which stay in any case.
+    held = _sum(start, own) - _sum(free, own)
+    budgets.append(jnp.maximum(kept - held, 0))
+    pools.left(own, jnp.maximum(kept, held))
   return tuple(budgets)
 
 
@@ -91,6 +94,10 @@ def entry_budget(event: Event, tokens: TokenSet) -> Array | None:
 
 def _kinds(event: Event, tokens: TokenSet) -> tuple[int, ...]:
   return tokens.of if event.reduction.of is None else event.reduction.of
+
+
+def _sum(counts: Mapping[int, Array], kinds: Sequence[int]) -> Array:
+  return sum((counts[kind] for kind in kinds[1:]), counts[kinds[0]])
 
 
 def _count(flags: Array) -> Array:

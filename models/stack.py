@@ -112,7 +112,8 @@ class Stack(nn.Module):
     choices.check('remat=', self.remat, REMAT)
     weights = self._weights(tokens)
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
-    budgets = row_budgets(self.plan.events, tokens) if self.plan else ()
+    events = [self._of_row(event) for event in self.plan.events] if self.plan else []
+    budgets = row_budgets(events, tokens)
     out: Outputs = {'before': {}, 'cuts': {}, 'overflow': {}, 'losses': {}, 'hidden': [],
                     'taps': [], 'budgets': budgets}
     signals = Signals()
@@ -230,6 +231,10 @@ class Stack(nn.Module):
   def _events(self, layer: int, *sites: str) -> tuple[Event, ...]:
     """The plan's events at some sites of a layer."""
     return self.plan.at(layer, *sites) if self.plan else ()
+
+  def _of_row(self, event: Event) -> Event:
+    """An event as it is for each row of the batch that layers see."""
+    return event
 
   def _acting(self, layer: int) -> tuple[Reduction, ...]:
     """The methods that act on signals of a layer: an event before a layer reads the one above."""
@@ -366,15 +371,15 @@ class Stack(nn.Module):
   def _decide(self, event: Event, key: Array | None, out: Outputs, tokens: TokenSet,
               signals: Signals) -> Reduced:
     """Reduces the tokens, and records the event in `out`."""
-    layer = event.layer
+    assert self.plan is not None
+    layer, budget = event.layer, out['budgets'][self.plan.events.index(event)]
+    event = self._of_row(event)
     params = reduction.learned_parameters(self, event, tokens, signals, self.place)
     rng = None
     if params is not None and key is not None:
       rng = jax.random.fold_in(key, self.depth + layer)
-    assert self.plan is not None
-    number = next(i for i, own in enumerate(self.plan.events) if own is event)
-    reduced = reduction.reduce(event, tokens, signals, self.place, budget=out['budgets'][number],
-                               params=params, rng=rng)
+    reduced = reduction.reduce(event, tokens, signals, self.place, budget=budget, params=params,
+                               rng=rng)
     out['before'].setdefault(layer, tokens)
     out['cuts'][layer] = reduced.tokens
     if reduced.overflow is not None:

@@ -222,7 +222,7 @@ def take(step: Step, slots: int, start: int, limits: Limits) -> Cut | None:
   """
   free = slots - limits.protected
   count = step.keep(free, start)
-  if step.of == '' and count > free and limits.short == 'refuse':
+  if step.of == '' and (count < 1 or (count > free and limits.short == 'refuse')):
     raise ValueError(f'{step.said} in layer {step.layer} is impossible: {free} tokens are there to '
                      f'keep, so give 1 to {free}')
   step = dataclasses.replace(step, extra=limits.extra)
@@ -333,7 +333,7 @@ def _share(rounded: Callable[[Any, int], Any], ratio: Fraction, base: str, now: 
 def _keep(value: int | Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
   steps = []
   for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
-    if not _is_count(count) or count < 1:
+    if not _is_count(count):
       raise ValueError(f'keep={count!r} in layer {layer} is impossible: it is how many tokens '
                        'stay, so give 1 or more')
     steps.append(Step(layer, functools.partial(_exactly, int(count)), f'keep={count}', ''))

@@ -680,7 +680,7 @@ def _next_position(tokens: TokenSet) -> Array:
 def last_real(tokens: TokenSet) -> Array:
   """Marks the latest real token of each row, bool[B, N]."""
   place = jnp.where(tokens.real, sequence_index(tokens.pos), -1)
-  return jnp.arange(tokens.slots) == jnp.argmax(place, axis=1)[:, None]
+  return jnp.arange(tokens.slots)[None] == jnp.argmax(place, axis=1)[:, None]
 
 
 def _starts(plan: Plan | None) -> tuple[int, ...]:
