@@ -521,6 +521,9 @@ class LM(nn.Module):
     """
     choices.check('logits=', logits, ('last', 'all'))
     tokens = self._enter(tokens, valid, planned=False)
+    if any(kv.upkeep for kv in kvs.layers):
+      raise ValueError('a cache that evicts while decoding reads token by token: use decode, or '
+                       'leave capacity out of reduce.cache')
     kvs.check_room(tokens.slots)
     needs, span = frozenset[str](), 0
     if room is not None:

@@ -23,8 +23,8 @@ from ops.kv_cache import KV, turned
 from ops.rope import Rope
 
 Array = jax.Array
-# Entries of a page, at most: as many as a register of a TPU has lanes.
-MOST_ENTRIES = 128
+# Entries of a page, at most: more save little, as a page also reads queries and writes a result.
+MOST_ENTRIES = 256
 # Part of the entries that empty ends of pages may add.
 MOST_WASTE = 1 / 20
 

@@ -230,8 +230,14 @@ INVARIANTS = (declares, shapes, padding, short, alone, finite, ties, content)
 PAIRS = [(check, name) for name in CACHE_REDUCERS for check in INVARIANTS]
 
 
-@pytest.mark.parametrize(('check', 'name'), PAIRS,
-                         ids=[f'{check.__name__}-{name}' for check, name in PAIRS])
+# What takes longest to compile.
+LONG = {name for name in SETTINGS if 'inner' in SETTINGS[name]} | {'simlayerkv', 'cur', 'finch'}
+
+
+@pytest.mark.parametrize(('check', 'name'), [
+    pytest.param(check, name, id=f'{check.__name__}-{name}',
+                 marks=[pytest.mark.long] if name in LONG and check is not declares else [])
+    for check, name in PAIRS])
 def test_contract(check, name):
   check(name)
 
