@@ -67,7 +67,7 @@ def decoded(kv, window=0, steps=2):
     index = kv.start + step
     kv = kv.append(normal(BATCH, KV_HEADS, WIDTH, seed=10 + step),
                    normal(BATCH, KV_HEADS, WIDTH, seed=20 + step), index, jnp.int32(step))
-    out.append(kv.attend(normal(BATCH, HEADS, WIDTH, seed=30 + step), index, window))
+    out.append(kv.attend(normal(BATCH, HEADS, WIDTH, seed=30 + step), index, window)[0])
   index = (kv.start + steps)[:, None] + jnp.arange(2)[None]
   kv = kv.extend(normal(BATCH, 2, KV_HEADS, WIDTH, seed=40), normal(BATCH, 2, KV_HEADS, WIDTH,
                  seed=41), index, jnp.ones((BATCH, 2), bool), jnp.int32(steps))
@@ -108,7 +108,7 @@ def test_heads_number_their_own_entries_anew():
 
 
 @pytest.mark.parametrize(('heads', 'kept', 'size'), [
-    (8, 8192, 128), (8, 1024, 32), (3, 102, 4), (2, 5, 1), (1, 10 ** 6, 128)])
+    (8, 8192, 256), (8, 1024, 32), (3, 102, 4), (2, 5, 1), (1, 10 ** 6, 256)])
 def test_pages_add_little_to_what_heads_hold(heads, kept, size):
   total = heads * kept
   assert page_size(total, heads) == size
