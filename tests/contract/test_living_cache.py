@@ -264,7 +264,7 @@ def raw_stepper(lm):
   """As `decode`, with the signals of the layers."""
 
   def step(lm, ids, cache):
-    (x, count), layers = lm.stack.step((lm._embedded(ids), cache.steps), cache.layers)
+    (x, count, _), layers = lm.stack.step((lm._embedded(ids), cache.steps, None), cache.layers)
     kvs, signals = zip(*layers, strict=True)
     return lm._logits(lm.norm(x)), Cache(kvs, count + 1), signals
 
@@ -430,8 +430,19 @@ def test_capacities_that_cannot_be_kept_are_refused_when_the_model_is_made(setti
     with_cache(**settings)
 
 
-def test_a_cache_that_evicts_reads_token_by_token():
-  lm = evicting('h2o')
-  _, cache = prefill(lm, ids()[:, :PROMPT])
-  with pytest.raises(ValueError, match='reads token by token: use decode'):
-    extend(lm, ids()[:, :2], cache)
+@pytest.mark.parametrize(('name', 'positions'), [
+    ('h2o', 'keep'), ('h2o', 'compact'), ('periodic_snapkv', 'keep')])
+def test_a_cache_that_evicts_reads_a_chunk_token_by_token(name, positions):
+  lm = evicting(name, positions=positions)
+  tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
+  place, lengths = np.arange(5)[None], np.array([[5], [2], [4]])
+  for valid in (place < lengths, place >= 5 - lengths):
+    _, cache = prefill(lm, tokens, jnp.asarray(VALID))
+    found, cache = extend(lm, following[:, :5], cache, jnp.asarray(valid), logits='all')
+    after = decoded(lm, cache, following[:, 5:])
+    for row in range(3):
+      _, cache = prefill(lm, tokens[row:row + 1], jnp.asarray(VALID[row:row + 1]))
+      own = jnp.concatenate([following[row, :5][valid[row]], following[row, 5:]])[None]
+      wanted, count = decoded(lm, cache, own)[0], int(lengths[row, 0])
+      np.testing.assert_allclose(found[row][valid[row]], wanted[:count], atol=1e-5)
+      np.testing.assert_allclose(after[row], wanted[count:], atol=1e-5)
