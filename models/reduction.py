@@ -300,46 +300,51 @@ def start_upkeep(event: Event, kv: KV, tokens: TokenSet, signals: Signals, place
   return kv.replace(stats={name: _each_head(x, kv) for name, x in stats.items()})
 
 
-def keep_up(kv: KV, signals: Signals, step: Array, layer: int, place: Place) -> KV:
+def keep_up(kv: KV, signals: Signals, valid: Array | None, layer: int, place: Place) -> KV:
   """Asks the method that keeps a cache within bounds, after one more token a row.
 
   Args:
     kv: of one layer, with `upkeep`.
     signals: `queries` float[B, 1, H, d] and `last_attention` float32[B, H, S] of the token.
-    step: int32[], tokens that were decoded before it.
+    valid: bool[B], rows that have one more token, or None for all.
     layer: of the cache.
     place: as in `reduce`.
   """
   assert kv.upkeep is not None
   method, capacity = cast(EvictingMethod, kv.upkeep.method), kv.upkeep.capacity
-  kv = kv.remember(signals.queries[:, 0])
+  kv = kv.remember(signals.queries[:, 0], valid)
   heads = 1 if method.shared else kv.k.shape[1]
   told = place.signals(signals.replace(
       keys=jnp.swapaxes(kv.k, 1, 2), values=jnp.swapaxes(kv.v, 1, 2),
       received_attention=signals.last_attention,
       window_queries=None if kv.recent is None else kv.recent.queries),
       (method.update_needs | method.evict_needs | OF_RECENT) - {'window_attention'}, layer)
-  window = None if kv.recent is None else jnp.repeat(kv.recent.pos, heads, axis=0)
+  since = cast(Array, kv.since)
+  read = jnp.ones_like(since) if valid is None else valid.astype(jnp.int32)
+  due = since >= method.every
+  read, due_rows, window = jax.tree.map(lambda x: jnp.repeat(x, heads, axis=0),
+                                        (read, due, kv.recent and kv.recent.pos))
 
-  def ask(due: Array, tokens: TokenSet, told: Signals,
+  def ask(tokens: TokenSet, told: Signals, queries: Array, due: Array,
           window: Array | None) -> tuple[dict[str, Array], Array]:
-    queries = jnp.ones(len(tokens.x), jnp.int32)
     tokens = tokens.replace(stats=method.update(tokens, told, queries) if method.tracks else {})
 
     def evict() -> Array:
       seen = told
       if window is not None and 'window_attention' in method.evict_needs:
         seen = told.replace(window_attention=_window_attention(tokens, told, window))
-      return method.evict(tokens, seen, num_slots=capacity)
+      stays = method.evict(tokens, seen, num_slots=capacity)
+      return jnp.where(due[:, None], stays, tokens.real)
 
-    stays = evict() if method.every == 1 else jax.lax.cond(due, evict, lambda: tokens.real)
-    return tokens.stats, stays
+    if method.every == 1:
+      return tokens.stats, evict()
+    return tokens.stats, jax.lax.cond(jnp.any(due), evict, lambda: tokens.real)
 
   with jax.named_scope('reduction'):
-    due = (step + 1) % method.every == 0
-    stats, stays = place.by_rows(ask, whole=1, rows=3)(
-        due, _entries(kv, method), by_head(told, heads), window)
-    kv = kv.replace(stats={name: _each_head(x, kv) for name, x in stats.items()})
+    stats, stays = place.by_rows(ask, rows=5)(
+        _entries(kv, method), by_head(told, heads), read, due_rows, window)
+    kv = kv.replace(stats={name: _each_head(x, kv) for name, x in stats.items()},
+                    since=jnp.where(due, 0, since))
     return kv.drop(_each_head(stays, kv))
 
 

@@ -119,6 +119,7 @@ class KV(struct.PyTreeNode):
     turned: int32[B, K, S], the positions that keys are rotated by, where they are renumbered; None
       where these are `pos`.
     recent: queries of the latest tokens, or None.
+    since: int32[B], tokens that came since the method of `upkeep` was asked, or None without it.
     upkeep: how it stays within bounds, None for a cache that grows. Static.
   """
 
@@ -132,6 +133,7 @@ class KV(struct.PyTreeNode):
   stats: dict[str, Array] = struct.field(default_factory=dict)
   turned: Array | None = None
   recent: Recent | None = None
+  since: Array | None = None
   upkeep: Upkeep | None = struct.field(pytree_node=False, default=None)
 
   @classmethod
@@ -189,7 +191,8 @@ class KV(struct.PyTreeNode):
     """Returns the same with other values float[B, K, S, d]."""
     return self.replace(values=_folded(v))
 
-  def append(self, k: Array, v: Array, index: Array, step: Array) -> KV:
+  def append(self, k: Array, v: Array, index: Array, step: Array,
+             valid: Array | None = None) -> KV:
     """Writes one more token a row, in place where the cache is donated.
 
     With `upkeep` it goes to the first empty slot of each head.
@@ -198,9 +201,10 @@ class KV(struct.PyTreeNode):
       k, v: float[B, K, d], its keys (rotated) and values.
       index: int32[B], its place in the sequence.
       step: int32[], the tokens that were written before it.
+      valid: bool[B], False for rows that have none; only with `upkeep`.
     """
     if self.upkeep:
-      return self._append_at(jnp.argmin(self.valid, axis=2), k, v, index)
+      return self._append_at(jnp.argmin(self.valid, axis=2), k, v, index, valid)
     at = self.filled + step
 
     def write(buffer: Array, new: Array, axis: int) -> Array:
@@ -216,8 +220,8 @@ class KV(struct.PyTreeNode):
         pos=write(self.pos, pos, axis),
         valid=write(self.valid, jnp.ones(pos.shape, bool), axis))
 
-  def _append_at(self, at: Array, k: Array, v: Array, index: Array) -> KV:
-    """Writes one more token a row to slots int32[B, K]."""
+  def _append_at(self, at: Array, k: Array, v: Array, index: Array, valid: Array | None) -> KV:
+    """Writes one more token a row to slots int32[B, K], which stay empty where it is not valid."""
 
     def write(buffer: Array, new: Array) -> Array:
       heads = buffer.shape[:-2]
@@ -227,6 +231,9 @@ class KV(struct.PyTreeNode):
       return update(buffer, new.reshape(*heads, -1).astype(buffer.dtype), at.reshape(heads))
 
     here = jnp.arange(self.valid.shape[2])[None, None] == at[..., None]
+    since = None if self.since is None else self.since + (1 if valid is None else valid)
+    if valid is not None:
+      here &= valid[:, None, None]
 
     def put(x: Array | None, new: Array | float) -> Array | None:
       return None if x is None else jnp.where(here, new, x)
@@ -235,7 +242,7 @@ class KV(struct.PyTreeNode):
     return self.replace(
         keys=write(self.keys, k), values=write(self.values, v), pos=put(self.pos, index),
         valid=self.valid | here, bias=put(self.bias, 0.0), turned=put(self.turned, index),
-        stats={name: put(x, 0.0) for name, x in self.stats.items()})
+        since=since, stats={name: put(x, 0.0) for name, x in self.stats.items()})
 
   def attend(self, q: Array, index: Array, window: int = 0) -> tuple[Array, Array]:
     """Attends with the token that was appended last.
@@ -267,13 +274,16 @@ class KV(struct.PyTreeNode):
         pos = _ranks(pos, valid)
     return self.replace(valid=valid, pos=pos)
 
-  def remember(self, q: Array) -> KV:
+  def remember(self, q: Array, valid: Array | None) -> KV:
     """Puts queries float[B, H, d] of the token that was appended last behind the recent ones."""
     if self.recent is None:
       return self
     index = jnp.max(jnp.where(self.valid, self.pos, -1), axis=(1, 2))
     later = Recent(*(jnp.concatenate([old[:, 1:], new[:, None].astype(old.dtype)], axis=1)
                      for old, new in ((self.recent.queries, q), (self.recent.pos, index))))
+    if valid is not None:
+      later = jax.tree.map(lambda new, old: jnp.where(
+          valid.reshape(-1, *(1,) * (new.ndim - 1)), new, old), later, self.recent)
     return self.replace(recent=later)
 
   def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> KV:
@@ -390,7 +400,8 @@ class LayerCache(Protocol):
     """Returns the position of decoded token `step`: int32[B] or [B, P]."""
     ...
 
-  def append(self, k: Array, v: Array, index: Array, step: Array) -> LayerCache:
+  def append(self, k: Array, v: Array, index: Array, step: Array,
+             valid: Array | None = None) -> LayerCache:
     """Writes one more token a row."""
     ...
 
@@ -476,4 +487,5 @@ def with_upkeep(kv: KV, method: Any, *, capacity: int, positions: str, rope: Rop
     kv = KVGather(everything).shrink(kv, positions=positions, rope=rope)
   kv = kv._with_slots(max(capacity - kv.filled, 0) + method.every)
   return kv.replace(upkeep=Upkeep(method, capacity, rope if compact else None),
-                    turned=kv.pos if compact else None)
+                    turned=kv.pos if compact else None,
+                    since=jnp.zeros(kv.start.shape[:1], jnp.int32))

@@ -187,28 +187,29 @@ class Block(ReducibleBlock):
     """Returns the MLP's output, float[B, N, D]."""
     return self.down(inner)
 
-  def step(self, carry: tuple[Array, Array],
-           kv: LayerCache) -> tuple[tuple[Array, Array], tuple[LayerCache, Signals]]:
+  def step(self, carry: tuple[Array, Array, Array | None], kv: LayerCache,
+           ) -> tuple[tuple[Array, Array, Array | None], tuple[LayerCache, Signals]]:
     """Runs one token a row through the block, over its cache.
 
     Args:
-      carry: (float[B, D], int32[], the number of the step).
+      carry: float[B, D]; int32[], the number of the step; and bool[B], rows that have a token, or
+        None for all.
       kv: the cache of this layer.
 
     Returns:
       The carry, the cache, and the token's `queries` and `last_attention`.
     """
-    x, step = carry
+    x, step, valid = carry
     pos = kv.position(step)
     index = pos if pos.ndim == 1 else pos[:, 0]
     hidden = self.norm1(x)
     q, k, _ = self._queries_and_keys(hidden, pos)
-    kv = kv.append(k, self.v(hidden), index, step)
+    kv = kv.append(k, self.v(hidden), index, step, valid)
     mixed, weights = kv.attend(q, index, self.window)
     x = x + self.out(mixed).astype(x.dtype)
     change = self.outer(self.inner(self.norm2(x)))
     signals = Signals(queries=q[:, None], last_attention=cast(Array, weights))
-    return (x + change.astype(x.dtype), step), (kv, signals)
+    return (x + change.astype(x.dtype), step, valid), (kv, signals)
 
   def extend(self, carry: tuple[Array, TokenSet, Array], kv: LayerCache, *,
              needs: frozenset[str], span: int,
@@ -469,11 +470,32 @@ class LM(nn.Module):
     Returns:
       Logits float32[B, V] after them, and the cache.
     """
-    x = self._embedded(ids)
-    (x, step), layers = self.stack.step((x, kvs.steps), kvs.layers)
-    kept = tuple(kv if kv.upkeep is None else keep_up(kv, signals, step, layer, self.stack.place)
-                 for layer, (kv, signals) in enumerate(layers))
-    return self._logits(self.norm(x)), Cache(kept, step + 1)
+    x, kvs = self._decode(self._embedded(ids), kvs)
+    return self._logits(self.norm(x)), kvs
+
+  def _decode(self, x: Array, kvs: Cache, valid: Array | None = None) -> tuple[Array, Cache]:
+    """Features float[B, D] after one more token a row, of those that have one, and the cache."""
+    (x, step, _), layers = self.stack.step((x, kvs.steps, valid), kvs.layers)
+    place = self.stack.place
+    kept = (kv if kv.upkeep is None else keep_up(kv, signals, valid, layer, place)
+            for layer, (kv, signals) in enumerate(layers))
+    if valid is not None:
+      # A row without a token goes on from the same position.
+      kept = (kv.with_start(kv.start - ~valid.reshape(-1, *(1,) * (kv.start.ndim - 1)))
+              for kv in kept)
+    return x, Cache(tuple(kept), step + 1)
+
+  def _read_one_by_one(self, tokens: TokenSet, kvs: Cache) -> tuple[Array, Cache]:
+    """Features float[B, C, D] of a chunk, and the cache, which makes room after every token."""
+    lm, params = self.clone(parent=None), {'params': self.variables['params']}
+
+    def read(kvs: Cache, item: tuple[Array, Array]) -> tuple[Cache, Array]:
+      x, kvs = cast(tuple[Array, Cache], lm.apply(params, item[0], kvs, item[1], method='_decode'))
+      return kvs, x
+
+    items = (jnp.swapaxes(tokens.x, 0, 1), tokens.real.T)
+    kvs, x = jax.lax.scan(read, kvs, items)
+    return jnp.swapaxes(x, 0, 1), kvs
 
   def empty_cache(self, rows: int, slots: int) -> Cache:
     """Returns a cache of nothing, for a prompt that is read in chunks.
@@ -502,8 +524,9 @@ class LM(nn.Module):
     What follows a prompt that `prefill` read and the cache plan cut (a question on its context)
     goes uncut behind it: `cache.take(rows)` repeats the context for several questions.
 
-    Chunks of one shape share a program. Reductions between layers act on what `prefill` reads
-    alone. Padding in a chunk, on whichever side, takes slots.
+    Chunks of one shape share a program. A cache that evicts reads the tokens of a chunk one by one.
+    Reductions between layers act on what `prefill` reads alone. Padding in a chunk, on whichever
+    side, takes slots.
 
     Args:
       tokens: ids int[B, C], or a TokenSet of embeddings, whose positions count from 0.
@@ -525,6 +548,9 @@ class LM(nn.Module):
     choices.check('logits=', logits, ('last', 'all'))
     tokens = self._enter(tokens, valid, planned=False)
     kvs.check_room(tokens.slots)
+    if any(kv.upkeep for kv in kvs.layers) and room is None:
+      x, kvs = self._read_one_by_one(tokens, kvs)
+      return self._logits(self.norm(_last(tokens, x) if logits == 'last' else x)), kvs
     needs, span = frozenset[str](), 0
     if room is not None:
       needs, span = self._check_last(tokens, kvs, room)

@@ -91,9 +91,10 @@ class SplitKV(struct.PyTreeNode):
     """Appends empty slots, for tokens to come."""
     return self.replace(tail=self.tail.with_room(room))
 
-  def append(self, k: Array, v: Array, index: Array, step: Array) -> SplitKV:
+  def append(self, k: Array, v: Array, index: Array, step: Array,
+             valid: Array | None = None) -> SplitKV:
     """Writes one more token a row, as `KV.append`."""
-    return self.replace(tail=self.tail.append(k, v, index, step))
+    return self.replace(tail=self.tail.append(k, v, index, step, valid))
 
   def position(self, step: Array) -> Array:
     """Returns the position of decoded token `step`, as `KV.position`."""

@@ -4,6 +4,7 @@ Axes: B batch, N tokens of a prompt, C of a chunk, K kv heads, S slots of a cach
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,26 @@ import numpy as np
 import pytest
 from helpers.tiny_lm import PROMPT, ROOM, TINY, VALID, ids, planned, prefill, unstacked, with_cache
 
+from models.backbones.lm import LM
+from ops.kv_cache import Cache
 from ops.rope import Rope
 
+STEPS, CAPACITY = 10, 7
+SNAPKV = {'method': 'snapkv', 'args': {'window': 3, 'kernel': 3}}
+# Settings of every way to let entries go while decoding, each with its capacity or budget.
+EVICTING = {
+    'h2o': {'method': 'h2o'}, 'tova': {'method': 'tova'}, 'knorm': {'method': 'knorm'},
+    'keydiff': {'method': 'keydiff'},
+    'streaming_llm': {'method': 'streaming_llm', 'args': {'sinks': 2}},
+    'rkv': {'method': 'rkv', 'args': {'every': 3, 'window': 2, 'kernel': 3, 'mix': 0.4,
+                                      'threshold': 0.1}},
+    'periodic_knorm': {'method': 'periodic', 'args': {'every': 4}, 'keep_ratio': 1.0},
+    'periodic_snapkv': {'method': 'periodic', 'args': {'every': 3, 'inner': SNAPKV}},
+    'periodic_tova': {'method': 'periodic', 'args': {'every': 2, 'inner': {'method': 'tova'}}},
+    'threshold': {'method': 'threshold', 'args': {'threshold': -4.5, 'window': 3}}}
 CHUNKABLE = {'knorm': {}, 'streaming_llm': {'sinks': 2}, 'tova': {},
-             'snapkv': {'window': 3, 'kernel': 3}}
+             'snapkv': {'window': 3, 'kernel': 3}, 'keydiff': {},
+             'rkv': {'window': 3, 'kernel': 3}}
 
 
 @functools.cache
@@ -160,3 +177,272 @@ def test_chunks_that_do_not_fit_are_refused_in_one_line():
     read_in_chunks(with_cache(method='h2o', keep=6), tokens[:, :PROMPT], (9, 3))
   with pytest.raises(ValueError, match='exceed the context of 64'):
     TINY.empty_cache(1, 65)
+
+
+# -- eviction ------------------------------------------------------------------------------------
+
+
+def evicting(name, lm=TINY, slots=PROMPT, **settings):
+  return with_cache(lm, slots, **{'capacity': CAPACITY, **EVICTING[name], **settings})
+
+
+def softmax(x):
+  e = np.exp(x - x.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
+
+
+def pooled(rows, mix):
+  """Each with its neighbours, zeros beyond the ends."""
+  wide = np.pad(rows, ((0, 0), (1, 1)))
+  return mix(np.stack([wide[:, i:i + rows.shape[1]] for i in range(3)]))
+
+
+class Reference:
+  """One kv head of one layer of one row, whose entries are lists of positions."""
+
+  def __init__(self, name):
+    self.name, self.entries, self.heavy, self.queries = name, [], {}, []
+
+  def read(self, position, keys, weights, queries):
+    """One more token: all keys [S, d], the weights [G, S] and queries [G, d] of its heads."""
+    self.entries.append(position)
+    self.keys, self.weights = keys, weights
+    self.queries.append(queries)
+    for entry in self.entries:
+      self.heavy[entry] = self.heavy.get(entry, 0.0) + float(weights[:, entry].sum())
+
+  def cut(self, mean_weights, *, prompt):
+    """Lets entries go; `mean_weights` [S] are of the latest token, over all heads."""
+    live, name = np.array(self.entries), self.name.removeprefix('periodic_')
+    forced, keys = [], self.keys[live]
+    norms = np.linalg.norm(keys, axis=1)
+    if name == 'h2o':
+      scores, forced = [self.heavy[entry] for entry in live], live[-(CAPACITY // 2):]
+    elif name == 'tova':
+      scores, forced = mean_weights[live], live[-1:] if prompt else []
+    elif name in ('knorm', 'threshold'):
+      scores, forced = -norms, live[-3:] if name == 'threshold' else []
+    elif name == 'keydiff':
+      units = keys / norms[:, None]
+      anchor = units.mean(axis=0)
+      scores = -units @ anchor / np.linalg.norm(anchor)
+    elif name == 'streaming_llm':
+      scores, forced = live, live[:2]
+    elif name == 'snapkv':
+      rows = np.stack([self.row(query, live, back) for back, query in
+                       enumerate(self.queries[:-4:-1])]).mean(axis=0)
+      rows[:, -3:] = 0
+      scores, forced = pooled(rows, lambda x: x.mean(axis=0)).mean(axis=0), live[-3:]
+      scores[-3:] = 0
+    elif name == 'rkv':
+      scores, forced = self.rkv(keys, norms), live[-2:]
+    order = sorted(range(len(live)), key=lambda i: (live[i] not in forced, -scores[i], live[i]))
+    kept = [i for i in order[:CAPACITY]
+            if name != 'threshold' or live[i] in forced or scores[i] >= -4.5]
+    self.entries = sorted(int(live[i]) for i in kept)
+
+  def row(self, query, live, back):
+    """Attention [G, n] of the query that many tokens ago."""
+    logits = query @ self.keys[live].T / np.sqrt(query.shape[1])
+    return softmax(np.where(live[None] <= live[-1] - back, logits, -np.inf))
+
+  def rkv(self, keys, norms):
+    logits = np.stack([(query @ keys[:-2].T).max(axis=0) for query in self.queries[-2:]])
+    importance = np.zeros((1, len(keys)))
+    importance[0, :-2] = softmax(logits / np.sqrt(keys.shape[1])).mean(axis=0)
+    importance = pooled(importance, lambda x: x.max(axis=0))[0]
+    cosine = (keys / norms[:, None]) @ (keys / norms[:, None]).T
+    np.fill_diagonal(cosine, 0)
+    for row in cosine:
+      like = np.flatnonzero(row > 0.1)
+      row[like[-1] if len(like) else 0] = 0
+    return 0.4 * importance - 0.6 * softmax(cosine.mean(axis=0))
+
+
+@functools.cache
+def raw_stepper(lm):
+  """As `decode`, with the signals of the layers."""
+
+  def step(lm, ids, cache):
+    (x, count, _), layers = lm.stack.step((lm._embedded(ids), cache.steps, None), cache.layers)
+    kvs, signals = zip(*layers, strict=True)
+    return lm._logits(lm.norm(x)), Cache(kvs, count + 1), signals
+
+  return jax.jit(functools.partial(lm.apply, method=step))
+
+
+def reference(name, tokens, steps, every, cut_prompt):
+  """Logits [1 + steps, V] and entries [1 + steps, L, K] of one row, by a cache that hides."""
+  prompt = len(tokens) - steps
+  cache = TINY.empty_cache(1, len(tokens))
+  heads = [[Reference(name) for _ in range(2)] for _ in range(TINY.depth)]
+  logits, entries = [], []
+  for position, token in enumerate(tokens):
+    layers = []
+    for kv, refs in zip(cache.layers, heads, strict=True):
+      valid = np.zeros((1, 2, len(tokens)), bool)
+      for head, ref in enumerate(refs):
+        valid[0, head, ref.entries] = True
+      pos = np.broadcast_to(np.arange(len(tokens), dtype=np.int32), valid.shape)
+      layers.append(kv.replace(valid=jnp.asarray(valid), pos=jnp.asarray(pos)))
+    out, cache, told = raw_stepper(TINY)(unstacked(), token[None], cache.replace(
+        layers=tuple(layers)))
+    for kv, refs, signals in zip(cache.layers, heads, told, strict=True):
+      weights = np.asarray(signals.last_attention)[0]
+      queries = np.asarray(signals.queries)[0, 0]
+      decoded = position - prompt + 1
+      for head, ref in enumerate(refs):
+        own = slice(2 * head, 2 * head + 2)
+        ref.read(position, np.asarray(kv.k)[0, head].astype(np.float64), weights[own], queries[own])
+        due = decoded and decoded % every == 0 if decoded else cut_prompt
+        if decoded >= 0 and due and (name == 'threshold' or len(ref.entries) > CAPACITY):
+          ref.cut(weights.mean(axis=0), prompt=not decoded)
+    if position >= prompt - 1:
+      logits.append(np.asarray(out)[0])
+      entries.append([[list(ref.entries) for ref in refs] for refs in heads])
+  return np.stack(logits), entries
+
+
+def held(kv, row):
+  """The positions that each head of a row holds."""
+  return [sorted(pos[valid].tolist()) for pos, valid in
+          zip(np.asarray(kv.pos)[row], np.asarray(kv.valid)[row], strict=True)]
+
+
+def distinct():
+  """int32[3, N], rows of tokens that do not repeat: keys of equal tokens are equally long."""
+  rng = np.random.default_rng(3)
+  return jnp.asarray(np.stack([rng.permutation(29)[:PROMPT + STEPS] for _ in range(3)]), jnp.int32)
+
+
+@pytest.mark.parametrize('name', EVICTING)
+def test_eviction_equals_a_full_cache_that_hides_what_left(name):
+  lm = evicting(name)
+  tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
+  every = EVICTING[name].get('args', {}).get('every', 1)
+  logits, cache = prefill(lm, tokens, jnp.asarray(VALID))
+  found, entries = [logits], [[[held(kv, row) for kv in cache.layers] for row in range(3)]]
+  for column in following.T:
+    logits, cache = stepper(lm)(unstacked(), column, cache)
+    found.append(logits)
+    entries.append([[held(kv, row) for kv in cache.layers] for row in range(3)])
+  for row in range(3):
+    alone = jnp.concatenate([tokens[row][VALID[row]], following[row]])
+    wanted, kept = reference(name, alone, STEPS, every, 'keep_ratio' not in EVICTING[name])
+    assert [step[row] for step in entries] == kept
+    np.testing.assert_allclose(np.stack(found)[:, row], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize('prompt', [4, PROMPT])
+def test_positions_inside_the_cache_are_those_of_a_prompt_of_what_it_holds(prompt):
+  """StreamingLLM's numbers: one layer, whose keys know nothing but their token and position."""
+  lm = evicting('streaming_llm', TINY.clone(depth=1), prompt, positions='compact')
+  tokens = distinct()
+  _, cache = prefill(lm, tokens[:, :prompt], weights=unstacked(1))
+  for position in range(prompt, PROMPT + STEPS):
+    logits, cache = stepper(lm)(unstacked(1), tokens[:, position], cache)
+    # A token sees what the one before it left, and itself.
+    first = max(position + 2 - CAPACITY, 2)
+    seen = [*range(min(2, position)), *range(first, position + 1)]
+    wanted, _ = prefill(lm.clone(cache_plan=None), tokens[:, np.array(seen)], weights=unstacked(1))
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['h2o', 'periodic_snapkv', 'threshold'])
+def test_rows_in_another_order_give_the_same_rows(name):
+  lm = evicting(name)
+  tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
+  order = np.array([2, 0, 1])
+  _, cache = prefill(lm, tokens, jnp.asarray(VALID))
+  _, other = prefill(lm, tokens[order], jnp.asarray(VALID[order]))
+  np.testing.assert_array_equal(decoded(lm, cache, following)[order],
+                                decoded(lm, other, following[order]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', ['h2o', 'streaming_llm', 'periodic_knorm', 'threshold'])
+def test_a_thousand_tokens_take_no_more_memory_and_no_more_programs(name):
+  lm = evicting(name, TINY.clone(context=4096), positions='compact')
+  step = jax.jit(functools.partial(lm.apply, method='decode'), donate_argnums=2)
+  _, cache = prefill(lm, ids()[:, :PROMPT])
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+  token = ids()[:, 0]
+  for _ in range(1000):
+    logits, cache = step(unstacked(), token, cache)
+    token = jnp.argmax(logits, axis=1).astype(jnp.int32)
+  assert step._cache_size() == 1
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == shapes
+  assert np.isfinite(logits).all()
+  every = EVICTING[name].get('args', {}).get('every', 1)
+  for kv in cache.layers:
+    assert kv.k.shape[2] == max(CAPACITY, PROMPT if 'periodic' in name else 0) + every
+    counts = np.asarray(kv.valid).sum(axis=2)
+    assert (counts <= CAPACITY).all()
+    assert (counts > 2).all()
+    assert int(jnp.max(kv.pos)) <= kv.k.shape[2]
+
+
+@pytest.mark.parametrize(('name', 'rows', 'kv_heads'), [
+    ('h2o', 3, 2), ('knorm', 1, 1),
+    *(pytest.param(name, rows, heads, marks=pytest.mark.long) for name, rows, heads in [
+        ('tova', 3, 2), ('streaming_llm', 1, 2), ('keydiff', 3, 1), ('threshold', 1, 2),
+        ('periodic_knorm', 3, 2)])])
+def test_a_step_copies_no_cache(name, rows, kv_heads):
+  """The buffers are written in place, and nothing as large as a layer's keys is made beside them.
+  """
+  lm = LM(vocabulary=64, width=32, depth=3, mlp=64, heads=4, kv_heads=kv_heads, head_width=16,
+          context=4096, rope=Rope(16))
+  shapes = jax.eval_shape(lm.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  blocks = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+                        shapes['stack']['blocks'])
+  weights = {'params': {**shapes, 'stack': {'blocks': (blocks,) * 3}}}
+  lm = evicting(name, lm, 1024, capacity=768)
+  _, cache = jax.eval_shape(functools.partial(lm.apply, room=0, method='prefill'), weights,
+                            jax.ShapeDtypeStruct((rows, 1024), jnp.int32))
+  compiled = jax.jit(functools.partial(lm.apply, method='decode'), donate_argnums=2).lower(
+      weights, jax.ShapeDtypeStruct((rows,), jnp.int32), cache).compile()
+  memory = compiled.memory_analysis()
+  held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+  keys = cache.layers[0].keys.size
+  assert memory.alias_size_in_bytes >= held
+  assert memory.temp_size_in_bytes < 4 * keys
+  made = re.findall(r'= f32\[([\d,]+)\]\S* (?:copy|transpose|broadcast|select|concatenate)\(',
+                    compiled.as_text())
+  assert all(np.prod([int(n) for n in shape.split(',')]) < keys for shape in made)
+
+
+@pytest.mark.parametrize(('settings', 'message'), [
+    ({'method': 'streaming_llm', 'capacity': 4}, 'capacity=4 is too small for streaming_llm, which '
+     'keeps 5 entries at least'),
+    ({'method': 'h2o', 'args': {'recent': 9}, 'capacity': 9}, 'set capacity=10 or more'),
+    ({'method': 'periodic', 'args': {'inner': SNAPKV}, 'capacity': 3}, 'set capacity=4 or more'),
+    ({'method': 'threshold', 'capacity': 64}, 'set capacity=129 or more'),
+    ({'method': 'knorm', 'capacity': 6, 'keep_ratio': 0.75}, 'knorm leaves 9 entries of a prompt '
+     'in layer 0, more than capacity=6'),
+    ({'method': 'expected_attention', 'capacity': 8}, 'expected_attention needs plain_queries, '
+     'which a decoded token does not tell'),
+    ({'method': 'adakv', 'capacity': 8}, 'adakv lets no entries go while a model decodes: choose '
+     'one of .*h2o'),
+    ({'method': 'rkv', 'capacity': 16, 'positions': 'compact'}, "choose 'keep'"),
+    ({'method': 'h2o', 'capacity': 0}, 'capacity')])
+def test_capacities_that_cannot_be_kept_are_refused_when_the_model_is_made(settings, message):
+  with pytest.raises(ValueError, match=message):
+    with_cache(**settings)
+
+
+@pytest.mark.parametrize(('name', 'positions'), [
+    ('h2o', 'keep'), ('h2o', 'compact'), ('periodic_snapkv', 'keep')])
+def test_a_cache_that_evicts_reads_a_chunk_token_by_token(name, positions):
+  lm = evicting(name, positions=positions)
+  tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
+  place, lengths = np.arange(5)[None], np.array([[5], [2], [4]])
+  for valid in (place < lengths, place >= 5 - lengths):
+    _, cache = prefill(lm, tokens, jnp.asarray(VALID))
+    found, cache = extend(lm, following[:, :5], cache, jnp.asarray(valid), logits='all')
+    after = decoded(lm, cache, following[:, 5:])
+    for row in range(3):
+      _, cache = prefill(lm, tokens[row:row + 1], jnp.asarray(VALID[row:row + 1]))
+      own = jnp.concatenate([following[row, :5][valid[row]], following[row, 5:]])[None]
+      wanted, count = decoded(lm, cache, own)[0], int(lengths[row, 0])
+      np.testing.assert_allclose(found[row][valid[row]], wanted[:count], atol=1e-5)
+      np.testing.assert_allclose(after[row], wanted[count:], atol=1e-5)
