@@ -6,7 +6,8 @@
 Prompts are read once, with everything that any method asks of them; each method then cuts the
 caches, and the model goes on from there. Writes a row of JSON a method and budget to `config.out`:
   perplexity      of the tokens behind a prefix of `config.prefix` tokens
-  recall          pass keys told right, of `config.pass_keys`, after a prompt that ends with the question
+  recall          pass keys told right, of `config.pass_keys`, behind a prompt that ends with the
+                  question
   recall_context  the same where the cache is cut before the question is read
   memory          bytes of the cache of the prefix, as a share of the whole one's
 The text is plain, an empty line between articles.
