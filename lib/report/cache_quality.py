@@ -143,7 +143,8 @@ class Subject:
     recalled = self._answers(after[:, -1], cache)
     return {'perplexity': round(float(jnp.exp(-likelihood.mean())), 2),
             'recall': f'{told} of {len(self.keys)}',
-            'recall_context': f'{recalled} of {len(self.keys)}', 'memory': round(_bytes(layers) / full, 3)}
+            'recall_context': f'{recalled} of {len(self.keys)}',
+            'memory': round(_bytes(layers) / full, 3)}
 
   def _pass_keys(self, articles: Sequence[str], config: Any) -> tuple[list[str], list[str]]:
     """Pass keys, and prompts that hold them somewhere among words."""
