@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from helpers.tiny_lm import PROMPT, ROOM, TINY, VALID, ids, planned, prefill, unstacked, with_cache
 
+from lib.cost import lm as lm_cost
 from models.backbones.lm import LM
+from models.decoding.generator import Generator
+from models.reduce_config import with_plans
 from ops.kv_cache import Cache
 from ops.rope import Rope
 
@@ -446,3 +449,29 @@ def test_a_cache_that_evicts_reads_a_chunk_token_by_token(name, positions):
       wanted, count = decoded(lm, cache, own)[0], int(lengths[row, 0])
       np.testing.assert_allclose(found[row][valid[row]], wanted[:count], atol=1e-5)
       np.testing.assert_allclose(after[row], wanted[count:], atol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'positions'), [
+    ('h2o', 'keep'), ('h2o', 'compact'), ('periodic_snapkv', 'keep'), ('periodic_knorm', 'compact')])
+def test_what_is_set_aside_is_what_the_cost_says(name, positions):
+  lm = evicting(name, positions=positions)
+  _, cache = jax.eval_shape(functools.partial(lm.apply, room=0, method='prefill'), unstacked(),
+                            ids()[:1, :PROMPT])
+  found = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kv))
+           for kv in cache.layers]
+  assert [layer.allocated_bytes for layer in lm_cost.of(lm, PROMPT).layers] == found
+
+
+def test_answers_are_decoded_within_the_capacity():
+  lm, weights = TINY.clone(context=256), unstacked()
+  config = {'method': 'h2o', 'capacity': CAPACITY}
+  generator = Generator(lm, weights['params'], plans=with_plans(lm, cache=config), buckets=(16,))
+  prompts = [list(map(int, row[valid])) for row, valid in zip(ids()[:, :PROMPT], VALID, strict=True)]
+  answers = generator(prompts, new_tokens=40)
+  # The cache of any answer is as long, and so are the programs.
+  assert [len(row) for row in generator(prompts, new_tokens=90)] == [90] * 3
+  assert sum(count for (name, *_), count in generator.compilations.items() if name == 'decode') == 1
+  alone = [generator([prompt], new_tokens=40)[0] for prompt in prompts]
+  assert answers == alone
+  scores = generator.score(prompts, [answer[:20] for answer in answers])
+  assert all(score.greedy for score in scores)
