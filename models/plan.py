@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from models import renames
 from models.compressors import COMPRESSORS
 from models.reduction import DECODED, OF_RECENT, Event, Reduction
+from models.row_budgets import Pools
 from ops import choices, values
 from ops.budgets import (
   BUDGETS,
@@ -42,15 +44,17 @@ MODES = ('gather', 'mask')
 # 'compact': by their rank among the tokens that are left. 'restart': the kept tokens become a new
 # prompt, numbered from 0, and the model runs again on it.
 POSITIONS = ('keep', 'compact', 'restart')
+# Whether the last real token of a causal prompt, which predicts the next one, may go.
+HOLDS = ('last', 'none')
 # Layers and budgets are checked beside the host that they are for (ops/budgets.py).
 KEYS = values.Keys({
     'method': str, 'args': Mapping[str, Any], 'site': str, 'layers': Any, 'watch': Any,
     'rounding': str, 'ratio_of': str, 'mode': str, 'token_kinds': str | tuple[str, ...],
-    'positions': str, **dict.fromkeys(BUDGETS, Any)})
+    'positions': str, 'holds': str, **dict.fromkeys(BUDGETS, Any)})
 # A method that another one holds (ops/reducers/scoring.py).
 HELD_KEYS = values.Keys({'method': str, 'args': Mapping[str, Any]}, frozenset({'method'}))
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
-CACHE_KEYS = KEYS.without('site', 'watch', 'ratio_of', 'mode', 'token_kinds',
+CACHE_KEYS = KEYS.without('site', 'watch', 'ratio_of', 'mode', 'token_kinds', 'holds',
                           *set(BUDGETS) - set(CACHE_BUDGETS)) | values.Keys(
                             {'capacity': values.Count})
 
@@ -68,6 +72,7 @@ class Host:
     counts: (kind, slots) pairs where there are several kinds, of which `token_kinds` in a
       reduction's config names some. All slots of other kinds are then protected, padding included.
     positions: the position policies that it supports, the default first.
+    holds: what a reduction holds unless its config says otherwise, one of `HOLDS`.
   """
 
   depth: int
@@ -77,6 +82,7 @@ class Host:
   sites: tuple[str, ...] = SITES
   counts: tuple[tuple[str, int], ...] = ()
   positions: tuple[str, ...] = ('keep',)
+  holds: str = 'none'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +162,11 @@ class Plan:
     return any(reduction.mode == 'mask' for reduction in self.reductions)
 
   @property
+  def holds(self) -> str:
+    """Returns what no reduction touches, one of `HOLDS`."""
+    return 'last' if any(event.reduction.holds == 'last' for event in self.events) else 'none'
+
+  @property
   def positions(self) -> str:
     """Returns how tokens are numbered behind the events, one of `POSITIONS`."""
     named = {reduction.positions for reduction in self.reductions}
@@ -224,7 +235,8 @@ def _after(event: Event, now: int) -> int:
 def make_events(reduction: Reduction, site: str, cuts: Sequence[Cut | Event], *,
                 protected: int | None = None) -> tuple[Event, ...]:
   """Returns the events of cuts at a site, all by one method, with so many slots left alone."""
-  return tuple(Event(cut.layer, site, cut.slots_in, cut.slots_out, reduction, protected)
+  return tuple(Event(cut.layer, site, cut.slots_in, cut.slots_out, reduction, protected,
+                     step=cut.step)
                for cut in cuts)
 
 
@@ -325,7 +337,8 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
     config: method, args, site, layers, watch, mode and one budget (ops/budgets.py lists the
       forms). `watch` names layers as `layers` does, or none: (); by default the method chooses.
       Where the host has several kinds of tokens, `token_kinds` names one or more ('visual',
-      'text'), all by default; `positions` is one of `POSITIONS`, by default the method's own. Or
+      'text'), by default the visual ones where there are any, else all; `positions` is one of
+      `POSITIONS`, by default the method's own; `holds` one of `HOLDS`, by default the host's. Or
       several such, whose events happen in the order of layers and sites, those of one place in the
       order in which they are given; one of them may have a budget in FLOPs, which counts all.
     host: the backbone's depth, tokens and signals.
@@ -338,6 +351,10 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
   """
   configs = [config] if isinstance(config, Mapping | ConfigDict) else list(config)
   drafts = [_draft(each, host) for each in configs]
+  holds = {draft.reduction.holds for draft in drafts}
+  if len(holds) > 1:
+    raise ValueError("the reductions of a tower must agree on what they hold: give all of them "
+                     "holds='last', or all holds='none'")
   flops = [draft for draft in drafts if draft.in_flops]
   if len(flops) > 1:
     raise ValueError(f'{" and ".join(draft.reduction.name for draft in flops)} both have a budget '
@@ -385,8 +402,10 @@ def _draft(config: Config, host: Host) -> _Draft:
                      f"use mode='gather', or {name} at another site")
   check_needs(name, method, host, site)
   kinds = reducible_kinds(config.get('token_kinds'), host)
+  holds = config.get('holds') or host.holds
+  choices.check('holds ', holds, HOLDS)
   reduction = Reduction(name, method, mode, (), tuple(KINDS[kind] for kind in kinds) or None,
-                        position_policy(config.get('positions'), method, host))
+                        position_policy(config.get('positions'), method, host), holds)
   return _Draft(config, reduction, site, kinds)
 
 
@@ -395,51 +414,34 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
   """Returns the events of all reductions, each from what the one before it left."""
   turns = sorted(((step, draft) for draft in drafts for step in steps.get(draft, ())),
                  key=lambda turn: (turn[0].layer, SITES.index(turn[1].site)))
-  slots, counts = host.slots, _Counts(host)
+  kinds = host.counts or (('', host.slots - host.protected),)
+  slots, pools = host.slots, Pools(kinds)
   events: list[Event] = []
   for step, draft in turns:
-    free = counts.of(draft)
-    limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free)
+    free = pools.of(draft.kinds or ('',), functools.partial(_unknown_share, draft))
+    limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free,
+                       draft.reduction.held)
     cut = take(step, slots, _free(host, draft.kinds), limits)
     if cut is None:
       continue
     event = Event(cut.layer, draft.site, cut.slots_in, cut.slots_out, draft.reduction,
-                  slots - free if host.counts else None)
+                  slots - free if host.counts else None, step=cut.step)
     if event.site == 'inside' and events and (events[-1].layer, events[-1].site) == (
         event.layer, 'inside'):
       raise ValueError(f'{events[-1].reduction.name} and {event.reduction.name} both cut inside '
                        f'the attention of layer {event.layer}: give one of them another site')
     events.append(event)
     if draft.reduction.mode == 'gather':
-      counts.left(draft, free - (cut.slots_in - cut.slots_out))
+      pools.left(draft.kinds or ('',), free - (cut.slots_in - cut.slots_out))
       slots = cut.slots_out
   return tuple(events)
 
 
-class _Counts:
-  """Keeps count of the tokens of each kind, as far as reductions let it be known."""
-
-  def __init__(self, host: Host) -> None:
-    kinds = host.counts or (('', host.slots - host.protected),)
-    self._pools: dict[tuple[str, ...], int] = {(kind,): count for kind, count in kinds}
-
-  def of(self, draft: _Draft) -> int:
-    """Counts the tokens that a reduction may touch."""
-    kinds, count = set(draft.kinds or ('',)), 0
-    for pool, tokens in self._pools.items():
-      if kinds >= set(pool):
-        count += tokens
-      elif kinds & set(pool):
-        raise ValueError(f'{draft.reduction.name} of {" and ".join(draft.kinds)} tokens comes '
-                         f'after a reduction of {" and ".join(pool)} tokens together, which does '
-                         'not tell how many of each are left: set token_kinds of the earlier one')
-    return count
-
-  def left(self, draft: _Draft, count: int) -> None:
-    """Takes down how many a reduction has left."""
-    kinds = draft.kinds or ('',)
-    self._pools = {pool: tokens for pool, tokens in self._pools.items()
-                   if not set(pool) <= set(kinds)} | {kinds: count}
+def _unknown_share(draft: _Draft, pool: tuple[str, ...]) -> ValueError:
+  """Makes the error for kinds that an earlier reduction left together."""
+  return ValueError(f'{draft.reduction.name} of {" and ".join(draft.kinds)} tokens comes after a '
+                    f'reduction of {" and ".join(pool)} tokens together, which does not tell how '
+                    'many of each are left: set token_kinds of the earlier one')
 
 
 def _watched(events: Sequence[Event], drafts: Sequence[_Draft], host: Host) -> Plan:
@@ -501,15 +503,12 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   for layer, value in zip(layers, amounts, strict=True):
     slots = counts[layer]
     limits = Limits(host.depth, slots, 0, method.extra_slots,
-                    functools.partial(method.min_slots, protected=0))
+                    functools.partial(method.min_slots, protected=0), 'keep')
     if method.allocates:
-      asked = _exact(form, value, slots) if form else None
-      own = {'keep': method.allocate(layer, host.depth, slots, asked), 'layers': layer}
       # A method may leave the count to what it reads: then a layer is asked though nothing goes.
-      cuts += resolve(own, limits) or [Cut(layer, slots, slots)]
+      step = _allocated(method, layer, host.depth, form, value)
+      cuts.append(take(step, slots, slots, limits) or Cut(layer, slots, slots))
       continue
-    if form == 'keep' and isinstance(value, int):
-      value = min(value, slots)  # A capacity: a shorter prompt keeps all that it has.
     budget = {form: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
     # While the model decodes, entries go though of the prompt none does.
     cut = resolve(budget, limits) or (Cut(layer, slots, slots),) * bool(capacity)
@@ -547,6 +546,18 @@ def _evicting(name: str, method: Method, capacity: int) -> EvictingMethod:
   return method
 
 
+def _allocated(method: Any, layer: int, depth: int, form: str, value: Any) -> Step:
+  """Returns what a method that says itself how many entries a layer keeps asks of it."""
+
+  def keep(now: Any, start: Any) -> Any:
+    del start
+    if isinstance(now, np.ndarray):
+      return np.array([keep(int(n), None) for n in now])
+    return method.allocate(layer, depth, now, _exact(form, value, now) if form else None)
+
+  return Step(layer, keep, f'{form}={value}')
+
+
 def _exact(form: str, value: Any, slots: int) -> Fraction:
   """Returns the entries that a budget asks for of so many, not rounded.
 
@@ -572,7 +583,7 @@ def reducible_kinds(of: str | Sequence[str] | None, host: Host) -> tuple[str, ..
   """Returns the names of the kinds that a reduction may remove; () where the host has one alone.
 
   Args:
-    of: a name in `host.counts`, several, or None for all.
+    of: a name in `host.counts`, several, or None for visual tokens where there are any, else all.
     host: of the reduction.
 
   Raises:
@@ -580,7 +591,7 @@ def reducible_kinds(of: str | Sequence[str] | None, host: Host) -> tuple[str, ..
   """
   counts = dict(host.counts)
   if of is None:
-    return tuple(counts)
+    return ('visual',) if counts.get('visual') else tuple(counts)
   names = (of,) if isinstance(of, str) else tuple(of)
   for name in names:
     if not counts.get(name):
@@ -609,10 +620,17 @@ def position_policy(positions: str | None, method: Method, host: Host) -> str:
   return chosen
 
 
-def limits_of(method: Method, host: Host, protected: int) -> Limits:
-  """Returns the limits that a host and a method set to budgets, with `protected` slots fixed."""
+def limits_of(method: Method, host: Host, protected: int, held: int = 0) -> Limits:
+  """Returns the limits that a host and a method set to budgets.
+
+  Args:
+    method, host: these.
+    protected: slots that are fixed, and that budgets do not count.
+    held: tokens that are fixed, and that budgets count.
+  """
   return Limits(host.depth, host.slots, protected, method.extra_slots,
-                functools.partial(method.min_slots, protected=protected))
+                functools.partial(method.min_slots, protected=protected + held),
+                'keep' if host.counts else 'refuse')
 
 
 def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
@@ -627,7 +645,8 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
   protected = next((event.protected for event in plan.events if event.protected is not None),
                    host.protected)
   before = [Cut(event.layer, event.slots_in, event.slots_out) for event in plan.events]
-  cuts = part_of(before, fraction, limits_of(reduction.method, host, protected))
+  cuts = part_of(before, fraction,
+                 limits_of(reduction.method, host, protected, reduction.held))
   last = cuts[-1].layer if cuts else -1
   weaker = dataclasses.replace(
       reduction, watch=tuple(layer for layer in reduction.watch if layer <= last))

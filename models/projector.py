@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from models.blocks import ACTIVATIONS, dense
 from models.plan import Plan
 from models.reduction import Place, Reduced, ReducerParameters, reduce
+from models.row_budgets import row_budgets
 from ops import assignments
 from ops import tokens as tk
 from ops.reducers.base import Reducer
@@ -159,7 +160,8 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
   place = Place(reduction.depth, reduction.grid, mesh=mesh,
                 one_sequence=reduction.grid is not None)
   params = reducers(event, tokens, signals, place)
-  outcome = reduce(event, tokens, signals, place, params=params, rng=rng)
+  budget, = row_budgets((event,), tokens)
+  outcome = reduce(event, tokens, signals, place, budget=budget, params=params, rng=rng)
   reduced = outcome.tokens
   position = jnp.where(reduced.real, reduced.pos, slots) if reduction.order == 'raster' else 0
   position = jnp.where(reduced.kind == SPECIAL, -1, position)

@@ -17,17 +17,19 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from ops import assignments, attention
 from ops import tokens as tk
 from ops.assignments import Assignment, Gather, Mix
+from ops.budgets import Step
 from ops.kv_cache import KV, Recent
 from ops.primitives.select import ranks
 from ops.reducers.method import EvictingMethod, Method, WatchingMethod
 from ops.rope import Rope, sequence_index
 from ops.signals import STATIC, Signals, by_head, latest
-from ops.tokens import FIXED_PADDING, TEXT, TokenSet
+from ops.tokens import TEXT, TokenSet
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -48,6 +50,7 @@ class Reduction:
     of: kinds that it may touch (ops/tokens.py), None for what the tokens say themselves.
     positions: one of `models.plan.POSITIONS`.
     capacity: of a cache, entries that a head may hold while a model decodes; 0 lets it grow.
+    holds: one of `models.plan.HOLDS`.
   """
 
   name: str
@@ -56,11 +59,17 @@ class Reduction:
   watch: tuple[int, ...] = ()
   of: tuple[int, ...] | None = None
   positions: str = 'keep'
+  holds: str = 'none'
   capacity: int = 0
 
   def asks(self, event: Event) -> bool:
     """Returns whether the method is asked of a prompt, and not only of what is decoded."""
     return not self.capacity or event.slots_out < event.slots_in
+
+  @property
+  def held(self) -> int:
+    """Returns how many tokens of a row it holds, of those that its budget counts."""
+    return int(self.holds == 'last' and (self.of is None or TEXT in self.of))
 
   @property
   def learned(self) -> bool:
@@ -83,6 +92,7 @@ class Event:
     reduction: the method that decides.
     protected: slots that it must leave alone, padding among them; None for what the tokens say.
     several: whether the plan has other reductions too.
+    step: what the budget asked, by which shorter rows find their own counts; None for all alike.
   """
 
   layer: int
@@ -92,6 +102,28 @@ class Event:
   reduction: Reduction
   protected: int | None = None
   several: bool = False
+  step: Step | None = dataclasses.field(default=None, compare=False)
+
+  def kept(self, now: Array, start: Array, most: int) -> Array:
+    """Returns how many of the tokens that its budget counts each row keeps, int32[B].
+
+    Args:
+      now: int32[B], tokens that it counts.
+      start: int32[B], those that entered the first layer.
+      most: the largest that `start` can be.
+    """
+    if self.step is None:
+      return jnp.minimum(now, self.slots_out - (self.protected or 0))
+    fixed = self.protected or 0
+    # Worked out on the host, exactly: products of a ratio may not fit into int32.
+    counts = np.arange(most + 1)
+    asked = np.minimum(self.step.keep(counts, counts), np.iinfo(np.int32).max)
+    least = np.array([self.method.min_slots(int(n) + fixed, fixed + self.reduction.held) - fixed
+                      for n in counts])
+    index = start if self.step.of == 'start' else now
+    kept: Array = self.step.kept(jnp.asarray(asked, jnp.int32)[index], now,
+                                 jnp.asarray(least, jnp.int32)[now])
+    return kept
 
   def view(self, tokens: TokenSet) -> TokenSet:
     """Returns the tokens with the kinds and the protected slots that the method is to see."""
@@ -175,7 +207,8 @@ class Reduced:
 
 
 def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
-           params: Params | None = None, rng: Array | None = None) -> Reduced:
+           budget: Array | None = None, params: Params | None = None,
+           rng: Array | None = None) -> Reduced:
   """Asks the method of an event, and reduces the tokens.
 
   Args:
@@ -183,6 +216,7 @@ def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
     tokens: N slots.
     signals: at least those that the method needs.
     place: where this happens.
+    budget: int32[B], free tokens that each row keeps; None for as many as fit.
     params: of a learned method.
     rng: turns training of a learned method on.
   """
@@ -191,20 +225,23 @@ def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
 
   def decide(params: Params | None, rng: Array | None, tokens: TokenSet,
              signals: Signals) -> tuple[TokenSet, Assignment, dict[str, Array]]:
-    assignment, losses = ask(reduction.method, _mark_fixed_padding(tokens), signals, params,
-                             _own(rng, place), num_slots=event.slots_out)
+    assignment, losses = ask(reduction.method, tokens, signals, params, _own(rng, place),
+                             num_slots=event.slots_out)
     return apply(tokens, assignment), assignment, losses
 
-  seen = event.view(tokens)
+  seen = event.view(tokens).replace(budget=budget)
   signals = place.signals(signals, reduction.method.needs, event.layer, event.slots_in)
   # The names let lib/cost/jaxpr.py tell the method's own products from the backbone's.
   with jax.named_scope('reduction'):
     reduced, assignment, losses = place.by_rows(decide, whole=2)(params, rng, seen, signals)
   if place.causal:
     reduced, assignment = _order_causally(reduction, seen, reduced, assignment)
-  wanted = assignment.wanted
+  overflow = None
+  if assignment.wanted is not None:
+    room = tk.num_left(seen, event.slots_out)
+    overflow = jnp.maximum(assignment.wanted - (room if isinstance(room, int) else room[:, 0]), 0)
   return Reduced(reduced.replace(of=tokens.of, protected=tokens.protected), assignment, losses,
-                 None if wanted is None else jnp.maximum(wanted - event.slots_out, 0))
+                 overflow)
 
 
 def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
@@ -428,19 +465,6 @@ def _own(rng: Array | None, place: Place) -> Array | None:
   if rng is None or place.mesh is None:
     return rng
   return jax.random.fold_in(rng, jax.lax.axis_index(BATCH_AXES))
-
-
-def _mark_fixed_padding(tokens: TokenSet) -> TokenSet:
-  """Marks padding among fixed tokens as FIXED_PADDING, which a method must keep like real ones.
-
-  Every row then has the same number of reducible tokens under the schedule, however much text it
-  has.
-  """
-  if tokens.valid is None or not tokens.protected:
-    return tokens
-  free = tokens.replace(valid=None).free
-  kind = jnp.where(tokens.valid | free, tokens.kind, FIXED_PADDING)
-  return tokens.replace(kind=kind.astype(tokens.kind.dtype), valid=tokens.valid | ~free)
 
 
 def _order_causally(reduction: Reduction, tokens: TokenSet, reduced: TokenSet,

@@ -24,6 +24,7 @@ from models import reduction
 from models.blocks import ReducibleBlock, add
 from models.plan import Plan
 from models.reduction import BATCH_AXES, Event, Place, Reduced, Reduction
+from models.row_budgets import row_budgets
 from models.storage import LayerSlice, Params, Weights, layer_of, unstack
 from ops import choices
 from ops import tokens as tk
@@ -101,7 +102,9 @@ class Stack(nn.Module):
       The final tokens, and a dict: 'before' and 'cuts' {layer: TokenSet before, and after, the
       cut}, 'overflow' {layer: int32[B], the tokens that an adaptive method wanted to keep beyond
       its capacity}, 'losses' {name: float32[B]} of learned methods, with `capture` 'hidden', the
-      features after each layer, and with a tap 'taps', the tree that it read in each layer.
+      features after each layer, with a tap 'taps', the tree that it read in each layer, and
+      'budgets', for each event of the plan int32[B], the free tokens that each row keeps, or None
+      where no row has padding.
 
     Raises:
       ValueError: for an unknown `remat`, or a learned method whose parameters are missing.
@@ -109,8 +112,10 @@ class Stack(nn.Module):
     choices.check('remat=', self.remat, REMAT)
     weights = self._weights(tokens)
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
+    events = [self._of_row(event) for event in self.plan.events] if self.plan else []
+    budgets = row_budgets(events, tokens)
     out: Outputs = {'before': {}, 'cuts': {}, 'overflow': {}, 'losses': {}, 'hidden': [],
-                           'taps': []}
+                    'taps': [], 'budgets': budgets}
     signals = Signals()
     for start, stop in self._stages(weights, tap):
       for event in self._events(start, 'before'):
@@ -226,6 +231,10 @@ class Stack(nn.Module):
   def _events(self, layer: int, *sites: str) -> tuple[Event, ...]:
     """The plan's events at some sites of a layer."""
     return self.plan.at(layer, *sites) if self.plan else ()
+
+  def _of_row(self, event: Event) -> Event:
+    """An event as it is for each row of the batch that layers see."""
+    return event
 
   def _acting(self, layer: int) -> tuple[Reduction, ...]:
     """The methods that act on signals of a layer: an event before a layer reads the one above."""
@@ -362,12 +371,15 @@ class Stack(nn.Module):
   def _decide(self, event: Event, key: Array | None, out: Outputs, tokens: TokenSet,
               signals: Signals) -> Reduced:
     """Reduces the tokens, and records the event in `out`."""
-    layer = event.layer
+    assert self.plan is not None
+    layer, budget = event.layer, out['budgets'][self.plan.events.index(event)]
+    event = self._of_row(event)
     params = reduction.learned_parameters(self, event, tokens, signals, self.place)
     rng = None
     if params is not None and key is not None:
       rng = jax.random.fold_in(key, self.depth + layer)
-    reduced = reduction.reduce(event, tokens, signals, self.place, params=params, rng=rng)
+    reduced = reduction.reduce(event, tokens, signals, self.place, budget=budget, params=params,
+                               rng=rng)
     out['before'].setdefault(layer, tokens)
     out['cuts'][layer] = reduced.tokens
     if reduced.overflow is not None:

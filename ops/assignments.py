@@ -5,7 +5,7 @@ Axes: B batch, N slots now, M slots after, D features, H heads, K keys of an att
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import chex
 import jax
@@ -89,6 +89,16 @@ class Assignment(Extras, Protocol):
     """
     ...
 
+  def where_not(self, rows: Array, other: Gather, x: Array) -> Assignment:
+    """Returns the same with some rows of another.
+
+    Args:
+      rows: bool[B, 1], True where the other one stands.
+      other: of as many slots and outputs, with `valid`.
+      x: float[B, N, D], the tokens' own features.
+    """
+    ...
+
 
 def take(values: Array, index: Array) -> Array:
   """Picks rows: values [B, N, ...], index int[B, M] -> [B, M, ...]."""
@@ -111,6 +121,11 @@ def _take_or_zero(values: Array, index: Array) -> Array:
   rows = values.shape[1]
   picked = take(values, jnp.minimum(index, rows - 1))
   return jnp.where(expand_like(index < rows, picked), picked, 0)
+
+
+def _choose_valid(rows: Array, other: Gather, valid: Array | None) -> Array:
+  """Which outputs are real, bool[B, M], of another assignment in some rows."""
+  return jnp.where(rows, cast(Array, other.valid), True if valid is None else valid)
 
 
 def _one_hot_rows(index: Array, rows: int) -> Array:
@@ -177,6 +192,14 @@ class Gather(Extras, struct.PyTreeNode):
   def reduce_keys(self, attention: Array) -> Array:
     """Returns the map as it is, float[B, H, N, N]: dropped slots are still keys of this layer."""
     return attention
+
+  def where_not(self, rows: Array, other: Gather, x: Array) -> Gather:
+    """Returns the same with some rows of another, bool[B, 1]."""
+    policy, features = self.policy, self.features
+    return self.replace(
+        src=jnp.where(rows, other.src, self.src), valid=_choose_valid(rows, other, self.valid),
+        policy=None if policy is None else jnp.where(rows, 1.0, policy),
+        features=None if features is None else jnp.where(rows[:, :, None], x, features))
 
 
 class Merge(Extras, struct.PyTreeNode):
@@ -264,6 +287,14 @@ class Merge(Extras, struct.PyTreeNode):
                  valid=None if self.valid is None else jnp.tile(self.valid, (1, heads)))
     return flat.apply(values.reshape(batch, -1, width)).reshape(batch, heads, outputs, width)
 
+  def where_not(self, rows: Array, other: Gather, x: Array) -> Merge:
+    """Returns the same with some rows of another, bool[B, 1]."""
+    sizes = self.size_weights
+    return self.replace(
+        src=jnp.where(rows, other.src, self.src), dst=jnp.where(rows, other.dst, self.dst),
+        weight=jnp.where(rows, 1.0, self.weight), valid=_choose_valid(rows, other, self.valid),
+        size_weights=None if sizes is None else jnp.where(rows, 1.0, sizes))
+
   def _by_size_weights(self) -> Merge:
     weight = jnp.ones_like(self.weight) if self.size_weights is None else self.size_weights
     return self.replace(weight=weight, op='sum')
@@ -312,6 +343,16 @@ class Mix(Extras, struct.PyTreeNode):
   def matrix(self) -> Array:
     """Returns W, float32[B, M, N], with zero rows for padding outputs."""
     return _hide(self.weights, self.valid)
+
+  def where_not(self, rows: Array, other: Gather, x: Array) -> Mix:
+    """Returns the same with some rows of another, bool[B, 1]."""
+    features, sizes, matrix, several = (
+        self.features, self.size_weights, other.matrix(), rows[:, :, None])
+    return self.replace(
+        weights=jnp.where(several, matrix, self.weights),
+        valid=_choose_valid(rows, other, self.valid),
+        features=None if features is None else jnp.where(several, x, features),
+        size_weights=None if sizes is None else jnp.where(several, matrix, sizes))
 
   def shares(self) -> Array:
     """Returns how each input divides itself among the outputs, float32[B, M, N].

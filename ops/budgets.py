@@ -31,22 +31,85 @@ from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar
 
+import numpy as np
+
 from ops import choices
 
 BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
-ROUNDING: dict[str, Callable[[Fraction], int]] = {
-    'ceil': math.ceil, 'floor': math.floor, 'round': round}
 RATIO_OF = ('current', 'start')
+# What becomes of a host that is shorter than a budget: an error, or nothing goes (prompts).
+SHORT = ('refuse', 'keep')
 T = TypeVar('T')
+# A count, or int64[...], counts of many rows.
+Counts = TypeVar('Counts', int, np.ndarray)
+
+
+def _ceil(top: Counts, bottom: int) -> Counts:
+  return -(-top // bottom)
+
+
+def _floor(top: Counts, bottom: int) -> Counts:
+  return top // bottom
+
+
+def _half_to_even(top: Counts, bottom: int) -> Counts:
+  down, rest = top // bottom, 2 * (top % bottom)
+  return down + ((rest > bottom) | ((rest == bottom) & (down % 2 == 1)))
+
+
+# Of exact fractions: dividend and divisor.
+ROUNDING: dict[str, Callable[[Any, int], Any]] = {
+    'ceil': _ceil, 'floor': _floor, 'round': _half_to_even}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Says what a budget asks of one layer.
+
+  Attributes:
+    layer: which.
+    keep: (tokens that may be touched now, and at the start) -> how many of them stay: counts, or
+      int64[...] of many rows.
+    said: the budget as a config writes it, for errors; '' where it gives way to what is possible.
+    of: which of the two decides, 'current' or 'start'; '' for neither (a count).
+    extra: slots that the method adds to those it keeps.
+  """
+
+  layer: int
+  keep: Callable[[Any, Any], Any]
+  said: str = ''
+  of: str = 'current'
+  extra: int = 0
+
+  def kept(self, count: Any, now: Any, least: Any) -> Any:
+    """Returns how many free tokens stay, as far as a method can: counts, or arrays of them.
+
+    Args:
+      count: that `keep` returned.
+      now: free tokens.
+      least: the fewest that the method can leave.
+    """
+    extra = self.extra if self.said else 0
+    below = (count < now) & (count + extra < now)
+    lower = count + extra
+    lower = lower + (least - lower) * (least > lower)
+    lower = lower + (now - lower) * (now < lower)
+    return lower * below + now * (1 - below)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """Holds one reduction: in `layer`, from `slots_in` to `slots_out` slots with protected ones."""
+  """Holds one reduction: in `layer`, from `slots_in` to `slots_out` slots with protected ones.
+
+  Attributes:
+    layer, slots_in, slots_out: these.
+    step: what was asked, by which shorter rows find their own counts.
+  """
 
   layer: int
   slots_in: int
   slots_out: int
+  step: Step | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +122,7 @@ class Limits:
     protected: tokens that are never touched.
     extra: slots that the method adds to those it keeps.
     min_slots: slots -> the fewest that the method can leave of them, protected ones included.
+    short: one of `SHORT`.
   """
 
   depth: int
@@ -66,21 +130,7 @@ class Limits:
   protected: int = 0
   extra: int = 0
   min_slots: Callable[[int], int] = lambda slots: 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """Says what a budget asks of one layer.
-
-  Attributes:
-    layer: which.
-    keep: (tokens that may be touched now, and at the start) -> how many of them stay.
-    said: the budget as a config writes it, for errors; '' where it gives way to what is possible.
-  """
-
-  layer: int
-  keep: Callable[[int, int], int]
-  said: str = ''
+  short: str = 'refuse'
 
 
 def resolve(budget: Mapping[str, Any], limits: Limits, *,
@@ -172,15 +222,19 @@ def take(step: Step, slots: int, start: int, limits: Limits) -> Cut | None:
   """
   free = slots - limits.protected
   count = step.keep(free, start)
-  if not step.said:
-    slots_out = max(limits.protected + count, limits.min_slots(slots))
-    return Cut(step.layer, slots, slots_out) if slots_out < slots else None
-  if count >= free:
+  if step.of == '' and (count < 1 or (count > free and limits.short == 'refuse')):
+    raise ValueError(f'{step.said} in layer {step.layer} is impossible: {free} tokens are there to '
+                     f'keep, so give 1 to {free}')
+  step = dataclasses.replace(step, extra=limits.extra)
+  kept = step.kept(count, free, limits.min_slots(slots) - limits.protected)
+  if kept >= free:
+    asked = count + step.extra if step.said else free
+    if asked < free:
+      _check(step, asked, slots, limits)
     return None
-  slots_out = limits.protected + limits.extra + count
-  if slots_out >= slots:
-    return None
-  return _checked(Cut(step.layer, slots, slots_out), step.said, limits)
+  if step.said:
+    _check(step, count + step.extra, slots, limits)
+  return Cut(step.layer, slots, limits.protected + kept, step)
 
 
 def parse_layers(layers: object, depth: int) -> tuple[int, ...]:
@@ -249,7 +303,7 @@ def _remove(counts: Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
                for layer, count in zip(layers, counts, strict=True))
 
 
-def _without(count: int, now: int, start: int) -> int:
+def _without(count: int, now: Counts, start: Counts) -> Counts:
   del start
   return now - count
 
@@ -267,35 +321,42 @@ def _keep_ratio(value: float | Sequence[float], layers: Sequence[int], rounding:
     if base == 'start' and not isinstance(value, Sequence):
       ratio = ratio ** (i + 1)
     keep = functools.partial(_share, ROUNDING[rounding], ratio, base)
-    steps.append(Step(layer, keep, f'keep_ratio={float(share)}'))
+    steps.append(Step(layer, keep, f'keep_ratio={float(share)}', base))
   return tuple(steps)
 
 
-def _share(rounded: Callable[[Fraction], int], ratio: Fraction, base: str, now: int,
-           start: int) -> int:
-  return rounded(ratio * (start if base == 'start' else now))
+def _share(rounded: Callable[[Any, int], Any], ratio: Fraction, base: str, now: Counts,
+           start: Counts) -> Counts:
+  return rounded(ratio.numerator * (start if base == 'start' else now), ratio.denominator)
 
 
 def _keep(value: int | Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
-  return tuple(Step(layer, functools.partial(_exactly, count, layer), f'keep={count}')
-               for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True))
+  steps = []
+  for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
+    if not _is_count(count):
+      raise ValueError(f'keep={count!r} in layer {layer} is impossible: it is how many tokens '
+                       'stay, so give 1 or more')
+    steps.append(Step(layer, functools.partial(_exactly, int(count)), f'keep={count}', ''))
+  return tuple(steps)
 
 
-def _exactly(count: int, layer: int, now: int, start: int) -> int:
+def _exactly(count: int, now: Counts, start: Counts) -> Counts:
   del start
-  if not _is_count(count) or not 0 < count <= now:
-    raise ValueError(f'keep={count!r} in layer {layer} is impossible: {now} tokens are there to '
-                     f'keep, so give 1 to {now}')
-  return int(count)
+  return count + 0 * now
 
 
-def _checked(cut: Cut, budget: str, limits: Limits) -> Cut:
-  least = max(limits.min_slots(cut.slots_in), limits.protected + 1)
-  if cut.slots_out < least:
-    raise ValueError(f'{budget} leaves {cut.slots_out} of {cut.slots_in} slots in layer '
-                     f'{cut.layer}, but this method can leave no fewer than {least} '
-                     f'({limits.protected} protected): raise the budget or cut in more layers')
-  return cut
+def _check(step: Step, kept: int, slots: int, limits: Limits) -> None:
+  """Raises where a method cannot leave as few as asked, unless it is the host that is short."""
+  least = max(limits.min_slots(slots), limits.protected + 1)
+  if limits.protected + kept >= least:
+    return
+  # A least count that a longer prompt would not reach (a window) leaves a short one as it is; one
+  # that grows with the tokens (pairs that merge) would be missed by all.
+  if limits.short == 'keep' and limits.min_slots(4 * slots) < 2 * limits.min_slots(slots):
+    return
+  raise ValueError(f'{step.said} leaves {limits.protected + kept} of {slots} slots in layer '
+                   f'{step.layer}, but this method can leave no fewer than {least} '
+                   f'({limits.protected} protected): raise the budget or cut in more layers')
 
 
 def _solve(target: float, budget: str, whole: float, layers: Sequence[int], free: int,
@@ -357,11 +418,11 @@ def part_of(cuts: Sequence[Cut], fraction: float, limits: Limits) -> tuple[Cut, 
   for cut in cuts:
     ratio = Fraction(cut.slots_out - limits.protected, cut.slots_in - limits.protected)
     weaker_ratio = 1 - Fraction(str(fraction)) * (1 - ratio)
-    count = limits.protected + math.ceil(weaker_ratio * (slots - limits.protected))
-    slots_out = max(count, limits.min_slots(slots))
-    if slots_out < slots:
-      weaker.append(Cut(cut.layer, slots, slots_out))
-      slots = slots_out
+    step = Step(cut.layer, functools.partial(_share, _ceil, weaker_ratio, 'current'))
+    weaker_cut = take(step, slots, limits.slots - limits.protected, limits)
+    if weaker_cut is not None:
+      weaker.append(weaker_cut)
+      slots = weaker_cut.slots_out
   return tuple(weaker)
 
 

@@ -25,9 +25,6 @@ Array = jax.Array
 # Kinds of slots. SPECIAL covers [CLS], registers, distillation, newline and similar tokens.
 SPECIAL, VISUAL, TEXT = 0, 1, 2
 KINDS = {'special': SPECIAL, 'visual': VISUAL, 'text': TEXT}
-# Kind given to padding among fixed tokens. These slots are never removed, so every row keeps
-# the same number of reducible tokens, however much text it has.
-FIXED_PADDING = 3
 
 
 class TokenSet(struct.PyTreeNode):
@@ -42,7 +39,11 @@ class TokenSet(struct.PyTreeNode):
     valid: bool[B, N], False for a padding slot; None says that every slot is real, and keeps
       attention free of a mask.
     size: float32[B, N], how many original tokens a slot stands for; None says one each.
+    held: bool[B, N], True for slots that no reduction may touch, whatever their kind (the last
+      token of a prompt, which predicts); None for none.
     stats: a method's memory between layers, {name: [B, N, ...]}; follows the slot's anchor.
+    budget: int32[B], how many of its free tokens each row keeps in the reduction at hand, at most
+      those it has; None for as many as fit. Reductions fill no more slots than that in any row.
     of: the kinds that the reduction at hand may touch. Static.
     protected: slots in every row that may not be touched (the [CLS] token and its like). Static.
     padding: where padding slots may be: 'anywhere', or 'last', behind all real ones of the row, so
@@ -55,6 +56,8 @@ class TokenSet(struct.PyTreeNode):
   owner: Array
   valid: Array | None = None
   size: Array | None = None
+  held: Array | None = None
+  budget: Array | None = None
   stats: dict[str, Array] = struct.field(default_factory=dict)
   of: tuple[int, ...] = struct.field(pytree_node=False, default=(VISUAL,))
   protected: int = struct.field(pytree_node=False, default=0)
@@ -96,12 +99,66 @@ class TokenSet(struct.PyTreeNode):
     allowed = jnp.zeros(self.kind.shape, bool)
     for kind in self.of:
       allowed |= self.kind == kind
+    if self.held is not None:
+      allowed &= ~self.held
     return self.real & allowed
 
   @property
   def fixed(self) -> Array:
     """bool[B, N], True for real slots that the reduction at hand must leave alone."""
     return self.real & ~self.free
+
+
+def num_kept(tokens: TokenSet, num_slots: int) -> Array:
+  """Counts the free tokens that a reduction to M slots leaves in each row, int32[B, 1]."""
+  num_free = count(tokens.free)
+  if tokens.budget is not None:
+    return jnp.minimum(tokens.budget[:, None], num_free)
+  return jnp.clip(num_slots - count(tokens.fixed), 0, num_free)
+
+
+def filled(tokens: TokenSet, num_slots: int) -> Array | None:
+  """Names the slots that a reduction fills, bool[B, M]; None where rows have no count of their own.
+
+  Fixed tokens and those that stay come first, so the slots filled are the first ones.
+  """
+  if tokens.budget is None:
+    return None
+  return jnp.arange(num_slots, dtype=jnp.int32)[None] < num_left(tokens, num_slots)
+
+
+def num_left(tokens: TokenSet, num_slots: int) -> Array | int:
+  """Counts the slots that a reduction fills, fixed tokens included.
+
+  Returns:
+    M itself, which rows with fewer tokens do not reach; int32[B, 1] where rows have budgets.
+  """
+  if tokens.budget is None:
+    return num_slots
+  return count(tokens.fixed) + num_kept(tokens, num_slots)
+
+
+def of_kept(tokens: TokenSet, num_slots: int, rule: Callable[[int], int]) -> Array | int:
+  """Applies a rule of whole numbers to how many free tokens stay.
+
+  Args:
+    tokens: N slots.
+    num_slots: M.
+    rule: count -> number, worked out on the host, exactly.
+
+  Returns:
+    The number; int32[B, 1] where rows have budgets.
+  """
+  most = max(num_slots - tokens.protected, 0)
+  if tokens.budget is None:
+    return rule(most)
+  return jnp.asarray([rule(kept) for kept in range(most + 1)], jnp.int32)[
+      num_kept(tokens, num_slots)]
+
+
+def count(flags: Array) -> Array:
+  """Counts what is True in each row, bool[B, N] -> int32[B, 1]."""
+  return jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
 
 
 def identity(tokens: TokenSet) -> Gather:
@@ -112,9 +169,19 @@ def identity(tokens: TokenSet) -> Gather:
 
 def decide(method: Callable[..., Assignment], tokens: TokenSet, signals: object, *,
            num_slots: int) -> Assignment:
-  """Asks a method, unless everything is to stay: then the answer is the identity."""
-  return identity(tokens) if num_slots >= tokens.slots else method(tokens, signals,
-                                                                   num_slots=num_slots)
+  """Asks a method, unless everything is to stay: then the answer is the identity.
+
+  So it is in every row by itself where rows have budgets.
+  """
+  if num_slots >= tokens.slots:
+    return identity(tokens)
+  answer = method(tokens, signals, num_slots=num_slots)
+  if tokens.budget is None:
+    return answer
+  order = jnp.argsort(~tokens.real, axis=1, stable=True)[:, :answer.src.shape[1]]
+  whole = Gather(order.astype(jnp.int32), tokens.slots, valid=take(tokens.real, order))
+  stays = num_kept(tokens, num_slots) == count(tokens.free)
+  return answer.where_not(stays, whole, tokens.x)
 
 
 def reduce(tokens: TokenSet, assignment: Assignment) -> TokenSet:
@@ -137,7 +204,8 @@ def reduce(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   owner = jnp.where(survives, moved, -1)
   return tokens.replace(
       x=x.astype(tokens.x.dtype), pos=take(tokens.pos, src), kind=take(tokens.kind, src),
-      owner=owner, valid=valid, size=size, padding='anywhere',
+      owner=owner, valid=valid, size=size, padding='anywhere', budget=None,
+      held=None if tokens.held is None else take(tokens.held, src),
       stats={name: take(value, src) for name, value in tokens.stats.items()})
 
 
@@ -159,7 +227,7 @@ def reduce_masked(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   output_of_slot = jax.vmap(lambda d, i, t: d.at[i].set(t, mode='drop'))(start, target, number)
   filled = output_of_slot < outputs
 
-  def spread(new: Array, old: Array) -> Array:
+  def spread(new: Any, old: Array) -> Array:
     picked = take(new, jnp.minimum(output_of_slot, outputs - 1))
     return jnp.where(expand_like(filled, picked), picked, old)
 
@@ -168,6 +236,7 @@ def reduce_masked(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   return tokens.replace(
       x=spread(reduced.x, jnp.zeros_like(tokens.x)), pos=spread(reduced.pos, tokens.pos),
       kind=spread(reduced.kind, tokens.kind), owner=owner, valid=filled, padding='anywhere',
+      budget=None, held=None if tokens.held is None else spread(reduced.held, tokens.held),
       size=None if reduced.size is None else spread(reduced.size, jnp.zeros((batch, slots))),
       stats={name: spread(value, tokens.stats[name]) for name, value in reduced.stats.items()})
 

@@ -27,8 +27,9 @@ INTERFACE
 * Attention is causal by `pos`, RoPE rotates by `pos`; a slot's index means nothing. After a cut
   slots are sorted by `pos`; a merged slot takes the latest of its group.
 * A method gets the static number of slots of other kinds as `tokens.protected`, and padding among
-  them as real slots of kind FIXED_PADDING, which it must keep: num_slots - tokens.protected tokens
-  of `of` stay in every row, whatever its text. Text alone is `kind == TEXT`.
+  them; `tokens.budget` says how many tokens of `of` each row keeps, by its own real tokens. The
+  last real token of a prompt is held, unless a config says holds='none'. Text alone is
+  `kind == TEXT`.
 * Signals (ops/signals.py): keys and values [B, N, K, d] (rotated), queries, plain_queries
   [B, N, H, d], last_attention [B, H, N], window_attention [B, H, W, N] (W = method.span),
   row_attention [B, H, N] (mean over method.rows(tokens), bool[B, N]), received_attention [B, H, N];
@@ -66,6 +67,7 @@ from models.reduction import (
   keep_up,
   start_upkeep,
 )
+from models.row_budgets import entry_budget
 from models.stack import REMAT, Outputs, Stack, Tap
 from ops import choices
 from ops.assignments import take
@@ -315,7 +317,7 @@ class LM(nn.Module):
       raise ValueError(f'a prompt of {slots} slots with {counts or "text alone"} is impossible: '
                        f'the kinds must fit into the slots, and those into {self.context}')
     kinds = tuple(counts.items()) + ((('text', text),) if text else ())
-    return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=POSITIONS)
+    return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=POSITIONS, holds='last')
 
   def setup(self) -> None:
     """Makes embeddings, blocks, the last norm and the head."""
@@ -445,7 +447,8 @@ class LM(nn.Module):
         reduced: LayerCache = kv
         if reduction.asks(event):
           params = self.reducers(event, tokens, signals, place)
-          answer: KVAnswer = choose(event, tokens, signals, place, params=params)
+          own = tokens.replace(budget=entry_budget(event, tokens))
+          answer: KVAnswer = choose(event, own, signals, place, params=params)
           reduced = answer.shrink(kv, positions=reduction.positions, rope=self.rope)
         if reduction.capacity:
           reduced = with_upkeep(cast(KV, reduced), event.method, capacity=reduction.capacity,
@@ -605,6 +608,8 @@ class LM(nn.Module):
     if planned and self.plan and self.plan.slots not in (None, tokens.slots):
       raise ValueError(f'the plan is for prompts of {self.plan.slots} slots, not '
                        f'{tokens.slots}: make one with lm.host(slots)')
+    if self.plan and self.plan.holds == 'last':
+      tokens = tokens.replace(held=last_real(tokens))
     return tokens.replace(x=tokens.x.astype(self.dtype))
 
   def _check_length(self, slots: int, room: int) -> None:
@@ -696,6 +701,12 @@ def _next_position(tokens: TokenSet) -> Array:
     return latest
   rotary = jnp.max(latest[:, 1:], axis=1, keepdims=True)
   return jnp.concatenate([latest[:, :1], jnp.broadcast_to(rotary, latest[:, 1:].shape)], axis=1)
+
+
+def last_real(tokens: TokenSet) -> Array:
+  """Marks the latest real token of each row, bool[B, N]."""
+  place = jnp.where(tokens.real, sequence_index(tokens.pos), -1)
+  return jnp.arange(tokens.slots)[None] == jnp.argmax(place, axis=1)[:, None]
 
 
 def _starts(plan: Plan | None) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.reduction import Event, Reduced, Reduction
+from models.reduction import Event, Reduction
 from models.stack import Outputs, Stack, Tap
 from models.storage import LayerSlice, Params, Weights
 from ops import assignments
@@ -172,6 +172,8 @@ class WindowStack(Stack):
     for name in ('before', 'cuts'):
       out[name] = {layer: windows.unfold(cut) for layer, cut in out[name].items()}
     out['hidden'] = [windows.unfold_values(x) for x in out['hidden']]
+    out['budgets'] = tuple(kept if kept is None else kept.reshape(-1, windows.count).sum(axis=1)
+                           for kept in out['budgets'])
     for name, total in (('losses', jnp.mean), ('overflow', jnp.sum)):
       out[name] = {key: total(value.reshape(-1, windows.count), axis=1)
                    for key, value in out[name].items()}
@@ -225,9 +227,14 @@ class WindowStack(Stack):
     """Folds the signals of whole images into those of their windows."""
     return signals.map_slots(lambda values, axis: self.windows.fold_values(values, axis=axis))
 
-  def _decide(self, event: Event, key: Array | None, out: Outputs, tokens: TokenSet,
-              signals: Signals) -> Reduced:
-    """An event of an image as that of its windows."""
-    event = dataclasses.replace(event, slots_in=self.windows.slots(event.slots_in),
-                                slots_out=self.windows.slots(event.slots_out))
-    return super()._decide(event, key, out, tokens, signals)
+  def _of_row(self, event: Event) -> Event:
+    """An event of an image as that of each of its windows, which share its budget evenly."""
+    windows, step = self.windows, event.step
+    if step is not None:
+      step = dataclasses.replace(step, keep=functools.partial(_share, step.keep, windows.count))
+    return dataclasses.replace(event, slots_in=windows.slots(event.slots_in),
+                               slots_out=windows.slots(event.slots_out), step=step)
+
+
+def _share(keep: Callable[[Any, Any], Any], windows: int, now: Any, start: Any) -> Any:
+  return keep(now * windows, start * windows) // windows

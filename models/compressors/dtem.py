@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ops import tokens as tk
 from ops.assignments import Assignment, Mix, take
 from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import bipartite, cosine, parity_order
@@ -84,9 +85,8 @@ def soft_merge(tokens: TokenSet, metric: Array, *, num_slots: int, count: int, c
   a, c = order[:, ::2], order[:, 1::2]
   among = take(part, a)[:, :, None] & take(part, c)[:, None]
   scores = cosine(take(metric, a), take(metric, c))
-  real, free = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                for flags in (tokens.real, part))
-  picks = jnp.clip(real - num_slots, 0, free // 2)
+  picks = jnp.minimum(tk.count(tokens.free) - tk.num_kept(tokens, num_slots),
+                      tk.count(part) // 2)
   moved = relaxed_choice(scores, among, picks, most=max(count - num_slots, 0),
                          candidates=candidates,
                          temperature=temperature, choice_temperature=choice_temperature)

@@ -18,7 +18,7 @@ from ops.primitives.match import scatter
 from ops.primitives.select import top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet, restore
+from ops.tokens import TokenSet, num_left, restore
 from ops.values import Count, CountOrZero, Width
 
 Array = jax.Array
@@ -85,7 +85,8 @@ class DToP(Reducer, nn.Module):
                   threshold=self.threshold, spared=self.spared)
     stays = tokens.real & ~gone
     picked = top(-certainty, num_slots, forced=tokens.fixed, excluded=~stays)
-    src = jnp.sort(jnp.where(take(stays, picked), picked, tokens.slots), axis=1)
+    fits = jnp.arange(num_slots)[None] < num_left(tokens, num_slots)
+    src = jnp.sort(jnp.where(take(stays, picked) & fits, picked, tokens.slots), axis=1)
     valid = src < tokens.slots
     return Gather(jnp.minimum(src, tokens.slots - 1), tokens.slots, valid=valid,
                   wanted=jnp.sum(stays, axis=1, dtype=jnp.int32))

@@ -11,7 +11,7 @@ from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet, identity
+from ops.tokens import TokenSet, identity, num_kept
 from ops.values import NotNegative
 
 Array = jax.Array
@@ -50,8 +50,7 @@ class DynamicViT(Reducer, nn.Module):
     count = jnp.maximum(jnp.sum(free, axis=1, dtype=jnp.float32), 1.0)
     share = jnp.sum(before * decision, axis=1) / count
     # Nothing left the row, so its free tokens are as many as at the start.
-    budget = num_slots - jnp.sum(tokens.fixed, axis=1, dtype=jnp.float32)
-    target = jnp.clip(budget / count, 0.0, 1.0)
+    target = num_kept(tokens, num_slots)[:, 0] / count
     self.sow('losses', 'ratio', self.ratio_weight * (share - target) ** 2)
     return identity(tokens).replace(policy=decision)
 

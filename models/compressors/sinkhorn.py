@@ -13,7 +13,7 @@ from ops.primitives.match import inverse_norm, l2_normalize
 from ops.primitives.mixing import mix_free
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, num_kept
 from ops.values import Iterations, Positive
 
 Array = jax.Array
@@ -46,7 +46,7 @@ class Sinkhorn(Reducer, nn.Module):
     scores = jnp.einsum('kd,bnd->bkn', l2_normalize(centres), tokens.x.astype(jnp.float32),
                         precision='highest') * inverse[:, None] / self.eps
     free = tokens.free
-    used = jnp.arange(scores.shape[1])[None] < jnp.sum(free, axis=1, keepdims=True)
+    used = jnp.arange(scores.shape[1])[None] < num_kept(tokens, num_slots)
     weights = plan(scores, used, free, iterations=self.iterations)
     return mix_free(tokens, weights, tokens.x * inverse[..., None].astype(tokens.x.dtype))
 

@@ -45,6 +45,8 @@ class TextMonkeyResampler(Reducer, nn.Module):
     answer = keep_top(tokens, -largest_later_cosine(tokens.x, tokens.free), num_slots=num_slots)
     down = _dense(self.width, 'downsample')(tokens.x)
     free, chosen = tokens.free, take(tokens.free, answer.src)
+    if answer.valid is not None:
+      chosen &= answer.valid
     seen = Attention(self.width, self.heads, self.head_dim, name='attention')(
         down, take(down, answer.src), free, chosen)
     change = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False,

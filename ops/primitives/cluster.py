@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ops.argmax import min_and_index
 from ops.assignments import Merge, take
 from ops.primitives.select import rank_of, ranks, top
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, filled
 
 Array = jax.Array
 
@@ -63,22 +63,26 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
   return jnp.log(gap) + density
 
 
-def nearest(distance: Array, centres: Array, is_open: Array) -> Array:
+def nearest(distance: Array, centres: Array, is_open: Array, valid: Array | None = None) -> Array:
   """The cluster that each slot belongs to; a centre always belongs to its own.
 
   Args:
     distance: float32[B, N, N].
     centres: int32[B, K], distinct slots; of equally near ones the first wins.
     is_open: bool[B, K], clusters that other slots may join.
+    valid: bool[B, K], clusters that there are; None for all.
 
   Returns:
     int32[B, N], K where no cluster is open.
   """
   slots, clusters = distance.shape[1], centres.shape[1]
+  if valid is not None:
+    is_open = is_open & valid
   reach = jnp.where(is_open[:, :, None], take(distance, centres), jnp.inf)
   joined = min_and_index(reach, axis=1).index
   joined = jnp.where(jnp.any(is_open, axis=1, keepdims=True), joined, clusters)
-  own = ranks(centres, slots)
+  # A cluster that is not there has no centre: its index is out of bounds, and dropped.
+  own = ranks(centres if valid is None else jnp.where(valid, centres, slots), slots)
   return jnp.where(own < clusters, own, joined)
 
 
@@ -98,7 +102,7 @@ def density_clusters(tokens: TokenSet, *, num_slots: int, neighbours: int,
   distance = distances(tokens.x) * tokens.x.shape[2] ** -0.5
   scores = peaks(distance, tokens.free, neighbours=neighbours, noise=noise)
   centres = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
-  group = nearest(distance, centres, take(tokens.free, centres))
+  group = nearest(distance, centres, take(tokens.free, centres), filled(tokens, num_slots))
   return centres, jnp.where(tokens.real, group, num_slots)
 
 
@@ -106,7 +110,7 @@ def average_clusters(tokens: TokenSet, src: Array, dst: Array, weight: Array, *,
                      smoothing: float) -> Merge:
   """Averages the groups of `density_clusters`, weighted by float[B, N]; protected tokens stay."""
   weight = jnp.where(tokens.free, weight, tokens.fixed).astype(jnp.float32)
-  merge = Merge.mean(src, dst, weight)
+  merge = Merge.mean(src, dst, weight, valid=filled(tokens, src.shape[1]))
   if not smoothing:
     return merge
   total = merge.totals(weight)
@@ -115,7 +119,7 @@ def average_clusters(tokens: TokenSet, src: Array, dst: Array, weight: Array, *,
 
 
 def medoids(distance: Array, seeds: Array, weight: Array, among: Array, *,
-            iterations: int) -> Array:
+            iterations: int, valid: Array | None = None) -> Array:
   """Moves cluster centres to medoids: the K-medoids of arXiv:2308.04657, Sec. 3.
 
   In the released code, followed here, the medoid of a cluster is the member with the least weighted
@@ -127,6 +131,7 @@ def medoids(distance: Array, seeds: Array, weight: Array, among: Array, *,
     weight: float32[B, N], factor of each slot's own total.
     among: bool[B, N], slots that form clusters.
     iterations: rounds of assigning and moving.
+    valid: bool[B, K], clusters that there are; None for all.
 
   Returns:
     int32[B, K], distinct slots in the order of the seeds.
@@ -137,7 +142,7 @@ def medoids(distance: Array, seeds: Array, weight: Array, among: Array, *,
   cluster = jnp.arange(seeds.shape[1], dtype=jnp.int32)[None, :, None]
 
   def move(_: int, centres: Array) -> Array:
-    member = nearest(distance, centres, is_open)[:, None, :] == cluster
+    member = nearest(distance, centres, is_open, valid)[:, None, :] == cluster
     best = min_and_index(jnp.where(member, cost, jnp.inf), axis=2).index
     return jnp.where(is_open, best, centres)
 

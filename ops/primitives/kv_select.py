@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from ops.assignments import take
 from ops.kv_cache import KVGather
-from ops.primitives.select import rank_of, ranks, top
+from ops.primitives.select import rank_of, ranks, sort_picked, top
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, count
 
 Array = jax.Array
 
@@ -47,9 +47,26 @@ def keep_best(tokens: TokenSet, scores: Array, *, num_slots: int, forced: Array 
 
   picked = top(scores.reshape(-1, slots), num_slots, forced=each_head(forced),
                excluded=each_head(~tokens.real))
+  picked = picked.reshape(batch, heads, num_slots)
+  valid = filled(tokens, num_slots, heads)
   if order == 'slot':
-    picked = jnp.sort(picked, axis=1)
-  return KVGather(picked.reshape(batch, heads, num_slots))
+    picked = sort_picked(picked, valid, slots)
+  return KVGather(picked, valid)
+
+
+def num_entries(tokens: TokenSet, num_slots: int) -> Array | int:
+  """Counts the entries that stay: M, or int32[B, 1] where rows have budgets of their own."""
+  if tokens.budget is None:
+    return num_slots
+  return jnp.minimum(tokens.budget[:, None], count(tokens.real))
+
+
+def filled(tokens: TokenSet, num_slots: int, heads: int) -> Array | None:
+  """Names the places that get an entry, bool[B, K, M]; None where rows have no budgets."""
+  if tokens.budget is None:
+    return None
+  stays = jnp.arange(num_slots, dtype=jnp.int32)[None] < num_entries(tokens, num_slots)
+  return jnp.broadcast_to(stays[:, None], (len(stays), heads, num_slots))
 
 
 def stays(tokens: TokenSet, scores: Array, num_slots: int, forced: Array | None = None) -> Array:
@@ -102,8 +119,8 @@ def in_order(tokens: TokenSet, signals: Signals) -> tuple[TokenSet, Signals, Arr
 
 
 def budgets(tokens: TokenSet, num_slots: int) -> Array:
-  """int32[B, 1], entries that each row keeps a head: `num_slots`, or all where it has fewer."""
-  return jnp.minimum(jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32), num_slots)
+  """int32[B, 1], entries that each row keeps a head: as many as asked, or all that it has."""
+  return jnp.minimum(count(tokens.real), num_entries(tokens, num_slots))
 
 
 def share_of(counts: Array, share: float, most: int) -> Array:
@@ -180,15 +197,14 @@ def broadcast_to_heads(scores: Array, heads: int) -> Array:
   return jnp.broadcast_to(scores[:, None], (scores.shape[0], heads, scores.shape[1]))
 
 
-def latest(tokens: TokenSet, count: int) -> Array:
-  """bool[B, N], True for the last `count` real entries of a row."""
-  real = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
-  return tokens.real & (rank_of(tokens.real) >= real - count)
+def latest(tokens: TokenSet, number: Array | int) -> Array:
+  """bool[B, N], True for the last `number` real entries, one for all rows or int32[B, 1]."""
+  return tokens.real & (rank_of(tokens.real) >= count(tokens.real) - number)
 
 
-def earliest(tokens: TokenSet, count: int) -> Array:
-  """bool[B, N], True for the first `count` real entries of a row."""
-  return tokens.real & (rank_of(tokens.real) < count)
+def earliest(tokens: TokenSet, number: Array | int) -> Array:
+  """bool[B, N], True for the first `number` real entries, one for all rows or int32[B, 1]."""
+  return tokens.real & (rank_of(tokens.real) < number)
 
 
 def pool_neighbours(values: Array, tokens: TokenSet, *, kernel: int, pool: str) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ops.argmax import max_and_index
 from ops.assignments import Merge, take
 from ops.primitives.select import ranks, top
-from ops.tokens import FIXED_PADDING, TokenSet
+from ops.tokens import TokenSet, count, filled, num_kept
 
 Array = jax.Array
 
@@ -41,15 +41,16 @@ def parity_order(tokens: TokenSet) -> Array:
   Methods that pair by parity number the slots so: no padding then shifts who meets whom, nor does
   the place where tokens of another kind stand.
   """
-  order = jnp.where(tokens.free, 1, jnp.where(tokens.fixed & (tokens.kind != FIXED_PADDING), 0, 2))
+  order = jnp.where(tokens.free, 1, jnp.where(tokens.fixed, 0, 2))
   return jnp.argsort(order, axis=1, stable=True).astype(jnp.int32)
 
 
 def num_excess(tokens: TokenSet, num_slots: int) -> Array:
   """int32[B, 1], tokens that each row has too many, at most half of its free ones."""
-  real, free = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                for flags in (tokens.real, tokens.free))
-  return jnp.clip(real - num_slots, 0, free // 2)
+  free = count(tokens.free)
+  if tokens.budget is not None:
+    return jnp.minimum(free - num_kept(tokens, num_slots), free // 2)
+  return jnp.clip(count(tokens.real) - num_slots, 0, free // 2)
 
 
 def evenly_spaced(rank: Array, count: Array, picks: Array, *, late: int = 0) -> Array:
@@ -144,7 +145,8 @@ def join(tokens: TokenSet, partner: Array, turn: Array, *, num_slots: int) -> Me
   turn = jnp.where(tokens.free & (partner == own), slots + turn, gone)
   src = jnp.argsort(jnp.where(tokens.fixed, own, turn), axis=1)[:, :num_slots].astype(jnp.int32)
   dst = take(ranks(src, slots), partner)
-  return Merge.mean(src, dst, jnp.where(tokens.real, tokens.sizes, 0.0))
+  return Merge.mean(src, dst, jnp.where(tokens.real, tokens.sizes, 0.0),
+                    valid=filled(tokens, num_slots))
 
 
 def _iota(tokens: TokenSet) -> Array:

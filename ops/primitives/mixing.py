@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ops.assignments import Mix
 from ops.primitives.select import rank_of
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, num_kept
 
 Array = jax.Array
 
@@ -19,7 +19,8 @@ Array = jax.Array
 def mix_free(tokens: TokenSet, weights: Array, features: Array | None = None) -> Mix:
   """Makes a Mix of the P protected tokens, in slot order, and K mixtures of the free ones.
 
-  A row with n free tokens keeps its first min(n, K) mixtures; the others are padding.
+  A row with n free tokens keeps its first min(n, K) mixtures, or as many as its budget says; the
+  others are padding.
 
   Args:
     tokens: N slots, of which at most P = tokens.protected in a row are not free.
@@ -33,7 +34,7 @@ def mix_free(tokens: TokenSet, weights: Array, features: Array | None = None) ->
   weights = jnp.where(free[:, None], weights, 0.0)
   valid = None
   if tokens.valid is not None:
-    filled = jnp.arange(count)[None] < jnp.sum(free, axis=1, keepdims=True)
+    filled = jnp.arange(count)[None] < num_kept(tokens, tokens.protected + count)
     valid = jnp.concatenate([jnp.any(protected_rows > 0, axis=2), filled], axis=1)
   if features is not None:
     features = jnp.where(fixed[..., None], tokens.x, features.astype(tokens.x.dtype))
@@ -51,5 +52,6 @@ def mix_where_too_many(tokens: TokenSet, weights: Array) -> Mix:
   """
   free, count = tokens.free, weights.shape[1]
   in_turn = rank_of(free)[:, None] == jnp.arange(count)[None, :, None]
-  too_many = jnp.sum(free, axis=1)[:, None, None] > count
+  most = count if tokens.budget is None else num_kept(tokens, tokens.protected + count)[:, :, None]
+  too_many = jnp.sum(free, axis=1)[:, None, None] > most
   return mix_free(tokens, jnp.where(too_many, weights, in_turn & free[:, None]))

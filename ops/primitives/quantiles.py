@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from ops.assignments import Gather, take
 from ops.primitives.match import scatter
-from ops.primitives.select import top
-from ops.tokens import TokenSet
+from ops.primitives.select import ranks, top
+from ops.tokens import TokenSet, num_left
 
 Array = jax.Array
 
@@ -44,12 +44,15 @@ def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, num_slots: int,
     turn: float32[B, N], the order of the sampled tokens; None for the lowest score first.
   """
   picked = top(scores, num_slots, forced=tokens.fixed, excluded=~(tokens.fixed | hit))
+  wanted = tokens.fixed | hit
+  stays = wanted
+  if tokens.budget is not None:
+    stays &= ranks(picked, tokens.slots) < num_left(tokens, num_slots)
   rank = jnp.where(tokens.fixed, -jnp.inf,
-                   jnp.where(hit, scores if turn is None else turn, jnp.inf))
+                   jnp.where(stays, scores if turn is None else turn, jnp.inf))
   src = take(picked, jnp.argsort(take(rank, picked), axis=1))
-  stays = tokens.fixed | hit
   return Gather(src, tokens.slots, valid=take(stays, src),
-                wanted=jnp.sum(stays, axis=1, dtype=jnp.int32))
+                wanted=jnp.sum(wanted, axis=1, dtype=jnp.int32))
 
 
 def _nearest_share(share: Array, quantiles: Array) -> Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Gather
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, filled
 
 Array = jax.Array
 
@@ -56,7 +56,7 @@ def keep_top(tokens: TokenSet, scores: Array, *, num_slots: int, order: str = 's
   Args:
     tokens: N slots. Protected and other-kind tokens stay; padding goes first.
     scores: float[B, N], higher stays.
-    num_slots: M, slots left, protected ones included.
+    num_slots: M, slots left, protected ones included; a row with a budget fills no more than that.
     order: 'slot' keeps the tokens in their order, 'score' puts the best first (protected ones
       lead, in slot order).
 
@@ -67,9 +67,17 @@ def keep_top(tokens: TokenSet, scores: Array, *, num_slots: int, order: str = 's
     raise ValueError(f"order={order!r} is unknown: choose 'slot' or 'score'")
   chex.assert_equal_shape((scores, tokens.kind))
   picked = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
+  stays = filled(tokens, num_slots)
   if order == 'slot':
-    picked = jnp.sort(picked, axis=1)
-  return Gather(picked, tokens.slots)
+    picked = sort_picked(picked, stays, tokens.slots)
+  return Gather(picked, tokens.slots, valid=stays)
+
+
+def sort_picked(picked: Array, valid: Array | None, slots: int) -> Array:
+  """Sorts picked slots, int32[..., M], those that are not valid behind the others."""
+  if valid is None:
+    return jnp.sort(picked, axis=-1)
+  return jnp.minimum(jnp.sort(jnp.where(valid, picked, slots), axis=-1), slots - 1)
 
 
 def rank_of(flags: Array) -> Array:

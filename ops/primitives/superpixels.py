@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,25 +54,53 @@ def cells(grid: tuple[int, int], count: int, *, bands: int | None = None, reach:
   Raises:
     ValueError: if there are more bands than cells.
   """
-  height, width = grid
-  bands = bands or max(1, min(count, height, round(math.sqrt(count * height / width))))
+  bands = bands or square_bands(grid, count)
   if bands > count:
     raise ValueError(f'bands={bands} are more than the {count} clusters: lower bands, or None for '
                      'cells as square as they come')
-  y, x = np.arange(height), np.arange(width)
-  inside, near = [], []
-  for band in range(bands):
-    columns = count // bands + (band < count % bands)
-    for column in range(columns):
-      inside.append(np.outer(_span(y, band, bands, height), _span(x, column, columns, width)))
-      near.append(np.outer(np.abs(y * bands // height - band) <= reach,
-                           np.abs(x * columns // width - column) <= reach))
-  return Cells(np.stack(inside).reshape(count, -1), np.stack(near).reshape(count, -1))
+  place, number = np.arange(grid[0] * grid[1])[None], np.arange(count)[:, None]
+  return Cells(*cell_masks(place, number, grid, count, bands, reach=reach))
 
 
-def _span(indices: np.ndarray, index: int, count: int, length: int) -> np.ndarray:
-  """Selects the indices in interval `index` of `count` that cover [0, length)."""
-  return (indices >= index * length // count) & (indices < -(-(index + 1) * length // count))
+def square_bands(grid: tuple[int, int], count: int) -> int:
+  """Returns the bands of cells that are as square as they come."""
+  height, width = grid
+  return max(1, min(count, height, round(math.sqrt(count * height / width))))
+
+
+def cell_masks(place: Any, number: Any, grid: tuple[int, int], count: Any, bands: Any, *,
+               reach: int) -> tuple[Any, Any]:
+  """Names the tokens of cells, as `Cells` does: whole numbers, of numpy or of JAX, in and out.
+
+  Args:
+    place: of tokens in the grid, int[..., 1, N].
+    number: of cells, int[..., K, 1].
+    grid: (H, W).
+    count: cells in all, an int or int[..., 1, 1].
+    bands: rows of cells, likewise, at most `count`.
+    reach: see `cells`.
+
+  Returns:
+    bool[..., K, N] twice: inside, and near.
+  """
+  height, width = grid
+  y, x = place // width, place % width
+  # The first bands have one cell more than the others.
+  fewest, longer = count // bands, count % bands
+  start = longer * (fewest + 1)
+  early, rest = number < start, number - start
+  band = early * (number // (fewest + 1)) + ~early * (longer + rest // fewest)
+  column = early * (number % (fewest + 1)) + ~early * (rest % fewest)
+  columns = fewest + (band < longer)
+  inside = _covers(y, band, bands, height) & _covers(x, column, columns, width)
+  near = ((abs(y * bands // height - band) <= reach)
+          & (abs(x * columns // width - column) <= reach))
+  return inside, near
+
+
+def _covers(index: Any, interval: Any, count: Any, length: int) -> Any:
+  """Tells which indices lie in an interval of `count` that cover [0, length)."""
+  return (index >= interval * length // count) & (index < -(-(interval + 1) * length // count))
 
 
 def soft_clusters(x: Array, inside: Array, near: Array, among: Array, *, iterations: int,

@@ -12,7 +12,7 @@ import jax
 
 from ops import choices
 from ops.signals import Signals
-from ops.tokens import TEXT, TokenSet
+from ops.tokens import TEXT, TokenSet, of_kept
 
 Array = jax.Array
 ATTENTIONS = ('cls_attention', 'received_attention')
@@ -204,6 +204,15 @@ class ByQuantiles(ByAttention):
   def needs(self) -> frozenset[str]:
     return super().needs | {'values'}
 
-  def num_points(self, tokens: TokenSet, num_slots: int) -> int:
-    """Returns the number of sample points in a cut that leaves `num_slots` slots."""
+  def num_points(self, tokens: TokenSet, num_slots: int) -> Array | int:
+    """Returns the number of sample points in a cut that leaves `num_slots` slots.
+
+    It is int32[B, 1] where rows have budgets.
+    """
+    if self.points is not None:
+      return self.points
+    return of_kept(tokens, num_slots, lambda kept: max(kept, 1))
+
+  def most_points(self, tokens: TokenSet, num_slots: int) -> int:
+    """Returns the most sample points that a row can have."""
     return max(num_slots - tokens.protected, 1) if self.points is None else self.points

@@ -19,8 +19,8 @@ from models.decoding.sampling import Sampling, padded
 from models.plan import Plan, make_events
 from models.reduce_config import with_plans, with_projector_reduction
 from models.reduction import Reduction
+from ops.assignments import Gather, take
 from ops.budgets import Cut
-from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.splice import next_positions
 from ops.tokens import TEXT, VISUAL, TokenSet
@@ -140,10 +140,14 @@ def test_rows_answer_as_alone_whatever_images_they_have():
 class Told(Reducer):
   """Keeps the tokens that it is told to keep: by others' decisions, where those lie behind."""
 
+  layers: tuple[int, ...] = ()
   positions: str = 'keep'
+  needs = frozenset({'layer'})
 
   def __call__(self, tokens, signals, *, num_slots):
-    return keep_top(tokens, tokens.stats['stays'], num_slots=num_slots)
+    stays = tokens.fixed | (tokens.stats['stays'] > self.layers.index(signals.layer))
+    order = jnp.argsort(~stays, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
+    return Gather(order, tokens.slots, valid=take(stays, order))
 
 
 @pytest.mark.parametrize('method', LANGUAGE)
@@ -162,7 +166,8 @@ def test_cuts_in_the_language_model_answer_as_hiding_the_same_tokens(method):
   visual = np.asarray(tokens.valid & (tokens.kind == VISUAL))
   assert (visual & (stays < len(plan.events))).sum(axis=1).tolist()[1:2] == [0]
   assert 0 < (visual & (stays < len(plan.events))).sum() < visual.sum()
-  told = Reduction('told', Told(), mode='mask', of=(VISUAL,), positions=plan.positions)
+  layers = tuple(cut.layer for cut in plan.events)
+  told = Reduction('told', Told(layers), mode='mask', of=(VISUAL,), positions=plan.positions)
   cuts = [Cut(cut.layer, tokens.slots + NEW, tokens.slots + NEW - (tokens.slots - cut.slots_out))
           for cut in plan.events]
   hiding = Plan(make_events(told, 'before', cuts, protected=plan.events[0].protected + NEW),

@@ -47,6 +47,7 @@ class Case:
     size: float32[B, N] or None.
     valid: bool[B, N] or None.
     protected: kept slots in every row.
+    budget: int32[B], free tokens that each row keeps, or None.
   """
 
   x: np.ndarray
@@ -61,6 +62,7 @@ class Case:
   size: np.ndarray | None
   valid: np.ndarray | None = None
   protected: int = PROTECTED
+  budget: np.ndarray | None = None
 
   def change(self, **fields: Any) -> Case:
     return dataclasses.replace(self, **fields)
@@ -81,7 +83,7 @@ class Case:
     return TokenSet(
         x=self.x.astype(dtype), pos=pos, kind=self.kind.astype(np.int8),
         owner=self.owner.astype(np.int32), valid=self.valid, size=self.size, stats=stats,
-        protected=self.protected)
+        protected=self.protected, budget=self.budget)
 
   def signals(self, needs: frozenset[str], dtype: Any = np.float32) -> Signals:
     """The named signals; attention is softmaxed over real keys, so padding gets none."""
@@ -276,7 +278,7 @@ def compiled(name: str, keep: int) -> Any:
 
   def answer(params: Any, tokens: TokenSet, signals: Signals) -> assignments.Assignment:
     shape = (name, keep, *tokens.x.shape, tokens.valid is None, tokens.size is None,
-             tokens.protected)
+             tokens.budget is None, tokens.protected)
     TRACES[shape] = TRACES.get(shape, 0) + 1
     return ask(name, params, tokens, signals, num_slots=keep)[0]
 

@@ -260,6 +260,32 @@ def alone(name):
   return ''
 
 
+def own_budgets(name):
+  """Rows of unequal lengths, each with its own budget, give what each gives alone."""
+  case, counts = random_case(), (SLOTS, 15, 9)
+  places = [LEFT, HOLES[:counts[1]], RIGHT[:counts[2]]]
+
+  def left(slots, share):
+    keep = contract.PROTECTED + -(-share * (slots - contract.PROTECTED) // 4)
+    return contract.budget(name, slots, keep)
+
+  # What has a parameter for each output keeps the same number everywhere.
+  shapes = [contract.parameters(name, case.tokens(), case.signals(contract.method(name).needs),
+                                num_slots=keep) for keep in (KEEP, KEEP - 1)]
+  by_count = jax.tree.map(np.shape, shapes[0]) != jax.tree.map(np.shape, shapes[1])
+  for share in (2,) if by_count else (2, 3):
+    kept = [min(7, slots) if by_count else left(slots, share) for slots in counts]
+    budget = np.array(kept, np.int32) - contract.PROTECTED
+    spread = contract.spread(case, places).change(budget=budget)
+    together = contract.run(name, spread, kept[0])
+    for row, slots in enumerate(counts):
+      single = contract.spread(case, [np.arange(slots)] * contract.BATCH, slots=slots)
+      single = contract.run(name, single.change(valid=None).rows([row]), kept[row])
+      same_tokens(real_rows(together.reduced, row), real_rows(single.reduced, 0))
+      same_tokens(real_rows(together.masked, row), real_rows(single.masked, 0))
+  return ''
+
+
 def permuted(name):
   """Rows in another order give their results in that order."""
   order = [1, 0, 2]
@@ -413,6 +439,7 @@ def stats(name):
 INVARIANTS = {
     'declares': declares, 'shapes': shapes, 'identity': identity, 'matrix': matrix, 'mass': mass,
     'bits': bits, 'protect': protect, 'kinds': other_kinds, 'padding': padding, 'short': short,
-    'alone': alone, 'permute': permuted, 'mask': mask_mode, 'finite': finite, 'ties': ties,
-    'compose': compose, 'restore': restore, 'filled': filled, 'stats': stats,
+    'alone': alone, 'budgets': own_budgets, 'permute': permuted, 'mask': mask_mode,
+    'finite': finite, 'ties': ties, 'compose': compose, 'restore': restore, 'filled': filled,
+    'stats': stats,
 }

@@ -28,6 +28,7 @@ from models.plan import make_cache_plan, make_plan
 from ops import attention
 from ops.assignments import Gather
 from ops.kv_cache import KVGather
+from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.rope import Rope
 from ops.signals import Signals
@@ -425,15 +426,16 @@ def test_padding_of_other_kinds_keeps_its_place_and_is_no_text():
       seen['text'] = (tokens.kind == TEXT) & tokens.real
       seen['kept'] = tokens.fixed
       seen['protected'] = tokens.protected
-      order = jnp.argsort(tokens.free, axis=1, stable=True)[:, :num_slots]
-      return Gather(order, tokens.slots)
+      seen['budget'] = tokens.budget
+      return keep_top(tokens, jnp.zeros(tokens.kind.shape), num_slots=num_slots)
 
   lm = planned(layers=(1,), keep=2)
   lm = lm.clone(plan=lm.plan.with_method(Count()))
   valid = jnp.asarray(np.arange(PROMPT) < np.array([[12], [9], [10]]))
   _, out = lm.apply(variables(), image_and_text(valid))
   np.testing.assert_array_equal(seen['text'].sum(axis=1), [6, 3, 4])
-  np.testing.assert_array_equal(seen['kept'].sum(axis=1), 6)
+  np.testing.assert_array_equal(seen['kept'].sum(axis=1), [6, 3, 4])
+  np.testing.assert_array_equal(seen['budget'], 2)
   assert seen['protected'] == 6
   visual = np.asarray(out['tokens'].real & (out['tokens'].kind == VISUAL)).sum(axis=1)
   np.testing.assert_array_equal(visual, 2)
@@ -595,7 +597,7 @@ def test_plans_for_other_prompts_are_worded_errors():
     ({'token_kinds': 'special'}, "token_kinds='special' names no tokens"),
     ({'positions': 'gone'}, "positions='gone' is unknown here: choose one of keep, compact, rest"),
     ({'method': 'evit'}, 'evit needs cls_attention, which this host does not offer'),
-    ({'keep': 7}, 'keep=7 in layer 1 is impossible: 6 tokens are there'),
+    ({'keep': 0}, 'keep=0 in layer 1 is impossible: 6 tokens are there'),
 ])
 def test_plans_that_do_not_fit_are_worded_errors(config, message):
   with pytest.raises(ValueError, match=message):

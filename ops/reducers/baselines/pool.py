@@ -14,7 +14,7 @@ from ops.primitives.match import join
 from ops.primitives.select import ranks
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, count, num_kept, of_kept
 
 Array = jax.Array
 
@@ -34,11 +34,10 @@ class Pool(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     height, width = signals.grid
-    num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                           for flags in (tokens.free, tokens.fixed))
-    num_free = jnp.maximum(num_free, 1)
-    cells = jnp.clip(num_slots - num_fixed, 1, num_free)
-    bands = max(1, round(math.sqrt((num_slots - tokens.protected) * height / width)))
+    num_free = jnp.maximum(count(tokens.free), 1)
+    cells = jnp.maximum(num_kept(tokens, num_slots), 1)
+    bands = of_kept(tokens, num_slots,
+                    lambda kept: max(1, round(math.sqrt(kept * height / width))))
 
     def cell(order: Array) -> Array:
       """The cell of each slot: the last i with floor(i n / m) up to its place in the order."""

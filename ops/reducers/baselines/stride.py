@@ -13,7 +13,7 @@ from ops.primitives.match import evenly_spaced
 from ops.primitives.select import keep_top, rank_of
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, count, num_kept
 
 PHASES = ('first', 'middle')
 
@@ -38,9 +38,6 @@ class Stride(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
-    num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                           for flags in (tokens.free, tokens.fixed))
-    stays = evenly_spaced(rank_of(tokens.free), num_free,
-                          jnp.clip(num_slots - num_fixed, 0, num_free),
+    stays = evenly_spaced(rank_of(tokens.free), count(tokens.free), num_kept(tokens, num_slots),
                           late=PHASES.index(self.phase))
     return keep_top(tokens, stays.astype(jnp.float32), num_slots=num_slots)

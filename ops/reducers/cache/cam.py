@@ -23,12 +23,12 @@ Array = jax.Array
 class CaM(Wrapper):
   """Keeps the best entries, and adds to their values those of the entries that leave before them.
 
-  CaM: Cache Merging for Memory-efficient LLMs Inference (Zhang et al., 2024), ICML, Alg. 1; the
-  idea of merging instead of evicting is compared in arXiv:2406.02069. An entry that leaves gives
-  its value, in equal parts, to the next `merged` ones that stay, with a probability of its
-  attention over theirs. The release draws; here the value is weighed by the probability, which is
-  the mean of the draws, so that equal prompts have equal caches. The release merges one entry a
-  decoded token; here all that leave after the prompt, head by head.
+  CaM: Cache Merging for Memory-efficient LLMs Inference (Zhang et al., ICML 2024), Alg. 1,
+  openreview.net/forum?id=LCTmppB165. An entry that leaves gives its value, in equal parts, to the
+  next `merged` ones that stay, with a probability of its attention over theirs. The release draws;
+  here the value is weighed by the probability, which is the mean of the draws, so that equal
+  prompts have equal caches. The release merges one entry a decoded token; here all that leave after
+  the prompt, head by head.
 
   Attributes:
     inner: the method that ranks entries.

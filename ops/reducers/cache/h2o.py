@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
-from ops.primitives.kv_select import by_kv_head, keep_best, latest, newest, stays
+from ops.primitives.kv_select import by_kv_head, keep_best, latest, newest, num_entries, stays
 from ops.reducers.scoring import ScoringReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -43,7 +43,8 @@ class H2O(ScoringReducer):
 
   def forced(self, tokens: TokenSet, num_slots: int) -> Array:
     """Names the latest entries."""
-    return latest(tokens, num_slots // 2 if self.recent is None else self.recent)
+    half = num_entries(tokens, num_slots) // 2
+    return latest(tokens, half if self.recent is None else self.recent)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], attention that each entry got from all queries."""

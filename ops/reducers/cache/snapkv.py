@@ -55,7 +55,13 @@ class SnapKV(ScoringReducer):
     assignment = super().__call__(tokens, signals, num_slots=num_slots)
     if self.variant == 'kvpress':
       return assignment
-    return jax.tree.map(lambda x: jnp.roll(x, -self.window, axis=2), assignment)
+    if assignment.valid is None:
+      return KVGather(jnp.roll(assignment.src, -self.window, axis=2))
+    left = jnp.sum(assignment.valid, axis=2, keepdims=True, dtype=jnp.int32)
+    place = jnp.arange(num_slots, dtype=jnp.int32)[None, None]
+    place = jnp.where(place < left, (place + self.window) % jnp.maximum(left, 1), place)
+    return assignment.replace(src=jnp.take_along_axis(assignment.src, jnp.broadcast_to(
+        place, assignment.src.shape), axis=2))
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], mean over the window's queries and a key's heads, 0 in the window."""

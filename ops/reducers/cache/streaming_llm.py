@@ -48,7 +48,7 @@ class StreamingLLM(ScoringReducer):
 
   def forced(self, tokens: TokenSet, num_slots: int) -> Array:
     """Names the sinks."""
-    return earliest(tokens, min(self.sinks, num_slots))
+    return earliest(tokens, self.sinks)
 
   def evict(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Array:
     """Lets the oldest entry go that is no sink."""

@@ -14,7 +14,7 @@ from ops.attention import HIDDEN_LOGIT
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import SPECIAL, TokenSet
+from ops.tokens import SPECIAL, TokenSet, num_left
 from ops.values import CountOrZero
 
 Array = jax.Array
@@ -92,7 +92,7 @@ class FlowCut(ByAttention):
     lost = surplus(self.attention(signals).mean(axis=1), tokens.free, target=self.target, left=left)
     real = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
     order = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
-    stays = ranks(order, tokens.slots) < jnp.minimum(real - lost, num_slots)
+    stays = ranks(order, tokens.slots) < jnp.minimum(real - lost, num_left(tokens, num_slots))
     src = jnp.argsort(~stays, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
     return Gather(src, tokens.slots, valid=take(stays, src))
 

@@ -12,7 +12,7 @@ from ops.assignments import Assignment, take
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, of_kept
 from ops.values import CountOrZero, NotNegative
 
 Array = jax.Array
@@ -58,17 +58,30 @@ class HiPrune(ByAttention):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     deep = self.attention(signals).mean(axis=1)
-    count = round(max(num_slots - tokens.protected, 0) * self.alpha / 5)
-    anchors = top(tokens.stats.get('object', deep), count, excluded=~tokens.free)
-    forced = (ranks(anchors, tokens.slots) < count) | near(tokens, anchors, signals.grid)
+    count = of_kept(tokens, num_slots, self._num_anchors)
+    most = self._num_anchors(max(num_slots - tokens.protected, 0))
+    anchors = top(tokens.stats.get('object', deep), most, excluded=~tokens.free)
+    place = ranks(anchors, tokens.slots)
+    forced = (place < count) | near(tokens, anchors, take(place, anchors) < count, signals.grid)
     # Far above any attention, and finite, so that what may not be touched still comes first.
     return keep_top(tokens, jnp.where(forced & tokens.free, 2.0, 0.0) + deep, num_slots=num_slots)
 
 
-def near(tokens: TokenSet, anchors: Array, grid: tuple[int, int]) -> Array:
-  """bool[B, N]: whether a slot's patch is left of, right of, above or below one of int32[B, A]."""
+  def _num_anchors(self, kept: int) -> int:
+    return round(kept * self.alpha / 5)
+
+
+def near(tokens: TokenSet, anchors: Array, counts: Array, grid: tuple[int, int]) -> Array:
+  """bool[B, N]: whether a slot's patch is left of, right of, above or below an anchor's.
+
+  Args:
+    tokens: N slots.
+    anchors: int32[B, A], slots.
+    counts: bool[B, A], anchors that count.
+    grid: (rows, columns).
+  """
   rows, columns = grid
-  place, real = take(tokens.pos, anchors), take(tokens.free, anchors)
+  place, real = take(tokens.pos, anchors), take(tokens.free, anchors) & counts
   around = jnp.concatenate([jnp.clip(place + by, 0, rows * columns - 1)
                             for by in (-1, 1, -columns, columns)], axis=1)
   meets = (tokens.pos[:, :, None] == around[:, None]) & jnp.tile(real, (1, 4))[:, None]

@@ -14,7 +14,7 @@ from ops.primitives.match import cosine
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import SPECIAL, TokenSet
+from ops.tokens import SPECIAL, TokenSet, filled, num_left
 from ops.values import Count
 
 Array = jax.Array
@@ -47,8 +47,9 @@ class PruMerge(Reducer):
                      for x in (signals.queries, signals.keys))
     scores = whole_attention(tokens, queries, keys)
     order = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
-    enough = jnp.sum(tokens.real, axis=1, keepdims=True) <= num_slots
-    kept = (jnp.arange(num_slots)[None] < num_slots - 1) | enough
+    left = num_left(tokens, num_slots)
+    enough = jnp.sum(tokens.real, axis=1, keepdims=True) <= left
+    kept = (jnp.arange(num_slots)[None] < left - 1) | enough
     rows = kept[:, :, None] & (order[:, :, None] == jnp.arange(slots)[None, None])
     weights = rows.astype(jnp.float32)
 
@@ -59,10 +60,13 @@ class PruMerge(Reducer):
     closest = jax.lax.top_k(jax.lax.stop_gradient(alike), count)[1].astype(jnp.int32)
     near = ranks(closest.reshape(-1, count), slots).reshape(alike.shape) < count
     near &= (alike > -jnp.inf) & refined[:, :, None]
-    rest = tokens.free & (ranks(order, slots) >= num_slots - 1) & ~enough
-    last = (jnp.arange(num_slots) == num_slots - 1)[None, :, None]
+    rest = tokens.free & (ranks(order, slots) >= left - 1) & ~enough
+    last = (jnp.arange(num_slots)[None] == left - 1)[:, :, None]
     weights += jnp.where(near | (last & rest[:, None]), scores[:, None], 0.0)
-    return Mix(weights, valid=None if tokens.valid is None else take(tokens.valid, order))
+    valid = filled(tokens, num_slots)
+    if valid is None and tokens.valid is not None:
+      valid = take(tokens.valid, order)
+    return Mix(weights, valid=valid)
 
 
 def whole_attention(tokens: TokenSet, queries: Array, keys: Array) -> Array:

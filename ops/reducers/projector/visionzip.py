@@ -13,7 +13,7 @@ from ops.primitives.match import cosine
 from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, filled, num_left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ class VisionZip(ByAttention):
     own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), tokens.kind.shape)
     order = top(self.attention(signals).mean(axis=1), num_slots - context, forced=tokens.fixed,
                 excluded=~tokens.real)
-    rest = tokens.real & (ranks(order, slots) == num_slots - context)
+    left = num_left(tokens, num_slots)
+    rest = tokens.real & (ranks(order, slots) >= left - context)
     step = jnp.maximum(jnp.sum(rest, axis=1, keepdims=True, dtype=jnp.int32) // context, 1)
     rank = rank_of(rest)
     target = rest & (rank % step == 0) & (rank // step < context)
@@ -54,14 +55,16 @@ class VisionZip(ByAttention):
     src = jnp.argsort(slots * group + own, axis=1)[:, :num_slots].astype(jnp.int32)
 
     metric = jax.lax.stop_gradient(signals.keys.astype(jnp.float32).mean(axis=2))
-    targets = src[:, num_slots - context:]
+    at = jnp.maximum(left - context + jnp.arange(context, dtype=jnp.int32)[None], 0)
+    targets = take(src, jnp.broadcast_to(at, (len(src), context)))
     alike = jnp.where(take(target, targets)[:, None], cosine(metric, take(metric, targets)), -2.0)
     merges = rest & ~target
     partner = jnp.where(merges, take(targets, jnp.argmax(alike, axis=2)), own)
     dst = take(ranks(src, slots), partner)
     count = Merge(src, dst, jnp.ones(dst.shape)).apply(merges.astype(jnp.float32))
     shares = take(jnp.pad(1 / jnp.maximum(count, 1.0), ((0, 0), (0, 1))), dst)
-    return Merge(src, dst, jnp.where(merges, shares, jnp.where(tokens.real, 1.0, 0.0)))
+    return Merge(src, dst, jnp.where(merges, shares, jnp.where(tokens.real, 1.0, 0.0)),
+                 valid=filled(tokens, num_slots))
 
   def min_slots(self, slots: int, protected: int) -> int:
     return min(slots, protected + self.contextual + 1)

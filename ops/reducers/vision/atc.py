@@ -15,7 +15,7 @@ from ops.assignments import Assignment, take
 from ops.primitives.match import join, pairwise_cosine
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, count, num_kept
 
 Array = jax.Array
 
@@ -52,9 +52,8 @@ class ATC(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     keys = jax.lax.stop_gradient(signals.keys.astype(jnp.float32))
-    real, free = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                  for flags in (tokens.real, tokens.free))
-    merges = jnp.clip(real - num_slots, 0, jnp.maximum(free - 1, 0))
+    free = count(tokens.free)
+    merges = jnp.minimum(free - num_kept(tokens, num_slots), jnp.maximum(free - 1, 0))
     cluster = agglomerate(1 - pairwise_cosine(keys.mean(axis=2), tokens.free), merges,
                           most=max(tokens.slots - num_slots, 0), linkage=self.linkage)
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), cluster.shape)

@@ -32,7 +32,8 @@ class ATS(ByQuantiles):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = significance(signals, by=self.by)
-    hit = sample(scores, tokens.free, points=self.num_points(tokens, num_slots))
+    hit = sample(scores, tokens.free, points=self.num_points(tokens, num_slots),
+                 most=self.most_points(tokens, num_slots))
     return keep_sampled(tokens, scores, hit, num_slots=num_slots)
 
 
@@ -43,7 +44,7 @@ def significance(signals: Signals, *, by: str = 'cls_attention') -> Array:
   return jax.lax.stop_gradient(getattr(signals, by).sum(axis=1) * length)
 
 
-def sample(scores: Array, among: Array, *, points: int) -> Array:
+def sample(scores: Array, among: Array, *, points: Array | int, most: int | None = None) -> Array:
   """Inverse transform sampling without chance: the tokens nearest to evenly spaced quantiles.
 
   The distribution runs over tokens of rising score and is stretched to [0, 1], so the lowest has
@@ -52,7 +53,8 @@ def sample(scores: Array, among: Array, *, points: int) -> Array:
   Args:
     scores: float32[B, N], not negative.
     among: bool[B, N], tokens to sample.
-    points: P, quantiles.
+    points: P, quantiles; or int32[B, 1], each row's own.
+    most: P where rows have their own.
 
   Returns:
     bool[B, N], sampled at least once.
@@ -62,16 +64,23 @@ def sample(scores: Array, among: Array, *, points: int) -> Array:
   share = jnp.cumsum(jnp.where(counts, take(scores, order), 0.0), axis=1)
   share = share / jnp.maximum(share[:, -1:], 1e-20)
   share = (share - share[:, :1]) / jnp.maximum(share[:, -1:] - share[:, :1], 1e-20)
-  return sample_at(quantiles(share, counts, points=points), share, order, counts) & among
+  return sample_at(quantiles(share, counts, points=points, most=most), share, order, counts) & among
 
 
-def quantiles(share: Array, counts: Array, *, points: int) -> Array:
+def quantiles(share: Array, counts: Array, *, points: Array | int,
+              most: int | None = None) -> Array:
   """Spaces quantiles evenly from the lowest share above 0 to 1, float32[B, P].
 
   Args:
     share: float32[B, N].
     counts: bool[B, N], the entries that count.
-    points: P.
+    points: P; or int32[B, 1], each row's own, beyond which its last is repeated.
+    most: P where rows have their own.
   """
   lowest = jnp.min(share, axis=1, keepdims=True, initial=1.0, where=counts & (share > 0))
-  return lowest + (1 - lowest) * jnp.arange(points, dtype=jnp.float32)[None] / max(points - 1, 1)
+  if isinstance(points, int):
+    place = jnp.arange(points, dtype=jnp.float32)[None] / max(points - 1, 1)
+  else:
+    number = jnp.minimum(jnp.arange(most, dtype=jnp.int32)[None], points - 1)
+    place = number.astype(jnp.float32) / jnp.maximum(points - 1, 1)
+  return lowest + (1 - lowest) * place

@@ -31,7 +31,8 @@ class ATSSpatial(ByQuantiles):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = significance_by_head(signals, by=self.by)
-    hit = sample_in_order(scores, tokens.free, points=self.num_points(tokens, num_slots))
+    hit = sample_in_order(scores, tokens.free, points=self.num_points(tokens, num_slots),
+                          most=self.most_points(tokens, num_slots))
     turn = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.float32), scores.shape)
     return keep_sampled(tokens, scores, hit, num_slots=num_slots, turn=turn)
 
@@ -43,13 +44,16 @@ def significance_by_head(signals: Signals, *, by: str = 'cls_attention') -> Arra
   return jax.lax.stop_gradient(jnp.sum(getattr(signals, by) * length, axis=1))
 
 
-def sample_in_order(scores: Array, among: Array, *, points: int) -> Array:
+def sample_in_order(scores: Array, among: Array, *, points: Array | int,
+                    most: int | None = None) -> Array:
   """The tokens nearest to P quantiles of a distribution that runs over the slots as they stand.
 
   Args:
     scores: float32[B, N], not negative.
     among: bool[B, N], tokens to sample.
-    points: P, quantiles, at (2 i + 1) / (2 P + 2) for i from 0 to P - 1.
+    points: P, quantiles, at (2 i + 1) / (2 P + 2) for i from 0 to P - 1; or int32[B, 1], each row's
+      own, beyond which its last is repeated.
+    most: P where rows have their own.
 
   Returns:
     bool[B, N], sampled at least once.
@@ -58,6 +62,10 @@ def sample_in_order(scores: Array, among: Array, *, points: int) -> Array:
   counts = take(among, order)
   share = jnp.cumsum(jnp.where(counts, take(scores, order), 0.0), axis=1)
   share = share / jnp.maximum(share[:, -1:], 1e-20)
-  quantiles = (2 * jnp.arange(points, dtype=jnp.float32) + 1) / (2 * points + 2)
-  quantiles = jnp.broadcast_to(quantiles, (len(scores), points))
+  if isinstance(points, int):
+    quantiles = (2 * jnp.arange(points, dtype=jnp.float32) + 1) / (2 * points + 2)
+  else:
+    number = jnp.minimum(jnp.arange(most, dtype=jnp.int32)[None], points - 1)
+    quantiles = (2 * number.astype(jnp.float32) + 1) / (2 * points + 2)
+  quantiles = jnp.broadcast_to(quantiles, (len(scores), quantiles.shape[-1]))
   return sample_at(quantiles, share, order, counts) & among

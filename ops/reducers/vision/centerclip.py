@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import choices
+from ops import tokens as tk
 from ops.assignments import Assignment, Merge, take
 from ops.primitives import cluster, kmedoids
 from ops.primitives.select import keep_top, ranks
@@ -97,7 +98,8 @@ class CenterCLIP(Reducer):
     picked = keep_top(tokens, (medoid == own) & tokens.free, num_slots=num_slots)
     if self.outputs == 'medoids':
       return picked
-    return Merge.mean(picked.src, take(ranks(picked.src, tokens.slots), medoid), tokens.real)
+    return Merge.mean(picked.src, take(ranks(picked.src, tokens.slots), medoid), tokens.real,
+                      valid=picked.valid)
 
 
 def divide(tokens: TokenSet, *, segments: int, num_slots: int) -> tuple[Array, Array, Array]:
@@ -107,12 +109,11 @@ def divide(tokens: TokenSet, *, segments: int, num_slots: int) -> tuple[Array, A
     int32[B, S, L], the slots of each segment; bool[R, L], which of them are tokens; int32[R], the
     clusters of each segment, never more than it has tokens.
   """
-  num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                         for flags in (tokens.free, tokens.fixed))
+  num_free = tk.count(tokens.free)
   s = jnp.arange(segments, dtype=jnp.int32)[None]
   length, start = num_free // segments + (s < num_free % segments), num_free // segments * s
   start = (start + jnp.minimum(s, num_free % segments))[:, :, None]
-  room = jnp.clip(num_slots - num_fixed, 0, num_free)
+  room = tk.num_kept(tokens, num_slots)
   count = room // segments + (s < room % segments)
   i = jnp.arange(-(-(tokens.slots - tokens.protected) // segments), dtype=jnp.int32)[None, None]
   order = jnp.argsort(~tokens.free, axis=1, stable=True).astype(jnp.int32)

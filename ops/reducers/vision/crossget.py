@@ -15,7 +15,7 @@ from ops.primitives.match import cosine, num_excess, pairwise_cosine
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import SPECIAL, TokenSet
+from ops.tokens import SPECIAL, TokenSet, filled
 
 Array = jax.Array
 FORMS = ('image', 'cross', 'text', 'attention')
@@ -69,7 +69,8 @@ class CrossGET(Reducer):
       slot = self._query_slot(tokens)
       if self.form == 'text':
         end = jnp.arange(tokens.slots)[None] == slot
-        tokens = tokens.replace(kind=jnp.where(end, jnp.int8(SPECIAL), tokens.kind))
+        budget = None if tokens.budget is None else jnp.maximum(tokens.budget - 1, 0)
+        tokens = tokens.replace(kind=jnp.where(end, jnp.int8(SPECIAL), tokens.kind), budget=budget)
       flat = (*keys.shape[:2], -1)
       metric, query = keys.reshape(flat), take(signals.queries.reshape(flat), slot)
       importance = cosine(metric, jax.lax.stop_gradient(query))[..., 0]
@@ -83,7 +84,8 @@ class CrossGET(Reducer):
     stays = tokens.real & ~source
     src = jnp.argsort(~stays, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
     dst = take(ranks(src, tokens.slots), jnp.where(source, match, own))
-    merge = Merge.mean(src, dst, jnp.where(tokens.real, tokens.sizes, 0.0))
+    merge = Merge.mean(src, dst, jnp.where(tokens.real, tokens.sizes, 0.0),
+                       valid=filled(tokens, num_slots))
     # The other half of each pair's weight of 2, beyond the 1 that the target has anyway.
     change = merge.totals(jnp.where(source, 1 - weight, 0.0))
     factor = jnp.where(source, weight, 1 + take(change, jnp.minimum(dst, num_slots - 1)))

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import tokens as tk
 from ops.assignments import Assignment, take
 from ops.primitives.match import join, nearest, num_excess, parity_order, scatter
 from ops.primitives.select import ranks, top
@@ -59,7 +60,7 @@ class DyMU(Reducer):
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     threshold = self.threshold_at(signals.layer, signals.depth)
     a, b, best, match = candidates(tokens, signals.keys)
-    half, crowd = num_excess(tokens, 0), num_excess(tokens, num_slots)
+    half, crowd = tk.count(tokens.free) // 2, num_excess(tokens, num_slots)
     alike = jnp.sum(best > threshold, axis=1, keepdims=True)
     alike = jnp.minimum(alike, half if self.most is None else jnp.minimum(half, self.most))
     place = ranks(top(best, a.shape[1]), a.shape[1])

@@ -11,7 +11,7 @@ from ops.assignments import Assignment, Merge
 from ops.primitives.select import ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, filled, num_left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,8 @@ class EViT(ByAttention):
     order = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
     # The last slot belongs to the fused token, whose anchor is the best of the dropped.
     place = ranks(order, tokens.slots)
-    dst = jnp.where(tokens.real, jnp.minimum(place, num_slots - 1), num_slots)
-    enough = jnp.sum(tokens.real, axis=1, keepdims=True) <= num_slots
-    weight = jnp.where((place < num_slots - 1) | enough, 1.0, scores)
-    return Merge(order, dst, weight)
+    left = num_left(tokens, num_slots)
+    dst = jnp.where(tokens.real, jnp.minimum(place, left - 1), num_slots)
+    enough = jnp.sum(tokens.real, axis=1, keepdims=True) <= left
+    weight = jnp.where((place < left - 1) | enough, 1.0, scores)
+    return Merge(order, dst, weight, valid=filled(tokens, num_slots))

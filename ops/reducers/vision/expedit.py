@@ -5,14 +5,17 @@ Axes: B batch, N slots now, M slots after, P protected, K clusters.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.primitives.mixing import mix_where_too_many
-from ops.primitives.superpixels import cells, soft_clusters
+from ops.primitives.superpixels import cell_masks, cells, soft_clusters, square_bands
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, num_kept, of_kept
+
+Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +57,25 @@ class Expedit(Reducer):
       raise ValueError(f'reach={self.reach} must not be negative')
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    layout = cells(signals.grid, num_slots - tokens.protected, bands=self.bands, reach=self.reach)
-    pos = jnp.clip(tokens.pos, 0, layout.near.shape[1] - 1)
-    inside, near = (jnp.asarray(mask.T)[pos].swapaxes(1, 2)
-                    for mask in (layout.inside, layout.near))
+    inside, near = self._cells(tokens, signals.grid, num_slots)
     soft = soft_clusters(tokens.x, inside, near, tokens.free, iterations=self.iterations,
                          temperature=self.temperature)
     return mix_where_too_many(tokens, soft)
+
+  def _cells(self, tokens: TokenSet, grid: tuple[int, int],
+             num_slots: int) -> tuple[Array, Array]:
+    """bool[B, K, N], twice: the tokens that each cluster starts from, and those near it."""
+    most = num_slots - tokens.protected
+    layout = cells(grid, most, bands=self.bands, reach=self.reach)
+    pos = jnp.clip(tokens.pos, 0, layout.near.shape[1] - 1)
+    if tokens.budget is None:
+      inside, near = (jnp.asarray(mask.T)[pos].swapaxes(1, 2)
+                      for mask in (layout.inside, layout.near))
+      return inside, near
+    kept = jnp.maximum(num_kept(tokens, num_slots), 1)
+    bands = of_kept(tokens, num_slots, lambda count: min(
+        self.bands or square_bands(grid, max(count, 1)), max(count, 1)))
+    inside, near = cell_masks(pos[:, None], jnp.arange(most, dtype=jnp.int32)[None, :, None], grid,
+                              kept[:, :, None], jnp.asarray(bands)[:, :, None], reach=self.reach)
+    there = jnp.arange(most)[None, :, None] < kept[:, :, None]
+    return inside & there, near & there

@@ -14,7 +14,7 @@ from ops.primitives import cluster
 from ops.primitives.select import top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, filled
 from ops.values import CountOrZero, Iterations
 
 Array = jax.Array
@@ -58,5 +58,7 @@ class KMedoids(Reducer):
       weight = jnp.ones(tokens.x.shape[:2])
       scores = cluster.farthest_first(distance, tokens.free, start=self.start, count=num_slots)
     seeds = top(scores, num_slots, forced=tokens.fixed, excluded=~tokens.real)
-    picked = cluster.medoids(distance, seeds, weight, tokens.free, iterations=self.iterations)
-    return Gather(picked, tokens.slots)
+    valid = filled(tokens, num_slots)
+    picked = cluster.medoids(distance, seeds, weight, tokens.free, iterations=self.iterations,
+                             valid=valid)
+    return Gather(picked, tokens.slots, valid=valid)

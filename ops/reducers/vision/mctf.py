@@ -100,7 +100,8 @@ class MCTF(Reducer):
       return merge.replace(op='max')
     weight = {'attention': jnp.maximum(received * tokens.sizes, TINY), 'size': tokens.sizes,
               'mean': jnp.ones_like(tokens.sizes)}[self.pooling]
-    return Merge.mean(merge.src, merge.dst, jnp.where(tokens.real, weight, 0.0))
+    return Merge.mean(merge.src, merge.dst, jnp.where(tokens.real, weight, 0.0),
+                      valid=merge.valid)
 
   def _scores(self, tokens: TokenSet, received: Array, a: Array, b: Array) -> Array:
     """float32[B, A, C], -inf where a pair may not merge.

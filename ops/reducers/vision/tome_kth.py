@@ -12,7 +12,7 @@ from ops.primitives.match import evenly_spaced, join, nearest
 from ops.primitives.select import rank_of
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, count, num_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,8 @@ class ToMeKth(Reducer):
   needs = frozenset({'keys'})
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    num_free, num_fixed = (jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)
-                           for flags in (tokens.free, tokens.fixed))
-    stays = tokens.free & evenly_spaced(rank_of(tokens.free) + 1, num_free,
-                                        jnp.clip(num_slots - num_fixed, 0, num_free))
+    stays = tokens.free & evenly_spaced(rank_of(tokens.free) + 1, count(tokens.free),
+                                        num_kept(tokens, num_slots))
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), stays.shape)
     target = jnp.argsort(~stays, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
     source = tokens.free & ~stays

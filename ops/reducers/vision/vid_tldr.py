@@ -50,7 +50,7 @@ class VidTLDR(Reducer):
     anchor = take(merge.src, jnp.minimum(merge.dst, num_slots - 1))
     own = jnp.arange(tokens.slots, dtype=jnp.int32)[None]
     size_weights = jnp.where(tokens.free & (anchor != own), salient, 1.0)
-    mean = Merge.mean(merge.src, merge.dst, size_weights * tokens.sizes)
+    mean = Merge.mean(merge.src, merge.dst, size_weights * tokens.sizes, valid=merge.valid)
     return mean.replace(size_weights=size_weights)
 
 
