@@ -52,5 +52,5 @@ def get_config() -> ml_collections.ConfigDict:
   full = {'name': 'full', 'share': 1.0, 'ranking': 'own', 'reduce': {}}
   return ml_collections.ConfigDict({
       'weights': '', 'text': '', 'out': 'results/real_caches.jsonl', 'seed': 0,
-      'prefix': 1024, 'behind': 128, 'texts': 4, 'words': 300, 'pass_keys': 8,
-      'rows': (full, *(row for share in SHARES for row in rows(share)))}, convert_dict=False)
+      'prefix': 1024, 'behind': 128, 'texts': 2, 'words': 300, 'pass_keys': 8,
+      'rows': (full, *(row for pair in zip(*map(rows, SHARES), strict=True) for row in pair))}, convert_dict=False)

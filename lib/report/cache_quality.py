@@ -40,6 +40,7 @@ from models.plan import make_cache_plan
 from models.reduction import Event, Place, Reduction, choose
 from models.row_budgets import entry_budget
 from models.stack import Tap
+from models.storage import to_storage
 from ops.kv_cache import KV, Cache, LayerCache
 from ops.primitives.kv_select import broadcast_to_heads
 from ops.reducers.base import CacheReducer
@@ -105,8 +106,8 @@ class Subject:
   def __init__(self, config: Any) -> None:
     path = pathlib.Path(config.weights)
     self.lm = from_config(gguf.config(path))
-    self.weights = {'params': load(self.lm, path, storage='unstacked')}
     stacked = {'params': load(self.lm, path)}
+    self.weights = {'params': to_storage(stacked['params'], storage='unstacked')}
     self._encode, text = tokenizer(path), pathlib.Path(config.text).read_text()
     articles = [article for article in text.split('\n\n') if article.strip()]
     self._extend = jax.jit(functools.partial(self.lm.apply, logits='all', method='extend'))
@@ -120,28 +121,29 @@ class Subject:
     self.behind = jnp.asarray(together[:, config.prefix:])
     self.prefix = self._read(stacked, together[:, :config.prefix])
     self.keys, asked = self._pass_keys(articles[-config.pass_keys:], config)
-    whole, context = ([self._encode(prompt + tail) for prompt in asked] for tail in (QUESTION, ''))
     self.question = np.tile(self._encode(QUESTION), (config.pass_keys, 1)).astype(np.int32)
-    self.whole, self.context = (self._read(stacked, *_padded(rows)) for rows in (whole, context))
+    whole, context = ([self._encode(prompt + tail) for prompt in asked] for tail in (QUESTION, ''))
+    # Of one length, so that both run the same programs.
+    length = max(map(len, whole))
+    self.whole, self.context = (self._read(stacked, *_padded(rows, length))
+                                for rows in (whole, context))
 
   def measure(self, head: Row) -> Row:
     """Returns the figures of a row."""
     row: Mapping[str, Any] = head
-    full = _bytes(self._caches(self.prefix, None, room=0).layers)
-    behind = self.behind.shape[1]
-    cache = self._caches(self.prefix, row, room=behind)
-    held = _bytes(self._caches(self.prefix, row, room=0).layers)
-    logits, _ = self._extend(self.weights, self.behind, cache)
+    full = _bytes(self._layers(self.prefix, None))
+    layers = self._layers(self.prefix, row)
+    logits, _ = self._extend(self.weights, self.behind, _cache(layers, self.behind.shape[1]))
     likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]),
                                      self.behind[:, 1:, None], axis=2)
-    told = self._answers(self.whole.logits, self._caches(self.whole, row, room=DIGITS))
     room = self.question.shape[1] + DIGITS
+    told = self._answers(self.whole.logits, _cache(self._layers(self.whole, row), room))
     after, cache = self._extend(self.weights, jnp.asarray(self.question),
-                                self._caches(self.context, row, room=room))
+                                _cache(self._layers(self.context, row), room))
     recalled = self._answers(after[:, -1], cache)
     return {'perplexity': round(float(jnp.exp(-likelihood.mean())), 2),
             'recall': f'{told} of {len(self.keys)}',
-            'recall_context': f'{recalled} of {len(self.keys)}', 'memory': round(held / full, 3)}
+            'recall_context': f'{recalled} of {len(self.keys)}', 'memory': round(_bytes(layers) / full, 3)}
 
   def _pass_keys(self, articles: Sequence[str], config: Any) -> tuple[list[str], list[str]]:
     """Pass keys, and prompts that hold them somewhere among words."""
@@ -172,7 +174,7 @@ class Subject:
                              valid=None if valid is None else jnp.asarray(valid))
     return Prompts(tokens, signals, logits)
 
-  def _caches(self, prompts: Prompts, row: Mapping[str, Any] | None, *, room: int) -> Cache:
+  def _layers(self, prompts: Prompts, row: Mapping[str, Any] | None) -> tuple[LayerCache, ...]:
     """The caches of prompts, cut as a row says; None for whole ones."""
     events: dict[int, Event] = {}
     if row and row['reduce']:
@@ -180,11 +182,10 @@ class Subject:
       if row['ranking'] == 'chance':
         plan = plan.with_method(cast(Any, Chance()))
       events = {event.layer: event for event in plan.events}
-    layers = tuple(
-        _cut(prompts.tokens, signals, rope=self.lm.rope, room=room, event=event and
-             dataclasses.replace(event, layer=0))
+    return tuple(
+        _cut(prompts.tokens, signals, rope=self.lm.rope,
+             event=event and dataclasses.replace(event, layer=0))
         for layer, signals in enumerate(prompts.signals) for event in (events.get(layer),))
-    return Cache(layers, jnp.zeros((), jnp.int32))
 
   def _answers(self, logits: Array, cache: Cache) -> int:
     """Counts the pass keys that a model tells when it goes on."""
@@ -199,22 +200,24 @@ class Subject:
                for key, row in zip(self.keys, rows, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=('event', 'rope', 'room'))
-def _cut(tokens: TokenSet, signals: Signals, *, event: Event | None, rope: Rope,
-         room: int) -> LayerCache:
+def _cache(layers: Sequence[LayerCache], room: int) -> Cache:
+  return Cache(tuple(layer.with_room(room) for layer in layers), jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=('event', 'rope'))
+def _cut(tokens: TokenSet, signals: Signals, *, event: Event | None, rope: Rope) -> LayerCache:
   """A layer's cache, cut as an event says."""
   start = jnp.max(jnp.where(tokens.real, tokens.pos, -1), axis=1) + 1
   kv = KV.create(jnp.swapaxes(signals.keys, 1, 2), jnp.swapaxes(signals.values, 1, 2),
                  pos=tokens.pos, valid=tokens.real, start=start, filled=tokens.slots)
   if event is None:
-    return kv.with_room(room)
+    return kv
   own = tokens.replace(budget=entry_budget(event, tokens))
   if event.method.span:
     signals = signals.replace(window_attention=signals.window_attention[:, :, -event.method.span:],
                               window_queries=signals.window_queries[:, -event.method.span:])
   answer = choose(event, own, signals, Place(1, rope=rope))
-  return cast(LayerCache, answer.shrink(kv, positions=event.reduction.positions,
-                                        rope=rope).with_room(room))
+  return cast(LayerCache, answer.shrink(kv, positions=event.reduction.positions, rope=rope))
 
 
 def tokenizer(path: pathlib.Path) -> Any:
@@ -246,11 +249,10 @@ def _ids(made: Any, text: str) -> list[int]:
   return list(made.encode(text).ids)
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
   """Rows as int32[B, N], padded on the right, and which of them are real."""
-  longest = max(map(len, rows))
-  ids = np.array([[*row, *[0] * (longest - len(row))] for row in rows], np.int32)
-  return ids, np.arange(longest)[None] < np.array([[len(row)] for row in rows])
+  ids = np.array([[*row, *[0] * (length - len(row))] for row in rows], np.int32)
+  return ids, np.arange(length)[None] < np.array([[len(row)] for row in rows])
 
 
 def _bytes(tree: Any) -> int:

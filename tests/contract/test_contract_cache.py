@@ -231,8 +231,8 @@ PAIRS = [(check, name) for name in CACHE_REDUCERS for check in INVARIANTS]
 
 
 # What takes longest to compile.
-LONG = {name for name in SETTINGS if 'inner' in SETTINGS[name]} | {'simlayerkv', 'cur', 'finch',
-                                                                      'lagkv'}
+LONG = {name for name in SETTINGS if 'inner' in SETTINGS[name]} | {
+    'simlayerkv', 'cur', 'finch', 'lagkv', 'keydiff'}
 
 
 @pytest.mark.parametrize(('check', 'name'), [

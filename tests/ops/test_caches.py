@@ -91,6 +91,7 @@ def test_entries_that_are_gone_read_as_those_that_are_hidden(total, window, bias
                              atol=2e-6)
 
 
+@pytest.mark.long
 def test_heads_number_their_own_entries_anew():
   kv = prompt(padded=True)
   keep = unequal(kv, 30)
@@ -117,6 +118,7 @@ def test_pages_add_little_to_what_heads_hold(heads, kept, size):
   assert total <= shapes.src.size <= 1.05 * total
 
 
+@pytest.mark.long
 def test_all_entries_have_their_place_however_heads_share_them():
   counts = np.array([[0, 204, 102], [1, 103, 202], [101, 102, 103], [204, 102, 0]])
   keep = jnp.asarray(np.arange(204)[None, None] < counts[..., None])
@@ -125,7 +127,7 @@ def test_all_entries_have_their_place_however_heads_share_them():
   np.testing.assert_array_equal(answer.mask(204), keep)
 
 
-@pytest.mark.parametrize('entries', [None, 10])
+@pytest.mark.parametrize('entries', [None, pytest.param(10, marks=pytest.mark.long)])
 def test_channels_that_are_gone_read_as_zeros(entries):
   kv = prompt(padded=True)
   rng = np.random.default_rng(0)
