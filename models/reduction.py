@@ -327,7 +327,10 @@ def keep_up(kv: KV, signals: Signals, valid: Array | None, layer: int, place: Pl
 
   def ask(tokens: TokenSet, told: Signals, queries: Array, due: Array,
           window: Array | None) -> tuple[dict[str, Array], Array]:
-    tokens = tokens.replace(stats=method.update(tokens, told, queries) if method.tracks else {})
+    if method.tracks:
+      stats = method.update(tokens, told, queries)
+      tokens = tokens.replace(stats=jax.tree.map(
+          lambda new, old: jnp.where(queries[:, None] > 0, new, old), stats, tokens.stats))
 
     def evict() -> Array:
       seen = told

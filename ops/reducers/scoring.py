@@ -71,7 +71,8 @@ class ScoringReducer(CacheReducer):
     back = None
     if self.by_order:
       tokens, signals, back = in_order(tokens, signals)
-    scores, forced = self.scores(tokens, signals)[:, 0], self.forced(tokens, num_slots)
+    scores = self.ranking(tokens, signals, num_slots=num_slots)[:, 0]
+    forced = self.forced(tokens, num_slots)
     forced = jnp.zeros(tokens.pos.shape, bool) if forced is None else forced
     return (scores, forced) if back is None else (take(scores, back), take(forced, back))
 

@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 from helpers.tiny_lm import PROMPT, ROOM, TINY, VALID, ids, planned, prefill, unstacked, with_cache
 
+from lib.cost import lm as lm_cost
 from models.backbones.lm import LM
+from models.decoding.generator import Generator
+from models.plan import make_method
+from models.reduce_config import with_plans
+from models.reduction import DECODED
 from ops.kv_cache import Cache
+from ops.reducers.cache import CACHE_REDUCERS
 from ops.rope import Rope
+from ops.signals import STATIC
 
 STEPS, CAPACITY = 10, 7
 SNAPKV = {'method': 'snapkv', 'args': {'window': 3, 'kernel': 3}}
@@ -32,6 +39,11 @@ EVICTING = {
 CHUNKABLE = {'knorm': {}, 'streaming_llm': {'sinks': 2}, 'tova': {},
              'snapkv': {'window': 3, 'kernel': 3}, 'keydiff': {},
              'rkv': {'window': 3, 'kernel': 3}}
+
+
+def long_but(short, cases):
+  """Cases of which one runs in every test run."""
+  return [pytest.param(case, marks=[] if case == short else pytest.mark.long) for case in cases]
 
 
 @functools.cache
@@ -85,7 +97,7 @@ def same_entries(found, wanted):
 # -- chunks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('case', ['plain', 'window', 'sections', *CHUNKABLE])
+@pytest.mark.parametrize('case', long_but('knorm', ['plain', 'window', 'sections', *CHUNKABLE]))
 def test_chunks_equal_the_whole(case):
   lm, weights, sizes = TINY, None, (4, 5, 3)
   if case == 'window':
@@ -104,6 +116,7 @@ def test_chunks_equal_the_whole(case):
                              atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('case', ['plain', 'knorm', 'tova'])
 def test_rows_of_chunks_are_rows_alone_whatever_their_padding(case):
   lm = TINY if case == 'plain' else with_cache(method=case, keep=6)
@@ -119,6 +132,7 @@ def test_rows_of_chunks_are_rows_alone_whatever_their_padding(case):
   np.testing.assert_allclose(found[rows], after[rows], atol=1e-5)
 
 
+@pytest.mark.long
 def test_one_context_serves_several_questions():
   lm = with_cache(method='knorm', keep=6)
   rng = np.random.default_rng(5)
@@ -138,6 +152,7 @@ def test_one_context_serves_several_questions():
       np.testing.assert_allclose(found[row], wanted[0, length - 1:], atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_chunk_after_reduced_tokens_is_its_tokens_one_by_one():
   lm = planned(TINY, visual=0, token_kinds='text', method='tome', keep=8, layers=1,
                positions='compact')
@@ -151,6 +166,7 @@ def test_a_chunk_after_reduced_tokens_is_its_tokens_one_by_one():
   np.testing.assert_allclose(last, wanted[:, 3], atol=1e-5)
 
 
+@pytest.mark.long
 def test_large_maps_are_formed_in_parts(monkeypatch):
   monkeypatch.setattr('ops.attention._WHOLE', 8)
   monkeypatch.setattr('ops.attention._PART', 20)
@@ -315,7 +331,7 @@ def distinct():
   return jnp.asarray(np.stack([rng.permutation(29)[:PROMPT + STEPS] for _ in range(3)]), jnp.int32)
 
 
-@pytest.mark.parametrize('name', EVICTING)
+@pytest.mark.parametrize('name', long_but('tova', EVICTING))
 def test_eviction_equals_a_full_cache_that_hides_what_left(name):
   lm = evicting(name)
   tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
@@ -333,6 +349,7 @@ def test_eviction_equals_a_full_cache_that_hides_what_left(name):
     np.testing.assert_allclose(np.stack(found)[:, row], wanted, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('prompt', [4, PROMPT])
 def test_positions_inside_the_cache_are_those_of_a_prompt_of_what_it_holds(prompt):
   """StreamingLLM's numbers: one layer, whose keys know nothing but their token and position."""
@@ -348,19 +365,45 @@ def test_positions_inside_the_cache_are_those_of_a_prompt_of_what_it_holds(promp
     np.testing.assert_allclose(logits, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['h2o', 'periodic_snapkv', 'threshold'])
-def test_rows_in_another_order_give_the_same_rows(name):
-  lm = evicting(name)
+def methods_that_evict():
+  """Every method that can, with small windows; and the ways to hold others."""
+  made = {name: EVICTING.get(name, {'method': name, 'args': CHUNKABLE.get(name, {})})
+          for name, method in CACHE_REDUCERS.items() if hasattr(method, 'evict')}
+  ready = {}
+  for name, settings in (made | EVICTING).items():
+    method = make_method(settings['method'], settings.get('args', {}), CACHE_REDUCERS)
+    if method.evict_needs - STATIC <= DECODED:
+      ready[name] = settings | {'capacity': max(method.min_capacity, CAPACITY), 'positions': 'keep'}
+  return ready
+
+
+@pytest.mark.parametrize('name', long_but('tova', methods_that_evict()))
+def test_rows_do_not_depend_on_each_other_and_nothing_grows(name):
+  settings = methods_that_evict()[name]
+  lm = with_cache(**settings)
   tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
   order = np.array([2, 0, 1])
   _, cache = prefill(lm, tokens, jnp.asarray(VALID))
   _, other = prefill(lm, tokens[order], jnp.asarray(VALID[order]))
-  np.testing.assert_array_equal(decoded(lm, cache, following)[order],
-                                decoded(lm, other, following[order]))
+  shapes = jax.tree.map(lambda x: x.shape, cache)
+  found = decoded(lm, cache, following)
+  np.testing.assert_array_equal(found[order], decoded(lm, other, following[order]))
+  assert np.isfinite(found).all()
+  for column in following.T:
+    _, cache = stepper(lm)(unstacked(), column, cache)
+  assert jax.tree.map(lambda x: x.shape, cache) == shapes
+  for kv in cache.layers:
+    assert (np.asarray(kv.valid).sum(axis=2) < settings['capacity'] + kv.upkeep.method.every).all()
+  # Padding on the other side: the slots differ, and what they hold does not.
+  sides = np.array([0, 8, 5])
+  turned = np.stack([np.roll(row, shift) for row, shift in zip(tokens, sides, strict=True)])
+  valid = np.stack([np.roll(row, shift) for row, shift in zip(VALID, sides, strict=True)])
+  _, other = prefill(lm, jnp.asarray(turned), jnp.asarray(valid))
+  np.testing.assert_allclose(decoded(lm, other, following), found, atol=1e-5)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('name', ['h2o', 'streaming_llm', 'periodic_knorm', 'threshold'])
+@pytest.mark.parametrize('name', ['streaming_llm', 'periodic_knorm', 'threshold'])
 def test_a_thousand_tokens_take_no_more_memory_and_no_more_programs(name):
   lm = evicting(name, TINY.clone(context=4096), positions='compact')
   step = jax.jit(functools.partial(lm.apply, method='decode'), donate_argnums=2)
@@ -382,11 +425,10 @@ def test_a_thousand_tokens_take_no_more_memory_and_no_more_programs(name):
     assert int(jnp.max(kv.pos)) <= kv.k.shape[2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('name', 'rows', 'kv_heads'), [
-    ('h2o', 3, 2), ('knorm', 1, 1),
-    *(pytest.param(name, rows, heads, marks=pytest.mark.long) for name, rows, heads in [
-        ('tova', 3, 2), ('streaming_llm', 1, 2), ('keydiff', 3, 1), ('threshold', 1, 2),
-        ('periodic_knorm', 3, 2)])])
+    ('h2o', 3, 2), ('knorm', 1, 1), ('keydiff', 3, 1), ('streaming_llm', 1, 2),
+    ('periodic_knorm', 3, 2)])
 def test_a_step_copies_no_cache(name, rows, kv_heads):
   """The buffers are written in place, and nothing as large as a layer's keys is made beside them.
   """
@@ -430,8 +472,8 @@ def test_capacities_that_cannot_be_kept_are_refused_when_the_model_is_made(setti
     with_cache(**settings)
 
 
-@pytest.mark.parametrize(('name', 'positions'), [
-    ('h2o', 'keep'), ('h2o', 'compact'), ('periodic_snapkv', 'keep')])
+@pytest.mark.long
+@pytest.mark.parametrize(('name', 'positions'), [('h2o', 'compact'), ('periodic_snapkv', 'keep')])
 def test_a_cache_that_evicts_reads_a_chunk_token_by_token(name, positions):
   lm = evicting(name, positions=positions)
   tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
@@ -446,3 +488,32 @@ def test_a_cache_that_evicts_reads_a_chunk_token_by_token(name, positions):
       wanted, count = decoded(lm, cache, own)[0], int(lengths[row, 0])
       np.testing.assert_allclose(found[row][valid[row]], wanted[:count], atol=1e-5)
       np.testing.assert_allclose(after[row], wanted[count:], atol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'positions'), [
+    ('h2o', 'keep'), ('h2o', 'compact'), ('periodic_snapkv', 'keep'),
+    ('periodic_knorm', 'compact')])
+def test_what_is_set_aside_is_what_the_cost_says(name, positions):
+  lm = evicting(name, positions=positions)
+  _, cache = jax.eval_shape(functools.partial(lm.apply, room=0, method='prefill'), unstacked(),
+                            ids()[:1, :PROMPT])
+  found = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kv))
+           for kv in cache.layers]
+  assert [layer.allocated_bytes for layer in lm_cost.of(lm, PROMPT).layers] == found
+
+
+@pytest.mark.long
+def test_answers_are_decoded_within_the_capacity():
+  lm, weights = TINY.clone(context=256), unstacked()
+  config = {'method': 'h2o', 'capacity': CAPACITY}
+  generator = Generator(lm, weights['params'], plans=with_plans(lm, cache=config), buckets=(16,))
+  prompts = [row[valid].tolist() for row, valid in
+             zip(np.asarray(ids()[:, :PROMPT]), VALID, strict=True)]
+  answers = generator(prompts, new_tokens=40)
+  # The cache of any answer is as long, and so are the programs.
+  assert [len(row) for row in generator(prompts, new_tokens=90)] == [90] * 3
+  assert sum(count for (name, *_), count in generator.compilations.items() if name == 'decode') == 1
+  alone = [generator([prompt], new_tokens=40)[0] for prompt in prompts]
+  assert answers == alone
+  scores = generator.score(prompts, [answer[:20] for answer in answers])
+  assert all(score.greedy for score in scores)
