@@ -26,6 +26,7 @@ from ops.budgets import (
   part_of,
   per_layer,
   resolve,
+  share_step,
   solve,
   take,
 )
@@ -365,6 +366,9 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
     draft, = flops
     events = solve(draft.config, host.depth, _free(host, draft.kinds),
                    lambda own: _events({**steps, draft: own}, drafts, host), macs, events)
+    # It is solved for the longest row; shorter ones lose the same share in each layer.
+    events = tuple(_by_share(event, host) if event.reduction is draft.reduction else event
+                   for event in events)
   else:
     events = _events(steps, drafts, host)
   return _watched(events, drafts, host)
@@ -435,6 +439,13 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
       pools.left(draft.kinds or ('',), free - (cut.slots_in - cut.slots_out))
       slots = cut.slots_out
   return tuple(events)
+
+
+def _by_share(event: Event, host: Host) -> Event:
+  """Returns an event of which every row keeps the share that the longest one keeps."""
+  fixed = host.protected if event.protected is None else event.protected
+  share = Fraction(event.slots_out - fixed, event.slots_in - fixed)
+  return dataclasses.replace(event, step=share_step(event.layer, share))
 
 
 def _unknown_share(draft: _Draft, pool: tuple[str, ...]) -> ValueError:

@@ -39,6 +39,8 @@ BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
 RATIO_OF = ('current', 'start')
 # What becomes of a host that is shorter than a budget: an error, or nothing goes (prompts).
 SHORT = ('refuse', 'keep')
+# Longer than any prompt.
+LONG = 2 ** 24
 T = TypeVar('T')
 # A count, or int64[...], counts of many rows.
 Counts = TypeVar('Counts', int, np.ndarray)
@@ -330,6 +332,11 @@ def _share(rounded: Callable[[Any, int], Any], ratio: Fraction, base: str, now: 
   return rounded(ratio.numerator * (start if base == 'start' else now), ratio.denominator)
 
 
+def share_step(layer: int, share: Fraction) -> Step:
+  """Returns a step that keeps a share of the tokens, rounded up, where that is possible."""
+  return Step(layer, functools.partial(_share, _ceil, share, 'current'))
+
+
 def _keep(value: int | Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
   steps = []
   for layer, count in zip(layers, per_layer(value, layers, 'keep'), strict=True):
@@ -352,7 +359,7 @@ def _check(step: Step, kept: int, slots: int, limits: Limits) -> None:
     return
   # A least count that a longer prompt would not reach (a window) leaves a short one as it is; one
   # that grows with the tokens (pairs that merge) would be missed by all.
-  if limits.short == 'keep' and limits.min_slots(4 * slots) < 2 * limits.min_slots(slots):
+  if limits.short == 'keep' and limits.min_slots(LONG) < LONG // 8:
     return
   raise ValueError(f'{step.said} leaves {limits.protected + kept} of {slots} slots in layer '
                    f'{step.layer}, but this method can leave no fewer than {least} '
@@ -418,8 +425,8 @@ def part_of(cuts: Sequence[Cut], fraction: float, limits: Limits) -> tuple[Cut, 
   for cut in cuts:
     ratio = Fraction(cut.slots_out - limits.protected, cut.slots_in - limits.protected)
     weaker_ratio = 1 - Fraction(str(fraction)) * (1 - ratio)
-    step = Step(cut.layer, functools.partial(_share, _ceil, weaker_ratio, 'current'))
-    weaker_cut = take(step, slots, limits.slots - limits.protected, limits)
+    weaker_cut = take(share_step(cut.layer, weaker_ratio), slots,
+                      limits.slots - limits.protected, limits)
     if weaker_cut is not None:
       weaker.append(weaker_cut)
       slots = weaker_cut.slots_out
