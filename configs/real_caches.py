@@ -1,6 +1,6 @@
 """Methods on the cache of a real language model: perplexity behind a prefix, and pass keys.
 
-  python -m lib.report.cache_quality --config=configs/real_caches.py \
+  python -m lib.tasks.cache_quality --config=configs/real_caches.py \
       --config.weights=SmolLM2-135M-Instruct.Q4_1.gguf --config.text=articles.txt
 """
 

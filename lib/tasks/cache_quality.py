@@ -1,6 +1,6 @@
 """Measures what methods on the cache cost a real language model, in perplexity and in recall.
 
-  python -m lib.report.cache_quality --config=configs/real_caches.py \
+  python -m lib.tasks.cache_quality --config=configs/real_caches.py \
       --config.weights=SmolLM2-135M-Instruct.Q4_1.gguf --config.text=articles.txt
 
 Prompts are read once, with everything that any method asks of them; each method then cuts the
