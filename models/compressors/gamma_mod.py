@@ -45,7 +45,7 @@ class GammaMoD(BranchReducer, nn.Module):
   decode_threshold: Share = 0.5
   route_weight: NotNegative = 0.01
   gated = 'mlp'
-  shared = True
+  tied = True
   positions = 'compact'
   needs = frozenset({'next_hidden'})
   adaptive = 'as many tokens run as the router finds important'
