@@ -598,7 +598,7 @@ def test_plans_for_other_prompts_are_worded_errors():
     ({'token_kinds': 'special'}, "token_kinds='special' names no tokens"),
     ({'positions': 'gone'}, "positions='gone' is unknown here: choose one of keep, compact, rest"),
     ({'method': 'evit'}, 'evit needs cls_attention, which this host does not offer'),
-    ({'keep': -1}, 'keep=-1 in layer 1 is impossible: it is how many tokens stay'),
+    ({'keep': -1}, 'keep=-1 in layer 1 is impossible: 6 tokens are there'),
 ])
 def test_plans_that_do_not_fit_are_worded_errors(config, message):
   with pytest.raises(ValueError, match=message):
