@@ -357,9 +357,10 @@ def _check(step: Step, kept: int, slots: int, limits: Limits) -> None:
   least = max(limits.min_slots(slots), limits.protected + 1)
   if limits.protected + kept >= least:
     return
-  # A least count that a longer prompt would not reach (a window) leaves a short one as it is; one
-  # that grows with the tokens (pairs that merge) would be missed by all.
-  if limits.short == 'keep' and limits.min_slots(LONG) < LONG // 8:
+  # A prompt goes as far towards a count as it can. A share that a method cannot leave is missed by
+  # every prompt where the least grows with it (pairs that merge), by short ones alone where it does
+  # not (a window).
+  if limits.short == 'keep' and (step.of == '' or limits.min_slots(LONG) < LONG // 8):
     return
   raise ValueError(f'{step.said} leaves {limits.protected + kept} of {slots} slots in layer '
                    f'{step.layer}, but this method can leave no fewer than {least} '
