@@ -106,7 +106,7 @@ class Event:
   reduction: Reduction
   protected: int | None = None
   several: bool = False
-  step: Step | None = dataclasses.field(default=None, compare=False)
+  step: Step | None = None
   kind: str = 'cut'
   parts: str = ''
 

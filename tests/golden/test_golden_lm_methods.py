@@ -187,6 +187,7 @@ def test_aim_walks(hidden):
   close(found, raw['importance_with_pruned_cols_masked' if hidden else 'importance'])
 
 
+@pytest.mark.long
 def test_dyvte():
   """The gate of the first layer stays shut, that of the second lets all visual tokens leave."""
   raw = load('dyvte')
