@@ -56,7 +56,8 @@ NEEDS = frozenset({'keys', 'values', 'queries', 'plain_queries', 'last_attention
                    'window_attention', 'received_attention', 'projected_norms', 'window_queries'})
 SPAN = 64
 DIGITS = 5
-QUESTION = '\n\nWhat is the pass key?<|im_end|>\n<|im_start|>assistant\nThe pass key is'
+QUESTION = ('\n\nWhat is the pass key? Answer with the number alone.<|im_end|>\n'
+            '<|im_start|>assistant\nThe pass key is ')
 
 
 @dataclasses.dataclass(frozen=True)
