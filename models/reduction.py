@@ -102,7 +102,7 @@ class Event:
   reduction: Reduction
   protected: int | None = None
   several: bool = False
-  step: Step | None = dataclasses.field(default=None, compare=False)
+  step: Step | None = None
 
   def kept(self, now: Array, start: Array, most: int) -> Array:
     """Returns how many of the tokens that its budget counts each row keeps, int32[B].
