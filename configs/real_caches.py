@@ -9,8 +9,9 @@ import ml_collections
 SHARES = (0.5, 0.25)
 SNAPKV = {'method': 'snapkv', 'args': {'window': 32}}
 METHODS = (
-    'streaming_llm', 'knorm', 'keydiff', 'lagkv', 'cur', 'tova', 'observed_attention', 'h2o',
-    'expected_attention', 'rkv')
+    'knorm', 'tova', 'snapkv', 'expected_attention', 'streaming_llm', 'h2o', 'keydiff', 'lagkv',
+    'cur', 'observed_attention', 'finch', 'rkv')
+ARGS = {'lagkv': {'lag': 64}, 'snapkv': {'window': 32}, 'finch': {'window': 32}}
 
 
 def rows(share):
@@ -26,25 +27,22 @@ def rows(share):
   expected = {'method': 'expected_attention'}
   yield row('chance', 'chance', method='knorm', keep_ratio=share)
   for name in METHODS:
-    args = {'lagkv': {'lag': 64}}.get(name, {})
-    yield row(name, method=name, keep_ratio=share, args=args)
-  for name in ('snapkv', 'finch'):
-    yield row(name, method=name, keep_ratio=share, args={'window': 32})
+    yield row(name, method=name, keep_ratio=share, args=ARGS.get(name, {}))
   yield held('adakv')
-  yield held('adakv', expected)
   yield held('criticalkv')
   yield held('criticaladakv')
   yield held('pyramidkv', beta=3)
   yield held('chunkkv')
   yield held('chunk', {'method': 'knorm'}, length=128)
-  yield held('chunk', {'method': 'tova'}, length=128)
   yield held('two_stage')
-  yield held('two_stage', {'method': 'tova'}, then=expected)
   yield held('cam')
-  yield row('streaming_llm, turned', method='streaming_llm', keep_ratio=share, positions='compact')
-  yield row('tova, turned', method='tova', keep_ratio=share, positions='compact')
   yield row('think', method='think', args={'prune': 1 - share})
   yield row('simlayerkv', method='simlayerkv', args={'recent': int(1024 * share) - 4})
+  yield row('streaming_llm, turned', method='streaming_llm', keep_ratio=share, positions='compact')
+  yield row('tova, turned', method='tova', keep_ratio=share, positions='compact')
+  yield held('adakv', expected)
+  yield held('chunk', {'method': 'tova'}, length=128)
+  yield held('two_stage', {'method': 'tova'}, then=expected)
 
 
 def get_config() -> ml_collections.ConfigDict:

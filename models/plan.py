@@ -728,7 +728,8 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
                     functools.partial(method.min_slots, protected=0), 'keep')
     if method.allocates:
       # A method may leave the count to what it reads: then a layer is asked though nothing goes.
-      step = _allocated(method, layer, host.depth, form, value)
+      own = Allocated(method, layer, host.depth, form, value)
+      step = Step(layer, own, f'{form}={value}')
       cuts.append(take(step, slots, slots, limits) or Cut(layer, slots, slots))
       continue
     budget = {form: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
@@ -768,16 +769,22 @@ def _evicting(name: str, method: Method, capacity: int) -> EvictingMethod:
   return method
 
 
-def _allocated(method: Any, layer: int, depth: int, form: str, value: Any) -> Step:
-  """Returns what a method that says itself how many entries a layer keeps asks of it."""
+@dataclasses.dataclass(frozen=True)
+class Allocated:
+  """Leaves what a method says itself of a layer (`CacheReducer.allocate`)."""
 
-  def keep(now: Any, start: Any) -> Any:
-    del start
+  method: Any
+  layer: int
+  depth: int
+  form: str
+  value: Any
+
+  def __call__(self, now: Any, start: Any) -> Any:
+    """Returns how many stay."""
     if isinstance(now, np.ndarray):
-      return np.array([keep(int(n), None) for n in now])
-    return method.allocate(layer, depth, now, _exact(form, value, now) if form else None)
-
-  return Step(layer, keep, f'{form}={value}')
+      return np.array([self(int(count), None) for count in now])
+    asked = _exact(self.form, self.value, now) if self.form else None
+    return self.method.allocate(self.layer, self.depth, now, asked)
 
 
 def _exact(form: str, value: Any, slots: int) -> Fraction:

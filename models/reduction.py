@@ -298,8 +298,8 @@ def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
   """Asks the method of an event and returns its answer, for a host that carries it out itself.
 
   Args:
-    event: of a cache, whose methods answer with `ops.kv_cache.KVGather`; or of a branch of 'core',
-      which answer with `ops.primitives.sparse_attention.Pattern`.
+    event: of a cache, whose methods answer with an `ops.kv_cache.KVAnswer`; or of a branch of
+      'core', which answer with an `ops.primitives.sparse_attention.Pattern`.
     tokens, signals, place, params: as in `reduce`.
   """
   method = event.method

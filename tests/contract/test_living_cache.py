@@ -24,6 +24,7 @@ from ops.rope import Rope
 from ops.signals import STATIC
 
 STEPS, CAPACITY = 10, 7
+SHALLOW = TINY.clone(depth=2)
 SNAPKV = {'method': 'snapkv', 'args': {'window': 3, 'kernel': 3}}
 # Settings of every way to let entries go while decoding, each with its capacity or budget.
 EVICTING = {
@@ -36,6 +37,9 @@ EVICTING = {
     'periodic_snapkv': {'method': 'periodic', 'args': {'every': 3, 'inner': SNAPKV}},
     'periodic_tova': {'method': 'periodic', 'args': {'every': 2, 'inner': {'method': 'tova'}}},
     'threshold': {'method': 'threshold', 'args': {'threshold': -4.5, 'window': 3}}}
+SMALL = {'snapkv': SNAPKV['args'], 'finch': {'window': 3}, 'lagkv': {'sinks': 2, 'lag': 2},
+         'cur': {'sinks': 2, 'window': 3}, 'two_stage': {'inner': SNAPKV},
+         'periodic': {'every': 4, 'inner': SNAPKV}}
 CHUNKABLE = {'knorm': {}, 'streaming_llm': {'sinks': 2}, 'tova': {},
              'snapkv': {'window': 3, 'kernel': 3}, 'keydiff': {},
              'rkv': {'window': 3, 'kernel': 3}}
@@ -99,15 +103,15 @@ def same_entries(found, wanted):
 
 @pytest.mark.parametrize('case', long_but('knorm', ['plain', 'window', 'sections', *CHUNKABLE]))
 def test_chunks_equal_the_whole(case):
-  lm, weights, sizes = TINY, None, (4, 5, 3)
+  lm, sizes = SHALLOW, (4, 4, 4)
   if case == 'window':
-    lm = TINY.clone(window=5)
+    lm = SHALLOW.clone(window=5)
   elif case == 'sections':
-    lm = TINY.clone(rope=Rope(8, sections=(2, 1, 1)))
+    lm = SHALLOW.clone(rope=Rope(8, sections=(2, 1, 1)))
   elif case in CHUNKABLE:
-    lm = with_cache(method=case, args=CHUNKABLE[case], keep=6)
+    lm = with_cache(SHALLOW, method=case, args=CHUNKABLE[case], keep=6)
   tokens = ids()[:, :PROMPT]
-  wanted, whole = prefill(lm, tokens, weights=weights)
+  wanted, whole = prefill(lm, tokens)
   logits, cache = read_in_chunks(lm, tokens, sizes)
   np.testing.assert_allclose(logits, wanted, atol=1e-5)
   same_entries(cache, whole)
@@ -117,9 +121,9 @@ def test_chunks_equal_the_whole(case):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('case', ['plain', 'knorm', 'tova'])
+@pytest.mark.parametrize('case', ['plain', 'tova'])
 def test_rows_of_chunks_are_rows_alone_whatever_their_padding(case):
-  lm = TINY if case == 'plain' else with_cache(method=case, keep=6)
+  lm = SHALLOW if case == 'plain' else with_cache(SHALLOW, method=case, keep=6)
   tokens, following = ids()[:, :PROMPT], ids()[:, PROMPT:]
   logits, cache = read_in_chunks(lm, tokens, (7, 5), np.asarray(VALID))
   wanted, whole = prefill(lm, tokens, jnp.asarray(VALID))
@@ -134,7 +138,7 @@ def test_rows_of_chunks_are_rows_alone_whatever_their_padding(case):
 
 @pytest.mark.long
 def test_one_context_serves_several_questions():
-  lm = with_cache(method='knorm', keep=6)
+  lm = with_cache(SHALLOW, method='knorm', keep=6)
   rng = np.random.default_rng(5)
   questions = jnp.asarray(rng.integers(0, 29, (4, 5)), jnp.int32)
   lengths = np.array([5, 3, 4, 1])
@@ -175,6 +179,7 @@ def test_large_maps_are_formed_in_parts(monkeypatch):
   np.testing.assert_allclose(logits, wanted, atol=1e-5)
 
 
+@pytest.mark.long
 def test_chunks_that_do_not_fit_are_refused_in_one_line():
   tokens = ids()
   _, cache = prefill(TINY, tokens[:, :PROMPT])
@@ -290,16 +295,16 @@ def raw_stepper(lm):
 def reference(name, tokens, steps, every, cut_prompt):
   """Logits [1 + steps, V] and entries [1 + steps, L, K] of one row, by a cache that hides."""
   prompt = len(tokens) - steps
-  cache = TINY.empty_cache(1, len(tokens))
+  cache = TINY.empty_cache(1, PROMPT + STEPS)
   heads = [[Reference(name) for _ in range(2)] for _ in range(TINY.depth)]
   logits, entries = [], []
   for position, token in enumerate(tokens):
     layers = []
     for kv, refs in zip(cache.layers, heads, strict=True):
-      valid = np.zeros((1, 2, len(tokens)), bool)
+      valid = np.zeros((1, 2, PROMPT + STEPS), bool)
       for head, ref in enumerate(refs):
         valid[0, head, ref.entries] = True
-      pos = np.broadcast_to(np.arange(len(tokens), dtype=np.int32), valid.shape)
+      pos = np.broadcast_to(np.arange(PROMPT + STEPS, dtype=np.int32), valid.shape)
       layers.append(kv.replace(valid=jnp.asarray(valid), pos=jnp.asarray(pos)))
     out, cache, told = raw_stepper(TINY)(unstacked(), token[None], cache.replace(
         layers=tuple(layers)))
@@ -331,7 +336,8 @@ def distinct():
   return jnp.asarray(np.stack([rng.permutation(29)[:PROMPT + STEPS] for _ in range(3)]), jnp.int32)
 
 
-@pytest.mark.parametrize('name', long_but('tova', EVICTING))
+@pytest.mark.long
+@pytest.mark.parametrize('name', EVICTING)
 def test_eviction_equals_a_full_cache_that_hides_what_left(name):
   lm = evicting(name)
   tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
@@ -361,13 +367,15 @@ def test_positions_inside_the_cache_are_those_of_a_prompt_of_what_it_holds(promp
     # A token sees what the one before it left, and itself.
     first = max(position + 2 - CAPACITY, 2)
     seen = [*range(min(2, position)), *range(first, position + 1)]
+    if len(seen) in (6, 7):
+      continue  # Each length is a program, and says no more.
     wanted, _ = prefill(lm.clone(cache_plan=None), tokens[:, np.array(seen)], weights=unstacked(1))
     np.testing.assert_allclose(logits, wanted, atol=1e-5)
 
 
 def methods_that_evict():
   """Every method that can, with small windows; and the ways to hold others."""
-  made = {name: EVICTING.get(name, {'method': name, 'args': CHUNKABLE.get(name, {})})
+  made = {name: EVICTING.get(name, {'method': name, 'args': SMALL.get(name, {})})
           for name, method in CACHE_REDUCERS.items() if hasattr(method, 'evict')}
   ready = {}
   for name, settings in (made | EVICTING).items():
@@ -380,7 +388,7 @@ def methods_that_evict():
 @pytest.mark.parametrize('name', long_but('tova', methods_that_evict()))
 def test_rows_do_not_depend_on_each_other_and_nothing_grows(name):
   settings = methods_that_evict()[name]
-  lm = with_cache(**settings)
+  lm = with_cache(SHALLOW, **settings)
   tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
   order = np.array([2, 0, 1])
   _, cache = prefill(lm, tokens, jnp.asarray(VALID))
@@ -390,7 +398,7 @@ def test_rows_do_not_depend_on_each_other_and_nothing_grows(name):
   np.testing.assert_array_equal(found[order], decoded(lm, other, following[order]))
   assert np.isfinite(found).all()
   for column in following.T:
-    _, cache = stepper(lm)(unstacked(), column, cache)
+    _, cache = stepper(lm)(unstacked(lm.depth), column, cache)
   assert jax.tree.map(lambda x: x.shape, cache) == shapes
   for kv in cache.layers:
     assert (np.asarray(kv.valid).sum(axis=2) < settings['capacity'] + kv.upkeep.method.every).all()
@@ -475,7 +483,7 @@ def test_capacities_that_cannot_be_kept_are_refused_when_the_model_is_made(setti
 @pytest.mark.long
 @pytest.mark.parametrize(('name', 'positions'), [('h2o', 'compact'), ('periodic_snapkv', 'keep')])
 def test_a_cache_that_evicts_reads_a_chunk_token_by_token(name, positions):
-  lm = evicting(name, positions=positions)
+  lm = evicting(name, SHALLOW, positions=positions)
   tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
   place, lengths = np.arange(5)[None], np.array([[5], [2], [4]])
   for valid in (place < lengths, place >= 5 - lengths):
@@ -490,6 +498,7 @@ def test_a_cache_that_evicts_reads_a_chunk_token_by_token(name, positions):
       np.testing.assert_allclose(after[row], wanted[count:], atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('name', 'positions'), [
     ('h2o', 'keep'), ('h2o', 'compact'), ('periodic_snapkv', 'keep'),
     ('periodic_knorm', 'compact')])
@@ -513,7 +522,4 @@ def test_answers_are_decoded_within_the_capacity():
   # The cache of any answer is as long, and so are the programs.
   assert [len(row) for row in generator(prompts, new_tokens=90)] == [90] * 3
   assert sum(count for (name, *_), count in generator.compilations.items() if name == 'decode') == 1
-  alone = [generator([prompt], new_tokens=40)[0] for prompt in prompts]
-  assert answers == alone
-  scores = generator.score(prompts, [answer[:20] for answer in answers])
-  assert all(score.greedy for score in scores)
+  assert answers == [generator([prompt], new_tokens=40)[0] for prompt in prompts]
