@@ -14,7 +14,7 @@ from models.plan import KEYS
 # (lib/runtime/sharding.py).
 VIT_SHARDING = (
     # First: a learned reduction may name its layers as the blocks do.
-    (r'(^|/)reducer_\d+/', ()),
+    (r'(^|/)reducer_\w+/', ()),
     (r'qkv/kernel$', ('tensor', None)),
     (r'qkv/bias$', ('tensor', None)),
     (r'/out/kernel$', ('tensor', None, None)),
@@ -28,7 +28,7 @@ VIT_SHARDING = (
 )
 # Language models: heads and MLP columns over 'tensor', and so the vocabulary.
 LM_SHARDING = (
-    (r'(^|/)reducer_\d+/', ()),
+    (r'(^|/)reducer_\w+/', ()),
     (r'/[qkv]/kernel$', ('tensor', None)),
     (r'/[qkv]/bias$', ('tensor', None)),
     (r'/out/kernel$', ('tensor', None, None)),

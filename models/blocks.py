@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from models import sharded_attention
 from ops import attention
 from ops.primitives.sparse_attention import Pattern
-from ops.signals import MAP_SIGNALS, Signals, measure, measure_map
+from ops.signals import MAP_SIGNALS, Signals, measure, measure_map, projected_norms
 from ops.tokens import TokenSet, key_bias
 
 Array = jax.Array
@@ -196,6 +196,8 @@ class ReducibleBlock(nn.Module):
       out, signals = mixed.out, read(q=q, k=k, lse=mixed.lse)
     change = self.scaled(self.out(out), 0)
     more = {'plain_queries': plain, 'attention_out': change}
+    if 'projected_norms' in needs:
+      more['projected_norms'] = projected_norms(v, self.out.variables['params']['kernel'])
     return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
 
   def attend_and_cut(self, tokens: TokenSet,

@@ -9,7 +9,7 @@ from typing import cast
 
 import flax.linen as nn
 
-from models.plan import branch_methods, methods
+from models.plan import branch_methods, make_method, methods
 from ops.reducers import join
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.reducers.insert import INSERTS
@@ -50,7 +50,8 @@ def _entry(name: str, method: type[Method]) -> Entry:
   text = inspect.cleandoc(method.__doc__ or '')
   paper = re.search(r'arXiv:(\d{4}\.\d{5})', text)
   # A property where it follows from an argument: then that of the default.
-  needs = method.needs if isinstance(method.needs, frozenset) else method().needs
+  needs = (method.needs if isinstance(method.needs, frozenset)
+           else make_method(name, {}, {**CACHE_REDUCERS, name: method}).needs)
   return Entry(
       name=name, summary=' '.join(text.split('\n\n')[0].split()), paper=paper[1] if paper else '',
       site=cast(str, method.site), needs=tuple(sorted(needs)),

@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from models import renames
 from models.compressors import COMPRESSORS, ROUTERS
-from models.reduction import Event, Reduction
+from models.reduction import DECODED, OF_RECENT, Event, Reduction
 from models.row_budgets import Pools
 from ops import choices, values
 from ops.budgets import (
@@ -33,7 +34,7 @@ from ops.reducers import REDUCERS, join
 from ops.reducers.branch import BRANCHES
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.reducers.insert import INSERTS
-from ops.reducers.method import Method
+from ops.reducers.method import EvictingMethod, Method
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC
 from ops.tokens import KINDS
 
@@ -56,9 +57,12 @@ KEYS = values.Keys({
     'method': str, 'args': Mapping[str, Any], 'site': str, 'layers': Any, 'watch': Any,
     'rounding': str, 'ratio_of': str, 'mode': str, 'token_kinds': str | tuple[str, ...],
     'parts': str, 'positions': str, 'holds': str, **dict.fromkeys(BUDGETS, Any)})
+# A method that another one holds (ops/reducers/scoring.py).
+HELD_KEYS = values.Keys({'method': str, 'args': Mapping[str, Any]}, frozenset({'method'}))
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
 CACHE_KEYS = KEYS.without('site', 'parts', 'watch', 'ratio_of', 'mode', 'token_kinds', 'holds',
-                          *set(BUDGETS) - set(CACHE_BUDGETS))
+                          *set(BUDGETS) - set(CACHE_BUDGETS)) | values.Keys(
+                            {'capacity': values.Count})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +314,8 @@ def make_method(name: str, args: Mapping[str, Any],
 
   Args:
     name: a name in the registry.
-    args: fields of the method; lists become tuples.
+    args: fields of the method; lists become tuples. A method that it holds is a dict of `method`
+      and `args`.
     registry: methods by name; by default all of `methods()` and `branch_methods()`, and those that
       insert.
 
@@ -327,7 +332,17 @@ def make_method(name: str, args: Mapping[str, Any],
                        f'{", ".join(kinds) or "none"}')
     values.check(f'{name}: args.{key}', value, kinds[key])
   frozen = {key: tuple(v) if isinstance(v, list) else v for key, v in args.items()}
+  for field, default in getattr(registry[name], 'default', {}).items():
+    config = frozen.get(field) or ({'method': default} if default else None)
+    if config is not None:
+      frozen[field] = _held_method(f'{name}: args.{field}', config, registry)
   return registry[name](**frozen)
+
+
+def _held_method(name: str, config: Any, registry: Mapping[str, type]) -> Method:
+  """Builds the method that another one holds."""
+  values.check(name, config, HELD_KEYS)
+  return make_method(config['method'], config.get('args') or {}, registry)
 
 
 def reduction_settings(config: Config | Sequence[Config] | None) -> Settings:
@@ -486,22 +501,18 @@ def _draft(config: Config, host: Host) -> _Draft:
                      f"positions={positions!r} do not fit: leave mode out, and choose positions "
                      "'keep' or 'compact'")
   if not any(config.get(form) is not None for form in BUDGETS):
-    config = _with_shares(name, config, method.default_shares(host.depth), host)
+    config = _with_shares(config, method.default_shares(host.depth), host)
   return _Draft(config, reduction, site, kinds, parts)
 
 
-def _with_shares(name: str, config: Mapping[str, Any], shares: Mapping[int, float],
+def _with_shares(config: Mapping[str, Any], shares: Mapping[int, float],
                  host: Host) -> Mapping[str, Any]:
   """Returns a config without a budget with the shares that its method has by default."""
   if not shares:
     return config
   named = config.get('layers')
   layers = tuple(shares) if named is None else parse_layers(named, host.depth)
-  unknown = [layer for layer in layers if layer not in shares]
-  if unknown:
-    raise ValueError(f'{name} has no share of its own for layer {unknown[0]}: leave it out of '
-                     'layers, or give a budget')
-  ratios = tuple(shares[layer] for layer in layers)
+  ratios = tuple(shares.get(layer, 1.0) for layer in layers)
   return {'rounding': 'floor', **{key: value for key, value in config.items() if value is not None},
           'layers': layers, 'keep_ratio': ratios}
 
@@ -633,7 +644,7 @@ def _watched(events: Sequence[Event], drafts: Sequence[_Draft], host: Host) -> P
                                    several=len(drafts) > 1) for event in events)
   _check_branches(made, renewed.values())
   learned = collections.Counter(event.parameters for event in made
-                                if event.reduction.learned and not event.method.shared)
+                                if event.reduction.learned and not event.method.tied)
   for name, count in learned.items():
     if count > 1:
       raise ValueError(f'two learned methods would both have the parameters {name!r}: let them '
@@ -682,7 +693,8 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   Args:
     config: method (one of ops/reducers/cache), args, layers, rounding, positions and one of the
       budgets keep_ratio (a share of what a layer has, one for all or one a listed layer), keep or
-      remove.
+      remove. `capacity` is how many entries a head may hold while a model decodes: the method then
+      makes room for new ones, and without a budget it is that, too.
     host: of the model.
     plan: the plan that reduces tokens between layers, or None.
 
@@ -692,26 +704,92 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   values.check_keys('reduce.cache', config, CACHE_KEYS,
                     unknown='a reduction of the cache has no key ')
   name = cast(str, config.get('method'))  # `make_method` rejects None.
-  method = make_method(name, config.get('args') or {}, CACHE_REDUCERS)
+  method: Any = make_method(name, config.get('args') or {}, CACHE_REDUCERS)  # A `CacheReducer`.
   offers = host.offers - NEXT_LAYER - {'attention'}
   check_needs(name, method, dataclasses.replace(host, offers=offers), 'cache')
   layers = parse_layers(config.get('layers'), host.depth)
+  capacity = config.get('capacity') or 0
+  if capacity:
+    method = _evicting(name, method, capacity)
+    if not any(config.get(key) is not None for key in BUDGETS):
+      config = {**config, 'keep': capacity}
   budgets = [key for key in BUDGETS if config.get(key) is not None]
-  if len(budgets) != 1 or budgets[0] not in CACHE_BUDGETS:
+  if len(budgets) > 1 or (not budgets and not method.allocates) or (
+      not set(budgets) <= set(CACHE_BUDGETS)):
     raise ValueError(f'a reduction of the cache needs one budget, got {budgets or "none"}: choose '
                      f'one of {", ".join(CACHE_BUDGETS)}')
+  form = budgets[0] if budgets else ''
   counts = slots_seen(host, plan)
-  amounts = per_layer(config[budgets[0]], layers, budgets[0])
+  amounts = per_layer(config.get(form), layers, form)
   cuts: list[Cut] = []
   for layer, value in zip(layers, amounts, strict=True):
-    limits = Limits(host.depth, counts[layer], 0, method.extra_slots,
+    slots = counts[layer]
+    limits = Limits(host.depth, slots, 0, method.extra_slots,
                     functools.partial(method.min_slots, protected=0), 'keep')
-    budget = {budgets[0]: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
-    cuts += resolve(budget, limits)
+    if method.allocates:
+      # A method may leave the count to what it reads: then a layer is asked though nothing goes.
+      step = _allocated(method, layer, host.depth, form, value)
+      cuts.append(take(step, slots, slots, limits) or Cut(layer, slots, slots))
+      continue
+    budget = {form: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
+    # While the model decodes, entries go though of the prompt none does.
+    cut = resolve(budget, limits) or (Cut(layer, slots, slots),) * bool(capacity)
+    if capacity and cut[0].slots_out > capacity and cast(EvictingMethod, method).every == 1:
+      raise ValueError(f'{name} leaves {cut[0].slots_out} entries of a prompt in layer {layer}, '
+                       f'more than capacity={capacity}, and then lets one go for every token: set '
+                       f'keep={capacity} or less')
+    cuts += cut
+  if form == 'keep_ratio' and len(set(amounts)) == 1:
+    method = method.with_ratio(_exact(form, amounts[0], 1))
   policies = dataclasses.replace(host, positions=('keep', 'compact'))
-  reduction = Reduction(name, method,
-                        positions=position_policy(config.get('positions'), method, policies))
+  positions = position_policy(config.get('positions'), method, policies)
+  if capacity and positions == 'compact' and cast(EvictingMethod, method).evict_needs & OF_RECENT:
+    raise ValueError(f"{name} compares the latest queries with keys, which positions='compact' "
+                     "turns while the model decodes: choose 'keep', or leave capacity out")
+  reduction = Reduction(name, method, positions=positions, capacity=capacity)
   return Plan(make_events(reduction, 'cache', cuts), (reduction,))
+
+
+def _evicting(name: str, method: Method, capacity: int) -> EvictingMethod:
+  """Returns a method that can keep a cache at a capacity while a model decodes, else raises."""
+  if not hasattr(method, 'evict'):
+    able = sorted(key for key, made in CACHE_REDUCERS.items() if hasattr(made, 'evict'))
+    raise ValueError(f'{name} lets no entries go while a model decodes: choose one of '
+                     f'{", ".join(able)}, or leave capacity out')
+  method = cast(EvictingMethod, method)
+  missing = sorted(method.evict_needs - STATIC - DECODED)
+  if missing:
+    raise ValueError(f'{name} needs {", ".join(missing)}, which a decoded token does not tell of '
+                     f'all entries: choose another method, or leave capacity={capacity} out')
+  if capacity < method.min_capacity:
+    raise ValueError(f'capacity={capacity} is too small for {name}, which keeps '
+                     f'{method.min_capacity} entries at least, its sinks and window among them: '
+                     f'set capacity={method.min_capacity} or more, or fewer of these')
+  return method
+
+
+def _allocated(method: Any, layer: int, depth: int, form: str, value: Any) -> Step:
+  """Returns what a method that says itself how many entries a layer keeps asks of it."""
+
+  def keep(now: Any, start: Any) -> Any:
+    del start
+    if isinstance(now, np.ndarray):
+      return np.array([keep(int(n), None) for n in now])
+    return method.allocate(layer, depth, now, _exact(form, value, now) if form else None)
+
+  return Step(layer, keep, f'{form}={value}')
+
+
+def _exact(form: str, value: Any, slots: int) -> Fraction:
+  """Returns the entries that a budget asks for of so many, not rounded.
+
+  Raises:
+    ValueError: a budget that is no number.
+  """
+  values.check(form, value, float)
+  number = Fraction(str(value))
+  return {'keep_ratio': number * slots, 'keep': min(number, Fraction(slots)),
+          'remove': max(slots - number, Fraction(1))}[form]
 
 
 def slots_seen(host: Host, plan: Plan | None) -> tuple[int, ...]:

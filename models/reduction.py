@@ -20,14 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ops import assignments
+from ops import assignments, attention
 from ops import tokens as tk
 from ops.assignments import Assignment, Gather, Mix
 from ops.budgets import Step
+from ops.kv_cache import KV, Recent
 from ops.primitives.select import ranks
-from ops.reducers.method import Method, WatchingMethod
+from ops.reducers.method import EvictingMethod, Method, WatchingMethod
 from ops.rope import Rope, sequence_index
-from ops.signals import STATIC, Signals
+from ops.signals import STATIC, Signals, by_head, latest
 from ops.tokens import TEXT, TokenSet
 
 Array = jax.Array
@@ -48,6 +49,7 @@ class Reduction:
     watch: layers that the method measures in addition to those it acts in.
     of: kinds that it may touch (ops/tokens.py), None for what the tokens say themselves.
     positions: one of `models.plan.POSITIONS`.
+    capacity: of a cache, entries that a head may hold while a model decodes; 0 lets it grow.
     holds: one of `models.plan.HOLDS`.
   """
 
@@ -58,6 +60,11 @@ class Reduction:
   of: tuple[int, ...] | None = None
   positions: str = 'keep'
   holds: str = 'none'
+  capacity: int = 0
+
+  def asks(self, event: Event) -> bool:
+    """Returns whether the method is asked of a prompt, and not only of what is decoded."""
+    return not self.capacity or event.slots_out < event.slots_in
 
   @property
   def held(self) -> int:
@@ -154,7 +161,7 @@ class Event:
     Of several reductions they have the method's name behind the layer; those that all layers share
     have it alone.
     """
-    if self.method.shared:
+    if self.method.tied:
       return f'reducer_{self.reduction.name}'
     return f'reducer_{self.layer:02d}' + (f'_{self.reduction.name}' if self.several else '')
 
@@ -181,19 +188,20 @@ class Place:
   causal: bool = False
   one_sequence: bool = True
 
-  def by_rows(self, function: Any, whole: int = 0) -> Any:
+  def by_rows(self, function: Any, whole: int = 0, rows: int = 2) -> Any:
     """Returns a function that runs on the rows of each device by itself, if there is a mesh.
 
     Args:
-      function: of `whole` trees, which every device has whole, then tokens and signals.
-      whole: how many.
+      function: of `whole` trees, which every device has whole, then `rows` that are divided: tokens
+        and signals.
+      whole, rows: how many.
     """
     if self.mesh is None:
       return function
-    rows = PartitionSpec(BATCH_AXES)
+    divided = PartitionSpec(BATCH_AXES)
     return jax.shard_map(
-        function, mesh=self.mesh, axis_names=set(BATCH_AXES), check_vma=False, out_specs=rows,
-        in_specs=(PartitionSpec(),) * whole + (rows, rows))
+        function, mesh=self.mesh, axis_names=set(BATCH_AXES), check_vma=False, out_specs=divided,
+        in_specs=(PartitionSpec(),) * whole + (divided,) * rows)
 
   def signals(self, signals: Signals, needs: frozenset[str], layer: int,
               slots: int | None = None) -> Signals:
@@ -302,6 +310,125 @@ def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
   signals = place.signals(signals, method.needs, event.layer, event.slots_in)
   with jax.named_scope('reduction'):
     return place.by_rows(decide, whole=1)(params, event.view(tokens), signals)
+
+
+# Signals of a token that is decoded, and of those that a cache keeps in mind.
+DECODED = frozenset({'keys', 'values', 'last_attention', 'window_attention', 'window_queries'})
+OF_RECENT = frozenset({'window_attention', 'window_queries'})
+
+
+def cache_needs(reduction: Reduction) -> frozenset[str]:
+  """Returns the signals of a prompt that a reduction of the cache reads, for decoding too."""
+  method, needs = reduction.method, reduction.method.needs
+  if reduction.capacity:
+    method = cast(EvictingMethod, method)
+    needs |= method.update_needs
+    needs |= {'window_queries'} if method.evict_needs & OF_RECENT else set()
+  return needs - STATIC
+
+
+def start_upkeep(event: Event, kv: KV, tokens: TokenSet, signals: Signals, place: Place) -> KV:
+  """Returns a prompt's cache with what the method of an event takes down of it for decoding.
+
+  Args:
+    event: of a cache.
+    kv: of N slots, not yet cut.
+    tokens, signals: of the prompt.
+    place: as in `reduce`.
+  """
+  method = cast(EvictingMethod, event.method)
+  heads = 1 if method.shared else kv.k.shape[1]
+  if method.evict_needs & OF_RECENT:
+    index = latest(sequence_index(tokens.pos), tokens.valid, tokens.x.shape[:2])[:, -method.span:]
+    pos = assignments.take(jnp.where(tokens.real, sequence_index(tokens.pos), -1), index)
+    kv = kv.replace(recent=Recent(signals.window_queries, pos))
+  if not method.tracks:
+    return kv
+  told = by_head(place.signals(signals, method.update_needs, event.layer), heads)
+  entries = _entries(kv, method)
+  queries = jnp.repeat(jnp.sum(tokens.real, axis=1, dtype=jnp.int32), heads)
+  stats = place.by_rows(method.update, rows=3)(entries, told, queries)
+  return kv.replace(stats={name: _each_head(x, kv) for name, x in stats.items()})
+
+
+def keep_up(kv: KV, signals: Signals, valid: Array | None, layer: int, place: Place) -> KV:
+  """Asks the method that keeps a cache within bounds, after one more token a row.
+
+  Args:
+    kv: of one layer, with `upkeep`.
+    signals: `queries` float[B, 1, H, d] and `last_attention` float32[B, H, S] of the token.
+    valid: bool[B], rows that have one more token, or None for all.
+    layer: of the cache.
+    place: as in `reduce`.
+  """
+  assert kv.upkeep is not None
+  method, capacity = cast(EvictingMethod, kv.upkeep.method), kv.upkeep.capacity
+  kv = kv.remember(signals.queries[:, 0], valid)
+  heads = 1 if method.shared else kv.k.shape[1]
+  told = place.signals(signals.replace(
+      keys=jnp.swapaxes(kv.k, 1, 2), values=jnp.swapaxes(kv.v, 1, 2),
+      received_attention=signals.last_attention,
+      window_queries=None if kv.recent is None else kv.recent.queries),
+      (method.update_needs | method.evict_needs | OF_RECENT) - {'window_attention'}, layer)
+  since = cast(Array, kv.since)
+  read = jnp.ones_like(since) if valid is None else valid.astype(jnp.int32)
+  due = since >= method.every
+  read, due_rows, window = jax.tree.map(lambda x: jnp.repeat(x, heads, axis=0),
+                                        (read, due, kv.recent and kv.recent.pos))
+
+  def ask(tokens: TokenSet, told: Signals, queries: Array, due: Array,
+          window: Array | None) -> tuple[dict[str, Array], Array]:
+    if method.tracks:
+      stats = method.update(tokens, told, queries)
+      tokens = tokens.replace(stats=jax.tree.map(
+          lambda new, old: jnp.where(queries[:, None] > 0, new, old), stats, tokens.stats))
+
+    def evict() -> Array:
+      seen = told
+      if window is not None and 'window_attention' in method.evict_needs:
+        seen = told.replace(window_attention=_window_attention(tokens, told, window))
+      stays = method.evict(tokens, seen, num_slots=capacity)
+      return jnp.where(due[:, None], stays, tokens.real)
+
+    if method.every == 1:
+      return tokens.stats, evict()
+    return tokens.stats, jax.lax.cond(jnp.any(due), evict, lambda: tokens.real)
+
+  with jax.named_scope('reduction'):
+    stats, stays = place.by_rows(ask, rows=5)(
+        _entries(kv, method), by_head(told, heads), read, due_rows, window)
+    kv = kv.replace(stats={name: _each_head(x, kv) for name, x in stats.items()},
+                    since=jnp.where(due, 0, since))
+    return kv.drop(_each_head(stays, kv))
+
+
+def _entries(kv: KV, method: EvictingMethod) -> TokenSet:
+  """The entries of a cache as tokens of R rows, as `EvictingMethod` has them."""
+  shape = kv.k.shape[:3]
+
+  def rows(x: Array) -> Array:
+    x = jnp.broadcast_to(x.reshape(shape[0], -1, shape[2]), shape)
+    return x[:, 0] if method.shared else x.reshape(-1, shape[2])
+
+  pos = rows(kv.pos)
+  stats = {name: rows(kv.stats[name]) if kv.stats else jnp.zeros(pos.shape, jnp.float32)
+           for name in method.tracks}
+  return TokenSet.create(jnp.zeros((*pos.shape, 1)), pos=pos, valid=rows(kv.valid), stats=stats,
+                         kind=jnp.full(pos.shape, TEXT, jnp.int8), of=(TEXT,))
+
+
+def _each_head(x: Array, kv: KV) -> Array:
+  """[R, S] as [B, K, S]."""
+  shape = kv.k.shape[:3]
+  return jnp.broadcast_to(x.reshape(shape[0], -1, shape[2]), shape)
+
+
+def _window_attention(tokens: TokenSet, signals: Signals, window: Array) -> Array:
+  """float32[R, G, W, S], rows of the latest queries, at int32[R, W]; zeros for those not there."""
+  rows = attention.rows(
+      signals.window_queries, signals.keys, None, positions=tokens.pos, last=jnp.maximum(window, 0),
+      bias=jnp.where(tokens.real, 0.0, attention.HIDDEN_LOGIT))
+  return jnp.where((window >= 0)[:, None, :, None], rows, 0.0)
 
 
 def watch(reduction: Reduction, layer: int, tokens: TokenSet, signals: Signals,

@@ -29,6 +29,7 @@ from models.storage import LayerSlice, Params, Weights, layer_of, unstack
 from ops import choices
 from ops import tokens as tk
 from ops.assignments import Gather
+from ops.kv_cache import KV
 from ops.primitives.sparse_attention import Pattern
 from ops.rope import Rope
 from ops.signals import MLP_SIGNALS, NEXT_LAYER, Signals
@@ -232,25 +233,30 @@ class Stack(nn.Module):
 
     return self.param('blocks', init)
 
-  def step(self, carry: Any, states: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Runs the blocks' own `step`, for decoding.
+  def step(self, carry: Any, states: tuple[Any, ...], method: str = 'step',
+           **settings: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Runs the blocks' own `step`, for decoding, or another method that goes by states.
 
     It runs layer by layer, so that no state is copied into a loop. Give weights as a tuple
     (`models.storage.unstack`): a layer of the stack may be copied first.
 
     Args:
-      carry: passed from block to block: (float[B, D], int32[], the number of the step).
+      carry: passed from block to block; for 'step' float[B, D], int32[], the number of the step,
+        and bool[B], rows that have a token, or None for all.
       states: one a layer.
+      method: of the blocks, (carry, state, **settings) -> (carry, state).
+      **settings: of all of them.
 
     Returns:
       The last carry, and the new states.
     """
     weights, new_states = self._weights(carry), []
     for layer, state in enumerate(states):
-      event = self._decoding(layer)
-      step = functools.partial(self.block.apply, {'params': layer_of(weights, layer)})
+      event = self._decoding(layer) if method == 'step' else None
+      step = functools.partial(self.block.apply, {'params': layer_of(weights, layer)},
+                               **settings)
       if event is None:
-        carry, state = step(carry, state, method='step')
+        carry, state = step(carry, state, method=method)
       else:
         carry, state = self._step_branch(event, step, carry, state)
       new_states.append(state)
@@ -263,11 +269,14 @@ class Stack(nn.Module):
   def _step_branch(self, event: Event, step: Callable[..., Any], carry: Any,
                    state: Any) -> tuple[Any, Any]:
     """Runs a layer that some decoded tokens skip."""
-    method, (x, number) = event.method, carry
+    method, (x, number, valid) = event.method, carry
+    run = functools.partial(step, method='step')
     limit = method.decode_steps(event.layer, self.depth)
     if limit is not None:
+      _, (_, told) = jax.eval_shape(run, carry, state)
+      nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), told)
       return cast(tuple[Any, Any], jax.lax.cond(
-          number < limit, functools.partial(step, method='step'), lambda *same: same, carry, state))
+          number < limit, run, lambda carry, state: (carry, (state, nothing)), carry, state))
     with jax.named_scope('reduction'):
       hidden = step(x, method='entering')
       if isinstance(method, nn.Module):
@@ -276,12 +285,16 @@ class Stack(nn.Module):
       else:
         routed = method.route(hidden)
     if routed is None:
-      return cast(tuple[Any, Any], step(carry, state, method='step'))
+      return cast(tuple[Any, Any], run(carry, state))
+    if not isinstance(state, KV) or state.upkeep:
+      raise ValueError(f'{event.reduction.name} lets decoded tokens skip layer {event.layer}, of '
+                       'which only a cache that is cut once, all heads alike, can leave them out: '
+                       'choose another method on the cache')
     runs, gate = routed
-    gates = (gate if method.gated == 'both' else None, gate)
-    (ran, _), new = step(carry, state, gates=gates, method='step')
-    state = new.unless(runs, state, compact=event.reduction.positions == 'compact')
-    return (jnp.where(runs[:, None], ran, x), number), state
+    (ran, *_), (new, signals) = run(carry, state, gates=(
+        gate if method.gated == 'both' else None, gate))
+    new = new.unless(runs, state, compact=event.reduction.positions == 'compact')
+    return (jnp.where(runs[:, None], ran, x), number, valid), (new, signals)
 
   def _stages(self, weights: Weights, begins: Collection[int]) -> Iterator[tuple[int, int]]:
     """(start, stop) of runs of equal layers; a layer that is cut in or measured runs alone, and at
@@ -330,7 +343,7 @@ class Stack(nn.Module):
                     asking: Sequence[Reduction]) -> dict[str, Any]:
     """Arguments of a block that measures: the signals' names, and the rows that some are of."""
     args: dict[str, Any] = {'needs': needs}
-    if 'window_attention' in needs:
+    if needs & {'window_attention', 'window_queries'}:
       args['span'] = min(tokens.slots, max(reduction.method.span for reduction in asking))
     if needs & ROWS:
       owners = {reduction.method: reduction for reduction in asking

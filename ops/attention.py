@@ -83,7 +83,7 @@ def pick(platform: str, dtype: DTypeLike) -> str:
 
 
 def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: bool = False,
-           positions: Array | None = None, window: int | None = None,
+           positions: Array | None = None, last: Array | None = None, window: int | None = None,
            mutual: Mutual | None = None, scale: float | None = None,
            implementation: str = 'xla') -> Attended:
   """Softmax attention with the log-sum-exp of its rows.
@@ -98,6 +98,8 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
     causal: query i sees the keys 0 to i.
     positions: int32[B, N] of queries and keys: causal attention by these, whatever the slot, so
       that query i sees the keys whose position is not after its own. None where slots are in order.
+    last: int32[B, N], the positions of the queries, where those in `positions` int32[B, S] are of
+      the keys alone. Only 'xla' has it.
     window: with causal attention, how many positions back from its own a query sees, its own among
       them; None for all. Only 'xla' has it.
     mutual: with causal attention, what some queries see beside that. A fused kernel runs twice:
@@ -119,8 +121,12 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
   if window is not None and implementation != 'xla':
     raise ValueError(f'implementation {implementation!r} has no window of {window} positions: use '
                      "implementation='xla', or shorter inputs, which need no window")
+  if last is not None and implementation != 'xla':
+    raise ValueError(f'implementation {implementation!r} takes queries and keys of the same tokens '
+                     "alone: use implementation='xla'")
   if implementation == 'xla':
-    last = jnp.arange(q.shape[1])[None] if causal and positions is None else positions
+    if last is None:
+      last = jnp.arange(q.shape[1])[None] if causal and positions is None else positions
     return Attended(*_xla(q, k, v, bias, scale, last, positions, window, mutual))
   if mutual is not None:
     return _attend_mutually(q, k, v, bias, positions, mutual, scale, implementation)
@@ -214,8 +220,8 @@ def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None 
 
 
 def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = None,
-         scale: float | None = None) -> Array:
-  """Attends with one query a row to a cache of keys and values, float[B, H, d].
+         scale: float | None = None) -> tuple[Array, Array]:
+  """Attends with one query a row to a cache of keys and values.
 
   Args:
     q: float[B, H, d].
@@ -223,6 +229,9 @@ def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = N
     visible: bool[B, S], or [B, K, S] where the kv heads hold different tokens; one at least.
     bias: float32 of the same shape, added to the logits of each key, or None.
     scale: of the logits; d ** -0.5 when None.
+
+  Returns:
+    float[B, H, d], and the weights float32[B, H, S].
   """
   batch, heads, features = q.shape
   kv_heads = k.shape[1]
@@ -237,7 +246,8 @@ def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = N
     logits = logits + bias[:, :, None]
   visible = visible[:, :, None]
   weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-  return jnp.einsum('bkgs,bksd->bkgd', weights.astype(v.dtype), v).reshape(q.shape)
+  out = jnp.einsum('bkgs,bksd->bkgd', weights.astype(v.dtype), v).reshape(q.shape)
+  return out, weights.reshape(batch, heads, -1)
 
 
 def policy_attend(q: Array, k: Array, v: Array, policy: Array, *, bias: Array | None = None,

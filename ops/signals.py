@@ -49,6 +49,9 @@ class Signals(struct.PyTreeNode):
     last_attention: float32[B, H, N], the attention row of the last real token.
     window_attention: float32[B, H, W, N], rows of the last W real tokens in the order of their
       positions, zeros (first) where a row has fewer; W is the method's `span`.
+    window_queries: float[B, W, H, d], the queries of the same W tokens, in the same order.
+    projected_norms: float32[B, H, N], the L1 norm of what the output projection of a head makes of
+      each value.
     row_attention: float32[B, H, N], mean over the rows that the method's `rows` names.
     next_received_attention, next_last_attention, next_row_attention, next_keys, next_hidden: the
       same by the next layer's norm, queries and keys, on today's tokens.
@@ -77,8 +80,10 @@ class Signals(struct.PyTreeNode):
   next_received_attention: Array = _signal('BHN', 'next')
   hidden: Array = _signal('BND')
   plain_queries: Array = _signal('BNHd')
+  projected_norms: Array = _signal('BHN')
   last_attention: Array = _signal('BHN')
   window_attention: Array = _signal('BHWN')
+  window_queries: Array = _signal('BWHd')
   row_attention: Array = _signal('BHN')
   next_last_attention: Array = _signal('BHN', 'next')
   next_row_attention: Array = _signal('BHN', 'next')
@@ -97,7 +102,9 @@ class Signals(struct.PyTreeNode):
   one_sequence: bool = _static(True)
 
   def map_slots(self, change: Callable[[Array, int], Array]) -> Signals:
-    """Returns the signals with every measured one changed along its slots; whole maps are let go.
+    """Returns the signals with every measured one changed along its slots.
+
+    Whole maps, and what has no slots, are let go.
 
     Args:
       change: (values, the axis of their N slots, from 0) -> values.
@@ -110,7 +117,7 @@ class Signals(struct.PyTreeNode):
     return self.replace(**changed)
 
   def of(self, index: Array) -> Signals:
-    """Returns the signals of the slots int32[B, M]; whole maps are let go."""
+    """Returns the signals of the slots int32[B, M]; what `map_slots` lets go is gone."""
     def pick(values: Array, axis: int) -> Array:
       return jnp.moveaxis(take(jnp.moveaxis(values, axis, 1), index), 1, axis)
 
@@ -132,7 +139,7 @@ NEXT_LAYER, MLP_SIGNALS = (
 def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array | None,
             bias: Array | None = None, hidden: Array | None = None,
             query_valid: Array | None = None, cls_slot: int = 0,
-            positions: Array | None = None, window: int | None = None,
+            positions: Array | None = None, last: Array | None = None, window: int | None = None,
             mutual: attention.Mutual | None = None, rows: Array | None = None,
             max_rows: int | None = None, span: int = 0) -> Signals:
   """Computes the named signals of one attention layer, beside fused attention.
@@ -148,37 +155,42 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     cls_slot: where the [CLS] token sits.
     positions: int32[B, N] where attention is causal by them (`attention.attend_after_cut`), else
       None.
+    last: int32[B, N], the positions of the queries, where those in `positions` int32[B, S] are of
+      S keys, of which the N queries are some.
     window, mutual: of causal attention, as `attention.attend` has them.
     rows: bool[B, N], the queries of row_attention.
     max_rows: how many there are at most, None for N.
-    span: W, rows of window_attention.
+    span: W, rows of window_attention and window_queries.
   """
   inputs = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden}
   measured: dict[str, Any] = {name: value for name, value in inputs.items() if name in needs}
+  last = positions if last is None else last
   if 'cls_attention' in needs:
     row = slice(cls_slot, cls_slot + 1)
     measured['cls_attention'] = attention.rows(
         q[:, row], k, None if lse is None else lse[:, row], bias=bias, positions=positions,
-        last=None if positions is None else positions[:, row])[:, :, 0]
+        last=None if last is None else last[:, row])[:, :, 0]
   if 'received_attention' in needs:
     measured['received_attention'] = attention.received(
-        q, k, lse, bias=bias, positions=positions, query_valid=query_valid, window=window,
-        mutual=mutual)
+        q, k, lse, bias=bias, positions=positions, last=last, query_valid=query_valid,
+        window=window, mutual=mutual)
 
   def attention_rows(index: Array) -> Array:
     """Attention rows of the queries at int[B, R], float32[B, H, R, N]."""
     return attention.rows(take(q, index), k, _take(lse, index), bias=bias,
-                          last=_take(positions, index), positions=positions, window=window,
+                          last=_take(last, index), positions=positions, window=window,
                           mutual=mutual and mutual.of(index))
 
-  if needs & {'last_attention', 'window_attention'}:
-    by_position = latest(positions, query_valid, q.shape[:2])
+  if needs & {'last_attention', 'window_attention', 'window_queries'}:
+    by_position = latest(last, query_valid, q.shape[:2])
     if 'last_attention' in needs:
       measured['last_attention'] = attention_rows(by_position[:, -1:])[:, :, 0]
     if 'window_attention' in needs:
       index = by_position[:, -span:]
       real = jnp.ones(index.shape, bool) if query_valid is None else take(query_valid, index)
       measured['window_attention'] = jnp.where(real[:, None, :, None], attention_rows(index), 0.0)
+    if 'window_queries' in needs:
+      measured['window_queries'] = take(q, by_position[:, -span:])
   if 'row_attention' in needs:
     if rows is None:
       raise ValueError("row_attention is a mean over the rows that a method names: give rows, as "
@@ -188,14 +200,49 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     index = jnp.argsort(~rows, axis=1, stable=True)[:, :max_rows]
     measured['row_attention'] = attention.received(
         take(q, index), k, _take(lse, index), bias=bias, query_valid=take(rows, index),
-        last=_take(positions, index), positions=positions, window=window,
+        last=_take(last, index), positions=positions, window=window,
         mutual=mutual and mutual.of(index))
   return Signals(**measured)
+
+
+def by_head(signals: Signals, heads: int) -> Signals:
+  """Returns the signals with the heads that share keys as rows of a batch: [B * K, ...].
+
+  Args:
+    signals: whose features have H or K heads.
+    heads: K.
+  """
+  folded = {}
+  for name, axes in AXES.items():
+    value = getattr(signals, name)
+    if value is not None and 'H' in axes:
+      axis = axes.index('H')
+      value = jnp.moveaxis(value, axis, 1)
+      value = value.reshape(value.shape[0] * heads, -1, *value.shape[2:])
+      folded[name] = jnp.moveaxis(value, 1, axis)
+  return signals.replace(**folded)
 
 
 def _take(values: Array | None, index: Array) -> Array | None:
   """Picks rows as `take`, of None none."""
   return None if values is None else take(values, index)
+
+
+def projected_norms(v: Array, kernel: Array) -> Array:
+  """L1 norms of values after the output projection, float32[B, H, N].
+
+  Args:
+    v: float[B, N, K, d].
+    kernel: float[H, d, D] of the projection.
+  """
+  heads = jnp.repeat(jnp.moveaxis(v, 2, 0), len(kernel) // v.shape[2], axis=0)
+
+  def norms(head: tuple[Array, Array]) -> Array:
+    # One head after another: of all together the products would be as large as the MLP's.
+    product = jnp.einsum('bnd,de->bne', *head, preferred_element_type=jnp.float32)
+    return jnp.sum(jnp.abs(product), axis=2)
+
+  return jnp.moveaxis(jax.lax.map(norms, (heads, kernel.astype(v.dtype))), 0, 1)
 
 
 def latest(positions: Array | None, valid: Array | None, shape: tuple[int, ...]) -> Array:

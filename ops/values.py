@@ -165,6 +165,7 @@ Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(0)]
 # A probability of dropping, or a decay: at 1 nothing would be left, or learned.
 Rate = Annotated[float, Range(0, below=1)]
+Ratio = Annotated[float, Range(0, 1)]
 Share = Annotated[float, Range(0, 1)]
 # A key of jax.random wraps around at 2^32; the shuffles of the data take no negative seed.
 Seed = Annotated[int, Range(0, 2 ** 32 - 1)]

@@ -367,6 +367,8 @@ def _language_plans(lm: LM) -> str:
     text += (f'; {lm.cache_plan.name} keeps '
              + (f'{counts[0]}' if min(counts) == max(counts) else f'{min(counts)} to {max(counts)}')
              + f' slots of the cache in {_layers_of(lm.cache_plan.events, lm.depth)}')
+    if capacity := lm.cache_plan.only.capacity:
+      text += f', and {capacity} entries of a head while the model decodes'
   return text
 
 

@@ -13,16 +13,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax.numpy as jnp
 
 from models.backbones.lm import LM
 from models.plan import Plan, Tokens
+from models.reduction import OF_RECENT, Reduction
+from ops.reducers.base import CacheReducer
+from ops.reducers.method import EvictingMethod
 
 # A slot's position and its mask: of a layer, or of each head where these hold different tokens.
 SHARED_BYTES = 4 + 1
 BIAS_BYTES = 4  # More, where slots that stand for several tokens count as many.
 START_BYTES = 4  # Where a row's answer begins, in each number of a position.
+# Of an entry in a cache that evicts: by what its key is rotated, and a number that is taken down;
+# and of a row, the tokens since the method was asked.
+TURNED_BYTES, STAT_BYTES, SINCE_BYTES = 4, 4, 4
 LOGIT_BYTES = 4
 MAP_BYTES = 4  # A map that a method inside attention sees is float32.
 
@@ -197,9 +204,40 @@ def of(lm: LM, slots: int, *, room: int = 0, originals: int | None = None) -> LM
     held = cached[-1].slots_out if cached else tokens.queries
     if lm.unmerging != 'none':
       held, bias = slots if originals is None else originals, 0
-    own = (SHARED_BYTES + bias) * (lm.kv_heads if cached else 1)
-    layers.append(_layer(lm, index, tokens, held, room, own=own))
+    layer = _layer(lm, index, tokens, held, room,
+                   own=(SHARED_BYTES + bias) * (lm.kv_heads if cached else 1))
+    if cached:
+      layer = _stored(lm, layer, cast(CacheReducer, cached[-1].method), room, bias)
+    if cached and cached[-1].reduction.capacity:
+      layer = _evicting(lm, layer, cached[-1].reduction, bias)
+    layers.append(layer)
   return LMCost(lm, slots, room, tuple(layers))
+
+
+def _stored(lm: LM, layer: Layer, method: CacheReducer, room: int, bias: int) -> Layer:
+  """A layer whose method may store entries in a way of its own, and what comes later as ever."""
+  stored = method.stored_bytes(layer.cached, lm.kv_heads, lm.head_width,
+                               jnp.dtype(lm.dtype).itemsize)
+  if stored is None:
+    return layer
+  kv_bytes, allocated = stored
+  more = bias * layer.cached * lm.kv_heads + room * (kv_slot_bytes(lm) + SHARED_BYTES)
+  return dataclasses.replace(
+      layer, kv_bytes=kv_bytes,
+      allocated_bytes=allocated + more + START_BYTES * (1 + len(lm.rope.sections)))
+
+
+def _evicting(lm: LM, layer: Layer, reduction: Reduction, bias: int) -> Layer:
+  """A layer whose cache stays within a capacity while the model decodes, however long."""
+  method = cast(EvictingMethod, reduction.method)
+  slots = max(layer.cached, reduction.capacity) + method.every
+  turned = TURNED_BYTES * (reduction.positions == 'compact')
+  own = lm.kv_heads * (SHARED_BYTES + bias + turned + STAT_BYTES * len(method.tracks))
+  row = START_BYTES * (1 + len(lm.rope.sections)) + SINCE_BYTES
+  if method.evict_needs & OF_RECENT:
+    query = lm.heads * lm.head_width * jnp.dtype(lm.dtype).itemsize
+    row += min(method.span, layer.attention) * (query + START_BYTES)
+  return dataclasses.replace(layer, allocated_bytes=slots * (kv_slot_bytes(lm) + own) + row)
 
 
 def _both_runs(layer: Layer, first: Layer) -> Layer:

@@ -174,6 +174,8 @@ def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],
          teacher: Mapping[str, Any] | None) -> tuple[Array, dict[str, Array]]:
   """Returns the scalar to lower, and scalars to watch.
 
+  Losses of learned methods are added as they are, those of all layers.
+
   Args:
     model: the one that trains.
     settings: `config.optimizer`.
@@ -189,8 +191,9 @@ def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],
   scalars = losses(logits, out, batch)
   total = (scalars['loss'] + settings.text_weight * scalars['text_loss']
            + settings.patch_weight * scalars.get('patch_loss', 0.0))
+  of_methods = {name: value.mean() for name, value in out['losses'].items()}
   kept = out['tokens'].real.sum(axis=1).mean()
-  return total, scalars | {'kept_tokens': kept}
+  return sum(of_methods.values(), total), scalars | of_methods | {'kept_tokens': kept}
 
 
 def count(model: LM | VLM, kinds: int, params: Mapping[str, Any],

@@ -15,6 +15,7 @@ INTERFACE
   logits, out = lm.apply({'params': p}, tokens)        # all tokens that are left, training too
   logits, cache = lm.apply({'params': p}, tokens, room=64, method='prefill')  # the last real one
   logits, cache = lm.apply({'params': p}, ids, cache, method='decode')        # donate the cache
+  logits, cache = lm.apply({'params': p}, chunk, cache, method='extend')      # several tokens
 * `tokens` are ids int[B, N] (with `valid=` bool[B, N]), or a TokenSet of embeddings (`lm.embed`
   makes them of ids): `pos` the index in the sequence, real tokens in ascending order, padding
   anywhere (left, right, or between a row's image and its text); `kind` VISUAL, TEXT or SPECIAL,
@@ -29,6 +30,9 @@ INTERFACE
   them; `tokens.budget` says how many tokens of `of` each row keeps, by its own real tokens. The
   last real token of a prompt is held, unless a config says holds='none'. Text alone is
   `kind == TEXT`.
+* A branch (site 'branch') lets some tokens run a part of a layer, and none leaves. The layer's
+  cache holds the keys that its attention saw; decoded tokens run the layer unless the method says
+  otherwise (`decode_steps`, `route`), and leave nothing in the cache of one that they skip.
 * Signals (ops/signals.py): keys and values [B, N, K, d] (rotated), queries, plain_queries
   [B, N, H, d], last_attention [B, H, N], window_attention [B, H, W, N] (W = method.span),
   row_attention [B, H, N] (mean over method.rows(tokens), bool[B, N]), received_attention [B, H, N];
@@ -60,16 +64,23 @@ from jax.typing import DTypeLike
 from models import sharded_attention
 from models.blocks import ReducibleBlock
 from models.plan import POSITIONS, Host, Plan
-from models.reduction import BATCH_AXES, ReducerParameters, choose
+from models.reduction import (
+  BATCH_AXES,
+  ReducerParameters,
+  cache_needs,
+  choose,
+  keep_up,
+  start_upkeep,
+)
 from models.row_budgets import entry_budget
 from models.stack import REMAT, Outputs, Stack, Tap
-from ops import attention, kv_cache, unmerge
+from ops import attention, choices, unmerge
 from ops.assignments import take
 from ops.attention import log_weight
-from ops.kv_cache import KV, Cache
+from ops.kv_cache import KV, Cache, KVAnswer, LayerCache, with_upkeep
 from ops.primitives.queries import text_after_images
 from ops.rope import V2PE_STEPS, Rope, sequence_index, v2pe_steps
-from ops.signals import STATIC, Signals, measure
+from ops.signals import Signals, measure
 from ops.tokens import TEXT, VISUAL, TokenSet, key_bias
 from ops.values import Count, CountOrZero, Depth, NotNegative, OneOf, Width, check_fields
 
@@ -77,10 +88,12 @@ Array = jax.Array
 
 OFFERS = frozenset({
     'attention', 'keys', 'queries', 'values', 'plain_queries', 'received_attention',
-    'last_attention', 'window_attention', 'row_attention', 'next_received_attention',
-    'next_last_attention', 'next_row_attention', 'next_keys', 'next_hidden', 'hidden', 'hidden_in',
-    'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden', 'rope', 'layer', 'depth', 'slots',
-    'one_sequence'})
+    'last_attention', 'window_attention', 'window_queries', 'row_attention',
+    'next_received_attention', 'next_last_attention', 'next_row_attention', 'next_keys',
+    'next_hidden', 'hidden', 'hidden_in', 'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden',
+    'projected_norms', 'rope', 'layer', 'depth', 'slots', 'one_sequence'})
+# What the last chunk of a prompt tells of all its tokens.
+LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention', 'window_queries'})
 # What a token of a prompt sees (`LM.mask`).
 MASKS = ('causal', 'mutual', 'full')
 UNMERGINGS = ('none', 'virtual')
@@ -211,29 +224,61 @@ class Block(ReducibleBlock):
     """Returns the MLP's output, float[B, N, D]."""
     return self.down(inner)
 
-  def step(self, carry: tuple[Array, Array], kv: KV, *,
+  def step(self, carry: tuple[Array, Array, Array | None], kv: LayerCache, *,
            gates: tuple[Array | None, Array | None] = (None, None),
-           ) -> tuple[tuple[Array, Array], KV]:
+           ) -> tuple[tuple[Array, Array, Array | None], tuple[LayerCache, Signals]]:
     """Runs one token a row through the block, over its cache.
 
     Args:
-      carry: (float[B, D], int32[], the number of the step).
+      carry: float[B, D]; int32[], the number of the step; and bool[B], rows that have a token, or
+        None for all.
       kv: the cache of this layer.
       gates: float[B] or None, what the changes of attention and of the MLP are multiplied with.
+
+    Returns:
+      The carry, the cache, and the token's `queries` and `last_attention`.
     """
-    x, step = carry
-    pos = self.rope.after(kv.start, step)
+    x, step, valid = carry
+    pos = kv.position(step) if self.rope.steps == 1 else self.rope.after(kv.start, step)
     index = pos if pos.ndim == 1 else pos[:, 0]
     hidden = self.norm1(x)
     q, k, _ = self._queries_and_keys(hidden, pos)
-    kv = kv.append(k, self.v(hidden), index, step)
-    visible = kv.valid
-    if self.window:
-      visible &= index.reshape(index.shape + (1,) * (kv.pos.ndim - 1)) - kv.pos < self.window
-    change = self.out(attention.step(q, kv.k, kv.v, visible, bias=kv.bias)).astype(x.dtype)
-    x = x + _gated(change, gates[0])
+    kv = kv.append(k, self.v(hidden), index, step, valid)
+    mixed, weights = kv.attend(q, index, self.window)
+    x = x + _gated(self.out(mixed).astype(x.dtype), gates[0])
     change = self.outer(self.inner(self.norm2(x))).astype(x.dtype)
-    return (x + _gated(change, gates[1]), step), kv
+    signals = Signals(queries=q[:, None], last_attention=cast(Array, weights))
+    return (x + _gated(change, gates[1]), step, valid), (kv, signals)
+
+  def extend(self, carry: tuple[Array, TokenSet, Array], kv: LayerCache, *,
+             needs: frozenset[str], span: int,
+             ) -> tuple[tuple[Array, TokenSet, Array], tuple[LayerCache, Signals]]:
+    """Runs a chunk of tokens through the block, over its cache and itself.
+
+    Args:
+      carry: float[B, C, D]; the chunk, positions counted from its start; and int32[], the number
+        of tokens written before it.
+      kv: the cache of this layer.
+      needs: names of `Signals` fields, of S keys and the chunk's queries.
+      span: as in `ops.signals.measure`.
+
+    Returns:
+      The carry, the cache, and the signals.
+    """
+    x, chunk, step = carry
+    pos = (kv.start + step)[:, None] + chunk.pos
+    index = sequence_index(pos)
+    hidden = self.norm1(x)
+    q, k, _ = self._queries_and_keys(hidden, pos)
+    kv = kv.extend(k, self.v(hidden), index, chunk.real, step)
+    signals = Signals()
+    if isinstance(kv, KV):  # No other cache is of a prompt that goes on.
+      signals = measure(needs, q=q, k=jnp.swapaxes(kv.k, 1, 2), v=jnp.swapaxes(kv.v, 1, 2),
+                        lse=None, bias=kv.visible_bias, query_valid=chunk.valid, positions=kv.pos,
+                        last=index, window=self.window or None, span=span)
+    x = x + self.out(kv.attend_chunk(q, index, self.window)).astype(x.dtype)
+    change = self.outer(self.inner(self.norm2(x)))
+    return (x + change.astype(x.dtype), chunk, step), (kv, signals)
 
   def _queries_and_keys(self, hidden: Array, pos: Array) -> tuple[Array, Array, Array]:
     """Rotated queries [..., H, d], rotated keys [..., K, d], and queries before the rotation."""
@@ -459,15 +504,15 @@ class LM(nn.Module):
     cache_plan = self.cache_plan
     needs = frozenset({'keys', 'values'})
     if cache_plan:
-      needs |= cache_plan.only.method.needs - STATIC
+      needs |= cache_needs(cache_plan.only)
     tap = Tap(needs, functools.partial(self._store, self._next_position(tokens), room),
               _starts(cache_plan), cache_plan.only if cache_plan else None)
     tokens, out = self.stack(tokens, tap)
-    last = jnp.argmax(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1)
-    x = take(tokens.x, last[:, None])[:, 0]
-    return self._logits(self.norm(x)), Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
+    cache = Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
+    return self._logits(self.norm(_last(tokens, tokens.x))), cache
 
-  def _store(self, start: Array, room: int, layer: int, tokens: TokenSet, signals: Signals) -> KV:
+  def _store(self, start: Array, room: int, layer: int, tokens: TokenSet,
+             signals: Signals) -> LayerCache:
     """Keys and values of a layer as its cache, reduced by the cache plan.
 
     Args:
@@ -484,20 +529,29 @@ class LM(nn.Module):
     compact = plan is not None and plan.positions == 'compact'
     kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=tokens.real, filled=tokens.slots,
                    bias=bias, start=self._next_position(tokens) if compact else start)
-    return kv_cache.with_room(self._reduce_cache(kv, layer, tokens, signals), room)
+    return self._reduce_cache(kv, layer, tokens, signals).with_room(room)
 
-  def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> KV:
+  def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> LayerCache:
     """A layer's cache with the entries that the cache plan keeps."""
     for event in self.cache_plan.at(layer) if self.cache_plan else ():
       if event.slots_in != tokens.slots:
         raise ValueError(f'the plan of the cache is for {event.slots_in} slots in layer '
                          f'{layer}, which sees {tokens.slots}: make one with lm.host(slots) and '
                          'plan=lm.plan')
+      reduction, place = event.reduction, self.stack.place
       with jax.named_scope('reduction'):
-        params = self.reducers(event, tokens, signals, self.stack.place)
-        own = tokens.replace(budget=entry_budget(event, tokens))
-        answer = choose(event, own, signals, self.stack.place, params=params)
-        kv = kv_cache.shrink(kv, answer, positions=event.reduction.positions, rope=self.rotation)
+        if reduction.capacity:
+          kv = start_upkeep(event, kv, tokens, signals, place)
+        reduced: LayerCache = kv
+        if reduction.asks(event):
+          params = self.reducers(event, tokens, signals, place)
+          own = tokens.replace(budget=entry_budget(event, tokens))
+          answer: KVAnswer = choose(event, own, signals, place, params=params)
+          reduced = answer.shrink(kv, positions=reduction.positions, rope=self.rotation)
+        if reduction.capacity:
+          reduced = with_upkeep(cast(KV, reduced), event.method, capacity=reduction.capacity,
+                                positions=reduction.positions, rope=self.rotation)
+        return reduced
     return kv
 
   def decode(self, ids: Array, kvs: Cache) -> tuple[Array, Cache]:
@@ -514,11 +568,139 @@ class LM(nn.Module):
     Returns:
       Logits float32[B, V] after them, and the cache.
     """
-    x = self._embedded(ids)
-    (x, step), layers = self.stack.step((x, kvs.steps), kvs.layers)
-    return self._logits(self.norm(x)), Cache(layers, step + 1)
+    x, kvs = self._decode(self._embedded(ids), kvs)
+    return self._logits(self.norm(x)), kvs
 
-  def _enter(self, tokens: Array | TokenSet, valid: Array | None, room: int = 0) -> TokenSet:
+  def _decode(self, x: Array, kvs: Cache, valid: Array | None = None) -> tuple[Array, Cache]:
+    """Features float[B, D] after one more token a row, of those that have one, and the cache."""
+    (x, step, _), layers = self.stack.step((x, kvs.steps, valid), kvs.layers)
+    place = self.stack.place
+    kept = (kv if kv.upkeep is None else keep_up(kv, signals, valid, layer, place)
+            for layer, (kv, signals) in enumerate(layers))
+    if valid is not None:
+      # A row without a token goes on from the same position.
+      kept = (kv.with_start(kv.start - ~valid.reshape(-1, *(1,) * (kv.start.ndim - 1)))
+              for kv in kept)
+    return x, Cache(tuple(kept), step + 1)
+
+  def _read_one_by_one(self, tokens: TokenSet, kvs: Cache) -> tuple[Array, Cache]:
+    """Features float[B, C, D] of a chunk, and the cache, which makes room after every token."""
+    lm, params = self.clone(parent=None), {'params': self.variables['params']}
+
+    def read(kvs: Cache, item: tuple[Array, Array]) -> tuple[Cache, Array]:
+      x, kvs = cast(tuple[Array, Cache], lm.apply(params, item[0], kvs, item[1], method='_decode'))
+      return kvs, x
+
+    items = (jnp.swapaxes(tokens.x, 0, 1), tokens.real.T)
+    kvs, x = jax.lax.scan(read, kvs, items)
+    return jnp.swapaxes(x, 0, 1), kvs
+
+  def empty_cache(self, rows: int, slots: int) -> Cache:
+    """Returns a cache of nothing, for a prompt that is read in chunks.
+
+    Args:
+      rows: B.
+      slots: of all chunks together.
+    """
+    self._check_length(slots, 0)
+    shape = (rows, self.kv_heads, slots, self.head_width)
+    pos = jnp.zeros((rows, slots), jnp.int32)
+    start = (rows, 1 + len(self.rope.sections)) if self.rope.sections else (rows,)
+    kv = KV.create(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), pos=pos,
+                   valid=jnp.zeros(pos.shape, bool), start=jnp.zeros(start, jnp.int32), filled=0)
+    return Cache((kv,) * self.depth, jnp.zeros((), jnp.int32))
+
+  def extend(self, tokens: Array | TokenSet, kvs: Cache, valid: Array | None = None, *,
+             room: int | None = None, logits: str = 'last') -> tuple[Array, Cache]:
+    """Reads a chunk of tokens into a cache, each over all before it.
+
+    A prompt that is read in chunks gives what it gives in one:
+      cache = lm.empty_cache(rows, slots)
+      for chunk in chunks[:-1]:
+        _, cache = lm.apply(variables, chunk, cache, method='extend')          # donate the cache
+      logits, cache = lm.apply(variables, chunks[-1], cache, room=64, method='extend')
+    What follows a prompt that `prefill` read and the cache plan cut (a question on its context)
+    goes uncut behind it: `cache.take(rows)` repeats the context for several questions.
+
+    Chunks of one shape share a program. A cache that evicts reads the tokens of a chunk one by one.
+    Reductions between layers act on what `prefill` reads alone. Padding in a chunk, on whichever
+    side, takes slots.
+
+    Args:
+      tokens: ids int[B, C], or a TokenSet of embeddings, whose positions count from 0.
+      kvs: the cache that `empty_cache`, `prefill`, `extend` or `decode` returned.
+      valid: with ids, as in `embed`.
+      room: given with the last chunk of a prompt, number of tokens that may be decoded: the cache
+        plan, one of as many slots as the cache has, then cuts the cache. It may need keys and
+        values of all tokens, and attention of the last ones, as far as they are in this chunk.
+      logits: 'last' or 'all'.
+
+    Returns:
+      Logits float32[B, V] after the last real token of the chunk, or [B, C, V] after every one, and
+      the cache.
+
+    Raises:
+      ValueError: tokens that do not fit, or beyond the room; a cache plan that needs more than the
+        last chunk tells, or a cache that was cut before.
+    """
+    choices.check('logits=', logits, ('last', 'all'))
+    odd = [f'{name}={value!r}' for name, value, usual in (
+        ('mask', self.mask, 'causal'), ('full_layers', self.full_layers, ()),
+        ('visual_stride', self.visual_stride, 0), ('unmerging', self.unmerging, 'none'))
+           if value != usual]
+    if odd:
+      raise ValueError(f'a model with {odd[0]} reads no chunks: give prefill the whole prompt')
+    tokens = self._enter(tokens, valid, planned=False)
+    kvs.check_room(tokens.slots)
+    if any(kv.upkeep for kv in kvs.layers) and room is None:
+      x, kvs = self._read_one_by_one(tokens, kvs)
+      return self._logits(self.norm(_last(tokens, x) if logits == 'last' else x)), kvs
+    needs, span = frozenset[str](), 0
+    if room is not None:
+      needs, span = self._check_last(tokens, kvs, room)
+    (x, _, _), layers = self.stack.step((tokens.x, tokens, kvs.steps), kvs.layers, method='extend',
+                                        needs=needs, span=span)
+    after, read = self._next_position(tokens), kvs.steps + tokens.slots
+    kvs = Cache(tuple(kv.with_start(kv.start + after - tokens.slots) for kv, _ in layers), read)
+    if room is not None:
+      ended = [self._end_prompt(layer, cast(KV, kv), signals, read, room)
+               for layer, (kv, (_, signals)) in enumerate(zip(kvs.layers, layers, strict=True))]
+      kvs = Cache(tuple(ended), jnp.zeros((), jnp.int32))
+    x = _last(tokens, x) if logits == 'last' else x
+    return self._logits(self.norm(x)), kvs
+
+  def _check_last(self, tokens: TokenSet, kvs: Cache, room: int) -> tuple[frozenset[str], int]:
+    """Signals that the cache plan needs of the last chunk, and their span."""
+    slots = {kv.filled + kv.room for kv in kvs.layers}
+    if len(slots) > 1 or not all(isinstance(kv, KV) and kv.pos.ndim == 2 for kv in kvs.layers):
+      raise ValueError('room= ends a prompt of chunks, and this cache was cut already: leave it '
+                       'out')
+    self._check_length(slots.pop(), room)
+    if self.cache_plan is None:
+      return frozenset(), 0
+    only = self.cache_plan.only
+    needs, span = cache_needs(only), only.method.span
+    missing = sorted(needs - LAST_CHUNK)
+    if missing:
+      raise ValueError(f'{only.name} needs {", ".join(missing)} of the whole prompt, and the last '
+                       f'chunk tells {", ".join(sorted(LAST_CHUNK))}: read the prompt in one')
+    if span > tokens.slots:
+      raise ValueError(f'{only.name} asks the last {span} tokens, and the last chunk has '
+                       f'{tokens.slots} slots: make that chunk longer')
+    return needs, span
+
+  def _end_prompt(self, layer: int, kv: KV, signals: Signals, read: Array,
+                  room: int) -> LayerCache:
+    """A layer's cache when all chunks are read, cut by the cache plan."""
+    filled = kv.filled + kv.room
+    tokens = TokenSet.create(jnp.zeros((*kv.pos.shape, 1), self.dtype), pos=kv.pos, valid=kv.valid,
+                             kind=jnp.full(kv.pos.shape, TEXT, jnp.int8), of=(TEXT,))
+    kv = kv.replace(start=kv.start + read, filled=filled)
+    return self._reduce_cache(kv, layer, tokens, signals).with_room(room)
+
+  def _enter(self, tokens: Array | TokenSet, valid: Array | None, room: int = 0, *,
+             planned: bool = True) -> TokenSet:
+    """Tokens of embeddings that fit this model, and its plan where that is to act on them."""
     if not isinstance(tokens, TokenSet):
       tokens = self.embed(tokens, valid)
     elif valid is not None:
@@ -527,11 +709,8 @@ class LM(nn.Module):
       raise ValueError(f'embeddings of width {tokens.x.shape[2]} do not fit this model of width '
                        f'{self.width}: project them first')
     length = tokens.slots if tokens.places is None else tokens.places.shape[1]
-    if length + room > self.context:
-      raise ValueError(f'a prompt of {length} slots and {room} tokens to come exceed the '
-                       f'context of {self.context}: shorten the prompt, ask for fewer tokens, or '
-                       'set context and RoPE scaling for more')
-    if self.plan and self.plan.slots not in (None, tokens.slots):
+    self._check_length(length, room)
+    if planned and self.plan and self.plan.slots not in (None, tokens.slots):
       raise ValueError(f'the plan is for prompts of {self.plan.slots} slots, not '
                        f'{tokens.slots}: make one with lm.host(slots)')
     for layer in tokens.added:
@@ -564,6 +743,12 @@ class LM(nn.Module):
     rotary = (-(-jnp.max(latest[:, 1:], axis=1, keepdims=True) // steps) + 1) * steps
     return jnp.concatenate([latest[:, :1] + 1, jnp.broadcast_to(rotary, latest[:, 1:].shape)],
                            axis=1)
+
+  def _check_length(self, slots: int, room: int) -> None:
+    if slots + room > self.context:
+      raise ValueError(f'a prompt of {slots} slots and {room} tokens to come exceed the '
+                       f'context of {self.context}: shorten the prompt, ask for fewer tokens, or '
+                       'set context and RoPE scaling for more')
 
   def _restarted(self, tokens: TokenSet) -> TokenSet:
     """A new prompt of the original tokens that the last cut leaves, in their order, from 0."""
@@ -660,6 +845,12 @@ def _mutual(tokens: TokenSet) -> attention.Mutual:
   """Visual tokens, and the question that all of them see."""
   return attention.Mutual(tokens.real & (tokens.kind == VISUAL),
                           tokens.real & tokens.stats['question'])
+
+
+def _last(tokens: TokenSet, x: Array) -> Array:
+  """float[B, D], the features of each row's last real token in float[B, N, D]."""
+  last = jnp.argmax(jnp.where(tokens.real, sequence_index(tokens.pos), -1), axis=1)
+  return take(x, last[:, None])[:, 0]
 
 
 def last_real(tokens: TokenSet) -> Array:

@@ -252,6 +252,11 @@ class VLM(nn.Module):
     """Reads one more token a row, as LM does."""
     return self.lm.decode(ids, cache)
 
+  def extend(self, ids: Array, cache: Cache, valid: Array, images: Images | None = None, *,
+             room: int | None = None) -> tuple[Array, Cache]:
+    """Reads a chunk of text, or of text and images, into a cache as LM does."""
+    return self.lm.extend(self.sequence(ids, valid, images)[0], cache, room=room)
+
   def sequence(self, ids: Array, valid: Array, images: Images | None,
                marks: Mapping[str, Array] | None = None) -> tuple[TokenSet, Outputs]:
     """Returns the tokens that the language model reads, and auxiliary outputs (`__call__`)."""

@@ -1,15 +1,17 @@
-"""Foreign checkpoints to our parameter tree and back: safetensors only, one file a source.
+"""Foreign checkpoints to our parameter tree and back: safetensors, and GGUF to read.
 
   params = load(make_vit('dinov2_s14'), 'facebook/dinov2-small')
 
 Our tree has its blocks stacked [L, ...] (models/stack.py). Tensors are read one by one, and every
 one must find its place: what is missing, left over or of another shape is an error that lists it.
-Stored as bfloat16, float16, float32 or float64 they become `dtype`; quantized ones are refused.
+Stored as bfloat16, float16, float32 or float64 they become `dtype`; quantized ones are refused in
+safetensors, and dequantized in GGUF.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -30,7 +32,7 @@ from models.backbones.qwen_vision import QwenVision
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.checkpoints import files, timm, transformers, transformers_vlm
+from models.checkpoints import files, gguf, timm, transformers, transformers_vlm
 from models.checkpoints.layout import BLOCKS, Layout, Leaf, Shape, flatten, leaves, nest
 from models.checkpoints.positions import RESAMPLINGS
 from models.storage import STORAGES
@@ -49,8 +51,8 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
 
   Args:
     model: its plan does not matter: reductions have no part in foreign checkpoints.
-    source: a .safetensors file, a folder with one (or with shards and their index), or a name on
-      the hub as 'owner/name'.
+    source: a .safetensors or .gguf file, a folder with a former (or with shards and their index),
+      or a name on the hub as 'owner/name'.
     fresh: paths in our tree to leave out, as ('head',): the caller makes them (`merge_params`).
     unused: patterns of names in the checkpoint to leave out, as ('head.*',).
     dtype: of the result; None keeps the stored ones, of which float64 is the host's alone: JAX
@@ -73,13 +75,14 @@ def load(model: Model, source: str | pathlib.Path, *, fresh: Sequence[str] = (),
   path = files.locate(source)
   whole = _shapes(model)
   shapes = {name: shape for name, shape in whole.items() if not _under(name, fresh)}
-  with files.reading(files.tensor_files(path)) as tensors:
+  with _reading(path) as tensors:
     layout, prefix = _choose(model, source, shapes, tensors)
     heads = _stored_heads(tensors, unused)
+    config = gguf.config(path) if path.suffix == gguf.SUFFIX else files.config(path)
     if layout.name.startswith('transformers'):
-      transformers.check_config(model, files.config(path), own_head=bool(heads))
+      transformers.check_config(model, config, own_head=bool(heads))
     else:
-      timm.check_config(model, files.config(path))
+      timm.check_config(model, config)
     for head in _other_heads(model, layout, prefix, tensors, heads):
       raise ValueError(f'{head} of {source} differs from the embeddings, to which the model ties '
                        'its head: build it with tied=False, or as '
@@ -116,12 +119,19 @@ def tied_as_stored(model: AnyModel, source: str | pathlib.Path) -> AnyModel:
   lm = model.lm if isinstance(model, VLM) else model
   if not isinstance(lm, LM) or not lm.tied:
     return model
-  with files.reading(files.tensor_files(files.locate(source))) as tensors:
+  with _reading(files.locate(source)) as tensors:
     layout, prefix = _choose(model, source, _shapes(model), tensors)
     if not any(_other_heads(model, layout, prefix, tensors, _stored_heads(tensors))):
       return model
   untied = lm.clone(tied=False)
   return cast(AnyModel, model.clone(lm=untied) if isinstance(model, VLM) else untied)
+
+
+def _reading(path: pathlib.Path) -> contextlib.AbstractContextManager[Any]:
+  """Opens a checkpoint of any format that is read."""
+  if path.suffix == gguf.SUFFIX:
+    return gguf.reading(path)
+  return files.reading(files.tensor_files(path))
 
 
 def _stored_heads(tensors: files.Tensors, unused: Sequence[str] = ()) -> list[str]:

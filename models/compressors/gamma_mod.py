@@ -31,7 +31,7 @@ class GammaMoD(BranchReducer, nn.Module):
   is below `decode_threshold`, and leaves nothing in that layer's cache; with other thresholds for
   prompt and answer, as released, reading an answer with its prompt differs from decoding it.
   Without layers and budget in a config, all layers but the first three and the last are routed;
-  `ops.primitives.arank` ranks layers as the paper chooses them.
+  lib/report/attention_ranks.py ranks them as the paper chooses.
 
   Sows the loss 'route' in training, float32[B]: the weighted cross-entropy of p against the choice.
 
@@ -45,7 +45,7 @@ class GammaMoD(BranchReducer, nn.Module):
   decode_threshold: Share = 0.5
   route_weight: NotNegative = 0.01
   gated = 'mlp'
-  shared = True
+  tied = True
   positions = 'compact'
   needs = frozenset({'next_hidden'})
   adaptive = 'as many tokens run as the router finds important'

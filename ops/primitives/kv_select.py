@@ -9,12 +9,15 @@ of entries means nothing to attention.
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import take
 from ops.kv_cache import KVGather
-from ops.primitives.select import rank_of, sort_picked, top
+from ops.primitives.select import rank_of, ranks, sort_picked, top
+from ops.signals import Signals
 from ops.tokens import TokenSet, count
 
 Array = jax.Array
@@ -64,6 +67,124 @@ def filled(tokens: TokenSet, num_slots: int, heads: int) -> Array | None:
     return None
   stays = jnp.arange(num_slots, dtype=jnp.int32)[None] < num_entries(tokens, num_slots)
   return jnp.broadcast_to(stays[:, None], (len(stays), heads, num_slots))
+
+
+def stays(tokens: TokenSet, scores: Array, num_slots: int, forced: Array | None = None) -> Array:
+  """Flags the entries of a cache that stay while a model decodes: bool[R, S].
+
+  Of equals those at lower positions stay.
+
+  Args:
+    tokens: S entries, in no order.
+    scores: float[R, S], higher stays.
+    num_slots: the most that stay.
+    forced: bool[R, S], entries that stay whatever their score, or None.
+  """
+  real, pos = tokens.real, tokens.pos
+  scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+  forced = jnp.zeros(real.shape, bool) if forced is None else forced
+  if tokens.slots == num_slots + 1:  # One goes at most: no need to sort.
+    free = real & ~forced
+    lowest = jnp.min(jnp.where(free, scores, jnp.inf), axis=1, keepdims=True)
+    last = jnp.max(jnp.where(free & (scores == lowest), pos, -1), axis=1, keepdims=True)
+    return real & ~((pos == last) & jnp.all(real, axis=1, keepdims=True))
+  scores = jnp.where(forced, jnp.inf, jnp.where(real, scores, -jnp.inf))
+  iota = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), pos.shape)
+  order = jax.lax.sort((-scores, pos, iota), dimension=1, num_keys=2)[2]
+  return real & (jnp.argsort(order, axis=1) < num_slots)
+
+
+def newest(tokens: TokenSet, count: int) -> Array:
+  """bool[R, S], True for entries less than `count` positions before the last, in no order."""
+  last = jnp.max(jnp.where(tokens.real, tokens.pos, -1), axis=1, keepdims=True)
+  return tokens.real & (tokens.pos > last - count)
+
+
+def oldest(tokens: TokenSet, count: int) -> Array:
+  """bool[R, S], True for the `count` real entries at the lowest positions, in no order."""
+  if not count:
+    return jnp.zeros(tokens.pos.shape, bool)
+  before = jax.lax.top_k(jnp.where(tokens.real, -tokens.pos, jnp.iinfo(jnp.int32).min), count)[0]
+  return tokens.real & (-tokens.pos >= before[:, -1:])
+
+
+def in_order(tokens: TokenSet, signals: Signals) -> tuple[TokenSet, Signals, Array]:
+  """Sorts entries by position, empty slots last; and int32[R, S], the place of each slot there."""
+  order = jnp.argsort(jnp.where(tokens.real, tokens.pos, jnp.iinfo(jnp.int32).max), axis=1)
+  pos, valid = (take(x, order) for x in (tokens.pos, tokens.real))
+  stats = {name: take(x, order) for name, x in tokens.stats.items()}
+  queries = signals.window_queries
+  return (tokens.replace(pos=pos, valid=valid, stats=stats),
+          signals.of(order).replace(window_queries=queries), jnp.argsort(order, axis=1))
+
+
+def budgets(tokens: TokenSet, num_slots: int) -> Array:
+  """int32[B, 1], entries that each row keeps a head: as many as asked, or all that it has."""
+  return jnp.minimum(count(tokens.real), num_entries(tokens, num_slots))
+
+
+def share_of(counts: Array, share: float, most: int) -> Array:
+  """Rounds a share of counts int32[...], of at most `most`, down: exactly, as 0.7 means 7/10."""
+  exact = Fraction(str(share))
+  return jnp.asarray([int(n * exact) for n in range(most + 1)], jnp.int32)[counts]
+
+
+def share_with_floor(counts: Array, share: float, most: int) -> Array:
+  """Returns `share_of`, but one at least of what is there, unless the share is 0."""
+  if not share:
+    return jnp.zeros_like(counts)
+  return jnp.maximum(share_of(counts, share, most), jnp.minimum(counts, 1))
+
+
+def best_of_each_head(scores: Array, counts: Array, forced: Array | None = None) -> Array:
+  """Flags the best entries of each head: bool[B, K, N].
+
+  Args:
+    scores: float32[B, K, N], -inf at padding.
+    counts: int32[B, K], or [B, 1] for all heads, how many.
+    forced: bool[B, K, N], entries that come first, or None.
+  """
+  slots = scores.shape[2]
+  flat = None if forced is None else forced.reshape(-1, slots)
+  order = top(scores.reshape(-1, slots), slots, forced=flat)
+  return (ranks(order, slots).reshape(scores.shape) < counts[..., None]) & (scores > -jnp.inf)
+
+
+def best_of_all_heads(scores: Array, counts: Array, most: int,
+                      forced: Array | None = None) -> Array:
+  """Flags the best entries of all heads together: bool[B, K, N].
+
+  Args:
+    scores: float32[B, K, N], -inf at padding.
+    counts: int32[B, 1], how many.
+    most: of any row.
+    forced: bool[B, K, N], entries that come first, or None.
+  """
+  batch = len(scores)
+  order = top(scores.reshape(batch, -1), most,
+              forced=None if forced is None else forced.reshape(batch, -1))
+  place = ranks(order, scores.size // batch).reshape(scores.shape)
+  return (place < jnp.minimum(counts, most)[..., None]) & (scores > -jnp.inf)
+
+
+def packed(tokens: TokenSet) -> tuple[Array, Array]:
+  """int32[B, N] twice: slots with real ones first, in order; and the place of each slot there."""
+  order = jnp.argsort(~tokens.real, axis=1, stable=True).astype(jnp.int32)
+  return order, jnp.argsort(order, axis=1).astype(jnp.int32)
+
+
+def along_slots(values: Array, index: Array) -> Array:
+  """Takes slots int32[B, M] of every head: float[B, K, N, ...] -> [B, K, M, ...]."""
+  index = index.reshape(index.shape[0], 1, index.shape[1], *(1,) * (values.ndim - 3))
+  return jnp.take_along_axis(values, index, axis=2)
+
+
+def in_parts(values: Array, length: int, fill: float = 0.0) -> Array:
+  """Cuts float[B, K, N, ...] into [B, K, ceil(N / length), length, ...], `fill` at the end."""
+  rest = -values.shape[2] % length
+  padding = [(0, rest if axis == 2 else 0) for axis in range(values.ndim)]
+  values = jnp.pad(values, padding, constant_values=fill)
+  return values.reshape(*values.shape[:2], -1, length, *values.shape[3:])
 
 
 def by_kv_head(attention: Array, heads: int) -> Array:

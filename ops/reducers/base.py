@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from fractions import Fraction
 
 import jax
 
@@ -31,7 +32,7 @@ class Reducer:
   site: str = 'between'
   parts: str = 'both'
   gated: str = 'both'
-  shared: bool = False
+  tied: bool = False
   extra_slots: int = 0
   can_empty: bool = False
   positions: str = ''
@@ -131,11 +132,91 @@ class CacheReducer(Reducer):
   The call is that of any other method, with the tokens that the cache holds (of any kind; their
   features are not used) and the signals of the layer's attention over them. The answer is a
   `KVGather` (ops/kv_cache.py), which names entries for each kv head.
+
+  One with an `evict` is an `EvictingMethod` (ops/reducers/method.py), of which this class has the
+  defaults.
   """
 
-  needs = frozenset({'keys'})
   site = 'cache'
   drops = 'pruning drops tokens'
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return frozenset({'keys'})
+
+  @property
+  def every(self) -> int:
+    return 1
+
+  @property
+  def shared(self) -> bool:
+    return False
+
+  @property
+  def tracks(self) -> tuple[str, ...]:
+    return ()
+
+  @property
+  def update_needs(self) -> frozenset[str]:
+    return frozenset()
+
+  @property
+  def evict_needs(self) -> frozenset[str]:
+    """Names what `evict` reads: what the prompt is cut by."""
+    return self.needs
+
+  @property
+  def min_capacity(self) -> int:
+    """Returns the fewest entries that it can keep while decoding: those that it leaves of many."""
+    return self.min_slots(2 ** 31 - 1, 0)
+
+  def update(self, tokens: TokenSet, signals: Signals, queries: Array) -> dict[str, Array]:
+    """Leaves the stats as they are."""
+    del signals, queries
+    return tokens.stats
+
+  def with_ratio(self, ratio: Fraction) -> CacheReducer:
+    """Returns the method for a budget that is this share of entries: itself, or one that reads it.
+
+    A count tells a method less, where it rounds shares of its own.
+    """
+    del ratio
+    return self
+
+  def stored_bytes(self, num_slots: int, heads: int, width: int,
+                   itemsize: int) -> tuple[int, int] | None:
+    """Returns the bytes of a row's entries in one layer, where they are stored in a way of its own.
+
+    Args:
+      num_slots: M, entries of a head, on average.
+      heads: K.
+      width: d.
+      itemsize: bytes of a number in keys and values.
+
+    Returns:
+      Those of keys and values that stay, and all that is allocated for them, with positions and
+      masks; None where M entries of each head are stored as ever.
+    """
+    del num_slots, heads, width, itemsize
+    return None
+
+  @property
+  def allocates(self) -> bool:
+    """Returns whether the method says itself how many entries a layer keeps (`allocate`)."""
+    return False
+
+  def allocate(self, layer: int, depth: int, slots: int, asked: Fraction | None) -> int:
+    """Returns the entries of a layer, of a method that `allocates`.
+
+    Args:
+      layer, depth: which of how many.
+      slots: entries that the layer has.
+      asked: those that the config's budget asks for, not rounded; None where it has none.
+
+    Raises:
+      ValueError: no budget where there must be one, or one where there must be none.
+    """
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

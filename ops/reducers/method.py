@@ -58,7 +58,7 @@ class Method(Protocol):
     ...
 
   @property
-  def shared(self) -> bool:
+  def tied(self) -> bool:
     """True if a learned method has the same parameters in all layers."""
     ...
 
@@ -125,7 +125,8 @@ class Method(Protocol):
   def default_shares(self, depth: int) -> Mapping[int, float]:
     """Returns the share of tokens that each layer keeps where a config has no budget; {} for none.
 
-    They are rounded down. A config that names no layers gets these.
+    They are rounded down. A config that names no layers gets these; a layer without a share keeps
+    all.
     """
     ...
 
@@ -179,5 +180,67 @@ class WatchingMethod(Method, Protocol):
     Args:
       tokens: N slots.
       signals: the signals that `watch_needs` names, measured in the watched layer.
+    """
+    ...
+
+
+class EvictingMethod(Method, Protocol):
+  """Also keeps a cache within bounds while a model decodes.
+
+  `update` and `evict` see the entries of a cache as tokens and signals of R rows, each one kv head
+  of a row of the batch with the G heads that share it: `tokens.pos`, `valid` and `stats` [R, S],
+  keys [R, S, 1, d], attention [R, G, S]. Slots are in no order. Where `shared` all heads hold the
+  same entries, R is B, and the signals are of all heads.
+  """
+
+  @property
+  def every(self) -> int:
+    """Number of tokens between two calls of `evict`; so many come on top of the capacity."""
+    ...
+
+  @property
+  def shared(self) -> bool:
+    """True if all heads keep the same entries."""
+    ...
+
+  @property
+  def min_capacity(self) -> int:
+    """Returns the fewest entries of a head that it can keep."""
+    ...
+
+  @property
+  def tracks(self) -> tuple[str, ...]:
+    """Names of the stats that it takes down of every entry."""
+    ...
+
+  @property
+  def update_needs(self) -> frozenset[str]:
+    """Names of the `Signals` fields that `update` reads, of prompts and of decoded tokens."""
+    ...
+
+  @property
+  def evict_needs(self) -> frozenset[str]:
+    """Names of the `Signals` fields that `evict` reads."""
+    ...
+
+  def update(self, tokens: TokenSet, signals: Signals, queries: Array) -> dict[str, Array]:
+    """Returns the stats, {name: float32[R, S]}, after more tokens; of new entries they are 0.
+
+    It is called once for the prompt before that is cut, and once a decoded token.
+
+    Args:
+      tokens: S entries, those of the new tokens among them.
+      signals: of the new tokens' attention.
+      queries: int32[R], the number of new tokens.
+    """
+    ...
+
+  def evict(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Array:
+    """Names the entries that stay, bool[R, S], at most `num_slots` of a row.
+
+    Args:
+      tokens: S entries, those since the last call among them.
+      signals: of the latest token's attention.
+      num_slots: static; the slots are `every` more.
     """
     ...

@@ -30,6 +30,16 @@ SAID = re.split(r'(?=<!-- example: )', (ROOT / 'CONTRIBUTING.md').read_text())[1
 PATHS = [re.match(r'<!-- example: (\S+) -->', said)[1] for said in SAID]
 
 
+# Lines of a folder's dict that the text leaves to the reader.
+LINES = {
+    'fading': ('from ops.reducers.cache.fading import Fading\n', "    'fading': Fading,\n"),
+    'anchored': ('from ops.reducers.cache.anchored import Anchored\n',
+                 "    'anchored': Anchored,\n")}
+# Methods whose own tests the text names.
+TESTED = [(path, said) for path, said in zip(PATHS, SAID, strict=True)
+          if pathlib.Path(path).stem not in LINES]
+
+
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
   """The project with the printed methods, each one file and two lines of its folder's dict."""
@@ -39,9 +49,11 @@ def copy(tmp_path_factory):
     code = block(said, r'example: \S+')
     assert len([line for line in code.splitlines() if line.strip()]) <= 40
     (copy / path).write_text(code)
+    line, entry = LINES.get(pathlib.Path(path).stem) or (
+        block(said, 'import'), block(said, 'entry'))
     names = (copy / path).parent / '__init__.py'
-    names.write_text(names.read_text().replace('from ', f'{block(said, "import")}from ', 1)
-                     .replace(' = {\n', f' = {{\n{block(said, "entry")}', 1))
+    names.write_text(names.read_text().replace('from ', f'{line}from ', 1)
+                     .replace(' = {\n', f' = {{\n{entry}', 1))
   return copy
 
 
@@ -52,7 +64,7 @@ def run(copy, *command: str) -> str:
   return done.stdout
 
 
-@pytest.mark.parametrize(('path', 'said'), list(zip(PATHS, SAID, strict=True)), ids=PATHS)
+@pytest.mark.parametrize(('path', 'said'), TESTED, ids=[path for path, _ in TESTED])
 def test_a_printed_method_needs_no_other_edit(path, said, copy):
   tests, name = re.search(r'`python -m pytest (\S+) -k (\w+)`', said).groups()
   assert name == pathlib.Path(path).stem
@@ -71,3 +83,15 @@ def test_printed_methods_are_listed_and_explained(copy):
                     f'--config.reduce.vision.method={name}',
                     '--config.reduce.vision.layers=(1,3)', '--config.reduce.vision.keep_ratio=0.5')
     assert name in explained
+
+
+def test_the_printed_method_that_holds_another_needs_no_other_edit(copy):
+  told = run(copy, 'pytest', 'tests/contract/test_contract_cache.py', '-k', 'anchored', '-p',
+             'no:cacheprovider')
+  assert int(re.search(r'(\d+) passed', told)[1]) > 7
+
+
+def test_the_printed_method_that_evicts_needs_no_other_edit(copy):
+  tests = ('tests/contract/test_contract_cache.py', 'tests/contract/test_living_cache.py')
+  told = run(copy, 'pytest', *tests, '-k', 'fading', '-p', 'no:cacheprovider')
+  assert int(re.search(r'(\d+) passed', told)[1]) > 8

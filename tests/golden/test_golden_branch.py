@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import recorded
+from helpers.tiny_lm import PROMPT, TINY, image_and_text, variables
 
 from lib.cost import lm as lm_cost
+from lib.report.attention_ranks import attention_ranks
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import make_lm
 from models.compressors import ROUTERS
@@ -107,7 +109,21 @@ def test_arank():
     lowest_ranks([9.0, 3.0], 3)
 
 
-@pytest.mark.parametrize('budget', ['coverage', 'count'])
+@pytest.mark.long
+def test_arank_of_a_models_layers():
+  """Maps of equal shares, but for their diagonals, lack one direction; padding has none."""
+  weights = variables(2)['params']
+  q = weights['stack']['blocks']['q']['kernel']
+  blocks = weights['stack']['blocks'] | {'q': {'kernel': q.at[1].set(0)}}
+  params = {'params': weights | {'stack': {'blocks': blocks}}}
+  whole, padded = (attention_ranks(TINY.clone(depth=2), params, tokens) for tokens in (
+      image_and_text(), image_and_text(np.tile(np.arange(PROMPT) >= 5, (3, 1)))))
+  assert whole.shape == (2,)
+  assert (whole[1], padded[1]) == (PROMPT - 1, PROMPT - 6)
+  assert (whole <= PROMPT - 1).all()
+
+
+@pytest.mark.parametrize('budget', ['coverage', pytest.param('count', marks=pytest.mark.long)])
 def test_token_sparse_attention(budget):
   raw = load('token_sparse_attention')
   q, k, v = (jnp.swapaxes(jnp.asarray(raw[name]), 1, 2) for name in ('query', 'key', 'value'))
@@ -117,28 +133,32 @@ def test_token_sparse_attention(budget):
   slots, count = q.shape[1], raw['indices'].shape[2]
   tokens = TokenSet.create(jnp.zeros((1, slots, 1)), kind=jnp.full((1, slots), TEXT, jnp.int8),
                            of=(TEXT,))
-  rows = attention.received(q[:, -window:], k, None, positions=tokens.pos,
-                            last=tokens.pos[:, -window:])
-  close(rows[:, :, :-window], raw['window_scores'])
-  picked = method(tokens, Signals(row_attention=rows),
-                  num_slots=slots if budget == 'coverage' else count)
-  np.testing.assert_array_equal(picked.valid.sum(axis=2), count)
-  np.testing.assert_array_equal(picked.src[:, :, :count], raw['indices'])
 
   def attend(q, k, v, bias, positions):
     return attention.attend(q, k, v, bias=bias, positions=positions)
 
-  read = picked.attend(attend, q, k, v, None, tokens.pos, causal=True)
+  @jax.jit
+  def run(q, k, v):
+    rows = attention.received(q[:, -window:], k, None, positions=tokens.pos,
+                              last=tokens.pos[:, -window:])
+    picked = method(tokens, Signals(row_attention=rows),
+                    num_slots=slots if budget == 'coverage' else count)
+    return rows, picked, picked.attend(attend, q, k, v, None, tokens.pos, causal=True)
+
+  rows, picked, read = run(q, k, v)
+  close(rows[:, :, :-window], raw['window_scores'])
+  np.testing.assert_array_equal(np.sum(picked.valid, axis=2), count)
+  np.testing.assert_array_equal(picked.src[:, :, :count], raw['indices'])
   close(read.reshape(1, slots, -1), raw['decompressed'])
 
 
-@pytest.mark.parametrize('window', [3, 7])
+@pytest.mark.parametrize('window', [pytest.param(3, marks=pytest.mark.long), 7])
 def test_yopo(window):
   """Against softmax under the released mask, made of a whole map."""
   allowed = load('yopo_neighbor_mask')[f'allowed_w{window}']
   start, visual, slots = 5, 576, 590
   rng = np.random.default_rng(0)
-  q, k, v = (jnp.asarray(rng.normal(size=(1, slots, 2, 8)), jnp.float32) for _ in range(3))
+  q, k, v = (rng.normal(size=(1, slots, 2, 8)).astype(np.float32) for _ in range(3))
   kind = np.full((1, slots), TEXT, np.int8)
   kind[:, start:start + visual] = VISUAL
   tokens = TokenSet.create(jnp.zeros((1, slots, 1)), kind=jnp.asarray(kind),
@@ -147,10 +167,15 @@ def test_yopo(window):
   image = slice(start, start + visual)
   seen[image, image] = allowed
   logits = np.einsum('nhd,mhd->hnm', q[0], k[0]) / np.sqrt(8)
-  shares = np.array(jax.nn.softmax(jnp.where(seen[None], logits, -jnp.inf), axis=-1))
+  shares = np.where(seen, np.exp(logits), 0)
+  shares /= shares.sum(axis=-1, keepdims=True)
   shares[1, :, image] = 0
   want = np.einsum('hnm,mhd->nhd', shares, v[0])
   want[image, 1] = 0
-  pattern = YOPO(window=window, heads=(1,))(tokens, Signals(), num_slots=slots)
-  values = pattern.values(v, 2)
-  close(pattern.attend(None, q, k, values, None, None, causal=True)[0], want)
+
+  @jax.jit
+  def run(q, k, v):
+    pattern = YOPO(window=window, heads=(1,))(tokens, Signals(), num_slots=slots)
+    return pattern.attend(None, q, k, pattern.values(v, 2), None, None, causal=True)
+
+  close(run(q, k, v)[0], want)

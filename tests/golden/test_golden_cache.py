@@ -15,7 +15,7 @@ from helpers import recorded
 
 from ops import signals
 from ops.reducers.cache.expected_attention import ExpectedAttention, mean_rotation
-from ops.reducers.cache.h2o import H2O, evict, follow
+from ops.reducers.cache.h2o import H2O
 from ops.reducers.cache.knorm import KNorm
 from ops.reducers.cache.observed_attention import ObservedAttention
 from ops.reducers.cache.snapkv import SnapKV
@@ -98,8 +98,8 @@ def test_streaming_llm(index):
 
 @pytest.mark.parametrize('index', [0, 1])
 def test_knorm(index):
-  told = layer(index, KNorm.needs)
-  close(*same_order(KNorm(), text(1, N), told, 'knorm', index, KNorm().scores(told)))
+  told = layer(index, KNorm().needs)
+  close(*same_order(KNorm(), text(1, N), told, 'knorm', index, KNorm().scores(text(1, N), told)))
 
 
 @pytest.mark.parametrize('index', [0, 1])
@@ -196,6 +196,26 @@ def test_h2o():
     np.testing.assert_array_equal(kept.apply(jnp.asarray(raw[part])), raw[f'{part}_out'])
 
 
+def heads_as_rows(heavy, pos, valid):
+  heavy, pos, valid = (x.reshape(-1, x.shape[2]) for x in (heavy, pos, valid))
+  return TokenSet.create(jnp.zeros((*pos.shape, 1)), pos=pos, valid=valid,
+                         kind=jnp.full(pos.shape, TEXT, jnp.int8), stats={'heavy': heavy})
+
+
+def evict(heavy, pos, valid, *, recent):
+  """The slot of a cache that its next entry takes, int[B, K]."""
+  stays = H2O(recent=recent).evict(heads_as_rows(heavy, pos, valid), None,
+                                   num_slots=pos.shape[2] - 1)
+  return jnp.argmin(stays, axis=1).reshape(pos.shape[:2])
+
+
+def follow(heavy, pos, valid, row):
+  """The sums after the row float32[1, H, S] of one more query."""
+  told = signals.by_head(signals.Signals(received_attention=row), pos.shape[1])
+  ones = jnp.ones(pos.shape[1], jnp.int32)
+  return H2O().update(heads_as_rows(heavy, pos, valid), told, ones)['heavy'][None]
+
+
 def test_h2o_while_decoding():
   """Against the released bookkeeping in its own order: append, add up, drop the lightest."""
   raw, kept, heavy = heavy_hitters()
@@ -212,7 +232,7 @@ def test_h2o_while_decoding():
     heavy, valid = jnp.where(at, 0.0, heavy), valid | at
     row = rng.dirichlet(np.full(100, 0.3), size=(1, 4)).astype(np.float32)
     row = jnp.take_along_axis(jnp.asarray(row), jnp.repeat(pos, 2, axis=1), axis=2)
-    heavy = follow(heavy, row)
+    heavy = follow(heavy, pos, valid, row)
     for head in range(2):
       entries = [*lists[head], (32 + step, 0.0)]
       gained = {int(p): float(g) for p, g in zip(

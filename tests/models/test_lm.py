@@ -591,13 +591,14 @@ def test_plans_for_other_prompts_are_worded_errors():
 
 
 @pytest.mark.parametrize(('config', 'message'), [
-    ({'site': 'amid'}, "site 'amid' is unknown: choose one of before, inside, between, after"),
+    ({'site': 'amid'},
+     "site 'amid' is unknown: choose one of before, branch, inside, between, after"),
     ({'token_kinds': 'audio'},
      "token_kinds='audio' names no tokens of this host: it has visual .6., text .6."),
     ({'token_kinds': 'special'}, "token_kinds='special' names no tokens"),
     ({'positions': 'gone'}, "positions='gone' is unknown here: choose one of keep, compact, rest"),
     ({'method': 'evit'}, 'evit needs cls_attention, which this host does not offer'),
-    ({'keep': 0}, 'keep=0 in layer 1 is impossible: 6 tokens are there'),
+    ({'keep': -1}, 'keep=-1 in layer 1 is impossible: 6 tokens are there'),
 ])
 def test_plans_that_do_not_fit_are_worded_errors(config, message):
   with pytest.raises(ValueError, match=message):

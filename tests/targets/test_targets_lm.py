@@ -12,7 +12,7 @@ import pytest
 from helpers.targets import mesh_of
 
 from configs.parts import LM_SHARDING
-from lib.cost import hlo, topology
+from lib.cost import decode_step, hlo, topology
 from lib.cost import lm as lm_cost
 from lib.runtime import sharding
 from models.backbones.lm import LM
@@ -78,6 +78,19 @@ def test_cuts_of_a_padded_prompt_add_scores_alone(name):
   assert {one.kind for one in reduced} == {'all-reduce'}
   # Two rows a device, heads over four.
   assert full_output - output >= 0.9 * ROWS * (full_bytes - bytes_) / 4
+
+
+@pytest.mark.parametrize('name', ['v5e:2x4', 'h100:1'])
+def test_a_step_moves_weights_and_what_heads_hold_and_copies_no_cache(name):
+  mesh_of(name, data=topology.count(name))
+  lm = LM(vocabulary=512, width=1024, depth=2, mlp=2048, heads=32, kv_heads=8, head_width=128,
+          context=65536, rope=Rope(128), dtype=jnp.bfloat16)
+  row = decode_step.measure(lm, name, 'adakv', rows=1, slots=32768, room=ROOM, ratio=0.25)
+  assert row['allocated_mb'] <= 1.1 * (row['held_mb'] + row['room_mb'])
+  assert row['updated_in_place_mb'] >= row['allocated_mb'] - 0.1
+  assert row['temporary_mb'] <= 0.4 * row['held_mb']
+  # Here the cache is four times as large as the weights, so that logits and sums show.
+  assert row['ratio'] <= 1.4
 
 
 @pytest.mark.parametrize('name', ['v5e:2x4', 'h100:8'])

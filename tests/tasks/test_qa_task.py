@@ -71,6 +71,26 @@ def test_a_step_is_taken_and_every_parameter_has_a_place(case):
   chex.assert_trees_all_equal_shapes(state.params, params)
 
 
+@pytest.mark.long
+def test_a_router_trains_with_the_model():
+  """By its own loss too; all its layers share one."""
+  config = small(scenes_config)
+  config.data.context = 14
+  with config.unlocked():
+    model, params = made(config, SCENES, language={
+        'method': 'gamma_mod', 'layers': (0, 1), 'keep_ratio': 0.5})
+  sharding.make_shardings(params, config.sharding, sharding.make_mesh({'data': 1},
+                                                                      jax.devices()[:1]))
+  loss = functools.partial(qa_task.loss, model, config.optimizer, teacher=None)
+  (total, scalars), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+      params, batch_of(SCENES, 14), key=jax.random.key(0))
+  others = (scalars['loss'] + config.optimizer.text_weight * scalars['text_loss']
+            + config.optimizer.patch_weight * scalars['patch_loss'])
+  np.testing.assert_allclose(total - others, scalars['route_00'] + scalars['route_01'], atol=1e-5)
+  assert scalars['route_00'] > 0
+  assert jnp.any(grads['lm']['stack']['reducer_gamma_mod']['router']['kernel'] != 0)
+
+
 def test_the_loss_is_that_of_the_answers_alone(case):
   *_, info, _, params, run = case
   batch = batch_of(info, 14)

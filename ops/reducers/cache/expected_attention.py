@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from ops import choices
 from ops.attention import HIDDEN_LOGIT
-from ops.kv_cache import KVGather
-from ops.primitives.kv_select import by_kv_head, earliest, keep_best
-from ops.reducers.base import CacheReducer
+from ops.primitives.kv_select import by_kv_head, earliest
+from ops.reducers.scoring import ScoringReducer
 from ops.rope import Rope, sequence_index
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -23,7 +22,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpectedAttention(CacheReducer):
+class ExpectedAttention(ScoringReducer):
   """Keeps the entries with the highest expected attention times value norm.
 
   Expected Attention (Devoto et al., 2025), arXiv:2510.00636, as in the kvpress library. Queries
@@ -47,9 +46,10 @@ class ExpectedAttention(CacheReducer):
   def __post_init__(self) -> None:
     choices.check('covariance=', self.covariance, ('full', 'none'))
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
-                     forced=earliest(tokens, self.sinks))
+  def forced(self, tokens: TokenSet, num_slots: int) -> Array:
+    """Names the sinks."""
+    del num_slots
+    return earliest(tokens, self.sinks)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], expected attention times the length of the value."""

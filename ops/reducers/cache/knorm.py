@@ -7,25 +7,23 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ops.kv_cache import KVGather
-from ops.primitives.kv_select import keep_best
-from ops.reducers.base import CacheReducer
+from ops.reducers.scoring import ScoringReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
 
 @dataclasses.dataclass(frozen=True)
-class KNorm(CacheReducer):
+class KNorm(ScoringReducer):
   """Keeps the entries with the shortest keys, head by head.
 
   Short keys receive most attention. A Simple and Effective L2 Norm-Based Strategy for KV Cache
   Compression (Devoto et al., 2024), arXiv:2406.11430. Rotation leaves the length of a key as it is.
   """
 
-  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    return keep_best(tokens, self.scores(signals), num_slots=num_slots)
+  by_order = False
 
-  def scores(self, signals: Signals) -> jnp.ndarray:
+  def scores(self, tokens: TokenSet, signals: Signals) -> jnp.ndarray:
     """float32[B, K, N], minus the length of each key."""
+    del tokens
     keys = signals.keys.astype(jnp.float32)
     return -jnp.sqrt(jnp.sum(keys * keys, axis=3)).swapaxes(1, 2)

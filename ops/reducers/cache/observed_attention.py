@@ -8,10 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.kv_cache import KVGather
-from ops.primitives.kv_select import by_kv_head, keep_best
+from ops.primitives.kv_select import by_kv_head
 from ops.primitives.select import rank_of
-from ops.reducers.base import CacheReducer
+from ops.reducers.scoring import ScoringReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -19,7 +18,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class ObservedAttention(CacheReducer):
+class ObservedAttention(ScoringReducer):
   """Keeps the entries with the highest mean attention from later tokens.
 
   H2O's score (Zhang et al., 2023), arXiv:2306.14048, as the kvpress library has it: each column
@@ -28,9 +27,6 @@ class ObservedAttention(CacheReducer):
   """
 
   needs = frozenset({'keys', 'received_attention'})
-
-  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N], attention a query that sees the key."""

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from ops import choices
 from ops.kv_cache import KVGather
-from ops.primitives.kv_select import by_kv_head, keep_best, latest, pool_neighbours
-from ops.reducers.base import CacheReducer
+from ops.primitives.kv_select import by_kv_head, latest, pool_neighbours
+from ops.reducers.scoring import ScoringReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -21,7 +21,7 @@ VARIANTS = ('release', 'kvpress')
 
 
 @dataclasses.dataclass(frozen=True)
-class SnapKV(CacheReducer):
+class SnapKV(ScoringReducer):
   """Keeps the last entries and those with their highest attention, pooled over neighbours.
 
   SnapKV (Li et al., 2024), arXiv:2404.14469. The scores of heads that share a key are averaged;
@@ -52,8 +52,7 @@ class SnapKV(CacheReducer):
     return self.window
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    assignment = keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
-                           forced=latest(tokens, self.window))
+    assignment = super().__call__(tokens, signals, num_slots=num_slots)
     if self.variant == 'kvpress':
       return assignment
     if assignment.valid is None:
@@ -71,6 +70,11 @@ class SnapKV(CacheReducer):
     pooled = pool_neighbours(rows, tokens, kernel=self.kernel, pool=self.pool)
     pooled = by_kv_head(pooled, signals.keys.shape[2]).mean(axis=2)
     return jnp.where(before[:, None], pooled, 0.0)
+
+  def forced(self, tokens: TokenSet, num_slots: int) -> Array:
+    """Names the window."""
+    del num_slots
+    return latest(tokens, self.window)
 
   def min_slots(self, slots: int, protected: int) -> int:
     del protected

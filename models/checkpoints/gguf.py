@@ -1,0 +1,178 @@
+"""GGUF files, as llama.cpp writes them: weights, quantized or not, and the settings beside them.
+
+  lm = from_config(gguf.config(path))      # models/checkpoints/lm_config.py
+  params = load(lm, path)                  # models/checkpoints, as any other source
+
+Tensors get the transformers library's names, so that its layouts read them. Quantized ones are
+dequantized as they are read. The package `gguf` is optional (requirements-hub.txt).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+SUFFIX = '.gguf'
+# model_type by the architecture's name, for those whose tensors are known here.
+_ARCHITECTURES = {'llama': 'llama', 'qwen2': 'qwen2', 'qwen3': 'qwen3'}
+# Those whose queries and keys are stored with the two halves of a rotation interleaved.
+_INTERLEAVED = ('llama',)
+_NAMES = {
+    r'token_embd\.weight': 'model.embed_tokens.weight',
+    r'output_norm\.weight': 'model.norm.weight',
+    r'output\.weight': 'lm_head.weight',
+    r'blk\.(\d+)\.attn_norm\.weight': r'model.layers.\1.input_layernorm.weight',
+    r'blk\.(\d+)\.ffn_norm\.weight': r'model.layers.\1.post_attention_layernorm.weight',
+    r'blk\.(\d+)\.attn_output\.weight': r'model.layers.\1.self_attn.o_proj.weight',
+    r'blk\.(\d+)\.attn_([qkv])\.(weight|bias)': r'model.layers.\1.self_attn.\2_proj.\3',
+    r'blk\.(\d+)\.attn_([qk])_norm\.weight': r'model.layers.\1.self_attn.\2_norm.weight',
+    r'blk\.(\d+)\.ffn_(gate|up|down)\.weight': r'model.layers.\1.mlp.\2_proj.weight',
+}
+
+
+def config(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the settings of a file under the keys of a config.json.
+
+  Args:
+    path: a .gguf file.
+
+  Raises:
+    ValueError: an architecture that is not known here, a scaling of RoPE, a setting that is
+      missing, or as `reading`.
+  """
+  reader = _open(path)
+  architecture = _setting(reader, path, 'general.architecture')
+  if architecture not in _ARCHITECTURES:
+    raise ValueError(f'{path} holds the architecture {architecture!r}, which is unknown here: '
+                     f'known are {", ".join(_ARCHITECTURES)}')
+  get = functools.partial(_setting, reader, path)
+  if get(f'{architecture}.rope.scaling.type', 'none') != 'none':
+    raise ValueError(f'{path} scales RoPE, which is not read from GGUF files: use the model\'s '
+                     'safetensors files')
+  width = get(f'{architecture}.embedding_length')
+  heads = get(f'{architecture}.attention.head_count')
+  # Numbers of outputs, by name.
+  tensors = {tensor.name: int(tensor.shape[-1]) for tensor in reader.tensors}
+  if 'token_embd.weight' not in tensors:
+    raise ValueError(f'{path} does not say the shape of token_embd.weight: it holds no model; '
+                     'fetch it again')
+  return {
+      'model_type': _ARCHITECTURES[architecture], 'hidden_size': width,
+      'num_hidden_layers': get(f'{architecture}.block_count'),
+      'intermediate_size': get(f'{architecture}.feed_forward_length'),
+      'num_attention_heads': heads,
+      'num_key_value_heads': get(f'{architecture}.attention.head_count_kv', heads),
+      'head_dim': get(f'{architecture}.attention.key_length', width // heads),
+      'vocab_size': tensors['token_embd.weight'],
+      'max_position_embeddings': get(f'{architecture}.context_length'),
+      # Both are stored as float32, whose nearest short decimal is meant.
+      'rms_norm_eps': float(f'{get(f"{architecture}.attention.layer_norm_rms_epsilon"):.6g}'),
+      'rope_theta': float(f'{get(f"{architecture}.rope.freq_base", 10000.0):.7g}'),
+      'tie_word_embeddings': 'output.weight' not in tensors}
+
+
+class Tensors:
+  """Reads the tensors of a file under the transformers library's names.
+
+  Attributes:
+    shapes: by name.
+    dtypes: by name, as the format calls them: 'F32', 'Q4_1', ...
+  """
+
+  def __init__(self, reader: Any, path: pathlib.Path):
+    self._path = path
+    self._interleaved = _setting(reader, path, 'general.architecture') in _INTERLEAVED
+    self._heads = [_setting(reader, path, f'{reader.fields["general.architecture"].contents()}.'
+                            f'attention.head_count{kv}') for kv in ('', '_kv')]
+    self._tensors = {_renamed(tensor.name): tensor for tensor in reader.tensors}
+    self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape))
+                   for name, tensor in self._tensors.items()}
+    self.dtypes = {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
+
+  def check_dtype(self, name: str) -> None:
+    """Raises nothing: all types of the format are read."""
+
+  def read(self, name: str) -> np.ndarray:
+    """Reads one tensor, float32.
+
+    Raises:
+      ValueError: a type that the package cannot dequantize, or NaN or infinity in it.
+    """
+    import gguf
+    tensor = self._tensors[name]
+    try:
+      array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    except NotImplementedError as error:
+      raise ValueError(f'{name} of {self._path} is stored as {self.dtypes[name]}, which the gguf '
+                       'package does not dequantize: use a file of another type') from error
+    array = array.reshape(self.shapes[name])
+    if not np.isfinite(array).all():
+      raise ValueError(f'{name} of {self._path} holds NaN or infinity: fetch the file again')
+    part = re.search(r'self_attn\.([qk])_proj', name)
+    if self._interleaved and part:
+      array = _halves(array, self._heads['qk'.index(part[1])])
+    return array
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path) -> Iterator[Tensors]:
+  """Opens a file; tensors are read one by one.
+
+  Raises:
+    ValueError: the package is missing, or the file is not what its name says.
+  """
+  yield Tensors(_open(path), path)
+
+
+def _open(path: pathlib.Path) -> Any:
+  try:
+    import gguf
+  except ImportError as error:
+    raise ValueError(f'{path} needs a package that is not installed: `pip install gguf`, or use a '
+                     '.safetensors file') from error
+  if not path.is_file():
+    raise ValueError(f'{path} is no regular file: give the file itself')
+  try:
+    return gguf.GGUFReader(path)
+  except (OSError, ValueError, IndexError) as error:
+    raise ValueError(f'{path} cannot be read as GGUF ({error}): fetch it again') from error
+
+
+def _setting(reader: Any, path: pathlib.Path, key: str, default: Any = None) -> Any:
+  field = reader.fields.get(key)
+  value = default if field is None else field.contents()
+  if value is None:
+    raise ValueError(f'{path} does not say {key}: fetch it again, or convert the model anew')
+  return value
+
+
+def _renamed(name: str) -> str:
+  """The transformers library's name of a tensor, the same where it has none."""
+  for pattern, theirs in _NAMES.items():
+    match = re.fullmatch(pattern, name)
+    if match:
+      return match.expand(theirs)
+  return name
+
+
+def _halves(array: np.ndarray, heads: int) -> np.ndarray:
+  """Puts the two features of each rotation half a head apart, as they are rotated here."""
+  paired = array.reshape(heads, -1, 2, *array.shape[1:])
+  return paired.swapaxes(1, 2).reshape(array.shape)
+
+
+def vocabulary(path: pathlib.Path) -> Mapping[str, Any]:
+  """Returns a file's tokenizer: 'tokens', 'merges', 'token_type', and what else it says of it.
+
+  Raises:
+    ValueError: as `reading`.
+  """
+  prefix = 'tokenizer.ggml.'
+  return {key.removeprefix(prefix): field.contents() for key, field in _open(path).fields.items()
+          if key.startswith(prefix)}

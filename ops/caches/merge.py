@@ -1,0 +1,42 @@
+"""Entries that leave a cache, whose values are added to those that stay.
+
+Axes: B batch, N entries now, M entries after, K kv heads, d features a head.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ops.kv_cache import KV, KVGather
+from ops.rope import Rope
+
+Array = jax.Array
+
+
+class KVMerge(struct.PyTreeNode):
+  """Selects entries of one layer's cache, and divides the values of the others among them.
+
+  Attributes:
+    kept: the entries that stay.
+    first: int32[B, K, N], the first place that gets an entry's value; M for none.
+    weight: float32[B, K, N], of the value in each of these places.
+    span: places from the first on, as far as there are some. Static.
+  """
+
+  kept: KVGather
+  first: Array
+  weight: Array
+  span: int = struct.field(pytree_node=False)
+
+  def shrink(self, kv: KV, *, positions: str, rope: Rope) -> KV:
+    """Reduces a cache to the entries that stay, as `ops.kv_cache.KVAnswer`."""
+    shrunk = self.kept.shrink(kv, positions=positions, rope=rope)
+    gifts = kv.v.astype(jnp.float32) * self.weight[..., None]
+    places = self.kept.src.shape[2]
+    starts = jax.vmap(jax.vmap(lambda x, at: jax.ops.segment_sum(x, at, places)))(gifts, self.first)
+    added = jax.lax.reduce_window(
+        starts, 0.0, jax.lax.add, (1, 1, self.span, 1), (1, 1, 1, 1),
+        ((0, 0), (0, 0), (self.span - 1, 0), (0, 0)))
+    return shrunk.with_values(shrunk.v + added.astype(shrunk.v.dtype))
