@@ -20,6 +20,7 @@ from ops import choices, signals
 from ops import tokens as tk
 from ops.budgets import resolve
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.insert import INSERTS
 from ops.reducers.method import Method
 from ops.signals import AXES, Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
@@ -59,12 +60,16 @@ def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | 
   if method in CACHE_REDUCERS:
     raise ValueError(f'{method} acts on a cache of keys and values, not on tokens: give it to a '
                      f"language model, as reduce={{'cache': {{'method': {method!r}, ...}}}}")
-  if method in branch_methods():
-    raise ValueError(f'{method} runs a part of a layer on some tokens, and none leaves: give it to '
-                     f"a model, as reduce={{'language': {{'method': {method!r}, ...}}}}")
+  if method in branch_methods() or method in INSERTS:
+    does = 'brings tokens in' if method in INSERTS else 'runs a part of a layer on some tokens'
+    raise ValueError(f'{method} {does}, and none leaves: give it to a model, as '
+                     f"reduce={{'language': {{'method': {method!r}, ...}}}}")
   for name in values:
     choices.check_key('there is no signal ', name, signals.NAMES)
   chosen = make_method(method, args or {})
+  if chosen.mode:
+    raise ValueError(f'{method} with these args leaves padding in place of tokens: give it to a '
+                     f"model, as reduce={{'language': {{'method': {method!r}, ...}}}}")
   tokens = _tokens(x, protected, valid)
   budget = {'keep': keep, 'keep_ratio': keep_ratio}
   if sum(value is not None for value in budget.values()) != 1:

@@ -12,6 +12,7 @@ import flax.linen as nn
 from models.plan import branch_methods, make_method, methods
 from ops.reducers import join
 from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.insert import INSERTS
 from ops.reducers.method import Method
 
 
@@ -41,7 +42,8 @@ class Entry:
 def entries() -> dict[str, Entry]:
   """Returns every method by name, in alphabetical order, of branches and on the cache too."""
   return {name: _entry(name, method)
-          for name, method in sorted(join(methods(), branch_methods(), CACHE_REDUCERS).items())}
+          for name, method in sorted(join(methods(), branch_methods(), INSERTS,
+                                                CACHE_REDUCERS).items())}
 
 
 def _entry(name: str, method: type[Method]) -> Entry:

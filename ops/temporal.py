@@ -47,7 +47,8 @@ class TTF:
   either, so nothing has a default; its figures are not ours.
 
   A step is a pure function of the stream and a frame, for jit and scan alike:
-  `stream, tokens, reused = ttf(stream, tokens, images, attention)`.
+  `stream, tokens, reused = ttf(stream, tokens, images, attention)`. A vision-language model runs it
+  behind its tower, over the frames of each row: `VLM(…, frames=TTF(…))`.
 
   Attributes:
     threshold: mean absolute gray difference above which a patch has changed, in units of the image.

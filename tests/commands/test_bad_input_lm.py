@@ -73,15 +73,19 @@ def test_ids_that_the_model_does_not_have():
 
 
 @pytest.mark.parametrize(('place', 'given', 'message'), [
-    ('projector', {'keep': 0}, 'keep=0 in layer 0 is impossible: 16 tokens are there to keep, so '
-                               'give 1 to 16'),
+    ('projector', {'keep': 0}, 'keep=0 leaves no token in layer 0, but nothing would be left'),
+    ('projector', {'keep': 0, 'method': 'tome'}, 'but this method must leave one at least'),
     ('projector', {'keep_ratio': 0.01, 'rounding': 'floor'}, 'can leave no fewer than 1'),
-    ('language', {'keep': 0, 'layers': 1}, 'so give 1 to 32'),
+    ('language', {'keep': 0, 'layers': 1, 'method': 'tome'},
+     'keep=0 leaves no token in layer 1, but this method must leave one at least'),
+    ('language', {'keep': -1, 'layers': 1}, 'so give 1 to 32'),
     ('language', {'keep_ratio': 0.01, 'rounding': 'floor', 'layers': 1}, 'raise the budget'),
-    ('language', {'keep_ratio': 0, 'layers': 1}, 'is outside (0, 1]'),
+    ('language', {'keep_ratio': 0, 'layers': 1, 'method': 'tome'},
+     'keep_ratio=0.0 leaves no token in layer 1, but this method must leave one at least'),
+    ('language', {'keep_ratio': -0.5, 'layers': 1}, 'is outside [0, 1]'),
 ])
 def test_no_visual_token_kept(place, given, message):
-  """One at least must stay: methods pick among scores, and a token of none has no place."""
+  """One at least must stay, unless a method that prunes is told to leave none between layers."""
   vlm = llava()[0]._lm
   own = {'token_kinds': 'visual'} if place == 'language' else {}
   plans = with_plans(vlm, **{place: {'method': 'stride', **own, **given}})

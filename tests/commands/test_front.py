@@ -135,7 +135,7 @@ def test_a_method_that_watches_looks_at_the_layer_at_hand():
     ('stride', {}, 'needs one budget, got none: give keep='),
     ('stride', {'keep': 6, 'keep_ratio': 0.5}, 'needs one budget, got both: give keep='),
     ('stride', {'keep': 40}, 'keep=40 in layer 0 is impossible: 12 tokens are there to keep'),
-    ('stride', {'keep_ratio': 1.5}, r'keep_ratio=1.5 is outside \(0, 1\]'),
+    ('stride', {'keep_ratio': 1.5}, r'keep_ratio=1.5 is outside \[0, 1\]'),
     ('tome', {'keep': 6, 'keys': np.ones((2, 12, 8))},
      r'keys of shape \(2, 12, 8\) does not fit 2 rows of 12 tokens: give float\[2, 12, H, d\]'),
     ('tome', {'keep': 6, 'keys': np.ones((2, 11, 2, 4))}, r'keys of shape \(2, 11, 2, 4\) does'),

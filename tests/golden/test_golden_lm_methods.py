@@ -16,6 +16,7 @@ from helpers import recorded
 
 from models.backbones.lm import LM
 from models.plan import make_cache_plan, make_plan
+from ops.reducers import REDUCERS
 from ops.reducers.language import aim
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
@@ -114,6 +115,20 @@ def test_cuts_between_layers(name, weights, method, layers):
     np.testing.assert_array_equal(chosen, np.sort(raw[f'topk_stage{stage}']))
     close(cut.x[0], raw[f'hs_in_layer{layer}'])
   close(out['tokens'].x[0], raw['final_normed'])
+
+
+def test_salient_words_are_the_rows_that_duet_asks():
+  """Where a row names some; elsewhere all text behind the image, as released."""
+  kind = image_and_text(np.zeros((1, 12, 4), np.float32), 2, 6).kind
+  salient = np.zeros((2, 12), bool)
+  salient[0, [1, 10]] = True
+  tokens = TokenSet.create(jnp.zeros((2, 12, 4)), kind=jnp.repeat(kind, 2, axis=0),
+                           stats={'salient': jnp.asarray(salient)})
+  rows = REDUCERS['duet_vlm']().rows(tokens)
+  np.testing.assert_array_equal(np.flatnonzero(rows[0]), [1, 10])
+  np.testing.assert_array_equal(np.flatnonzero(rows[1]), [8, 9, 10, 11])
+  without = tokens.replace(stats={})
+  np.testing.assert_array_equal(REDUCERS['duet_vlm']().rows(without)[0], rows[1])
 
 
 CACHES = {

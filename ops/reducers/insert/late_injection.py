@@ -15,10 +15,10 @@ from ops.tokens import TokenSet, identity
 class LateInjection(Reducer):
   """Lets tokens of a kind, by default the visual ones, join before the layer that a config names.
 
-  HiDrop (2026), from its paper's text alone: the layers above run on text alone, and hold no visual
-  entries in their caches; the tokens join as the projector made them, at the positions that are
-  theirs from the start. In the paper before layer 9 of 32 (15 of 32 in MobileLLaMA). What it prunes
-  behind that is `hidrop`.
+  HiDrop (Wu et al., 2026), arXiv:2602.23699, from the paper's text (the code came later, and was
+  not read): the layers above run on text alone, and hold no visual entries in their caches; the
+  tokens join as the projector made them, at the positions that are theirs from the start. In the
+  paper before layer 9 of 32 (15 of 32 in MobileLLaMA). What it prunes behind that is `hidrop`.
   """
 
   kind = 'insert'

@@ -16,12 +16,12 @@ from ops.tokens import TokenSet
 class HiDrop(Reducer):
   """Keeps the tokens with the highest attention from the last token, in the next layer.
 
-  HiDrop (2026), from its paper's text alone (no code is released): scores are means over heads; in
-  training a threshold on their ranks is learned softly, which is not here, and in evaluation the
-  same share stays everywhere. Tokens keep their positions. In the paper's 32 layers
-  `late_injection` stands before layer 9, cuts before layers 10, 14, 16 and 18, fast at first and
-  slowly later, and everything leaves before layer 25 (keep=0). Its counts are not published, only
-  that the mean over all layers is 64 of 576.
+  HiDrop (Wu et al., 2026), arXiv:2602.23699, from the paper's text (the code came later, and was
+  not read): scores are means over heads; in training a threshold on their ranks is learned softly,
+  which is not here, and in evaluation the same share stays everywhere. Tokens keep their positions.
+  In the paper's 32 layers `late_injection` stands before layer 9, cuts before layers 10, 14, 16 and
+  18, fast at first and slowly later, and everything leaves before layer 25 (keep=0). Its counts are
+  not known here, only that the mean over all layers is 64 of 576.
   """
 
   needs = frozenset({'next_last_attention'})

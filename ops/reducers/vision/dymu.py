@@ -27,7 +27,7 @@ class DyMU(Reducer):
   (arXiv:2210.09461) with a count of its own for every image. `num_slots` is a capacity: where more
   tokens are left than fit, the next most similar pairs merge too, so none is lost; at most half of
   the free tokens can go at once. Slot order is that of ToMe. A language model sees the tokens as if
-  they were still apart by `ops.unmerge`.
+  they were still apart with unmerging='virtual' (models/backbones/lm.py, ops/unmerge.py).
 
   Attributes:
     threshold: cosine above which a pair merges, one for all layers or one for each layer of the
