@@ -26,6 +26,7 @@ from ops.budgets import (
   part_of,
   per_layer,
   resolve,
+  share_step,
   solve,
   take,
 )
@@ -365,6 +366,9 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
     draft, = flops
     events = solve(draft.config, host.depth, _free(host, draft.kinds),
                    lambda own: _events({**steps, draft: own}, drafts, host), macs, events)
+    # It is solved for the longest row; shorter ones lose the same share in each layer.
+    events = tuple(_by_share(event, host) if event.reduction is draft.reduction else event
+                   for event in events)
   else:
     events = _events(steps, drafts, host)
   return _watched(events, drafts, host)
@@ -437,6 +441,13 @@ def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
   return tuple(events)
 
 
+def _by_share(event: Event, host: Host) -> Event:
+  """Returns an event of which every row keeps the share that the longest one keeps."""
+  fixed = host.protected if event.protected is None else event.protected
+  share = Fraction(event.slots_out - fixed, event.slots_in - fixed)
+  return dataclasses.replace(event, step=share_step(event.layer, share))
+
+
 def _unknown_share(draft: _Draft, pool: tuple[str, ...]) -> ValueError:
   """Makes the error for kinds that an earlier reduction left together."""
   return ValueError(f'{draft.reduction.name} of {" and ".join(draft.kinds)} tokens comes after a '
@@ -506,7 +517,8 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
                     functools.partial(method.min_slots, protected=0), 'keep')
     if method.allocates:
       # A method may leave the count to what it reads: then a layer is asked though nothing goes.
-      step = _allocated(method, layer, host.depth, form, value)
+      own = Allocated(method, layer, host.depth, form, value)
+      step = Step(layer, own, f'{form}={value}')
       cuts.append(take(step, slots, slots, limits) or Cut(layer, slots, slots))
       continue
     budget = {form: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
@@ -546,16 +558,22 @@ def _evicting(name: str, method: Method, capacity: int) -> EvictingMethod:
   return method
 
 
-def _allocated(method: Any, layer: int, depth: int, form: str, value: Any) -> Step:
-  """Returns what a method that says itself how many entries a layer keeps asks of it."""
+@dataclasses.dataclass(frozen=True)
+class Allocated:
+  """Leaves what a method says itself of a layer (`CacheReducer.allocate`)."""
 
-  def keep(now: Any, start: Any) -> Any:
-    del start
+  method: Any
+  layer: int
+  depth: int
+  form: str
+  value: Any
+
+  def __call__(self, now: Any, start: Any) -> Any:
+    """Returns how many stay."""
     if isinstance(now, np.ndarray):
-      return np.array([keep(int(n), None) for n in now])
-    return method.allocate(layer, depth, now, _exact(form, value, now) if form else None)
-
-  return Step(layer, keep, f'{form}={value}')
+      return np.array([self(int(count), None) for count in now])
+    asked = _exact(self.form, self.value, now) if self.form else None
+    return self.method.allocate(self.layer, self.depth, now, asked)
 
 
 def _exact(form: str, value: Any, slots: int) -> Fraction:

@@ -245,6 +245,6 @@ def without_plans(model: LM | VLM) -> LM | VLM:
 
 
 def _of_visual_alone(config: Mapping[str, Any]) -> bool:
-  """Returns whether a reduction touches visual tokens alone."""
+  """Returns whether a reduction touches visual tokens alone, as it does where it does not say."""
   kinds = renames.current('reduce', config).get('token_kinds')
-  return kinds == 'visual' or (isinstance(kinds, Sequence) and tuple(kinds) == ('visual',))
+  return kinds in (None, 'visual') or tuple(kinds) == ('visual',)

@@ -102,7 +102,7 @@ class Event:
   reduction: Reduction
   protected: int | None = None
   several: bool = False
-  step: Step | None = dataclasses.field(default=None, compare=False)
+  step: Step | None = None
 
   def kept(self, now: Array, start: Array, most: int) -> Array:
     """Returns how many of the tokens that its budget counts each row keeps, int32[B].
@@ -249,7 +249,7 @@ def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
   """Asks the method of an event and returns its answer, for a host that carries it out itself.
 
   Args:
-    event: of a cache, whose methods answer with `ops.kv_cache.KVGather`.
+    event: of a cache, whose methods answer with an `ops.kv_cache.KVAnswer`.
     tokens, signals, place, params: as in `reduce`.
   """
   method = event.method

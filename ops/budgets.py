@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +38,8 @@ BUDGETS = ('remove', 'keep_ratio', 'keep', 'flops_ratio', 'gmacs')
 RATIO_OF = ('current', 'start')
 # What becomes of a host that is shorter than a budget: an error, or nothing goes (prompts).
 SHORT = ('refuse', 'keep')
+# Longer than any prompt.
+LONG = 2 ** 24
 T = TypeVar('T')
 # A count, or int64[...], counts of many rows.
 Counts = TypeVar('Counts', int, np.ndarray)
@@ -60,6 +61,47 @@ def _half_to_even(top: Counts, bottom: int) -> Counts:
 # Of exact fractions: dividend and divisor.
 ROUNDING: dict[str, Callable[[Any, int], Any]] = {
     'ceil': _ceil, 'floor': _floor, 'round': _half_to_even}
+
+
+# Rules compare by what they say, since programs are told apart by their plans.
+
+
+@dataclasses.dataclass(frozen=True)
+class Without:
+  """Leaves all tokens but `count`."""
+
+  count: int
+
+  def __call__(self, now: Counts, start: Counts) -> Counts:
+    """Returns how many stay."""
+    del start
+    return now - self.count
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """Leaves the part `ratio` of the tokens: of those there are, or were at the start."""
+
+  rounding: str
+  ratio: Fraction
+  of: str = 'current'
+
+  def __call__(self, now: Counts, start: Counts) -> Counts:
+    """Returns how many stay."""
+    whole = start if self.of == 'start' else now
+    return ROUNDING[self.rounding](self.ratio.numerator * whole, self.ratio.denominator)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exactly:
+  """Leaves `count` tokens."""
+
+  count: int
+
+  def __call__(self, now: Counts, start: Counts) -> Counts:
+    """Returns how many stay."""
+    del start
+    return self.count + 0 * now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,13 +341,8 @@ def per_layer(value: T | Sequence[T], layers: Sequence[int], name: str) -> tuple
 
 
 def _remove(counts: Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
-  return tuple(Step(layer, functools.partial(_without, count))
+  return tuple(Step(layer, Without(count))
                for layer, count in zip(layers, counts, strict=True))
-
-
-def _without(count: int, now: Counts, start: Counts) -> Counts:
-  del start
-  return now - count
 
 
 def _keep_ratio(value: float | Sequence[float], layers: Sequence[int], rounding: str,
@@ -320,14 +357,14 @@ def _keep_ratio(value: float | Sequence[float], layers: Sequence[int], rounding:
     ratio = Fraction(str(share))
     if base == 'start' and not isinstance(value, Sequence):
       ratio = ratio ** (i + 1)
-    keep = functools.partial(_share, ROUNDING[rounding], ratio, base)
+    keep = Share(rounding, ratio, base)
     steps.append(Step(layer, keep, f'keep_ratio={float(share)}', base))
   return tuple(steps)
 
 
-def _share(rounded: Callable[[Any, int], Any], ratio: Fraction, base: str, now: Counts,
-           start: Counts) -> Counts:
-  return rounded(ratio.numerator * (start if base == 'start' else now), ratio.denominator)
+def share_step(layer: int, share: Fraction) -> Step:
+  """Returns a step that keeps a share of the tokens, rounded up, where that is possible."""
+  return Step(layer, Share('ceil', share))
 
 
 def _keep(value: int | Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]:
@@ -336,13 +373,8 @@ def _keep(value: int | Sequence[int], layers: Sequence[int]) -> tuple[Step, ...]
     if not _is_count(count):
       raise ValueError(f'keep={count!r} in layer {layer} is impossible: it is how many tokens '
                        'stay, so give 1 or more')
-    steps.append(Step(layer, functools.partial(_exactly, int(count)), f'keep={count}', ''))
+    steps.append(Step(layer, Exactly(int(count)), f'keep={count}', ''))
   return tuple(steps)
-
-
-def _exactly(count: int, now: Counts, start: Counts) -> Counts:
-  del start
-  return count + 0 * now
 
 
 def _check(step: Step, kept: int, slots: int, limits: Limits) -> None:
@@ -350,9 +382,10 @@ def _check(step: Step, kept: int, slots: int, limits: Limits) -> None:
   least = max(limits.min_slots(slots), limits.protected + 1)
   if limits.protected + kept >= least:
     return
-  # A least count that a longer prompt would not reach (a window) leaves a short one as it is; one
-  # that grows with the tokens (pairs that merge) would be missed by all.
-  if limits.short == 'keep' and limits.min_slots(4 * slots) < 2 * limits.min_slots(slots):
+  # A prompt goes as far towards a count as it can. A share that a method cannot leave is missed by
+  # every prompt where the least grows with it (pairs that merge), by short ones alone where it does
+  # not (a window).
+  if limits.short == 'keep' and (step.of == '' or limits.min_slots(LONG) < LONG // 8):
     return
   raise ValueError(f'{step.said} leaves {limits.protected + kept} of {slots} slots in layer '
                    f'{step.layer}, but this method can leave no fewer than {least} '
@@ -418,8 +451,8 @@ def part_of(cuts: Sequence[Cut], fraction: float, limits: Limits) -> tuple[Cut, 
   for cut in cuts:
     ratio = Fraction(cut.slots_out - limits.protected, cut.slots_in - limits.protected)
     weaker_ratio = 1 - Fraction(str(fraction)) * (1 - ratio)
-    step = Step(cut.layer, functools.partial(_share, _ceil, weaker_ratio, 'current'))
-    weaker_cut = take(step, slots, limits.slots - limits.protected, limits)
+    weaker_cut = take(share_step(cut.layer, weaker_ratio), slots,
+                      limits.slots - limits.protected, limits)
     if weaker_cut is not None:
       weaker.append(weaker_cut)
       slots = weaker_cut.slots_out

@@ -130,7 +130,11 @@ def main(argv: Sequence[str]) -> None:
     print(f'(the true answer: {question.answer})')
   slots, _ = generator.slots(len(question.prompt), new_tokens, visual=visual)
   reduced = generator.plans(slots, layout)
-  print('\n'.join(took(generator, reduced, question, images, times)), file=sys.stderr)
+  # What a prompt keeps is its own: the plans for its very length say it, whatever it is padded to.
+  own = generator.plans(len(question.prompt), layout)
+  told = took(generator, own, question, images, times)
+  told.insert(1, f'padded to {slots + visual} slots')
+  print('\n'.join(told), file=sys.stderr)
   if SHOW.value:
     show(reduced, model, padded([question.prompt], slots), question.images, images,
          pathlib.Path(SHOW.value))
@@ -180,20 +184,18 @@ def chosen(model: Assistant, settings: Mapping[str, Any]) -> dict[str, dict[str,
         raise ValueError(f'--reduce.{component} names no method: add '
                          f'--reduce.{component}.method=...')
       own = dict(model.reduce.get(component, {}))
-    elif component == 'language' and own['method'] != 'none' and isinstance(model.model, VLM):
-      own.setdefault('token_kinds', 'visual')
     if own:
       by_component[component] = own
   return by_component
 
 
-def took(generator: Generator, reduced: LM | VLM, question: Question, images: Images | None,
+def took(generator: Generator, own: LM | VLM, question: Question, images: Images | None,
          times: Sequence[float]) -> list[str]:
-  """Describes in lines what answering took."""
+  """Describes in lines what answering took, by the model with the plans of the prompt alone."""
   lines = [f'{len(question.prompt)} ids in the prompt']
   if images is not None:
     lines[0] += f', {int(np.maximum(image_counts(images), 0).sum())} visual tokens'
-  lines += describe_reductions(reduced)
+  lines += describe_reductions(own)
   rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
   lines.append(f'first token after {times[0]:.3f} s' + (f', then {rate:.1f} a second' if rate else
                                                         '') + f'; {len(times)} in all')
@@ -214,7 +216,6 @@ def describe_reductions(reduced: LM | VLM) -> list[str]:
   for component, plan in plans.items():
     # A plan that only listens cuts nothing.
     for event in plan.events if plan else ():
-      # Padding may be among what is protected.
       held = event.protected or 0
       where = {'projector': '', 'cache': f' in layer {event.layer}'}.get(
           component, f' {event.site} layer {event.layer}')

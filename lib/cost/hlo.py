@@ -28,6 +28,11 @@ _OPERATION = re.compile(
 _COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
 _CALLED = re.compile(r'(?:calls|body|condition|called_computations|branch_computations|'
                      r'true_computation|false_computation)=(?:\{([^}]*)\}|%?([\w.-]+))')
+_ANY = re.compile(r'^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.*?) (?P<kind>[\w-]+)'
+                  r'\((?P<rest>.*)$')
+# What moves nothing, or is the end of something that was counted where it began.
+_FREE = {'parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'copy-done',
+         'async-done', 'after-all'}
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LIMIT = re.compile(r's32\[\]\S* constant\((\d+)\)')
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
@@ -72,6 +77,44 @@ def memory(program: jax.stages.Compiled) -> dict[str, float]:
           'output_mb': round(analysis.output_size_in_bytes / 2 ** 20, 3),
           'argument_mb': round(analysis.argument_size_in_bytes / 2 ** 20, 1),
           'temp_mb': round(analysis.temp_size_in_bytes / 2 ** 20, 1)}
+
+
+def moved(text: str) -> int:
+  """Counts the bytes that the operations of a program read and write, each operand once.
+
+  A buffer that is updated in place counts as what is written into it. Loops and calls count as one
+  operation: it is for programs without them, as a step of decoding. What a kernel needs as scratch
+  space, which compilers give as bytes, does not count.
+
+  Args:
+    text: of `program.as_text()`.
+  """
+  bodies, entry = _computations(text)
+  updating = {name for name, lines in bodies.items()
+              if any(' dynamic-update-slice(' in line for line in lines)}
+  sizes: dict[str, list[int]] = {}
+  total = 0
+  for line in bodies[entry]:
+    match = _ANY.match(line)
+    if not match:
+      continue
+    arrays = [(dtype, math.prod(map(int, filter(None, dims.split(',')))) * _BYTES[dtype])
+              for dtype, dims in _ARRAY.findall(match['type']) if dtype in _BYTES]
+    sizes[match['name']] = [size for _, size in arrays]
+    if match['kind'] in _FREE:
+      continue
+    scratch = ('s8', 'u8') if match['kind'] == 'custom-call' else ()
+    results = [size for dtype, size in arrays if dtype not in scratch]
+    operands = [size for name in re.findall(r'%([\w.-]+)', match['rest'].split('), ')[0])
+                for size in sizes.get(name, ())]
+    called = re.search(r'calls=%?([\w.-]+)', line)
+    if match['kind'] == 'dynamic-update-slice' or (called and called[1] in updating):
+      for size in list(results):
+        if size in operands and size == max(operands):
+          operands.remove(size)
+          results.remove(size)
+    total += sum(results) + sum(operands)
+  return total
 
 
 def operations(text: str) -> collections.Counter[str]:

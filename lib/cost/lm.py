@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from models.backbones.lm import LM
 from models.plan import Plan, Tokens
 from models.reduction import OF_RECENT, Reduction
+from ops.reducers.base import CacheReducer
 from ops.reducers.method import EvictingMethod
 
 # A slot's position and its mask: of a layer, or of each head where these hold different tokens.
@@ -184,10 +185,25 @@ def of(lm: LM, slots: int, *, room: int = 0) -> LMCost:
     kept = cached[-1].slots_out if cached else tokens.queries
     layer = _layer(lm, index, tokens, kept, room,
                    own=(SHARED_BYTES + bias) * (lm.kv_heads if cached else 1))
+    if cached:
+      layer = _stored(lm, layer, cast(CacheReducer, cached[-1].method), room, bias)
     if cached and cached[-1].reduction.capacity:
       layer = _evicting(lm, layer, cached[-1].reduction, bias)
     layers.append(layer)
   return LMCost(lm, slots, room, tuple(layers))
+
+
+def _stored(lm: LM, layer: Layer, method: CacheReducer, room: int, bias: int) -> Layer:
+  """A layer whose method may store entries in a way of its own, and what comes later as ever."""
+  stored = method.stored_bytes(layer.cached, lm.kv_heads, lm.head_width,
+                               jnp.dtype(lm.dtype).itemsize)
+  if stored is None:
+    return layer
+  kv_bytes, allocated = stored
+  more = bias * layer.cached * lm.kv_heads + room * (kv_slot_bytes(lm) + SHARED_BYTES)
+  return dataclasses.replace(
+      layer, kv_bytes=kv_bytes,
+      allocated_bytes=allocated + more + START_BYTES * (1 + len(lm.rope.sections)))
 
 
 def _evicting(lm: LM, layer: Layer, reduction: Reduction, bias: int) -> Layer:

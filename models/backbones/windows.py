@@ -231,10 +231,17 @@ class WindowStack(Stack):
     """An event of an image as that of each of its windows, which share its budget evenly."""
     windows, step = self.windows, event.step
     if step is not None:
-      step = dataclasses.replace(step, keep=functools.partial(_share, step.keep, windows.count))
+      step = dataclasses.replace(step, keep=_Shared(step.keep, windows.count))
     return dataclasses.replace(event, slots_in=windows.slots(event.slots_in),
                                slots_out=windows.slots(event.slots_out), step=step)
 
 
-def _share(keep: Callable[[Any, Any], Any], windows: int, now: Any, start: Any) -> Any:
-  return keep(now * windows, start * windows) // windows
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+  """Leaves a window its even share of what a rule leaves an image of such windows."""
+
+  rule: Callable[[Any, Any], Any]
+  windows: int
+
+  def __call__(self, now: Any, start: Any) -> Any:
+    return self.rule(now * self.windows, start * self.windows) // self.windows

@@ -57,7 +57,11 @@ def config(path: pathlib.Path) -> dict[str, Any]:
                      'safetensors files')
   width = get(f'{architecture}.embedding_length')
   heads = get(f'{architecture}.attention.head_count')
-  tensors = {tensor.name for tensor in reader.tensors}
+  # Numbers of outputs, by name.
+  tensors = {tensor.name: int(tensor.shape[-1]) for tensor in reader.tensors}
+  if 'token_embd.weight' not in tensors:
+    raise ValueError(f'{path} does not say the shape of token_embd.weight: it holds no model; '
+                     'fetch it again')
   return {
       'model_type': _ARCHITECTURES[architecture], 'hidden_size': width,
       'num_hidden_layers': get(f'{architecture}.block_count'),
@@ -65,8 +69,7 @@ def config(path: pathlib.Path) -> dict[str, Any]:
       'num_attention_heads': heads,
       'num_key_value_heads': get(f'{architecture}.attention.head_count_kv', heads),
       'head_dim': get(f'{architecture}.attention.key_length', width // heads),
-      'vocab_size': next(int(tensor.shape[1]) for tensor in reader.tensors
-                         if tensor.name == 'token_embd.weight'),
+      'vocab_size': tensors['token_embd.weight'],
       'max_position_embeddings': get(f'{architecture}.context_length'),
       # Both are stored as float32, whose nearest short decimal is meant.
       'rms_norm_eps': float(f'{get(f"{architecture}.attention.layer_norm_rms_epsilon"):.6g}'),

@@ -15,6 +15,7 @@ from ops.kv_cache import KV, KVGather
 from ops.rope import Rope
 
 Array = jax.Array
+INDEX_BYTES = 4
 
 
 class KVChannels(struct.PyTreeNode):

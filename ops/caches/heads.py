@@ -25,6 +25,7 @@ from ops.rope import Rope
 Array = jax.Array
 # Entries of a page, at most: more save little, as a page also reads queries and writes a result.
 MOST_ENTRIES = 256
+INDEX_BYTES = 4
 # Part of the entries that empty ends of pages may add.
 MOST_WASTE = 1 / 20
 
@@ -67,6 +68,14 @@ class KVHeads(struct.PyTreeNode):
     page = jnp.arange(pages, dtype=jnp.int32)
     head = jnp.sum(first[:, None] <= page[None, :, None], axis=2, dtype=jnp.int32) - 1
     return cls(jnp.maximum(src - 1, 0), src > 0, head, first)
+
+  @staticmethod
+  def stored_bytes(total: int, heads: int, width: int, itemsize: int) -> tuple[int, int]:
+    """Returns the bytes of a row, as `CacheReducer.stored_bytes`, of `total` entries."""
+    size = page_size(total, heads)
+    pages = (total + heads * (size - 1)) // size
+    entry = 2 * width * itemsize
+    return total * entry, pages * (size * (entry + INDEX_BYTES + 1) + INDEX_BYTES)
 
   def mask(self, slots: int) -> Array:
     """Names the entries that stay among N = `slots`, bool[B, K, N]."""

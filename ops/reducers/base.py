@@ -138,6 +138,23 @@ class CacheReducer(Reducer):
     del ratio
     return self
 
+  def stored_bytes(self, num_slots: int, heads: int, width: int,
+                   itemsize: int) -> tuple[int, int] | None:
+    """Returns the bytes of a row's entries in one layer, where they are stored in a way of its own.
+
+    Args:
+      num_slots: M, entries of a head, on average.
+      heads: K.
+      width: d.
+      itemsize: bytes of a number in keys and values.
+
+    Returns:
+      Those of keys and values that stay, and all that is allocated for them, with positions and
+      masks; None where M entries of each head are stored as ever.
+    """
+    del num_slots, heads, width, itemsize
+    return None
+
   @property
   def allocates(self) -> bool:
     """Returns whether the method says itself how many entries a layer keeps (`allocate`)."""

@@ -30,7 +30,8 @@ def copy(tmp_path_factory):
   line, entry = (re.search(rf'<!-- {part} -->\n```python\n(.*?)```', text, re.S)[1]
                  for part in ('import', 'entry'))
   lines = {'keynorm': (line, entry), 'fading': (
-      'from ops.reducers.cache.fading import Fading\n', "    'fading': Fading,\n")}
+      'from ops.reducers.cache.fading import Fading\n', "    'fading': Fading,\n"), 'anchored': (
+      'from ops.reducers.cache.anchored import Anchored\n', "    'anchored': Anchored,\n")}
   for path, code in examples:
     assert len([line for line in code.splitlines() if line.strip()]) <= 40
     (copy / path).write_text(code)
@@ -59,6 +60,12 @@ def test_the_printed_method_needs_no_other_edit(copy):
                   '--config.reduce.vision.method=keynorm', '--config.reduce.vision.layers=(1,3)',
                   '--config.reduce.vision.keep_ratio=0.5')
   assert 'keynorm' in explained
+
+
+def test_the_printed_method_that_holds_another_needs_no_other_edit(copy):
+  told = run(copy, 'pytest', 'tests/contract/test_contract_cache.py', '-k', 'anchored', '-p',
+             'no:cacheprovider')
+  assert int(re.search(r'(\d+) passed', told)[1]) > 7
 
 
 def test_the_printed_method_that_evicts_needs_no_other_edit(copy):

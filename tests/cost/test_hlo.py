@@ -49,6 +49,20 @@ source_target_pairs={{0,1}}
 '''
 
 
+def test_bytes_moved_are_those_of_operands_and_results_and_of_updates_what_they_write():
+  def step(weights, buffer, x, at):
+    y = x @ weights
+    return y, jax.lax.dynamic_update_slice(buffer, y, (at, 0))
+
+  shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (
+      (256, 512), (4096, 512), (8, 256))]
+  program = jax.jit(step, donate_argnums=1).lower(
+      *shapes, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+  product = 4 * (256 * 512 + 8 * 256 + 8 * 512)
+  update = 4 * 8 * 512
+  assert product + update <= hlo.moved(program.as_text()) <= product + 2 * update + 64
+
+
 def test_collectives_count_with_the_loops_around_them():
   found = {(one.kind, one.dtype, one.shape): one for one in hlo.collectives(TEXT)}
   assert {key: one.times for key, one in found.items()} == {

@@ -180,6 +180,20 @@ def test_counts_equal_the_traced_program_and_the_arrays(name):
     assert step.macs[''] == 3 * (cost.decode_macs + spare)
 
 
+@pytest.mark.parametrize('method', ['adakv', 'think', 'think of some'])
+def test_caches_stored_in_a_way_of_their_own_cost_their_bytes(method):
+  held = {'inner': {'method': 'snapkv', 'args': {'window': 2}}}
+  lm = with_cache(method=method.split()[0], args={} if method == 'think' else held,
+                  **({} if method == 'think' else {'keep': 5}))
+  weights = jax.eval_shape(lm.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+  _, cache = jax.eval_shape(functools.partial(lm.apply, room=ROOM, method='prefill'), weights,
+                            jax.ShapeDtypeStruct((3, PROMPT), jnp.int32))
+  held_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
+  cost = lm_cost.of(lm, PROMPT, room=ROOM)
+  assert held_bytes == 3 * cost.allocated_bytes
+  assert cost.kv_bytes < lm_cost.of(TINY, PROMPT).kv_bytes
+
+
 def test_the_table_shows_every_layer():
   lines = explain.lm_table(with_cache(keep=5, layers=(1, 2)), PROMPT, room=ROOM).splitlines()
   assert len(lines) == 3 + 3 + 1

@@ -63,7 +63,8 @@ def ranked(name, keep=KEEP, **args):
 @pytest.mark.parametrize(('name', 'args'), [
     ('criticalkv', {'first_stage': 1.0}), ('pyramidkv', {}), *(
         pytest.param(*case, marks=pytest.mark.long) for case in (
-            ('adakv', {'safeguard': 1.0}), ('chunk', {'length': 99}), ('two_stage', {'factor': 1.0}),
+            ('adakv', {'safeguard': 1.0}), ('chunk', {'length': 99}),
+            ('two_stage', {'factor': 1.0}),
             ('criticaladakv', {'safeguard': 1.0, 'first_stage': 1.0})))], ids=str)
 def test_a_wrapper_without_a_part_is_what_it_holds(name, args):
   np.testing.assert_array_equal(kept(name, **HELD, **args), kept('snapkv', **SNAPKV['args']))

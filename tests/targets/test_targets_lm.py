@@ -12,10 +12,11 @@ import pytest
 from helpers.targets import mesh_of
 
 from configs.parts import LM_SHARDING
-from lib.cost import hlo, topology
+from lib.cost import decode_step, hlo, topology
 from lib.cost import lm as lm_cost
 from lib.runtime import sharding
 from models.backbones.lm import LM
+from models.checkpoints.lm_config import make_lm
 from models.plan import make_plan
 from models.storage import to_storage
 from ops.attention import pick
@@ -78,6 +79,17 @@ def test_cuts_of_a_padded_prompt_add_scores_alone(name):
   assert {one.kind for one in reduced} == {'all-reduce'}
   # Two rows a device, heads over four.
   assert full_output - output >= 0.9 * ROWS * (full_bytes - bytes_) / 4
+
+
+@pytest.mark.parametrize('name', ['v5e:2x4', 'h100:1'])
+def test_a_step_moves_weights_and_what_heads_hold_and_copies_no_cache(name):
+  mesh_of(name, data=topology.count(name))
+  lm = make_lm('llama3.1_8b', depth=2, vocabulary=512, dtype=jnp.bfloat16)
+  row = decode_step.measure(lm, name, 'adakv', rows=1, slots=32768, room=ROOM, ratio=0.25)
+  assert row['allocated_mb'] <= 1.1 * (row['held_mb'] + row['room_mb'])
+  assert row['updated_in_place_mb'] >= row['allocated_mb'] - 0.1
+  assert row['temporary_mb'] <= 0.3 * row['held_mb']
+  assert 1 <= row['ratio'] <= 1.2
 
 
 @pytest.mark.parametrize('name', ['v5e:2x4', 'h100:8'])

@@ -2,7 +2,8 @@
 
 Each is called as `method(tokens, signals, num_slots=M)` in a layer, and answers an
 `ops.kv_cache.KVAnswer`. Those that rank entries (ops/reducers/scoring.py) can be held by those that
-hold one.
+hold one. What the kvpress library wraps as KeyRerotation is positions='compact' in a config, of any
+method here.
 """
 
 from ops.reducers.cache.adakv import AdaKV

@@ -45,3 +45,7 @@ class AdaKV(Wrapper):
     safe = best_of_each_head(scores, share_with_floor(counts, self.safeguard, num_slots))
     keep = best_of_all_heads(scores, heads * counts, heads * num_slots, safe)
     return KVHeads.create(keep, heads * num_slots)
+
+  def stored_bytes(self, num_slots: int, heads: int, width: int,
+                   itemsize: int) -> tuple[int, int]:
+    return KVHeads.stored_bytes(heads * num_slots, heads, width, itemsize)

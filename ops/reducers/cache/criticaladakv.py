@@ -61,3 +61,7 @@ class CriticalAdaKV(Wrapper):
     weighted = jnp.where(tokens.real[:, None], (scores + self.epsilon) * norms, -jnp.inf)
     keep = best_of_each_head(weighted, earned_count, first)
     return KVHeads.create(keep, heads * num_slots)
+
+  def stored_bytes(self, num_slots: int, heads: int, width: int,
+                   itemsize: int) -> tuple[int, int]:
+    return KVHeads.stored_bytes(heads * num_slots, heads, width, itemsize)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from ops.caches.channels import KVChannels
+from ops.caches.channels import INDEX_BYTES, KVChannels
 from ops.primitives.kv_select import by_kv_head, latest
 from ops.reducers.scoring import ScoringReducer, Wrapper
 from ops.signals import Signals
@@ -55,10 +55,21 @@ class ThinK(Wrapper):
 
     queries = mean_square(signals.queries.astype(jnp.float32), latest(tokens, self.window))
     importance = by_kv_head(queries, keys.shape[2]).mean(axis=2) * mean_square(keys, tokens.real)
-    left = width - int(width * self.prune)
+    left = self._left(width)
     channels = jnp.sort(jax.lax.top_k(importance, left)[1], axis=2).astype(jnp.int32)
     entries = None if self.inner is None else self.inner(tokens, signals, num_slots=num_slots)
     return KVChannels(channels, entries)
+
+  def _left(self, width: int) -> int:
+    """Returns the channels that stay."""
+    return width - int(width * self.prune)
+
+  def stored_bytes(self, num_slots: int, heads: int, width: int,
+                   itemsize: int) -> tuple[int, int]:
+    left = self._left(width)
+    numbers = num_slots * heads * (left + width) * itemsize
+    places = num_slots * (1 if self.inner is None else heads)
+    return numbers, numbers + places * (INDEX_BYTES + 1) + heads * left * INDEX_BYTES
 
   @property
   def allocates(self) -> bool:

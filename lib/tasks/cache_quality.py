@@ -1,6 +1,6 @@
 """Measures what methods on the cache cost a real language model, in perplexity and in recall.
 
-  python -m lib.report.cache_quality --config=configs/real_caches.py \
+  python -m lib.tasks.cache_quality --config=configs/real_caches.py \
       --config.weights=SmolLM2-135M-Instruct.Q4_1.gguf --config.text=articles.txt
 
 Prompts are read once, with everything that any method asks of them; each method then cuts the
@@ -56,7 +56,8 @@ NEEDS = frozenset({'keys', 'values', 'queries', 'plain_queries', 'last_attention
                    'window_attention', 'received_attention', 'projected_norms', 'window_queries'})
 SPAN = 64
 DIGITS = 5
-QUESTION = '\n\nWhat is the pass key?<|im_end|>\n<|im_start|>assistant\nThe pass key is'
+QUESTION = ('\n\nWhat is the pass key? Answer with the number alone.<|im_end|>\n'
+            '<|im_start|>assistant\nThe pass key is ')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,8 @@ class Subject:
     recalled = self._answers(after[:, -1], cache)
     return {'perplexity': round(float(jnp.exp(-likelihood.mean())), 2),
             'recall': f'{told} of {len(self.keys)}',
-            'recall_context': f'{recalled} of {len(self.keys)}', 'memory': round(_bytes(layers) / full, 3)}
+            'recall_context': f'{recalled} of {len(self.keys)}',
+            'memory': round(_bytes(layers) / full, 3)}
 
   def _pass_keys(self, articles: Sequence[str], config: Any) -> tuple[list[str], list[str]]:
     """Pass keys, and prompts that hold them somewhere among words."""
@@ -184,7 +186,7 @@ class Subject:
       events = {event.layer: event for event in plan.events}
     return tuple(
         _cut(prompts.tokens, signals, rope=self.lm.rope,
-             event=event and dataclasses.replace(event, layer=0))
+             event=event and _anywhere(event))
         for layer, signals in enumerate(prompts.signals) for event in (events.get(layer),))
 
   def _answers(self, logits: Array, cache: Cache) -> int:
@@ -198,6 +200,12 @@ class Subject:
     rows = np.stack(told, axis=1).tolist()
     return sum(key in re.sub(r'\D', '', self._encode.tokenizer.decode(row))
                for key, row in zip(self.keys, rows, strict=True))
+
+
+def _anywhere(event: Event) -> Event:
+  """The same in layer 0, so that equal layers share a program."""
+  step = event.step and dataclasses.replace(event.step, layer=0)
+  return dataclasses.replace(event, layer=0, step=step)
 
 
 def _cache(layers: Sequence[LayerCache], room: int) -> Cache:

@@ -1,0 +1,205 @@
+"""A row of a padded batch is the row alone: in every place, for every method and form of budget.
+
+Prompts of unequal lengths stand in one batch, padded on the left, the right or into a longer
+bucket, and beside each other; alone they have no padding at all.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.tiny_lm import TINY, unstacked
+
+from models.plan import Host, make_cache_plan, make_plan, methods
+from models.projector import ProjectorReduction, reduce_visual
+from models.row_budgets import row_budgets
+from ops.reducers.cache import CACHE_REDUCERS
+from ops.splice import Visual
+from ops.tokens import TEXT, VISUAL, TokenSet
+
+LENGTHS, LATER = (13, 9, 5), 3
+BUDGETS = {'ratio': {'keep_ratio': 0.6}, 'remove': {'remove': 3}, 'keep': {'keep': 7}}
+# Arguments by which a method can act on so few tokens.
+ARGS = {'snapkv': {'window': 3}, 'expected_attention': {'sinks': 1}, 'streaming_llm': {'sinks': 2}}
+HOST = TINY.host(LENGTHS[0])
+# Without those that mix all tokens, or read a special one.
+NAMES = [name for name in methods(HOST) if not hasattr(methods()[name], 'init')
+         and name not in ('none', 'token_transforming', 'crossget')]
+SITES = {'mctf': {'site': 'between'}}
+SOME = ('random', 'tome', 'fastv')
+
+
+def prompt(row):
+  return np.random.default_rng(row).integers(0, 29, LENGTHS[row])
+
+
+def batch(side, slots):
+  ids, valid = np.zeros((len(LENGTHS), slots), np.int32), np.zeros((len(LENGTHS), slots), bool)
+  for row, length in enumerate(LENGTHS):
+    at = slice(slots - length, slots) if side == 'left' else slice(0, length)
+    ids[row, at], valid[row, at] = prompt(row), True
+  return jnp.asarray(ids), jnp.asarray(valid)
+
+
+@functools.cache
+def answering(lm):
+  """Logits after the prompt, and after each of the tokens that follow."""
+
+  @jax.jit
+  def answer(params, ids, valid, later):
+    logits, cache = lm.apply(params, ids, valid, room=LATER, method='prefill')
+    found = [logits]
+    for i in range(LATER):
+      logits, cache = lm.apply(params, later[:, i], cache, method='decode')
+      found.append(logits)
+    return jnp.stack(found, axis=1), [jnp.sum(kv.valid, axis=-1) for kv in cache.layers]
+
+  return answer
+
+
+def answer(make, ids, valid):
+  later = jnp.asarray(np.random.default_rng(9).integers(0, 29, (len(ids), LATER)), jnp.int32)
+  found, kept = answering(make(ids.shape[1]))(unstacked(), ids, valid, later)
+  return np.asarray(found), [np.asarray(each) for each in kept]
+
+
+def check(make, layouts):
+  alone = [answer(make, jnp.asarray(prompt(row)[None], jnp.int32), None)
+           for row in range(len(LENGTHS))]
+  later = np.random.default_rng(9).integers(0, 29, (len(LENGTHS), LATER))
+  for side, slots in layouts:
+    found, kept = answer(make, *batch(side, slots))
+    for row, (wanted, counts) in enumerate(alone):
+      if row:  # The tokens that follow are the row's own.
+        ids = jnp.asarray(prompt(row)[None], jnp.int32)
+        wanted, counts = answering(make(LENGTHS[row]))(
+            unstacked(), ids, None, jnp.asarray(later[row:row + 1], jnp.int32))
+      np.testing.assert_allclose(found[row], np.asarray(wanted)[0], atol=2e-5,
+                                 err_msg=f'row {row}, {side}, {slots} slots')
+      for layer, count in enumerate(counts):
+        np.testing.assert_array_equal(kept[layer][row].max(), np.asarray(count).max())
+
+
+LAYOUTS = (('left', 13), ('right', 24))
+# mctf leaves ten tokens at least.
+CASES = ([(name, 'remove' if name == 'mctf' else 'ratio') for name in NAMES]
+         + [(name, form) for name in SOME for form in ('remove', 'keep')])
+
+
+@pytest.mark.parametrize(('name', 'form'), [
+    pytest.param(*case, marks=[] if case == ('tome', 'ratio') else pytest.mark.long)
+    for case in CASES])
+def test_between_layers(name, form):
+  layers = {} if methods()[name].site != 'before' else {'layers': (1, 2)}
+  config = {'method': name, 'layers': (0, 1)} | layers | SITES.get(name, {}) | BUDGETS[form]
+
+  @functools.cache
+  def make(slots):
+    return TINY.clone(plan=make_plan(config, TINY.host(slots)))
+
+  check(make, LAYOUTS)
+
+
+@pytest.mark.parametrize(('name', 'form'), [
+    pytest.param(name, form, marks=[] if (name, form) == ('h2o', 'ratio') else pytest.mark.long)
+    for name in CACHE_REDUCERS for form in BUDGETS
+    if form == 'ratio' or name in ('streaming_llm', 'snapkv')])
+def test_in_the_cache(name, form):
+  config = {'method': name, 'args': ARGS.get(name, {})} | BUDGETS[form]
+
+  @functools.cache
+  def make(slots):
+    return TINY.clone(cache_plan=make_cache_plan(config, TINY.host(slots)))
+
+  check(make, LAYOUTS)
+
+
+@pytest.mark.parametrize('budget', BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize('name', ['divprune', 'textmonkey', 'tome_kth'])
+@pytest.mark.long
+def test_at_the_projector(name, budget):
+  """An image of fewer tokens, beside one of more."""
+  counts, width = (12, 7), 8
+  x = jax.random.normal(jax.random.key(0), (1, 2, counts[0], width))
+  keys = jax.random.normal(jax.random.key(1), (1, 2, counts[0], 2, 4))
+  valid = jnp.arange(counts[0])[None, None] < jnp.array(counts)[None, :, None]
+
+  def reduced(x, keys, valid):
+    host = Host(1, x.shape[2], 0, frozenset({'keys'}))
+    plan = make_plan({'method': name, 'site': 'after', 'layers': 0, **budget}, host)
+    visual = Visual(x, valid, stats={'tower_keys': keys})
+    found, _, _ = reduce_visual(ProjectorReduction(plan), visual, None, lambda *_: None)
+    real = jnp.ones(found.x.shape[:3], bool) if found.valid is None else found.valid
+    return [np.asarray(found.x[0, i])[np.asarray(real)[0, i]] for i in range(x.shape[1])]
+
+  together = reduced(x, keys, valid)
+  for image, count in enumerate(counts):
+    own = slice(image, image + 1), slice(count)
+    alone, = reduced(x[:, *own], keys[:, *own], None)
+    np.testing.assert_allclose(together[image], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize('holds', ['last', 'none'])
+def test_the_last_token_of_a_prompt_stays_unless_a_config_says_otherwise(holds):
+  config = {'method': 'stride', 'layers': 1, 'keep_ratio': 0.25, 'holds': holds}
+  lm = TINY.clone(plan=make_plan(config, TINY.host(24)))
+  ids, valid = batch('right', 24)
+  _, out = jax.jit(lm.apply)(unstacked(), ids, valid)
+  last = np.asarray(out['tokens'].owner)[np.arange(len(LENGTHS)), np.array(LENGTHS) - 1]
+  assert (last >= 0).all() == (holds == 'last')
+  np.testing.assert_array_equal(np.asarray(out['tokens'].real).sum(axis=1), [4, 3, 2])
+
+
+def test_short_prompts_keep_what_a_method_cannot_leave():
+  """A window, or a count, that is longer than a prompt leaves it whole."""
+  config = {'method': 'snapkv', 'args': {'window': 6}, 'keep_ratio': 0.3}
+  lm = TINY.clone(cache_plan=make_cache_plan(config, TINY.host(24)))
+  ids, valid = batch('right', 24)
+  _, cache = jax.jit(functools.partial(lm.apply, room=1, method='prefill'))(
+      unstacked(), ids, valid)
+  np.testing.assert_array_equal(np.asarray(cache.layers[0].valid).sum(axis=-1)[:, 0], [7, 7, 5])
+
+
+def test_what_has_visual_tokens_loses_those_alone():
+  """FastV and its like, where a config does not say of which tokens."""
+  host = TINY.host(24, visual=8)
+  config = {'method': 'random', 'layers': 1, 'keep_ratio': 0.5}
+  assert make_plan(config, host).events[0].reduction.of == (VISUAL,)
+  assert make_plan(config, TINY.host(24)).events[0].reduction.of == (TEXT,)
+  both = make_plan(config | {'token_kinds': ('visual', 'text')}, host)
+  assert both.events[0].reduction.of == (VISUAL, TEXT)
+
+
+def test_reductions_of_a_tower_agree_on_what_they_hold():
+  configs = [{'method': 'random', 'keep_ratio': 0.5, 'layers': 1, 'holds': holds}
+             for holds in ('last', 'none')]
+  with pytest.raises(ValueError, match="must agree on what they hold: give all of them holds='las"):
+    make_plan(configs, TINY.host(24))
+
+
+COUNTS = ({'keep_ratio': 0.37}, {'keep_ratio': (0.7, 0.4), 'ratio_of': 'start'},
+          {'keep_ratio': 0.5, 'rounding': 'round'}, {'keep_ratio': 0.35, 'ratio_of': 'start'},
+          {'remove': (5, -1.0)}, {'remove': 4}, {'keep': (17, 6)})
+
+
+@pytest.mark.parametrize('budget', COUNTS, ids=str)
+@pytest.mark.parametrize('name', ['random', 'tome'])
+def test_counts_that_rows_find_are_those_of_their_plans(name, budget):
+  """Of every length, ratio and rounding: in the program, and on the host."""
+  if name == 'tome' and 'remove' not in budget:
+    budget = {'keep_ratio': 0.6}
+  config = {'method': name, 'layers': (1, 2), **budget}
+  longest = make_plan(config, TINY.host(40))
+  valid = jnp.arange(40)[None] < jnp.arange(1, 41)[:, None]
+  kind = jnp.full((40, 40), TEXT, jnp.int8)
+  tokens = TokenSet.create(jnp.zeros((40, 40, 1)), valid=valid, of=(TEXT,), kind=kind)
+  found = np.stack(row_budgets(longest.events, tokens), axis=1)
+  for length in range(4, 41):
+    own = {event.layer: event.slots_out for event in make_plan(config, TINY.host(length)).events}
+    left, now = [], length
+    for event in longest.events:
+      now = own.get(event.layer, now)
+      left.append(now)
+    np.testing.assert_array_equal(found[length - 1], left, err_msg=f'{length} tokens')

@@ -1,0 +1,88 @@
+"""GGUF files: settings, names, quantized types and the order of rotations; skipped without gguf."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.checkpoints import gguf as files
+from models.checkpoints import load, save
+from models.checkpoints.lm_config import from_config
+
+gguf = pytest.importorskip('gguf')
+
+SIZES = {'embedding_length': 64, 'block_count': 2, 'feed_forward_length': 96,
+         'attention.head_count': 4, 'attention.head_count_kv': 2, 'context_length': 128}
+
+
+def written(path, *, architecture='llama', changed=None, tensors=True):
+  """Writes a small model, its big kernels quantized; returns the tensors by transformers' name."""
+  writer = gguf.GGUFWriter(path, architecture)
+  for key, value in SIZES.items():
+    writer.add_uint32(f'{architecture}.{key}', value)
+  writer.add_float32(f'{architecture}.attention.layer_norm_rms_epsilon', 1e-5)
+  writer.add_float32(f'{architecture}.rope.freq_base', 1e5)
+  for key, value in (changed or {}).items():
+    writer.add_string(key, value)
+  rng, wanted = np.random.default_rng(0), {}
+  shapes = {'token_embd': (50, 64), 'output_norm': (64,), **{
+      f'blk.{layer}.{part}': shape for layer in range(2) for part, shape in {
+          'attn_norm': (64,), 'ffn_norm': (64,), 'attn_q': (64, 64), 'attn_k': (32, 64),
+          'attn_v': (32, 64), 'attn_output': (64, 64), 'ffn_gate': (96, 64), 'ffn_up': (96, 64),
+          'ffn_down': (64, 96)}.items()}}
+  for name, shape in shapes.items() if tensors else ():
+    array = rng.normal(size=shape).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0 if 'ffn' in name and len(shape) > 1 else None
+    if kind is None:
+      writer.add_tensor(f'{name}.weight', array)
+    else:
+      packed = gguf.quantize(array, kind)
+      writer.add_tensor(f'{name}.weight', packed, raw_dtype=kind)
+      array = gguf.dequantize(packed, kind)
+    wanted[name] = array
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return wanted
+
+
+def test_a_file_is_read_as_the_model_that_it_holds(tmp_path):
+  wanted = written(tmp_path / 'small.gguf')
+  config = files.config(tmp_path / 'small.gguf')
+  lm = from_config(config)
+  assert (lm.width, lm.depth, lm.heads, lm.kv_heads, lm.head_width, lm.vocabulary, lm.tied) == (
+      64, 2, 4, 2, 16, 50, True)
+  assert (lm.rope.theta, lm.norm_eps, lm.context) == (1e5, 1e-5, 128)
+  params = load(lm, tmp_path / 'small.gguf')
+  blocks = params['stack']['blocks']
+  np.testing.assert_array_equal(params['table'], wanted['token_embd'])
+  np.testing.assert_array_equal(blocks['down']['kernel'][1], wanted['blk.1.ffn_down'].T)
+  # Feature 1 of a stored head is the second half of the first rotation, 8 further on here.
+  stored = wanted['blk.0.attn_k'].reshape(2, 16, 64)
+  got = np.moveaxis(blocks['k']['kernel'][0], 0, -1)
+  np.testing.assert_array_equal(got, np.concatenate([stored[:, ::2], stored[:, 1::2]], axis=1))
+  save(lm, params, tmp_path / 'again.safetensors', layout='transformers/lm')
+  again = load(lm, tmp_path / 'again.safetensors')
+  jax.tree.map(np.testing.assert_array_equal, params, again)
+  logits, _ = lm.apply({'params': params}, jnp.arange(6)[None])
+  assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(('settings', 'message'), [
+    ({'architecture': 'mamba'}, "holds the architecture 'mamba', which is unknown here: known are"),
+    ({'changed': {'llama.rope.scaling.type': 'yarn'}}, 'scales RoPE, which is not read from GGUF'),
+    ({'tensors': False}, 'does not say the shape of token_embd.weight')])
+def test_files_that_are_not_read_are_refused_in_a_line(tmp_path, settings, message):
+  written(tmp_path / 'odd.gguf', **settings)
+  with pytest.raises(ValueError, match=message) as caught:
+    files.config(tmp_path / 'odd.gguf')
+  assert '\n' not in str(caught.value)
+
+
+def test_what_is_no_such_file_is_refused_in_a_line(tmp_path):
+  (tmp_path / 'text.gguf').write_text('no')
+  for path, message in ((tmp_path / 'text.gguf', 'cannot be read as GGUF'),
+                        (tmp_path, 'is no regular file')):
+    with pytest.raises(ValueError, match=message):
+      files.config(path)
