@@ -56,13 +56,14 @@ HOLDS = ('last', 'none')
 KEYS = values.Keys({
     'method': str, 'args': Mapping[str, Any], 'site': str, 'layers': Any, 'watch': Any,
     'rounding': str, 'ratio_of': str, 'mode': str, 'token_kinds': str | tuple[str, ...],
-    'parts': str, 'positions': str, 'holds': str, **dict.fromkeys(BUDGETS, Any)})
+    'parts': str, 'positions': str, 'holds': str, 'capacity': values.Count,
+    **dict.fromkeys(BUDGETS, Any)})
+TOWER_KEYS = KEYS.without('capacity')
 # A method that another one holds (ops/reducers/scoring.py).
 HELD_KEYS = values.Keys({'method': str, 'args': Mapping[str, Any]}, frozenset({'method'}))
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
 CACHE_KEYS = KEYS.without('site', 'parts', 'watch', 'ratio_of', 'mode', 'token_kinds', 'holds',
-                          *set(BUDGETS) - set(CACHE_BUDGETS)) | values.Keys(
-                            {'capacity': values.Count})
+                          *set(BUDGETS) - set(CACHE_BUDGETS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,7 +470,7 @@ class _Draft:
 
 def _draft(config: Config, host: Host) -> _Draft:
   config = renames.current('reduce', config)
-  values.check_keys('reduce', config, KEYS, unknown='a reduction has no key ')
+  values.check_keys('reduce', config, TOWER_KEYS, unknown='a reduction has no key ')
   name = cast(str, config.get('method'))  # `make_method` rejects None.
   method = make_method(name, config.get('args') or {})
   site, mode = config.get('site') or method.site, config.get('mode') or method.mode or 'gather'

@@ -44,7 +44,9 @@ INTERFACE
   ops/reducers/cache) are called as method(tokens, signals, num_slots=M) once a layer, after its
   attention, and return an ops.kv_cache.KVAnswer, as KVGather(src int32[B, K, M], valid=None): M
   slots a kv head, padding last; ops/caches has others, of heads that keep different numbers. `keep`
-  counts slots of the layer's own; `rounding` is 'floor' by default.
+  counts slots of the layer's own; `rounding` is 'floor' by default. With `capacity` the
+  method also makes room while the model decodes (ops/reducers/method.py, `EvictingMethod`), and
+  `room` is of no account in the layers that it keeps.
 
 Axes: B batch, N slots now, T original tokens, D width, H heads, K kv heads, d width of a head, V
 vocabulary, S slots of a cache, F MLP width, P numbers in a position.

@@ -290,3 +290,21 @@ def test_the_context_is_for_visual_tokens_as_well():
   # Fewer visual tokens leave room for more of others.
   plans = with_plans(short, projector={'method': 'stride', 'keep': 4})
   assert made.slots(longest, 30, visual=plans.visual_slots(images.layout)) == (24, 32)
+
+
+@pytest.mark.long
+def test_images_and_a_question_may_come_in_chunks():
+  """The prompts as one chunk, then one more token, are the prompts and a decoded token."""
+  vlm, params = model('qwen2_vl')
+  prompts, images = given('qwen2_vl')
+  ids, valid = padded(prompts, max(map(len, prompts)), side='left')
+  run = functools.partial(vlm.apply, {'params': params})
+  logits, cache = run(ids, valid, images, room=2, method='prefill')
+  empty = vlm.lm.empty_cache(len(ids), cache.layers[0].filled)
+  found, read = run(ids, empty, valid, images, room=2, method='extend')
+  np.testing.assert_allclose(found, logits, atol=1e-4)
+  token = np.asarray(ids[:, -1:])
+  wanted, _ = run(token[:, 0], cache, method='decode')
+  for context in (cache, read):
+    found, _ = run(token, context, np.ones_like(token, bool), method='extend')
+    np.testing.assert_allclose(found, wanted, atol=1e-4)

@@ -1,22 +1,35 @@
-"""GGUF files: settings, names, quantized types and the order of rotations; skipped without gguf."""
+"""GGUF files: settings, names, quantized types, rotations, tokenizers; and caches measured on one.
+
+Skipped without the gguf package.
+"""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from ml_collections import ConfigDict
 
+from configs import real_caches
+from lib.tasks import cache_quality
 from models.checkpoints import gguf as files
 from models.checkpoints import load, save
 from models.checkpoints.lm_config import from_config
+from models.plan import make_cache_plan
 
 gguf = pytest.importorskip('gguf')
 
 SIZES = {'embedding_length': 64, 'block_count': 2, 'feed_forward_length': 96,
-         'attention.head_count': 4, 'attention.head_count_kv': 2, 'context_length': 128}
+         'attention.head_count': 4, 'attention.head_count_kv': 2, 'context_length': 1024}
 
 
-def written(path, *, architecture='llama', changed=None, tensors=True):
-  """Writes a small model, its big kernels quantized; returns the tensors by transformers' name."""
+def written(path, *, architecture='llama', changed=None, tensors=True, tokens=()):
+  """Writes a small model, its MLPs quantized; returns its tensors by the name in the file.
+
+  With `tokens`, a byte-level tokenizer of them without merges, the first two of them special.
+  """
   writer = gguf.GGUFWriter(path, architecture)
   for key, value in SIZES.items():
     writer.add_uint32(f'{architecture}.{key}', value)
@@ -24,8 +37,13 @@ def written(path, *, architecture='llama', changed=None, tensors=True):
   writer.add_float32(f'{architecture}.rope.freq_base', 1e5)
   for key, value in (changed or {}).items():
     writer.add_string(key, value)
+  if tokens:
+    writer.add_tokenizer_model('gpt2')
+    writer.add_token_list(list(tokens))
+    writer.add_token_types([3 if i < 2 else 1 for i in range(len(tokens))])
+    writer.add_token_merges(['a b'])
   rng, wanted = np.random.default_rng(0), {}
-  shapes = {'token_embd': (50, 64), 'output_norm': (64,), **{
+  shapes = {'token_embd': (max(len(tokens), 50), 64), 'output_norm': (64,), **{
       f'blk.{layer}.{part}': shape for layer in range(2) for part, shape in {
           'attn_norm': (64,), 'ffn_norm': (64,), 'attn_q': (64, 64), 'attn_k': (32, 64),
           'attn_v': (32, 64), 'attn_output': (64, 64), 'ffn_gate': (96, 64), 'ffn_up': (96, 64),
@@ -53,7 +71,7 @@ def test_a_file_is_read_as_the_model_that_it_holds(tmp_path):
   lm = from_config(config)
   assert (lm.width, lm.depth, lm.heads, lm.kv_heads, lm.head_width, lm.vocabulary, lm.tied) == (
       64, 2, 4, 2, 16, 50, True)
-  assert (lm.rope.theta, lm.norm_eps, lm.context) == (1e5, 1e-5, 128)
+  assert (lm.rope.theta, lm.norm_eps, lm.context) == (1e5, 1e-5, 1024)
   params = load(lm, tmp_path / 'small.gguf')
   blocks = params['stack']['blocks']
   np.testing.assert_array_equal(params['table'], wanted['token_embd'])
@@ -86,3 +104,64 @@ def test_what_is_no_such_file_is_refused_in_a_line(tmp_path):
                         (tmp_path, 'is no regular file')):
     with pytest.raises(ValueError, match=message):
       files.config(path)
+
+
+PREFIX, BEHIND = 40, 8
+
+
+@pytest.fixture(scope='module')
+def subject(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('quality')
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  written(folder / 'small.gguf', tokens=('<|im_start|>', '<|im_end|>', 'ab', *alphabet))
+  words = [f'abc def{i} ghi 42 jk' for i in range(4)]
+  (folder / 'text.txt').write_text('\n\n'.join(f'{word} ' * 12 for word in words))
+  config = ConfigDict({'weights': str(folder / 'small.gguf'), 'text': str(folder / 'text.txt'),
+                       'prefix': PREFIX, 'behind': BEHIND, 'texts': 2, 'words': 12,
+                       'pass_keys': 2, 'seed': 0})
+  return cache_quality.Subject(config)
+
+
+@pytest.mark.long
+def test_the_tokenizer_of_a_file_gives_its_text_back(subject):
+  encode = subject._encode
+  ids = encode('<|im_start|>ab 128é')
+  assert encode.tokenizer.decode(ids, skip_special_tokens=False) == '<|im_start|>ab 128é'
+  # A special token, a merged pair, and digits one by one.
+  assert len(ids) == 1 + 1 + 1 + 3 + 2
+
+
+@pytest.mark.long
+def test_whole_caches_measure_the_model_itself(subject):
+  row = subject.measure({'name': 'full', 'ranking': 'own', 'reduce': {}})
+  assert row['memory'] == 1
+  ids = jnp.concatenate([jnp.asarray(_ids(subject)), subject.behind], axis=1)
+  logits, _ = subject.lm.apply(subject.weights, ids)
+  likelihood = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:, PREFIX:-1])),
+                                  np.asarray(ids[:, PREFIX + 1:, None]), axis=2)
+  assert row['perplexity'] == pytest.approx(np.exp(-likelihood.mean()), rel=1e-3)
+
+
+def _ids(subject):
+  text = [f'{word} ' * 12 for word in ('abc def0 ghi 42 jk', 'abc def1 ghi 42 jk')]
+  return [subject._encode(each)[:PREFIX] for each in text]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('row', [
+    {'ranking': 'chance', 'reduce': {'method': 'knorm', 'keep_ratio': 0.5}},
+    {'ranking': 'own', 'reduce': {'method': 'adakv', 'keep_ratio': 0.5, 'args': {
+        'inner': {'method': 'tova'}}}}], ids=lambda row: row['reduce']['method'])
+def test_reduced_caches_are_as_small_as_the_row_says(subject, row):
+  measured = subject.measure({'name': 'x', **row})
+  assert 0.5 <= measured['memory'] <= 0.55
+  assert np.isfinite(measured['perplexity'])
+  assert measured['recall'].endswith('of 2')
+
+
+@pytest.mark.long
+def test_every_row_of_the_config_is_a_plan_and_no_two_are_one(subject):
+  rows = real_caches.get_config().rows
+  for row in rows[1:]:
+    assert make_cache_plan(row['reduce'], subject.lm.host(1000)).events
+  assert len({json.dumps(row, sort_keys=True) for row in rows}) == len(rows)
