@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.blocks import ACTIVATIONS, dense
-from models.plan import Plan
+from models.events import Plan
 from models.reduction import Place, Reduced, ReducerParameters, reduce
 from models.row_budgets import row_budgets
 from ops import assignments

@@ -22,14 +22,12 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
+from models.events import Plan, make_events, plan_of
 from models.plan import (
   Config,
-  Plan,
   make_cache_plan,
-  make_events,
   make_plan,
   one_reduction,
-  plan_of,
   reduction_settings,
   watched_layers,
 )

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import reduction
 from models.blocks import ReducibleBlock, add
-from models.plan import Plan
+from models.events import Plan
 from models.reduction import BATCH_AXES, Event, Place, Reduced, Reduction
 from models.row_budgets import row_budgets
 from models.storage import LayerSlice, Params, Weights, layer_of, unstack

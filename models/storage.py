@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from models.plan import Plan
+from models.events import Plan
 from ops import choices
 
 Array = jax.Array

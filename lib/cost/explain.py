@@ -29,7 +29,8 @@ from models.backbones.segmenter import SegmentViT
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.plan import Plan, make_plan
+from models.events import Plan
+from models.plan import make_plan
 from models.reduce_config import check_components, with_plans, without_plans
 from models.reduction import Event
 

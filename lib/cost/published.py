@@ -24,7 +24,8 @@ from lib.cost.vit import Cost
 from models.backbones.lm import LM
 from models.backbones.vit import ViT, make_vit
 from models.checkpoints.lm_config import make_lm
-from models.plan import Plan, make_plan
+from models.events import Plan
+from models.plan import make_plan
 from ops.tokens import VISUAL
 
 QUANTITIES = ('gmacs', 'parameters', 'speedup')

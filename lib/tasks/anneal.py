@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from models.backbones.vit import ViT
-from models.plan import Plan, scaled_plan
+from models.events import Plan
+from models.plan import scaled_plan
 from ops import budgets
 
 

@@ -66,7 +66,8 @@ from jax.typing import DTypeLike
 
 from models import sharded_attention
 from models.blocks import ReducibleBlock
-from models.plan import POSITIONS, Host, Plan
+from models.events import POSITIONS, Plan
+from models.plan import Host
 from models.reduction import (
   BATCH_AXES,
   ReducerParameters,

@@ -30,8 +30,9 @@ from models.blocks import (
   hidden_features,
   layer_norm,
 )
+from models.events import Plan
 from models.families import NAMED, SIZES
-from models.plan import Host, Plan
+from models.plan import Host
 from models.stack import REMAT, Outputs, Stack
 from ops import attention, choices, values
 from ops.primitives.select import keep_top

@@ -38,7 +38,8 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.blocks import ACTIVATIONS, dense
-from models.plan import Host, Plan
+from models.events import Plan
+from models.plan import Host
 from models.projector import (
   FROM_TOWER,
   PER_TOKEN,

@@ -49,7 +49,7 @@ class Method(Protocol):
 
   @property
   def parts(self) -> str:
-    """The part of a layer that a branch is, unless a config says: one of `models.plan.PARTS`."""
+    """The part of a layer that a branch is, unless a config says: one of `models.events.PARTS`."""
     ...
 
   @property
@@ -101,7 +101,7 @@ class Method(Protocol):
   def positions(self) -> str:
     """Positions of the tokens left in a language model: 'keep', 'compact' or 'restart'.
 
-    models/plan.py explains them; '' leaves the choice to the host.
+    models/events.py explains them; '' leaves the choice to the host.
     """
     ...
 

@@ -15,7 +15,8 @@ import pytest
 from helpers.tiny_lm import PROMPT, ROOM, TINY, ids, image_and_text, variables
 
 from models.backbones.vit import Block, ViT
-from models.plan import PARTS, branch_methods, make_plan
+from models.events import PARTS
+from models.plan import branch_methods, make_plan
 from ops.assignments import take
 from ops.primitives.select import keep_top
 from ops.primitives.sparse_attention import HeadGather

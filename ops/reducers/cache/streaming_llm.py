@@ -37,8 +37,11 @@ class StreamingLLM(ScoringReducer):
   evict_needs = frozenset()
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
-    return keep_best(tokens, self.scores(tokens, signals), num_slots=num_slots,
-                     forced=self.forced(tokens, num_slots), order='slot')
+    # Chosen once: all heads keep the same entries.
+    scores = self.scores(tokens, signals)
+    chosen = keep_best(tokens, scores[:, :1], num_slots=num_slots,
+                       forced=self.forced(tokens, num_slots), order='slot')
+    return jax.tree.map(lambda x: jnp.repeat(x, scores.shape[1], axis=1), chosen)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
     """float32[B, K, N]: a later token scores higher."""
