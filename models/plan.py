@@ -667,6 +667,8 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
     host: the host that it was made for.
     fraction: 0 removes nothing, 1 as much as `plan`.
   """
+  if fraction == 1:
+    return plan
   reduction = plan.only
   protected = next((event.protected for event in plan.events if event.protected is not None),
                    host.protected)

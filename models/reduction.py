@@ -110,17 +110,18 @@ class Event:
   kind: str = 'cut'
   parts: str = ''
 
-  def kept(self, now: Array, start: Array, most: int) -> Array:
+  def kept(self, now: Array, start: Array, most: int, fixed: int = 0) -> Array:
     """Returns how many of the tokens that its budget counts each row keeps, int32[B].
 
     Args:
       now: int32[B], tokens that it counts.
       start: int32[B], those that entered the first layer.
       most: the largest that `start` can be.
+      fixed: slots that stay and are not counted, at most, where `protected` does not say it.
     """
     if self.step is None:
       return jnp.minimum(now, self.slots_out - (self.protected or 0))
-    fixed = self.protected or 0
+    fixed = fixed if self.protected is None else self.protected
     # Worked out on the host, exactly: products of a ratio may not fit into int32.
     counts = np.arange(most + 1)
     asked = np.minimum(self.step.keep(counts, counts), np.iinfo(np.int32).max)

@@ -58,8 +58,8 @@ def row_budgets(events: Sequence[Event], tokens: TokenSet) -> tuple[Array | None
     tokens: N slots, as they enter the first layer.
 
   Returns:
-    int32[B] for each event; None where all rows are full, so that the event's slots are every row's
-    own.
+    int32[B] for each event; None where all rows are full, or where no budget says what others keep:
+    the event's slots are then every row's own.
   """
   if tokens.valid is None:
     return (None,) * len(events)
@@ -67,14 +67,14 @@ def row_budgets(events: Sequence[Event], tokens: TokenSet) -> tuple[Array | None
   start = {kind: _count(tokens.real & (tokens.kind == kind)) for kind in kinds}
   free = {kind: _count(tokens.replace(of=(kind,)).free) for kind in kinds}
   pools: Pools[int, Array] = Pools(tuple(start.items()))
-  budgets = []
+  budgets: list[Array | None] = []
   for event in events:
     own = _kinds(event, tokens)
     now = pools.of(own, lambda pool: AssertionError(f'a plan split the pool {pool}'))
-    kept = event.kept(now, _sum(start, own), tokens.slots)
+    kept = event.kept(now, _sum(start, own), tokens.slots, tokens.protected)
     # Budgets count the tokens that are held, which stay in any case.
     held = _sum(start, own) - _sum(free, own)
-    budgets.append(jnp.maximum(kept - held, 0))
+    budgets.append(None if event.step is None else jnp.maximum(kept - held, 0))
     if event.kind == 'cut':
       pools.left(own, jnp.maximum(kept, held))
   return tuple(budgets)

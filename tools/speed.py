@@ -203,6 +203,7 @@ class Slicing:
   needs: ClassVar[frozenset[str]] = frozenset()
   watch_needs: ClassVar[frozenset[str]] = frozenset()
   proportional: ClassVar[bool] = False
+  tied: ClassVar[bool] = False
 
   def __call__(self, tokens: tk.TokenSet, signals: Signals, *,
                num_slots: int) -> Slice | assignments.Gather:

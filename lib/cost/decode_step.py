@@ -27,27 +27,31 @@ from models.checkpoints.lm_config import make_lm
 from models.plan import make_cache_plan
 from models.storage import to_storage
 
-TARGETS = flags.DEFINE_list('targets', ['cpu'], 'Devices, as lib/cost/topology.py names them, and '
-                            'cpu.')
-METHODS = flags.DEFINE_list('methods', ['none'], 'Methods on the cache; none for a whole one.')
-MODEL = flags.DEFINE_string('model', 'llama3.1_8b', 'A name in models/families.py.')
-ROWS = flags.DEFINE_integer('rows', 1, 'Rows of the batch.', lower_bound=1)
-SLOTS = flags.DEFINE_integer('slots', 32768, 'Tokens of the prompt.', lower_bound=1)
-ROOM = flags.DEFINE_integer('room', 256, 'Tokens that may be decoded.', lower_bound=1)
-RATIO = flags.DEFINE_float('keep_ratio', 0.25, 'Share of the entries that stay.')
 DEPTH = 2
 # Logits cost what they cost, whatever the cache.
 VOCABULARY = 1024
 
 
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_list('targets', ['cpu'], 'Devices, as lib/cost/topology.py names them, and cpu.')
+  flags.DEFINE_list('methods', ['none'], 'Methods on the cache; none for a whole one.')
+  flags.DEFINE_string('model', 'llama3.1_8b', 'A name in models/families.py.')
+  flags.DEFINE_integer('rows', 1, 'Rows of the batch.', lower_bound=1)
+  flags.DEFINE_integer('slots', 32768, 'Tokens of the prompt.', lower_bound=1)
+  flags.DEFINE_integer('room', 256, 'Tokens that may be decoded.', lower_bound=1)
+  flags.DEFINE_float('keep_ratio', 0.25, 'Share of the entries that stay.')
+
+
 def main(argv: Sequence[str]) -> None:
   """Prints a row for each target and method."""
   del argv
-  lm = make_lm(MODEL.value, depth=DEPTH, vocabulary=VOCABULARY, dtype=jnp.bfloat16)
-  for target in TARGETS.value:
-    for method in METHODS.value:
-      print(json.dumps(measure(lm, target, method, rows=ROWS.value, slots=SLOTS.value,
-                               room=ROOM.value, ratio=RATIO.value)), flush=True)
+  given = flags.FLAGS
+  lm = make_lm(given.model, depth=DEPTH, vocabulary=VOCABULARY, dtype=jnp.bfloat16)
+  for target in given.targets:
+    for method in given.methods:
+      print(json.dumps(measure(lm, target, method, rows=given.rows, slots=given.slots,
+                               room=given.room, ratio=given.keep_ratio)), flush=True)
 
 
 def measure(lm: LM, target: str, method: str, *, rows: int, slots: int, room: int,
@@ -111,4 +115,5 @@ def _mb(size: int) -> float:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

@@ -50,7 +50,6 @@ from ops.signals import Signals
 from ops.tokens import TEXT, TokenSet
 
 Array = jax.Array
-CONFIG = config_flag.define('What to measure, as configs/real_caches.py.')
 # Signals that a prompt tells of itself, and rows of those that are of the last queries.
 NEEDS = frozenset({'keys', 'values', 'queries', 'plain_queries', 'last_attention',
                    'window_attention', 'received_attention', 'projected_norms', 'window_queries'})
@@ -93,10 +92,8 @@ class Prompts:
   logits: Array
 
 
-def main(argv: Sequence[str]) -> None:
+def measure(config: Any) -> None:
   """Measures the rows of a config that its file lacks."""
-  del argv
-  config = CONFIG.value
   subject = Subject(config)
   measure_rows(list(config.rows), subject.measure, path=config.out, about=timing.machine())
 
@@ -268,5 +265,6 @@ def _bytes(tree: Any) -> int:
 
 
 if __name__ == '__main__':
+  given = config_flag.define('What to measure, as configs/real_caches.py.')
   flags.mark_flags_as_required(['config'])
-  cli.run(main)
+  cli.run(lambda argv: measure(given.value))

@@ -116,7 +116,7 @@ def test_pickles(ending, tmp_path):
   assert 'has pickles only' in said(checkpoints.load, TINY, tmp_path)
 
 
-@pytest.mark.parametrize('ending', ['.msgpack', '.h5', '.gguf', ''])
+@pytest.mark.parametrize('ending', ['.msgpack', '.h5', ''])
 def test_other_files(ending, tmp_path):
   file = tmp_path / f'model{ending}'
   file.write_bytes(b'what?')

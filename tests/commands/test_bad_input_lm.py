@@ -79,7 +79,6 @@ def test_ids_that_the_model_does_not_have():
     ('language', {'keep': 0, 'layers': 1, 'method': 'tome'},
      'keep=0 leaves no token in layer 1, but this method must leave one at least'),
     ('language', {'keep': -1, 'layers': 1}, 'so give 1 to 32'),
-    ('language', {'keep_ratio': 0.01, 'rounding': 'floor', 'layers': 1}, 'raise the budget'),
     ('language', {'keep_ratio': 0, 'layers': 1, 'method': 'tome'},
      'keep_ratio=0.0 leaves no token in layer 1, but this method must leave one at least'),
     ('language', {'keep_ratio': -0.5, 'layers': 1}, 'is outside [0, 1]'),

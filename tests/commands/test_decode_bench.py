@@ -16,6 +16,7 @@ def parsed():
   flags.FLAGS.tokens, flags.FLAGS.rounds = saved
 
 
+@pytest.mark.long
 def test_rows_of_the_small_model(parsed, monkeypatch):
   plans = decode_bench.PLANS['scenes']
   monkeypatch.setitem(decode_bench.PLANS, 'scenes', {

@@ -240,10 +240,12 @@ def test_command_line_of_a_family():
 
 @pytest.mark.parametrize(('args', 'message'), [
     (['--model=llava1.5_7bb'], "model 'llava1.5_7bb' is unknown (did you mean 'llava1.5_7b'?)"),
-    (['--model=llama2_7b', '--promt=4'], 'Did you mean: prompt ?'),
+    pytest.param(['--model=llama2_7b', '--promt=4'], 'Did you mean: prompt ?',
+                 marks=pytest.mark.long),
     (['--model=llama2_7b', '--reduce.cahce.method=snapkv'], "(did you mean 'cache'?)"),
-    (['--model=llama2_7b', '--reduce.cache.keep=4'], '--reduce.cache names no method'),
-    ([], 'one of --config and --model says what to explain'),
+    pytest.param(['--model=llama2_7b', '--reduce.cache.keep=4'], '--reduce.cache names no method',
+                 marks=pytest.mark.long),
+    pytest.param([], 'one of --config and --model says what to explain', marks=pytest.mark.long),
 ])
 def test_mistakes_on_the_command_line_are_one_line(args, message):
   done = run(*args)

@@ -201,7 +201,7 @@ def question(model, number):
           model.assistant.text(row['ids'][row['answer']].tolist()))
 
 
-@pytest.mark.parametrize('reduce', [None, FASTV])
+@pytest.mark.parametrize('reduce', [pytest.param(None, marks=pytest.mark.long), FASTV])
 def test_what_it_answers_is_what_it_is_scored_by(scenes, reduce):
   asked = [question(scenes, number) for number in range(12)]
   right = [scenes.generate(text, images=[image], reduce=reduce) == answer

@@ -111,6 +111,7 @@ def test_the_first_example_runs_and_prints_what_it_says():
   assert re.fullmatch(r'\[(\s*\d+){4}\]', printed[2])
 
 
+@pytest.mark.long
 def test_the_other_example_runs():
   _, example = blocks('python')
   done = run('-c', example)

@@ -23,7 +23,9 @@ def asked(name):
   return plan, args, jax.jit(function)(*args), speed.record(model, plan, *args), model
 
 
-@pytest.mark.parametrize('name', ['tome', 'mctf', 'ats', 'flowcut', 'dynamicvit', 'sinkhorn'])
+@pytest.mark.parametrize('name', ['tome', *(
+    pytest.param(name, marks=pytest.mark.long)
+    for name in ('mctf', 'ats', 'flowcut', 'dynamicvit', 'sinkhorn'))])
 def test_pieces_redo_what_the_model_did(name):
   plan, args, _, recorded, model = asked(name)
   pieces = speed.parts(plan, args[0]['stack'], recorded)

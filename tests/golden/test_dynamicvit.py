@@ -99,6 +99,7 @@ def test_gradients_reach_the_predictor_through_attention():
       assert np.any(np.abs(grad) > 1e-12), path
 
 
+@pytest.mark.long
 def test_gradient_of_a_dropped_token_is_what_it_would_add():
   """The derivative at policy 0 equals the change that a small share of the token makes."""
   params = jax.tree.map(lambda leaf: leaf[1], golden_vit.params()['stack']['blocks'])

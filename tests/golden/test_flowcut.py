@@ -53,6 +53,7 @@ def test_components():
     assert found.max() == lost
 
 
+@pytest.mark.long
 def test_steps(monkeypatch):
   """Layer after layer: the memory, what is kept, and how many by themselves."""
   raw = load('steps_case0')
@@ -193,7 +194,9 @@ class Received(FlowCut):
 
 
 @pytest.mark.parametrize('form', [Adaptive, Received], ids=lambda form: form.__name__)
-@pytest.mark.parametrize('invariant', invariants.INVARIANTS)
+@pytest.mark.parametrize('invariant', [
+    pytest.param(name, marks=pytest.mark.long if name == 'budgets' else [])
+    for name in invariants.INVARIANTS])
 def test_other_forms_keep_the_contract(form, invariant, monkeypatch):
   monkeypatch.setitem(REDUCERS, f'flowcut_{form.__name__}', form)
   invariants.INVARIANTS[invariant](f'flowcut_{form.__name__}')

@@ -90,6 +90,7 @@ def test_model(keep):
     same_rows(hidden, real, raw, 'drop', layer, row)
 
 
+@pytest.mark.long
 def test_model_with_padding():
   """All rows, where padding takes part as in the release.
 

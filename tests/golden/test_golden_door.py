@@ -116,7 +116,8 @@ def test_visionzip_on_crops():
   np.testing.assert_allclose(reduced.x, raw['per_crop_tokens'], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('case', [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.parametrize('case', [0, 1])
+@pytest.mark.long
 def test_aim_merges_in_rounds(case):
   raw = load(f'aim_merge_case{case}')
   tokens = TokenSet.create(jnp.asarray(raw['x']))

@@ -205,6 +205,7 @@ def test_soft_sizes_do_not_compose():
     tk.compose(tk.identity(tokens), mix)
 
 
+@pytest.mark.long
 def test_model_trains_on_all_slots_and_evaluates_on_fewer():
   model = golden_vit.model()
   plan = make_plan({'method': 'dtem', 'args': {'features': 16}, 'remove': 8, 'layers': (1, 2)},

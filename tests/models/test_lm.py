@@ -365,7 +365,8 @@ class Look(Reducer):
     return Gather(src, tokens.slots)
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'lse'])
+@pytest.mark.parametrize('implementation', [
+    pytest.param('xla', marks=pytest.mark.long), 'lse'])
 def test_signals_are_what_they_say(implementation, monkeypatch):
   if implementation == 'lse':  # As beside a fused kernel: rows from the log-sum-exp.
     fused = attention.attend

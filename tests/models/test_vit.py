@@ -97,7 +97,7 @@ def test_logits_and_every_layer_equal_the_reference():
   assert len(out['hidden']) == golden_vit.DEPTH
 
 
-@pytest.mark.parametrize('method', [None, 'tome'])
+@pytest.mark.parametrize('method', [None, pytest.param('tome', marks=pytest.mark.long)])
 def test_both_forms_of_storage_and_remat_give_the_same(method):
   vit = golden_vit.model()
   if method:

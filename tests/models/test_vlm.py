@@ -412,6 +412,7 @@ def qwen(grid=(8, 8)):
   return vlm, params
 
 
+@pytest.mark.long
 def test_an_images_grid_and_what_pads_it_do_not_matter():
   vlm, params = qwen()
   out = look(vlm, params, qwen_images()[0])['sequence']

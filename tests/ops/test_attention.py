@@ -135,7 +135,8 @@ def test_received_of_a_row_without_queries_is_zero():
 
 
 @pytest.mark.parametrize(('implementation', 'causal'),
-                         [('xla', False), ('xla', True), ('splash', True)])
+                         [('xla', False), ('xla', True),
+                          pytest.param('splash', True, marks=pytest.mark.long)])
 def test_gradients_equal_those_of_softmax_attention(implementation, causal):
   q, k, v = inputs(length=5, heads=2, kv_heads=1)
   bias = make_bias('sizes', 2, 5)
@@ -268,7 +269,8 @@ def test_splash_takes_the_batch_in_groups(monkeypatch):
 
 
 @pytest.mark.parametrize(('implementation', 'kind'), [
-    ('xla', 'all_padded'), ('xla', 'all_infinite'), ('splash', 'all_infinite')])
+    ('xla', 'all_padded'), ('xla', 'all_infinite'),
+    pytest.param('splash', 'all_infinite', marks=pytest.mark.long)])
 def test_padded_rows_stay_finite_in_bfloat16(implementation, kind):
   q, k, v = inputs(length=5, heads=2, features=24, dtype=jnp.bfloat16)
   bias = make_bias(kind, 2, 5)
@@ -333,7 +335,8 @@ def test_scores_hold_no_map(differentiate):
   assert largest(row) <= q.size
 
 
-@pytest.mark.parametrize(('kind', 'length'), [('all', 96), ('all', 90), ('causal', 90),
+@pytest.mark.parametrize(('kind', 'length'), [pytest.param('all', 96, marks=pytest.mark.long),
+                                              ('all', 90), ('causal', 90),
                                               ('window', 90), ('positions', 96),
                                               pytest.param('mutual', 90, marks=pytest.mark.long)])
 def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
@@ -430,7 +433,8 @@ def policy_written_out(q, k, v, policy, bias, smoothing):
 
 
 @pytest.mark.parametrize(('implementation', 'smoothing'),
-                         [('xla', 0.0), ('xla', 1e-2), ('splash', 0.0)])
+                         [('xla', 0.0), ('xla', 1e-2),
+                          pytest.param('splash', 0.0, marks=pytest.mark.long)])
 def test_policy_attention_and_its_gradients(implementation, smoothing):
   q, k, v = inputs(length=6, heads=2)
   policy = jnp.array([[1.0, 0.0, 1.0, 0.0, 0.3, 1.0], [0.0] * 6])

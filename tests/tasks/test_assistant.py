@@ -160,6 +160,7 @@ def test_grids_grow_for_images_that_do_not_fit(tmp_path):
   np.testing.assert_allclose(shown[0], np.asarray(wide) / 255, atol=1e-6)
 
 
+@pytest.mark.long
 def test_several_images_of_a_prompt_are_one_crop_each(tmp_path):
   made = assistant.load(assistants.checkpoint(tmp_path / 'onevision', 'llava_onevision'))
   images = [photo(), photo(1, (9, 30))]

@@ -54,7 +54,9 @@ def configs():
   for file in sorted((ROOT / 'configs').glob('*.py')):
     if file.stem not in ('__init__', 'parts'):
       module = importlib.import_module(f'configs.{file.stem}')
-      yield file.stem, module.get_config(*list(getattr(module, 'ROWS', ()))[:1])
+      config = module.get_config(*list(getattr(module, 'ROWS', ()))[:1])
+      if 'model' in config:  # Others are of commands that train nothing.
+        yield file.stem, config
 
 
 def leaves(kind, path='', marks=()):
