@@ -265,24 +265,23 @@ def own_budgets(name):
   case, counts = random_case(), (SLOTS, 15, 9)
   places = [LEFT, HOLES[:counts[1]], RIGHT[:counts[2]]]
 
-  def left(slots, share):
-    keep = contract.PROTECTED + -(-share * (slots - contract.PROTECTED) // 4)
+  def left(slots):
+    keep = contract.PROTECTED + -(-(slots - contract.PROTECTED) // 2)
     return contract.budget(name, slots, keep)
 
   # What has a parameter for each output keeps the same number everywhere.
   shapes = [contract.parameters(name, case.tokens(), case.signals(contract.method(name).needs),
                                 num_slots=keep) for keep in (KEEP, KEEP - 1)]
   by_count = jax.tree.map(np.shape, shapes[0]) != jax.tree.map(np.shape, shapes[1])
-  for share in (2,) if by_count else (2, 3):
-    kept = [min(7, slots) if by_count else left(slots, share) for slots in counts]
-    budget = np.array(kept, np.int32) - contract.PROTECTED
-    spread = contract.spread(case, places).change(budget=budget)
-    together = contract.run(name, spread, kept[0])
-    for row, slots in enumerate(counts):
-      single = contract.spread(case, [np.arange(slots)] * contract.BATCH, slots=slots)
-      single = contract.run(name, single.change(valid=None).rows([row]), kept[row])
-      same_tokens(real_rows(together.reduced, row), real_rows(single.reduced, 0))
-      same_tokens(real_rows(together.masked, row), real_rows(single.masked, 0))
+  kept = [min(7, slots) if by_count else left(slots) for slots in counts]
+  budget = np.array(kept, np.int32) - contract.PROTECTED
+  spread = contract.spread(case, places).change(budget=budget)
+  together = contract.run(name, spread, kept[0])
+  for row, slots in enumerate(counts):
+    single = contract.spread(case, [np.arange(slots)] * contract.BATCH, slots=slots)
+    single = contract.run(name, single.change(valid=None).rows([row]), kept[row])
+    same_tokens(real_rows(together.reduced, row), real_rows(single.reduced, 0))
+    same_tokens(real_rows(together.masked, row), real_rows(single.masked, 0))
   return ''
 
 
