@@ -94,7 +94,8 @@ def test_between_layers(name, form):
     pytest.param(name, form, marks=[] if (name, form) == ('h2o', 'ratio') else pytest.mark.long)
     for name, made in CACHE_REDUCERS.items() for form in BUDGETS
     # Those that hold others, or have budgets of their own, are in test_wrapped_caches.py.
-    if not (issubclass(made, Wrapper) or made.allocates) and (form == 'ratio' or name in ('streaming_llm', 'snapkv'))])
+    if not (issubclass(made, Wrapper) or made.allocates)
+    and (form == 'ratio' or name in ('streaming_llm', 'snapkv'))])
 def test_in_the_cache(name, form):
   config = {'method': name, 'args': ARGS.get(name, {})} | BUDGETS[form]
 

@@ -91,7 +91,8 @@ print(json.dumps(found))
 BOOKKEEPING = 2 * 197 * 64
 # Who reads rows of attention may hold the keys, and a chunk of rows, beside the layer's own map;
 # DTEM the normed features, which its own products read; PruMerge queries and keys of all heads. The
-# keys that VisionZip, and DUET's form of it, read wait, in copies, for the end of the layer. DyMU's similarities are found
+# keys that VisionZip, and DUET's form of it, read wait, in copies, for the end of the layer.
+# DyMU's similarities are found
 # larger than the rest of what it holds.
 # DToP's head holds tokens and masks of its own, TextMonkey's resampler projected tokens. What
 # FlowCut watches of layer 0, its queries, keys and values and copies of two, waits for the cut.
