@@ -46,7 +46,7 @@ def rows(share):
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """What to measure, and on which files."""
+  """Returns what to measure, and on which files."""
   full = {'name': 'full', 'share': 1.0, 'ranking': 'own', 'reduce': {}}
   return ml_collections.ConfigDict({
       'weights': '', 'text': '', 'out': 'results/real_caches.jsonl', 'seed': 0,

@@ -231,7 +231,7 @@ class ModelWithPlans:
     return model.clone(lm=lm)
 
   def _joint(self, model: LM | VLM, slots: int, layout: Layout | None) -> dict[str, Any]:
-    """What budgets in FLOPs count: the whole model, with all that is reduced before."""
+    """Returns what budgets in FLOPs count: the whole model, with all that is reduced before."""
     total = self._macs
     if total is None:
       return {}

@@ -214,7 +214,7 @@ class Stack(nn.Module):
 
   def _measured(self, layer: Callable[..., Any], tokens: TokenSet, needs: frozenset[str],
                 tap: Tap | None, asking: Sequence[Reduction]) -> tuple[Array, Signals]:
-    """What attention of a layer adds, and the needed signals of it."""
+    """Returns what attention of a layer adds, and the needed signals of it."""
     hidden_in = tokens.x if 'hidden_in' in needs else None
     if tap and tap.reduction:
       asking = (*asking, tap.reduction)
@@ -446,7 +446,7 @@ class Stack(nn.Module):
     return tokens, run
 
   def _choose(self, event: Event, tokens: TokenSet, out: Outputs, signals: Signals) -> Pattern:
-    """Who attends to whom in a branch of 'core'."""
+    """Decides who attends to whom in a branch of 'core'."""
     budget, event = self._budget(event, out), self._of_row(event)
     params = reduction.learned_parameters(self, event, tokens, signals, self.place)
     pattern = reduction.choose(event, tokens.replace(budget=budget), signals, self.place,

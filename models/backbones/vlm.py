@@ -296,7 +296,7 @@ class VLM(nn.Module):
                          f'{self.tower_depth - 1}, the language model 0 to {self.lm.depth - 1}')
 
   def _added(self, layer: int, ids: Array, valid: Array, images: Images, aux: Outputs) -> Array:
-    """What a layer of the tower adds to each slot of a sequence, float[B, N, D]."""
+    """Returns what a layer of the tower adds to each slot of a sequence, float[B, N, D]."""
     tokens = aux['tower_tokens']
     x = aux['tower']['hidden'][layer][:, self.special:]
     deep, _ = self._arrange(tokens.replace(x=self.projector(x) if self.projection else x), images)
