@@ -167,7 +167,7 @@ class Neighbourhood(struct.PyTreeNode):
             + Gather(self.patches, slots, valid=self.valid).restore(patches))
 
   def _read_by_patches(self, q: Array, k: Array, v: Array, bias: Array, hidden: Array) -> Array:
-    """Returns what patches read, float[B, V, H, d], with what is added to their logits of other tokens.
+    """Returns what patches read, float[B, V, H, d], with a bias on their logits of other tokens.
 
     In products i is an image, x a row of it, y and z columns, w a row of the neighbourhood.
     """
