@@ -27,7 +27,9 @@ WRAPPERS = {
     'cam': {'args': {**HELD, 'merged': 2}}, 'think': {'args': {**HELD, 'window': 2}},
     'simlayerkv': {'args': {'first': 1, 'recent': 3, 'threshold': 0.3}, 'keep_ratio': None},
     'finch': {'args': {'window': 2}}, 'lagkv': {'args': {'sinks': 1, 'lag': 3}},
-    'cur': {'args': {'sinks': 1, 'window': 4}}, 'keydiff': {}}
+    'cur': {'args': {'sinks': 1, 'window': 4}}, 'keydiff': {},
+    # All scores are above it, so that the budget decides.
+    'threshold': {'args': {'inner': {'method': 'knorm'}, 'window': 2, 'threshold': -1e6}}}
 
 
 MODEL = TINY.clone(depth=2)

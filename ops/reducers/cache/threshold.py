@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
-from ops.primitives.kv_select import latest, newest, stays
+from ops.primitives.kv_select import filled, latest, newest, stays
 from ops.reducers.scoring import Wrapper
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -57,7 +57,8 @@ class Threshold(Wrapper):
     recent = latest(tokens, self.window)[:, None]
     scores = jnp.where(recent, jnp.inf, scores)
     best, src = jax.lax.top_k(scores, num_slots)
-    return KVGather(src.astype(jnp.int32), valid=best >= self.threshold)
+    valid, own = best >= self.threshold, filled(tokens, num_slots, scores.shape[1])
+    return KVGather(src.astype(jnp.int32), valid=valid if own is None else valid & own)
 
   def evict(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Array:
     """Lets entries with low scores go, and the lowest of the others where they are too many."""
