@@ -96,7 +96,8 @@ class Plan:
     """
     watch = self.only.watch if hasattr(method, 'watch') else ()
     reduction = dataclasses.replace(self.only, method=method, watch=watch)
-    return Plan(tuple(dataclasses.replace(event, reduction=reduction, site=site or event.site)
+    return Plan(tuple(dataclasses.replace(
+        event, reduction=reduction, site=(site if event.kind != 'expand' else '') or event.site)
                       for event in self.events), (reduction,))
 
   @property
@@ -208,7 +209,8 @@ def _after(event: Event, now: int) -> int:
   """Returns the slots after an event."""
   if event.reduction.mode == 'mask':
     return now
-  fits = event.slots_out >= now if event.kind == 'insert' else 0 < event.slots_out <= now
+  grows = event.kind in ('insert', 'expand')
+  fits = event.slots_out >= now if grows else 0 < event.slots_out <= now
   if event.slots_in != now or not fits:
     raise ValueError(f'{event.reduction.name} in layer {event.layer} goes from {event.slots_in} to '
                      f'{event.slots_out} tokens, but {now} are there')

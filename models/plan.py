@@ -53,14 +53,14 @@ MODES = ('gather', 'mask')
 KEYS = values.Keys({
     'method': str, 'args': Mapping[str, Any], 'site': str, 'layers': Any, 'watch': Any,
     'rounding': str, 'ratio_of': str, 'mode': str, 'token_kinds': str | tuple[str, ...],
-    'parts': str, 'positions': str, 'holds': str, 'capacity': values.Count,
+    'parts': str, 'positions': str, 'holds': str, 'capacity': values.Count, 'expand': int,
     **dict.fromkeys(BUDGETS, Any)})
 TOWER_KEYS = KEYS.without('capacity')
 # A method that another one holds (ops/reducers/scoring.py).
 HELD_KEYS = values.Keys({'method': str, 'args': Mapping[str, Any]}, frozenset({'method'}))
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
 CACHE_KEYS = KEYS.without('site', 'parts', 'watch', 'ratio_of', 'mode', 'token_kinds', 'holds',
-                          *set(BUDGETS) - set(CACHE_BUDGETS))
+                          'expand', *set(BUDGETS) - set(CACHE_BUDGETS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +194,10 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
       layers as `layers` does, or none: (); by default the method chooses.
       Where the host has several kinds of tokens, `token_kinds` names one or more ('visual',
       'text'), by default the visual ones where there are any, else all; `positions` is one of
-      `POSITIONS`, by default the method's own; `holds` one of `HOLDS`, by default the host's. Or
-      several such, whose events happen in the order of layers and sites, those of one place in the
-      order in which they are given; one of them may have a budget in FLOPs, which counts all.
+      `POSITIONS`, by default the method's own; `holds` one of `HOLDS`, by default the host's;
+      `expand` a layer, after which the tokens of before its first cut are back. Or several such,
+      whose events happen in the order of layers and sites, those of one place in the order in which
+      they are given; one of them may have a budget in FLOPs, which counts all.
     host: the backbone's depth, tokens and signals.
     macs: the backbone's MACs under given events, for budgets in FLOPs.
 
@@ -240,6 +241,7 @@ class _Draft:
   site: str
   kinds: tuple[str, ...]
   parts: str = ''
+  expand: int | None = None
 
   @property
   def in_flops(self) -> bool:
@@ -299,7 +301,14 @@ def _draft(config: Config, host: Host) -> _Draft:
                      "'keep' or 'compact'")
   if not any(config.get(form) is not None for form in BUDGETS):
     config = _with_shares(config, method.default_shares(host.depth), host)
-  return _Draft(config, reduction, site, kinds, parts)
+  expand = config.get('expand')
+  if expand is not None:
+    expand, = parse_layers(expand, host.depth)
+    if parts or method.kind != 'cut' or positions != 'keep':
+      why = ('lets no token go' if parts or method.kind != 'cut'
+             else f'numbers what is left anew (positions={positions!r})')
+      raise ValueError(f'{name} {why}, so expand={expand} does not fit: leave it out')
+  return _Draft(config, reduction, site, kinds, parts, expand)
 
 
 def _with_shares(config: Mapping[str, Any], shares: Mapping[int, float],
@@ -336,49 +345,112 @@ def _parts(name: str, method: Method, site: str, config: Mapping[str, Any]) -> s
 def _events(steps: Mapping[_Draft, Sequence[Step]], drafts: Sequence[_Draft],
             host: Host) -> tuple[Event, ...]:
   """Returns the events of all reductions, each from what the one before it left."""
-  turns = sorted(((step, draft) for draft in drafts for step in steps.get(draft, ())),
-                 key=lambda turn: (turn[0].layer, SITES.index(turn[1].site)))
-  kinds = host.counts or (('', host.slots - host.protected),)
-  slots, pools = host.slots, Pools(kinds)
-  for _, draft in turns:
-    if draft.inserts:
-      slots -= _free(host, draft.kinds)
-      pools.left(draft.kinds, 0)
-  events: list[Event] = []
-  for step, draft in turns:
-    free = pools.of(draft.kinds or ('',), functools.partial(_unknown_share, draft))
-    if draft.inserts:
-      event = _inserted(step, draft, host, slots, free)
-      _check_before(event, events)
-      events, slots = [*events, event], event.slots_out
-      pools.left(draft.kinds, event.slots_out - event.slots_in)
-      continue
+  turns: list[tuple[tuple[int, int, int], Step | None, _Draft]] = []
+  for draft, own in steps.items():
+    turns += [((step.layer, SITES.index(draft.site), drafts.index(draft)), step, draft)
+              for step in own]
+    if draft.expand is not None and own:
+      first = min(step.layer for step in own)
+      if draft.expand < first:
+        raise ValueError(f'expand={draft.expand} of {draft.reduction.name} comes before its first '
+                         f'cut, in layer {first}: name a later layer')
+      # Tokens come back after all that happens in a layer, those of the latest cut first.
+      turns.append(((draft.expand, len(SITES), -first), None, draft))
+  course = _Course(host, [draft for _, _, draft in turns if draft.inserts])
+  for (layer, *_), step, draft in sorted(turns, key=lambda turn: turn[0]):
+    if step is None:
+      course.expand(layer, draft)
+    elif draft.inserts:
+      course.insert(step, draft)
+    else:
+      course.cut(step, draft)
+  return tuple(course.events)
+
+
+class _Course:
+  """Follows how many tokens of which kinds are there, event by event.
+
+  Attributes:
+    events: so far.
+  """
+
+  def __init__(self, host: Host, waiting: Sequence[_Draft]) -> None:
+    self.events: list[Event] = []
+    self._host, self._slots = host, host.slots
+    self._pools: Pools[str, int] = Pools(
+        host.counts or (('', host.slots - host.protected),))
+    # What was there before the first cut of a layer, by layer: what tokens may come back to.
+    self._before: dict[int, tuple[int, Pools[str, int]]] = {}
+    for draft in waiting:
+      self._slots -= _free(host, draft.kinds)
+      self._pools.left(draft.kinds, 0)
+
+  def _there(self, draft: _Draft) -> int:
+    """Returns how many tokens a reduction may touch."""
+    return self._pools.of(draft.kinds or ('',), functools.partial(_unknown_share, draft))
+
+  def insert(self, step: Step, draft: _Draft) -> None:
+    """Lets tokens join."""
+    event = _inserted(step, draft, self._host, self._slots, self._there(draft))
+    _check_before(event, self.events)
+    self.events.append(event)
+    self._slots = event.slots_out
+    self._pools.left(draft.kinds, event.slots_out - event.slots_in)
+
+  def expand(self, layer: int, draft: _Draft) -> None:
+    """Brings the tokens of before a reduction's first cut back."""
+    name = draft.reduction.name
+    own = [event.layer for event in self.events if event.reduction is draft.reduction]
+    if not own:
+      return  # It had nothing to cut, or not yet.
+    since = own[0]
+    if since not in self._before:
+      raise ValueError(f'expand={layer} of {name} brings the tokens of layer {since} back, which '
+                       'another reduction has brought back before: leave one of the two out')
+    for event in self.events:
+      if (event.layer, event.kind) == (since, 'cut') and event.reduction is not draft.reduction:
+        raise ValueError(f'expand={layer} of {name} needs layer {since} for itself, and '
+                         f'{event.reduction.name} cuts there too: give it another layer')
+      if event.kind == 'insert' and event.layer > since:
+        raise ValueError(f'expand={layer} of {name} brings back the tokens of layer {since}, but '
+                         f'others joined in layer {event.layer}: let them join earlier, or later')
+    slots, self._pools = self._before[since]
+    self._before = {cut: there for cut, there in self._before.items() if cut < since}
+    self.events.append(Event(layer, 'after', self._slots, slots, draft.reduction, kind='expand',
+                             since=since))
+    self._slots = slots
+
+  def cut(self, step: Step, draft: _Draft) -> None:
+    """Lets a reduction leave fewer tokens, or run a branch on fewer."""
+    host, reduction, events = self._host, draft.reduction, self.events
+    free = self._there(draft)
     if events and events[-1].kind == 'insert':
       _check_behind(step, draft, events[-1])
     if not free:
-      raise ValueError(f'{draft.reduction.name} cuts in layer {step.layer}, where no '
+      raise ValueError(f'{reduction.name} cuts in layer {step.layer}, where no '
                        f'{" or ".join(draft.kinds) or "other"} token is (any more, or yet): cut in '
                        'other layers')
-    if step.empties and draft.reduction.held:
+    if step.empties and reduction.held:
       raise ValueError(f'{step.said} leaves no token in layer {step.layer}, but the last one of a '
                        "prompt must stay: keep 1, or set token_kinds to other kinds than 'text'")
-    limits = limits_of(draft.reduction.method, dataclasses.replace(host, slots=slots), slots - free,
-                       draft.reduction.held)
-    cut = take(step, slots, _free(host, draft.kinds), limits)
+    limits = limits_of(reduction.method, dataclasses.replace(host, slots=self._slots),
+                       self._slots - free, reduction.held)
+    cut = take(step, self._slots, _free(host, draft.kinds), limits)
     if cut is None and not draft.parts:
-      continue
-    cut = cut or Cut(step.layer, slots, slots)
-    event, = make_events(draft.reduction, draft.site, [cut], parts=draft.parts,
-                         protected=slots - free if host.counts else None)
+      return
+    cut = cut or Cut(step.layer, self._slots, self._slots)
+    event, = make_events(reduction, draft.site, [cut], parts=draft.parts,
+                         protected=self._slots - free if host.counts else None)
     if event.site == 'inside' and events and (events[-1].layer, events[-1].site) == (
         event.layer, 'inside'):
-      raise ValueError(f'{events[-1].reduction.name} and {event.reduction.name} both cut inside '
+      raise ValueError(f'{events[-1].reduction.name} and {reduction.name} both cut inside '
                        f'the attention of layer {event.layer}: give one of them another site')
+    if event.kind == 'cut':
+      self._before.setdefault(event.layer, (self._slots, self._pools.copy()))
     events.append(event)
-    if draft.reduction.mode == 'gather' and event.kind == 'cut':
-      pools.left(draft.kinds or ('',), free - (cut.slots_in - cut.slots_out))
-      slots = cut.slots_out
-  return tuple(events)
+    if reduction.mode == 'gather' and event.kind == 'cut':
+      self._pools.left(draft.kinds or ('',), free - (cut.slots_in - cut.slots_out))
+      self._slots = cut.slots_out
 
 
 def _inserted(step: Step, draft: _Draft, host: Host, slots: int, there: int) -> Event:
@@ -432,7 +504,8 @@ def _watched(events: Sequence[Event], drafts: Sequence[_Draft], host: Host) -> P
   """Returns the plan of events, with the layers that their methods watch."""
   renewed = {}
   for draft in drafts:
-    reduction, own = draft.reduction, [e for e in events if e.reduction is draft.reduction]
+    reduction = draft.reduction
+    own = [event for event in events if event.reduction is reduction and event.since is None]
     check_layers(reduction.name, reduction.method, host, own, draft.site)
     watch = watched_layers(reduction.name, reduction.method, host, own, draft.site,
                            draft.config.get('watch'))
@@ -672,6 +745,9 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
   reduction = plan.only
   protected = next((event.protected for event in plan.events if event.protected is not None),
                    host.protected)
+  if any(event.since is not None for event in plan.events):
+    raise ValueError(f'{reduction.name} brings tokens back (expand), so that removing a part of '
+                     'what it removes is not defined: leave expand out')
   before = [Cut(event.layer, event.slots_in, event.slots_out) for event in plan.events]
   limits = limits_of(reduction.method, host, protected, reduction.held)
   branch = bool(plan.events) and plan.events[0].kind == 'branch'
@@ -750,7 +826,7 @@ def watched_layers(name: str, method: Method, host: Host, cuts: Sequence[Cut | E
 def check_layers(name: str, method: Method, host: Host, events: Sequence[Event],
                  site: str) -> None:
   """Raises if an event asks for a layer before the first or after the last."""
-  if events and events[0].reads < 0 and method.needs - FREE_OF_ATTENTION:
+  if events and events[0].reads == -1 and method.needs - FREE_OF_ATTENTION:
     where = 'in a branch of' if site == 'branch' else site
     raise ValueError(f'{name} {where} layer 0 has no earlier layer to read '
                      f'{", ".join(sorted(method.needs))} from: start at layer 1')

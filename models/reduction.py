@@ -93,10 +93,11 @@ class Event:
     protected: slots that it must leave alone, padding among them; None for what the tokens say.
     several: whether the plan has other reductions too.
     step: what the budget asked, by which shorter rows find their own counts; None for all alike.
-    kind: 'cut', there are fewer tokens from here on; 'insert', tokens join that have waited; or
+    kind: 'cut', there are fewer tokens from here on; 'insert', tokens join that have waited;
       'branch', a part of the layer runs on fewer tokens, and what it adds to them is added to the
-      residual stream: all tokens stay.
+      residual stream: all tokens stay; or 'expand', the tokens of before a cut are back.
     parts: which part of the layer a branch is, one of `models.events.PARTS`.
+    since: of an expansion, the layer of the cut.
   """
 
   layer: int
@@ -109,6 +110,7 @@ class Event:
   step: Step | None = None
   kind: str = 'cut'
   parts: str = ''
+  since: int | None = None
 
   def kept(self, now: Array, start: Array, most: int, fixed: int = 0) -> Array:
     """Returns how many of the tokens that its budget counts each row keeps, int32[B].
@@ -143,8 +145,13 @@ class Event:
     return self.reduction.method
 
   @property
-  def reads(self) -> int:
-    """Returns the layer whose signals the method reads: the one above where this one begins."""
+  def reads(self) -> int | None:
+    """Returns the layer whose signals the method reads: the one above where this one begins.
+
+    An expansion reads none.
+    """
+    if self.kind == 'expand':
+      return None
     begins = self.site == 'before' or self.parts in ('both', 'attention')
     return self.layer - begins
 
@@ -292,6 +299,36 @@ def insert(tokens: TokenSet, joining: TokenSet, place: Place) -> TokenSet:
   with jax.named_scope('reduction'):
     inserted: TokenSet = place.by_rows(join)(tokens, joining)
     return inserted
+
+
+def expand(event: Event, before: TokenSet, after: TokenSet, now: TokenSet,
+           place: Place) -> TokenSet:
+  """Returns the tokens of before a cut, with features of now.
+
+  Args:
+    event: an expansion.
+    before: N slots, as they entered the cut.
+    after: M slots, as they left it.
+    now: K slots.
+    place: where this happens.
+
+  Returns:
+    N slots. What methods have taken down meanwhile follows the original tokens; a token that has
+    been dropped keeps what it had, or 0.
+  """
+  def back(before: TokenSet, after: TokenSet, now: TokenSet) -> TokenSet:
+    merge, stats = tk.became(before, now), {}
+    there = merge.dst < now.slots
+    for name, value in now.stats.items():
+      new = merge.restore(value)
+      old = before.stats.get(name, jnp.zeros_like(new))
+      stats[name] = jnp.where(assignments.expand_like(there, new), new, old)
+    return before.replace(x=event.method.expand(before, after, now), stats=stats)
+
+  view = event.reduction.view
+  with jax.named_scope('reduction'):
+    tokens: TokenSet = place.by_rows(back, rows=3)(view(before), view(after), now)
+  return tokens.replace(of=now.of)
 
 
 def choose(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,

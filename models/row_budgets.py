@@ -44,6 +44,12 @@ class Pools(Generic[Kind, Count]):
         raise refuse(pool)
     return sum(found[1:], found[0])
 
+  def copy(self) -> Pools[Kind, Count]:
+    """Returns the counts as they are now."""
+    other: Pools[Kind, Count] = Pools(())
+    other._pools = dict(self._pools)
+    return other
+
   def left(self, kinds: Sequence[Kind], count: Count) -> None:
     """Takes down how many tokens of some kinds a reduction has left."""
     self._pools = {pool: tokens for pool, tokens in self._pools.items()
@@ -68,7 +74,13 @@ def row_budgets(events: Sequence[Event], tokens: TokenSet) -> tuple[Array | None
   free = {kind: _count(tokens.replace(of=(kind,)).free) for kind in kinds}
   pools: Pools[int, Array] = Pools(tuple(start.items()))
   budgets: list[Array | None] = []
+  before: dict[int, Pools[int, Array]] = {}
   for event in events:
+    if event.since is not None:
+      pools = before[event.since].copy()
+      budgets.append(None)
+      continue
+    before.setdefault(event.layer, pools.copy())
     own = _kinds(event, tokens)
     now = pools.of(own, lambda pool: AssertionError(f'a plan split the pool {pool}'))
     kept = event.kept(now, _sum(start, own), tokens.slots, tokens.protected)

@@ -106,11 +106,12 @@ class Stack(nn.Module):
 
     Returns:
       The final tokens, and a dict: 'before' and 'cuts' {layer: TokenSet before, and after, the
-      cut}, 'branches' {layer: TokenSet, those that ran a part of it}, 'overflow' {layer: int32[B],
-      the tokens that an adaptive method wanted to keep beyond its capacity}, 'losses'
-      {name: float32[B]} of learned methods, with `capture` 'hidden', the features after each layer,
-      with a tap 'taps', the tree that it read in each layer, and 'budgets', for each event of the
-      plan int32[B], the free tokens that each row keeps, or None where no row has padding.
+      cut}, 'expanded' {layer: TokenSet, all tokens that are back}, 'branches' {layer: TokenSet,
+      those that ran a part of it}, 'overflow' {layer: int32[B], the tokens that an adaptive method
+      wanted to keep beyond its capacity}, 'losses' {name: float32[B]} of learned methods, with
+      `capture` 'hidden', the features after each layer, with a tap 'taps', the tree that it read in
+      each layer, and 'budgets', for each event of the plan int32[B], the free tokens that each row
+      keeps, or None where no row has padding.
 
     Raises:
       ValueError: for an unknown `remat`, or a learned method whose parameters are missing.
@@ -120,8 +121,8 @@ class Stack(nn.Module):
     key = self.make_rng('dropout') if self.has_rng('dropout') else None
     events = [self._of_row(event) for event in self.plan.events] if self.plan else []
     budgets = row_budgets(events, tokens)
-    out: Outputs = {'before': {}, 'cuts': {}, 'branches': {}, 'overflow': {}, 'losses': {},
-                    'hidden': [], 'taps': [], 'budgets': budgets}
+    out: Outputs = {'before': {}, 'cuts': {}, 'expanded': {}, 'branches': {}, 'overflow': {},
+                    'losses': {}, 'hidden': [], 'taps': [], 'budgets': budgets}
     signals = Signals()
     added, tokens = tokens.added, tokens.replace(added={})
     waiting = {}
@@ -201,6 +202,9 @@ class Stack(nn.Module):
     if tap:
       out['taps'].append(tap.read(index, attended, seen))
     for event in self._events(index, 'after'):
+      if event.since is not None:
+        tokens, signals = self._expand(event, tokens, out), Signals()
+        continue
       tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
     return tokens, signals
 
@@ -422,6 +426,16 @@ class Stack(nn.Module):
     reduced = self._decide(event, key, out, tokens, signals)
     return reduced.tokens, self._follow(signals, reduced)
 
+  def _expand(self, event: Event, tokens: TokenSet, out: Outputs) -> TokenSet:
+    """The tokens of before a cut, with what layers have made of them since."""
+    if event.since not in out['before']:
+      raise ValueError(f'expand={event.layer} of {event.reduction.name} needs the tokens of layer '
+                       f'{event.since}, and of the layers {self.layers} alone run: set layers=None')
+    expanded = reduction.expand(event, out['before'][event.since], out['cuts'][event.since], tokens,
+                                self.place)
+    out['expanded'][event.layer] = expanded
+    return expanded
+
   def _ahead(self, tokens: TokenSet, signals: Signals, event: Event, weights: Weights,
              key: Array | None) -> Signals:
     """Signals with those of the next layer that an event's method reads."""
@@ -454,6 +468,12 @@ class Stack(nn.Module):
     if pattern.wanted is not None:
       out['overflow'][event.layer] = jnp.maximum(pattern.wanted - event.slots_out, 0)
     return cast(Pattern, pattern)
+
+  def _comes_back(self, event: Event) -> bool:
+    """Whether what an event leaves out comes back in a later layer."""
+    assert self.plan is not None
+    return any(other.since is not None and other.since <= event.layer <= other.layer
+               for other in self.plan.events)
 
   def _budget(self, event: Event, out: Outputs) -> Array | None:
     """The free tokens that each row keeps in an event of the plan."""
@@ -504,6 +524,10 @@ class Stack(nn.Module):
     if event.kind == 'branch':
       out['branches'][layer] = reduced.tokens
     else:
+      if self.causal and self._comes_back(event) and not isinstance(reduced.assignment, Gather):
+        raise ValueError(f'{event.reduction.name} joins tokens in layer {layer}, and all are back '
+                         'later, where causal attention would give earlier ones what later ones '
+                         'know: choose a method that picks tokens')
       out['before'].setdefault(layer, tokens)
       out['cuts'][layer] = reduced.tokens
     if reduced.overflow is not None:

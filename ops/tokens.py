@@ -367,6 +367,42 @@ def restore(tokens: TokenSet, values: Array, *, fill: float = 0.0) -> Array:
   return jnp.where(expand_like(tokens.owner >= 0, picked), picked, jnp.asarray(fill, picked.dtype))
 
 
+def became(before: TokenSet, now: TokenSet) -> Merge:
+  """Reads out of owners what has become of earlier slots, whatever reductions came between.
+
+  Args:
+    before: N slots.
+    now: M slots of the same original tokens, later.
+
+  Returns:
+    The merge in which a slot of `now` is the mean, by size, of the earlier slots that it stands
+    for.
+  """
+  slots, outputs = before.slots, now.slots
+  index = jnp.where(before.owner >= 0, before.owner, slots)
+  dst = jax.vmap(lambda n, i: jax.ops.segment_max(n, i, num_segments=slots))(now.owner, index)
+  dst = jnp.where(dst >= 0, dst, outputs)
+  return Merge.mean(jnp.zeros(now.pos.shape[:2], jnp.int32), dst, before.sizes, valid=now.valid)
+
+
+def expand(before: TokenSet, now: TokenSet) -> Array:
+  """Brings features back to earlier slots, each with the change that its slot has gone through.
+
+  The mean of what a slot stands for becomes what the slot has become; a token that was dropped
+  stays as it was. So the layers between are one branch of the residual stream.
+
+  Args:
+    before: N slots.
+    now: M slots of the same original tokens, some layers later.
+
+  Returns:
+    float[B, N, D].
+  """
+  merge, x = became(before, now), before.x.astype(jnp.float32)
+  change = now.x.astype(jnp.float32) - merge.apply(x)
+  return (x + merge.restore(change)).astype(now.x.dtype)
+
+
 def reduce_attention_map(assignment: Assignment, attention: Array) -> Array:
   """An attention map after a cut inside attention: float32[B, H, N, N] -> [B, H, M, K].
 

@@ -1,5 +1,6 @@
 """Every test runs on CPU, under strict shapes; warnings are errors (pyproject.toml)."""
 
+import gc
 import os
 import pathlib
 
@@ -25,7 +26,17 @@ jax.config.update('jax_traceback_in_locations_limit', 0)
 hypothesis.settings.register_profile('here', derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile('here')
 
+# Tracing makes objects by the million, of which few are ever garbage: looking for that between
+# them was a quarter of the time.
+gc.set_threshold(50_000, 20, 50)
+
 MAPS, MANY_MAPS = pathlib.Path('/proc/self/maps'), 20_000
+
+
+def pytest_collection_finish():
+  """Lets the collector pass over modules and tests, which stay to the end."""
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope='module')

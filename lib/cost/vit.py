@@ -400,8 +400,14 @@ def in_training(vit: ViT) -> Cost:
     return of(vit)
   arch = dataclasses.replace(architecture(vit), slots=vit.special + vit.training_patches)
   events, slots = [], arch.slots
+  before: dict[int, int] = {}
   for event in vit.plan.events if vit.plan else ():
-    if event.slots_out < slots:
+    if event.since is not None:
+      if event.since in before:
+        events.append(dataclasses.replace(event, slots_in=slots, slots_out=before[event.since]))
+        slots = before[event.since]
+    elif event.slots_out < slots:
+      before.setdefault(event.layer, slots)
       events.append(dataclasses.replace(event, slots_in=slots))
       slots = slots if event.kind == 'branch' else event.slots_out
   return compute(arch, events)

@@ -169,7 +169,7 @@ class WindowStack(Stack):
     self._check()
     windows = self.windows
     tokens, out = super().__call__(windows.fold(windows.arrange(tokens)))
-    for name in ('before', 'cuts', 'branches'):
+    for name in ('before', 'cuts', 'expanded', 'branches'):
       out[name] = {layer: windows.unfold(cut) for layer, cut in out[name].items()}
     out['hidden'] = [windows.unfold_values(x) for x in out['hidden']]
     out['budgets'] = tuple(kept if kept is None else kept.reshape(-1, windows.count).sum(axis=1)
@@ -186,6 +186,8 @@ class WindowStack(Stack):
     if self.plan is None:
       return
     for event in self.plan.events:
+      if event.kind == 'expand':
+        continue
       name, slots = event.reduction.name, self.windows.slots(event.slots_in)
       keep = self.windows.slots(event.slots_out)
       least = event.method.min_slots(slots, self.windows.special)

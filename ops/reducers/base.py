@@ -12,6 +12,7 @@ from fractions import Fraction
 import jax
 
 from ops import choices
+from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import TEXT, TokenSet, of_kept
 
@@ -107,6 +108,11 @@ class Reducer:
   def max_rows(self, tokens: TokenSet) -> int:
     """Returns the most queries that `rows` can name: N."""
     return tokens.slots
+
+  def expand(self, before: TokenSet, after: TokenSet, now: TokenSet) -> Array:
+    """Returns the features of all tokens: each with the change that its slot has gone through."""
+    del after
+    return tk.expand(before, now)
 
   def min_slots(self, slots: int, protected: int) -> int:
     """Returns the fewest slots that it can leave: the protected ones, its own, and one more."""

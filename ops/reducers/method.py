@@ -122,6 +122,19 @@ class Method(Protocol):
     """Returns the fewest slots that it can leave of `slots`, the protected ones included."""
     ...
 
+  def expand(self, before: TokenSet, after: TokenSet, now: TokenSet) -> Array:
+    """Reconstructs the features of tokens that it has reduced, some layers later.
+
+    Args:
+      before: N slots, as they entered its first cut.
+      after: M slots, as they left it.
+      now: K slots of today, fewer where there were more cuts.
+
+    Returns:
+      float[B, N, D].
+    """
+    ...
+
   def default_shares(self, depth: int) -> Mapping[int, float]:
     """Returns the share of tokens that each layer keeps where a config has no budget; {} for none.
 

@@ -25,6 +25,7 @@ PLANS = {
               'keep': 0},
     'in attention': EXIT | {'site': 'inside', 'layers': (1, 2)},
     'masked': EXIT | {'mode': 'mask'},
+    'back': EXIT | {'layers': (1, 2), 'keep_ratio': 0.5, 'expand': 2},
     'hidrop': [INJECT, EXIT | {'method': 'hidrop', 'layers': (2, 3)}],
     'text first': [{'method': 'fastv', 'token_kinds': 'text', 'layers': 1, 'keep_ratio': 0.75},
                    INJECT, EXIT | {'layers': (3,), 'keep_ratio': 0.5}],

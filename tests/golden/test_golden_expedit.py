@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import golden_vit
 
+from models.backbones.vit import ViT
 from models.plan import make_plan
 from ops import assignments
 from ops import tokens as tk
@@ -99,28 +100,7 @@ def test_windows():
   np.testing.assert_array_equal(sp.from_windows(windows, raw['wp_x'].shape[1:3]), raw['wp_back'])
 
 
-DEPTH, HEADS, WINDOW, SMALLER, CUT = 4, 4, 8, 4, 2
-
-
-def layer_norm(x, w, b, eps):
-  x = x - x.mean(-1, keepdims=True)
-  return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps) * w + b
-
-
-def block(x, p, side):
-  """One layer of SAM's encoder: attention in windows, without relative positions."""
-  def dense(x, name):
-    return x @ p[f'{name}.weight'].T + p[f'{name}.bias']
-
-  grid = x.shape[1:3]
-  w = sp.to_windows(layer_norm(x, p['norm1.weight'], p['norm1.bias'], 1e-5), side)
-  w = w.reshape(len(w), side * side, -1)
-  q, k, v = dense(w, 'attn.qkv').reshape(*w.shape[:2], 3, HEADS, -1).transpose(2, 0, 3, 1, 4)
-  scores = jax.nn.softmax(q @ k.swapaxes(2, 3) * q.shape[-1] ** -0.5)
-  w = dense((scores @ v).swapaxes(1, 2).reshape(w.shape), 'attn.proj')
-  x = x + sp.from_windows(w.reshape(len(w), side, side, -1), grid)
-  hidden = dense(layer_norm(x, p['norm2.weight'], p['norm2.bias'], 1e-5), 'mlp.lin1')
-  return x + dense(jax.nn.gelu(hidden, approximate=False), 'mlp.lin2')
+DEPTH, WIDTH, HEADS, WINDOW, CUT = 4, 32, 4, 8, 2
 
 
 def neck(x, p):
@@ -132,37 +112,60 @@ def neck(x, p):
   return layer_norm(convolve(x, '2'), p['3.weight'], p['3.bias'], 1e-6)
 
 
-@jax.numpy_rank_promotion('allow')  # For the model written out above, not for what is tested.
+def layer_norm(x, w, b, eps):
+  x = x - x.mean(-1, keepdims=True)
+  return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps) * w + b
+
+
+def encoder_parameters(raw):
+  """SAM's weights as our tree; the norm behind the layers, which SAM lacks, is never read."""
+  def stack(name, *shape):
+    arrays = [raw[f'enc_param_blocks.{i}.{name}'] for i in range(DEPTH)]
+    return np.stack([(a.T if a.ndim == 2 else a).reshape(shape or a.shape) for a in arrays])
+
+  def norm(name):
+    return {'scale': stack(f'{name}.weight'), 'bias': stack(f'{name}.bias')}
+
+  def dense(name, kernel, bias):
+    return {'kernel': stack(f'{name}.weight', *kernel), 'bias': stack(f'{name}.bias', *bias)}
+
+  head, hidden = WIDTH // HEADS, 64
+  blocks = {
+      'norm1': norm('norm1'), 'norm2': norm('norm2'),
+      'qkv': dense('attn.qkv', (WIDTH, 3, HEADS, head), (3, HEADS, head)),
+      'out': dense('attn.proj', (HEADS, head, WIDTH), (WIDTH,)),
+      'fc1': dense('mlp.lin1', (WIDTH, hidden), (hidden,)),
+      'fc2': dense('mlp.lin2', (hidden, WIDTH), (WIDTH,))}
+  patch = raw['enc_param_patch_embed.proj.weight'].transpose(2, 3, 1, 0).reshape(-1, WIDTH)
+  return {'patch': {'kernel': patch, 'bias': raw['enc_param_patch_embed.proj.bias']},
+          'pos': raw['enc_param_pos_embed'].reshape(1, -1, WIDTH), 'stack': {'blocks': blocks},
+          'norm': {'scale': np.ones(WIDTH), 'bias': np.zeros(WIDTH)}}
+
+
+@jax.numpy_rank_promotion('allow')  # For the neck written out above, not for what is tested.
 def test_encoder_with_windows():
   """SAM's encoder, clustered window by window before layer 2 and reconstructed at the end."""
   raw = golden_vit.load('expedit')
-  params = {key[len('enc_param_'):]: jnp.asarray(value) for key, value in raw.items()
-            if key.startswith('enc_param_')}
+  vit = ViT(width=WIDTH, depth=DEPTH, mlp=64, heads=HEADS, patch=4, image_size=64, num_classes=0,
+            class_token=False, pool='mean', norm_eps=1e-5, window=(WINDOW, WINDOW), capture=True)
+  config = {'method': 'expedit', 'layers': CUT, 'keep': 64, 'expand': DEPTH - 1,
+            'args': {'temperature': 0.05, 'nearest': 6}}
+  vit = vit.clone(plan=make_plan(config, vit.host))
+  images = jnp.asarray(raw['enc_image']).transpose(0, 2, 3, 1)
+  _, out = jax.jit(vit.apply)({'params': encoder_parameters(raw)}, images)
+  assert [event.kind for event in vit.plan.events] == ['cut', 'expand']
 
-  def part(prefix):
-    return {key[len(prefix):]: value for key, value in params.items() if key.startswith(prefix)}
-
-  image = jnp.asarray(raw['enc_image']).transpose(0, 2, 3, 1)
-  patches = image.reshape(1, 16, 4, 16, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(1, 16, 16, -1)
-  kernel = params['patch_embed.proj.weight'].transpose(2, 3, 1, 0).reshape(-1, 32)
-  x = patches @ kernel + params['patch_embed.proj.bias'] + params['pos_embed']
-  run, side, before = jax.jit(block, static_argnums=2), WINDOW, None
-  for layer in range(DEPTH):
-    if layer == CUT:
-      before, side = sp.to_windows(x, WINDOW), SMALLER
-      centres = CLUSTER_MAP(before, (SMALLER, SMALLER), temperature=0.05)
-      x = sp.from_windows(centres, (8, 8))
-    x = run(x, part(f'blocks.{layer}.'), side)
-    np.testing.assert_allclose(x, raw[f'enc_block{layer}'], **CLOSE)
-
-  def rows(windows):
-    return windows.reshape(len(windows), -1, windows.shape[3])
-
-  back = RECONSTRUCT(rows(before), rows(centres), rows(sp.to_windows(x, SMALLER)), nearest=6,
-                        temperature=0.05)
-  back = sp.from_windows(back.reshape(before.shape), (16, 16))
-  np.testing.assert_allclose(neck(back, part('neck.')).transpose(0, 3, 1, 2), raw['enc_out'],
-                             **CLOSE)
+  for layer, side in ((0, WINDOW), (1, WINDOW), (2, WINDOW // 2)):
+    windows = out['hidden'][layer].reshape(-1, side, side, WIDTH)
+    np.testing.assert_allclose(sp.from_windows(windows, (2 * side,) * 2),
+                               raw[f'enc_block{layer}'], **CLOSE)
+  back = out['expanded'][DEPTH - 1]
+  np.testing.assert_array_equal(jnp.sort(back.pos, axis=1)[0], jnp.arange(256))
+  x = jnp.take_along_axis(back.x, jnp.argsort(back.pos, axis=1)[:, :, None], axis=1)
+  params = {key[len('enc_param_neck.'):]: value for key, value in raw.items()
+            if key.startswith('enc_param_neck.')}
+  found = neck(x.reshape(1, 16, 16, WIDTH), params)
+  np.testing.assert_allclose(found.transpose(0, 3, 1, 2), raw['enc_out'], **CLOSE)
 
 
 def test_cells_for_any_count():

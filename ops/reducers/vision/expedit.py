@@ -8,12 +8,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import tokens as tk
 from ops.assignments import Assignment
 from ops.primitives.mixing import mix_where_too_many
-from ops.primitives.superpixels import cell_masks, cells, soft_clusters, square_bands
+from ops.primitives.superpixels import (
+  cell_masks,
+  cells,
+  reconstruct,
+  soft_clusters,
+  square_bands,
+)
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import TokenSet, num_kept, of_kept
+from ops.tokens import TokenSet, count, num_kept, of_kept
 
 Array = jax.Array
 
@@ -28,28 +35,29 @@ class Expedit(Reducer):
   a cluster is the mean of its shares; each slot counts once. A row with no more tokens than
   clusters keeps them. The K clusters stand in raster order behind the protected tokens.
 
-  The way back is `ops.primitives.superpixels.reconstruct(before, centres, deep, temperature=...)`:
-  of a cut in layer l, `before` is the x of out['before'][l], `centres` that of out['cuts'][l], and
-  `deep` that of the final tokens, all without the protected slots. In SAM every window is clustered
-  by itself: a host that keeps windows on the batch axis (models/backbones/windows.py) does so with
-    any method.
+  The way back is the paper's token reconstruction: a config's `expand` names the layer after which
+  every token is made of the clusters that were nearest to it. In SAM every window is clustered by
+  itself: a host that keeps windows on the batch axis (models/backbones/windows.py) does so with any
+  method.
 
   Attributes:
     temperature: of squared distances; 0.02 for Segmenter, 0.01 for SAM.
     iterations: rounds of sharing out tokens and moving clusters.
     reach: clusters so many cells away may be joined, in each direction.
     bands: rows of clusters; None for cells as square as they come.
+    nearest: clusters that a token is reconstructed from.
   """
 
   temperature: float = 0.02
   iterations: int = 5
   reach: int = 2
   bands: int | None = None
+  nearest: int = 20
   needs = frozenset({'grid'})
   site = 'before'
 
   def __post_init__(self) -> None:
-    for field in ('temperature', 'iterations', 'bands'):
+    for field in ('temperature', 'iterations', 'bands', 'nearest'):
       value = getattr(self, field)
       if value is not None and value <= 0:
         raise ValueError(f'{field}={value} must be positive')
@@ -61,6 +69,15 @@ class Expedit(Reducer):
     soft = soft_clusters(tokens.x, inside, near, tokens.free, iterations=self.iterations,
                          temperature=self.temperature)
     return mix_where_too_many(tokens, soft)
+
+  def expand(self, before: TokenSet, after: TokenSet, now: TokenSet) -> Array:
+    if now.slots != after.slots:
+      raise ValueError(f'expedit made {after.slots} slots, of which another cut left {now.slots}: '
+                       'expand before that cut')
+    back = reconstruct(before.x, after.x, now.x, nearest=self.nearest,
+                       temperature=self.temperature, valid=after.free)
+    clustered = before.free & (count(before.free) > count(after.free))
+    return jnp.where(clustered[:, :, None], back, tk.expand(before, now))
 
   def _cells(self, tokens: TokenSet, grid: tuple[int, int],
              num_slots: int) -> tuple[Array, Array]:
