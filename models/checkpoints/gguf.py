@@ -167,6 +167,16 @@ def _halves(array: np.ndarray, heads: int) -> np.ndarray:
   return paired.swapaxes(1, 2).reshape(array.shape)
 
 
+def field(path: pathlib.Path, key: str) -> Any:
+  """Returns what a file says under a key, None for nothing.
+
+  Raises:
+    ValueError: as `reading`.
+  """
+  found = _open(path).fields.get(key)
+  return None if found is None else found.contents()
+
+
 def vocabulary(path: pathlib.Path) -> Mapping[str, Any]:
   """Returns a file's tokenizer: 'tokens', 'merges', 'token_type', and what else it says of it.
 
