@@ -216,7 +216,7 @@ class Block(ReducibleBlock):
                             window=self._window(tokens), implementation=self.implementation)
     mixed = unmerge.attend(q, k, v, _owner(tokens), functools.partial(_apart, self.rope, tokens),
                            mix=mix)
-    change = self.scaled(self.out(mixed), 0)
+    change = self.residual(tokens.x, self.out(mixed), 0)
     more = {'plain_queries': plain, 'attention_out': change}
     return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
 
