@@ -27,7 +27,7 @@ def seen_by(lm, tokens, variables, layer=0):
   """bool[N, N]: whether the output of a token (first axis) after a layer moves with another."""
   slots = tokens.slots
   one = np.random.default_rng(5).normal(size=lm.width) * np.eye(slots)[..., None]
-  rows = jax.tree.map(lambda leaf: np.repeat(leaf, slots + 1, axis=0), tokens)
+  rows = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), slots + 1, axis=0), tokens)
   rows.x[1:] += one.astype(np.float32)
   hidden = jax.jit(lm.clone(capture=True).apply)(variables, rows)[1]['hidden'][layer]
   hidden = np.asarray(hidden)
