@@ -26,16 +26,12 @@ def load(name):
 def seen_by(lm, tokens, variables, layer=0):
   """bool[N, N]: whether the output of a token (first axis) after a layer moves with another."""
   slots = tokens.slots
-  one = jnp.eye(slots)[..., None] * jax.random.normal(jax.random.key(5), (1, 1, lm.width))
-  rows = tokens.replace(**{name: jnp.repeat(getattr(tokens, name), slots + 1, axis=0)
-                           for name in ('x', 'pos', 'kind', 'owner')},
-                        valid=None if tokens.valid is None else
-                        jnp.repeat(tokens.valid, slots + 1, axis=0),
-                        stats={name: jnp.repeat(value, slots + 1, axis=0)
-                               for name, value in tokens.stats.items()})
-  rows = rows.replace(x=rows.x.at[1:].add(one))
+  one = np.random.default_rng(5).normal(size=lm.width) * np.eye(slots)[..., None]
+  rows = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), slots + 1, axis=0), tokens)
+  rows.x[1:] += one.astype(np.float32)
   hidden = jax.jit(lm.clone(capture=True).apply)(variables, rows)[1]['hidden'][layer]
-  return np.asarray(jnp.abs(hidden[1:] - hidden[:1]).max(axis=2) > 1e-6).T
+  hidden = np.asarray(hidden)
+  return (np.abs(hidden[1:] - hidden[:1]).max(axis=2) > 1e-6).T
 
 
 @pytest.mark.parametrize(('case', 'implementation'), [
@@ -48,9 +44,8 @@ def test_images_see_the_question(case, implementation):
   kind = np.where((slots >= image) & (slots < question), VISUAL, TEXT).astype(np.int8)
   real = raw[f'attn2d_{case}'] == 1
   tokens = TokenSet.create(
-      jax.random.normal(jax.random.key(2), (1, 24, 16)), kind=jnp.asarray(kind)[None],
-      valid=jnp.asarray(real)[None],
-      stats={'question': jnp.asarray((slots >= question) & (slots < end))[None]})
+      np.random.default_rng(2).normal(size=(1, 24, 16)).astype(np.float32), kind=kind[None],
+      valid=real[None], stats={'question': ((slots >= question) & (slots < end))[None]})
   lm = TINY.clone(depth=1, mask='mutual', implementation=implementation)
   with pltpu.force_tpu_interpret_mode():
     seen = seen_by(lm, tokens, variables(1))
@@ -88,17 +83,18 @@ def test_visual_tokens_take_less_room(stride):
   visual = (np.cumsum(ids == 1, axis=1) - np.cumsum(ids == 2, axis=1) > 0) & (ids != 1)
   lm = LM(vocabulary=8, width=8, depth=1, mlp=8, heads=2, kv_heads=1, head_width=8, context=800,
           rope=Rope(8))
-  tokens = TokenSet.create(jax.random.normal(jax.random.key(0), (1, 784, 8)),
-                           kind=jnp.asarray(np.where(visual, VISUAL, TEXT), jnp.int8))
-  params = jax.jit(lm.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))
+  tokens = TokenSet.create(
+      jnp.asarray(np.random.default_rng(0).normal(size=(1, 784, 8)), jnp.float32),
+      kind=np.where(visual, VISUAL, TEXT).astype(np.int8))
+  params = jax.jit(lm.init)(jax.random.key(1), np.zeros((1, 4), np.int32))
   near = lm.clone(visual_stride=stride)
   prefill = jax.jit(functools.partial(near.apply, room=1, method='prefill'))
   _, cache = prefill(params, tokens)
   plain = jax.jit(functools.partial(lm.apply, room=1, method='prefill'))(
-      params, tokens.replace(pos=jnp.zeros((1, 784), jnp.int32)))[1]
-  want = lm.rope.rotate(plain.layers[0].k[:, 0, :784, None],
-                        jnp.asarray(raw[f'pos_stride{stride}'])[None])
-  np.testing.assert_allclose(cache.layers[0].k[:, 0, :784, None], want, atol=1e-5)
+      params, tokens.replace(pos=np.zeros((1, 784), np.int32)))[1]
+  keys, turned = (np.asarray(part.layers[0].k)[:, 0, :784, None] for part in (plain, cache))
+  want = jax.jit(lm.rope.rotate)(keys, raw[f'pos_stride{stride}'][None])
+  np.testing.assert_allclose(turned, want, atol=1e-5)
   # The answer goes on from the next whole position.
   np.testing.assert_array_equal(
       cache.layers[0].start,

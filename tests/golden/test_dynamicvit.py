@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden_vit
+from helpers.golden_vit import arrays
 
 from lib.tasks.distill import distill, logit_loss, token_loss
 from models.backbones.vit import Block
@@ -18,6 +19,9 @@ from ops.signals import Signals
 from ops.tokens import TokenSet
 
 KEY = jax.random.key(7)
+# Its parameters depend on the width alone.
+INIT = jax.jit(functools.partial(DynamicViT().init, signals=Signals(), num_slots=3))
+TOKEN_LOSS, LOGIT_LOSS = jax.jit(token_loss), jax.jit(logit_loss)
 
 
 def tiny(keep, layers=(1,), **args):
@@ -29,10 +33,10 @@ def tiny(keep, layers=(1,), **args):
 @functools.cache
 def start(keep=32, layers=(1,)):
   """A model, and the tiny ViT's weights with fresh predictors."""
-  model = tiny(keep, layers)
-  params = jax.jit(model.init)(jax.random.key(0), golden_vit.images())['params']
-  stack = params['stack'] | golden_vit.params()['stack']
-  return model, golden_vit.params() | {'stack': stack}
+  some = TokenSet.create(np.zeros((1, 4, golden_vit.WIDTH), np.float32))
+  fresh = {f'reducer_{layer:02d}': arrays(INIT(jax.random.key(layer), some)['params'])
+           for layer in layers}
+  return tiny(keep, layers), golden_vit.params() | {'stack': fresh | golden_vit.params()['stack']}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -67,21 +71,21 @@ def test_evaluation_keeps_the_budget_and_says_nothing_of_sizes():
 
 
 def test_decisions_are_exact_and_as_likely_as_predicted():
-  keep = jnp.linspace(0.01, 0.99, 9)
-  scores = jnp.log(jnp.stack([keep, 1 - keep], axis=-1))
-  sampled = decide(jnp.broadcast_to(scores, (4000, 9, 2)), KEY)
+  keep = np.linspace(0.01, 0.99, 9, dtype=np.float32)
+  scores = np.log(np.stack([keep, 1 - keep], axis=-1))
+  sampled = np.asarray(jax.jit(decide)(np.broadcast_to(scores, (4000, 9, 2)), KEY))
   assert set(np.unique(sampled)) == {0.0, 1.0}
   # Four standard deviations of a mean of 4,000 draws.
-  np.testing.assert_array_less(jnp.abs(jnp.mean(sampled, axis=0) - keep),
-                               4 * jnp.sqrt(keep * (1 - keep) / 4000))
+  np.testing.assert_array_less(np.abs(np.mean(sampled, axis=0) - keep),
+                               4 * np.sqrt(keep * (1 - keep) / 4000))
 
 
 def test_rows_draw_noise_of_their_own():
-  tokens = TokenSet.create(jnp.zeros((2, 64, 8)))
-  module = DynamicViT()
-  params = module.init(KEY, tokens, Signals(), num_slots=32)
-  policy = module.apply(params, tokens, Signals(), num_slots=32, rngs={'dropout': KEY}).policy
-  assert np.any(np.asarray(policy[0]) != np.asarray(policy[1]))
+  tokens = TokenSet.create(np.zeros((2, 64, 8), np.float32))
+  call = jax.jit(functools.partial(DynamicViT().apply, num_slots=32))
+  answer = call(INIT(KEY, tokens), tokens, Signals(), rngs={'dropout': KEY})
+  policy = np.asarray(answer.policy)
+  assert np.any(policy[0] != policy[1])
 
 
 def test_gradients_reach_the_predictor_through_attention():
@@ -92,7 +96,7 @@ def test_gradients_reach_the_predictor_through_attention():
     logits, _ = train(model, params, golden_vit.images())
     return jnp.sum(logits ** 2)
 
-  grads = jax.jit(jax.grad(loss))(params)['stack']
+  grads = arrays(jax.jit(jax.grad(loss))(params)['stack'])
   for layer in (1, 2):
     for path, grad in jax.tree_util.tree_leaves_with_path(grads[f'reducer_{layer:02d}']):
       assert np.all(np.isfinite(grad)), path
@@ -125,15 +129,15 @@ def test_masked_training_equals_gathered_evaluation():
   # Far apart: no noise changes a decision. Zero-sum: some tokens fall on either side.
   params = jax.tree.map(lambda leaf: leaf, params)
   out = params['stack']['reducer_01']['predictor']['out']
-  out['kernel'] = 1e9 * (out['kernel'] - jnp.mean(out['kernel'], axis=1, keepdims=True))
-  image = golden_vit.images()[:1]
-  logits, out = train(model, params, image)
-  kept = np.flatnonzero(np.asarray(out['cuts'][1].size[0]))
+  out['kernel'] = 1e9 * (out['kernel'] - np.mean(out['kernel'], axis=1, keepdims=True))
+  image = np.asarray(golden_vit.images())[:1]
+  logits, out = arrays(train(model, params, image))
+  kept = np.flatnonzero(out['cuts'][1].size[0])
   assert 10 < kept.size < 60
   exact = tiny(int(kept.size) - 1)
-  expected, gathered = evaluate(exact, params, image)
+  expected, gathered = arrays(evaluate(exact, params, image))
   order = np.argsort(gathered['cuts'][1].pos[0])
-  np.testing.assert_array_equal(np.asarray(gathered['cuts'][1].pos[0])[order] + 1, kept)
+  np.testing.assert_array_equal(gathered['cuts'][1].pos[0][order] + 1, kept)
   for layer in range(1, golden_vit.DEPTH):
     np.testing.assert_allclose(out['hidden'][layer][0, kept], gathered['hidden'][layer][0, order],
                                atol=1e-5)
@@ -145,7 +149,7 @@ def test_the_kept_share_follows_the_target(keep):
   """Gradient descent on the ratio loss alone, from a predictor that keeps half."""
   tokens = TokenSet.create(jax.random.normal(KEY, (8, 64, 16)), protected=0)
   module = DynamicViT()
-  params = module.init(jax.random.key(0), tokens, Signals(), num_slots=keep)
+  params = INIT(jax.random.key(0), tokens)
 
   @jax.jit
   def step(params, key):
@@ -166,22 +170,27 @@ def test_the_kept_share_follows_the_target(keep):
 
 def test_ratio_loss_counts_free_tokens_only():
   """One special token, four free and two of padding; keep 3 is a target of 2 in 4."""
-  x = jnp.zeros((1, 7, 8))
-  kind = jnp.asarray([[tk.SPECIAL] + [tk.VISUAL] * 6], jnp.int8)
-  valid = jnp.asarray([[True] * 5 + [False] * 2])
-  size = jnp.asarray([[1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]])
+  x = np.zeros((1, 7, 8), np.float32)
+  kind = np.array([[tk.SPECIAL] + [tk.VISUAL] * 6], np.int8)
+  valid = np.array([[True] * 5 + [False] * 2])
+  size = np.array([[1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]], np.float32)
   tokens = TokenSet.create(x, kind=kind, valid=valid, size=size, protected=1)
   module = DynamicViT(ratio_weight=3.0)
-  params = module.init(KEY, tokens, Signals(), num_slots=3)
-  params['params']['predictor']['out']['bias'] = jnp.asarray([1e4, -1e4])
-  answer, sown = module.apply(params, tokens, Signals(), num_slots=3, rngs={'dropout': KEY},
-                              mutable=['losses'])
+  params = INIT(KEY, tokens)
+  params['params']['predictor']['out']['bias'] = np.array([1e4, -1e4], np.float32)
+
+  @jax.jit
+  def run(tokens):
+    answer, sown = module.apply(params, tokens, Signals(), num_slots=3, rngs={'dropout': KEY},
+                                mutable=['losses'])
+    return tk.reduce(tokens, answer).size, sown['losses']['ratio'][0]
+
+  reduced, loss = run(tokens)
   # Everything is wanted, but two of the four were dropped before: a share of 1/2, on target.
-  np.testing.assert_array_equal(tk.reduce(tokens, answer).size, jnp.where(valid, size, 0.0))
-  np.testing.assert_array_equal(sown['losses']['ratio'][0], [0.0])
-  _, sown = module.apply(params, tokens.replace(size=jnp.ones((1, 7))), Signals(), num_slots=3,
-                         rngs={'dropout': KEY}, mutable=['losses'])
-  np.testing.assert_allclose(sown['losses']['ratio'][0], [3 * 0.5 ** 2])
+  np.testing.assert_array_equal(reduced, np.where(valid, size, 0.0))
+  np.testing.assert_array_equal(loss, [0.0])
+  _, loss = run(tokens.replace(size=np.ones((1, 7), np.float32)))
+  np.testing.assert_allclose(loss, [3 * 0.5 ** 2])
 
 
 def test_losses_have_one_number_a_row_and_the_name_of_their_layer():
@@ -189,7 +198,7 @@ def test_losses_have_one_number_a_row_and_the_name_of_their_layer():
   _, out = train(model, params, golden_vit.images())
   assert set(out['losses']) == {'ratio_01', 'ratio_02'}
   for layer, keep in ((1, 32), (2, 16)):
-    share = jnp.mean(out['cuts'][layer].size[:, 1:], axis=1)
+    share = np.mean(np.asarray(out['cuts'][layer].size)[:, 1:], axis=1)
     np.testing.assert_allclose(out['losses'][f'ratio_{layer:02d}'], 2 * (share - keep / 64) ** 2,
                                rtol=1e-5)
 
@@ -208,7 +217,7 @@ def pair():
   logits, out = train(model, params, golden_vit.images())
   teacher_logits, teacher = evaluate(golden_vit.model(), golden_vit.params(),
                                      golden_vit.images())
-  return logits, out['tokens'], teacher_logits, teacher['tokens']
+  return arrays((logits, out['tokens'], teacher_logits, teacher['tokens']))
 
 
 def test_token_loss_is_the_error_of_the_kept():
@@ -216,45 +225,46 @@ def test_token_loss_is_the_error_of_the_kept():
   expected = []
   for row in range(2):
     kept = [i for i in range(1, 65) if tokens.size[row, i] > 0]
-    expected.append(np.mean((np.asarray(tokens.x)[row, kept] - np.asarray(teacher.x)[row, kept])
-                            ** 2))
-  np.testing.assert_allclose(token_loss(tokens, teacher), expected, rtol=1e-5)
+    expected.append(np.mean((tokens.x[row, kept] - teacher.x[row, kept]) ** 2))
+  np.testing.assert_allclose(TOKEN_LOSS(tokens, teacher), expected, rtol=1e-5)
 
 
 def test_token_loss_follows_a_gather():
   """Evaluation moves the tokens; each is still compared with its own teacher token."""
   model, params = start((32, 16), (1, 2))
-  _, out = evaluate(model, params, golden_vit.images())
+  _, out = arrays(evaluate(model, params, golden_vit.images()))
   _, _, _, teacher = pair()
   tokens = out['tokens']
-  found = np.take_along_axis(np.asarray(teacher.x), np.asarray(tokens.pos)[..., None] + 1, axis=1)
-  error = (np.asarray(tokens.x) - found)[:, 1:] ** 2
-  np.testing.assert_allclose(token_loss(tokens, teacher), error.mean(axis=(1, 2)), rtol=1e-5)
+  found = np.take_along_axis(teacher.x, tokens.pos[..., None] + 1, axis=1)
+  error = (tokens.x - found)[:, 1:] ** 2
+  np.testing.assert_allclose(TOKEN_LOSS(tokens, teacher), error.mean(axis=(1, 2)), rtol=1e-5)
 
 
 def test_token_loss_of_a_row_that_kept_nothing_is_zero():
   _, tokens, _, teacher = pair()
-  none = tokens.replace(size=jnp.zeros_like(tokens.size))
-  np.testing.assert_array_equal(token_loss(none, teacher), [0.0, 0.0])
+  none = tokens.replace(size=np.zeros_like(tokens.size))
+  np.testing.assert_array_equal(TOKEN_LOSS(none, teacher), [0.0, 0.0])
 
 
 def test_logit_loss_is_the_divergence_from_the_teacher():
-  ours, theirs = jnp.asarray([[0.0, 1.0, 2.0]]), jnp.asarray([[1.0, 1.0, -1.0]])
+  ours, theirs = np.array([[[0.0, 1.0, 2.0]], [[1.0, 1.0, -1.0]]], np.float32)
   p, q = np.exp(theirs[0]) / np.exp(theirs[0]).sum(), np.exp(ours[0]) / np.exp(ours[0]).sum()
-  np.testing.assert_allclose(logit_loss(ours, theirs), [np.sum(p * np.log(p / q))], rtol=1e-5)
-  np.testing.assert_allclose(logit_loss(theirs, theirs), [0.0], atol=1e-7)
+  np.testing.assert_allclose(LOGIT_LOSS(ours, theirs), [np.sum(p * np.log(p / q))], rtol=1e-5)
+  np.testing.assert_allclose(LOGIT_LOSS(theirs, theirs), [0.0], atol=1e-7)
 
 
 def test_distill_weighs_both_and_leaves_the_teacher_alone():
   logits, tokens, teacher_logits, teacher = pair()
-  losses = distill(logits, tokens, teacher_logits, teacher, logit_weight=2.0, token_weight=3.0)
-  np.testing.assert_allclose(losses['distill_logits'], 2 * logit_loss(logits, teacher_logits))
-  np.testing.assert_allclose(losses['distill_tokens'], 3 * token_loss(tokens, teacher))
+  losses = jax.jit(functools.partial(distill, logit_weight=2.0, token_weight=3.0))(
+      logits, tokens, teacher_logits, teacher)
+  plain = np.asarray(LOGIT_LOSS(logits, teacher_logits)), np.asarray(TOKEN_LOSS(tokens, teacher))
+  np.testing.assert_allclose(losses['distill_logits'], 2 * plain[0])
+  np.testing.assert_allclose(losses['distill_tokens'], 3 * plain[1])
 
   def total(ours, theirs, x):
     found = distill(ours, tokens.replace(x=x), theirs, teacher.replace(x=x + 1.0))
     return jnp.sum(found['distill_logits'] + found['distill_tokens'])
 
-  to_ours, to_theirs = jax.grad(total, argnums=(0, 1))(logits, teacher_logits, tokens.x)
+  to_ours, to_theirs = jax.jit(jax.grad(total, argnums=(0, 1)))(logits, teacher_logits, tokens.x)
   assert np.any(np.abs(to_ours) > 1e-6)
   np.testing.assert_array_equal(to_theirs, 0.0)

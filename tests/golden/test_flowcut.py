@@ -4,12 +4,14 @@ Axes: B batch, N slots now, H heads, d features a head.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import invariants, recorded
+from helpers.golden_vit import arrays
 
 from models.backbones.vit import OFFERS, Block
 from models.plan import Host, make_plan
@@ -37,20 +39,22 @@ def image_tokens(x):
   batch, slots, _ = x.shape
   kind = np.where(np.arange(slots) < 1, SPECIAL, VISUAL).astype(np.int8)
   pos = np.arange(-1, slots - 1).astype(np.int32)
-  return TokenSet.create(jnp.asarray(x), kind=jnp.tile(kind, (batch, 1)),
-                         pos=jnp.tile(pos, (batch, 1)), protected=1)
+  return TokenSet.create(jnp.asarray(x), kind=np.tile(kind, (batch, 1)),
+                         pos=np.tile(pos, (batch, 1)), protected=1)
 
 
 def test_components():
   raw = load('components')
-  free = jnp.ones(raw['cls_attn'].shape, bool)
+  free = np.ones(raw['cls_attn'].shape, bool)
   length = np.abs(raw['value_metric']).sum(axis=2)
-  np.testing.assert_allclose(flow(raw['cls_attn'], raw['semantic_attn'], free) * length,
-                             raw['score'], **CLOSE)
-  for left, target, lost in raw['prune_table_rpl_target_num']:
-    found = surplus(raw['cls_attn'], free, target=int(target), left=int(left))
-    # The release prunes all rows of a batch by the largest count.
-    assert found.max() == lost
+  shares = np.asarray(jax.jit(flow)(raw['cls_attn'], raw['semantic_attn'], free))
+  np.testing.assert_allclose(shares * length, raw['score'], **CLOSE)
+  table = [tuple(map(int, row)) for row in raw['prune_table_rpl_target_num']]
+  found = jax.jit(lambda attention, free: [
+      surplus(attention, free, target=target, left=left) for left, target, _ in table])(
+          raw['cls_attn'], free)
+  # The release prunes all rows of a batch by the largest count.
+  assert [np.asarray(each).max() for each in found] == [lost for _, _, lost in table]
 
 
 @pytest.mark.long
@@ -104,17 +108,18 @@ def block_weights(raw):
   }
 
 
-HOST = Host(DEPTH, 65, 1, OFFERS | {'cls_attention'})
+@functools.partial(jax.jit, static_argnums=0)
+def run(stack, params, x):
+  return stack.apply({'params': params}, image_tokens(x))
 
 
-def encode(x, **config):
-  """CLIP's blocks under a plan: (tokens, what the stack tells)."""
+def encode(x, *, depth=DEPTH, **config):
+  """CLIP's first blocks under a plan: (tokens, what the stack tells)."""
   block = Block(WIDTH, HEADS, MLP, norm_eps=1e-5, activation='quick_gelu', parent=None)
-  plan = make_plan({'method': 'flowcut', 'layers': (1, 3, 5)} | config, HOST)
-  stack = Stack(block, DEPTH, plan, capture=True)
-  params = {'blocks': block_weights(load('encoder_B1'))}
-  run = jax.jit(lambda p, t: stack.apply({'params': p}, t))
-  return run(params, image_tokens(x))
+  plan = make_plan({'method': 'flowcut', 'layers': (1, 3, 5)} | config,
+                   Host(depth, 65, 1, OFFERS | {'cls_attention'}))
+  params = {'blocks': jax.tree.map(lambda leaf: leaf[:depth], block_weights(load('encoder_B1')))}
+  return arrays(run(Stack(block, depth, plan, capture=True), params, x))
 
 
 @pytest.mark.parametrize(('name', 'site'), [
@@ -146,7 +151,7 @@ def test_rows_do_not_share_their_counts():
   raw = load('encoder_B2')
   settings = {'keep': (60, 58, 20), 'args': {'target': 16}}
   _, out = encode(raw['x'], **settings)
-  counts = {layer: np.asarray(cut.valid.sum(axis=1)) for layer, cut in out['cuts'].items()}
+  counts = {layer: cut.valid.sum(axis=1) for layer, cut in out['cuts'].items()}
   assert counts[1].min() == raw['lens'][2]
   assert counts[1].max() > counts[1].min()
   np.testing.assert_array_equal(counts[5], 17)
@@ -163,15 +168,20 @@ def test_without_a_class_token():
   first, second = (rng.uniform(size=(2, 3, 9)).astype(np.float32) for _ in range(2))
   values = rng.normal(size=(2, 9, 3, 4)).astype(np.float32)
   length = np.abs(values.mean(axis=2)).sum(axis=2)
-  tokens = TokenSet.create(jnp.zeros((2, 9, 4)))
   method = FlowCut(by='received_attention')
   assert method.needs == method.watch_needs == {'received_attention', 'values'}
-  for attention in (first, second):
-    tokens = tokens.replace(stats=method.watch(tokens, Signals(
-        received_attention=jnp.asarray(attention), values=jnp.asarray(values))))
+
+  @jax.jit
+  def watched(values, *attentions):
+    tokens = TokenSet.create(jnp.zeros((2, 9, 4)))
+    for attention in attentions:
+      tokens = tokens.replace(stats=method.watch(tokens, Signals(
+          received_attention=attention, values=values)))
+    return tokens.stats['flow'], method(tokens, Signals(), num_slots=4)
+
+  memory, answer = watched(values, first, second)
   expected = (first.mean(axis=1) + second.mean(axis=1)) / 2 * length
-  np.testing.assert_allclose(tokens.stats['flow'], expected, **CLOSE)
-  answer = method(tokens, Signals(), num_slots=4)
+  np.testing.assert_allclose(memory, expected, **CLOSE)
   np.testing.assert_array_equal(answer.src, np.sort(np.argsort(-expected, axis=1)[:, :4], axis=1))
 
 
@@ -205,7 +215,7 @@ def test_other_forms_keep_the_contract(form, invariant, monkeypatch):
 def test_memory_counts():
   """Without a watch a cut goes by its own layer alone; with one, by all up to it."""
   x = load('encoder_B1')['x']
-  watched, alone = (encode(x, keep=30, layers=3, watch=watch)[0] for watch in (None, ()))
+  watched, alone = (encode(x, depth=3, keep=30, layers=2, watch=watch)[0] for watch in (None, ()))
   assert not alone.stats
   assert set(watched.stats) == {'flow'}
   kept = [set(np.asarray(tokens.pos[0]).tolist()) for tokens in (watched, alone)]

@@ -8,10 +8,12 @@ Axes: B batch, N entries, H heads, K kv heads, d features a head.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import recorded
+from helpers.golden_vit import arrays
 
 from ops import signals
 from ops.reducers.cache.expected_attention import ExpectedAttention, mean_rotation
@@ -21,6 +23,7 @@ from ops.reducers.cache.observed_attention import ObservedAttention
 from ops.reducers.cache.snapkv import SnapKV
 from ops.reducers.cache.streaming_llm import StreamingLLM
 from ops.reducers.cache.tova import TOVA
+from ops.reducers.scoring import ScoringReducer
 from ops.rope import Rope
 from ops.tokens import TEXT, TokenSet
 
@@ -51,31 +54,48 @@ def layer(index, needs, span=0):
   hidden = hidden / np.sqrt((hidden ** 2).mean(-1, keepdims=True) + 1e-5)
   hidden = hidden * raw[f'{name}input_layernorm.weight']
   plain = (hidden @ raw[f'{name}self_attn.q_proj.weight'].T).reshape(1, N, HEADS, WIDTH)
-  plain = jnp.asarray(plain, jnp.float32)
-  keys, values = (jnp.asarray(raw[f'{part}_l{index}'].swapaxes(0, 1)[None])
-                  for part in ('keys', 'values'))
+  keys, values = (raw[f'{part}_l{index}'].swapaxes(0, 1)[None] for part in ('keys', 'values'))
+  return arrays(measure(needs, plain.astype(np.float32), keys, values, span))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def measure(needs, plain, keys, values, span):
   pos = jnp.arange(N, dtype=jnp.int32)[None]
   found = signals.measure(needs, q=ROPE.rotate(plain, pos), k=keys, v=values, lse=None,
                           positions=pos, span=span)
   return found.replace(plain_queries=plain, rope=ROPE)
 
 
-def same_order(method, tokens, told, name, index, scores=None):
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def choose(method, told, keys, values, num_slots):
+  """The choice, the scores where there are some, and what stays of the cache."""
+  tokens = text(1, keys.shape[2])
+  kept = method(tokens, told, num_slots=num_slots)
+  scores = method.scores(tokens, told) if isinstance(method, ScoringReducer) else None
+  return kept.src, scores, kept.apply(keys), kept.apply(values)
+
+
+def chosen(method, told, index, num_slots=24):
+  base = load('kvpress_base')
+  cache = (base[f'{part}_l{index}'][None] for part in ('keys', 'values'))
+  return arrays(choose(method, told, *cache, num_slots))
+
+
+def same_order(method, told, name, index, scores=None):
   """The recorded choice in its order; where scores tie, the release leaves the order open."""
   raw = load(f'kvpress_{name}')
   want, recorded = raw[f'kept_idx_l{index}'], raw[f'score_l{index}']
-  kept = method(tokens, told, num_slots=want.shape[1])
-  got = np.asarray(kept.src[0])
+  src, own, *cache = chosen(method, told, index, want.shape[1])
+  got, scores = src[0], own if scores is None else scores
   np.testing.assert_array_equal(np.sort(got, axis=1), np.sort(want, axis=1))
   if scores is not None:
     close(np.take_along_axis(recorded, got, axis=1), np.take_along_axis(recorded, want, axis=1))
-  for part in ('keys', 'values'):
-    cache = load('kvpress_base')[f'{part}_l{index}']
-    mine = np.asarray(kept.apply(jnp.asarray(cache[None])))[0]
+  for part, mine in zip(('keys', 'values'), cache, strict=True):
+    mine = mine[0]
     order_got, order_want = np.argsort(got, axis=1), np.argsort(want, axis=1)
     close(np.take_along_axis(mine, order_got[..., None], axis=1),
           np.take_along_axis(raw[f'{part}_l{index}'], order_want[..., None], axis=1))
-  return None if scores is None else (np.asarray(scores[0]), recorded)
+  return None if scores is None else (scores[0], recorded)
 
 
 @pytest.mark.parametrize('index', [0, 1])
@@ -91,22 +111,22 @@ def test_the_recorded_layer_is_the_one_worked_out_here(index):
 @pytest.mark.parametrize('index', [0, 1])
 def test_streaming_llm(index):
   told = layer(index, frozenset({'keys'}))
-  same_order(StreamingLLM(), text(1, N), told, 'streaming_llm', index)
-  kept = StreamingLLM()(text(1, N), told, num_slots=24)
-  np.testing.assert_array_equal(kept.src[0, 0], [*range(4), *range(28, 48)])
+  same_order(StreamingLLM(), told, 'streaming_llm', index)
+  src, *_ = chosen(StreamingLLM(), told, index)
+  np.testing.assert_array_equal(src[0, 0], [*range(4), *range(28, 48)])
 
 
 @pytest.mark.parametrize('index', [0, 1])
 def test_knorm(index):
   told = layer(index, KNorm().needs)
-  close(*same_order(KNorm(), text(1, N), told, 'knorm', index, KNorm().scores(text(1, N), told)))
+  close(*same_order(KNorm(), told, 'knorm', index))
 
 
 @pytest.mark.parametrize('index', [0, 1])
 def test_tova(index):
   told = layer(index, TOVA.needs)
   scores = told.last_attention.mean(axis=1)
-  mine, recorded = same_order(TOVA(), text(1, N), told, 'tova', index, scores)
+  mine, recorded = same_order(TOVA(), told, 'tova', index, scores)
   for head in range(KV):
     close(mine[:-1], recorded[head, :-1])
 
@@ -114,8 +134,7 @@ def test_tova(index):
 @pytest.mark.parametrize('index', [0, 1])
 def test_observed_attention(index):
   told, method = layer(index, ObservedAttention.needs), ObservedAttention()
-  scores = method.scores(text(1, N), told)
-  close(*same_order(method, text(1, N), told, 'observed_attention_h2o', index, scores))
+  close(*same_order(method, told, 'observed_attention_h2o', index))
 
 
 @pytest.mark.parametrize('name', ['snapkv', 'snapkv_sdpa'])
@@ -123,32 +142,31 @@ def test_observed_attention(index):
 def test_snapkv_of_kvpress(name, index):
   method = SnapKV(window=8, variant='kvpress')
   told = layer(index, SnapKV.needs, 8)
-  scores = method.scores(text(1, N), told)
-  mine, recorded = same_order(method, text(1, N), told, name, index, scores)
+  mine, recorded = same_order(method, told, name, index)
   close(mine[:, :-8], recorded[:, :-8])
-  np.testing.assert_array_equal(method(text(1, N), told, num_slots=24).src[0, :, 8:],
+  np.testing.assert_array_equal(chosen(method, told, index)[0][0, :, 8:],
                                 load(f'kvpress_{name}')[f'kept_idx_l{index}'][:, 8:])
 
 
 def test_snapkv_as_released():
   raw = load('snapkv_official_avgpool')
   window, capacity, kernel = (int(x) for x in raw['window_capacity_kernel'])
-  q, k, v = (jnp.asarray(raw[name].swapaxes(1, 2)) for name in ('query', 'key', 'value'))
-  told = signals.measure(SnapKV.needs, q=q, k=k, v=v, lse=None, span=window,
-                         positions=jnp.arange(48, dtype=jnp.int32)[None])
+  q, k, v = (raw[name].swapaxes(1, 2) for name in ('query', 'key', 'value'))
+  told = jax.jit(functools.partial(signals.measure, SnapKV.needs, lse=None, span=window))(
+      q=q, k=k, v=v, positions=np.arange(48, dtype=np.int32)[None])
   method = SnapKV(window=window, kernel=kernel)
-  kept = method(text(1, 48), told, num_slots=capacity)
-  np.testing.assert_array_equal(kept.src[0], raw['kept_idx'])
-  np.testing.assert_array_equal(kept.apply(jnp.asarray(raw['key'])), raw['keys_out'])
-  np.testing.assert_array_equal(kept.apply(jnp.asarray(raw['value'])), raw['values_out'])
+  src, _, keys, values = arrays(choose(method, told, raw['key'], raw['value'], capacity))
+  np.testing.assert_array_equal(src[0], raw['kept_idx'])
+  np.testing.assert_array_equal(keys, raw['keys_out'])
+  np.testing.assert_array_equal(values, raw['values_out'])
 
 
 def test_snapkv_pools_maxima():
   told = layer(0, SnapKV.needs, 8)
-  rows = np.asarray(told.window_attention)[0].mean(axis=1)[:, :-8]
+  rows = told.window_attention[0].mean(axis=1)[:, :-8]
   wide = np.pad(rows, ((0, 0), (2, 2)))
   want = np.stack([wide[:, i:i + 40] for i in range(5)]).max(axis=0)
-  got = SnapKV(window=8, pool='max').scores(text(1, N), told)[0]
+  got = chosen(SnapKV(window=8, pool='max'), told, 0)[1][0]
   close(got[:, :40], want.reshape(KV, 2, 40).mean(axis=1))
   np.testing.assert_array_equal(got[:, 40:], 0)
 
@@ -159,41 +177,41 @@ def test_snapkv_pools_maxima():
 @pytest.mark.parametrize('index', [0, 1])
 def test_expected_attention(name, args, index):
   method, told = ExpectedAttention(**args), layer(index, ExpectedAttention.needs)
-  scores = method.scores(text(1, N), told)
-  mine, recorded = same_order(method, text(1, N), told, name, index, scores)
+  mine, recorded = same_order(method, told, name, index)
   close(mine[:, 4:], recorded[:, 4:])
 
 
 def test_the_mean_rotation_is_the_mean_of_what_is_turned():
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 3, WIDTH)), jnp.float32)
+  x = np.random.default_rng(0).normal(size=(2, 1, 3, WIDTH)).astype(np.float32)
   first = np.array([48, 7], np.int32)
   for sections in ((), (4, 2, 2)):
     rope = Rope(WIDTH, sections=sections)
     pos = first[:, None] + np.arange(5)[None]
-    every = jnp.broadcast_to(x, (2, 5, 3, WIDTH))
+    every = np.broadcast_to(x, (2, 5, 3, WIDTH))
     pos = np.repeat(pos[..., None], 4, axis=2) if sections else pos
-    want = rope.rotate(every, jnp.asarray(pos)).mean(axis=1)
-    got = jnp.einsum('bij,bhj->bhi', mean_rotation(rope, jnp.asarray(first), 5), x[:, 0])
+    want = np.asarray(jax.jit(rope.rotate)(every, pos)).mean(axis=1)
+    turn = np.asarray(jax.jit(mean_rotation, static_argnums=(0, 2))(rope, first, 5))
+    got = np.einsum('bij,bhj->bhi', turn, x[:, 0])
     close(got, want)
 
 
+@functools.cache
 def heavy_hitters():
   raw = load('h2o_official')
-  attention = jnp.asarray(raw['attn'])
-  told = signals.Signals(keys=jnp.asarray(raw['key'].swapaxes(1, 2)),
-                         received_attention=attention.mean(axis=2))
+  told = signals.Signals(keys=raw['key'].swapaxes(1, 2),
+                         received_attention=raw['attn'].mean(axis=2))
   heavy, recent = (int(x) for x in raw['hh_recent'])
-  method = H2O(recent=recent)
-  kept = method(text(1, 32), told, num_slots=heavy + recent)
-  return raw, kept, kept.apply(method.scores(text(1, 32), told))
+  src, scores, *cache = arrays(choose(H2O(recent=recent), told, raw['key'], raw['value'],
+                                      heavy + recent))
+  return raw, src, np.take_along_axis(scores, src, axis=2), cache
 
 
 def test_h2o():
-  raw, kept, heavy = heavy_hitters()
-  np.testing.assert_array_equal(kept.src[0], raw['kept_idx'])
+  raw, src, heavy, cache = heavy_hitters()
+  np.testing.assert_array_equal(src[0], raw['kept_idx'])
   close(heavy[0], raw['hh_score_kept'])
-  for part in ('key', 'value'):
-    np.testing.assert_array_equal(kept.apply(jnp.asarray(raw[part])), raw[f'{part}_out'])
+  for part, mine in zip(('key', 'value'), cache, strict=True):
+    np.testing.assert_array_equal(mine, raw[f'{part}_out'])
 
 
 def heads_as_rows(heavy, pos, valid):
@@ -202,6 +220,7 @@ def heads_as_rows(heavy, pos, valid):
                          kind=jnp.full(pos.shape, TEXT, jnp.int8), stats={'heavy': heavy})
 
 
+@functools.partial(jax.jit, static_argnames='recent')
 def evict(heavy, pos, valid, *, recent):
   """The slot of a cache that its next entry takes, int[B, K]."""
   stays = H2O(recent=recent).evict(heads_as_rows(heavy, pos, valid), None,
@@ -209,6 +228,7 @@ def evict(heavy, pos, valid, *, recent):
   return jnp.argmin(stays, axis=1).reshape(pos.shape[:2])
 
 
+@jax.jit
 def follow(heavy, pos, valid, row):
   """The sums after the row float32[1, H, S] of one more query."""
   told = signals.by_head(signals.Signals(received_attention=row), pos.shape[1])
@@ -218,41 +238,41 @@ def follow(heavy, pos, valid, row):
 
 def test_h2o_while_decoding():
   """Against the released bookkeeping in its own order: append, add up, drop the lightest."""
-  raw, kept, heavy = heavy_hitters()
+  raw, src, heavy, _ = heavy_hitters()
   recent, rng = int(raw['hh_recent'][1]), np.random.default_rng(0)
   lists = [list(zip(raw['kept_idx'][head], raw['hh_score_kept'][head].astype(np.float64),
                     strict=True)) for head in range(2)]
   empty = ((0, 0), (0, 0), (0, 1))
-  pos, heavy = (jnp.pad(x, empty) for x in (kept.src, heavy))
-  valid = jnp.pad(jnp.ones(kept.src.shape, bool), empty)
+  pos, heavy = (np.pad(x, empty) for x in (src, heavy))
+  valid = np.pad(np.ones(src.shape, bool), empty)
   for step in range(12):
-    place = evict(heavy, pos, valid, recent=recent)
-    at = jnp.arange(17)[None, None] == place[..., None]
-    pos = jnp.where(at, 32 + step, pos)
-    heavy, valid = jnp.where(at, 0.0, heavy), valid | at
+    place = np.asarray(evict(heavy, pos, valid, recent=recent))
+    at = np.arange(17)[None, None] == place[..., None]
+    pos = np.where(at, np.int32(32 + step), pos)
+    heavy, valid = np.where(at, np.float32(0), heavy), valid | at
     row = rng.dirichlet(np.full(100, 0.3), size=(1, 4)).astype(np.float32)
-    row = jnp.take_along_axis(jnp.asarray(row), jnp.repeat(pos, 2, axis=1), axis=2)
-    heavy = follow(heavy, pos, valid, row)
+    row = np.take_along_axis(row, np.repeat(pos, 2, axis=1), axis=2)
+    heavy = np.asarray(follow(heavy, pos, valid, row))
     for head in range(2):
       entries = [*lists[head], (32 + step, 0.0)]
       gained = {int(p): float(g) for p, g in zip(
-          pos[0, head], np.asarray(row[0, 2 * head:2 * head + 2]).sum(axis=0), strict=True)}
+          pos[0, head], row[0, 2 * head:2 * head + 2].sum(axis=0), strict=True)}
       entries = [(p, s + gained[p]) for p, s in entries]
       old, new = entries[:-recent], entries[-recent:]
       best = sorted(sorted(old, key=lambda e: -e[1])[:len(old) - 1])
       assert [p for p, _ in entries] == sorted(p for p, _ in entries)
       lists[head] = best + new
-      gone = int(evict(heavy, pos, valid, recent=recent)[0, head])
+      gone = int(np.asarray(evict(heavy, pos, valid, recent=recent))[0, head])
       left = dict(entries)
       del left[int(pos[0, head, gone])]
       assert left == dict(lists[head])
-      close([float(heavy[0, head, list(np.asarray(pos[0, head])).index(p)]) for p in left],
+      close([float(heavy[0, head, list(pos[0, head]).index(p)]) for p in left],
             list(left.values()))
 
 
 def test_evict_fills_empty_places_first_and_drops_the_latest_of_equals():
-  pos = jnp.asarray([[[5, 3, 9, 7]], [[5, 3, 9, 7]]])
-  heavy = jnp.asarray([[[1.0, 1.0, 0.0, 2.0]], [[1.0, 1.0, 0.0, 2.0]]])
-  valid = jnp.asarray([[[True] * 4], [[True, False, False, True]]])
+  pos = np.array([[[5, 3, 9, 7]], [[5, 3, 9, 7]]], np.int32)
+  heavy = np.array([[[1.0, 1.0, 0.0, 2.0]], [[1.0, 1.0, 0.0, 2.0]]], np.float32)
+  valid = np.array([[[True] * 4], [[True, False, False, True]]])
   np.testing.assert_array_equal(evict(heavy, pos, valid, recent=2), [[0], [1]])
-  np.testing.assert_array_equal(evict(heavy, pos, valid, recent=0)[0], [2])
+  np.testing.assert_array_equal(np.asarray(evict(heavy, pos, valid, recent=0))[0], [2])

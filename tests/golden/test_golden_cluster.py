@@ -1,10 +1,13 @@
 """DPC-KNN, CTM and K-medoids against the outputs of released code: exact indices, floats 1e-5."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden_vit
+from helpers.golden_vit import arrays
 
 from models.plan import make_plan
 from ops.primitives import cluster
@@ -18,41 +21,57 @@ CLOSE = {'atol': 1e-5, 'rtol': 0}
 LAYERS = (1, 2)
 
 
+@functools.partial(jax.jit, static_argnames=('num_slots', 'neighbours'))
+def density(tokens, noise, weight, **settings):
+  """Centres, groups, weights within them, and two ways to merge them."""
+  src, dst = density_clusters(tokens, noise=noise, **settings)
+  merge = average_clusters(tokens, src, dst, weight, smoothing=1e-6)
+  equal = average_clusters(tokens, src, dst, tokens.real, smoothing=1e-6)
+  return src, dst, merge.weight, merge.apply(tokens.x), equal.apply(tokens.x)
+
+
+@jax.jit
+def groups_of(x, centres):
+  return cluster.nearest(cluster.distances(x), centres, jnp.ones(centres.shape, bool))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def medoids(method, x, received, keep):
+  answer = method(TokenSet.create(x), Signals(received_attention=received), num_slots=keep)
+  return answer.src, answer.apply(x)
+
+
 @pytest.mark.parametrize('case', ['a', 'b', 'c'])
 def test_dpcknn_op(case):
   raw = golden_vit.load('dpcknn')
   x, keep = raw[f'{case}_x'], int(raw[f'{case}_cluster_num'])
   mask = raw.get(f'{case}_token_mask')
-  valid = None if mask is None else jnp.asarray(mask > 0)
+  valid = None if mask is None else mask > 0
   tokens = TokenSet.create(jnp.asarray(x), valid=valid)
-  src, dst = density_clusters(tokens, num_slots=keep, neighbours=int(raw[f'{case}_k']),
-                              noise=jnp.asarray(raw[f'{case}_noise']))
+  src, dst, share, *merged = arrays(density(
+      tokens, raw[f'{case}_noise'], raw[f'{case}_token_weight'][..., 0], num_slots=keep,
+      neighbours=int(raw[f'{case}_k'])))
   np.testing.assert_array_equal(src, raw[f'{case}_centers'])
-  real = np.asarray(tokens.real)
-  np.testing.assert_array_equal(np.asarray(dst)[real], raw[f'{case}_idx_cluster'][real])
-  assert (np.asarray(dst)[~real] == keep).all()
+  real = np.ones(x.shape[:2], bool) if valid is None else valid
+  np.testing.assert_array_equal(dst[real], raw[f'{case}_idx_cluster'][real])
+  assert (dst[~real] == keep).all()
 
   # The release adds padding to the first cluster all the same; the others compare.
   first = 0 if valid is None else 1
   # Which group a token went to, and its share of it.
-  np.testing.assert_array_equal(np.asarray(dst)[real], raw[f'{case}_idx_token'][real])
-  share = average_clusters(tokens, src, dst, jnp.asarray(raw[f'{case}_token_weight'][..., 0]),
-                  smoothing=1e-6).weight
-  alone = real & (np.asarray(dst) >= first)
+  np.testing.assert_array_equal(dst[real], raw[f'{case}_idx_token'][real])
+  alone = real & (dst >= first)
   np.testing.assert_allclose(share[alone], raw[f'{case}_agg_weight'][..., 0][alone], **CLOSE)
-  for name, weight in (('merged', jnp.asarray(raw[f'{case}_token_weight'][..., 0])),
-                       ('merged_equal', tokens.real)):
-    merged = average_clusters(tokens, src, dst, weight, smoothing=1e-6).apply(tokens.x)
-    np.testing.assert_allclose(merged[:, first:], raw[f'{case}_{name}'][:, first:], **CLOSE)
+  for name, found in zip(('merged', 'merged_equal'), merged, strict=True):
+    np.testing.assert_allclose(found[:, first:], raw[f'{case}_{name}'][:, first:], **CLOSE)
 
 
 def run(config, reducers=None):
   """The tiny ViT with 0.7 and 0.49 of its patches from layers 1 and 2 on."""
-  model, params = golden_vit.model(), dict(golden_vit.params())
+  params = dict(golden_vit.params())
   params['stack'] = {**params['stack'], **(reducers or {})}
-  plan = make_plan({'layers': LAYERS, 'keep_ratio': 0.7, 'ratio_of': 'start', 'rounding': 'floor',
-                    **config}, model.host)
-  return jax.jit(model.clone(plan=plan).apply)({'params': params}, golden_vit.images())
+  return golden_vit.run({'layers': LAYERS, 'keep_ratio': 0.7, 'ratio_of': 'start',
+                         'rounding': 'floor', **config}, params)
 
 
 def compare(raw, case, logits, out):
@@ -88,7 +107,8 @@ def test_dpcknn_model(case, method):
 def test_density_of_features_far_apart():
   """Densities that underflow as numbers still rank: the closest pair holds the best centre."""
   x = np.array([[0.0, 1e3, 2e3, 3.1e3, 3.15e3]], np.float32)[..., None]
-  scores = cluster.peaks(cluster.distances(jnp.asarray(x)), jnp.ones((1, 5), bool), neighbours=2)
+  scores = jax.jit(lambda x: cluster.peaks(cluster.distances(x), jnp.ones((1, 5), bool),
+                                           neighbours=2))(x)
   assert np.isfinite(np.asarray(scores)).all()
   assert int(np.argmax(scores)) == 3
 
@@ -97,21 +117,19 @@ def test_density_of_features_far_apart():
 @pytest.mark.parametrize('weights', ['attention', 'equal'])
 def test_kmedoids_op(case, weights):
   raw = golden_vit.load('kmedoids')
-  x, keep, iterations = jnp.asarray(raw[f'{case}_x']), int(raw[f'{case}_K']), 3
+  x, keep, iterations = raw[f'{case}_x'], int(raw[f'{case}_K']), 3
   assert iterations == int(raw[f'{case}_iters'])
-  tokens, received, start = TokenSet.create(x), None, 0
+  received, start = None, 0
   prefix = case if weights == 'attention' else f'{case}_eq'
   if weights == 'attention':
-    received = jnp.asarray(raw[f'{case}_token_weight'][..., 0])[:, None]
+    received = raw[f'{case}_token_weight'][..., 0][:, None]
   else:
     start = int(raw[f'{case}_eq_init'][0])
   method = KMedoids(weights=weights, start=start, iterations=iterations)
-  assignment = method(tokens, Signals(received_attention=received), num_slots=keep)
-  np.testing.assert_array_equal(assignment.src, raw[f'{prefix}_center_idx'])
-  np.testing.assert_allclose(assignment.apply(x), raw[f'{prefix}_centers'], **CLOSE)
-  is_open = jnp.ones(assignment.src.shape, bool)
-  groups = cluster.nearest(cluster.distances(x), assignment.src, is_open)
-  np.testing.assert_array_equal(groups, raw[f'{prefix}_assign'])
+  src, centres = medoids(method, x, received, keep)
+  np.testing.assert_array_equal(src, raw[f'{prefix}_center_idx'])
+  np.testing.assert_allclose(centres, raw[f'{prefix}_centers'], **CLOSE)
+  np.testing.assert_array_equal(groups_of(x, src), raw[f'{prefix}_assign'])
 
 
 def test_kmedoids_model():
@@ -125,25 +143,30 @@ def test_kmedoids_model():
   # Which medoid a token was nearest to; only the medoids stay.
   for layer in LAYERS:
     before = out['before'][layer].x[:, 1:]
-    medoids = jnp.asarray(raw[f'k70_Kept_Tokens_block{layer}'])
-    groups = cluster.nearest(cluster.distances(before), medoids, jnp.ones(medoids.shape, bool))
+    groups = groups_of(before, raw[f'k70_Kept_Tokens_block{layer}'])
     np.testing.assert_array_equal(groups, raw[f'k70_Assignment_Maps_block{layer}'])
 
 
 def test_farthest_first_visits_each_slot_once():
-  x = jnp.asarray([[0.0, 0.0, 1.0, 5.0, 9.0]])[..., None]
-  among = jnp.asarray([[True, True, False, True, True]])
-  scores = cluster.farthest_first(cluster.distances(x), among, start=1, count=5)
+  x = np.array([[0.0, 0.0, 1.0, 5.0, 9.0]], np.float32)[..., None]
+  among = np.array([[True, True, False, True, True]])
+
+  @jax.jit
+  def visit(x, among):
+    scores = cluster.farthest_first(cluster.distances(x), among, start=1, count=5)
+    return scores, top(scores, 4)
+
+  scores, order = arrays(visit(x, among))
   # From slot 1: the far end; then the other end (9 from slot 4); then slot 3; slot 2 never.
-  np.testing.assert_array_equal(top(scores, 4), [[1, 4, 0, 3]])
+  np.testing.assert_array_equal(order, [[1, 4, 0, 3]])
   assert scores[0, 2] == scores.min()
 
 
 def test_kmedoids_picks_no_token_twice():
-  tokens = TokenSet.create(jnp.ones((1, 6, 2)))
+  x, received = np.ones((1, 6, 2), np.float32), np.ones((1, 2, 6), np.float32)
   for weights in ('attention', 'equal'):
-    signals = Signals(received_attention=jnp.ones((1, 2, 6)))
-    assert KMedoids(weights=weights)(tokens, signals, num_slots=4).src.tolist() == [[0, 1, 2, 3]]
+    src, _ = medoids(KMedoids(weights=weights), x, received, 4)
+    assert src.tolist() == [[0, 1, 2, 3]]
 
 
 def test_bad_weights():

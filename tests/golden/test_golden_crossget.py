@@ -4,6 +4,8 @@ The golden outputs are those of a stable sort: a pair of mutual nearest tokens t
 unstable sort lets either go.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +28,19 @@ def case_of(name):
   return raw | {key: value[..., 0] for key, value in raw.items() if key.endswith('size')}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def compiled(method, tokens, signals, num_slots):
+  assignment = method(tokens, signals, num_slots=num_slots)
+  mean = assignments.Merge.mean(assignment.src, assignment.dst, tokens.sizes)
+  ids = mean.apply(tokens.stats['token_id']) if 'token_id' in tokens.stats else None
+  return assignment, tk.reduce(tokens, assignment), mean, ids
+
+
 def operate(method, raw, *, ends=(0, -1), free=VISUAL, **signals):
-  """The assignment and the reduced tokens; slots at `ends` are special."""
+  """The assignment, the reduced tokens, the same merge at weight one, and ids merged so.
+
+  Slots at `ends` are special.
+  """
   x = raw['x']
   kind = np.full(x.shape[:2], free, np.int8)
   kind[:, list(ends)] = SPECIAL
@@ -35,9 +48,7 @@ def operate(method, raw, *, ends=(0, -1), free=VISUAL, **signals):
   tokens = TokenSet.create(jnp.asarray(x), kind=kind, size=raw['size'], stats=stats,
                            protected=len(ends), of=(free,))
   keep = raw['stable_out'].shape[1]
-  assignment = jax.jit(method, static_argnames='num_slots')(
-      tokens, Signals(**signals), num_slots=keep)
-  return assignment, tk.reduce(tokens, assignment)
+  return golden_vit.arrays(compiled(method, tokens, Signals(**signals), keep))
 
 
 def compare(reduced, raw):
@@ -59,32 +70,29 @@ def test_image(case):
   assert method.min_slots(slots, 2) <= keep
   if int(raw['r']) > slots:
     assert method.min_slots(slots, 2) == keep
-  assignment, reduced = operate(method, raw, keys=heads(raw['k']), queries=heads(raw['q']))
+  assignment, reduced, mean, _ = operate(method, raw, keys=heads(raw['k']),
+                                         queries=heads(raw['q']))
   compare(reduced, raw)
   # Who went, and where to, as the release lists them; its own sort gave the same in these cases.
   np.testing.assert_allclose(raw['out'], raw['stable_out'], **CLOSE)
   np.testing.assert_array_equal(assignment.src, np.sort(raw['dst_all_idx'], axis=1))
   target = np.take_along_axis(raw['dst_all_idx'], raw['dst_idx'], axis=1)
-  joined = np.take_along_axis(np.asarray(assignment.dst), raw['src_idx'], axis=1)
-  np.testing.assert_array_equal(np.take_along_axis(np.asarray(assignment.src), joined, axis=1),
-                                target)
+  joined = np.take_along_axis(assignment.dst, raw['src_idx'], axis=1)
+  np.testing.assert_array_equal(np.take_along_axis(assignment.src, joined, axis=1), target)
   np.testing.assert_allclose(reduced.size, raw['out_size'], **CLOSE)
   # A source's weight beside that in a mean: twice its part of the pair's softmax, whose parts the
   # release lists source first.
-  mean = assignments.Merge.mean(assignment.src, assignment.dst, jnp.asarray(raw['size'])).weight
-  factor = np.take_along_axis(np.asarray(assignment.weight / mean), raw['src_idx'], axis=1)
+  factor = np.take_along_axis(assignment.weight / mean.weight, raw['src_idx'], axis=1)
   np.testing.assert_allclose(factor / 2, raw['weight'][..., 0], **CLOSE)
   np.testing.assert_allclose(1 - factor / 2, raw['weight'][..., 1], **CLOSE)
 
 
 def test_text():
   raw = case_of('t0')
-  assignment, reduced = operate(CrossGET(form='text'), raw, free=TEXT, keys=heads(raw['k']),
-                                queries=heads(raw['q']))
+  _, reduced, _, ids = operate(CrossGET(form='text'), raw, free=TEXT, keys=heads(raw['k']),
+                               queries=heads(raw['q']))
   compare(reduced, raw)
   # Ids averaged as the release does: the same merge, every pair at weight one.
-  mean = assignments.Merge.mean(assignment.src, assignment.dst, jnp.asarray(raw['size']))
-  ids = np.asarray(mean.apply(jnp.asarray(raw['token_id'])))
   np.testing.assert_allclose(ids, raw['stable_out_token_id'], rtol=1e-6)
   # The end of the text is found at the same slot in either.
   end = raw['stable_out_token_id'].argmax(axis=1)
@@ -98,8 +106,8 @@ def test_attention():
   received, last = raw['query'].mean(axis=2), raw['query'][:, :, -1]
   # The golden keys are the mean over heads; two heads that have it.
   keys = np.stack([raw['k'] + raw['x'], raw['k'] - raw['x']], axis=2)
-  _, reduced = operate(CrossGET(form='attention'), raw, keys=keys,
-                       cls_attention=last[:, None], received_attention=received[:, None])
+  _, reduced, *_ = operate(CrossGET(form='attention'), raw, keys=keys,
+                           cls_attention=last[:, None], received_attention=received[:, None])
   compare(reduced, raw)
 
 
@@ -108,8 +116,8 @@ def test_image_form_reads_the_first_special_token():
   raw = case_of('a')
   queries = raw['q'].copy()
   queries[:, 0] = queries[:, -1]
-  moved, _ = operate(CrossGET(), raw, keys=heads(raw['k']), queries=heads(queries))
-  cross, _ = operate(CrossGET(form='cross'), raw, keys=heads(raw['k']), queries=heads(raw['q']))
+  moved, *_ = operate(CrossGET(), raw, keys=heads(raw['k']), queries=heads(queries))
+  cross, *_ = operate(CrossGET(form='cross'), raw, keys=heads(raw['k']), queries=heads(raw['q']))
   np.testing.assert_array_equal(moved.dst, cross.dst)
   np.testing.assert_array_equal(moved.weight, cross.weight)
 
@@ -118,14 +126,12 @@ def test_image_form_reads_the_first_special_token():
 def test_padding_changes_nothing_in_other_forms(form):
   method, case = CrossGET(form=form), contract.random_case()
   keep = max(contract.KEEP, method.min_slots(contract.SLOTS, contract.PROTECTED))
-  call = jax.jit(method, static_argnames='num_slots')
 
   def run(case):
     tokens = case.tokens()
     ids = np.where(case.real, (7 * tokens.pos + 11) % 19, 1e3).astype(np.float32)
-    answer = call(tokens.replace(stats={'token_id': ids}), case.signals(method.needs),
-                  num_slots=keep)
-    return jax.tree.map(np.asarray, tk.reduce(tokens, answer))
+    tokens = tokens.replace(stats={'token_id': ids})
+    return golden_vit.arrays(compiled(method, tokens, case.signals(method.needs), keep)[1])
 
   without = run(case)
   left, right = np.arange(contract.WIDE - contract.SLOTS, contract.WIDE), np.arange(contract.SLOTS)

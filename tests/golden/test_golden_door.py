@@ -5,12 +5,14 @@ Exact indices, 1e-5 for floats.
 Axes: B batch, N patches, C crops, D features.
 """
 
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import recorded
+from helpers.golden_vit import arrays
 
 from ops import tokens as tk
 from ops.primitives import farthest
@@ -35,37 +37,60 @@ def close(got, want):
   np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
+def tokens_of(x, cls, **fields):
+  kind = np.where(np.arange(x.shape[1]) < cls, SPECIAL, VISUAL).astype(np.int8)
+  return TokenSet.create(jnp.asarray(x), protected=int(cls), **fields,
+                         kind=jnp.broadcast_to(kind, x.shape[:2]))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=('num_slots', 'cls'))
+def compiled(method, x, told, *, num_slots, cls=False, **fields):
+  tokens = tokens_of(x, cls, **fields)
+  answer = method(tokens, told, num_slots=num_slots)
+  return answer, tk.reduce(tokens, answer)
+
+
+def operate(*args, **settings):
+  """The assignment and the reduced tokens; [CLS] stands first where `cls` says so."""
+  return arrays(compiled(*args, **settings))
+
+
+@functools.partial(jax.jit, static_argnames='count')
+def spread_out(x, first, *, count):
+  """Whose turn it is, and how near the nearest is."""
+  vectors, every = l2_normalize(x), jnp.ones(x.shape[:2], bool)
+  return (farthest.farthest_first(vectors, every, first, count=count),
+          farthest.largest_cosine(vectors, every, chunk=7))
+
+
 @pytest.mark.parametrize('case', [0, 1])
 def test_divprune(case):
   raw = load(f'divprune_case{case}')
-  tokens, keep = TokenSet.create(jnp.asarray(raw['features'])[None]), int(raw['num_keep'])
-  answer = jax.jit(lambda t: DivPrune()(t, Signals(), num_slots=keep))(tokens)
+  x, keep = raw['features'][None], int(raw['num_keep'])
+  answer, _ = operate(DivPrune(), x, Signals(), num_slots=keep)
   np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])
-  vectors, every = l2_normalize(tokens.x), jnp.ones((1, tokens.slots), bool)
-  first = jnp.asarray(raw['selected_in_order'][:1])
-  turn = farthest.farthest_first(vectors, every, first, count=keep)
+  turn, nearest = arrays(spread_out(x, raw['selected_in_order'][:1], count=keep))
   np.testing.assert_array_equal(np.argsort(turn[0])[:keep], raw['selected_in_order'])
   if case == 1:
     distance = raw['distance'] + 9 * np.eye(64, dtype=np.float32)
-    close(1 - farthest.largest_cosine(vectors, every, chunk=7)[0], distance.min(axis=1))
+    close(1 - nearest[0], distance.min(axis=1))
 
 
 def test_divprune_takes_the_last_when_more_are_wanted_than_there_are():
-  tokens = TokenSet.create(jax.random.normal(jax.random.key(0), (1, 6, 4)),
-                           valid=jnp.asarray([[True, False, True, True, False, False]]))
-  reduced = tk.reduce(tokens, DivPrune()(tokens, Signals(), num_slots=5))
-  np.testing.assert_array_equal(reduced.pos[reduced.real], [0, 2, 3])
+  x = np.random.default_rng(0).normal(size=(1, 6, 4)).astype(np.float32)
+  _, reduced = operate(DivPrune(), x, Signals(), num_slots=5,
+                       valid=np.array([[True, False, True, True, False, False]]))
+  np.testing.assert_array_equal(reduced.pos[reduced.valid], [0, 2, 3])
 
 
 @pytest.mark.parametrize('case', [0, 1])
 def test_fastervlm(case):
   raw = load(f'fastervlm_case{case}')
-  tokens = TokenSet.create(jnp.asarray(raw['features']))
-  told = Signals(cls_attention=jnp.asarray(raw['cls_attn']))
-  answer = FasterVLM()(tokens, told, num_slots=int(raw['keep']))
+  told = Signals(cls_attention=raw['cls_attn'])
+  answer, reduced = operate(FasterVLM(), raw['features'], told, num_slots=int(raw['keep']))
   close(told.cls_attention.mean(axis=1), raw['score'])
   np.testing.assert_array_equal(answer.src, raw['kept_indices'])
-  np.testing.assert_array_equal(tk.reduce(tokens, answer).x, raw['kept_features'])
+  np.testing.assert_array_equal(reduced.x, raw['kept_features'])
 
 
 def test_fastervlm_on_crops_stands_in_the_order_of_the_whole_image():
@@ -74,27 +99,21 @@ def test_fastervlm_on_crops_stands_in_the_order_of_the_whole_image():
   keep = int(raw['keep_per_crop'])
   crops = side * side + np.arange(4 * side * side).reshape(2, side, 2, side).transpose(0, 2, 1, 3)
   place = np.concatenate([np.arange(side * side)[None], crops.reshape(4, -1)]).astype(np.int32)
-  tokens = TokenSet.create(jnp.asarray(raw['features_tagged']), pos=jnp.asarray(place))
-  told = Signals(cls_attention=jnp.asarray(raw['cls_attn'])[:, None])
-  reduced = tk.reduce(tokens, FasterVLM()(tokens, told, num_slots=keep))
-  order = np.argsort(np.asarray(reduced.pos).reshape(-1))
-  found = np.asarray(reduced.x).reshape(-1, 4)[order]
+  told = Signals(cls_attention=raw['cls_attn'][:, None])
+  _, reduced = operate(FasterVLM(), raw['features_tagged'], told, num_slots=keep, pos=place)
+  order = np.argsort(reduced.pos.reshape(-1))
+  found = reduced.x.reshape(-1, 4)[order]
   np.testing.assert_array_equal(found[:, 0], raw['out_crop_ids'])
   np.testing.assert_array_equal(found[:, 1], raw['out_token_ids'])
   np.testing.assert_array_equal(found, raw['out_features'])
 
 
 def zipped(raw, hidden, attention, *, dominant, contextual):
-  """Tokens with [CLS] first, and what VisionZip makes of them."""
-  slots = hidden.shape[1]
-  kind = np.where(np.arange(slots) == 0, SPECIAL, VISUAL).astype(np.int8)
-  tokens = TokenSet.create(jnp.asarray(hidden), protected=1,
-                           kind=jnp.broadcast_to(kind, hidden.shape[:2]))
-  told = Signals(cls_attention=jnp.asarray(attention),
-                 keys=jnp.asarray(raw['key_metric'])[:, :, None])
-  method = VisionZip(contextual=contextual)
-  answer = jax.jit(lambda t, s: method(t, s, num_slots=dominant + contextual))(tokens, told)
-  return tk.reduce(tokens, answer), answer
+  """What VisionZip makes of tokens with [CLS] first."""
+  told = Signals(cls_attention=attention, keys=raw['key_metric'][:, :, None])
+  answer, reduced = operate(VisionZip(contextual=contextual), hidden, told, cls=True,
+                            num_slots=dominant + contextual)
+  return reduced, answer
 
 
 @pytest.mark.parametrize('case', [0, 1])
@@ -120,11 +139,9 @@ def test_visionzip_on_crops():
 @pytest.mark.long
 def test_aim_merges_in_rounds(case):
   raw = load(f'aim_merge_case{case}')
-  tokens = TokenSet.create(jnp.asarray(raw['x']))
-  answer = AIMMerge()(tokens, Signals(), num_slots=raw['after1'].shape[1])
-  close(tk.reduce(tokens, answer).x, raw['after1'])
-  close(tk.reduce(tokens, AIMMerge()(tokens, Signals(), num_slots=raw['after0'].shape[1])).x,
-        raw['after0'])
+  for name in ('after1', 'after0'):
+    _, reduced = operate(AIMMerge(), raw['x'], Signals(), num_slots=raw[name].shape[1])
+    close(reduced.x, raw[name])
 
 
 @pytest.mark.long
@@ -134,12 +151,10 @@ def test_duet_zip_merges_the_next_tokens_alone():
   keys = np.eye(8)[[0, 1, 2, 3, 4, 5, 6, 7]]
   keys[3] = [0, 0, 0, 1, 0, 1, 0, 0]  # Like slot 5, and not like slot 0.
   keys[0] = [1, 0, 0, 0, 0, 0, 0, 0]
-  x = np.random.default_rng(0).normal(size=(1, 8, 3))
-  tokens = TokenSet.create(jnp.asarray(x))
-  told = Signals(cls_attention=jnp.asarray(attention)[None, None],
-                 keys=jnp.asarray(keys, jnp.float32)[None, :, None])
-  method = DUETZip(contextual=2, width=2)
-  reduced = tk.reduce(tokens, method(tokens, told, num_slots=4))
+  x = np.random.default_rng(0).normal(size=(1, 8, 3)).astype(np.float32)
+  told = Signals(cls_attention=attention[None, None].astype(np.float32),
+                 keys=keys[None, :, None].astype(np.float32))
+  _, reduced = operate(DUETZip(contextual=2, width=2), x, told, num_slots=4)
   # By attention: 2, 7 | 5, 0, 3, 6 | 4, 1. Anchors are every second of the four: 5 and 3; slots 0
   # and 6 are like neither, and join the first in raster order, 3.
   np.testing.assert_array_equal(reduced.pos, [[2, 7, 3, 5]])
@@ -150,18 +165,20 @@ def test_duet_zip_merges_the_next_tokens_alone():
 
 def test_vtc_cls():
   raw, method = load('vtc_cls_case0'), VTCCLS()
-  layers = jnp.asarray(raw['cls_attn_all_layers_headmean'])[:, None, None, 1:]
+  layers = raw['cls_attn_all_layers_headmean'][:, None, None, 1:]
   tokens = TokenSet.create(jnp.asarray(raw['hidden_states'][:, 1:]))
   # 24 layers, of which the last makes features that are not used.
   watched = method.watched((22,))
   assert watched == tuple(range(int(raw['start_layer']), 23))
+  watch = jax.jit(method.watch)
   for layer in watched:
-    stats = method.watch(tokens, Signals(cls_attention=layers[layer]))
+    stats = watch(tokens, Signals(cls_attention=layers[layer]))
     tokens = tokens.replace(stats=tokens.stats | stats)
-  close(tokens.stats['attended'][0], raw['score'])
-  answer = method(tokens, Signals(cls_attention=layers[22]), num_slots=int(raw['keep']))
+  close(np.asarray(tokens.stats['attended'])[0], raw['score'])
+  answer, reduced = operate(method, tokens.x, Signals(cls_attention=layers[22]),
+                            num_slots=int(raw['keep']), stats=tokens.stats)
   np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])
-  np.testing.assert_array_equal(tk.reduce(tokens, answer).x, raw['out_tokens'])
+  np.testing.assert_array_equal(reduced.x, raw['out_tokens'])
 
 
 @pytest.mark.parametrize('case', [0, 1, 2])
@@ -169,13 +186,13 @@ def test_hiprune(case):
   raw = load(f'hiprune_case{case}')
   method = HiPrune(alpha=float(raw['alpha']))
   crops = len(raw['index_mask'])
-  tokens = TokenSet.create(jnp.zeros((crops, 576, 1)))
-  middle, deep = (jnp.asarray(raw[f'{name}_attn_received'])[:, None, 1:]
-                  for name in ('object', 'deep'))
-  tokens = tokens.replace(stats=method.watch(tokens, Signals(received_attention=middle)))
+  x = np.zeros((crops, 576, 1), np.float32)
+  middle, deep = (raw[f'{name}_attn_received'][:, None, 1:] for name in ('object', 'deep'))
+  stats = jax.jit(lambda x, told: method.watch(TokenSet.create(x), told))(
+      x, Signals(received_attention=middle))
   grid = tuple(int(side) for side in raw['grid'])
-  answer = method(tokens, Signals(received_attention=deep, grid=grid),
-                  num_slots=int(raw['retention_total']) // crops)
+  answer, _ = operate(method, x, Signals(received_attention=deep, grid=grid), stats=stats,
+                      num_slots=int(raw['retention_total']) // crops)
   np.testing.assert_array_equal((answer.dst < answer.src.shape[1]), raw['index_mask'] > 0)
 
 
@@ -183,14 +200,13 @@ def test_hiprune(case):
 def test_prumerge(case):
   raw = load(f'prumerge_case{case}')
   batch, slots, _ = raw['hidden_states'].shape
-  kind = np.where(np.arange(slots) == 0, SPECIAL, VISUAL).astype(np.int8)
-  tokens = TokenSet.create(jnp.asarray(raw['hidden_states']), protected=1,
-                           kind=jnp.broadcast_to(kind, (batch, slots)))
-  queries, keys = (jnp.asarray(raw[f'{name}_proj_out']) for name in 'qk')
-  close(whole_attention(tokens, queries, keys)[:, 1:], raw['cls_attn'])
+  queries, keys = (raw[f'{name}_proj_out'] for name in 'qk')
+  attention = jax.jit(lambda x, *args: whole_attention(tokens_of(x, cls=True), *args))(
+      raw['hidden_states'], queries, keys)
+  close(np.asarray(attention)[:, 1:], raw['cls_attn'])
   told = Signals(queries=queries.reshape(batch, slots, 4, -1),
                  keys=keys.reshape(batch, slots, 4, -1))
   keep = 1 + raw['out_tokens'].shape[1]
-  answer = jax.jit(lambda t, s: PruMerge()(t, s, num_slots=keep))(tokens, told)
+  answer, reduced = operate(PruMerge(), raw['hidden_states'], told, num_slots=keep, cls=True)
   np.testing.assert_array_equal(answer.src[:, 1:-1] - 1, raw['topk_indices_first'])
-  close(tk.reduce(tokens, answer).x[:, 1:], raw['out_tokens'])
+  close(reduced.x[:, 1:], raw['out_tokens'])

@@ -24,9 +24,6 @@ def case_of(name):
           if key.startswith(f'{name}_')}
 
 
-compiled = jax.jit
-
-
 def settings(raw):
   return {'candidates': int(raw['k2']), 'temperature': float(raw['tau1']),
           'choice_temperature': float(raw['tau2'])}
@@ -34,17 +31,30 @@ def settings(raw):
 
 def with_cls(x, size):
   kind = np.where(np.arange(x.shape[1]) < 1, SPECIAL, VISUAL).astype(np.int8)
-  return TokenSet.create(jnp.asarray(x), kind=jnp.tile(kind, (len(x), 1)), size=size, protected=1)
+  return TokenSet.create(jnp.asarray(x), kind=np.tile(kind, (len(x), 1)), size=size, protected=1)
 
 
-def training(raw):
-  """The training answer of the module, on the golden metric: a linear map that changes nothing."""
-  tokens, width = with_cls(raw['x'], raw['size']), raw['metric'].shape[-1]
-  module = DTEM(features=width, **settings(raw))
-  params = {'metric': {'kernel': jnp.eye(width), 'bias': jnp.zeros(width)}}
-  call = compiled(functools.partial(module.apply, num_slots=raw['x'].shape[1] - int(raw['r'])))
-  return tokens, call({'params': params}, tokens, Signals(hidden=jnp.asarray(raw['metric'])),
-                      rngs={'dropout': jax.random.key(0)})
+@functools.partial(jax.jit, static_argnums=0, static_argnames='num_slots')
+def operate(module, x, size, metric, *, num_slots, **apply):
+  """The assignment on a metric, of which the linear map changes nothing, and what it makes."""
+  params = {'metric': {'kernel': jnp.eye(metric.shape[2]), 'bias': jnp.zeros(metric.shape[2])}}
+  tokens = with_cls(x, size)
+  answer = module.apply({'params': params}, tokens, Signals(hidden=metric), num_slots=num_slots,
+                        **apply)
+  return answer, tk.reduce(tokens, answer)
+
+
+@functools.cache
+def training(case):
+  """The training answer of the module, on the golden metric."""
+  raw = case_of(case)
+  module = DTEM(features=raw['metric'].shape[-1], **settings(raw))
+  return operate(module, raw['x'], raw['size'], raw['metric'], rngs={'dropout': jax.random.key(0)},
+                 num_slots=raw['x'].shape[1] - int(raw['r']))
+
+
+choice = jax.jit(relaxed_choice, static_argnames=(
+    'most', 'candidates', 'temperature', 'choice_temperature'))
 
 
 @functools.partial(jax.jit, static_argnames=(
@@ -56,9 +66,9 @@ def merged(tokens, metric, **how):
 @pytest.mark.parametrize('case', ['a', 'b'])
 def test_choice(case):
   raw = case_of(case)
-  scores, picks = jnp.asarray(raw['scores']), int(raw['select_k'])
-  found = relaxed_choice(scores, jnp.ones(scores.shape, bool), jnp.full((len(scores), 1), picks),
-                         most=picks, **settings(raw))
+  scores, picks = raw['scores'], int(raw['select_k'])
+  found = choice(scores, np.ones(scores.shape, bool), np.full((len(scores), 1), picks),
+                 most=picks, **settings(raw))
   np.testing.assert_allclose(found, raw['assign'], **CLOSE)
 
 
@@ -80,17 +90,16 @@ def test_warm_choice():
         expected[row][pair] += share[pair]
         logits[pair] += np.log(1 - sum(share[other] for other in pairs if other[0] == pair[0]))
   expected /= np.maximum(expected.sum(axis=2, keepdims=True), 1)
-  found = relaxed_choice(
-      jnp.asarray(scores, jnp.float32), jnp.asarray(among), jnp.asarray(picks), most=4,
-      candidates=candidates, temperature=temperature, choice_temperature=choice_temperature)
+  found = choice(
+      scores.astype(np.float32), among, picks, most=4, candidates=candidates,
+      temperature=temperature, choice_temperature=choice_temperature)
   np.testing.assert_allclose(found, expected, **CLOSE)
 
 
 @pytest.mark.parametrize('case', ['a', 'b'])
 def test_training(case):
   raw = case_of(case)
-  tokens, assignment = training(raw)
-  reduced = tk.reduce(tokens, assignment)
+  _, reduced = golden_vit.arrays(training(case))
   assert reduced.slots == raw['x'].shape[1]
   assert int(raw['n_out']) == reduced.slots - int(raw['r'])
   np.testing.assert_allclose(reduced.size, raw['out_size'], **CLOSE)
@@ -100,7 +109,7 @@ def test_training(case):
     assert full.sum() >= int(raw['n_out'])
     np.testing.assert_allclose(reduced.x[row][full], raw['out'][row][full], **CLOSE)
     ours, theirs = (x[row][~full][np.lexsort(x[row][~full].T)]
-                    for x in (np.asarray(reduced.x), raw['out']))
+                    for x in (reduced.x, raw['out']))
     np.testing.assert_allclose(ours, theirs, **CLOSE)
 
 
@@ -116,12 +125,8 @@ def test_evaluation_merges_the_best_pairs():
     gram = np.block([[np.eye(rows), scores[row]], [scores[row].T, np.eye(count)]])
     root = np.linalg.cholesky(gram)
     metric[row, 2:2 * rows + 1:2], metric[row, 1:2 * count:2] = root[:rows], root[rows:]
-  tokens = with_cls(metric, None)
-  module = DTEM(features=rows + count)
-  params = {'metric': {'kernel': jnp.eye(rows + count), 'bias': jnp.zeros(rows + count)}}
-  assignment = module.apply({'params': params}, tokens, Signals(hidden=jnp.asarray(metric)),
-                            num_slots=keep)
-  joined = np.asarray(tk.reduce(tokens, assignment).owner)
+  _, reduced = operate(DTEM(features=rows + count), metric, None, metric, num_slots=keep)
+  joined = np.asarray(reduced.owner)
   for row in range(2):
     best = np.argsort(-scores[row].max(axis=1))[:3]
     expected = np.arange(1 + rows + count)
@@ -136,10 +141,10 @@ def test_a_sharp_choice_is_the_hard_merge():
   x, metric = rng.normal(size=(2, 2, 15, 6)).astype(np.float32)
   merge = functools.partial(merged, num_slots=11, count=15, candidates=3, temperature=0.2,
                             choice_temperature=1e-4)
-  reduced = merge(with_cls(x, None), metric)
+  reduced = golden_vit.arrays(merge(with_cls(x, None), metric))
   np.testing.assert_allclose(reduced.size, np.round(reduced.size), atol=1e-5)
-  assert (np.sum(np.asarray(reduced.size) > 0.5, axis=1) == 11).all()
-  members = np.asarray(reduced.owner)[:, None] == np.arange(15)[None, :, None]
+  assert (np.sum(reduced.size > 0.5, axis=1) == 11).all()
+  members = reduced.owner[:, None] == np.arange(15)[None, :, None]
   np.testing.assert_array_equal(members.sum(axis=2), np.round(reduced.size))
   means = np.einsum('bmn,bnd->bmd', members / np.maximum(members.sum(2, keepdims=True), 1), x)
   np.testing.assert_allclose(reduced.x[:, :11], means[:, :11], **CLOSE)
@@ -151,7 +156,7 @@ def test_only_the_first_count_slots_take_part():
   x, size, metric = raw['x'], raw['size'], raw['metric']
   merge = functools.partial(merged, num_slots=9, count=12, **settings(raw))
   alone = merge(with_cls(x[:, :12], size[:, :12]), metric[:, :12])
-  reduced = merge(with_cls(x, size), metric)
+  reduced = golden_vit.arrays(merge(with_cls(x, size), metric))
   np.testing.assert_array_equal(reduced.x[:, 12:], x[:, 12:])
   np.testing.assert_array_equal(reduced.size[:, 12:], size[:, 12:])
   np.testing.assert_allclose(reduced.size[:, :12], alone.size, **CLOSE)
@@ -169,13 +174,14 @@ def test_padding_changes_nothing_in_training():
     def spread(values, fill, place=place):
       out = np.full((2, slots + extra, *values.shape[2:]), fill, values.dtype)
       out[:, place] = values
-      return jnp.asarray(out)
+      return out
     kind = np.where(np.arange(slots) < 1, SPECIAL, VISUAL).astype(np.int8)
     valid = spread(np.ones(x.shape[:2], bool), False)
-    tokens = TokenSet.create(spread(x, 1e3), kind=spread(np.tile(kind, (2, 1)), VISUAL),
-                             size=spread(size, 1e3), protected=1, valid=valid)
-    reduced = merge(tokens, spread(metric, 1e3), count=slots + extra)
-    np.testing.assert_array_equal(np.asarray(reduced.valid),
+    tokens = TokenSet.create(
+        jnp.asarray(spread(x, 1e3)), kind=spread(np.tile(kind, (2, 1)), VISUAL),
+        size=spread(size, 1e3), protected=1, valid=valid)
+    reduced = golden_vit.arrays(merge(tokens, spread(metric, 1e3), count=slots + extra))
+    np.testing.assert_array_equal(reduced.valid,
                                   np.tile(np.arange(slots + extra) < slots, (2, 1)))
     np.testing.assert_allclose(reduced.x[:, :slots], plain.x, **CLOSE)
     np.testing.assert_allclose(reduced.size[:, :slots], plain.size, **CLOSE)
@@ -192,17 +198,20 @@ def test_the_metric_learns_and_the_model_below_does_not():
     reduced = tk.reduce(tokens, answer)
     return jnp.sum(reduced.x[:, 1] * reduced.size[:, 1:2])
 
-  params = {'metric': {'kernel': 0.3 * jnp.eye(width), 'bias': jnp.zeros(width)}}
-  learned, below = compiled(jax.grad(loss, argnums=(0, 1)))(params, jnp.asarray(raw['metric']))
-  assert float(jnp.max(jnp.abs(learned['metric']['kernel']))) > 1e-3
+  params = {'metric': {'kernel': 0.3 * np.eye(width, dtype=np.float32),
+                       'bias': np.zeros(width, np.float32)}}
+  learned, below = golden_vit.arrays(
+      jax.jit(jax.grad(loss, argnums=(0, 1)))(params, raw['metric']))
+  assert np.abs(learned['metric']['kernel']).max() > 1e-3
   np.testing.assert_array_equal(below, np.zeros_like(below))
 
 
 def test_soft_sizes_do_not_compose():
   """A product of weights says nothing about sizes that go elsewhere than features do."""
-  tokens, mix = training(case_of('a'))
+  mix, _ = training('a')
+  tokens = with_cls(case_of('a')['x'], None)
   with pytest.raises(ValueError, match='apply them one by one'):
-    tk.compose(tk.identity(tokens), mix)
+    jax.eval_shape(lambda: tk.compose(tk.identity(tokens), mix))
 
 
 @pytest.mark.long
@@ -212,7 +221,7 @@ def test_model_trains_on_all_slots_and_evaluates_on_fewer():
                    model.host)
   model, slots = model.clone(plan=plan), model.host.slots
   images = golden_vit.images()
-  made = compiled(model.init)(jax.random.key(0), images)['params']['stack']
+  made = jax.jit(model.init)(jax.random.key(0), images)['params']['stack']
   params = dict(golden_vit.params())
   params['stack'] = made | params['stack']
 
@@ -221,7 +230,7 @@ def test_model_trains_on_all_slots_and_evaluates_on_fewer():
                                        rngs={'dropout': jax.random.key(1)})
     return jnp.sum(logits ** 2), [out['cuts'][layer] for layer in (1, 2)]
 
-  grads, cuts = compiled(jax.grad(loss, has_aux=True))(params)
+  grads, cuts = jax.jit(jax.grad(loss, has_aux=True))(params)
   for cut, part in zip(cuts, (slots, slots - 8), strict=True):
     assert cut.slots == slots
     np.testing.assert_allclose(cut.size.sum(axis=1), [slots, slots], rtol=1e-5)

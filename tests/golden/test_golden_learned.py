@@ -13,7 +13,6 @@ from models.compressors.dynamicvit import Predictor
 from models.compressors.patchmerger import PatchMerger
 from models.compressors.sinkhorn import Sinkhorn
 from models.compressors.sit import SiT
-from models.plan import make_plan
 from models.storage import unstack
 from ops import tokens as tk
 from ops.attention import attend
@@ -59,23 +58,23 @@ def reducer_params(method, raw, index):
 @functools.cache
 def run(method, *, unstacked=False):
   """The tiny ViT with 0.7 and 0.49 of its patches from layers 1 and 2 on."""
-  raw, model = golden_vit.load(method), golden_vit.model()
-  plan = make_plan({'method': method, 'layers': LAYERS, 'keep_ratio': 0.7, 'ratio_of': 'start',
-                    'rounding': 'floor'}, model.host)
+  raw = golden_vit.load(method)
   params = dict(golden_vit.params())
   blocks = params['stack']['blocks']
   params['stack'] = {'blocks': unstack(blocks, golden_vit.DEPTH) if unstacked else blocks}
   params['stack'] |= {f'reducer_{layer:02d}': reducer_params(method, raw, i)
                       for i, layer in enumerate(LAYERS)}
-  logits, out = jax.jit(model.clone(plan=plan).apply)({'params': params}, golden_vit.images())
+  logits, out = golden_vit.run({'method': method, 'layers': LAYERS, 'keep_ratio': 0.7,
+                                'ratio_of': 'start', 'rounding': 'floor'}, params)
   return raw, logits, out
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames='keep')
 def operate(module, params, x, *, keep):
-  """A method on unprotected tokens: its assignment and the reduced tokens."""
-  tokens = TokenSet.create(jnp.asarray(x))
+  """A method on unprotected tokens: the matrix of its assignment and the reduced tokens."""
+  tokens = TokenSet.create(x)
   assignment = module.apply({'params': params}, tokens, Signals(), num_slots=keep)
-  return assignment, tk.reduce(tokens, assignment)
+  return assignment.matrix(), tk.reduce(tokens, assignment)
 
 
 def test_patchmerger_op():
@@ -83,8 +82,8 @@ def test_patchmerger_op():
   width = raw['a_x'].shape[-1]
   params = {'queries': raw['a_queries'], 'norm': {'scale': np.ones(width, np.float32),
                                                   'bias': np.zeros(width, np.float32)}}
-  assignment, reduced = operate(PatchMerger(), params, raw['a_x'], keep=4)
-  np.testing.assert_allclose(assignment.matrix(), raw['a_weights'], **CLOSE)
+  matrix, reduced = operate(PatchMerger(), params, raw['a_x'], keep=4)
+  np.testing.assert_allclose(matrix, raw['a_weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['a_out'], **CLOSE)
 
 
@@ -94,23 +93,24 @@ def test_sinkhorn_op(case, centres):
   raw = {key[2:]: value for key, value in golden_vit.load('sinkhorn').items()
          if key.startswith(f'{case}_')}
   module = Sinkhorn(eps=float(raw['eps']), iterations=int(raw['iters']))
-  np.testing.assert_allclose(l2_normalize(jnp.asarray(raw['v'])), raw['v_after'], **CLOSE)
-  assignment, reduced = operate(module, {'v': raw[centres]}, raw['x'], keep=len(raw['v']))
-  np.testing.assert_allclose(assignment.matrix(), raw['weights'], **CLOSE)
+  np.testing.assert_allclose(jax.jit(l2_normalize)(raw['v']), raw['v_after'], **CLOSE)
+  matrix, reduced = operate(module, {'v': raw[centres]}, raw['x'], keep=len(raw['v']))
+  np.testing.assert_allclose(matrix, raw['weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['out'], **CLOSE)
 
 
 def test_sit_op():
   raw = golden_vit.load('sit')
-  assignment, reduced = operate(SiT(), slimming(raw, 'a_param_'), raw['a_x'], keep=4)
-  np.testing.assert_allclose(assignment.matrix(), raw['a_weights'], **CLOSE)
+  matrix, reduced = operate(SiT(), slimming(raw, 'a_param_'), raw['a_x'], keep=4)
+  np.testing.assert_allclose(matrix, raw['a_weights'], **CLOSE)
   np.testing.assert_allclose(reduced.x, raw['a_out'], **CLOSE)
 
 
 def test_dynamicvit_predictor():
   raw = golden_vit.load('dynamicvit')
   params = predictor(raw, 'param_score_predictor.0')
-  scores = Predictor().apply({'params': params}, raw['pred_x'], raw['pred_policy'][..., 0])
+  scores = jax.jit(Predictor().apply)(
+      {'params': params}, raw['pred_x'], raw['pred_policy'][..., 0])
   np.testing.assert_allclose(scores, raw['pred_out'], **CLOSE)
 
 
@@ -124,15 +124,15 @@ def test_dynamicvit_attention_in_training():
   block = Block(golden_vit.WIDTH, golden_vit.HEADS, 128, parent=None)
   params = jax.tree.map(lambda leaf: leaf[1], golden_vit.params()['stack']['blocks'])
   policy = raw['policy_attn_policy'][..., 0]
-  tokens = TokenSet.create(jnp.asarray(raw['policy_attn_x']), size=jnp.asarray(policy))
+  tokens = TokenSet.create(jnp.asarray(raw['policy_attn_x']), size=policy)
 
   def attention(block, tokens):
     q, k, v = block.qkv(tokens.x)
     mixed = attend(q, k, v, bias=key_bias(tokens, proportional=True))
     return q, k, v, block.out(mixed.out)
 
-  q, k, v, found = (np.asarray(part, np.float64) for part in block.apply(
-      {'params': params}, tokens, method=attention))
+  call = jax.jit(functools.partial(block.apply, method=attention))
+  q, k, v, found = (np.asarray(part, np.float64) for part in call({'params': params}, tokens))
   scores = np.einsum('bnhd,bmhd->bhnm', q, k) / np.sqrt(q.shape[-1])
   weights = np.exp(scores - scores.max(-1, keepdims=True)) * policy[:, None, None]
   kernel, bias = (np.asarray(params['out'][name], np.float64) for name in ('kernel', 'bias'))
@@ -180,6 +180,7 @@ def test_sinkhorn_clusters_are_equally_heavy():
   tokens = TokenSet.create(jax.random.normal(jax.random.key(1), (2, 20, 8)))
   module = Sinkhorn(eps=0.1, iterations=200)
   params = module.init(jax.random.key(0), tokens, Signals(), num_slots=5)
-  weights = module.apply(params, tokens, Signals(), num_slots=5).matrix()
-  np.testing.assert_allclose(jnp.sum(weights, axis=1), np.ones((2, 20)), rtol=1e-5)
-  np.testing.assert_allclose(jnp.sum(weights, axis=2), np.full((2, 5), 4.0), rtol=1e-3)
+  # Outside jit, where 200 rounds would be one long program.
+  weights = np.asarray(module.apply(params, tokens, Signals(), num_slots=5).matrix())
+  np.testing.assert_allclose(np.sum(weights, axis=1), np.ones((2, 20)), rtol=1e-5)
+  np.testing.assert_allclose(np.sum(weights, axis=2), np.full((2, 5), 4.0), rtol=1e-3)

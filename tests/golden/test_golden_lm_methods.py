@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import recorded
+from helpers.golden_vit import arrays
 
 from models.backbones.lm import LM
 from models.plan import make_cache_plan, make_plan
@@ -71,14 +72,14 @@ def image_and_text(x, start, visual):
   """float[1, N, D]: text, `visual` visual tokens from `start` on, text."""
   slots = np.arange(x.shape[1])
   kind = np.where((slots >= start) & (slots < start + visual), VISUAL, TEXT).astype(np.int8)
-  return TokenSet.create(jnp.asarray(x), kind=jnp.asarray(kind)[None])
+  return TokenSet.create(jnp.asarray(x), kind=kind[None])
 
 
 def run(lm, variables, tokens, visual, **config):
   """A whole forward pass under a reduction of the visual tokens."""
   host = lm.host(tokens.slots, visual=visual)
   plan = make_plan({'token_kinds': 'visual', **config}, host)
-  return jax.jit(lm.clone(plan=plan).apply)(variables, tokens)[1]
+  return arrays(jax.jit(lm.clone(plan=plan).apply)(variables, tokens)[1])
 
 
 def test_fastv():
@@ -122,13 +123,14 @@ def test_salient_words_are_the_rows_that_duet_asks():
   kind = image_and_text(np.zeros((1, 12, 4), np.float32), 2, 6).kind
   salient = np.zeros((2, 12), bool)
   salient[0, [1, 10]] = True
-  tokens = TokenSet.create(jnp.zeros((2, 12, 4)), kind=jnp.repeat(kind, 2, axis=0),
-                           stats={'salient': jnp.asarray(salient)})
-  rows = REDUCERS['duet_vlm']().rows(tokens)
+  tokens = TokenSet.create(np.zeros((2, 12, 4), np.float32), kind=np.repeat(kind, 2, axis=0),
+                           stats={'salient': salient})
+  read = jax.jit(REDUCERS['duet_vlm']().rows)
+  rows = np.asarray(read(tokens))
   np.testing.assert_array_equal(np.flatnonzero(rows[0]), [1, 10])
   np.testing.assert_array_equal(np.flatnonzero(rows[1]), [8, 9, 10, 11])
   without = tokens.replace(stats={})
-  np.testing.assert_array_equal(REDUCERS['duet_vlm']().rows(without)[0], rows[1])
+  np.testing.assert_array_equal(np.asarray(read(without))[0], rows[1])
 
 
 CACHES = {
@@ -152,15 +154,15 @@ def test_decoding_from_a_reduced_cache(name):
   lm = lm.clone(cache_plan=plan)
   prefill = jax.jit(functools.partial(lm.apply, room=1, method='prefill'))
   logits, cache = prefill(variables, base['ids'].astype(np.int32))
-  close(logits[0], base['logits_last'])
+  close(np.asarray(logits)[0], base['logits_last'])
   assert [layer.k.shape for layer in cache.layers] == [(1, 2, 25, 16)] * 2
   for index, layer in enumerate(cache.layers):
-    np.testing.assert_array_equal(np.sort(layer.pos[0, :, :24], axis=1),
+    np.testing.assert_array_equal(np.sort(np.asarray(layer.pos)[0, :, :24], axis=1),
                                   np.sort(raw[f'kept_idx_l{index}'], axis=1))
     np.testing.assert_array_equal(layer.start, 48)
   logits, _ = jax.jit(functools.partial(lm.apply, method='decode'))(
       variables, raw['decode_token'][0].astype(np.int32), cache)
-  close(logits[0], raw['decode_logits'])
+  close(np.asarray(logits)[0], raw['decode_logits'])
 
 
 AIM_SCHEDULE = {'layers': tuple(range(14, 22)), 'ratio_of': 'start', 'rounding': 'floor',
@@ -198,7 +200,8 @@ def test_aim_walks(hidden):
   logits = raw['attn_logits_causal']
   if hidden:
     logits = np.where(raw['already_pruned_mask'], logits, -1e30)
-  found = aim.importance(jax.nn.softmax(jnp.asarray(logits) / 0.1, axis=3), jnp.ones((1, 40), bool))
+  found = jax.jit(lambda logits: aim.importance(
+      jax.nn.softmax(logits / 0.1, axis=3), jnp.ones((1, 40), bool)))(logits)
   close(found, raw['importance_with_pruned_cols_masked' if hidden else 'importance'])
 
 

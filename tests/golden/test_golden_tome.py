@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from helpers import golden_vit
 
-from models.plan import make_plan
 from ops import assignments
 from ops import tokens as tk
 from ops.assignments import Gather
@@ -29,8 +28,8 @@ def given(x, *, protected=0, size=None):
   batch, slots, _ = x.shape
   kind = np.where(np.arange(slots) < protected, SPECIAL, VISUAL).astype(np.int8)
   return TokenSet.create(
-      jnp.asarray(x), kind=jnp.broadcast_to(kind, (batch, slots)), protected=protected,
-      size=None if size is None else jnp.asarray(size)[..., 0])
+      jnp.asarray(x), kind=np.tile(kind, (batch, 1)), protected=protected,
+      size=None if size is None else size[..., 0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -42,22 +41,27 @@ def ask(method, tokens, metric, num_slots):
 reduce = jax.jit(tk.reduce)
 
 
-def check_merges(raw, case, tokens, merge):
+@jax.jit
+def applied(tokens, merge, out):
   """Every way in which the release can apply one matching."""
-  outputs = merge.src.shape[1]
-  sized, plain = reduce(tokens, merge), tokens.replace(size=None)
+  plain = tokens.replace(size=None)
+  mean = assignments.Merge.mean(merge.src, merge.dst, plain.sizes)
+  return {'sized': tk.reduce(tokens, merge), 'unsized': tk.reduce(plain, mean),
+          'mean': mean.apply(tokens.x), 'max': merge.replace(op='max').apply(tokens.x),
+          'picked': Gather(merge.src, tokens.slots).apply(tokens.x), 'back': merge.restore(out)}
+
+
+def check_merges(raw, case, tokens, merge):
+  found = golden_vit.arrays(applied(tokens, merge, raw[f'{case}_out']))
+  sized, unsized = found['sized'], found['unsized']
   close(sized.x, raw[f'{case}_out'])
   close(sized.size, raw[f'{case}_out_size'][..., 0])
-  same(sized.owner[:, None] == np.arange(outputs)[None, :, None], raw[f'{case}_source'] > 0)
-  return assignments.Merge.mean(merge.src, merge.dst, plain.sizes)
-
-
-def check_unsized(raw, case, tokens, mean):
-  unsized = reduce(tokens.replace(size=None), mean)
+  same(sized.owner[:, None] == np.arange(sized.slots)[None, :, None], raw[f'{case}_source'] > 0)
   close(unsized.x, raw[f'{case}_out_nosize'])
   close(unsized.size, raw[f'{case}_out_nosize_size'][..., 0])
   # The release's mode 'mean' takes the destination in, which is the same thing.
-  close(mean.apply(tokens.x), raw[f'{case}_out_mean'])
+  close(found['mean'], raw[f'{case}_out_mean'])
+  return found
 
 
 @pytest.mark.parametrize('case', ['a', 'b', 'c'])
@@ -75,10 +79,9 @@ def test_tome(case):
   same(merge.src, np.concatenate([2 * raw[f'{case}_unm_idx'], odd], axis=1))
   ends = np.take_along_axis(merge.dst, 2 * raw[f'{case}_src_idx'], axis=1)
   same(ends, raw[f'{case}_unm_idx'].shape[1] + raw[f'{case}_dst_idx'])
-  mean = check_merges(raw, case, tokens, merge)
-  check_unsized(raw, case, tokens, mean)
-  close(merge.replace(op='max').apply(tokens.x), raw[f'{case}_out_amax'])
-  close(merge.restore(jnp.asarray(raw[f'{case}_out'])), raw[f'{case}_unmerge'])
+  found = check_merges(raw, case, tokens, merge)
+  close(found['max'], raw[f'{case}_out_amax'])
+  close(found['back'], raw[f'{case}_unmerge'])
 
 
 def test_tome_with_distillation_token():
@@ -92,6 +95,9 @@ def test_tome_with_distillation_token():
   x, metric = (rng.normal(size=(2, 18, 8)).astype(np.float32) for _ in range(2))
   tokens = given(x, protected=2)
   merge = ask(ToMe(), tokens, metric, 13)
+  ours = np.asarray(reduce(tokens, merge).x)
+  restore = jax.jit(merge.restore)
+  merge = golden_vit.arrays(merge)
   for row in range(2):
     unit = metric[row] / np.linalg.norm(metric[row], axis=1, keepdims=True)
     scores = unit[2::2] @ unit[3::2].T
@@ -103,8 +109,8 @@ def test_tome_with_distillation_token():
     same(merge.src[row], order)
     same(merge.dst[row], [order.index(slot) for slot in partner])
     means = np.stack([x[row][partner == slot].mean(0) for slot in order])
-    close(merge.apply(tokens.x)[row], means)
-    back = np.asarray(merge.restore(jnp.asarray(means)[None].repeat(2, 0)))[row]
+    close(ours[row], means)
+    back = np.asarray(restore(means[None].repeat(2, 0)))[row]
     close(back, np.stack([x[row][partner == end].mean(0) for end in partner]))
     left = [slot for slot in range(0, 18, 2) if partner[slot] == slot]
     released = np.zeros_like(back)
@@ -122,11 +128,11 @@ def test_tome_kth():
   reduced = reduce(tokens, merge)
   close(reduced.x, raw['kth3_out'])
   close(reduced.size, raw['kth3_size'][..., 0])
-  close(merge.restore(reduced.x), raw['kth3_unmerge'])
+  close(jax.jit(merge.restore)(reduced.x), raw['kth3_unmerge'])
   whole = given(raw['kth3_x'])
   merge = ask(ToMeKth(), whole, raw['kth3_metric'], 4)
   same(merge.src, np.broadcast_to([2, 6, 9, 13], (2, 4)))
-  same(reduce(whole, merge).size.sum(1), [14, 14])
+  same(np.asarray(reduce(whole, merge).size).sum(1), [14, 14])
 
 
 def test_tome_schedules():
@@ -142,9 +148,7 @@ def test_tome_schedules():
 @functools.cache
 def run(method, args=(), **budget):
   """The tiny ViT under one plan, compiled once: logits and everything beside them."""
-  model = golden_vit.model()
-  plan = make_plan({'method': method, 'args': dict(args), **budget}, model.host)
-  return jax.jit(model.clone(plan=plan).apply)({'params': golden_vit.params()}, golden_vit.images())
+  return golden_vit.run({'method': method, 'args': dict(args), **budget})
 
 
 def check_model(raw, case, logits, out):
@@ -197,11 +201,11 @@ def test_pitome(case):
     close(reduced.x, raw[f'{case}_out'])
     close(reduced.size, raw[f'{case}_out_size'][..., 0])
     return
-  metric = jnp.asarray(raw[f'{case}_metric'])
-  energy = elu_energy(cosine(metric, metric), tokens.free, method.margin)
-  close(energy[:, protected:], raw[f'{case}_energy'])
-  check_unsized(raw, case, tokens, check_merges(raw, case, tokens, merge))
-  close(Gather(merge.src, tokens.slots).apply(tokens.x), raw[f'{case}_out_prune'])
+  metric = raw[f'{case}_metric']
+  energy = jax.jit(lambda metric, tokens: elu_energy(cosine(metric, metric), tokens.free,
+                                                     method.margin))(metric, tokens)
+  close(np.asarray(energy)[:, protected:], raw[f'{case}_energy'])
+  close(check_merges(raw, case, tokens, merge)['picked'], raw[f'{case}_out_prune'])
 
 
 def test_pitome_vit():
@@ -251,16 +255,16 @@ def test_pitome_padding(pairing):
     padded[0][row, place], padded[1][row, place] = x[row], metric[row]
   ragged = TokenSet.create(jnp.asarray(padded[0]), kind=jnp.asarray(kind), protected=1,
                            valid=jnp.asarray(valid))
-  expected = reduce(tokens, ask(method, tokens, metric, 11))
-  got = reduce(ragged, ask(method, ragged, padded[1], 11))
-  same(got.real, np.ones((2, 11), bool))
+  expected = golden_vit.arrays(reduce(tokens, ask(method, tokens, metric, 11)))
+  got = golden_vit.arrays(reduce(ragged, ask(method, ragged, padded[1], 11)))
+  same(got.valid, np.ones((2, 11), bool))
   close(got.x, expected.x)
   close(got.size, expected.size)
-  alone = jax.tree.map(lambda leaf: leaf[1:], ragged)
+  alone = jax.tree.map(lambda leaf: leaf[1:], golden_vit.arrays(ragged))
   single = reduce(alone, ask(method, alone, padded[1][1:], 11))
-  same(single.x[0], got.x[1])
+  same(np.asarray(single.x)[0], got.x[1])
   short = reduce(ragged, ask(method, ragged, padded[1], 17))
-  same(short.real.sum(1), [slots, slots])
+  same(np.asarray(short.valid).sum(1), [slots, slots])
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])

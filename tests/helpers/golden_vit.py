@@ -2,11 +2,13 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from helpers import recorded
 from models.backbones.vit import ViT
+from models.plan import make_plan
 
 DEPTH, WIDTH, HEADS = 4, 64, 4
 
@@ -65,3 +67,15 @@ def model(**settings) -> ViT:
   """The tiny ViT itself; settings are fields of ViT."""
   return ViT(width=WIDTH, depth=DEPTH, mlp=128, heads=HEADS, patch=4, image_size=32,
              num_classes=10, capture=True, **settings)
+
+
+def run(config: dict, weights: dict | None = None) -> tuple:
+  """The tiny ViT under one plan: its logits and everything beside them, as numpy arrays."""
+  vit = model()
+  vit = vit.clone(plan=make_plan(config, vit.host))
+  return arrays(jax.jit(vit.apply)({'params': weights or params()}, images()))
+
+
+def arrays(tree):
+  """The same with numpy's arrays for JAX's, of which every slice would be a program."""
+  return jax.tree.map(np.asarray, tree)
