@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from lib.cost.vlm import macs_of
-from lib.data import anyres
+from lib.data import anyres, gguf_tokenizer
 from lib.data.anyres import Patches, Square
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.preprocess import Preprocess
@@ -32,7 +32,7 @@ from models import checkpoints
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, passed_on
 from models.build import DTYPES
-from models.checkpoints import files, lm_config, vlm_config
+from models.checkpoints import files, gguf, lm_config, vlm_config
 from models.checkpoints.json_files import naming, read_json_if_there, value_of
 from models.decoding.generator import Generator
 from models.families import LM_FAMILIES
@@ -217,7 +217,8 @@ def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = 
 
   Args:
     source: the workdir of a run that learned to answer questions; a folder with config.json,
-      tokenizer.json and safetensors; or such a folder's name on the hub.
+      tokenizer.json and safetensors; such a folder's name on the hub; or a .gguf file, which holds
+      all of it.
     dtype: of parameters and products, 'float32' or 'bfloat16'. A run keeps its own.
     data_dir: where a run's set is, if not where the run found it.
 
@@ -227,6 +228,8 @@ def load(source: str | pathlib.Path, *, dtype: str = 'float32', data_dir: str = 
       `lib.tasks.trained.load_run`.
   """
   path = files.locate(source)
+  if path.suffix == gguf.SUFFIX:
+    return _of_gguf(path, dtype)
   if not path.is_dir():
     raise ValueError(f'{path} is a file: give the folder that it lies in, whose config.json and '
                      'tokenizer are needed as well')
@@ -285,7 +288,18 @@ def _of_checkpoint(path: pathlib.Path, config: Mapping[str, Any], dtype: str) ->
   model = checkpoints.tied_as_stored(model, path)
   params = checkpoints.load(model, path, dtype=kind, storage='unstacked')
   return Assistant(model, params, tokens, ends, look,
-                   Chat(path) if has_template(path) else None)
+                   Chat.of(path) if has_template(path) else None)
+
+
+def _of_gguf(path: pathlib.Path, dtype: str) -> Assistant:
+  choices.check('dtype ', dtype, DTYPES)
+  kind = DTYPES[dtype]
+  model = lm_config.from_config(gguf.config(path), dtype=kind,
+                                implementation=pick(jax.default_backend(), kind))
+  tokens, ends = gguf_tokenizer.tokenizer(path), gguf_tokenizer.ends(path)
+  check_tokens(tokens, model, ends, path)
+  params = checkpoints.load(model, path, dtype=kind, storage='unstacked')
+  return Assistant(model, params, tokens, ends, chat=gguf_tokenizer.chat(path))
 
 
 def check_tokens(tokens: Tokenizer, model: LM | VLM, ends: Sequence[int],

@@ -45,7 +45,7 @@ from models import build
 from models.backbones.lm import LM
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.checkpoints import files
+from models.checkpoints import files, gguf
 from models.checkpoints.json_files import naming, value_of
 from models.decoding.sampling import Sampling
 from models.plan import Settings, reduction_settings
@@ -62,7 +62,8 @@ def load(source: str | pathlib.Path, *, variant: str = '', dtype: str = 'float32
 
   Args:
     source: the workdir of a run of train.py, or a folder that tools/pack.py wrote
-      (results/digit_scenes); a checkpoint's folder; or its name on the hub, as 'owner/name'.
+      (results/digit_scenes); a checkpoint's folder; its name on the hub, as 'owner/name'; or a
+      .gguf file of a language model.
     variant: of an image checkpoint, which architecture it is, as 'deit_s16' (models/families.py).
     dtype: of a checkpoint's products, 'float32' or 'bfloat16'. A run keeps its own.
     data_dir: where a run's data set is, if not where the run found it. Only `evaluate` reads it,
@@ -83,6 +84,8 @@ def load(source: str | pathlib.Path, *, variant: str = '', dtype: str = 'float32
     raise ValueError(f'{", ".join(settings)} belong to an image checkpoint: name its variant, as '
                      "variant='deit_s16', or leave them out")
   path = files.locate(source)
+  if path.suffix == gguf.SUFFIX:
+    return LanguageModel(assistant.load(path, dtype=dtype))
   config = files.config(path)
   with naming(path):
     model = value_of(config, 'model', Mapping[str, Any]) or {}

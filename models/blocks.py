@@ -79,11 +79,11 @@ def hidden_features(mlp: int, activation: str) -> int | tuple[int, int]:
 
 
 class ReducibleBlock(nn.Module):
-  """Pre-norm block whose attention and MLP return the change that they make; a stack adds it.
+  """Block whose attention and MLP return the change that they make; a stack adds it.
 
   It does not know that reductions exist. A family fills the hooks: `make_norm`, `make_out`,
-  `queries_and_keys`, `values`, `inner` and `outer`; and where they differ `project`, `scaled`,
-  `order` and `kernel_order`.
+  `queries_and_keys`, `values`, `inner` and `outer`; and where they differ `project`, `entering`,
+  `residual`, `order` and `kernel_order`. Norms stand in front unless these two say otherwise.
   """
 
   @property
@@ -101,7 +101,7 @@ class ReducibleBlock(nn.Module):
     self.norm1, self.norm2, self.out = self.make_norm(), self.make_norm(), self.make_out()
 
   def make_norm(self) -> nn.Module:
-    """Makes the norm that stands before attention, and before the MLP."""
+    """Makes the norm of attention, and that of the MLP."""
     raise NotImplementedError
 
   def make_out(self) -> nn.Module:
@@ -128,10 +128,14 @@ class ReducibleBlock(nn.Module):
     """Returns queries, keys, queries before rotation, and values, where one product makes all."""
     return (*self.queries_and_keys(hidden, tokens), self.values(hidden))
 
-  def scaled(self, change: Array, branch: int) -> Array:
-    """Returns the change of attention (0) or the MLP (1) as it is added."""
-    del branch
-    return change
+  def entering(self, x: Array, branch: int) -> Array:
+    """Returns features float[..., D] as attention (0) or the MLP (1) reads them: normed."""
+    return (self.norm1, self.norm2)[branch](x)
+
+  def residual(self, x: Array, made: Array, branch: int) -> Array:
+    """Returns the change that is added to features x for what attention (0) or the MLP (1) made."""
+    del x, branch
+    return made
 
   def order(self, tokens: TokenSet) -> dict[str, Any]:
     """Returns what a token sees: `positions` that make attention causal, or None; `window` and
@@ -168,7 +172,7 @@ class ReducibleBlock(nn.Module):
       choose: gets the signals of the layer, and says who attends to whom; None for all.
       **query_rows: which rows some signals are of (`ops.signals.measure`: span, rows, max_rows).
     """
-    hidden = self.norm1(tokens.x)
+    hidden = self.entering(tokens.x, 0)
     q, k, plain, v = self.project(hidden, tokens)
     bias, order = key_bias(tokens, proportional=proportional), self.order(tokens)
     read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
@@ -194,7 +198,7 @@ class ReducibleBlock(nn.Module):
     else:
       mixed = mix(q, k, v, *self.kernel_order(tokens, bias, proportional))
       out, signals = mixed.out, read(q=q, k=k, lse=mixed.lse)
-    change = self.scaled(self.out(out), 0)
+    change = self.residual(tokens.x, self.out(out), 0)
     more = {'plain_queries': plain, 'attention_out': change}
     if 'projected_norms' in needs:
       more['projected_norms'] = projected_norms(v, self.out.variables['params']['kernel'])
@@ -216,7 +220,7 @@ class ReducibleBlock(nn.Module):
     Returns:
       The tokens that are left, and what attention adds to them, float[B, M, D].
     """
-    hidden = self.norm1(tokens.x)
+    hidden = self.entering(tokens.x, 0)
     q, k, plain = self.queries_and_keys(hidden, tokens)
     bias, order = key_bias(tokens, proportional=proportional), self.order(tokens)
     scores = attention.eager(q, k, bias=bias, **order)
@@ -231,14 +235,14 @@ class ReducibleBlock(nn.Module):
       signals = signals.replace(**told)
     tokens, mix, renewed = decide(tokens, signals, scores)
     if renewed:
-      v = self.values(self.norm1(tokens.x))
+      v = self.values(self.entering(tokens.x, 0))
     v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2) if v.shape[2] < q.shape[2] else v
-    return tokens, self.scaled(self.out(mix(v)), 0)
+    return tokens, self.residual(tokens.x, self.out(mix(v)), 0)
 
   def probe(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
             **query_rows: Any) -> Signals:
     """Measures what this layer's attention would be on the current tokens, without running it."""
-    hidden = self.norm1(tokens.x)
+    hidden = self.entering(tokens.x, 0)
     q, k, _ = self.queries_and_keys(hidden, tokens)
     measured = measure(
         frozenset(name.removeprefix('next_') for name in needs), q=q, k=k, v=k, lse=None,
@@ -247,18 +251,14 @@ class ReducibleBlock(nn.Module):
         **self.order(tokens), **query_rows)
     return Signals(**{name: getattr(measured, name.removeprefix('next_')) for name in needs})
 
-  def entering(self, x: Array) -> Array:
-    """Returns features float[..., D] as attention's projections read them."""
-    return self.norm1(x)
-
   def feed_forward(self, tokens: TokenSet, *, needs: frozenset[str] = frozenset(),
                    **unused: object) -> tuple[Array, Signals]:
     """Returns what the MLP adds, float[B, N, D], and the signals that `needs` names."""
     del unused
-    hidden = self.norm2(tokens.x)
+    hidden = self.entering(tokens.x, 1)
     inner = self.inner(hidden)
-    change = self.scaled(self.outer(inner), 1)
-    measured = {'mlp_in': hidden, 'mlp_hidden': inner, 'mlp_out': change}
+    change = self.residual(tokens.x, self.outer(inner), 1)
+    measured: dict[str, Any] = {'mlp_in': hidden, 'mlp_hidden': inner, 'mlp_out': change}
     return change, Signals(**{name: measured[name] for name in needs})
 
 

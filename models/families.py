@@ -166,6 +166,9 @@ TEXT_FAMILIES: dict[str, Settings] = {
     'siglip_text_model': _TEXT_TOWER | _SIGLIP_ACT,
     'siglip2_text_model': _TEXT_TOWER | _SIGLIP_ACT,
 }
+BERT: Settings = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12,
+                  'num_attention_heads': 12, 'vocab_size': 30522, 'max_position_embeddings': 512,
+                  'type_vocab_size': 2, 'hidden_act': 'gelu', 'layer_norm_eps': 1e-12}
 # What such a config never says of its family: fields of ViT and of Text.
 TOWER_FIELDS: dict[str, Settings] = {
     'vit': {}, 'deit': {'distilled': True}, 'vit_mae': {},

@@ -415,7 +415,7 @@ def keep_up(kv: KV, signals: Signals, valid: Array | None, layer: int, place: Pl
                                         (read, due, kv.recent and kv.recent.pos))
 
   def ask(tokens: TokenSet, told: Signals, queries: Array, due: Array,
-          window: Array | None) -> tuple[dict[str, Array], Array]:
+          window: Array | None) -> tuple[dict[str, Array], Array, Array | None]:
     if method.tracks:
       stats = method.update(tokens, told, queries)
       tokens = tokens.replace(stats=jax.tree.map(
@@ -428,16 +428,22 @@ def keep_up(kv: KV, signals: Signals, valid: Array | None, layer: int, place: Pl
       stays = method.evict(tokens, seen, num_slots=capacity)
       return jnp.where(due[:, None], stays, tokens.real)
 
+    if hasattr(method, 'absorb'):
+      stays = evict()
+      return tokens.stats, stays, method.absorb(tokens, told, stays)
     if method.every == 1:
-      return tokens.stats, evict()
-    return tokens.stats, jax.lax.cond(jnp.any(due), evict, lambda: tokens.real)
+      return tokens.stats, evict(), None
+    return tokens.stats, jax.lax.cond(jnp.any(due), evict, lambda: tokens.real), None
 
   with jax.named_scope('reduction'):
-    stats, stays = place.by_rows(ask, rows=5)(
+    stats, stays, given = place.by_rows(ask, rows=5)(
         _entries(kv, method), by_head(told, heads), read, due_rows, window)
     kv = kv.replace(stats={name: _each_head(x, kv) for name, x in stats.items()},
                     since=jnp.where(due, 0, since))
-    return kv.drop(_each_head(stays, kv))
+    stays = _each_head(stays, kv)
+    if given is not None:
+      kv = kv.absorb(stays, _each_head(given, kv))
+    return kv.drop(stays)
 
 
 def _entries(kv: KV, method: EvictingMethod) -> TokenSet:

@@ -282,7 +282,7 @@ class Stack(nn.Module):
       return cast(tuple[Any, Any], jax.lax.cond(
           number < limit, run, lambda carry, state: (carry, (state, nothing)), carry, state))
     with jax.named_scope('reduction'):
-      hidden = step(x, method='entering')
+      hidden = step(x, 0, method='entering')
       if isinstance(method, nn.Module):
         params: Params = self.get_variable('params', event.parameters)
         routed = method.apply({'params': params}, hidden, method='route')

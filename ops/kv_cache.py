@@ -263,6 +263,17 @@ class KV(struct.PyTreeNode):
       k = turned(k, self.pos - self.turned, self.start, self.upkeep.rope)
     return attention.step(q, k, self.v, visible, bias=self.bias)
 
+  def absorb(self, stays: Array, part: Array) -> KV:
+    """Adds parts of the value of the entry that leaves, at most one a head, to those of others.
+
+    Args:
+      stays: bool[B, K, S].
+      part: float32[B, K, S], what each of them takes of it.
+    """
+    gone = jnp.argmax(self.valid & ~stays, axis=2)[:, :, None, None]
+    value = jnp.take_along_axis(self.v, gone, axis=2).astype(jnp.float32)
+    return self.with_values((self.v + value * part[..., None]).astype(self.v.dtype))
+
   def drop(self, stays: Array) -> KV:
     """Empties the slots of entries that do not stay, bool[B, K, S], and renumbers those behind."""
     pos, valid = self.pos, self.valid & stays

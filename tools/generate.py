@@ -11,7 +11,8 @@
   python -m tools.generate --model=runs/needle --prompt_file=question.txt
 
 A model is a run of configs/digit_scenes.py or configs/stdlib_needle.py, or a folder with a
-checkpoint: config.json, tokenizer.json, safetensors, and for images preprocessor_config.json.
+checkpoint: config.json, tokenizer.json, safetensors, and for images preprocessor_config.json. Of
+llama.cpp's files, as SmolLM2-135M-Instruct.Q4_1.gguf, one is enough.
 Reductions are those of --reduce, place by place; where it says nothing, those that a run was
 trained with. --reduce.PLACE.method=none is no reduction there.
 """
@@ -46,7 +47,8 @@ from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
 from models.reduce_config import COMPONENTS
 
-MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a checkpoint.")
+MODEL = flags.DEFINE_string('model', None, "A run's workdir, a folder with a checkpoint, or "
+                            'a .gguf file.')
 IMAGES = flags.DEFINE_multi_string('image', [], 'An image file; several in the order of the text.')
 PROMPT = flags.DEFINE_string('prompt', None, 'What to ask.')
 PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with what to ask.')

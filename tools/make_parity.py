@@ -64,6 +64,9 @@ def main() -> None:
     write_language(folder / 'lm', name, case)
   if args.part == 'language':
     return
+  torch.manual_seed(200)
+  (folder / 'bert').mkdir(exist_ok=True)
+  write_bert(folder / 'bert')
   for number, (name, make) in enumerate({**TIMM, **HUB}.items()):
     torch.manual_seed(number)
     write(folder, name, *make())
@@ -422,6 +425,26 @@ def write_language(folder: pathlib.Path, name: str, case: tuple[str, dict[str, A
   outputs |= {'ids': ids, 'valid': valid, 'decoded': out[:, PROMPT:]}
   tensors, config = read_saved(model)
   write_case(folder, name, tensors, outputs, config)
+
+
+def write_bert(folder: pathlib.Path) -> None:
+  """Writes BERT: texts of several lengths, padded behind."""
+  model = transformers.BertModel(transformers.BertConfig(
+      **THEIRS, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT)).eval()
+  randomise(model)
+  ids = torch.randint(3, VOCABULARY, (3, CONTEXT))
+  lengths = torch.tensor([[CONTEXT], [7], [4]])
+  place = torch.arange(CONTEXT)[None]
+  ids = torch.where(place == 0, 1, torch.where(place == lengths - 1, 2, ids))
+  valid = place < lengths
+  ids = torch.where(valid, ids, 0)
+  outputs: dict[str, Any] = {}
+  hooks = watch(model.encoder.layer, outputs, '')
+  model(input_ids=ids, attention_mask=valid.long())
+  for hook in hooks:
+    hook.remove()
+  tensors, config = read_saved(model)
+  write_case(folder, 'bert', tensors, {**outputs, 'ids': ids, 'valid': valid}, config)
 
 
 # -- configs as they are published ---------------------------------------------------------------

@@ -50,26 +50,38 @@ class Chat:
   """Turns messages into text, by a checkpoint's template.
 
   Args:
-    source: the folder with chat_template.jinja, chat_template.json or tokenizer_config.json.
-    name: which of several templates.
+    template: its text.
+    tokens: special tokens by the names that templates use: bos_token, eos_token and so on.
+    source: where it is from, for errors.
 
   Attributes:
-    tokens: special tokens by the names that templates use: bos_token, eos_token and so on.
-    source: the template.
+    tokens, template: the same.
 
   Raises:
-    ValueError: no template there, none of that name, one that is no valid template, a file of the
-      wrong form, or the package that reads templates is missing.
+    ValueError: it is no valid template, or the package that reads templates is missing.
   """
 
-  def __init__(self, source: str | pathlib.Path, *, name: str = 'default'):
-    self._folder = pathlib.Path(source)
-    self.tokens = _special_tokens(self._folder)
-    self.source = _template(self._folder, name)
+  def __init__(self, template: str, tokens: Mapping[str, str], source: Any):
+    self.template, self.tokens, self._source = template, dict(tokens), source
     if importlib.util.find_spec('jinja2') is None:
       raise ValueError('chat templates need a package that is not installed: `pip install -r '
                        'requirements-hub.txt`')
     self._render(None)
+
+  @classmethod
+  def of(cls, source: str | pathlib.Path, *, name: str = 'default') -> Chat:
+    """Reads the template of a checkpoint.
+
+    Args:
+      source: the folder with chat_template.jinja, chat_template.json or tokenizer_config.json.
+      name: which of several templates.
+
+    Raises:
+      ValueError: no template there, none of that name, a file of the wrong form; or as above.
+    """
+    folder = pathlib.Path(source)
+    tokens = _special_tokens(folder)
+    return cls(_template(folder, name), tokens, folder)
 
   def __call__(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True,
                **more: Any) -> str:
@@ -93,10 +105,10 @@ class Chat:
 
   def _render(self, variables: Mapping[str, Any] | None) -> str:
     try:
-      return templates.render(self.source, variables)
+      return templates.render(self.template, variables)
     except ValueError as error:
       other = 'take it away' if variables is None else BY_HAND
-      raise ValueError(f'the chat template in {self._folder} {error}; correct it, or '
+      raise ValueError(f'the chat template in {self._source} {error}; correct it, or '
                        f'{other}') from error
 
 

@@ -27,9 +27,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from absl import flags
 
+from lib.data import gguf_tokenizer
 from lib.report.measuring import measure_rows
 from lib.report.rows import Row
 from lib.runtime import cli, config_flag, timing
@@ -106,7 +106,8 @@ class Subject:
     self.lm = from_config(gguf.config(path))
     stacked = {'params': load(self.lm, path)}
     self.weights = {'params': to_storage(stacked['params'], storage='unstacked')}
-    self._encode, text = tokenizer(path), pathlib.Path(config.text).read_text()
+    self._tokens, text = gguf_tokenizer.tokenizer(path), pathlib.Path(config.text).read_text()
+    self._encode = functools.partial(self._tokens.encode, special=False)
     articles = [article for article in text.split('\n\n') if article.strip()]
     self._extend = jax.jit(functools.partial(self.lm.apply, logits='all', method='extend'))
     self._decode = jax.jit(functools.partial(self.lm.apply, method='decode'))
@@ -195,7 +196,7 @@ class Subject:
       if len(told) <= DIGITS:
         logits, cache = self._decode(self.weights, ids, cache)
     rows = np.stack(told, axis=1).tolist()
-    return sum(key in re.sub(r'\D', '', self._encode.tokenizer.decode(row))
+    return sum(key in re.sub(r'\D', '', self._tokens.decode(row))
                for key, row in zip(self.keys, rows, strict=True))
 
 
@@ -223,35 +224,6 @@ def _cut(tokens: TokenSet, signals: Signals, *, event: Event | None, rope: Rope)
                               window_queries=signals.window_queries[:, -event.method.span:])
   answer = choose(event, own, signals, Place(1, rope=rope))
   return cast(LayerCache, answer.shrink(kv, positions=event.reduction.positions, rope=rope))
-
-
-def tokenizer(path: pathlib.Path) -> Any:
-  """Returns text -> ids by the byte-level BPE in a GGUF file, with single digits apart.
-
-  Raises:
-    ValueError: another kind of tokenizer.
-  """
-  content = gguf.vocabulary(path)
-  if content.get('model') != 'gpt2':
-    raise ValueError(f'{path} holds a tokenizer of kind {content.get("model")!r}, and only '
-                     "'gpt2' is read: use another file")
-  bpe = tokenizers.models.BPE(vocab={token: i for i, token in enumerate(content['tokens'])},
-                              merges=[tuple(pair.split(' ')) for pair in content['merges']])
-  made = tokenizers.Tokenizer(bpe)
-  made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-      tokenizers.pre_tokenizers.Digits(individual_digits=True),
-      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
-  made.decoder = tokenizers.decoders.ByteLevel()
-  control = 3  # As GGUF numbers the kinds of tokens.
-  made.add_special_tokens([token for token, kind in zip(content['tokens'], content['token_type'],
-                                                        strict=True) if kind == control])
-  encode: Any = functools.partial(_ids, made)
-  encode.tokenizer = made
-  return encode
-
-
-def _ids(made: Any, text: str) -> list[int]:
-  return list(made.encode(text).ids)
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -216,7 +216,7 @@ class Block(ReducibleBlock):
                             window=self._window(tokens), implementation=self.implementation)
     mixed = unmerge.attend(q, k, v, _owner(tokens), functools.partial(_apart, self.rope, tokens),
                            mix=mix)
-    change = self.scaled(self.out(mixed), 0)
+    change = self.residual(tokens.x, self.out(mixed), 0)
     more = {'plain_queries': plain, 'attention_out': change}
     return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
 
@@ -777,12 +777,12 @@ class LM(nn.Module):
     """float32[..., V] of normed features."""
     if not self.tied:
       return self.head(x)
-    table = self.table.astype(self.dtype)
+    table = jnp.asarray(self.table, self.dtype)
     return self._product(x.astype(self.dtype), table, (((x.ndim - 1,), (1,)), ((), ())))
 
   def _embedded(self, ids: Array) -> Array:
     """float[..., D] of ids int[...]."""
-    table = self._constrain(self.table.astype(self.dtype), 'tensor', None)
+    table = self._constrain(jnp.asarray(self.table, self.dtype), 'tensor', None)
     return self._constrain(table[ids], BATCH_AXES)
 
   def _product(self, x: Array, weights: Array, dimensions: jax.lax.DotDimensionNumbers,

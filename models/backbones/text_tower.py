@@ -131,7 +131,7 @@ class Text(nn.Module):
     normal = nn.initializers.normal(0.02)
     table = self.param('table', normal, (self.vocabulary, self.width))
     pos = self.param('pos', normal, (1, self.context, self.width))
-    x = (table[ids] + pos).astype(self.dtype)
+    x = (jnp.asarray(table)[ids] + pos).astype(self.dtype)
     x = nn.Dropout(self.dropout)(x, deterministic=not self.has_rng('dropout'))
     iota = jnp.broadcast_to(jnp.arange(self.context, dtype=jnp.int32), ids.shape)
     special, valid = iota == index[:, None], None

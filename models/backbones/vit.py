@@ -128,12 +128,13 @@ class Block(ReducibleBlock):
     """Returns the MLP's output, float[B, N, D]."""
     return self.fc2(inner)
 
-  def scaled(self, change: Array, branch: int) -> Array:
-    """Returns the change with the layer scale of its branch, and dropout."""
+  def residual(self, x: Array, made: Array, branch: int) -> Array:
+    """Returns what was made, with the layer scale of its branch, and dropout."""
+    del x
     scale = (self.scale1, self.scale2)[branch]
     if scale is not None:
-      change = change * scale.astype(change.dtype)[None, None]
-    return self.drop(change, deterministic=not self.has_rng('dropout'))
+      made = made * scale.astype(made.dtype)[None, None]
+    return self.drop(made, deterministic=not self.has_rng('dropout'))
 
 
 class AttentionPool(nn.Module):

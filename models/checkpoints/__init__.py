@@ -26,6 +26,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from models.backbones.bert import Bert
 from models.backbones.clip import Clip
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
@@ -39,7 +40,7 @@ from models.storage import STORAGES
 from ops import choices
 
 SOURCES = (timm, transformers, transformers_vlm)
-Model = ViT | Text | Clip | LM | QwenVision | VLM
+Model = ViT | Text | Bert | Clip | LM | QwenVision | VLM
 AnyModel = TypeVar('AnyModel', bound=Model)
 Params = dict[str, Any]
 
@@ -303,7 +304,7 @@ def _shapes(model: Model) -> dict[str, Shape]:
     example = jnp.zeros((1, 1), jnp.int32)
   elif isinstance(model, QwenVision):
     return {path: tuple(leaf.shape) for path, leaf in flatten(_qwen_tree(model)).items()}
-  elif isinstance(model, Text):
+  elif isinstance(model, Text | Bert):
     example = jnp.zeros((1, model.context), jnp.int32)
   else:
     example = jnp.zeros((1, *model.input_shape))
@@ -328,7 +329,7 @@ def _shapes_of_vlm(model: VLM) -> dict[str, Shape]:
 
 
 def _side(model: Model) -> int:
-  if isinstance(model, Text | LM):
+  if isinstance(model, Text | Bert | LM):
     return 0
   if isinstance(model, VLM):
     return model.tower.patch

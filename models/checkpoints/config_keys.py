@@ -72,6 +72,7 @@ _HARMLESS = {
         'is_llama_config',
     'training, and values that parameters start from, which the file holds as they became':
         'attention_dropout dropout hidden_dropout_prob attention_probs_dropout_prob mask_ratio '
+        'classifier_dropout '
         'drop_path_rate initializer_range initializer_factor logit_scale_init_value '
         'layerscale_value use_mask_token norm_pix_loss ignore_index gradient_checkpointing '
         'neftune_noise_alpha',
@@ -154,6 +155,10 @@ KEYS: dict[str, Kinds] = {
     'siglip2_vision_model': {**_TOWER, 'num_patches': Length, 'vision_use_head': Flag},
     'clip_text_model': {**_TEXT, 'projection_dim': Size},
     'siglip_text_model': _SIGLIP_TEXT, 'siglip2_text_model': _SIGLIP_TEXT,
+    'bert': {**_BLOCKS, 'vocab_size': Vocabulary, 'max_position_embeddings': Length,
+             'type_vocab_size': Few, 'hidden_act': Activation, 'layer_norm_eps': Epsilon,
+             'position_embedding_type': Annotated[str, OneOf(('absolute',))],
+             'tie_word_embeddings': Flag},
     'clip': {**_PAIR, 'projection_dim': Size, 'text_config_dict': Section,
              'vision_config_dict': Section},
     'siglip': _PAIR, 'siglip2': _PAIR,

@@ -131,17 +131,24 @@ def reading(path: pathlib.Path) -> Iterator[Tensors]:
 
 
 def _open(path: pathlib.Path) -> Any:
+  if not path.is_file():
+    raise ValueError(f'{path} is no regular file: give the file itself')
+  stat = path.stat()
   try:
-    import gguf
+    return _reader(path, stat.st_mtime_ns, stat.st_size)
   except ImportError as error:
     raise ValueError(f'{path} needs a package that is not installed: `pip install gguf`, or use a '
                      '.safetensors file') from error
-  if not path.is_file():
-    raise ValueError(f'{path} is no regular file: give the file itself')
-  try:
-    return gguf.GGUFReader(path)
   except (OSError, ValueError, IndexError) as error:
     raise ValueError(f'{path} cannot be read as GGUF ({error}): fetch it again') from error
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(path: pathlib.Path, changed: int, size: int) -> Any:
+  """Parses a file once for all who read of it: a vocabulary of 50,000 tokens takes seconds."""
+  del changed, size
+  import gguf
+  return gguf.GGUFReader(path)
 
 
 def _setting(reader: Any, path: pathlib.Path, key: str, default: Any = None) -> Any:
@@ -165,6 +172,16 @@ def _halves(array: np.ndarray, heads: int) -> np.ndarray:
   """Puts the two features of each rotation half a head apart, as they are rotated here."""
   paired = array.reshape(heads, -1, 2, *array.shape[1:])
   return paired.swapaxes(1, 2).reshape(array.shape)
+
+
+def field(path: pathlib.Path, key: str) -> Any:
+  """Returns what a file says under a key, None for nothing.
+
+  Raises:
+    ValueError: as `reading`.
+  """
+  found = _open(path).fields.get(key)
+  return None if found is None else found.contents()
 
 
 def vocabulary(path: pathlib.Path) -> Mapping[str, Any]:

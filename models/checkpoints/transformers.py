@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from models.backbones.bert import Bert
 from models.backbones.clip import Clip
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
+from models.checkpoints.bert_config import from_config as bert_from_config
 from models.checkpoints.config_keys import compare
 from models.checkpoints.layout import Layout, Names
 from models.checkpoints.lm_config import from_config
@@ -97,6 +99,19 @@ SIGLIP_IMAGE: Names = {
     'pool/fc2': 'head.mlp.fc2.*',
 }
 SIGLIP_TEXT: Names = {**_TEXT, 'projection': 'head.*'}
+BERT: Names = {
+    'table': 'embeddings.word_embeddings.weight',
+    'pos': 'embeddings.position_embeddings.weight',
+    'types': 'embeddings.token_type_embeddings.weight',
+    'norm': 'embeddings.LayerNorm.*',
+    'stack/blocks/qkv': tuple(f'encoder.layer.{{}}.attention.self.{part}.*'
+                              for part in ('query', 'key', 'value')),
+    'stack/blocks/out': 'encoder.layer.{}.attention.output.dense.*',
+    'stack/blocks/norm1': 'encoder.layer.{}.attention.output.LayerNorm.*',
+    'stack/blocks/fc1': 'encoder.layer.{}.intermediate.dense.*',
+    'stack/blocks/fc2': 'encoder.layer.{}.output.dense.*',
+    'stack/blocks/norm2': 'encoder.layer.{}.output.LayerNorm.*',
+}
 # Llama, Mistral, Qwen 2 and 3.
 LANGUAGE: dict[str, str] = {
     'table': 'embed_tokens.weight',
@@ -129,6 +144,9 @@ PAIRS = {
 def layouts(model: object) -> list[Layout]:
   """The layouts that could hold a model."""
   candidates = []
+  if isinstance(model, Bert):
+    return [Layout('transformers/bert', BERT, ('bert.', ''), {'pos': 2},
+                   ignorable=('*pooler.*', 'cls.*', 'classifier.*', *_BUFFERS))]
   if isinstance(model, LM):
     ignorable = _NOT_LANGUAGE + (('*lm_head.weight',) if model.tied else ())
     inner = {path: name if name[0] == '^' else f'model.{name}' for path, name in LANGUAGE.items()}
@@ -179,6 +197,7 @@ def _tower(tower: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
 _UNSEEN: dict[type, tuple[str, ...]] = {
     ViT: ('heads', 'activation', 'norm_eps', 'special_positions'),
     Text: ('heads', 'activation', 'norm_eps', 'causal', 'pool'),
+    Bert: ('heads', 'activation', 'norm_eps'),
     QwenVision: ('heads', 'activation', 'window', 'whole_layers', 'merge', 'norm_eps'),
     LM: ('heads', 'kv_heads', 'window', 'norm_eps', 'tied'), VLM: ('projection',)}
 
@@ -213,7 +232,7 @@ def _described(model: Any, config: Mapping[str, Any]) -> Any:
     whole = vit_from_config(config)
     parts = [whole, *([whole.image, whole.text] if isinstance(whole, Clip) else [])]
   else:
-    whole = from_config(config)
+    whole = bert_from_config(config) if kind == 'bert' else from_config(config)
     parts = [whole]
   for part in parts:
     if isinstance(model, type(part)):

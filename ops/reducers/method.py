@@ -257,3 +257,19 @@ class EvictingMethod(Method, Protocol):
       num_slots: static; the slots are `every` more.
     """
     ...
+
+
+class MergingMethod(EvictingMethod, Protocol):
+  """Also has the value of an entry that leaves live on in others; one leaves at a time.
+
+  All values of a layer are written anew for every token.
+  """
+
+  def absorb(self, tokens: TokenSet, signals: Signals, stays: Array) -> Array:
+    """Divides the value of the entry that leaves: the part that each other gets, float32[R, S].
+
+    Args:
+      tokens, signals: as `evict` is given them.
+      stays: bool[R, S], its answer, without at most one entry of a row.
+    """
+    ...

@@ -117,3 +117,37 @@ class Wrapper(CacheReducer):
 
   def min_slots(self, slots: int, protected: int) -> int:
     return max((method.min_slots(slots, protected) for method in self.held), default=1)
+
+
+class EvictingWrapper(Wrapper):
+  """Holds a method that goes on letting entries go while a model decodes (`EvictingMethod`)."""
+
+  inner: ScoringReducer
+
+  @property
+  def shared(self) -> bool:
+    return self.inner.shared
+
+  @property
+  def evict_needs(self) -> frozenset[str]:
+    return self.inner.evict_needs
+
+  @property
+  def update_needs(self) -> frozenset[str]:
+    return self.inner.update_needs
+
+  @property
+  def tracks(self) -> tuple[str, ...]:
+    return self.inner.tracks
+
+  @property
+  def min_capacity(self) -> int:
+    return self.inner.min_capacity
+
+  def update(self, tokens: TokenSet, signals: Signals, queries: Array) -> dict[str, Array]:
+    """Takes down what the inner method takes down."""
+    return self.inner.update(tokens, signals, queries)
+
+  def evict(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Array:
+    """Lets the entries go that the inner method lets go."""
+    return self.inner.evict(tokens, signals, num_slots=num_slots)

@@ -39,7 +39,8 @@ EVICTING = {
     'threshold': {'method': 'threshold', 'args': {'threshold': -4.5, 'window': 3}}}
 SMALL = {'snapkv': SNAPKV['args'], 'finch': {'window': 3}, 'lagkv': {'sinks': 2, 'lag': 2},
          'cur': {'sinks': 2, 'window': 3}, 'two_stage': {'inner': SNAPKV},
-         'periodic': {'every': 4, 'inner': SNAPKV}}
+         'periodic': {'every': 4, 'inner': SNAPKV},
+         'cam': {'merged': 2, 'inner': {'method': 'streaming_llm', 'args': {'sinks': 2}}}}
 CHUNKABLE = {'knorm': {}, 'streaming_llm': {'sinks': 2}, 'tova': {},
              'snapkv': {'window': 3, 'kernel': 3}, 'keydiff': {},
              'rkv': {'window': 3, 'kernel': 3}}

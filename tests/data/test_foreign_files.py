@@ -48,7 +48,7 @@ NO_JSON = {
     'null': (lambda path: path.write_bytes(b'null'), 'holds None, and an object with keys'),
 }
 READERS = {
-    'tokenizer_config.json': Chat, 'chat_template.json': Chat,
+    'tokenizer_config.json': Chat.of, 'chat_template.json': Chat.of,
     'preprocessor_config.json': preprocess.read, 'processor_config.json': preprocess.read}
 
 
@@ -65,7 +65,7 @@ def test_files_that_hold_no_object(file, kind, tmp_path):
 @pytest.mark.parametrize('kind', [
     'pipe', 'folder', 'device', 'dangling', 'loop', 'huge', 'latin', 'utf16'])
 @pytest.mark.parametrize(('file', 'reader'), [
-    ('chat_template.jinja', Chat), ('tokenizer.json', HubTokenizer.of),
+    ('chat_template.jinja', Chat.of), ('tokenizer.json', HubTokenizer.of),
     ('tokenizer.json', lambda folder: TextTowerTokenizer(folder, context=4))])
 def test_files_that_hold_no_text(file, reader, kind, tmp_path):
   make, message = NO_JSON[kind]
@@ -80,13 +80,13 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch):
   (tmp_path / 'tokenizer_config.json').write_text('{}')
   monkeypatch.setattr(pathlib.Path, 'open', refuse)
   with pytest.raises(PermissionError, match=r'tokenizer_config\.json'):
-    Chat(tmp_path)
+    Chat.of(tmp_path)
 
 
 def test_a_mark_at_the_beginning_and_odd_letters_are_no_fault(tmp_path):
   (tmp_path / 'tokenizer_config.json').write_bytes(
       '\ufeff{"bos_token": "é", "chat_template": "{{ bos_token }}"}'.encode())
-  assert Chat(tmp_path)([]) == 'é'
+  assert Chat.of(tmp_path)([]) == 'é'
   with pytest.raises(FileNotFoundError):
     json_files.read_json(tmp_path / 'none.json')
 

@@ -48,7 +48,7 @@ FAULTS = {
 
 def chat(folder, source):
   (folder / 'chat_template.jinja').write_text(source)
-  return Chat(folder)
+  return Chat.of(folder)
 
 
 @pytest.mark.parametrize('source', FAULTS, ids=lambda source: source[:40])
@@ -130,14 +130,14 @@ FORMS = 'must be text or a dict of keys, each text or a tuple, each a dict of ke
 @pytest.mark.parametrize('file', ['tokenizer_config.json', 'chat_template.json'])
 def test_templates_of_another_form(file, value, message, tmp_path):
   (tmp_path / file).write_text(json.dumps({'chat_template': value}))
-  assert said(Chat, tmp_path) == f'{tmp_path / file}: chat_template{message}'
+  assert said(Chat.of, tmp_path) == f'{tmp_path / file}: chat_template{message}'
 
 
 def test_templates_by_name_as_an_object(tmp_path):
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(
       {'chat_template': {'default': 'one', 'tool_use': 'two'}, 'bos_token': {'content': '<s>'}}))
-  assert (Chat(tmp_path)(USER), Chat(tmp_path, name='tool_use')(USER)) == ('one', 'two')
-  assert Chat(tmp_path).tokens == {'bos_token': '<s>'}
+  assert (Chat.of(tmp_path)(USER), Chat.of(tmp_path, name='tool_use')(USER)) == ('one', 'two')
+  assert Chat.of(tmp_path).tokens == {'bos_token': '<s>'}
 
 
 @pytest.mark.parametrize(('token', 'message'), [
@@ -148,4 +148,4 @@ def test_templates_by_name_as_an_object(tmp_path):
 def test_special_tokens_of_another_form(token, message, tmp_path):
   (tmp_path / 'chat_template.jinja').write_text('{{ bos_token }}')
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'bos_token': token}))
-  assert said(Chat, tmp_path) == f'{tmp_path / "tokenizer_config.json"}: bos_token{message}'
+  assert said(Chat.of, tmp_path) == f'{tmp_path / "tokenizer_config.json"}: bos_token{message}'

@@ -15,7 +15,7 @@ EXPECTED = json.loads((FOLDER / 'expected.json').read_text())
 @pytest.mark.parametrize('name', EXPECTED)
 def test_text_and_ids_are_those_of_the_reference(name):
   wanted = EXPECTED[name]
-  text = Chat(FOLDER)(wanted['messages'], answer=wanted['answer'], **wanted['more'])
+  text = Chat.of(FOLDER)(wanted['messages'], answer=wanted['answer'], **wanted['more'])
   assert text == wanted['text']
   tokens = HubTokenizer.of(FOLDER)
   assert tokens.encode(text, special=False) == wanted['ids']
@@ -29,7 +29,7 @@ def test_a_template_may_lie_in_any_of_the_files(tmp_path):
   wanted = EXPECTED['images/True/False']
 
   def render(**which):
-    return Chat(tmp_path, **which)(wanted['messages'])
+    return Chat.of(tmp_path, **which)(wanted['messages'])
 
   with pytest.raises(ValueError, match='there is no chat template'):
     render()
@@ -49,13 +49,13 @@ def test_a_template_may_lie_in_any_of_the_files(tmp_path):
 
 def test_a_template_may_refuse_and_may_not_reach_out(tmp_path):
   with pytest.raises(ValueError, match='refuses these messages: no such role: judge'):
-    Chat(FOLDER)([{'role': 'judge', 'content': 'x'}])
+    Chat.of(FOLDER)([{'role': 'judge', 'content': 'x'}])
   (tmp_path / 'chat_template.jinja').write_text('{{ messages.__class__.__mro__ }}')
   with pytest.raises(Exception, match='unsafe'):
-    Chat(tmp_path)([])
+    Chat.of(tmp_path)([])
   (tmp_path / 'chat_template.jinja').write_text('{% for %}')
   with pytest.raises(ValueError, match='is no valid template'):
-    Chat(tmp_path)
+    Chat.of(tmp_path)
 
 
 def test_ids_back_to_text_and_errors(tmp_path):

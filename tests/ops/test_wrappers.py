@@ -13,8 +13,10 @@ import pytest
 from models.plan import make_method
 from ops import signals
 from ops.caches.heads import KVHeads
+from ops.kv_cache import KV
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.rope import Rope
+from ops.signals import Signals
 from ops.tokens import TokenSet
 
 BATCH, SLOTS, HEADS, KV_HEADS, WIDTH, KEEP = 2, 30, 6, 3, 8, 12
@@ -188,3 +190,40 @@ def test_what_a_wrapper_cannot_hold_is_refused_in_a_line(name, args, message):
     made(name, **args)
   assert message in str(caught.value)
   assert '\n' not in str(caught.value)
+
+
+def test_the_value_of_what_leaves_while_decoding_is_divided_by_attention():
+  """As the release's loop, whose draws are put as their mean; slots in no order."""
+  rng = np.random.default_rng(5)
+  rows, heads, slots, width, merged = 2, 2, 9, 4, 3
+  pos = np.stack([rng.permutation(20)[:slots] for _ in range(rows * heads)])
+  attention = rng.dirichlet(np.ones(slots), size=(rows * heads, 1)).astype(np.float32)
+  values = rng.normal(size=(rows, heads, slots, width)).astype(np.float32)
+  method = made('cam', inner={'method': 'streaming_llm', 'args': {'sinks': 2}}, merged=merged)
+  valid = np.ones(pos.shape, bool)
+  valid[3, 4] = False  # With an empty slot nothing leaves.
+  tokens = TokenSet.create(jnp.zeros((*pos.shape, 1)), pos=jnp.asarray(pos, jnp.int32),
+                           valid=jnp.asarray(valid))
+  signals = Signals(last_attention=jnp.asarray(attention),
+                    keys=jnp.zeros((rows * heads, slots, 1, width)))
+
+  @jax.jit
+  def step(tokens, signals, values):
+    stays = method.evict(tokens, signals, num_slots=slots - 1)
+    shape = rows, heads, -1
+    kv = KV.create(values, values, pos=tokens.pos.reshape(shape), valid=tokens.real.reshape(shape),
+                   start=jnp.zeros((rows,), jnp.int32), filled=0)
+    given = method.absorb(tokens, signals, stays).reshape(shape)
+    return stays, kv.absorb(stays.reshape(shape), given).v
+
+  stays, found = step(tokens, signals, values)
+  for row in range(rows * heads):
+    order = np.argsort(pos[row])
+    mine = values.reshape(-1, slots, width)[row].copy()
+    if row < 3:
+      gone, behind = order[2], order[3:]  # The oldest that is no sink.
+      assert not stays[row, gone]
+      chance = min(attention[row, 0, gone] / attention[row, 0, behind].mean(), 1)
+      mine[behind[:merged]] += mine[gone] * chance / merged
+    np.testing.assert_array_equal(stays[row].sum(), slots - 1)
+    np.testing.assert_allclose(found.reshape(-1, slots, width)[row], mine, atol=1e-6)

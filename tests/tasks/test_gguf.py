@@ -12,7 +12,9 @@ import pytest
 import tokenizers
 from ml_collections import ConfigDict
 
+import winnow
 from configs import real_caches
+from lib.data import gguf_tokenizer
 from lib.tasks import cache_quality
 from models.checkpoints import gguf as files
 from models.checkpoints import load, save
@@ -39,6 +41,10 @@ def written(path, *, architecture='llama', changed=None, tensors=True, tokens=()
     writer.add_string(key, value)
   if tokens:
     writer.add_tokenizer_model('gpt2')
+    writer.add_tokenizer_pre('smollm')
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m['content'] }}"
+                             '{{ eos_token }}{% endfor %}')
     writer.add_token_list(list(tokens))
     writer.add_token_types([3 if i < 2 else 1 for i in range(len(tokens))])
     writer.add_token_merges(['a b'])
@@ -122,11 +128,73 @@ def subject(tmp_path_factory):
   return cache_quality.Subject(config)
 
 
+def test_a_file_alone_is_a_model_that_answers(tmp_path):
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  path = tmp_path / 'small.gguf'
+  written(path, tokens=('<|im_start|>', '<|im_end|>', 'ab', *alphabet))
+  model = winnow.load(path)
+  assistant = model.assistant
+  assert assistant.ends == (1,)
+  ids = assistant.prompt('ab<|im_end|>')
+  # What is asked is text: the end of a turn in it is none.
+  assert (ids[0], ids[-1], ids.count(1)) == (0, 1, 1)
+  cut = {'cache': {'method': 'snapkv', 'keep_ratio': 0.5, 'args': {'window': 2}}}
+  assert isinstance(model.generate('ab cd', new_tokens=3, reduce=cut), str)
+
+
+def test_pieces_with_scores_are_merged_best_first(tmp_path):
+  """SentencePiece: bytes for what no token covers, and a space in front."""
+  pieces = ['<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)),
+            'a', 'b', 'c', '\u2581', 'ab', 'bc', '\u2581a']
+  scores = [0.0] * 259 + [-9.0] * 4 + [-2.0, -1.0, -3.0]
+  writer = gguf.GGUFWriter(tmp_path / 'pieces.gguf', 'llama')
+  writer.add_tokenizer_model('llama')
+  writer.add_token_list(pieces)
+  writer.add_token_scores(scores)
+  writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 7])
+  writer.add_bos_token_id(1)
+  writer.add_eos_token_id(2)
+  for write in (writer.write_header_to_file, writer.write_kv_data_to_file,
+                writer.write_tensors_to_file, writer.close):
+    write()
+  made = gguf_tokenizer.tokenizer(tmp_path / 'pieces.gguf')
+  number = pieces.index
+  # 'bc' has the higher score, so that 'ab' cannot be made.
+  assert made.encode('abc', special=True) == [1, number('\u2581a'), number('bc')]
+  assert made.encode('ab', special=False) == [number('\u2581'), number('ab')]
+  ids = made.encode('a é', special=False)
+  assert ids[-2:] == [number('<0xC3>'), number('<0xA9>')]
+  assert made.decode(ids) == 'a é'
+  assert gguf_tokenizer.chat(tmp_path / 'pieces.gguf') is None
+  assert gguf_tokenizer.ends(tmp_path / 'pieces.gguf') == (2,)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda writer: None, 'holds no tokenizer, and known are gpt2, llama'),
+    (lambda writer: writer.add_tokenizer_model('bert'), "holds a tokenizer of kind 'bert'"),
+    (lambda writer: (writer.add_tokenizer_model('gpt2'), writer.add_token_list(['a'])),
+     'does not say token_type and merges of its tokenizer'),
+    (lambda writer: (writer.add_tokenizer_model('gpt2'), writer.add_token_list(['a']),
+                     writer.add_token_types([1]), writer.add_token_merges(['a b']),
+                     writer.add_tokenizer_pre('tekken')),
+     "splits texts in a way that is not read here: 'tekken'")],
+    ids=['none', 'kind', 'parts', 'split'])
+def test_tokenizers_that_are_not_read_are_refused_in_a_line(tmp_path, change, message):
+  writer = gguf.GGUFWriter(tmp_path / 'odd.gguf', 'llama')
+  change(writer)
+  for write in (writer.write_header_to_file, writer.write_kv_data_to_file,
+                writer.write_tensors_to_file, writer.close):
+    write()
+  with pytest.raises(ValueError, match=message) as caught:
+    gguf_tokenizer.tokenizer(tmp_path / 'odd.gguf')
+  assert '\n' not in str(caught.value)
+
+
 @pytest.mark.long
 def test_the_tokenizer_of_a_file_gives_its_text_back(subject):
-  encode = subject._encode
-  ids = encode('<|im_start|>ab 128é')
-  assert encode.tokenizer.decode(ids, skip_special_tokens=False) == '<|im_start|>ab 128é'
+  ids = subject._encode('<|im_start|>ab 128é')
+  assert ids[0] == 0
+  assert subject._tokens.decode(ids) == 'ab 128é'
   # A special token, a merged pair, and digits one by one.
   assert len(ids) == 1 + 1 + 1 + 3 + 2
 

@@ -88,7 +88,7 @@ def test_images_stand_where_their_own_placeholder_is(llava, folders, tmp_path):
   for file in ('tokenizer.json', 'chat_template.jinja', 'tokenizer_config.json'):
     (tmp_path / file).write_text(
         (folders['llava'] / file).read_text().replace('<image>', '<|image_pad|>'))
-  qwen = dataclasses.replace(llava, tokens=HubTokenizer.of(tmp_path), chat=Chat(tmp_path))
+  qwen = dataclasses.replace(llava, tokens=HubTokenizer.of(tmp_path), chat=Chat.of(tmp_path))
   for mark in ('<image>', '<|image_pad|>'):
     assert counts(qwen.prompt(f'w5 {mark} w6', images=1)) == (1, 1, 1)
     ids = qwen.prompt(f'w5 {mark} w6', images=1, template=False)
@@ -102,7 +102,7 @@ def test_templates_that_read_parts_alone_get_parts(llava, tmp_path):
   def model(source):
     (tmp_path / 'chat_template.jinja').write_text(source)
     shutil.copy(assistants.CHAT / 'tokenizer_config.json', tmp_path)
-    return dataclasses.replace(llava, chat=Chat(tmp_path))
+    return dataclasses.replace(llava, chat=Chat.of(tmp_path))
 
   parts = model(PARTS)
   assert parts.prompt('w5 w6') == [BOS, 5, 6, END]

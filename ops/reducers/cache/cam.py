@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ops.caches.merge import KVMerge
-from ops.primitives.kv_select import by_kv_head, keep_best
-from ops.reducers.scoring import Wrapper
+from ops.primitives.kv_select import by_kv_head, keep_best, oldest
+from ops.reducers.scoring import EvictingWrapper
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count
@@ -20,24 +20,31 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class CaM(Wrapper):
+class CaM(EvictingWrapper):
   """Keeps the best entries, and adds to their values those of the entries that leave before them.
 
   CaM: Cache Merging for Memory-efficient LLMs Inference (Zhang et al., ICML 2024), Alg. 1,
   openreview.net/forum?id=LCTmppB165. An entry that leaves gives its value, in equal parts, to the
   next `merged` ones that stay, with a probability of its attention over theirs. The release draws;
   here the value is weighed by the probability, which is the mean of the draws, so that equal
-  prompts have equal caches. The release merges one entry a decoded token; here all that leave after
-  the prompt, head by head.
+  prompts have equal caches. With `capacity` in the config it does so as the release does: the one
+  entry that leaves for a decoded token gives its value, by the attention of that token, over the
+  mean of all that stay behind it. The release leaves prompts whole; a budget for these has all
+  entries that leave merge at once, which is ours, and costs more the more leave.
 
   Attributes:
-    inner: the method that ranks entries.
+    inner: the method that ranks entries; 'streaming_llm' in the release.
     merged: entries that a value is divided among.
   """
 
   merged: Count = 32
   default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
   reads: ClassVar[frozenset[str]] = frozenset({'received_attention'})
+  shared = False  # Each head divides by its own attention.
+
+  @property
+  def evict_needs(self) -> frozenset[str]:
+    return self.inner.evict_needs | {'last_attention'}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVMerge:
     ranking = self.inner.ranking(tokens, signals, num_slots=num_slots)
@@ -63,3 +70,15 @@ class CaM(Wrapper):
     leaves = tokens.real[:, None] & ~stays & (first < count)
     return KVMerge(kept, jnp.where(leaves, first, num_slots), jnp.where(leaves, weight, 0.0),
                    self.merged)
+
+  def absorb(self, tokens: TokenSet, signals: Signals, stays: Array) -> Array:
+    """Divides the value of the entry that leaves among those behind it, as `MergingMethod`."""
+    attention, gone = signals.last_attention.mean(axis=1), tokens.real & ~stays
+    place = jnp.max(jnp.where(gone, tokens.pos, -1), axis=1, keepdims=True)
+    behind = stays & (tokens.pos > place) & (place >= 0)
+    own, others = (jnp.sum(jnp.where(flags, attention, 0.0), axis=1, keepdims=True)
+                   for flags in (gone, behind))
+    mean = others / jnp.maximum(behind.sum(axis=1, keepdims=True), 1)
+    chance = jnp.clip(own / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny), 0.0, 1.0)
+    return jnp.where(behind & oldest(tokens.replace(valid=behind), self.merged),
+                     chance / self.merged, 0.0)

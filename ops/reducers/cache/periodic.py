@@ -3,17 +3,15 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
-
 from ops.kv_cache import KVGather
-from ops.reducers.scoring import Wrapper
+from ops.reducers.scoring import EvictingWrapper
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count
 
 
 @dataclasses.dataclass(frozen=True)
-class Periodic(Wrapper):
+class Periodic(EvictingWrapper):
   """Lets the entries go that another method ranks lowest, every so many decoded tokens.
 
   As the kvpress library has it (DecodingPress; Devoto et al., 2025, arXiv:2510.00636). Between two
@@ -29,32 +27,5 @@ class Periodic(Wrapper):
   every: Count = 128
   default: ClassVar[dict[str, str]] = {'inner': 'knorm'}
 
-  @property
-  def shared(self) -> bool:
-    return self.inner.shared
-
-  @property
-  def evict_needs(self) -> frozenset[str]:
-    return self.inner.evict_needs
-
-  @property
-  def update_needs(self) -> frozenset[str]:
-    return self.inner.update_needs
-
-  @property
-  def tracks(self) -> tuple[str, ...]:
-    return self.inner.tracks
-
-  @property
-  def min_capacity(self) -> int:
-    return self.inner.min_capacity
-
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
     return self.inner(tokens, signals, num_slots=num_slots)
-
-  def update(self, tokens: TokenSet, signals: Signals, queries: jax.Array) -> dict[str, jax.Array]:
-    return self.inner.update(tokens, signals, queries)
-
-  def evict(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> jax.Array:
-    """Lets the entries go that are over the count and that the inner method ranks lowest."""
-    return self.inner.evict(tokens, signals, num_slots=num_slots)

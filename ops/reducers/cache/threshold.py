@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import filled, latest, newest, stays
-from ops.reducers.scoring import Wrapper
+from ops.reducers.scoring import EvictingWrapper
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count
@@ -20,7 +20,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Threshold(Wrapper):
+class Threshold(EvictingWrapper):
   """Lets entries go once they leave a window of the latest ones, if their score is low.
 
   DMS (Lancucki et al., 2025), Sec. 3, arXiv:2506.05345, with the scores of another method in place
@@ -39,14 +39,6 @@ class Threshold(Wrapper):
   window: Count = 128
   default: ClassVar[dict[str, str]] = {'inner': 'knorm'}
   adaptive = 'entries with low scores leave'
-
-  @property
-  def shared(self) -> bool:
-    return self.inner.shared
-
-  @property
-  def evict_needs(self) -> frozenset[str]:
-    return self.inner.evict_needs
 
   @property
   def min_capacity(self) -> int:

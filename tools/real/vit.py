@@ -1,0 +1,126 @@
+"""Turns the ViT-S/14 of an ONNX file into a folder of the published Dinov2 layout.
+
+  python -m tools.real.vit --onnx=real/vit/vit_s_focus.onnx --folder=real/vit
+
+model.safetensors and config.json are read as any Dinov2 checkpoint
+(`winnow.load('real/vit', variant='dinov2_s14')`); decoder.safetensors holds the small decoder that
+makes a map of saliency of the patches' features (`saliency`). Whether the weights are those that
+were published for DINOv2 is not known.
+
+Axes: B batch, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from safetensors.numpy import load_file, save_file
+
+from lib.runtime import cli
+
+ONNX = flags.DEFINE_string('onnx', None, 'The file.')
+FOLDER = flags.DEFINE_string('folder', None, 'Where to write; the folder of the file by default.')
+CONFIG = {'model_type': 'dinov2', 'hidden_size': 384, 'num_hidden_layers': 12,
+          'num_attention_heads': 6, 'mlp_ratio': 4, 'hidden_act': 'gelu', 'image_size': 518,
+          'patch_size': 14, 'num_channels': 3, 'layer_norm_eps': 1e-6, 'qkv_bias': True,
+          'use_swiglu_ffn': False}
+# What images are normalised by.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PREFIX, _EPS = 'backbone.', 1e-5
+
+
+def convert(source: pathlib.Path, folder: pathlib.Path) -> None:
+  """Writes model.safetensors, config.json and decoder.safetensors.
+
+  Raises:
+    ValueError: the package that reads ONNX is missing, or the file holds another model.
+  """
+  tensors = _tensors(source)
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, own in (('model', {key: value for key, value in tensors.items()
+                               if not key.startswith('decoder.')}),
+                    ('decoder', {key.removeprefix('decoder.'): value
+                                 for key, value in tensors.items()
+                                 if key.startswith('decoder.')})):
+    part = folder / f'.{name}.part'
+    save_file(own, part)
+    os.replace(part, folder / f'{name}.safetensors')
+  (folder / 'config.json').write_text(json.dumps(CONFIG, indent=1))
+
+
+def _tensors(source: pathlib.Path) -> dict[str, np.ndarray]:
+  """The tensors of the file under Dinov2's names, the decoder's under 'decoder.'."""
+  try:
+    import onnx
+  except ImportError as error:
+    raise ValueError(f'{source} needs a package that is not installed: `pip install '
+                     'onnx`') from error
+  graph = onnx.load(str(source)).graph
+  stored = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+  found = {name.removeprefix(_PREFIX): np.array(value) for name, value in stored.items()
+           if name.startswith((_PREFIX, 'decoder.'))}
+  for node in graph.node:
+    # Kernels have no names of their own: the product that reads one tells which it is.
+    at = re.fullmatch(r'/backbone/(encoder/layer\.\d+/.+)/MatMul', node.name)
+    if at and node.input[1] in stored:
+      found[f'{at[1].replace("/", ".")}.weight'] = np.ascontiguousarray(stored[node.input[1]].T)
+  tables = [value for value in stored.values() if value.shape == (1, 37 * 37, 384)]
+  special = [value for name, value in stored.items()
+             if value.shape == (1, 1, 384) and not name.startswith(_PREFIX)]
+  if len(tables) != 1 or len(special) != 1:
+    raise ValueError(f'{source} is not the ViT-S/14 that is read here: it holds {len(tables)} '
+                     'tables of 37 x 37 positions; fetch it again')
+  found['embeddings.position_embeddings'] = np.concatenate([special[0], tables[0]], axis=1)
+  return found
+
+
+def saliency(decoder: Mapping[str, Any], features: jax.Array) -> jax.Array:
+  """Computes how much each pixel matters, as the decoder was trained to.
+
+  Args:
+    decoder: of `load_decoder`.
+    features: float[B, rows, columns, D], final features of all patches.
+
+  Returns:
+    float32[B, 14 rows, 14 columns], from 0 to 1.
+  """
+  x = features.astype(jnp.float32)
+  for number in (1, 2, 3):
+    # A transposed convolution: rows and columns apart by one, and the kernel turned round.
+    kernel = jnp.asarray(decoder[f'upconv{number}.weight'])[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2),
+                                     dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    scale = decoder[f'bn{number}.weight'] / np.sqrt(decoder[f'bn{number}.running_var'] + _EPS)
+    shift = decoder[f'bn{number}.bias'] - decoder[f'bn{number}.running_mean'] * scale
+    x = jax.nn.relu((x + decoder[f'upconv{number}.bias'][None, None, None])
+                    * scale[None, None, None] + shift[None, None, None])
+  weight = jnp.asarray(decoder['final_conv.weight'])[0, :, 0, 0]
+  logits = x @ weight + decoder['final_conv.bias'][0]
+  rows, columns = (14 * side for side in features.shape[1:3])
+  return jax.nn.sigmoid(jax.image.resize(logits, (len(logits), rows, columns), 'bilinear'))
+
+
+def load_decoder(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the decoder that `convert` wrote."""
+  return dict(load_file(folder / 'decoder.safetensors'))
+
+
+def main(argv: Sequence[str]) -> None:
+  """Converts what the flags say."""
+  del argv
+  source = pathlib.Path(ONNX.value)
+  convert(source, pathlib.Path(FOLDER.value) if FOLDER.value else source.parent)
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['onnx'])
+  cli.run(main)
