@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from lib.report.rows import Row
 
@@ -36,7 +36,7 @@ class Difference:
     """Returns the two ends of Student's interval at a confidence between 0 and 1."""
     if not self.error:
       return self.mean, self.mean
-    half = self.error * float(scipy.stats.t.ppf((1 + confidence) / 2, self.freedom))
+    half = self.error * float(scipy.special.stdtrit(self.freedom, (1 + confidence) / 2))
     return self.mean - half, self.mean + half
 
 

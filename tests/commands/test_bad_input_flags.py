@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from absl import flags, logging
+from helpers import processes
 from helpers.errors import said
 
 import train
@@ -180,9 +181,7 @@ SWEEP = ('--config=configs/digits_sweep.py', '--workdir={run}')
     (('tools.bench', '--methods=tom'), "did you mean 'tome'?")], ids=lambda value: value[-1])
 def test_commands_end_in_one_line_with_status_2(command, message, tmp_path):
   run = tmp_path / 'run'
-  done = subprocess.run(
-      [sys.executable, '-m', *(part.replace('{run}', str(run)) for part in command)], cwd=ROOT,
-      text=True, capture_output=True, check=False, timeout=120)
+  done = processes.run('-m', *(part.replace('{run}', str(run)) for part in command), timeout=120)
   assert done.returncode == 2, done.stderr
   assert message in done.stderr.splitlines()[-1]
   assert 'Traceback' not in done.stderr

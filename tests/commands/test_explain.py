@@ -1,8 +1,7 @@
 import pathlib
-import subprocess
-import sys
 
 import pytest
+from helpers import processes
 
 from configs import digit_scenes, digit_segments, stdlib_needle, vit_s16_tome
 from lib import architecture
@@ -207,9 +206,7 @@ def test_bad_settings_are_errors(settings, message):
 
 
 def run(*args):
-  return subprocess.run(
-      [sys.executable, '-m', 'tools.explain', *args], capture_output=True, text=True,
-      cwd=ROOT, check=False)
+  return processes.run('-m', 'tools.explain', *args)
 
 
 def test_command_line_overrides_a_field():

@@ -4,10 +4,9 @@ and commands that work."""
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
+from helpers import processes
 
 from models import families
 from tools import readme_table
@@ -45,11 +44,6 @@ def shown_flags():
   flags = re.findall(r'^\| (?:[^|`]+ \| )?`(--config\.[^`]+)` \|', README.read_text(), re.M)
   return ['train', '--config=configs/digits.py', '--workdir=runs/mine',
           *shlex.split(' '.join(flags))]
-
-
-def run(*arguments):
-  return subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True,
-                        check=False)
 
 
 def test_the_tables_equal_their_generators():
@@ -101,7 +95,7 @@ def test_errors_are_those_of_the_parity_tests(file, names, backbone):
 def test_the_first_example_runs_and_prints_what_it_says():
   example = blocks('python')[0]
   assert len(example.splitlines()) <= 10
-  done = run('-c', example)
+  done = processes.run('-c', example)
   assert done.returncode == 0, done.stderr
   printed = done.stdout.splitlines()
   assert printed[0] == '(2, 98, 384)'
@@ -114,7 +108,7 @@ def test_the_first_example_runs_and_prints_what_it_says():
 @pytest.mark.long
 def test_the_other_example_runs():
   _, example = blocks('python')
-  done = run('-c', example)
+  done = processes.run('-c', example)
   assert done.returncode == 0, done.stderr
   assert 'fastv (before) in layer 2: 64 to 32 tokens' in done.stdout
 
@@ -128,5 +122,5 @@ def test_commands_and_flags_are_found():
 @pytest.mark.long
 @pytest.mark.parametrize('command', [*commands(), shown_flags()], ids=' '.join)
 def test_every_flag_that_is_shown_exists(command):
-  done = run('-c', READ_FLAGS, *command)
+  done = processes.run('-c', READ_FLAGS, *command)
   assert done.returncode == 0, done.stderr[-1000:]

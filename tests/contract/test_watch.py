@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden_vit
-from helpers.devices import COLLECTIVE, on_devices
+from helpers.processes import COLLECTIVE, on_devices
 from helpers.watcher import Watcher
 
 from lib.cost import jaxpr as jaxpr_cost

@@ -1,27 +1,23 @@
 """Two processes on this machine train as one does."""
 
 import json
-import pathlib
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
+from helpers import processes
 
 pytestmark = pytest.mark.long
 
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 def command(workdir, shared, *flags):
-  return [sys.executable, '-m', 'train', '--config=configs/digits.py', f'--workdir={workdir}',
-          f'--config.data.data_dir={shared / "data"}', '--compile_cache=',
+  return ['-m', 'train', '--config=configs/digits.py', f'--workdir={workdir}',
+          f'--config.data.data_dir={shared / "data"}', f'--compile_cache={shared / "xla"}',
           '--config.total_steps=6', '--config.log_steps=1', '--config.eval_steps=6',
           '--config.checkpoint_steps=3', '--config.optimizer.warmup_steps=2',
           '--config.model.width=32', '--config.model.heads=2', '--config.model.mlp=32',
-          '--config.model.depth=4', '--config.reduce.vision.method=tome',
-          '--config.reduce.vision.layers=(1,3)', '--config.reduce.vision.keep_ratio=0.7', *flags]
+          '--config.model.depth=3', '--config.reduce.vision.method=tome',
+          '--config.reduce.vision.layers=(0,1)', '--config.reduce.vision.keep_ratio=0.7', *flags]
 
 
 def rows(workdir, key):
@@ -33,8 +29,7 @@ def rows(workdir, key):
 def one(tmp_path_factory):
   """A run of one process."""
   shared = tmp_path_factory.mktemp('one')
-  done = subprocess.run(command(shared / 'run', shared), cwd=ROOT, capture_output=True, text=True,
-                        check=False, timeout=600)
+  done = processes.run(*command(shared / 'run', shared))
   assert done.returncode == 0, done.stderr[-3000:]
   return shared
 
@@ -45,14 +40,13 @@ def start(workdir, shared, *flags):
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   return [
-      subprocess.Popen(command(workdir, shared, f'--coordinator=127.0.0.1:{port}', '--processes=2',
-                               f'--process={index}', *flags),
-                       cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+      processes.Process(*command(workdir, shared, f'--coordinator=127.0.0.1:{port}',
+                                 '--processes=2', f'--process={index}', *flags), together=True)
       for index in range(2)]
 
 
-def check(workdir, one, processes):
-  for process in processes:
+def check(workdir, one, both):
+  for process in both:
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text[-3000:]
   assert rows(workdir, 'loss')[-1] == pytest.approx(rows(one / 'run', 'loss')[-1], abs=1e-5)
@@ -66,14 +60,14 @@ def test_two_processes_match_one(one, tmp_path):
 
 
 def test_one_of_two_is_killed_and_the_same_command_goes_on(one, tmp_path):
-  processes = start(tmp_path, one, '--config.checkpoint_steps=1')
+  both = start(tmp_path, one, '--config.checkpoint_steps=1')
   end = time.monotonic() + 300
   while not (tmp_path / 'checkpoints' / '1').exists():
     assert time.monotonic() < end
     time.sleep(0.01)
-  processes[1].kill()
-  processes[1].communicate()
-  text, _ = processes[0].communicate(timeout=60)
-  assert processes[0].returncode == 2
+  both[1].kill()
+  both[1].communicate()
+  text, _ = both[0].communicate(timeout=60)
+  assert both[0].returncode == 2
   assert 'error: process 1 of 2 is gone' in text.splitlines()[-1]
   check(tmp_path, one, start(tmp_path, one, '--config.checkpoint_steps=1'))

@@ -1,6 +1,7 @@
 """A run's life: it dies, resumes bit for bit, is asked to stop, refuses, meets damage.
 
-Every run is the real command line in a process of its own, on a model that trains in seconds.
+Every run is the command in a process of its own, on a model that trains in seconds; the one that
+nothing happens to, and those that lose their readers, are started from nothing.
 """
 
 import json
@@ -16,6 +17,7 @@ import sys
 import time
 
 import pytest
+from helpers import processes
 
 pytestmark = pytest.mark.long
 
@@ -29,21 +31,20 @@ def shared(tmp_path_factory):
   return tmp_path_factory.mktemp('shared')
 
 
-STEPS = 40
+STEPS = 24
 
 
 def command(shared, workdir, *flags):
   settings = [f'--config.model.{setting}' for setting in SMALL]
-  return [sys.executable, '-m', 'train', '--config=configs/digits.py', f'--workdir={workdir}',
+  return ['-m', 'train', '--config=configs/digits.py', f'--workdir={workdir}',
           f'--compile_cache={shared / "xla"}', f'--config.data.data_dir={shared / "data"}',
           *settings, '--config.data.batch_size=32', f'--config.total_steps={STEPS}',
-          '--config.log_steps=1', '--config.eval_steps=20', '--config.checkpoint_steps=2',
+          '--config.log_steps=1', '--config.eval_steps=12', '--config.checkpoint_steps=2',
           '--config.optimizer.warmup_steps=2', *flags]
 
 
 def run(*args):
-  done = subprocess.run(command(*args), cwd=ROOT, text=True, capture_output=True, check=False,
-                        timeout=300)
+  done = processes.run(*command(*args), timeout=300)
   return done.returncode, done.stdout + done.stderr
 
 
@@ -68,38 +69,27 @@ def saved(workdir):
 def whole(shared, tmp_path_factory):
   """A run that nothing happened to."""
   workdir = tmp_path_factory.mktemp('whole')
-  code, text = run(shared, workdir)
-  assert code == 0, text
+  line = [sys.executable, *command(shared, workdir, '--config.eval_steps=2')]
+  done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, check=False, timeout=300)
+  assert done.returncode == 0, done.stderr
   assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
   return workdir
 
 
-def begun(*args):
-  """A command that runs; a test that nohup runs hides no SIGHUP from it."""
-  # A child inherits that a signal is ignored. It is set here, not in the child: for that a process
-  # forks, and one in which JAX runs must not.
-  ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-  try:
-    return subprocess.Popen(command(*args), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-  finally:
-    signal.signal(signal.SIGHUP, ignored)
-
-
-def at_step_10(shared, workdir):
-  """A running command that has saved step 10."""
-  process = begun(shared, workdir)
+def at_step_6(shared, workdir):
+  """A running command that has saved step 6."""
+  process = processes.Process(*command(shared, workdir), together=True)
   end = time.monotonic() + 240
-  while not (workdir / 'checkpoints' / '10').exists() and max(saved(workdir), default=0) < 10:
+  while max(saved(workdir), default=0) < 6:
     assert process.poll() is None, process.communicate()[0]
-    assert time.monotonic() < end, 'step 10 was never saved'
+    assert time.monotonic() < end, 'step 6 was never saved'
     time.sleep(0.02)
   return process
 
 
 def stopped(shared, workdir, number):
-  """A run that gets a signal once it has saved step 10: its exit code, and what it printed."""
-  process = at_step_10(shared, workdir)
+  """A run that gets a signal once it has saved step 6: its exit code, and what it printed."""
+  process = at_step_6(shared, workdir)
   process.send_signal(number)
   text, _ = process.communicate(timeout=120)
   return process.returncode, text
@@ -132,7 +122,7 @@ def test_asked_to_stop_it_saves_and_the_next_run_goes_on_from_there(number, shar
 
 
 def test_the_second_of_two_commands_is_refused_and_the_first_unharmed(shared, whole, tmp_path):
-  process = at_step_10(shared, tmp_path)
+  process = at_step_6(shared, tmp_path)
   # So that it cannot be through before the other begins.
   process.send_signal(signal.SIGSTOP)
   code, text = run(shared, tmp_path)
@@ -150,8 +140,9 @@ def pair(shared, workdir, *flags):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  return [begun(shared, workdir, f'--coordinator=127.0.0.1:{port}', '--processes=2',
-                f'--process={index}', *flags) for index in range(2)]
+  return [processes.Process(
+      *command(shared, workdir, f'--coordinator=127.0.0.1:{port}', '--processes=2',
+               f'--process={index}', *flags), together=True) for index in range(2)]
 
 
 @pytest.mark.parametrize(('number', 'index'), [(signal.SIGTERM, 1), (signal.SIGHUP, 0)])
@@ -178,7 +169,9 @@ def test_all_processes_stop_when_one_is_asked_to(number, index, shared, tmp_path
 
 @pytest.mark.parametrize('lost', ['2>&1 | head -1', '>&- 2>&-', '2>/dev/full >/dev/full'])
 def test_a_run_outlives_the_readers_of_its_output(lost, shared, whole, tmp_path):
-  line = f'{shlex.join(command(shared, tmp_path))} {lost}; exit ${{PIPESTATUS[0]}}'
+  line = shlex.join([
+      sys.executable, *command(shared, tmp_path, f'--config.checkpoint_steps={STEPS}')])
+  line += f' {lost}; exit ${{PIPESTATUS[0]}}'
   done = subprocess.run(['bash', '-c', line], cwd=ROOT, capture_output=True, check=False,
                         timeout=300)
   assert done.returncode == 0
@@ -192,7 +185,7 @@ def test_a_run_outlives_the_readers_of_its_output(lost, shared, whole, tmp_path)
     (['--config.data.name=no_such_set'], 'no_such_set'), (['--config.mesh.fsdp=64'], "'fsdp': 64")])
 def test_a_refused_command_changes_no_file(flags, said, shared, whole):
   before = content(whole)
-  code, text = run(shared, whole, '--config.total_steps=60', *flags)
+  code, text = run(shared, whole, '--config.total_steps=30', *flags)
   assert code == 2, text
   assert said in text
   assert content(whole) == before
@@ -204,19 +197,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(sh
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
   (tmp_path / 'config.json').unlink()
   before = content(tmp_path)
-  code, text = run(shared, tmp_path, '--config.total_steps=60', '--config.model.width=48')
+  code, text = run(shared, tmp_path, '--config.total_steps=30', '--config.model.width=48')
   assert code == 2, text
   assert content(tmp_path) == before
   args = command(shared, tmp_path, '--config.model.width=48')
-  args[2:4] = 'eval', '--config=configs/digits_sweep.py'
-  done = subprocess.run(args, cwd=ROOT, text=True, capture_output=True, check=False, timeout=300)
+  args[1:3] = 'eval', '--config=configs/digits_sweep.py'
+  done = processes.run(*args, timeout=300)
   assert done.returncode == 2, done.stderr
   assert content(tmp_path) == before
 
 
 def test_what_changes_on_purpose_is_recorded(shared, whole, tmp_path):
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-  flags = ['--config.total_steps=42', '--config.optimizer.peak_lr=1e-3',
+  flags = ['--config.total_steps=26', '--config.optimizer.peak_lr=1e-3',
            '--change=optimizer.peak_lr']
   for _ in range(2):
     code, text = run(shared, tmp_path, *flags)
@@ -225,8 +218,8 @@ def test_what_changes_on_purpose_is_recorded(shared, whole, tmp_path):
   config = json.loads((tmp_path / 'config.json').read_text())
   assert [(change['step'], change['key']) for change in config['changes']] == [
       (STEPS, 'total_steps'), (STEPS, 'optimizer.peak_lr')]
-  assert len(losses(tmp_path)) == 42
-  code, text = run(shared, tmp_path, '--config.total_steps=44')
+  assert len(losses(tmp_path)) == 26
+  code, text = run(shared, tmp_path, '--config.total_steps=28')
   assert code == 2
   assert 'optimizer.peak_lr was 0.001 and is now 0.002' in text
 
@@ -235,8 +228,8 @@ def test_the_newest_two_and_the_best_checkpoints_are_kept(whole):
   kept = saved(whole)
   assert kept[-2:] == [STEPS - 2, STEPS]
   rows = [json.loads(line) for line in (whole / 'metrics.jsonl').read_text().splitlines()]
-  best = max((row for row in rows if 'accuracy' in row), key=lambda row: row['accuracy'])
-  assert best['step'] in kept
+  scores = {row['step']: row['accuracy'] for row in rows if 'accuracy' in row}
+  assert max(scores, key=scores.get) in kept
   assert len(kept) <= 3
 
 

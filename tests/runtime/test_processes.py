@@ -2,22 +2,20 @@
 
 import concurrent.futures
 import json
-import pathlib
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
 from helpers.errors import said
+from helpers.processes import Process
+from helpers.processes import run as run_python
 
 from lib.runtime import processes
 
-ROOT = pathlib.Path(__file__).parents[2]
 SAME = {'config.seed': 0}
 
 
@@ -140,18 +138,22 @@ while True:
 '''
 
 
+def lines_of(text):
+  """The whole lines that a process has printed, without the library's own."""
+  *lines, _ = text.split('\n')
+  return [line for line in lines if not line.startswith('[Gloo]')]
+
+
 def started(*parts):
   """Two processes that have joined and do what their parts say."""
   port = free_port()
-  both = [subprocess.Popen([sys.executable, '-c', SCRIPT, str(index), str(port),
-                            textwrap.dedent(part)], cwd=ROOT, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
+  both = [Process('-c', SCRIPT, index, port, textwrap.dedent(part))
           for index, part in enumerate(parts)]
   for process in both:
-    line = process.stdout.readline()
-    while line.startswith('[Gloo]'):
-      line = process.stdout.readline()
-    assert line == "[{'index': 0, 'text': 'x'}, {'index': 1, 'text': 'xx'}]\n"
+    while not lines_of(process.text()):
+      assert process.poll() is None, process.text(1)
+      time.sleep(0.02)
+    assert lines_of(process.text())[0] == "[{'index': 0, 'text': 'x'}, {'index': 1, 'text': 'xx'}]"
   return both
 
 
@@ -237,15 +239,17 @@ checkpoints.close()
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
   folder = tmp_path_factory.mktemp('saved') / 'checkpoints'
-  subprocess.run([sys.executable, '-c', SAVE, str(folder)], cwd=ROOT, check=True)
+  run_python('-c', SAVE, folder).check_returncode()
   return folder
 
 
 def restored(folders, damaged):
-  """Returns what two processes print, and their exit codes."""
+  """Returns what two processes print once they have joined, and their exit codes."""
   both = started(*[RESTORE.replace('FOLDER', repr(str(folder))).replace('DAMAGED', str(each))
                    for folder, each in zip(folders, damaged, strict=True)])
-  return [(*process.communicate(timeout=120), process.returncode) for process in both]
+  texts = [process.communicate(timeout=120) for process in both]
+  return [(lines_of(text)[1:], errors, process.returncode)
+          for process, (text, errors) in zip(both, texts, strict=True)]
 
 
 @pytest.mark.long
@@ -253,7 +257,7 @@ def test_damage_that_one_process_sees_is_passed_over_by_both(saved, tmp_path):
   folder = shutil.copytree(saved, tmp_path / 'checkpoints')
   done = restored([folder, folder], [False, True])
   for text, errors, code in done:
-    assert (text, code) == ('2 16.0\n', 0), errors
+    assert (text, code) == (['2 16.0'], 0), errors
   assert 'in process 1, 3 is damaged: renamed the checkpoint' in done[0][1]
   assert done[1][1] == ''
   names = sorted(path.name[:9] for path in folder.iterdir())

@@ -7,7 +7,7 @@ import re
 
 import jaxlib.version
 import pytest
-from helpers.devices import COLLECTIVE, on_devices
+from helpers.processes import COLLECTIVE, on_devices
 
 from models.backbones.vit import make_vit
 from models.plan import methods

@@ -5,8 +5,6 @@ The checkpoints are tiny ones of golden/, whose random words mean nothing.
 
 import dataclasses
 import itertools
-import subprocess
-import sys
 
 import chex
 import jax
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from helpers import assistants, parity_vlm
+from helpers import assistants, parity_vlm, processes
 from helpers.parity_vlm import FAMILIES
 from helpers.qa import small as small_config
 from PIL import Image
@@ -300,8 +298,7 @@ def test_pictures_show_every_crop(tmp_path):
 
 
 def generate(*flags):
-  done = subprocess.run([sys.executable, '-m', 'tools.generate', *flags], text=True,
-                        capture_output=True, check=False, timeout=300)
+  done = processes.run('-m', 'tools.generate', *flags, timeout=300)
   return done.returncode, done.stdout, done.stderr
 
 

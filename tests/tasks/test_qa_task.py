@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
-import subprocess
-import sys
 
 import chex
 import jax
@@ -13,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import processes
 from helpers.qa import NEEDLE, ROWS, SCENES, batch_of, made, small
 
 import train
@@ -20,9 +18,6 @@ from configs import digit_scenes as scenes_config
 from configs import stdlib_needle as needle_config
 from lib.runtime import sharding
 from lib.tasks import qa as qa_task
-
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 CASES = {
     'scenes': (scenes_config, SCENES, {}),
@@ -152,7 +147,7 @@ def test_reductions_in_places_that_are_not_there(reduce, message):
 @pytest.mark.long
 def test_a_run_trains_scores_and_goes_on(tmp_path):
   command = [
-      sys.executable, '-c',
+      '-c',
       'import sys, dataclasses; from lib.data.datasets import stdlib_needle as s;'
       'B = s.StdlibNeedle; c = [dataclasses.replace(B.BUILDER_CONFIGS[0], train=24, test=6)];'
       'B.BUILDER_CONFIGS = c; B.builder_configs = {"64": c[0]};'
@@ -163,8 +158,7 @@ def test_a_run_trains_scores_and_goes_on(tmp_path):
       '--config.model.lm.depth=1', '--config.model.lm.mlp=16']
   outputs = []
   for steps in (2, 3):
-    done = subprocess.run([*command, f'--config.total_steps={steps}'], cwd=ROOT, text=True,
-                          capture_output=True, check=False)
+    done = processes.run(*command, f'--config.total_steps={steps}')
     assert done.returncode == 0, done.stderr[-2000:]
     outputs.append(done.stdout)
   assert 'resumed at step 2 of 3' in outputs[1]

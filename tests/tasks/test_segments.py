@@ -3,14 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from helpers import processes
 from sklearn.datasets import load_digits
 
 from lib.data import images as image_data
@@ -24,7 +22,6 @@ from models.build import build
 from ops import assignments
 from ops import tokens as tk
 
-ROOT = pathlib.Path(__file__).parents[2]
 SIDE = digit_segments.SIDE
 
 
@@ -219,8 +216,7 @@ def test_train_and_sweep_under_reduction(place, tmp_path):
            "--config.sweep.pictured=('topk',)", '--config.data.test_split=test[:50]']
   printed = []
   for arguments in (train, sweep):
-    done = subprocess.run([sys.executable, '-m', *arguments, *common], cwd=ROOT, text=True,
-                          capture_output=True, check=False, timeout=300)
+    done = processes.run('-m', *arguments, *common, timeout=300)
     assert done.returncode == 0, done.stderr
     printed.append(done.stdout)
   last = json.loads(printed[0].splitlines()[-1])
