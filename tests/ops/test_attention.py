@@ -434,7 +434,8 @@ def test_policy_attention_equals_the_release():
 
   def error(**arguments):
     out = policy_attend(q, k, v, policy, **arguments).out
-    return np.abs(linear(np.asarray(out).reshape(x.shape), 'proj') - golden['policy_attn_out']).max()
+    out = linear(np.asarray(out).reshape(x.shape), 'proj')
+    return np.abs(out - golden['policy_attn_out']).max()
 
   assert error(smoothing=1e-6) <= 1e-5
   # The paper's form, without it, is near, yet not the release.
