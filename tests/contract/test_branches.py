@@ -27,7 +27,7 @@ from ops.tokens import TEXT, VISUAL, TokenSet
 LM = TINY.clone(depth=4, capture=True)
 VIT = ViT(width=16, depth=4, mlp=24, heads=2, patch=4, image_size=16, channels=1, num_classes=3,
           capture=True)
-IMAGES = jax.random.normal(jax.random.key(0), (3, 16, 16, 1))
+IMAGES = np.asarray(jax.random.normal(jax.random.key(0), (3, 16, 16, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,11 @@ def parameters(host):
   return jax.jit(VIT.init)(jax.random.key(1), IMAGES)
 
 
+@functools.cache
+def program(model):
+  return jax.jit(model.apply)
+
+
 def run(host, config, weights=None, inputs=None):
   """Features after every layer, outputs and what is told, under a reduction or none."""
   weights = parameters(host) if weights is None else weights
@@ -66,7 +71,7 @@ def run(host, config, weights=None, inputs=None):
   if config:
     slots = inputs.slots if hasattr(inputs, 'slots') else inputs.shape[1]
     model = model.clone(plan=make_plan(config, model.host(slots) if host == 'lm' else model.host))
-  outputs, out = jax.jit(model.apply)(weights, inputs)
+  outputs, out = jax.tree.map(np.asarray, program(model)(weights, inputs))
   return out['hidden'], outputs, out
 
 
@@ -74,7 +79,11 @@ def silenced(host, layer, *names):
   """The parameters, with some products of a layer at zero."""
   def change(path, leaf):
     named = any(getattr(key, 'key', None) in names for key in path)
-    return leaf.at[layer].set(0) if named else leaf
+    if not named:
+      return leaf
+    leaf = np.array(leaf)
+    leaf[layer] = 0
+    return leaf
 
   return jax.tree_util.tree_map_with_path(change, parameters(host))
 
