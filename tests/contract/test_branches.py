@@ -17,7 +17,6 @@ from helpers.tiny_lm import PROMPT, ROOM, TINY, ids, image_and_text, variables
 from models.backbones.vit import Block, ViT
 from models.events import PARTS
 from models.plan import branch_methods, make_plan
-from ops.assignments import take
 from ops.primitives.select import keep_top
 from ops.primitives.sparse_attention import HeadGather
 from ops.reducers.base import BranchReducer
@@ -123,14 +122,15 @@ def test_a_branch_is_the_layer_of_those_that_run(host, parts):
   hidden, _, _ = run(host, config)
   x = hidden[1] if parts != 'mlp' else half(host, 'attend', hidden[1])
   special = 1 - (host == 'lm')
-  norms = jnp.sum(x ** 2, axis=2).at[:, :special].set(jnp.inf)
-  index = jnp.sort(jnp.argsort(-norms, axis=1)[:, :7 + special], axis=1)
-  gate = 1.0 if parts == 'core' else 0.5
-  ran = take(x, index)
+  norms = np.sum(x ** 2, axis=2)
+  norms[:, :special] = np.inf
+  index = np.sort(np.argsort(-norms, axis=1, kind='stable')[:, :7 + special], axis=1)
+  gate, x = np.float32(1.0 if parts == 'core' else 0.5), x.copy()
+  ran = np.take_along_axis(x, index[..., None], axis=1)
   for method, runs in (('attend', parts != 'mlp'), ('feed_forward', parts in ('both', 'mlp'))):
     if runs:
       new = half(host, method, ran, index)
-      x = jax.vmap(lambda row, i, c: row.at[i].add(c))(x, index, gate * (new - ran))
+      x[np.arange(len(x))[:, None], index] += gate * (new - ran)
       ran = new
     elif method == 'feed_forward':
       x = half(host, method, x)
@@ -139,11 +139,21 @@ def test_a_branch_is_the_layer_of_those_that_run(host, parts):
 
 def half(host, method, x, index=None):
   """Layer 2 of the plain model as far as attention or the MLP, of features at some positions."""
+  return np.asarray(half_program(host, method)(parameters(host)['params'], x, index))
+
+
+@functools.cache
+def half_program(host, method):
   block = LM.bind(parameters(host)).stack.block if host == 'lm' else Block(16, 2, 24)
-  params = jax.tree.map(lambda leaf: leaf[2], parameters(host)['params']['stack']['blocks'])
-  tokens = TokenSet.create(x, pos=index)
   kwargs = {'needs': frozenset()} | ({'proportional': False} if method == 'attend' else {})
-  return x + block.apply({'params': params}, tokens, method=method, **kwargs)[0]
+
+  @jax.jit
+  def run(params, x, index):
+    params = jax.tree.map(lambda leaf: leaf[2], params['stack']['blocks'])
+    tokens = TokenSet.create(x, pos=index)
+    return x + block.apply({'params': params}, tokens, method=method, **kwargs)[0]
+
+  return run
 
 
 # A method of a branch in a language model; of visual tokens alone where no kinds are named.
