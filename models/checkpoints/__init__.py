@@ -299,7 +299,12 @@ def _shapes(model: Model) -> dict[str, Shape]:
                       for path, shape in _shapes(tower).items()}
   if isinstance(model, VLM):
     return _shapes_of_vlm(model)
-  model = model.clone(plan=None, mesh=None, implementation='xla')
+  return _traced_shapes(model.clone(plan=None, mesh=None, implementation='xla'))
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_shapes(model: ViT | Text | LM | QwenVision) -> dict[str, Shape]:
+  """Shapes of one tower's leaves, traced once: loading asks for them several times."""
   if isinstance(model, LM):
     example = jnp.zeros((1, 1), jnp.int32)
   elif isinstance(model, QwenVision):

@@ -17,7 +17,6 @@ from helpers.tiny_lm import PROMPT, ROOM, TINY, ids, image_and_text, variables
 from models.backbones.vit import Block, ViT
 from models.events import PARTS
 from models.plan import branch_methods, make_plan
-from ops.assignments import take
 from ops.primitives.select import keep_top
 from ops.primitives.sparse_attention import HeadGather
 from ops.reducers.base import BranchReducer
@@ -27,7 +26,7 @@ from ops.tokens import TEXT, VISUAL, TokenSet
 LM = TINY.clone(depth=4, capture=True)
 VIT = ViT(width=16, depth=4, mlp=24, heads=2, patch=4, image_size=16, channels=1, num_classes=3,
           capture=True)
-IMAGES = jax.random.normal(jax.random.key(0), (3, 16, 16, 1))
+IMAGES = np.asarray(jax.random.normal(jax.random.key(0), (3, 16, 16, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,11 @@ def parameters(host):
   return jax.jit(VIT.init)(jax.random.key(1), IMAGES)
 
 
+@functools.cache
+def program(model):
+  return jax.jit(model.apply)
+
+
 def run(host, config, weights=None, inputs=None):
   """Features after every layer, outputs and what is told, under a reduction or none."""
   weights = parameters(host) if weights is None else weights
@@ -66,7 +70,7 @@ def run(host, config, weights=None, inputs=None):
   if config:
     slots = inputs.slots if hasattr(inputs, 'slots') else inputs.shape[1]
     model = model.clone(plan=make_plan(config, model.host(slots) if host == 'lm' else model.host))
-  outputs, out = jax.jit(model.apply)(weights, inputs)
+  outputs, out = jax.tree.map(np.asarray, program(model)(weights, inputs))
   return out['hidden'], outputs, out
 
 
@@ -74,7 +78,11 @@ def silenced(host, layer, *names):
   """The parameters, with some products of a layer at zero."""
   def change(path, leaf):
     named = any(getattr(key, 'key', None) in names for key in path)
-    return leaf.at[layer].set(0) if named else leaf
+    if not named:
+      return leaf
+    leaf = np.array(leaf)
+    leaf[layer] = 0
+    return leaf
 
   return jax.tree_util.tree_map_with_path(change, parameters(host))
 
@@ -114,14 +122,15 @@ def test_a_branch_is_the_layer_of_those_that_run(host, parts):
   hidden, _, _ = run(host, config)
   x = hidden[1] if parts != 'mlp' else half(host, 'attend', hidden[1])
   special = 1 - (host == 'lm')
-  norms = jnp.sum(x ** 2, axis=2).at[:, :special].set(jnp.inf)
-  index = jnp.sort(jnp.argsort(-norms, axis=1)[:, :7 + special], axis=1)
-  gate = 1.0 if parts == 'core' else 0.5
-  ran = take(x, index)
+  norms = np.sum(x ** 2, axis=2)
+  norms[:, :special] = np.inf
+  index = np.sort(np.argsort(-norms, axis=1, kind='stable')[:, :7 + special], axis=1)
+  gate, x = np.float32(1.0 if parts == 'core' else 0.5), x.copy()
+  ran = np.take_along_axis(x, index[..., None], axis=1)
   for method, runs in (('attend', parts != 'mlp'), ('feed_forward', parts in ('both', 'mlp'))):
     if runs:
       new = half(host, method, ran, index)
-      x = jax.vmap(lambda row, i, c: row.at[i].add(c))(x, index, gate * (new - ran))
+      x[np.arange(len(x))[:, None], index] += gate * (new - ran)
       ran = new
     elif method == 'feed_forward':
       x = half(host, method, x)
@@ -130,11 +139,21 @@ def test_a_branch_is_the_layer_of_those_that_run(host, parts):
 
 def half(host, method, x, index=None):
   """Layer 2 of the plain model as far as attention or the MLP, of features at some positions."""
+  return np.asarray(half_program(host, method)(parameters(host)['params'], x, index))
+
+
+@functools.cache
+def half_program(host, method):
   block = LM.bind(parameters(host)).stack.block if host == 'lm' else Block(16, 2, 24)
-  params = jax.tree.map(lambda leaf: leaf[2], parameters(host)['params']['stack']['blocks'])
-  tokens = TokenSet.create(x, pos=index)
   kwargs = {'needs': frozenset()} | ({'proportional': False} if method == 'attend' else {})
-  return x + block.apply({'params': params}, tokens, method=method, **kwargs)[0]
+
+  @jax.jit
+  def run(params, x, index):
+    params = jax.tree.map(lambda leaf: leaf[2], params['stack']['blocks'])
+    tokens = TokenSet.create(x, pos=index)
+    return x + block.apply({'params': params}, tokens, method=method, **kwargs)[0]
+
+  return run
 
 
 # A method of a branch in a language model; of visual tokens alone where no kinds are named.

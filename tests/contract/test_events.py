@@ -1,6 +1,7 @@
 """Several reductions in one tower: each sees what the ones before it left."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -22,7 +23,7 @@ from ops.reducers.base import Reducer
 
 VIT = ViT(width=16, depth=4, mlp=24, heads=2, patch=4, image_size=20, channels=1, num_classes=0,
           capture=True)
-IMAGES = jax.random.normal(jax.random.key(0), (2, 20, 20, 1))
+IMAGES = np.random.default_rng(0).normal(size=(2, 20, 20, 1)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,15 @@ class Watched(Reducer):
     return keep_top(tokens, jnp.linalg.norm(signals.keys, axis=(2, 3)), num_slots=num_slots)
 
 
+@functools.cache
+def parameters():
+  return jax.jit(VIT.init)(jax.random.key(1), IMAGES)
+
+
 def run(*configs):
   """The tiny ViT under several reductions: its features, what it tells, and its plan."""
   vit = VIT.clone(plan=make_plan(configs, VIT.host))
-  params = VIT.init(jax.random.key(1), IMAGES)
-  return (*vit.apply(params, IMAGES), vit.plan)
+  return (*jax.jit(vit.apply)(parameters(), IMAGES), vit.plan)
 
 
 @pytest.mark.long
@@ -51,15 +56,21 @@ def run(*configs):
 def test_signals_follow_the_tokens_from_event_to_event(sites, monkeypatch):
   monkeypatch.setitem(REDUCERS, 'watched', Watched)
   (first, one), (second, other) = sites
-  _, _, plan = run({'method': 'watched', 'site': first, 'layers': one, 'remove': 6},
-                   {'method': 'watched', 'site': second, 'layers': other, 'remove': 4})
-  (before, shown), (after, seen) = (event.method.told[0] for event in plan.events)
+  configs = ({'method': 'watched', 'site': first, 'layers': one, 'remove': 6},
+             {'method': 'watched', 'site': second, 'layers': other, 'remove': 4})
+
+  @jax.jit
+  def told(params):
+    vit = VIT.clone(plan=make_plan(configs, VIT.host))
+    vit.apply(params, IMAGES)
+    return [event.method.told[0] for event in vit.plan.events]
+
+  (before, shown), (after, seen) = jax.tree.map(np.asarray, told(parameters()))
   assert (before.slots, after.slots) == (26, 20)
   # A slot of the second event is where the first one's position is.
-  index = jnp.argmax(after.pos[:, :, None] == before.pos[:, None], axis=2)
+  index = np.argmax(after.pos[:, :, None] == before.pos[:, None], axis=2)
   np.testing.assert_allclose(seen.keys, take(shown.keys, index), atol=1e-6)
-  attention = np.take_along_axis(np.asarray(shown.cls_attention),
-                                 np.asarray(index)[:, None].repeat(2, axis=1), axis=2)
+  attention = np.take_along_axis(shown.cls_attention, index[:, None].repeat(2, axis=1), axis=2)
   np.testing.assert_allclose(seen.cls_attention, attention, atol=1e-6)
 
 
@@ -69,12 +80,11 @@ def test_several_reductions_equal_one_after_the_other():
   second = {'method': 'tome', 'remove': 5, 'layers': 2}
   both, out, plan = run(first, second)
   assert [tokens.left for tokens in plan.profile(4, 26)] == [26, 20, 15, 15]
-  params = VIT.init(jax.random.key(1), IMAGES)
   begun = VIT.clone(plan=make_plan(first, VIT.host), layers=(0, 2))
-  left, _ = begun.apply(params, IMAGES)
+  left, _ = jax.jit(begun.apply)(parameters(), IMAGES)
   host = dataclasses.replace(VIT.host, slots=20)
   ended = VIT.clone(plan=make_plan(second, host), layers=(2, 4))
-  apart, told = ended.apply(params, left)
+  apart, told = jax.jit(ended.apply)(parameters(), left)
   np.testing.assert_allclose(both, apart, atol=1e-5)
   np.testing.assert_array_equal(out['tokens'].owner, told['tokens'].owner)
 

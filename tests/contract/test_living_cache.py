@@ -296,8 +296,8 @@ def raw_stepper(lm):
 def reference(name, tokens, steps, every, cut_prompt):
   """Logits [1 + steps, V] and entries [1 + steps, L, K] of one row, by a cache that hides."""
   prompt = len(tokens) - steps
-  cache = TINY.empty_cache(1, PROMPT + STEPS)
-  heads = [[Reference(name) for _ in range(2)] for _ in range(TINY.depth)]
+  cache = SHALLOW.empty_cache(1, PROMPT + STEPS)
+  heads = [[Reference(name) for _ in range(2)] for _ in range(SHALLOW.depth)]
   logits, entries = [], []
   for position, token in enumerate(tokens):
     layers = []
@@ -307,7 +307,7 @@ def reference(name, tokens, steps, every, cut_prompt):
         valid[0, head, ref.entries] = True
       pos = np.broadcast_to(np.arange(PROMPT + STEPS, dtype=np.int32), valid.shape)
       layers.append(kv.replace(valid=jnp.asarray(valid), pos=jnp.asarray(pos)))
-    out, cache, told = raw_stepper(TINY)(unstacked(), token[None], cache.replace(
+    out, cache, told = raw_stepper(SHALLOW)(unstacked(SHALLOW.depth), token[None], cache.replace(
         layers=tuple(layers)))
     for kv, refs, signals in zip(cache.layers, heads, told, strict=True):
       weights = np.asarray(signals.last_attention)[0]
@@ -340,13 +340,13 @@ def distinct():
 @pytest.mark.long
 @pytest.mark.parametrize('name', EVICTING)
 def test_eviction_equals_a_full_cache_that_hides_what_left(name):
-  lm = evicting(name)
+  lm = evicting(name, SHALLOW)
   tokens, following = jnp.split(distinct(), [PROMPT], axis=1)
   every = EVICTING[name].get('args', {}).get('every', 1)
   logits, cache = prefill(lm, tokens, jnp.asarray(VALID))
   found, entries = [logits], [[[held(kv, row) for kv in cache.layers] for row in range(3)]]
   for column in following.T:
-    logits, cache = stepper(lm)(unstacked(), column, cache)
+    logits, cache = stepper(lm)(unstacked(lm.depth), column, cache)
     found.append(logits)
     entries.append([[held(kv, row) for kv in cache.layers] for row in range(3)])
   for row in range(3):

@@ -59,11 +59,12 @@ def answers(lm, tokens, valid=None, steps=3):
 @pytest.mark.long
 @pytest.mark.parametrize('name', WRAPPERS)
 def test_a_padded_row_is_the_row_alone(name):
-  tokens = np.asarray(ids()[:, :PROMPT + 2])
-  together, _ = answers(reduced(name), jnp.asarray(tokens), jnp.asarray(VALID), steps=2)
+  tokens, valid = np.asarray(ids()[:, :PROMPT + 2]), np.array(VALID)
+  valid[1] = valid[2][::-1]  # As many on the other side: one program is of both rows alone.
+  together, _ = answers(reduced(name), tokens, valid, steps=2)
   for row in (1, 2):
-    own = np.concatenate([tokens[row, :PROMPT][VALID[row]], tokens[row, PROMPT:]])
-    alone, _ = answers(reduced(name, VALID[row].sum()), jnp.asarray(own[None]), steps=2)
+    own = np.concatenate([tokens[row, :PROMPT][valid[row]], tokens[row, PROMPT:]])
+    alone, _ = answers(reduced(name, valid[row].sum()), own[None], steps=2)
     np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
 
 
@@ -84,7 +85,8 @@ def test_a_question_behind_a_cut_context_is_its_tokens_one_by_one(name):
   lm, tokens = reduced(name), ids()[:, :PROMPT + 3]
   wanted, _ = answers(lm, tokens)
   _, cache = prefill(lm, tokens[:, :PROMPT])
-  found, cache = lm.apply(unstacked(2), tokens[:, PROMPT:], cache, logits='all', method='extend')
+  found, cache = jax.jit(functools.partial(lm.apply, logits='all', method='extend'))(
+      unstacked(2), tokens[:, PROMPT:], cache)
   np.testing.assert_allclose(found, wanted[:, 1:], atol=2e-5)
   assert isinstance(cache.layers[0], SplitKV)
   twice = cache.take(jnp.array([2, 2]))

@@ -29,6 +29,15 @@ def fresh(batch=2):
 
 def chain(kinds, valid=False):
   """Tokens through a cut a kind, their features changed between: (final, before, cuts, first)."""
+  return jax.tree.map(np.asarray, jax.jit(lambda: _chained(kinds, valid))())
+
+
+# The ways back to the grid, compiled.
+restore, bypass, interpolate = (jax.jit(way, static_argnums=3) for way in (
+    dense.restore, dense.bypass, dense.interpolate))
+
+
+def _chained(kinds, valid):
   random = np.random.default_rng(0)
   tokens, before, cuts, assignments = fresh(), {}, {}, []
   for layer, (kind, keep) in enumerate(kinds):
@@ -60,14 +69,14 @@ def test_restore_is_the_transposed_matrix(kinds, valid):
   # A cut that drops says so in the matrix: its columns are zero.
   joined = (np.asarray(composed.matrix()) > 0).astype(np.float32)
   expected = np.einsum('bmt,bmd->btd', joined, tokens.x)[:, SPECIALS:]
-  got = dense.restore(tokens, before, cuts, GRID)
+  got = restore(tokens, before, cuts, GRID)
   np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(('kinds', 'valid'), CASES, ids=str)
 def test_bypass_follows_every_patch_to_its_last_slot(kinds, valid):
   tokens, before, cuts, _ = chain(kinds, valid)
-  got = np.asarray(dense.bypass(tokens, before, cuts, GRID))
+  got = np.asarray(bypass(tokens, before, cuts, GRID))
   dropped = 0
   for row in range(2):
     for patch in range(SPECIALS, TOTAL):
@@ -82,8 +91,8 @@ def test_bypass_follows_every_patch_to_its_last_slot(kinds, valid):
 
 def test_interpolate_weighs_kept_patches_by_distance():
   tokens, before, cuts, _ = chain([('gather', 6)])
-  got = np.asarray(dense.interpolate(tokens, before, cuts, GRID))
-  back = np.asarray(dense.restore(tokens, before, cuts, GRID), np.float64)
+  got = np.asarray(interpolate(tokens, before, cuts, GRID))
+  back = np.asarray(restore(tokens, before, cuts, GRID), np.float64)
   for row in range(2):
     kept = np.flatnonzero(np.asarray(tokens.owner[row, SPECIALS:]) >= 0)
     assert 0 < len(kept) < 12
@@ -187,8 +196,8 @@ def test_every_way_works_under_every_kind_of_method(name):
   there = (owner >= 0)[..., None]
   assert (~there).any() == (name in ('ats', 'random'))
   rest = out['tokens'], out['before'], out['cuts'], (8, 8)
-  np.testing.assert_array_equal(dense.restore(*rest), np.where(there, back, 0))
-  filled = dense.interpolate(*rest)
+  np.testing.assert_array_equal(restore(*rest), np.where(there, back, 0))
+  filled = np.asarray(interpolate(*rest))
   np.testing.assert_array_equal(np.where(there, filled, 0), np.where(there, back, 0))
   assert (np.abs(filled).max(axis=-1) > 0).all()
   # Bypassed features: those before the cut, through the model's own final norm.

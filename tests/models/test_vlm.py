@@ -39,7 +39,7 @@ VALID = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
 def squares(seed=0):
   """Two images a row of 16 x 16 pixels."""
   pixels = np.random.default_rng(seed).normal(size=(3, 2, 16, 16, 3)).astype(np.float32)
-  return Images(jnp.asarray(pixels))
+  return Images(pixels)
 
 
 @functools.cache
@@ -64,21 +64,25 @@ def crops():
                         patches=16)
 
 
-def run(vlm, params, images, ids=IDS, valid=VALID):
-  return jax.jit(vlm.apply)({'params': params}, ids, valid, images)
+@functools.cache
+def program(model, **settings):
+  return jax.jit(functools.partial(model.apply, **settings))
+
+
+def run(vlm, params, images, ids=IDS, valid=VALID, **settings):
+  """Results in numpy."""
+  return jax.tree.map(np.asarray, program(vlm, **settings)({'params': params}, ids, valid, images))
 
 
 def look(vlm, params, images):
   """As `run`, up to where the language model begins."""
-  see = functools.partial(vlm.apply, method='sequence')
-  return jax.jit(see)({'params': params}, IDS, VALID, images)[1]
+  return run(vlm, params, images, method='sequence')[1]
 
 
 def visual_of(out, row, image=0):
   """Features of an image in the sequence."""
   tokens = out['sequence']
-  here = np.asarray(tokens.valid[row] & (tokens.stats['group'][row] == image))
-  return np.asarray(tokens.x[row])[here]
+  return tokens.x[row][tokens.valid[row] & (tokens.stats['group'][row] == image)]
 
 
 # The projector.
@@ -94,8 +98,8 @@ def test_the_door_keeps_what_the_towers_last_layer_attends_to(by):
   # The same attention by the tower alone, asked for by another way.
   tower = vlm.tower.clone(plan=make_plan({'method': 'topk', 'args': {'by': by}, 'site': 'after',
                                               'layers': (1,), 'keep': 5}, vlm.tower.host))
-  kept, _ = jax.jit(tower.apply)({'params': params['tower']},
-                                 squares().pixels.reshape(6, 16, 16, 3))
+  kept, _ = jax.tree.map(np.asarray, program(tower)({'params': params['tower']},
+                                                    squares().pixels.reshape(6, 16, 16, 3)))
   for row, image in ((0, 0), (1, 0), (1, 1)):
     chosen = np.sort(kept.pos[2 * row + image, 1:])
     np.testing.assert_allclose(visual_of(out, row, image),
@@ -139,7 +143,7 @@ def test_methods_that_join_or_read_keys_act_at_the_door(method):
   reduced = with_projector_reduction(vlm, {'method': method, 'keep': 10}, slots=16)
   logits, out = run(reduced, params, squares())
   assert len(visual_of(out, 0)) == 10
-  assert jnp.isfinite(logits).all()
+  assert np.isfinite(logits).all()
 
 
 @pytest.mark.long
@@ -149,13 +153,14 @@ def test_a_learned_method_at_the_door_has_parameters_that_train():
   fresh = jax.jit(reduced.init)(jax.random.key(0), IDS, VALID, squares())['params']
   assert fresh['reducers'].keys() == {'reducer_01'}
 
+  @functools.partial(jax.grad, has_aux=True)
   def total(own):
     logits, out = reduced.apply({'params': params | {'reducers': own}}, IDS, VALID, squares())
     return jnp.sum(logits), out['sequence'].slots
 
-  slope, slots = jax.grad(total, has_aux=True)(fresh['reducers'])
+  slope, slots = jax.jit(total)(fresh['reducers'])
   assert slots == 5 + 2 * 4
-  assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slope)) > 0
+  assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(slope)) > 0
   with pytest.raises(ValueError, match=r'patchmerger in layer 1 needs learned parameters'):
     run(reduced, params, squares())
 
@@ -205,9 +210,8 @@ def test_a_door_behind_crops_pools_patches_and_newlines():
 
 @pytest.mark.parametrize('config', [LLAVA, QWEN], ids=['llava', 'qwen'])
 def test_text_alone_needs_no_images(config):
-  vlm = from_config(config, grid=(8, 8))
+  vlm, params = llava() if config is LLAVA else qwen()
   example = squares() if config is LLAVA else qwen_images()[0]
-  params = jax.jit(vlm.init)(jax.random.key(0), IDS, VALID, example)['params']
   logits, out = run(vlm, params, None, IDS[2:, :2], VALID[2:, :2])
   both, beside = run(vlm, params, example)
   np.testing.assert_allclose(logits[0], both[2, :2], atol=1e-5)
@@ -240,13 +244,13 @@ def test_patches_that_a_tower_merged_are_seen_apart(side):
     for image in range(images):
       own = owner[first + 16 * image:first + 16 * (image + 1)]
       np.testing.assert_array_equal(own - own.min(), crops.owner[2 * row + image])
-  run = jax.jit(functools.partial(vlm.apply, room=1, method='prefill'))
-  logits, cache = run({'params': params}, IDS, VALID, squares())
+  read = functools.partial(run, vlm, params, room=1, method='prefill')
+  logits, cache = read(squares())
   assert cache.layers[0].pos.shape == (3, 5 + 2 * 16 + 1)
   pixels = squares().pixels
   for row, length, images in ((0, 4, 1), (1, 5, 2)):
-    alone, own = run({'params': params}, IDS[row:row + 1, :length], VALID[row:row + 1, :length],
-                     Images(pixels[row:row + 1, :images]))
+    alone, own = read(Images(pixels[row:row + 1, :images]), IDS[row:row + 1, :length],
+                      VALID[row:row + 1, :length])
     np.testing.assert_allclose(logits[row], alone[0], atol=1e-5)
     np.testing.assert_array_equal(own.layers[0].start[0], cache.layers[0].start[row])
 
@@ -261,7 +265,7 @@ def test_frames_of_a_stream_share_what_has_not_changed():
   pixels = np.asarray(squares().pixels).repeat(3, axis=1)  # Six frames, each thrice.
   pixels[:, 1, :8, 4:12] += 1.0
   pixels[1, 5, 12:] -= 0.5
-  images = Images(jnp.asarray(pixels))
+  images = Images(pixels)
   ids = np.full((3, 8), IMAGE)
   ids[:, 6:] = [[1, 2], [3, 4], [5, 6]]
   valid = np.ones(ids.shape, bool)
@@ -307,12 +311,10 @@ def test_a_joint_budget_of_projector_language_model_and_cache():
   more = with_plans(vlm, **reduce | {'language': {'method': 'fastv', 'layers': 1,
                                                   'keep': event.slots_out - 5 + 1}})
   assert macs_of(more(5, images.layout), 5, images.layout) > 0.75 * whole
-  run = jax.jit(functools.partial(made.apply, room=2, method='prefill'))
-  logits, cache = run({'params': params}, ids, valid, images)
+  logits, cache = run(made, params, images, ids, valid, room=2, method='prefill')
   assert np.isfinite(logits).all()
   assert [layer.pos.shape[-1] for layer in cache.layers] == [11, 11]
-  _, cache = jax.jit(functools.partial(made.apply, method='decode'))(
-      {'params': params}, jnp.asarray([3]), cache)
+  _, cache = program(made, method='decode')({'params': params}, np.array([3]), cache)
   assert int(cache.steps) == 1
 
 
@@ -326,16 +328,16 @@ def test_features_of_the_tower_join_their_tokens_in_later_layers():
   lm = vlm.lm.clone(plan=plan, capture=True)
   vlm = vlm.clone(lm=lm)
   logits, out = run(vlm, params, squares())
-  tower = jax.jit(lambda images: plain.tower.clone(capture=True).apply(
-      {'params': params['tower']}, images)[1]['hidden'][0])(squares().pixels.reshape(-1, 16, 16, 3))
+  tower = np.asarray(program(plain.tower.clone(capture=True))(
+      {'params': params['tower']}, squares().pixels.reshape(-1, 16, 16, 3))[1]['hidden'][0])
   without, before = run(vlm.clone(deepstack=()), params, squares())
-  assert jnp.abs(logits - without).max() > 1e-4
+  assert np.abs(logits - without).max() > 1e-4
   np.testing.assert_array_equal(out['cuts'][1].pos, before['cuts'][1].pos)
   # By hand: what the cut left, and its patches' features of the tower's first layer.
-  first, second = (params['projector'][name] for name in ('fc1', 'fc2'))
-  deep = tower[:, 1:] @ first['kernel'] + first['bias'][None, None]
-  deep = jax.nn.gelu(deep, approximate=False) @ second['kernel'] + second['bias'][None, None]
-  deep = np.asarray(deep).reshape(3, 32, 16)
+  first, second = (jax.tree.map(np.asarray, params['projector'][name]) for name in ('fc1', 'fc2'))
+  deep = tower[:, 1:] @ first['kernel'] + first['bias']
+  deep = np.asarray(jax.nn.gelu(deep, approximate=False)) @ second['kernel'] + second['bias']
+  deep = deep.reshape(3, 32, 16)
   left = out['cuts'][1]
   x = np.array(left.x)
   for row in range(3):
@@ -363,13 +365,12 @@ def test_images_see_the_question_and_not_the_answer():
   vlm = vlm.clone(lm=vlm.lm.clone(mask='mutual'))
   answered = np.array(IDS)
   answered[1, 4] = 9
-  question = jnp.asarray(np.arange(5) < 4)[None] & VALID
+  question = (np.arange(5) < 4)[None] & VALID
 
   def moved(*marks):
-    score = jax.jit(vlm.apply)
-    (first, out), (second, _) = (score({'params': params}, ids, VALID, squares(), *marks)
-                                 for ids in (IDS, answered))
-    apart = np.asarray(jnp.abs(first - second)[1].max(axis=1) > 1e-6)
+    (first, out), (second, _) = (jax.tree.map(np.asarray, program(vlm)(
+        {'params': params}, ids, VALID, squares(), *marks)) for ids in (IDS, answered))
+    apart = np.abs(first - second)[1].max(axis=1) > 1e-6
     return np.flatnonzero(apart & out['sequence'].valid[1])
 
   # Two images of 16 tokens behind one of text; the answer is the last of two behind them.
@@ -380,12 +381,13 @@ def test_images_see_the_question_and_not_the_answer():
 def test_rows_do_not_touch_each_other():
   vlm, params = llava()
   images = squares()
-  run_all = jax.jit(vlm.apply)
-  wanted, out = run_all({'params': params}, IDS, VALID, images)
+  wanted, out = run(vlm, params, images)
   real = out['sequence'].valid[0]
   # Other rows' images, and one that no placeholder asks for.
-  for other in (images.pixels.at[1:].set(1e3), images.pixels.at[0, 1].set(1e3)):
-    found, _ = run_all({'params': params}, IDS, VALID, Images(other))
+  for place in (np.s_[1:], np.s_[0, 1]):
+    other = images.pixels.copy()
+    other[place] = 1e3
+    found, _ = run(vlm, params, Images(other))
     np.testing.assert_allclose(found[0][real], wanted[0][real], atol=1e-5)
 
 
@@ -456,14 +458,14 @@ def test_patches_may_be_merged_inside_a_qwen_tower(window):
   plan = make_plan({'method': 'tome', 'layers': (0, 1), 'keep': (32, 16)}, tower.host)
   images, _ = qwen_images()
   pixels, sizes = (each.reshape(-1, *each.shape[2:]) for each in (images.pixels, images.sizes))
-  tokens, out = jax.jit(tower.clone(plan=plan).apply)({'params': params['tower']}, pixels, sizes)
+  tokens, out = program(tower.clone(plan=plan))({'params': params['tower']}, pixels, sizes)
   assert out['tokens'].slots == 16
   assert tokens.slots == 16
   # Every cell keeps some patch of its own, for merging drops none.
-  assert tokens.valid.sum(axis=1).tolist()[:1] == [6]
-  assert jnp.isfinite(tokens.x).all()
-  whole, _ = jax.jit(tower.apply)({'params': params['tower']}, pixels, sizes)
-  assert jnp.abs(whole.x - tokens.x).max() > 1e-3
+  assert np.asarray(tokens.valid).sum(axis=1).tolist()[:1] == [6]
+  assert np.isfinite(tokens.x).all()
+  whole, _ = program(tower)({'params': params['tower']}, pixels, sizes)
+  assert np.abs(np.asarray(whole.x) - tokens.x).max() > 1e-3
 
 
 # Errors.
@@ -497,9 +499,9 @@ def test_models_that_cannot_be():
     from_config(LLAVA | {'vision_feature_layer': [-2, -1]})
   tower = QwenVision(width=8, depth=1, mlp=8, heads=1, projection=8, grid=(6, 8), patch=2, window=4)
   with pytest.raises(ValueError, match='must be a multiple of 4'):
-    tower.init(jax.random.key(0), jnp.zeros((1, 6, 8, 24)), jnp.zeros((1, 2), int))
+    tower.init(jax.random.key(0), np.zeros((1, 6, 8, 24)), np.zeros((1, 2), int))
   with pytest.raises(ValueError, match='do not fit: expected'):
-    tower.init(jax.random.key(0), jnp.zeros((1, 8, 8, 24)), jnp.zeros((1, 2), int))
+    tower.init(jax.random.key(0), np.zeros((1, 8, 8, 24)), np.zeros((1, 2), int))
 
 
 def test_images_need_positions_along_the_models_axes():

@@ -7,6 +7,7 @@ test_targets_attention.py, and what it is given (`augment`) is checked here by t
 """
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -20,13 +21,20 @@ from ops import attention, attention_kernels
 
 HIDDEN = -1e9
 
+# Compiled once a shape: operation by operation, each would be a program of its own.
+STATIC = ('causal', 'scale', 'window', 'implementation', 'chunk', 'smoothing')
+attend, rows, received, eager, policy_attend = (
+    jax.jit(function, static_argnames=set(STATIC) & set(inspect.signature(function).parameters))
+    for function in (attention.attend, attention.rows, attention.received, attention.eager,
+                     attention.policy_attend))
+
 
 def inputs(*, length=12, keys=None, heads=4, kv_heads=None, features=16, batch=2,
            dtype=jnp.float32):
   rng = np.random.default_rng(0)
   shapes = [(batch, length, heads, features)] + [
       (batch, keys or length, kv_heads or heads, features)] * 2
-  return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+  return tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)
 
 
 def make_bias(kind, batch, keys):
@@ -41,7 +49,7 @@ def make_bias(kind, batch, keys):
       'all_padded': np.where(np.arange(batch)[:, None] == 0, HIDDEN, sizes),
       'all_infinite': np.full((batch, keys), -np.inf),
   }[kind]
-  return None if bias is None else jnp.asarray(bias, jnp.float32)
+  return None if bias is None else bias.astype(np.float32)
 
 
 def softmax(q, k, bias=None, *, scale=None, causal=False):
@@ -84,28 +92,33 @@ def test_rows_from_the_lse_equal_eager_attention(kind, causal):
   q, k, v = inputs(kv_heads=2)
   bias = make_bias(kind, 2, 12)
   want, lse = softmax(q, k, bias, causal=causal)
-  got = attention.attend(q, k, v, bias=bias, causal=causal)
-  named = jnp.array([0, 5, 11])
-  found = attention.rows(q[:, named], k, got.lse[:, named], bias=bias,
-                         last=named if causal else None)
+  named = np.array([0, 5, 11])
+
+  @jax.jit
+  def run(q, k, v, bias):
+    got = attention.attend(q, k, v, bias=bias, causal=causal)
+    found = attention.rows(q[:, named], k, got.lse[:, named], bias=bias,
+                           last=named if causal else None)
+    return got, found, attention.eager(q, k, bias=bias, causal=causal)
+
+  got, found, whole = jax.tree.map(np.asarray, run(q, k, v, bias))
   # float32 logits near the lowest bias are 2e-3 apart: only rows that see a real key are exact.
   real = [0, 1] if kind in ('none', 'sizes', 'padding', 'infinite') else []
   real = [1] if kind == 'all_padded' else real
-  close(found[jnp.array(real, int)], want[real][:, :, named], 1e-6)
-  close(attention.eager(q, k, bias=bias, causal=causal)[jnp.array(real, int)], want[real], 1e-6)
-  assert got.lse.dtype == jnp.float32
+  close(found[real], want[real][:, :, named], 1e-6)
+  close(whole[real], want[real], 1e-6)
+  assert got.lse.dtype == np.float32
   close(got.lse, lse, 1e-6)
   values = np.asarray(v, np.float64).repeat(2, axis=2)
-  close(got.out[jnp.array(real, int)], np.einsum('bhns,bshd->bnhd', want, values)[real], 1e-6)
+  close(got.out[real], np.einsum('bhns,bshd->bnhd', want, values)[real], 1e-6)
   assert all(np.isfinite(x).all() for x in (got.out, got.lse, found))
 
 
 def test_rows_may_bring_no_lse():
   q, k, v = inputs()
   bias = make_bias('sizes', 2, 12)
-  lse = attention.attend(q, k, v, bias=bias, scale=0.3).lse
-  close(attention.rows(q, k, None, bias=bias, scale=0.3),
-        attention.rows(q, k, lse, bias=bias, scale=0.3), 1e-6)
+  lse = attend(q, k, v, bias=bias, scale=0.3).lse
+  close(rows(q, k, None, bias=bias, scale=0.3), rows(q, k, lse, bias=bias, scale=0.3), 1e-6)
 
 
 @pytest.mark.parametrize('chunk', [1, 5, 12, 64])
@@ -113,23 +126,22 @@ def test_rows_may_bring_no_lse():
 def test_received_is_the_mean_of_the_rows(chunk, causal):
   q, k, v = inputs(kv_heads=2)
   bias = make_bias('infinite', 2, 12)
-  valid = jnp.arange(12)[None] < jnp.array([[7], [12]])
-  lse = attention.attend(q, k, v, bias=bias, causal=causal).lse
+  valid = np.arange(12)[None] < np.array([[7], [12]])
+  lse = np.asarray(attend(q, k, v, bias=bias, causal=causal).lse)
   full, _ = softmax(q, k, bias, causal=causal)
   weights = np.asarray(valid, np.float64)
   want = np.einsum('bhns,bn->bhs', full, weights) / weights.sum(1)[:, None, None]
   # What padding queries hold does not matter.
-  q = jnp.where(valid[:, :, None, None], q, 1e3)
+  q = np.where(valid[:, :, None, None], q, np.float32(1e3))
+  run = functools.partial(received, causal=causal, chunk=chunk)
   for given in (lse, None):
-    got = attention.received(q, k, given, bias=bias, query_valid=valid, causal=causal, chunk=chunk)
-    close(got, want, 1e-6)
-  got = attention.received(q[1:], k[1:], lse[1:], bias=bias[1:], causal=causal, chunk=chunk)
-  close(got, full[1:].mean(2), 1e-6)
+    close(run(q, k, given, bias=bias, query_valid=valid), want, 1e-6)
+  close(run(q[1:], k[1:], lse[1:], bias=bias[1:]), full[1:].mean(2), 1e-6)
 
 
 def test_received_of_a_row_without_queries_is_zero():
   q, k, _ = inputs()
-  got = attention.received(q, k, None, query_valid=jnp.arange(2)[:, None] + jnp.zeros((1, 12)) > 0)
+  got = np.asarray(received(q, k, None, query_valid=np.array([[False], [True]]).repeat(12, 1)))
   assert not got[0].any()
   close(got[1], softmax(q, k)[0][1].mean(1), 1e-6)
 
@@ -141,10 +153,10 @@ def test_gradients_equal_those_of_softmax_attention(implementation, causal):
   q, k, v = inputs(length=5, heads=2, kv_heads=1)
   bias = make_bias('sizes', 2, 5)
   rng = np.random.default_rng(1)
-  on_out = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
-  on_lse = jnp.asarray(rng.normal(size=q.shape[:3]), jnp.float32)
+  on_out = rng.normal(size=q.shape).astype(np.float32)
+  on_lse = rng.normal(size=q.shape[:3]).astype(np.float32)
 
-  def loss(q, k, v, bias, function, parts):
+  def loss(q, k, v, bias, parts, function):
     out, lse = function(q, k, v, bias)
     return jnp.sum(out * on_out) * parts[0] + jnp.sum(lse * on_lse) * parts[1]
 
@@ -155,18 +167,18 @@ def test_gradients_equal_those_of_softmax_attention(implementation, causal):
   def reference(q, k, v, bias):
     return written_out(q, k, v, bias, causal)
 
-  gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)), static_argnums=(4, 5))
+  gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)), static_argnums=5)
   for parts in ((1.0, 1.0), (1.0, 0.0)) if implementation == 'xla' else ((1.0, 1.0),):
     with pltpu.force_tpu_interpret_mode():
-      got = gradient(q, k, v, bias, ours, parts)
-    for one, other in zip(got, gradient(q, k, v, bias, reference, parts), strict=True):
+      got = gradient(q, k, v, bias, parts, ours)
+    for one, other in zip(got, gradient(q, k, v, bias, parts, reference), strict=True):
       close(one, other, 1e-5)
 
 
 def test_gradient_of_rows_and_received_equals_that_of_softmax():
   q, k, v = inputs(length=6)
   bias = make_bias('sizes', 2, 6)
-  weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 6)), jnp.float32)
+  weights = np.random.default_rng(1).normal(size=(2, 4, 6)).astype(np.float32)
 
   def ours(q, k, bias):
     lse = attention.attend(q, k, v, bias=bias).lse
@@ -187,13 +199,18 @@ def test_gradient_of_rows_and_received_equals_that_of_softmax():
 @pytest.mark.parametrize('features', [16, 24])
 def test_augmented_columns_equal_the_bias(dtype, features):
   q, k, v = inputs(features=features, kv_heads=2, dtype=dtype)
-  for kind in ('sizes', 'infinite'):
-    bias = make_bias(kind, 2, 12) + 0.1  # No multiple of a power of two.
+
+  @jax.jit
+  def run(bias):
     wide_q, wide_k = attention_kernels.augment(q, k, bias, scale=features ** -0.5)
     assert wide_q.dtype == wide_k.dtype == jnp.dtype(dtype)
     wide_v = jnp.pad(v, ((0, 0),) * 3 + ((0, wide_q.shape[-1] - features),))
-    got = attention.attend(wide_q, wide_k, wide_v, scale=features ** -0.5)
-    want = attention.attend(q, k, v, bias=bias)
+    return (attention.attend(wide_q, wide_k, wide_v, scale=features ** -0.5),
+            attention.attend(q, k, v, bias=bias))
+
+  for kind in ('sizes', 'infinite'):
+    # No multiple of a power of two.
+    got, want = jax.tree.map(np.asarray, run(make_bias(kind, 2, 12) + np.float32(0.1)))
     # float32 in every dtype: the columns lose nothing of the bias.
     close(got.lse, want.lse, 1e-6)
     close(got.out[..., :features], want.out, 1e-6 if dtype == 'float32' else 4e-3)
@@ -209,7 +226,7 @@ def test_augmented_columns_carry_the_gradient_of_the_bias():
     return jnp.sum(logits) * 24 ** -0.5
 
   # Each bias is added to the logits of 12 queries in 4 heads.
-  close(jax.grad(loss)(bias), 48.0, 1e-2)
+  close(jax.jit(jax.grad(loss))(bias), 48.0, 1e-2)
 
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 2e-6), ('bfloat16', 8e-3)])
@@ -226,7 +243,7 @@ def test_splash_equals_xla(dtype, tolerance, causal):
     bias = make_bias(kind, 2, 130)
     with pltpu.force_tpu_interpret_mode():
       got = splash(q, k, v, bias)
-    want = attention.attend(q, k, v, bias=bias, causal=causal)
+    want = attend(q, k, v, bias=bias, causal=causal)
     assert got.out.dtype == want.out.dtype
     assert got.lse.dtype == jnp.float32
     close(got.lse, want.lse, tolerance)
@@ -236,15 +253,15 @@ def test_splash_equals_xla(dtype, tolerance, causal):
 def mutual(rows, length):
   """A third of the queries, and a fifth of the keys, anywhere."""
   drawn = np.random.default_rng(3).random((rows, length))
-  return attention.Mutual(jnp.asarray(drawn < 0.3), jnp.asarray(drawn > 0.8))
+  return attention.Mutual(drawn < 0.3, drawn > 0.8)
 
 
 @pytest.mark.long
 def test_splash_shows_what_lies_beside_causal_attention():
   """Results and gradients, by positions."""
   q, k, v = inputs(length=130, heads=2, kv_heads=1, features=24)
-  positions = jnp.asarray(np.random.default_rng(4).permutation(130), jnp.int32)
-  bias, positions = make_bias('infinite', 2, 130), jnp.broadcast_to(positions, (2, 130))
+  positions = np.random.default_rng(4).permutation(130).astype(np.int32)[None].repeat(2, 0)
+  bias = make_bias('infinite', 2, 130)
 
   def loss(q, k, v, implementation):
     got = attention.attend(q, k, v, bias=bias, causal=True, positions=positions,
@@ -290,11 +307,17 @@ def test_padded_rows_stay_finite_in_bfloat16(implementation, kind):
 def test_vmap_equals_a_larger_batch():
   q, k, v = inputs(batch=6)
   split = [x.reshape(2, 3, *x.shape[1:]) for x in (q, k, v, make_bias('sizes', 6, 12))]
-  got = jax.vmap(lambda q, k, v, bias: attention.attend(q, k, v, bias=bias))(*split)
-  want = attention.attend(q, k, v, bias=make_bias('sizes', 6, 12))
-  close(got.out.reshape(want.out.shape), want.out, 1e-6)
-  found = jax.vmap(attention.received)(*split[:2], got.lse)
-  close(found.reshape(6, 4, 12), attention.received(q, k, want.lse), 1e-6)
+
+  @jax.jit
+  @jax.vmap
+  def run(q, k, v, bias):
+    got = attention.attend(q, k, v, bias=bias)
+    return got.out, attention.received(q, k, got.lse)
+
+  got, found = run(*split)
+  want = attend(q, k, v, bias=make_bias('sizes', 6, 12))
+  close(np.reshape(got, want.out.shape), want.out, 1e-6)
+  close(np.reshape(found, (6, 4, 12)), received(q, k, want.lse), 1e-6)
 
 
 def buffers(jaxpr):
@@ -312,7 +335,7 @@ def test_scores_hold_no_map(differentiate):
   length, chunk = 96, 16
   q, k, v = inputs(length=length, heads=2, features=8)
   bias = make_bias('sizes', 2, length)
-  lse = attention.attend(q, k, v, bias=bias).lse
+  lse = jax.eval_shape(attend, q, k, v, bias=bias).lse
 
   def received(q, k, lse, bias):
     return jnp.sum(attention.received(q, k, lse, bias=bias, chunk=chunk) ** 2)
@@ -343,8 +366,8 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
   chunk = 16
   q, k, v = inputs(length=length, heads=4, kv_heads=2, features=8)
   bias = make_bias('sizes', 2, length)
-  positions = jnp.asarray(np.stack([np.random.default_rng(seed).permutation(length)
-                                    for seed in range(2)]), jnp.int32)
+  positions = np.stack([np.random.default_rng(seed).permutation(length)
+                        for seed in range(2)]).astype(np.int32)
   arguments = {'all': {}, 'causal': {'causal': True}, 'window': {'causal': True, 'window': 20},
                'positions': {'positions': positions},
                'mutual': {'causal': True, 'mutual': mutual(2, length)}}[kind]
@@ -356,8 +379,8 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
       attended = attention.attend(q, k, v, bias=bias, **arguments)
       return jnp.sum(attended.out ** 2) + jnp.sum(attended.lse ** 2), attended
 
-    run = jax.grad(loss, (0, 1, 2, 3), has_aux=True)
-    return run(q, k, v, bias), max(buffers(jax.make_jaxpr(run)(q, k, v, bias).jaxpr))
+    traced = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True)).trace(q, k, v, bias)
+    return traced.lower().compile()(q, k, v, bias), max(buffers(traced.jaxpr.jaxpr))
 
   whole, largest = found()
   entries = 2 * 4 * length * length
@@ -373,7 +396,7 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
     {}, {'causal': True, 'mutual': 1}, {'mutual': 1, 'positions': 1}], ids=str)
 def test_fused_attention_is_given_no_map(more):
   length = 640
-  makers = {'mutual': mutual, 'positions': lambda rows, length: jnp.arange(length)[None]}
+  makers = {'mutual': mutual, 'positions': lambda rows, length: np.arange(length)[None]}
   more = {name: makers[name](1, length) if name in makers else value
           for name, value in more.items()}
   q, k, v = inputs(batch=1, length=length, heads=1, features=8)
@@ -400,21 +423,19 @@ def test_policy_attention_equals_the_release():
   """
   golden, weights = golden_vit.load('dynamicvit'), golden_vit.load('tiny_vit_weights')
   assert str(golden['policy_attn_note']) == 'blocks.1.attn weights'
-  x = jnp.asarray(golden['policy_attn_x'])
-  policy = jnp.asarray(golden['policy_attn_policy'])[..., 0]
+  x, policy = golden['policy_attn_x'], golden['policy_attn_policy'][..., 0]
   assert 0 < policy.sum() < policy.size
-  parts = {name: jnp.asarray(weights[f'blocks.1.attn.{name}'])
-           for name in ('qkv.weight', 'qkv.bias', 'proj.weight', 'proj.bias')}
 
   def linear(x, name):
-    x = jnp.matmul(x, parts[f'{name}.weight'].T, precision='highest')
-    return x + parts[f'{name}.bias'][None, None]
+    name = f'blocks.1.attn.{name}'
+    return x @ weights[f'{name}.weight'].T + weights[f'{name}.bias']
 
-  q, k, v = jnp.moveaxis(linear(x, 'qkv').reshape(*x.shape[:2], 3, golden_vit.HEADS, -1), 2, 0)
+  q, k, v = np.moveaxis(linear(x, 'qkv').reshape(*x.shape[:2], 3, golden_vit.HEADS, -1), 2, 0)
 
   def error(**arguments):
-    out = attention.policy_attend(q, k, v, policy, **arguments).out
-    return np.abs(linear(out.reshape(x.shape), 'proj') - golden['policy_attn_out']).max()
+    out = policy_attend(q, k, v, policy, **arguments).out
+    out = linear(np.asarray(out).reshape(x.shape), 'proj')
+    return np.abs(out - golden['policy_attn_out']).max()
 
   assert error(smoothing=1e-6) <= 1e-5
   # The paper's form, without it, is near, yet not the release.
@@ -437,9 +458,9 @@ def policy_written_out(q, k, v, policy, bias, smoothing):
                           pytest.param('splash', 0.0, marks=pytest.mark.long)])
 def test_policy_attention_and_its_gradients(implementation, smoothing):
   q, k, v = inputs(length=6, heads=2)
-  policy = jnp.array([[1.0, 0.0, 1.0, 0.0, 0.3, 1.0], [0.0] * 6])
+  policy = np.array([[1.0, 0.0, 1.0, 0.0, 0.3, 1.0], [0.0] * 6], np.float32)
   bias = make_bias('sizes', 2, 6)
-  on_out = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+  on_out = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
   def ours(q, k, v, policy, bias):
     got = attention.policy_attend(q, k, v, policy, bias=bias, implementation=implementation,
@@ -466,7 +487,7 @@ def test_policy_attention_and_its_gradients(implementation, smoothing):
 def test_policy_attention_needs_the_same_tokens():
   q, k, v = inputs(length=4, keys=6)
   with pytest.raises(ValueError, match='4 queries and 6 keys'):
-    attention.policy_attend(q, k, v, jnp.ones((2, 6)))
+    attention.policy_attend(q, k, v, np.ones((2, 6)))
 
 
 def test_pick():
@@ -483,7 +504,7 @@ def test_errors_say_what_was_expected():
   with pytest.raises(ValueError, match='bfloat16 or float16, got float32'):
     attention.attend(q, k, v, implementation='cudnn')
   with pytest.raises(ValueError, match='one number a key'):
-    attention.attend(q, k, v, bias=jnp.zeros((2, 4, 12, 12)))
+    attention.attend(q, k, v, bias=np.zeros((2, 4, 12, 12)))
   with pytest.raises(ValueError, match='H a multiple of K'):
     attention.attend(q[:, :, :3], k[:, :, :2], v[:, :, :2])
   with pytest.raises(ValueError, match='share a dtype'):

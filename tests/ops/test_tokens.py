@@ -50,8 +50,8 @@ def make(kind, slots, outputs, seed, *, holes=False, op='sum'):
 def fresh(slots, seed, **fields):
   """Tokens of their own; half of the fields are left out where `fields` says None."""
   rng = np.random.default_rng(seed)
-  x = jnp.asarray(rng.normal(size=(BATCH, slots, 3)).astype(np.float32))
-  kind = jnp.asarray(rng.choice([SPECIAL, VISUAL, TEXT], size=(BATCH, slots)).astype(np.int8))
+  x = rng.normal(size=(BATCH, slots, 3)).astype(np.float32)
+  kind = rng.choice([SPECIAL, VISUAL, TEXT], size=(BATCH, slots)).astype(np.int8)
   tokens = TokenSet.create(x, kind=kind)
   return tokens.replace(stats={'memo': tokens.pos * 10}, **fields)
 
@@ -132,7 +132,7 @@ def test_a_mean_of_one_is_bit_equal_and_of_many_bf16_terms_is_exact():
 @given(seed=SEEDS)
 def test_maximum_of_each_group_and_zero_where_a_group_is_empty(seed):
   merge = make('merge', 9, 4, seed, op='max')
-  merge = merge.replace(dst=jnp.where(merge.dst == 2, 4, merge.dst))
+  merge = merge.replace(dst=np.where(merge.dst == 2, 4, merge.dst))
   values = np.random.default_rng(seed).normal(size=(BATCH, 9, 3)).astype(np.float32)
   merged, dst = call(merge, values, method='apply'), np.asarray(merge.dst)
   for b in range(BATCH):
@@ -347,17 +347,18 @@ def test_regrouping_an_attention_map(seed):
 def test_attending_is_the_regrouped_map_times_values(seed):
   rng = np.random.default_rng(seed)
   attention = rng.random((BATCH, 2, 9, 9)).astype(np.float32)
+  regrouped = jitted(tk.reduce_attention_map)
   for kind in KINDS:
     assignment = make(kind, 9, 4, seed)
     rows = 9 if kind == 'gather' else 4
     values = rng.normal(size=(BATCH, rows, 2, 3)).astype(np.float32)
-    wanted = np.einsum('bhmk,bkhd->bmhd', tk.reduce_attention_map(assignment, attention), values)
+    wanted = np.einsum('bhmk,bkhd->bmhd', regrouped(assignment, attention), values)
     close(jitted(tk.attend_after_cut)(assignment, attention, values), wanted)
     if kind == 'merge':
       size_weights = jnp.asarray(rng.random((BATCH, 9)), jnp.float32)
       for other in (assignment.replace(op='max'),
                     assignment.replace(size_weights=size_weights)):
-        wanted = np.einsum('bhmk,bkhd->bmhd', tk.reduce_attention_map(other, attention), values)
+        wanted = np.einsum('bhmk,bkhd->bmhd', regrouped(other, attention), values)
         close(jitted(tk.attend_after_cut)(other, attention, values), wanted)
 
 
