@@ -211,14 +211,15 @@ def train(config, workdir, *, first, on_purpose):
       check_finite(measured, step, config, workdir)
       writer.write(step, measured | meter.lap(step, kept=measured['kept_tokens'],
                                               macs=macs[phase]))
-    if (step % config.eval_steps == 0 or last) and not stopping:
+    scored = (step % config.eval_steps == 0 or last) and not stopping
+    if scored:
       with meter.paused():
         scores = evaluate(setup, state.ema, config.data, mesh)
       writer.write(step, scores)
     if step % config.checkpoint_steps == 0 or last:
       with meter.paused():
         check_finite({'loss': float(measured['loss'])}, step, config, workdir)
-        best = {task.score: scores[task.score]} if scores else None
+        best = {task.score: scores[task.score]} if scored else None
         checkpoints.save(step, parts(state), iterator.get_state(), metrics=best)
     if stopping:
       logging.warning('stopped by a signal at step %d; the same command goes on from there', step)

@@ -233,6 +233,15 @@ def test_the_newest_two_and_the_best_checkpoints_are_kept(whole):
   assert len(kept) <= 3
 
 
+def test_a_checkpoint_has_no_score_but_its_own(shared, tmp_path):
+  code, text = run(shared, tmp_path, '--config.total_steps=4', '--config.eval_steps=4',
+                   '--config.checkpoint_steps=3')
+  assert code == 0, text
+  scored = {step: (tmp_path / 'checkpoints' / str(step) / 'metrics' / 'metrics').exists()
+            for step in saved(tmp_path)}
+  assert scored == {3: False, 4: True}
+
+
 def test_a_teacher_is_read_from_another_run(shared, whole, tmp_path):
   """A learned reduction, its own losses, and those that hold it to the unreduced run."""
   code, text = run(shared, tmp_path, '--config.reduce.vision.method=dynamicvit',
