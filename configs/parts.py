@@ -8,7 +8,7 @@ from ml_collections import ConfigDict, config_dict
 
 from models import renames
 from models.build import IMAGE_MODEL, PRETRAINED
-from models.plan import KEYS
+from models.plans.methods import KEYS
 
 # Tensor parallelism of a ViT by its last dimensions; fsdp slices what is left
 # (lib/runtime/sharding.py).
@@ -51,7 +51,7 @@ LOOSE = ('image_size', 'weights_image_size', 'layers', 'token_kinds')
 
 
 def reduction(method: str = 'none', **settings: Any) -> ConfigDict:
-  """`config.reduce.<place>`: a method, its budget, and keys of models/plan.py."""
+  """`config.reduce.<place>`: a method, its budget, and keys of models/plans/."""
   settings = renames.current('reduce', {'layers': 'all', **settings})
   return _declared(KEYS.kinds, {'method': method, **settings})
 

@@ -9,7 +9,7 @@ from typing import cast
 
 import flax.linen as nn
 
-from models.plan import branch_methods, make_method, methods
+from models.plans.methods import branch_methods, make_method, methods
 from ops.reducers import join
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.reducers.insert import INSERTS

@@ -1,6 +1,6 @@
 """The projector between a vision tower and a language model, and the reduction of its tokens.
 
-models/reduce_config.py resolves `config.reduce.projector`, and `reduce_visual` applies it.
+models/plans/reduce_config.py resolves `config.reduce.projector`, and `reduce_visual` applies it.
 
 Axes: B batch, I images of a row, V visual tokens of an image, M visual tokens after the reduction,
 S special tokens of the tower, W width of the tower, D width of the language model, H heads.
@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.blocks import ACTIVATIONS, dense
-from models.events import Plan
+from models.plans.events import Plan
+from models.plans.row_budgets import row_budgets
 from models.reduction import Place, Reduced, ReducerParameters, reduce
-from models.row_budgets import row_budgets
 from ops import assignments
 from ops import tokens as tk
 from ops.reducers.base import Reducer

@@ -43,14 +43,14 @@ class Reduction:
   """Holds a method, and how its answers are carried out: what one config says, but for the counts.
 
   Attributes:
-    name: the method's name in `models.plan.methods()`.
+    name: the method's name in `models.plans.methods.methods()`.
     method: the method itself: a frozen dataclass, or a Flax module without parameters yet.
     mode: 'gather' really removes slots; 'mask' keeps them as padding (to train hard decisions).
     watch: layers that the method measures in addition to those it acts in.
     of: kinds that it may touch (ops/tokens.py), None for what the tokens say themselves.
-    positions: one of `models.events.POSITIONS`.
+    positions: one of `models.plans.events.POSITIONS`.
     capacity: of a cache, entries that a head may hold while a model decodes; 0 lets it grow.
-    holds: one of `models.events.HOLDS`.
+    holds: one of `models.plans.events.HOLDS`.
   """
 
   name: str
@@ -87,7 +87,7 @@ class Event:
 
   Attributes:
     layer: at or behind which it happens.
-    site: where in the layer, one of `models.events.SITES`; 'cache' on the cache of the layer.
+    site: where in the layer, one of `models.plans.events.SITES`; 'cache' on the cache of the layer.
     slots_in, slots_out: tokens before and after it, protected ones included.
     reduction: the method that decides.
     protected: slots that it must leave alone, padding among them; None for what the tokens say.
@@ -96,7 +96,7 @@ class Event:
     kind: 'cut', there are fewer tokens from here on; 'insert', tokens join that have waited;
       'branch', a part of the layer runs on fewer tokens, and what it adds to them is added to the
       residual stream: all tokens stay; or 'expand', the tokens of before a cut are back.
-    parts: which part of the layer a branch is, one of `models.events.PARTS`.
+    parts: which part of the layer a branch is, one of `models.plans.events.PARTS`.
     since: of an expansion, the layer of the cut.
   """
 

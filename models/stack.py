@@ -22,9 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import reduction
 from models.blocks import ReducibleBlock, add
-from models.events import Plan
+from models.plans.events import Plan
+from models.plans.row_budgets import row_budgets
 from models.reduction import BATCH_AXES, Event, Place, Reduced, Reduction
-from models.row_budgets import row_budgets
 from models.storage import LayerSlice, Params, Weights, layer_of, unstack
 from ops import choices
 from ops import tokens as tk

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from models.events import Plan
+from models.plans.events import Plan
 from ops import choices
 
 Array = jax.Array

@@ -18,7 +18,7 @@ from typing import cast
 import jax.numpy as jnp
 
 from models.backbones.lm import LM
-from models.events import Plan, Tokens
+from models.plans.events import Plan, Tokens
 from models.reduction import OF_RECENT, Reduction
 from ops.reducers.base import CacheReducer
 from ops.reducers.method import EvictingMethod

@@ -23,7 +23,7 @@ from models.backbones.segmenter import SegmentViT
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.windows import Windows
-from models.events import Tokens, profile
+from models.plans.events import Tokens, profile
 from models.reduction import Event
 
 Tower = ViT | Text | QwenVision

@@ -36,9 +36,9 @@ from lib.runtime import cli, config_flag, timing
 from models.backbones.lm import LM
 from models.checkpoints import gguf, load
 from models.checkpoints.lm_config import from_config
-from models.plan import make_cache_plan
+from models.plans.caches import make_cache_plan
+from models.plans.row_budgets import entry_budget
 from models.reduction import Event, Place, Reduction, choose
-from models.row_budgets import entry_budget
 from models.stack import Tap
 from models.storage import to_storage
 from ops.kv_cache import KV, Cache, LayerCache

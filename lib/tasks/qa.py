@@ -29,8 +29,8 @@ from models.backbones.lm import LM
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM, Images
 from models.build import DTYPES
-from models.plan import reduction_settings
-from models.reduce_config import check_components, with_plans
+from models.plans.methods import reduction_settings
+from models.plans.reduce_config import check_components, with_plans
 from ops import choices
 from ops.assignments import take
 from ops.attention import pick
@@ -59,7 +59,7 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
     platform: of its devices.
 
   Raises:
-    ValueError: as models/plan.py and the models do; a reduction of a component that it lacks.
+    ValueError: as models/plans/ and the models do; a reduction of a component that it lacks.
   """
   check_components(reduce)
   choices.check('dtype ', model['dtype'], DTYPES)

@@ -23,27 +23,27 @@ from models.backbones.segmenter import SegmentViT
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.build import IMAGE_MODEL, Dtype
-from models.plan import KEYS, methods
+from models.plans.methods import KEYS, methods
+from models.plans.reduce_config import COMPONENTS
 from models.projector import ACROSS, ORDERS
-from models.reduce_config import COMPONENTS
 from ops import choices
 from ops.budgets import BUDGETS
 from ops.tokens import KINDS
 from ops.values import (
-    Count,
-    CountOrZero,
-    Keys,
-    NotEmpty,
-    NotNegative,
-    OneOf,
-    Pattern,
-    Positive,
-    Range,
-    Rate,
-    Seed,
-    check,
-    check_keys,
-    keys_of,
+  Count,
+  CountOrZero,
+  Keys,
+  NotEmpty,
+  NotNegative,
+  OneOf,
+  Pattern,
+  Positive,
+  Range,
+  Rate,
+  Seed,
+  check,
+  check_keys,
+  keys_of,
 )
 
 Weight = NotNegative

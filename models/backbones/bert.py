@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 
 from models.backbones.vit import OFFERS, Block
 from models.blocks import ACTIVATIONS, check_heads, layer_norm
-from models.events import Plan
-from models.plan import Host
+from models.plans.events import Plan
+from models.plans.hosts import Host
 from models.stack import Outputs, Stack
 from ops import values
 from ops.tokens import SPECIAL, TEXT, TokenSet

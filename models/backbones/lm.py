@@ -9,9 +9,9 @@ checkpoint's config.json.
 INTERFACE
   lm = make_lm('llama2_7b', dtype=jnp.bfloat16)  # models/checkpoints/lm_config.py; or from_config
   host = lm.host(slots, visual=576)              # N of the prompt, and slots of a kind in it
-  lm = lm.clone(plan=make_plan(config, host))    # models/plan.py
+  lm = lm.clone(plan=make_plan(config, host))                # models/plans/make.py
   lm = lm.clone(cache_plan=make_cache_plan(config, host, plan=lm.plan))       # on the cache
-  lm = with_plans(lm, language=config, cache=config, visual=576)(slots)  # models/reduce_config.py
+  lm = with_plans(lm, language=config, cache=config, visual=576)(slots)     # both
   logits, out = lm.apply({'params': p}, tokens)        # all tokens that are left, training too
   logits, cache = lm.apply({'params': p}, tokens, room=64, method='prefill')  # the last real one
   logits, cache = lm.apply({'params': p}, ids, cache, method='decode')        # donate the cache
@@ -66,8 +66,9 @@ from jax.typing import DTypeLike
 
 from models import sharded_attention
 from models.blocks import ReducibleBlock
-from models.events import POSITIONS, Plan
-from models.plan import Host
+from models.plans.events import POSITIONS, Plan
+from models.plans.hosts import Host
+from models.plans.row_budgets import entry_budget
 from models.reduction import (
   BATCH_AXES,
   ReducerParameters,
@@ -76,7 +77,6 @@ from models.reduction import (
   keep_up,
   start_upkeep,
 )
-from models.row_budgets import entry_budget
 from models.stack import REMAT, Outputs, Stack, Tap
 from ops import attention, choices, unmerge
 from ops.assignments import take

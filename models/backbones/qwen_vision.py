@@ -24,8 +24,8 @@ from jax.typing import DTypeLike
 from models.backbones.vit import OFFERS, Block
 from models.backbones.windows import Windows, WindowStack
 from models.blocks import ACTIVATIONS, check_heads, dense, layer_norm
-from models.events import Plan
-from models.plan import Host
+from models.plans.events import Plan
+from models.plans.hosts import Host
 from models.stack import Outputs, Stack
 from ops import tokens as tk
 from ops import values

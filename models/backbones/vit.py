@@ -30,9 +30,9 @@ from models.blocks import (
   hidden_features,
   layer_norm,
 )
-from models.events import Plan
 from models.families import NAMED, SIZES
-from models.plan import Host
+from models.plans.events import Plan
+from models.plans.hosts import Host
 from models.stack import REMAT, Outputs, Stack
 from ops import attention, choices, values
 from ops.primitives.select import keep_top
@@ -187,7 +187,7 @@ class ViT(nn.Module):
     pre_norm: whether a norm stands before the first block (CLIP).
     activation, layer_scale: see `Block`.
     dtype: of the products; parameters, norms, softmax and logits stay float32.
-    plan: what to reduce where (models/plan.py), or None.
+    plan: what to reduce where (models/plans/), or None.
     implementation: of attention: 'xla', 'cudnn' or a TPU kernel (ops/attention.py picks).
     mesh, remat, capture: see models/stack.py.
     window: (rows, columns) of windows that attention and reductions stay in

@@ -8,7 +8,7 @@ feature stands in the sequence is data (`Images`), made on the host by lib/data/
 INTERFACE
   vlm = make_vlm('llava1.5_7b')        # models/checkpoints/vlm_config.py; or from_config(json)
   vlm = vlm.clone(tower=vlm.tower.clone(plan=...), lm=vlm.lm.clone(plan=...))
-  vlm = with_projector_reduction(vlm, config.reduce.projector, slots=576)  # models/reduce_config.py
+  vlm = with_projector_reduction(vlm, config.reduce.projector, slots=576)  # models/plans/
   vlm = with_plans(vlm, **config.reduce)(slots, images.layout)             # there too: all of them
   logits, out = vlm.apply({'params': p}, ids, valid, images)
   logits, cache = vlm.apply({'params': p}, ids, valid, images, room=64, method='prefill')
@@ -38,8 +38,8 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.blocks import ACTIVATIONS, dense
-from models.events import Plan
-from models.plan import Host
+from models.plans.events import Plan
+from models.plans.hosts import Host
 from models.projector import (
   FROM_TOWER,
   PER_TOKEN,
@@ -103,7 +103,7 @@ class VLM(nn.Module):
     projection: activation of a `Projector`, '' for a tower that ends in the language model's width.
     newline: whether there is a learned feature that ends a row of patches.
     projector_reduction: how to reduce visual tokens after the projector, or None; made by
-      `models.reduce_config.with_projector_reduction`.
+      `models.plans.reduce_config.with_projector_reduction`.
     pad_side: where the padding of a sequence goes.
     deepstack: (layer of the tower, layer of the language model) pairs: what the first makes goes
       through the projector, and is added to the visual tokens that are there before the second

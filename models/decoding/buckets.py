@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.backbones.vit import ViT
-from models.plan import FREE_OF_ATTENTION
+from models.plans.needs import FREE_OF_ATTENTION
 from models.storage import Params
 from ops import tokens as tk
 from ops.assignments import Gather

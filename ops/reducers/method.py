@@ -49,7 +49,10 @@ class Method(Protocol):
 
   @property
   def parts(self) -> str:
-    """The part of a layer that a branch is, unless a config says: one of `models.events.PARTS`."""
+    """The part of a layer that a branch is, unless a config says.
+
+    One of `models.plans.events.PARTS`.
+    """
     ...
 
   @property
@@ -79,7 +82,7 @@ class Method(Protocol):
 
   @property
   def mode(self) -> str:
-    """The mode that it needs, 'gather' or 'mask' (models/plan.py); '' for either."""
+    """The mode that it needs, 'gather' or 'mask' (models/plans/); '' for either."""
     ...
 
   @property
@@ -101,7 +104,7 @@ class Method(Protocol):
   def positions(self) -> str:
     """Positions of the tokens left in a language model: 'keep', 'compact' or 'restart'.
 
-    models/events.py explains them; '' leaves the choice to the host.
+    models/plans/events.py explains them; '' leaves the choice to the host.
     """
     ...
 

@@ -16,8 +16,8 @@ from helpers import parity_vlm as parity
 from lib.data.pictures import batch_pictures
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
-from models.events import Plan, make_events
-from models.reduce_config import with_plans, with_projector_reduction
+from models.plans.events import Plan, make_events
+from models.plans.reduce_config import with_plans, with_projector_reduction
 from models.reduction import Reduction
 from ops.assignments import Gather, take
 from ops.budgets import Cut

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from models import plan
+from models.plans.methods import make_method, methods
 from ops import assignments
 from ops import tokens as tk
 from ops.signals import STATIC, Signals
@@ -228,12 +228,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def method(name: str) -> Any:
-  return plan.make_method(name, SETTINGS.get(name, {}))
+  return make_method(name, SETTINGS.get(name, {}))
 
 
 def names() -> list[str]:
   # What keeps its slots as padding answers for all of them: tests/contract/test_exits.py has those.
-  return [name for name in plan.methods() if not method(name).mode]
+  return [name for name in methods() if not method(name).mode]
 
 
 def budget(name: str, slots: int, keep: int, protected: int = PROTECTED) -> int:

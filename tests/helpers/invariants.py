@@ -9,7 +9,7 @@ import pytest
 
 from helpers import contract
 from helpers.contract import KEEP, KEEP_AGAIN, KEEP_TEXT, SLOTS, WIDE, base, random_case
-from models.events import SITES
+from models.plans.events import SITES
 from ops import assignments
 from ops import tokens as tk
 from ops.assignments import Gather, Mix

@@ -14,8 +14,8 @@ from models import checkpoints
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config, make_vlm
-from models.plan import make_plan
-from models.reduce_config import with_plans, with_projector_reduction
+from models.plans.make import make_plan
+from models.plans.reduce_config import with_plans, with_projector_reduction
 from ops.temporal import TTF
 from ops.tokens import VISUAL
 

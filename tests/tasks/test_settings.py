@@ -18,8 +18,8 @@ from lib.tasks import image as image_task
 from lib.tasks import registry
 from lib.tasks.settings import EVALUATION, TABLES, TRAINING, check_config, check_sources
 from models.backbones.vit import make_vit
-from models.plan import KEYS
-from models.reduce_config import COMPONENTS
+from models.plans.methods import KEYS
+from models.plans.reduce_config import COMPONENTS
 from ops import values
 from ops.values import Keys, OneOf, Pattern, Range
 
@@ -28,10 +28,10 @@ NAN = float('nan')
 # Parts that any key may be in, or any value: their readers check them.
 OPEN = {
     'data.augment',  # By lib/data/augment.py.
-    'sweep.overrides', 'study.overrides',  # By models/plan.py.
+    'sweep.overrides', 'study.overrides',  # By models/plans/.
     # By tools/study.py, as parts of the config of a training.
     'study.recipes[].model', 'study.recipes[].optimizer', 'study.recipes[].anneal'}
-# Keys of a reduction: by models/plan.py, beside the model that it is for.
+# Keys of a reduction: by models/plans/, beside the model that it is for.
 OF_REDUCTIONS = {f'{place}.{key}' for key in KEYS.kinds
                  for place in (*(f'reduce.{each}' for each in COMPONENTS), 'sweep.candidates[]')}
 # Numbers of any size: pixels' means, what a layer's scale starts from, and sizes of a mesh, which

@@ -22,15 +22,11 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
-from models.events import Plan, make_events, plan_of
-from models.plan import (
-  Config,
-  make_cache_plan,
-  make_plan,
-  one_reduction,
-  reduction_settings,
-  watched_layers,
-)
+from models.plans.caches import make_cache_plan
+from models.plans.events import Plan, make_events, plan_of
+from models.plans.make import make_plan
+from models.plans.methods import Config, one_reduction, reduction_settings
+from models.plans.needs import watched_layers
 from models.projector import ACROSS, FROM_TOWER, ORDERS, ProjectorReduction, RecordSignals
 from models.reduction import Event, Reduction
 from ops import choices
@@ -58,8 +54,8 @@ def with_vision_plan(tower: Tower, config: Reductions | None, *,
 
   Args:
     tower: without a plan.
-    config: as `models.plan.make_plan` reads it; None, or method='none', for no reduction. Keys that
-      are None are unset.
+    config: as `models.plans.make.make_plan` reads it; None, or method='none', for no reduction.
+      Keys that are None are unset.
     macs: tower -> MACs as a function of events, for budgets in FLOPs (lib/cost/vit.py).
 
   Raises:
@@ -107,8 +103,8 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
 
   Args:
     vlm: the model.
-    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and layers
-      (`watch` names layers of the tower); and `across` and `order` of `ProjectorReduction`.
+    config: `config.reduce.projector`: as `models.plans.make.make_plan` reads it, without site and
+      layers (`watch` names layers of the tower); and `across` and `order` of `ProjectorReduction`.
     slots: V, tokens of an image (of all images of a row under across='prompt').
 
   Raises:
@@ -122,9 +118,10 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   settings = one_reduction('projector', settings)
   if not settings:
     return vlm.clone(projector_reduction=None)
-  if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)):
-    raise ValueError('the projector has no layers and no sites: leave site and layers out of '
-                     'reduce.projector')
+  if settings.get('site') or settings.get('layers', 'all') not in ('all', (0,)) or (
+      'expand' in settings):
+    raise ValueError('the projector has no layers and no sites: leave site, layers and expand out '
+                     'of reduce.projector')
   if settings.get('mode', 'gather') != 'gather':
     raise ValueError(f'mode={settings["mode"]!r} keeps all slots, which nothing behind the '
                      "projector hides: leave mode out of reduce.projector")

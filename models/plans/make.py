@@ -7,181 +7,33 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from models import renames
-from models.compressors import COMPRESSORS, ROUTERS
-from models.events import (
-  HOLDS,
-  PARTS,
-  SITES,
-  Plan,
-  make_events,
-)
-from models.reduction import DECODED, OF_RECENT, Event, Reduction
-from models.row_budgets import Pools
+from models.plans.events import HOLDS, PARTS, SITES, Plan, make_events
+from models.plans.hosts import Host, free_slots, limits_of, position_policy, reducible_kinds
+from models.plans.methods import KEYS, MODES, Config, make_method
+from models.plans.needs import FREE_OF_ATTENTION, check_layers, check_needs, watched_layers
+from models.plans.row_budgets import Pools
+from models.reduction import Event, Reduction
 from ops import choices, values
 from ops.budgets import (
   BUDGETS,
   Cut,
-  Limits,
   Step,
   parse_layers,
   part_of,
-  per_layer,
-  resolve,
   share_step,
   solve,
   take,
 )
-from ops.reducers import REDUCERS, join
-from ops.reducers.branch import BRANCHES
-from ops.reducers.cache import CACHE_REDUCERS
-from ops.reducers.insert import INSERTS
-from ops.reducers.method import EvictingMethod, Method
-from ops.signals import MLP_SIGNALS, NEXT_LAYER, STATIC
+from ops.reducers.method import Method
+from ops.signals import MLP_SIGNALS
 from ops.tokens import KINDS
 
-Config: TypeAlias = Mapping[str, Any] | ConfigDict
-Settings: TypeAlias = dict[str, Any] | list[dict[str, Any]]
-
-MODES = ('gather', 'mask')
-# Layers and budgets are checked beside the host that they are for (ops/budgets.py).
-KEYS = values.Keys({
-    'method': str, 'args': Mapping[str, Any], 'site': str, 'layers': Any, 'watch': Any,
-    'rounding': str, 'ratio_of': str, 'mode': str, 'token_kinds': str | tuple[str, ...],
-    'parts': str, 'positions': str, 'holds': str, 'capacity': values.Count, 'expand': int,
-    **dict.fromkeys(BUDGETS, Any)})
 TOWER_KEYS = KEYS.without('capacity')
-# A method that another one holds (ops/reducers/scoring.py).
-HELD_KEYS = values.Keys({'method': str, 'args': Mapping[str, Any]}, frozenset({'method'}))
-CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
-CACHE_KEYS = KEYS.without('site', 'parts', 'watch', 'ratio_of', 'mode', 'token_kinds', 'holds',
-                          'expand', *set(BUDGETS) - set(CACHE_BUDGETS))
-
-
-@dataclasses.dataclass(frozen=True)
-class Host:
-  """Describes a backbone to a reduction.
-
-  Attributes:
-    depth: number of layers.
-    slots: tokens at the start, protected ones included.
-    protected: tokens at the start of every row that are never touched.
-    offers: names of the `Signals` fields that it can measure.
-    sites: where in a layer it lets methods act.
-    counts: (kind, slots) pairs where there are several kinds, of which `token_kinds` in a
-      reduction's config names some. All slots of other kinds are then protected, padding included.
-    positions: the position policies that it supports, the default first.
-    holds: what a reduction holds unless its config says otherwise, one of `HOLDS`.
-  """
-
-  depth: int
-  slots: int
-  protected: int
-  offers: frozenset[str]
-  sites: tuple[str, ...] = SITES
-  counts: tuple[tuple[str, int], ...] = ()
-  positions: tuple[str, ...] = ('keep',)
-  holds: str = 'none'
-
-
-def methods(host: Host | None = None) -> dict[str, type[Method]]:
-  """Returns every method by name, learned ones included; with a host, those that it can run."""
-  every = join(REDUCERS, COMPRESSORS)
-  if host is None:
-    return every
-  instances = {name: method() for name, method in every.items()}
-  return {name: every[name] for name, method in instances.items()
-          if method.needs | method.watch_needs <= host.offers
-          and method.positions in ('', *host.positions)}
-
-
-def branch_methods() -> dict[str, type[Method]]:
-  """Returns every method made for a branch by name, learned ones included."""
-  return join(BRANCHES, ROUTERS)
-
-
-def make_method(name: str, args: Mapping[str, Any],
-                registry: Mapping[str, type] | None = None) -> Method:
-  """Builds a method from its name and arguments.
-
-  Args:
-    name: a name in the registry.
-    args: fields of the method; lists become tuples. A method that it holds is a dict of `method`
-      and `args`.
-    registry: methods by name; by default all of `methods()` and `branch_methods()`, and those that
-      insert.
-
-  Raises:
-    ValueError: for an unknown name or argument; it lists what there is.
-  """
-  registry = join(methods(), branch_methods(), INSERTS) if registry is None else registry
-  choices.check('method ', name, sorted(registry))
-  values.check('args', args, Mapping[str, Any])
-  kinds = values.keys_of(registry[name]).kinds
-  for key, value in args.items():
-    if key not in kinds:
-      raise ValueError(f'{name} has no argument {key!r}{choices.near(key, kinds)}: it takes '
-                       f'{", ".join(kinds) or "none"}')
-    values.check(f'{name}: args.{key}', value, kinds[key])
-  frozen = {key: tuple(v) if isinstance(v, list) else v for key, v in args.items()}
-  for field, default in getattr(registry[name], 'default', {}).items():
-    config = frozen.get(field) or ({'method': default} if default else None)
-    if config is not None:
-      frozen[field] = _held_method(f'{name}: args.{field}', config, registry)
-  return registry[name](**frozen)
-
-
-def _held_method(name: str, config: Any, registry: Mapping[str, type]) -> Method:
-  """Builds the method that another one holds."""
-  values.check(name, config, HELD_KEYS)
-  return make_method(config['method'], config.get('args') or {}, registry)
-
-
-def reduction_settings(config: Config | Sequence[Config] | None) -> Settings:
-  """Returns the keys that a reduction's config sets; {} for None, or method='none'.
-
-  Args:
-    config: `config.reduce.<component>`, one reduction or several; keys that are None are unset.
-
-  Returns:
-    A dict; of several reductions a list of those that reduce something, {} if none does.
-
-  Raises:
-    ValueError: no dict, or one that sets something and names no method.
-  """
-  if isinstance(config, list | tuple):
-    several = [settings for each in config if (settings := _settings(each))]
-    return several[0] if len(several) == 1 else several or {}
-  return _settings(cast(Config | None, config))
-
-
-def _settings(config: Config | None) -> dict[str, Any]:
-  if config is not None and not hasattr(config, 'keys'):
-    raise ValueError(f'the reduction {config!r} must be a dict of keys, as '
-                     "{'method': 'tome', 'remove': 8}, or a list of such")
-  settings = {key: value for key, value in (config or {}).items() if value is not None}
-  if settings and 'method' not in settings:
-    raise ValueError(f'the reduction {settings} names no method: add one, or set nothing')
-  return settings if settings.get('method', 'none') != 'none' else {}
-
-
-def one_reduction(component: str, config: Config | Sequence[Config] | None) -> dict[str, Any]:
-  """Returns `reduction_settings` of a component that takes one reduction.
-
-  Raises:
-    ValueError: as `reduction_settings`; several.
-  """
-  settings = reduction_settings(config)
-  if isinstance(settings, list):
-    names = ', '.join(str(each.get('method')) for each in settings)
-    raise ValueError(f'reduce.{component} takes one reduction, and these are {len(settings)} '
-                     f'({names}): leave one')
-  return settings
 
 
 def make_plan(config: Config | Sequence[Config], host: Host, *,
@@ -222,7 +74,7 @@ def make_plan(config: Config | Sequence[Config], host: Host, *,
   events: tuple[Event, ...] = ()
   if flops:
     draft, = flops
-    events = solve(draft.config, host.depth, _free(host, draft.kinds),
+    events = solve(draft.config, host.depth, free_slots(host, draft.kinds),
                    lambda own: _events({**steps, draft: own}, drafts, host), macs, events)
     # It is solved for the longest row; shorter ones lose the same share in each layer.
     events = tuple(_by_share(event, host) if event.reduction is draft.reduction else event
@@ -258,7 +110,7 @@ class _Draft:
                          f'give layers as one index, and no {budgets[0] if budgets else "other"}')
       # A host without such tokens, a prompt without images, has nothing to wait for.
       return tuple(Step(layer, lambda now, start: now) for layer in layers if self.kinds)
-    return solve(self.config, host.depth, _free(host, self.kinds), tuple)
+    return solve(self.config, host.depth, free_slots(host, self.kinds), tuple)
 
   @property
   def inserts(self) -> bool:
@@ -382,7 +234,7 @@ class _Course:
     # What was there before the first cut of a layer, by layer: what tokens may come back to.
     self._before: dict[int, tuple[int, Pools[str, int]]] = {}
     for draft in waiting:
-      self._slots -= _free(host, draft.kinds)
+      self._slots -= free_slots(host, draft.kinds)
       self._pools.left(draft.kinds, 0)
 
   def _there(self, draft: _Draft) -> int:
@@ -435,7 +287,7 @@ class _Course:
                        "prompt must stay: keep 1, or set token_kinds to other kinds than 'text'")
     limits = limits_of(reduction.method, dataclasses.replace(host, slots=self._slots),
                        self._slots - free, reduction.held)
-    cut = take(step, self._slots, _free(host, draft.kinds), limits)
+    cut = take(step, self._slots, free_slots(host, draft.kinds), limits)
     if cut is None and not draft.parts:
       return
     cut = cut or Cut(step.layer, self._slots, self._slots)
@@ -460,7 +312,7 @@ def _inserted(step: Step, draft: _Draft, host: Host, slots: int, there: int) -> 
     since = 'all tokens start' if not layer else 'they have joined before'
     raise ValueError(f'{draft.reduction.name} brings {kinds} tokens in before layer {layer}, where '
                      f'they are already: {since}; name one later layer, once')
-  return Event(layer, draft.site, slots, slots + _free(host, draft.kinds), draft.reduction,
+  return Event(layer, draft.site, slots, slots + free_slots(host, draft.kinds), draft.reduction,
                kind='insert')
 
 
@@ -555,183 +407,6 @@ def _check_branches(events: Sequence[Event], reductions: Collection[Reduction]) 
                          'alone: watch other layers')
 
 
-def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None = None) -> Plan:
-  """Resolves `config.reduce.cache`: how many cache entries each layer keeps after the prompt.
-
-  Each layer is cut by itself, from the slots that its own attention saw.
-
-  Args:
-    config: method (one of ops/reducers/cache), args, layers, rounding, positions and one of the
-      budgets keep_ratio (a share of what a layer has, one for all or one a listed layer), keep or
-      remove. `capacity` is how many entries a head may hold while a model decodes: the method then
-      makes room for new ones, and without a budget it is that, too.
-    host: of the model.
-    plan: the plan that reduces tokens between layers, or None.
-
-  Raises:
-    ValueError: as `make_plan` does.
-  """
-  values.check_keys('reduce.cache', config, CACHE_KEYS,
-                    unknown='a reduction of the cache has no key ')
-  name = cast(str, config.get('method'))  # `make_method` rejects None.
-  method: Any = make_method(name, config.get('args') or {}, CACHE_REDUCERS)  # A `CacheReducer`.
-  offers = host.offers - NEXT_LAYER - {'attention'}
-  check_needs(name, method, dataclasses.replace(host, offers=offers), 'cache')
-  layers = parse_layers(config.get('layers'), host.depth)
-  capacity = config.get('capacity') or 0
-  if capacity:
-    method = _evicting(name, method, capacity)
-    if not any(config.get(key) is not None for key in BUDGETS):
-      config = {**config, 'keep': capacity}
-  budgets = [key for key in BUDGETS if config.get(key) is not None]
-  if len(budgets) > 1 or (not budgets and not method.allocates) or (
-      not set(budgets) <= set(CACHE_BUDGETS)):
-    raise ValueError(f'a reduction of the cache needs one budget, got {budgets or "none"}: choose '
-                     f'one of {", ".join(CACHE_BUDGETS)}')
-  form = budgets[0] if budgets else ''
-  counts = slots_seen(host, plan)
-  amounts = per_layer(config.get(form), layers, form)
-  cuts: list[Cut] = []
-  for layer, value in zip(layers, amounts, strict=True):
-    slots = counts[layer]
-    limits = Limits(host.depth, slots, 0, method.extra_slots,
-                    functools.partial(method.min_slots, protected=0), 'keep')
-    if method.allocates:
-      # A method may leave the count to what it reads: then a layer is asked though nothing goes.
-      own = Allocated(method, layer, host.depth, form, value)
-      step = Step(layer, own, f'{form}={value}')
-      cuts.append(take(step, slots, slots, limits) or Cut(layer, slots, slots))
-      continue
-    budget = {form: value, 'layers': layer, 'rounding': config.get('rounding') or 'floor'}
-    # While the model decodes, entries go though of the prompt none does.
-    cut = resolve(budget, limits) or (Cut(layer, slots, slots),) * bool(capacity)
-    if capacity and cut[0].slots_out > capacity and cast(EvictingMethod, method).every == 1:
-      raise ValueError(f'{name} leaves {cut[0].slots_out} entries of a prompt in layer {layer}, '
-                       f'more than capacity={capacity}, and then lets one go for every token: set '
-                       f'keep={capacity} or less')
-    cuts += cut
-  if form == 'keep_ratio' and len(set(amounts)) == 1:
-    method = method.with_ratio(_exact(form, amounts[0], 1))
-  policies = dataclasses.replace(host, positions=('keep', 'compact'))
-  positions = position_policy(config.get('positions'), method, policies)
-  if capacity and positions == 'compact' and cast(EvictingMethod, method).evict_needs & OF_RECENT:
-    raise ValueError(f"{name} compares the latest queries with keys, which positions='compact' "
-                     "turns while the model decodes: choose 'keep', or leave capacity out")
-  reduction = Reduction(name, method, positions=positions, capacity=capacity)
-  return Plan(make_events(reduction, 'cache', cuts), (reduction,))
-
-
-def _evicting(name: str, method: Method, capacity: int) -> EvictingMethod:
-  """Returns a method that can keep a cache at a capacity while a model decodes, else raises."""
-  if not hasattr(method, 'evict'):
-    able = sorted(key for key, made in CACHE_REDUCERS.items() if hasattr(made, 'evict'))
-    raise ValueError(f'{name} lets no entries go while a model decodes: choose one of '
-                     f'{", ".join(able)}, or leave capacity out')
-  method = cast(EvictingMethod, method)
-  missing = sorted(method.evict_needs - STATIC - DECODED)
-  if missing:
-    raise ValueError(f'{name} needs {", ".join(missing)}, which a decoded token does not tell of '
-                     f'all entries: choose another method, or leave capacity={capacity} out')
-  if capacity < method.min_capacity:
-    raise ValueError(f'capacity={capacity} is too small for {name}, which keeps '
-                     f'{method.min_capacity} entries at least, its sinks and window among them: '
-                     f'set capacity={method.min_capacity} or more, or fewer of these')
-  return method
-
-
-@dataclasses.dataclass(frozen=True)
-class Allocated:
-  """Leaves what a method says itself of a layer (`CacheReducer.allocate`)."""
-
-  method: Any
-  layer: int
-  depth: int
-  form: str
-  value: Any
-
-  def __call__(self, now: Any, start: Any) -> Any:
-    """Returns how many stay."""
-    if isinstance(now, np.ndarray):
-      return np.array([self(int(count), None) for count in now])
-    asked = _exact(self.form, self.value, now) if self.form else None
-    return self.method.allocate(self.layer, self.depth, now, asked)
-
-
-def _exact(form: str, value: Any, slots: int) -> Fraction:
-  """Returns the entries that a budget asks for of so many, not rounded.
-
-  Raises:
-    ValueError: a budget that is no number.
-  """
-  values.check(form, value, float)
-  number = Fraction(str(value))
-  return {'keep_ratio': number * slots, 'keep': min(number, Fraction(slots)),
-          'remove': max(slots - number, Fraction(1))}[form]
-
-
-def slots_seen(host: Host, plan: Plan | None) -> tuple[int, ...]:
-  """Returns the slots that each layer's attention sees under a plan, which its cache then holds."""
-  if plan is None:
-    return (host.slots,) * host.depth
-  if plan.events and plan.positions == 'restart':
-    return (plan.events[-1].slots_out,) * host.depth
-  return tuple(tokens.queries for tokens in plan.profile(host.depth, host.slots))
-
-
-def reducible_kinds(of: str | Sequence[str] | None, host: Host) -> tuple[str, ...]:
-  """Returns the names of the kinds that a reduction may remove; () where the host has one alone.
-
-  Args:
-    of: a name in `host.counts`, several, or None for visual tokens where there are any, else all.
-    host: of the reduction.
-
-  Raises:
-    ValueError: for a kind of which the host has no tokens, or any kind where it has one alone.
-  """
-  counts = dict(host.counts)
-  if of is None:
-    return ('visual',) if counts.get('visual') else tuple(counts)
-  names = (of,) if isinstance(of, str) else tuple(of)
-  for name in names:
-    if not counts.get(name):
-      present = [f'{kind} ({count})' for kind, count in counts.items() if count]
-      raise ValueError(f'token_kinds={name!r} names no tokens of this host: it has '
-                       f'{", ".join(present) or "one kind alone, so leave it out"}')
-  return names
-
-
-def _free(host: Host, kinds: tuple[str, ...]) -> int:
-  """Counts the tokens of some kinds that a host starts with."""
-  counts = dict(host.counts)
-  return sum(counts[kind] for kind in kinds) if kinds else host.slots - host.protected
-
-
-def position_policy(positions: str | None, method: Method, host: Host) -> str:
-  """Returns the position policy of a reduction: the config's, else the method's, else the host's.
-
-  Raises:
-    ValueError: for one that the host does not support.
-  """
-  chosen = positions or getattr(method, 'positions', '') or host.positions[0]
-  if chosen not in host.positions:
-    raise ValueError(f'positions={chosen!r} is unknown here{choices.near(chosen, host.positions)}: '
-                     f'choose one of {", ".join(host.positions)}')
-  return chosen
-
-
-def limits_of(method: Method, host: Host, protected: int, held: int = 0) -> Limits:
-  """Returns the limits that a host and a method set to budgets.
-
-  Args:
-    method, host: these.
-    protected: slots that are fixed, and that budgets do not count.
-    held: tokens that are fixed, and that budgets count.
-  """
-  return Limits(host.depth, host.slots, protected, method.extra_slots,
-                functools.partial(method.min_slots, protected=protected + held),
-                'keep' if host.counts else 'refuse', method.can_empty)
-
-
 def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
   """Returns a plan that removes a fraction of the tokens that another removes in each layer.
 
@@ -762,75 +437,3 @@ def scaled_plan(plan: Plan, host: Host, fraction: float) -> Plan:
   first = plan.events[0]
   return Plan(make_events(weaker, first.site, cuts, protected=first.protected, parts=first.parts),
               (weaker,))
-
-
-# Signals that a method can read before the first attention has run.
-FREE_OF_ATTENTION = STATIC | NEXT_LAYER
-# Signals that are measured for a cut alone, never for a layer that is only watched.
-ONLY_CUTS = NEXT_LAYER | {'attention'}
-
-
-def check_needs(name: str, method: Method, host: Host, site: str, parts: str = '') -> None:
-  """Raises if a method asks for a signal that its host, or its site, cannot give."""
-  missing = sorted((method.needs | method.watch_needs) - host.offers)
-  if missing:
-    hint = '; choose a method that reads one of these'
-    if getattr(method, 'by', None) in missing and 'received_attention' in host.offers:
-      hint = "; set args.by='received_attention'"
-    raise ValueError(f'{name} needs {", ".join(missing)}, which this host does not offer: it '
-                     f'offers {", ".join(sorted(host.offers)) or "nothing"}{hint}')
-  if method.positions not in ('', *host.positions) and not parts:
-    raise ValueError(f'{name} numbers positions by {method.positions!r}, which this host does not: '
-                     f'it knows {", ".join(host.positions)}; choose another method')
-  if 'attention' in method.needs and site != 'inside':
-    raise ValueError(f'{name} needs the whole attention map, which exists only inside attention: '
-                     f"set site='inside' (got {site!r})")
-  begins = parts in ('both', 'attention')  # A branch that does reads what a cut before it reads.
-  if MLP_SIGNALS & method.needs and site not in ('before', 'after') and not begins:
-    raise ValueError(f"{name} looks at the MLP of a layer, which needs site='before' or 'after' "
-                     f'(got {site!r})')
-  if NEXT_LAYER & method.needs and site not in ('before', 'after') and not begins:
-    raise ValueError(f"{name} looks ahead to the next layer's attention, which needs "
-                     f"site='before' or 'after' (got {site!r})")
-
-
-def watched_layers(name: str, method: Method, host: Host, cuts: Sequence[Cut | Event], site: str,
-                   watch: str | int | Sequence[int] | None) -> tuple[int, ...]:
-  """Returns the layers that a method watches, from `config.watch` or the method's own choice.
-
-  Raises:
-    ValueError: for layers that are not there, or that no cut comes after; a method that watches
-      none; or one whose `watch` reads signals that are measured for a cut alone.
-  """
-  if not hasattr(method, 'watch'):
-    if watch:
-      raise ValueError(f'{name} watches no layers, so watch={watch!r} is of no use: leave it out')
-    return ()
-  beyond = sorted(method.watch_needs & ONLY_CUTS)
-  if beyond:
-    raise ValueError(f'{name} cannot watch {", ".join(beyond)}: a watched layer tells '
-                     f'{", ".join(sorted(host.offers - ONLY_CUTS))}')
-  last = cuts[-1].layer - (site in ('before', 'branch')) if cuts else -1
-  if watch is None:
-    watch = tuple(layer for layer in method.watched(tuple(cut.layer for cut in cuts))
-                  if layer <= last)
-  elif watch == 'all':
-    watch = tuple(range(last + 1))
-  layers = () if watch in ((), []) else parse_layers(watch, host.depth)
-  if layers and layers[-1] > last:
-    raise ValueError(f'layer {layers[-1]} is watched in vain, as {name} cuts nothing after it: '
-                     f'watch layers below {last + 1}')
-  return layers
-
-
-def check_layers(name: str, method: Method, host: Host, events: Sequence[Event],
-                 site: str) -> None:
-  """Raises if an event asks for a layer before the first or after the last."""
-  if events and events[0].reads == -1 and method.needs - FREE_OF_ATTENTION:
-    where = 'in a branch of' if site == 'branch' else site
-    raise ValueError(f'{name} {where} layer 0 has no earlier layer to read '
-                     f'{", ".join(sorted(method.needs))} from: start at layer 1')
-  ahead = site == 'after' and NEXT_LAYER & method.needs
-  if ahead and events and events[-1].layer == host.depth - 1:
-    raise ValueError(f'{name} after layer {host.depth - 1} has no next layer to look at: end at '
-                     f'layer {host.depth - 2}')
