@@ -26,7 +26,7 @@ from models.backbones.vlm import Images
 from models.checkpoints.json_files import read_json, shown
 from models.decoding.generator import BUCKETS, ENDED, Generator, Score
 from models.decoding.sampling import Sampling
-from models.plans.reduce_config import check_components
+from models.reduce_config import check_components
 
 CHUNK = 16  # Batches whose images are held at a time.
 # What harnesses call the most tokens to decode, the first that is there counts.

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict, config_dict
 
 from models import renames
 from models.build import IMAGE_MODEL, PRETRAINED
-from models.plans.methods import KEYS
+from models.plan import KEYS
 
 # Tensor parallelism of a ViT by its last dimensions; fsdp slices what is left
 # (lib/runtime/sharding.py).

@@ -36,8 +36,8 @@ from models.checkpoints import files, gguf, lm_config, vlm_config
 from models.checkpoints.json_files import naming, read_json_if_there, value_of
 from models.decoding.generator import Generator
 from models.families import LM_FAMILIES
-from models.plans.methods import reduction_settings
-from models.plans.reduce_config import Reductions, check_components, with_plans, without_plans
+from models.plan import reduction_settings
+from models.reduce_config import Reductions, check_components, with_plans, without_plans
 from models.storage import to_storage
 from ops import choices
 from ops.attention import pick
@@ -96,7 +96,7 @@ class Assistant:
     """Makes a generator of answers.
 
     Args:
-      reduce: reductions by component, one of `models.plans.reduce_config.COMPONENTS`, as in
+      reduce: reductions by component, one of `models.reduce_config.COMPONENTS`, as in
         `config.reduce`; those that the model was trained with where None.
       **settings: as of `Generator`.
 

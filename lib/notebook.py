@@ -48,7 +48,7 @@ from models.backbones.vlm import VLM
 from models.checkpoints import files, gguf
 from models.checkpoints.json_files import naming, value_of
 from models.decoding.sampling import Sampling
-from models.plans.methods import Settings, reduction_settings
+from models.plan import Settings, reduction_settings
 
 Reduce = Mapping[str, Any]
 # Ids of a prompt that a checkpoint's costs are told for, unless somebody asks for others.

@@ -38,7 +38,7 @@ def reduce_arrays(x: Array | np.ndarray | TokenSet, method: str, *, keep: int | 
   Args:
     x: float[B, N, D], features; or a TokenSet, for tokens of several kinds, with sizes, or with
       what an earlier reduction left.
-    method: its name in `models.plans.methods.methods`.
+    method: its name in `models.plan.methods`.
     keep: how many of the tokens that the method may touch stay; protected ones, and slots that the
       method adds (EViT's fused token), come on top, as in a config.
     keep_ratio: the share that stays instead, in (0, 1], rounded up.

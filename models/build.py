@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from models import checkpoints
 from models.backbones.segmenter import segmenter
 from models.backbones.vit import ViT, make_vit
-from models.plans.reduce_config import Macs, Reductions, with_vision_plan
+from models.reduce_config import Macs, Reductions, with_vision_plan
 from ops.attention import pick
 from ops.values import CountOrZero, Keys, OneOf, Pixels, check_keys, keys_of
 

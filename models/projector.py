@@ -1,6 +1,6 @@
 """The projector between a vision tower and a language model, and the reduction of its tokens.
 
-models/plans/reduce_config.py resolves `config.reduce.projector`, and `reduce_visual` applies it.
+models/reduce_config.py resolves `config.reduce.projector`, and `reduce_visual` applies it.
 
 Axes: B batch, I images of a row, V visual tokens of an image, M visual tokens after the reduction,
 S special tokens of the tower, W width of the tower, D width of the language model, H heads.

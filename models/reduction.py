@@ -43,7 +43,7 @@ class Reduction:
   """Holds a method, and how its answers are carried out: what one config says, but for the counts.
 
   Attributes:
-    name: the method's name in `models.plans.methods.methods()`.
+    name: the method's name in `models.plan.methods()`.
     method: the method itself: a frozen dataclass, or a Flax module without parameters yet.
     mode: 'gather' really removes slots; 'mask' keeps them as padding (to train hard decisions).
     watch: layers that the method measures in addition to those it acts in.

@@ -30,7 +30,7 @@ from lib.report.rows import Row
 from lib.runtime import cli, timing
 from models.backbones.vit import make_vit
 from models.compressors import COMPRESSORS
-from models.plans.methods import methods
+from models.plan import methods
 from ops import assignments, attention, choices
 from ops import tokens as tk
 from ops.primitives import select

@@ -42,7 +42,7 @@ from lib.runtime.meter import floor_seconds
 from lib.tasks import qa as qa_task
 from models.backbones.lm import LM
 from models.backbones.vlm import Images
-from models.plans.reduce_config import with_plans
+from models.reduce_config import with_plans
 from models.storage import to_storage
 from ops import choices
 from ops.rope import Rope

@@ -33,7 +33,7 @@ from lib.architecture import Source
 from lib.cost.explain import describe
 from lib.runtime import cli, config_flag
 from models.backbones.vlm import VLM
-from models.plans.reduce_config import COMPONENTS
+from models.reduce_config import COMPONENTS
 
 MODEL = flags.DEFINE_string('model', None, "A family, as llava1.5_7b; a run's workdir; or a folder "
                             'with the config.json of a checkpoint.')

@@ -45,7 +45,7 @@ from models.checkpoints.json_files import read_text
 from models.decoding.generator import BUCKETS as LENGTHS
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
-from models.plans.reduce_config import COMPONENTS
+from models.reduce_config import COMPONENTS
 
 MODEL = flags.DEFINE_string('model', None, "A run's workdir, a folder with a checkpoint, or "
                             'a .gguf file.')

@@ -62,9 +62,8 @@ from lib.report.rows import Row, read_jsonl
 from lib.runtime import cli, timing
 from lib.runtime.meter import floor_seconds
 from models.backbones.vit import ViT, make_vit
+from models.plan import make_plan, methods
 from models.plans.events import Plan, make_events
-from models.plans.make import make_plan
-from models.plans.methods import methods
 from models.reduction import Reduction
 from models.storage import fastest_storage, to_storage
 from ops import assignments, attention, choices

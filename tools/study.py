@@ -48,7 +48,7 @@ from lib.tasks.sweep import digest, fingerprint
 from models.backbones.vit import ViT
 from models.build import build
 from models.compressors import COMPRESSORS
-from models.plans.methods import methods
+from models.plan import methods
 from models.storage import fastest_storage, to_storage
 from ops import choices
 from ops.budgets import per_layer

@@ -37,7 +37,7 @@ from lib.runtime import cli, sharding, timing
 from lib.tasks.image import loss
 from models.backbones.vit import ViT, make_vit
 from models.build import build
-from models.plans.methods import make_method, methods
+from models.plan import make_method, methods
 from models.storage import fastest_storage, to_storage
 from ops import choices
 

@@ -50,7 +50,7 @@ from lib.runtime import cli, sharding, timing
 from lib.tasks import qa as qa_task
 from models.backbones.vlm import VLM, Images
 from models.checkpoints.vlm_config import make_vlm
-from models.plans.make import make_plan
+from models.plan import make_plan
 from models.storage import to_storage
 from ops import choices
 from ops.attention import pick

@@ -24,7 +24,7 @@ from lib.cost import hlo, topology
 from lib.runtime import cli
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import make_lm
-from models.plans.caches import make_cache_plan
+from models.plan import make_cache_plan
 from models.storage import to_storage
 
 DEPTH = 2

@@ -29,9 +29,9 @@ from models.backbones.segmenter import SegmentViT
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
+from models.plan import make_plan
 from models.plans.events import Plan
-from models.plans.make import make_plan
-from models.plans.reduce_config import check_components, with_plans, without_plans
+from models.reduce_config import check_components, with_plans, without_plans
 from models.reduction import Event
 
 # Tokens that are decoded, and ids of a prompt with and without images, where nobody says.

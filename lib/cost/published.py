@@ -24,8 +24,8 @@ from lib.cost.vit import Cost
 from models.backbones.lm import LM
 from models.backbones.vit import ViT, make_vit
 from models.checkpoints.lm_config import make_lm
+from models.plan import make_plan
 from models.plans.events import Plan
-from models.plans.make import make_plan
 from ops.tokens import VISUAL
 
 QUANTITIES = ('gmacs', 'parameters', 'speedup')

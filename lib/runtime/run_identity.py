@@ -21,7 +21,7 @@ from lib.data.settings import ImageSettings, QASettings
 from lib.report.rows import plain, replace_file
 from lib.runtime.checkpoint import PACKED
 from models import renames
-from models.plans.methods import reduction_settings
+from models.plan import reduction_settings
 
 CONFIG, CHANGES = 'config.json', 'changes'
 # Keys by pattern; * also stands for what has dots. All others never change: the model, its

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from models.backbones.vit import ViT
+from models.plan import scaled_plan
 from models.plans.events import Plan
-from models.plans.make import scaled_plan
 from ops import budgets
 
 

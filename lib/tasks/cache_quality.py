@@ -36,7 +36,7 @@ from lib.runtime import cli, config_flag, timing
 from models.backbones.lm import LM
 from models.checkpoints import gguf, load
 from models.checkpoints.lm_config import from_config
-from models.plans.caches import make_cache_plan
+from models.plan import make_cache_plan
 from models.plans.row_budgets import entry_budget
 from models.reduction import Event, Place, Reduction, choose
 from models.stack import Tap

@@ -31,7 +31,7 @@ from lib.tasks.sweep import Candidate, Sweep, fingerprint
 from models import checkpoints
 from models.backbones.vit import ViT
 from models.build import build, pretrained
-from models.plans.methods import methods
+from models.plan import methods
 from models.storage import fastest_storage, to_storage
 
 Params = dict[str, Any]

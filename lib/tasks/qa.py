@@ -29,8 +29,8 @@ from models.backbones.lm import LM
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM, Images
 from models.build import DTYPES
-from models.plans.methods import reduction_settings
-from models.plans.reduce_config import check_components, with_plans
+from models.plan import reduction_settings
+from models.reduce_config import check_components, with_plans
 from ops import choices
 from ops.assignments import take
 from ops.attention import pick

@@ -23,9 +23,9 @@ from models.backbones.segmenter import SegmentViT
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.build import IMAGE_MODEL, Dtype
-from models.plans.methods import KEYS, methods
-from models.plans.reduce_config import COMPONENTS
+from models.plan import KEYS, methods
 from models.projector import ACROSS, ORDERS
+from models.reduce_config import COMPONENTS
 from ops import choices
 from ops.budgets import BUDGETS
 from ops.tokens import KINDS

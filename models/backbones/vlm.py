@@ -103,7 +103,7 @@ class VLM(nn.Module):
     projection: activation of a `Projector`, '' for a tower that ends in the language model's width.
     newline: whether there is a learned feature that ends a row of patches.
     projector_reduction: how to reduce visual tokens after the projector, or None; made by
-      `models.plans.reduce_config.with_projector_reduction`.
+      `models.reduce_config.with_projector_reduction`.
     pad_side: where the padding of a sequence goes.
     deepstack: (layer of the tower, layer of the language model) pairs: what the first makes goes
       through the projector, and is added to the visual tokens that are there before the second

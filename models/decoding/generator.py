@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
 from models.decoding.sampling import SIDES, Sampling, padded, sample
-from models.plans.reduce_config import Layout, ModelWithPlans, with_plans
+from models.reduce_config import Layout, ModelWithPlans, with_plans
 from models.storage import Params
 from ops import splice
 from ops.assignments import take
@@ -89,7 +89,7 @@ class Generator:
       buckets: slots of ids that prompts are padded to (`padded_length`); the context limits them.
       side: where padding goes, a name in `SIDES`; in a VLM of the ids alone, see its `pad_side`.
       plans: the model with its plans for prompts of any number of slots
-        (`models.plans.reduce_config.with_plans`), None for `lm` as it is.
+        (`models.reduce_config.with_plans`), None for `lm` as it is.
 
     Raises:
       ValueError: for no bucket or an unknown side.

@@ -21,7 +21,7 @@ from models.backbones.text_tower import Text
 from models.backbones.vit import ViT, make_vit
 from models.build import build
 from models.decoding.sampling import Sampling
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops.rope import Rope
 
 TINY = ViT(width=16, depth=2, mlp=24, heads=2, patch=4, image_size=16, num_classes=5)

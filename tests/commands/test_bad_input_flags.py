@@ -16,7 +16,7 @@ from lib.data.settings import ImageSettings, QASettings
 from lib.runtime import cli, config_flag, launch, sharding
 from models import renames
 from models.backbones.vit import ViT
-from models.plans.make import make_plan
+from models.plan import make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 # ml_collections loads config files so.

@@ -25,7 +25,7 @@ from lib.tasks import trained
 from models import checkpoints
 from models.checkpoints.lm_config import from_config
 from models.decoding.generator import Generator
-from models.plans.reduce_config import with_plans, with_projector_reduction
+from models.reduce_config import with_plans, with_projector_reduction
 
 
 @functools.cache

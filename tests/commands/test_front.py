@@ -29,7 +29,7 @@ from models import catalogue
 from models.arrays import AXES
 from models.backbones.vit import ViT
 from models.build import build
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import signals
 from ops.tokens import TokenSet
 

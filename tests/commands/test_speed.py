@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import golden_vit
 
-from models.plans.make import make_plan
+from models.plan import make_plan
 from tools import speed
 
 

@@ -15,8 +15,7 @@ from helpers import contract
 
 from models.backbones.vit import ViT
 from models.compressors import COMPRESSORS
-from models.plans.make import make_plan
-from models.plans.methods import methods
+from models.plan import make_plan, methods
 from ops import tokens as tk
 from ops.reducers.base import ByAttention
 

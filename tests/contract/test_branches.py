@@ -15,9 +15,8 @@ import pytest
 from helpers.tiny_lm import PROMPT, ROOM, TINY, ids, image_and_text, variables
 
 from models.backbones.vit import Block, ViT
+from models.plan import branch_methods, make_plan
 from models.plans.events import PARTS
-from models.plans.make import make_plan
-from models.plans.methods import branch_methods
 from ops.primitives.select import keep_top
 from ops.primitives.sparse_attention import HeadGather
 from ops.reducers.base import BranchReducer

@@ -19,10 +19,9 @@ from helpers import contract
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.token_layout import anyres_layout, cell_layout, raster_layout
 from models.checkpoints.vlm_config import from_config
-from models.plans.make import make_plan
-from models.plans.methods import methods
-from models.plans.reduce_config import with_projector_reduction
+from models.plan import make_plan, methods
 from models.projector import FROM_TOWER, PER_TOKEN
+from models.reduce_config import with_projector_reduction
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer

@@ -14,8 +14,8 @@ from helpers.tiny_lm import TINY
 from configs import digits
 from lib.tasks.settings import check_config
 from models.backbones.vit import ViT
-from models.plans.make import make_plan
-from models.plans.reduce_config import with_plans, with_vision_plan
+from models.plan import make_plan
+from models.reduce_config import with_plans, with_vision_plan
 from ops.assignments import take
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS

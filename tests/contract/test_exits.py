@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from helpers.tiny_lm import TINY, variables
 
-from models.plans.caches import make_cache_plan
-from models.plans.make import make_plan
+from models.plan import make_cache_plan, make_plan
 from ops.tokens import TEXT, VISUAL, TokenSet
 
 # Of each row: text, an image, text; then padding.

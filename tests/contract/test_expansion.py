@@ -12,7 +12,7 @@ from helpers.tiny_lm import TINY, variables
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
 from models.backbones.vit import ViT
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import tokens as tk
 
 VIT = ViT(width=16, depth=4, mlp=24, heads=2, patch=4, image_size=16, channels=1, num_classes=0,

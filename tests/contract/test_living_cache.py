@@ -15,8 +15,8 @@ from helpers.tiny_lm import PROMPT, ROOM, TINY, VALID, ids, planned, prefill, un
 from lib.cost import lm as lm_cost
 from models.backbones.lm import LM
 from models.decoding.generator import Generator
-from models.plans.methods import make_method
-from models.plans.reduce_config import with_plans
+from models.plan import make_method
+from models.reduce_config import with_plans
 from models.reduction import DECODED
 from ops.kv_cache import Cache
 from ops.reducers.cache import CACHE_REDUCERS

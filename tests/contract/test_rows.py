@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 from helpers.tiny_lm import TINY, unstacked
 
-from models.plans.caches import make_cache_plan
-from models.plans.hosts import Host
-from models.plans.make import make_plan
-from models.plans.methods import methods
+from models.plan import Host, make_cache_plan, make_plan, methods
 from models.plans.row_budgets import row_budgets
 from models.projector import ProjectorReduction, reduce_visual
 from ops.reducers.cache import CACHE_REDUCERS

@@ -18,7 +18,7 @@ from helpers.watcher import Watcher
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
 from models.backbones.vit import Block, ViT
-from models.plans.make import make_plan
+from models.plan import make_plan
 from models.stack import Stack
 from models.storage import unstack
 from ops.primitives.select import keep_top

@@ -12,7 +12,7 @@ import pytest
 from helpers.tiny_lm import PROMPT, ROOM, TINY, VALID, ids, prefill, unstacked, with_cache
 
 from models.backbones.lm import LM
-from models.plans.caches import make_cache_plan
+from models.plan import make_cache_plan
 from models.storage import to_storage
 from ops.caches.heads import Pages
 from ops.caches.split import SplitKV

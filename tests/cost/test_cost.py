@@ -22,9 +22,8 @@ from lib.runtime.meter import DEVICES, Meter, floor_seconds
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT, make_vit
 from models.families import PAIRS
+from models.plan import make_plan, methods
 from models.plans.events import make_events
-from models.plans.make import make_plan
-from models.plans.methods import methods
 from models.reduction import Reduction
 from models.storage import unstack
 from ops.budgets import Cut

@@ -14,8 +14,8 @@ from lib.cost import lm as lm_cost
 from lib.cost import published as papers
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import make_lm
+from models.plan import make_plan
 from models.plans.events import SITES
-from models.plans.make import make_plan
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 

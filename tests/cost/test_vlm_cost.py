@@ -12,7 +12,7 @@ from lib.cost import vlm as vlm_cost
 from models import checkpoints
 from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config
-from models.plans.reduce_config import with_plans
+from models.reduce_config import with_plans
 
 PROMPT, ROOM = 10, 4
 # Crops, images and tokens of an image.

@@ -9,7 +9,7 @@ import pytest
 from helpers import golden_vit
 
 from models.decoding.buckets import Buckets, first_half, second_half
-from models.plans.make import make_plan
+from models.plan import make_plan
 
 # Behind the first cut nothing is decided, so rounding cannot tip a near tie.
 ONE = {'method': 'ats', 'layers': (1,), 'keep': 48}

@@ -14,7 +14,7 @@ from models.checkpoints.lm_config import make_lm
 from models.decoding.generator import BUCKETS as LENGTHS
 from models.decoding.generator import ENDED, Generator
 from models.decoding.sampling import Sampling, padded, sample
-from models.plans.reduce_config import with_plans
+from models.reduce_config import with_plans
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9])
 BUCKETS = (8, 16)

@@ -17,7 +17,7 @@ from lib.data.pictures import batch_pictures
 from models.decoding.generator import Generator
 from models.decoding.sampling import Sampling, padded
 from models.plans.events import Plan, make_events
-from models.plans.reduce_config import with_plans, with_projector_reduction
+from models.reduce_config import with_plans, with_projector_reduction
 from models.reduction import Reduction
 from ops.assignments import Gather, take
 from ops.budgets import Cut

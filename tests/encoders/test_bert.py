@@ -13,8 +13,7 @@ from helpers import recorded
 from models import checkpoints
 from models.backbones.bert import Bert
 from models.checkpoints.bert_config import from_config
-from models.plans.make import make_plan
-from models.plans.methods import methods
+from models.plan import make_plan, methods
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity' / 'bert'
 CONFIG = json.loads((FOLDER / 'bert.json').read_text())

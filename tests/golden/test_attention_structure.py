@@ -14,7 +14,7 @@ from helpers.tiny_lm import TINY, image_and_text, variables
 from jax.experimental.pallas import tpu as pltpu
 
 from models.backbones.lm import LM
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
 

@@ -13,7 +13,7 @@ from lib.tasks.distill import distill, logit_loss, token_loss
 from models.backbones.vit import Block
 from models.blocks import add
 from models.compressors.dynamicvit import DynamicViT, decide
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import TokenSet

@@ -14,8 +14,7 @@ from helpers import invariants, recorded
 from helpers.golden_vit import arrays
 
 from models.backbones.vit import OFFERS, Block
-from models.plans.hosts import Host
-from models.plans.make import make_plan
+from models.plan import Host, make_plan
 from models.stack import Stack
 from ops import tokens as tk
 from ops.reducers import REDUCERS

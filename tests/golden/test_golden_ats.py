@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import golden_vit
 
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import tokens as tk
 from ops.primitives.quantiles import keep_sampled
 from ops.reducers.vision.ats import ATS, quantiles, sample, significance

@@ -15,7 +15,7 @@ from lib.report.attention_ranks import attention_ranks
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import make_lm
 from models.compressors import ROUTERS
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import attention
 from ops.primitives.arank import attention_rank, lowest_ranks
 from ops.reducers.branch.token_sparse_attention import TokenSparseAttention

@@ -9,7 +9,7 @@ import pytest
 from helpers import golden_vit
 from helpers.golden_vit import arrays
 
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops.primitives import cluster
 from ops.primitives.cluster import average_clusters, density_clusters
 from ops.primitives.select import top

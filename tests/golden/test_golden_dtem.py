@@ -9,7 +9,7 @@ import pytest
 from helpers import golden_vit
 
 from models.compressors.dtem import DTEM, relaxed_choice, soft_merge
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet

@@ -10,7 +10,7 @@ import pytest
 from helpers import golden_vit
 
 from models.backbones.vit import ViT
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import assignments
 from ops import tokens as tk
 from ops.primitives import superpixels as sp

@@ -16,8 +16,7 @@ from helpers import recorded
 from helpers.golden_vit import arrays
 
 from models.backbones.lm import LM
-from models.plans.caches import make_cache_plan
-from models.plans.make import make_plan
+from models.plan import make_cache_plan, make_plan
 from ops.reducers import REDUCERS
 from ops.reducers.language import aim
 from ops.rope import Rope

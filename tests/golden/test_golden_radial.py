@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import golden_vit
 
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops.reducers.baselines.radial import Radial
 from ops.signals import Signals
 from ops.tokens import TokenSet

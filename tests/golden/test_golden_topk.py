@@ -11,7 +11,7 @@ from helpers import golden_vit
 
 from models.backbones.vit import Block
 from models.blocks import add
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import tokens as tk
 from ops.budgets import annealed_keep_ratio
 from ops.reducers.vision.evit import EViT

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from helpers import recorded
 
-from models.plans.caches import make_cache_plan
+from models.plan import make_cache_plan
 from ops import signals
 from ops.caches.heads import KVHeads, Pages
 from ops.kv_cache import Cache, KVGather

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from models.plans.methods import make_method, methods
+from models.plan import make_method, methods
 from ops import assignments
 from ops import tokens as tk
 from ops.signals import STATIC, Signals

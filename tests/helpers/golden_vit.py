@@ -8,7 +8,7 @@ import numpy as np
 
 from helpers import recorded
 from models.backbones.vit import ViT
-from models.plans.make import make_plan
+from models.plan import make_plan
 
 DEPTH, WIDTH, HEADS = 4, 64, 4
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.backbones.lm import LM
-from models.plans.caches import make_cache_plan
-from models.plans.make import make_plan
+from models.plan import make_cache_plan, make_plan
 from models.storage import unstack
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet

@@ -24,8 +24,7 @@ from helpers.tiny_lm import (
 
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import from_config, make_lm
-from models.plans.caches import make_cache_plan
-from models.plans.make import make_plan
+from models.plan import make_cache_plan, make_plan
 from ops import attention
 from ops.assignments import Gather
 from ops.kv_cache import KVGather

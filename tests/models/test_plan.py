@@ -9,8 +9,7 @@ from lib.cost import vit as vit_cost
 from models.backbones.vit import make_vit
 from models.checkpoints.lm_config import make_lm
 from models.compressors import COMPRESSORS
-from models.plans.make import make_plan
-from models.plans.methods import branch_methods, methods
+from models.plan import branch_methods, make_plan, methods
 from models.reduction import Event, Reduction
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer

@@ -12,7 +12,7 @@ from helpers.compiler import EMITTERS
 from models.backbones import segmenter as dense
 from models.backbones.segmenter import SegmentViT
 from models.backbones.vit import ViT
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import tokens as tk
 from ops.assignments import Gather, Merge
 from ops.tokens import SPECIAL, VISUAL, TokenSet

@@ -12,7 +12,7 @@ import pytest
 from models.backbones.clip import Clip, make_clip
 from models.backbones.text_tower import Text
 from models.backbones.vit import Block, ViT
-from models.plans.make import make_plan
+from models.plan import make_plan
 from ops import attention
 from ops.tokens import TokenSet
 

@@ -12,7 +12,7 @@ from helpers import golden_vit
 from models.backbones.clip import make_clip
 from models.backbones.vit import make_vit, sincos
 from models.families import NAMED, PAIRS, SIZES
-from models.plans.make import make_plan
+from models.plan import make_plan
 from models.storage import fastest_storage, restack, unstack
 
 # Published counts: torchvision and timm model cards, DeiT (arXiv:2012.12877, Table 1 exact forms);

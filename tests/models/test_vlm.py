@@ -14,8 +14,8 @@ from models import checkpoints
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config, make_vlm
-from models.plans.make import make_plan
-from models.plans.reduce_config import with_plans, with_projector_reduction
+from models.plan import make_plan
+from models.reduce_config import with_plans, with_projector_reduction
 from ops.temporal import TTF
 from ops.tokens import VISUAL
 
@@ -472,7 +472,8 @@ def test_patches_may_be_merged_inside_a_qwen_tower(window):
 
 
 @pytest.mark.parametrize(('config', 'message'), [
-    ({'method': 'topk', 'keep': 4, 'site': 'before'}, 'leave site and layers out'),
+    ({'method': 'topk', 'keep': 4, 'site': 'before'}, 'leave site, layers and expand out'),
+    ({'method': 'topk', 'keep': 4, 'expand': 0}, 'leave site, layers and expand out'),
     ({'method': 'topk', 'keep': 4, 'across': 'batch'}, 'choose one of image, prompt'),
     ({'method': 'topk', 'keep': 4, 'order': 'random'}, 'choose one of raster, method'),
     ({'method': 'fastv', 'keep': 4}, 'which this host does not offer'),

@@ -13,8 +13,7 @@ from helpers import golden_vit
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
 from models.backbones.windows import Windows
-from models.plans.make import make_plan
-from models.plans.methods import methods
+from models.plan import make_plan, methods
 from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.plans.methods import make_method
+from models.plan import make_method
 from ops import signals
 from ops.caches.heads import KVHeads
 from ops.kv_cache import KV

@@ -10,7 +10,7 @@ import pytest
 from helpers.processes import COLLECTIVE, on_devices
 
 from models.backbones.vit import make_vit
-from models.plans.methods import methods
+from models.plan import methods
 
 REDUCTIONS = sorted(set(methods(make_vit('Ti/8').host)) - {'none'})
 

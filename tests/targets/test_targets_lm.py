@@ -17,7 +17,7 @@ from lib.cost import lm as lm_cost
 from lib.runtime import sharding
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import make_lm
-from models.plans.make import make_plan
+from models.plan import make_plan
 from models.storage import to_storage
 from ops.attention import pick
 from ops.rope import Rope

@@ -30,7 +30,7 @@ from lib.report import overlay, provenance
 from lib.tasks import qa as qa_task
 from models.backbones.vlm import image_counts
 from models.decoding.sampling import padded
-from models.plans.reduce_config import with_plans
+from models.reduce_config import with_plans
 from tools import generate as generate_command
 
 SLOTS = 24

@@ -19,7 +19,7 @@ from lib.tasks import cache_quality
 from models.checkpoints import gguf as files
 from models.checkpoints import load, save
 from models.checkpoints.lm_config import from_config
-from models.plans.caches import make_cache_plan
+from models.plan import make_cache_plan
 
 gguf = pytest.importorskip('gguf')
 

@@ -18,8 +18,8 @@ from lib.tasks import image as image_task
 from lib.tasks import registry
 from lib.tasks.settings import EVALUATION, TABLES, TRAINING, check_config, check_sources
 from models.backbones.vit import make_vit
-from models.plans.methods import KEYS
-from models.plans.reduce_config import COMPONENTS
+from models.plan import KEYS
+from models.reduce_config import COMPONENTS
 from ops import values
 from ops.values import Keys, OneOf, Pattern, Range
 

@@ -25,7 +25,7 @@ from lib.tasks.image import loss
 from models.build import build
 from models.checkpoints import merge_params
 from models.compressors import COMPRESSORS
-from models.plans.methods import methods
+from models.plan import methods
 from ops.budgets import Cut, Limits, annealed_keep_ratio, part_of, phases, resolve
 
 SMALL = {'variant': 'Ti/8', 'width': 32, 'depth': 2, 'heads': 2, 'mlp': 32, 'image_size': 32,

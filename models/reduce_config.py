@@ -54,7 +54,7 @@ def with_vision_plan(tower: Tower, config: Reductions | None, *,
 
   Args:
     tower: without a plan.
-    config: as `models.plans.make.make_plan` reads it; None, or method='none', for no reduction.
+    config: as `models.plan.make_plan` reads it; None, or method='none', for no reduction.
       Keys that are None are unset.
     macs: tower -> MACs as a function of events, for budgets in FLOPs (lib/cost/vit.py).
 
@@ -103,7 +103,7 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
 
   Args:
     vlm: the model.
-    config: `config.reduce.projector`: as `models.plans.make.make_plan` reads it, without site and
+    config: `config.reduce.projector`: as `models.plan.make_plan` reads it, without site and
       layers (`watch` names layers of the tower); and `across` and `order` of `ProjectorReduction`.
     slots: V, tokens of an image (of all images of a row under across='prompt').
 
