@@ -1,0 +1,28 @@
+"""Every reduction of a vision tower on real weights: a ViT-S/14, clothes and emoji.
+
+  python -m tools.real.fetch
+  python -m tools.real.vit --onnx=real/vit/vit_s_focus.onnx
+  python -m lib.tasks.feature_quality --config=configs/real_vision.py
+"""
+
+import ml_collections
+
+from lib.tasks.feature_quality import reductions
+from models.backbones.vit import ViT
+from models.plan import methods
+
+BUDGETS = {'16 a layer': {'layers': 'all', 'remove': 16},
+           'half at 3, 6, 9': {'layers': (3, 6, 9), 'keep_ratio': 0.5}}
+# What only training makes useful is left out.
+HOST = ViT(width=384, depth=12, mlp=1536, heads=6, patch=14, image_size=224, num_classes=0).host
+METHODS = {name: {'method': name} for name, made in methods(HOST).items()
+           if not hasattr(made, 'init') and name != 'none'}
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns what to measure, and on how many pictures."""
+  full = {'name': 'full', 'budget': '', 'reduce': {}}
+  return ml_collections.ConfigDict({
+      'folder': 'real', 'out': 'results/real_vision.jsonl', 'image_size': 224, 'batch': 16,
+      'train_images': 600, 'test_images': 400, 'emoji': 160, 'seed': 0,
+      'rows': (full, *reductions(METHODS, BUDGETS))}, convert_dict=False)
