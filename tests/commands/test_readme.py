@@ -107,10 +107,19 @@ def test_the_first_example_runs_and_prints_what_it_says():
 
 @pytest.mark.long
 def test_the_other_example_runs():
-  _, example = blocks('python')
+  _, example, _ = blocks('python')
   done = processes.run('-c', example)
   assert done.returncode == 0, done.stderr
   assert 'fastv (before) in layer 2: 64 to 32 tokens' in done.stdout
+
+
+@pytest.mark.long
+def test_a_projector_in_front_of_a_frozen_model_gets_a_gradient():
+  *_, example = blocks('python')
+  # With numbers to see: what is asked of the gradient is that it is not zero.
+  done = processes.run('-c', example.replace('.shape)', '.any())'))
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip() == 'True'
 
 
 def test_commands_and_flags_are_found():
