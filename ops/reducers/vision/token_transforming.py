@@ -1,4 +1,4 @@
-"""Token transforming: every token left is a mixture of all tokens like it.
+"""Token transforming: what goes is divided among all that stays and is like it.
 
 Axes: B batch, N slots now, M slots after, K tokens chosen, H heads, d features a head.
 """
@@ -9,32 +9,34 @@ import jax.numpy as jnp
 from jax import nn
 
 from ops.assignments import Assignment, take
-from ops.attention import HIDDEN_LOGIT, log_weight
+from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import cosine
 from ops.primitives.mixing import mix_where_too_many
 from ops.primitives.select import top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TokenSet, num_kept
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenTransforming(ByAttention):
-  """Mixes all tokens into the most attended ones by the similarity of their keys.
+  """Keeps the most attended tokens, and divides each of the others among all that are like it.
 
   A variant of our own in the spirit of Token Transforming (Zeng et al., 2025), arXiv:2506.05709,
   which sees pruning and merging as matrices and takes one of many inputs and many outputs, without
   training. How that paper builds its matrix is not reproduced here, and its figures are not ours.
-  Here a row is exp(tau cos(key of the chosen token, keys of all)), each token counted as often as
-  it has originals, divided by its sum. Protected tokens lead, the chosen ones follow, the most
-  attended first; a row with no more tokens than there is room for keeps them as they are.
+  Here a token that goes joins every token that stays in the share exp(tau cos(its key, theirs))
+  over the sum of these, and what stays becomes the mean of what it holds, each token counted as
+  often as it has originals. Keys are taken from their mean first: on pretrained weights they have
+  most in common, and all shares would be alike. Protected tokens lead, the chosen ones follow, the
+  most attended first; a row with no more tokens than there is room for keeps them as they are.
 
   Attributes:
     by: the attention by which tokens are chosen: 'cls_attention' or 'received_attention'.
-    tau: how sharply similarity counts; large values leave the chosen tokens as they are.
+    tau: how sharply similarity counts; large values give each token to its nearest.
   """
 
-  tau: float = 20.0
+  tau: float = 30.0
   proportional = True
 
   def __post_init__(self) -> None:
@@ -47,9 +49,16 @@ class TokenTransforming(ByAttention):
     return super().needs | {'keys'}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    scores = self.attention(signals).mean(axis=1)
-    chosen = top(scores, num_slots - tokens.protected, excluded=~tokens.free)
-    keys = signals.keys.astype(jnp.float32).mean(axis=2)
-    logits = self.tau * cosine(take(keys, chosen), keys) + log_weight(tokens.sizes)[:, None]
-    logits = jnp.where(tokens.free[:, None], logits, HIDDEN_LOGIT)
-    return mix_where_too_many(tokens, nn.softmax(logits))
+    most, free = num_slots - tokens.protected, tokens.free
+    chosen = top(self.attention(signals).mean(axis=1), most, excluded=~free)
+    stays = jnp.arange(most)[None] < num_kept(tokens, num_slots)
+    own = (chosen[:, :, None] == jnp.arange(tokens.slots)[None, None]) & stays[:, :, None]
+    keys, sizes = signals.keys.astype(jnp.float32).mean(axis=2), jnp.where(free, tokens.sizes, 0.0)
+    total = jnp.maximum(jnp.sum(sizes, axis=1), 1.0)[:, None, None]
+    keys -= jnp.sum(jnp.where(free[..., None], keys * sizes[..., None], 0.0), axis=1,
+                    keepdims=True) / total
+    logits = jnp.where(stays[:, :, None], self.tau * cosine(take(keys, chosen), keys), HIDDEN_LOGIT)
+    shares = jnp.where(jnp.any(own, axis=1, keepdims=True), own, nn.softmax(logits, axis=1))
+    weights = shares * sizes[:, None]
+    mass = jnp.sum(weights, axis=2, keepdims=True)
+    return mix_where_too_many(tokens, weights / jnp.where(mass > 0, mass, 1.0))
