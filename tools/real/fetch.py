@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from lib.runtime import cli
 
-FOLDER = flags.DEFINE_string('folder', 'real', 'Where to put it.')
-ONLY = flags.DEFINE_list('only', [], 'Names of packages to fetch, if not all.')
+FOLDER = 'real'
 MARK = 'fetched.json'
 DEADLINE = 900  # Seconds for one package.
 
@@ -213,15 +212,21 @@ def _members(archive: pathlib.Path) -> Iterator[tuple[str, IO[bytes]]]:
         yield member.name, stream
 
 
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string('folder', FOLDER, 'Where to put it.')
+  flags.DEFINE_list('only', [], 'Names of packages to fetch, if not all.')
+
+
 def main(argv: Sequence[str]) -> None:
   """Fetches what the flags say, and tells what is missing."""
   del argv
-  unknown = sorted(set(ONLY.value) - set(PACKAGES))
+  only, folder = flags.FLAGS.only, pathlib.Path(flags.FLAGS.folder)
+  unknown = sorted(set(only) - set(PACKAGES))
   if unknown:
     raise ValueError(f'--only names {", ".join(unknown)}: known are {", ".join(PACKAGES)}')
   chosen = {name: package for name, package in PACKAGES.items()
-            if not ONLY.value or name in ONLY.value}
-  folder = pathlib.Path(FOLDER.value)
+            if not only or name in only}
   for line in fetch(chosen, folder):
     print(line)
   there = [name for name, package in chosen.items() if is_there(folder / name, package)]
@@ -229,4 +234,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

@@ -27,8 +27,6 @@ from safetensors.numpy import load_file, save_file
 
 from lib.runtime import cli
 
-ONNX = flags.DEFINE_string('onnx', None, 'The file.')
-FOLDER = flags.DEFINE_string('folder', None, 'Where to write; the folder of the file by default.')
 CONFIG = {'model_type': 'dinov2', 'hidden_size': 384, 'num_hidden_layers': 12,
           'num_attention_heads': 6, 'mlp_ratio': 4, 'hidden_act': 'gelu', 'image_size': 518,
           'patch_size': 14, 'num_channels': 3, 'layer_norm_eps': 1e-6, 'qkv_bias': True,
@@ -114,13 +112,20 @@ def load_decoder(folder: pathlib.Path) -> dict[str, np.ndarray]:
   return dict(load_file(folder / 'decoder.safetensors'))
 
 
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string('onnx', None, 'The file.')
+  flags.DEFINE_string('folder', None, 'Where to write; the folder of the file by default.')
+  flags.mark_flags_as_required(['onnx'])
+
+
 def main(argv: Sequence[str]) -> None:
   """Converts what the flags say."""
   del argv
-  source = pathlib.Path(ONNX.value)
-  convert(source, pathlib.Path(FOLDER.value) if FOLDER.value else source.parent)
+  source, folder = pathlib.Path(flags.FLAGS.onnx), flags.FLAGS.folder
+  convert(source, pathlib.Path(folder) if folder else source.parent)
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['onnx'])
+  define_flags()
   cli.run(main)
