@@ -22,7 +22,7 @@ import gzip
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -205,13 +205,6 @@ def ranks_of_pairs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
   """Ranks, for each row of one set, the same row of the other among all: int[N], from 1."""
   scores = unit(one) @ unit(other).T
   return 1 + np.sum(scores > np.diag(scores)[:, None], axis=1)
-
-
-def reductions(methods: Mapping[str, Mapping[str, Any]],
-               budgets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Returns a row for each method under each budget, budget by budget."""
-  return [{'name': name, 'budget': budget, 'reduce': {**keys, **settings}}
-          for budget, settings in budgets.items() for name, keys in methods.items()]
 
 
 if __name__ == '__main__':
