@@ -85,7 +85,13 @@ def cell(name, host):
 PAIRS = [(host, name) for name in methods() for host in HOSTS]
 
 
-@pytest.mark.parametrize(('host', 'name'), PAIRS, ids=map('-'.join, PAIRS))
+# Hosts that are much like others.
+ALIKE = ('registers', 'mean', 'clip')
+
+
+@pytest.mark.parametrize(('host', 'name'), [
+    pytest.param(*pair, id='-'.join(pair), marks=[pytest.mark.long] if pair[0] in ALIKE else [])
+    for pair in PAIRS])
 def test_backbones(host, name, record_property):
   record_property('backbones', (PAIRS.index((host, name)), host, name))
   record_property('reason', cell(name, host))

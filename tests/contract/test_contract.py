@@ -23,12 +23,13 @@ from ops.reducers.vision.tome import ToMe
 # The invariants.
 
 
-# Every length is a program of its own: one method of each kind is enough for a short run.
-SHORT_BUDGETS = ('topk', 'tome', 'token_transforming')
+# Every length, and every gradient, is a program of its own: one method of each kind is enough for a
+# short run.
+LONG, SHORT = ('budgets', 'finite'), ('topk', 'tome', 'token_transforming')
 
 
 def is_long(invariant, name):
-  return invariant == 'budgets' and name not in SHORT_BUDGETS
+  return invariant in LONG and name not in SHORT
 
 
 # A method's invariants follow each other, so that one worker compiles them once.

@@ -100,7 +100,8 @@ def test_mean_pooling_adds_one_product():
 
 @pytest.mark.parametrize('name', sorted(methods(TINY.host).keys() - {'none'}))
 @pytest.mark.parametrize(('site', 'budget'), [
-    (None, {'remove': 3, 'layers': (1, 2)}), ('inside', TWO_LAYERS)])
+    (None, {'remove': 3, 'layers': (1, 2)}),
+    pytest.param('inside', TWO_LAYERS, marks=pytest.mark.long)])
 def test_every_method_equals_the_trace(name, site, budget):
   """At its own site and inside attention, where joining and picking slots cost differently."""
   # As few as these slots allow.

@@ -185,7 +185,9 @@ def test_one_prediction_a_pixel_is_not_resized():
 METHODS = {'evit': {}, 'tome': {}, 'ats': {}, 'dpcknn': {}, 'random': {'site': 'after'}}
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[] if name in ('tome', 'random') else pytest.mark.long)
+    for name in METHODS])
 def test_every_way_works_under_every_kind_of_method(name):
   plan = make_plan({'method': name, 'layers': (0, 1), 'keep': (48, 36), **METHODS[name]},
                    segmenter().host)

@@ -126,7 +126,8 @@ def test_reduced_causal_towers_see_nothing_later(method):
   assert reach[last][np.asarray(tokens.owner[0]) >= 0].all()
 
 
-@pytest.mark.parametrize('method', ['tome', 'pitome', 'kmedoids', 'random', 'mctf'])
+@pytest.mark.parametrize('method', ['tome', 'random', *(
+    pytest.param(name, marks=pytest.mark.long) for name in ('pitome', 'kmedoids', 'mctf'))])
 @pytest.mark.parametrize('text', [CAUSAL, WHOLE], ids=['eot', 'last'])
 def test_what_is_pooled_outlives_any_reduction(text, method):
   reduced = planned(text, method=method, site='between')

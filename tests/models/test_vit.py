@@ -143,15 +143,20 @@ def test_tracing_follows_stages_not_depth():
   assert equations(6) == equations(24)
 
 
-@pytest.mark.parametrize('settings', [
-    {'registers': 4}, {'distilled': True}, {'positions': 'sincos'},
-    {'pool': 'mean'}, {'class_token': False, 'pool': 'mean'}, {'num_classes': 0},
-    {'dtype': jnp.bfloat16}, {'distilled': True, 'registers': 2, 'dtype': jnp.bfloat16},
+SETTINGS = (
+    {'distilled': True, 'registers': 2, 'dtype': jnp.bfloat16},
     {'activation': 'swiglu', 'layer_scale': 1e-5, 'registers': 2, 'special_positions': False},
     {'class_token': False, 'pool': 'map', 'activation': 'gelu_tanh', 'dtype': jnp.bfloat16},
     {'pre_norm': True, 'patch_bias': False, 'activation': 'quick_gelu', 'projection': 8},
-    {'pool': 'mean', 'last_norm': 'pooled'}, {'pool': 'cls_mean', 'last_norm': 'pooled'},
-], ids=str)
+    {'registers': 4}, {'distilled': True}, {'positions': 'sincos'}, {'pool': 'mean'},
+    {'class_token': False, 'pool': 'mean'}, {'num_classes': 0}, {'dtype': jnp.bfloat16},
+    {'pool': 'mean', 'last_norm': 'pooled'}, {'pool': 'cls_mean', 'last_norm': 'pooled'})
+
+
+# The first four have of each kind some.
+@pytest.mark.parametrize('settings', [
+    pytest.param(settings, marks=[pytest.mark.long] if number > 3 else [], id=str(settings))
+    for number, settings in enumerate(SETTINGS)])
 def test_settings_run_with_a_reduction_and_keep_their_shapes(settings):
   vit = make_vit('Ti/8', **{'width': 32, 'heads': 2, 'mlp': 32, 'depth': 3, 'image_size': 32,
                             'num_classes': 5} | settings)
