@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import contract
+from helpers.processes import COLLECTIVE, on_devices
 from helpers.tiny_lm import TINY, variables
 
 from lib.cost import jaxpr as jaxpr_cost
@@ -81,6 +82,32 @@ def test_counts_equal_the_traced_program(config):
   found = jaxpr_cost.of_vit(vit)
   assert not found.uncounted
   assert found.macs[''] == vit_cost.of(vit).macs < vit_cost.of(VIT).macs
+
+
+MESH = '''
+settings = {'method': 'expedit', 'layers': 1, 'keep': 6, 'expand': 2}
+params = init(small(None, depth=4), jax.random.key(0))
+images = np.random.default_rng(0).normal(size=(8, 32, 32, 1)).astype(np.float32)
+found = []
+for mesh in (None, sharding.make_mesh(dict(data=8))):
+  vit = small(mesh, settings, depth=4)
+  places = {} if mesh is None else dict(
+      in_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh)),
+      out_shardings=sharding.batch_sharding(mesh))
+  run = jax.jit(lambda p, x: vit.apply({'params': p}, x)[1]['tokens'].x, **places)
+  program = run.lower(params, images).compile()
+  if mesh is not None:
+    params, images = jax.device_put((params, images), places['in_shardings'])
+  found.append([program(params, images).tolist(), re.findall(sys.argv[1], program.as_text())])
+print(json.dumps(found))
+'''
+
+
+@pytest.mark.long
+def test_on_a_mesh_rows_come_back_where_they_are():
+  (alone, _), (together, collectives) = on_devices(8, MESH, COLLECTIVE)
+  np.testing.assert_allclose(together, alone, atol=1e-5)
+  assert collectives == []
 
 
 # What contradicts itself.
