@@ -223,8 +223,9 @@ def describe_reductions(reduced: LM | VLM) -> list[str]:
       where = {'projector': '', 'cache': f' in layer {event.layer}'}.get(
           component, f' {place} layer {event.layer}')
       left, before = event.slots_out - held, event.slots_in - held
-      does = {'insert': f'brings in {left - before}', 'branch': f'runs {left} of {before}'}.get(
-          event.kind, f'keeps {left} of {before}')
+      does = {'insert': f'brings in {left - before}', 'branch': f'runs {left} of {before}',
+              'expand': f'brings back {left - before}'}.get(
+                  event.kind, f'keeps {left} of {before}')
       lines.append(f'{component}: {event.reduction.name} {does}{where}')
   if len(lines) > MOST_LINES:
     lines = [*lines[:MOST_LINES - 1], f'… and {len(lines) - MOST_LINES + 1} cuts more']

@@ -185,10 +185,13 @@ def _by_reduction(plan: Plan) -> list[list[Event]]:
 
 def _events_line(events: Sequence[Event], depth: int) -> str:
   """Says what the events of one method do."""
+  back = ''.join(f', all back after layer {event.layer}' for event in events
+                 if event.since is not None)
+  events = [event for event in events if event.since is None]
   first, last = events[0], events[-1]
   return (f'; {first.reduction.name} ({first.site}) in {_layers_of(events, depth)}: '
           f'{first.slots_in - (first.protected or 0)} to {last.slots_out - (last.protected or 0)} '
-          'tokens')
+          f'tokens{back}')
 
 
 def _layers_of(events: Sequence[Event], depth: int) -> str:

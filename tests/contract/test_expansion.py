@@ -10,6 +10,7 @@ from helpers import contract
 from helpers.processes import COLLECTIVE, on_devices
 from helpers.tiny_lm import TINY, variables
 
+from lib.cost import explain
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
 from models.backbones.vit import ViT
@@ -82,6 +83,12 @@ def test_counts_equal_the_traced_program(config):
   found = jaxpr_cost.of_vit(vit)
   assert not found.uncounted
   assert found.macs[''] == vit_cost.of(vit).macs < vit_cost.of(VIT).macs
+
+
+def test_a_summary_says_where_tokens_come_back():
+  vit = VIT.clone(plan=make_plan(CUT, VIT.host))
+  assert explain.summary(vit).endswith(
+      'stride (before) in layer 1: 17 to 7 tokens, all back after layer 2')
 
 
 MESH = '''
