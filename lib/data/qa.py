@@ -107,7 +107,8 @@ def eval_batches(config: Config, *, process_index: int = 0,
   """Returns the test split once, in order (`EvalBatches`).
 
   Returns:
-    A sized iterable of dicts as of `train_iterator`, and mask float32[B], 0 for rows of padding.
+    A sized iterable of dicts as of `train_iterator`, and mask float32[B], 0 for rows that only fill
+    a batch up: they repeat the question before them.
   """
   settings = qa_settings(config)
   reader = QAReader(settings, 'test_split')
@@ -202,7 +203,10 @@ class QAReader:
     """Returns a batch of `eval_batches`."""
     mask = (np.arange(rows) < len(examples)).astype(np.float32)
     turns = (examples % len(self._asked))[:, None].tolist()
-    return self._batch(self._load(examples, turns), rows) | {'mask': mask}
+    records = self._load(examples, turns)
+    # What fills a batch up is a question like any other: a row of padding alone is none.
+    records += records[-1:] * (rows - len(records))
+    return self._batch(records, rows) | {'mask': mask}
 
   def _numbers_of(self, wanted: Sequence[str]) -> list[int]:
     """Returns the numbers, within a record, of the questions of some kinds, () for all."""
