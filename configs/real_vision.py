@@ -29,5 +29,5 @@ def get_config() -> ml_collections.ConfigDict:
   full = {'name': 'full', 'budget': '', 'reduce': {}}
   return ml_collections.ConfigDict({
       'folder': 'real', 'out': 'results/real_vision.jsonl', 'image_size': 224, 'batch': 16,
-      'train_images': 600, 'test_images': 400, 'emoji': 160, 'seed': 0,
+      'train_images': 400, 'test_images': 300, 'emoji': 160, 'seed': 0,
       'rows': (full, *(row for budget in BUDGETS for row in rows(budget)))}, convert_dict=False)
