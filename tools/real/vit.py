@@ -31,8 +31,6 @@ CONFIG = {'model_type': 'dinov2', 'hidden_size': 384, 'num_hidden_layers': 12,
           'num_attention_heads': 6, 'mlp_ratio': 4, 'hidden_act': 'gelu', 'image_size': 518,
           'patch_size': 14, 'num_channels': 3, 'layer_norm_eps': 1e-6, 'qkv_bias': True,
           'use_swiglu_ffn': False}
-# What images are normalised by.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PREFIX, _EPS = 'backbone.', 1e-5
 
 
