@@ -276,7 +276,7 @@ class _Course:
     """Lets a reduction leave fewer tokens, or run a branch on fewer."""
     host, reduction, events = self._host, draft.reduction, self.events
     free = self._there(draft)
-    if events and events[-1].kind == 'insert':
+    if events and events[-1].kind in ('insert', 'expand'):
       _check_behind(step, draft, events[-1])
     if not free:
       raise ValueError(f'{reduction.name} cuts in layer {step.layer}, where no '
@@ -326,13 +326,14 @@ def _check_before(event: Event, events: Sequence[Event]) -> None:
 
 
 def _check_behind(step: Step, draft: _Draft, event: Event) -> None:
-  """Raises where a method asks for what tokens that have just joined cannot tell."""
+  """Raises where a method asks for what tokens that have just joined, or come back, cannot tell."""
   reduction, last = draft.reduction, event.reduction.name
   if reduction.positions == 'restart':
     raise ValueError(f'{reduction.name} has the model run anew on what it keeps, where {last} has '
                      "no place: set positions='keep'")
   read = sorted(reduction.method.needs - FREE_OF_ATTENTION)
-  if (step.layer, draft.site) == (event.layer, event.site) and read:
+  begins = draft.site == 'before' or draft.parts in ('both', 'attention')
+  if begins and step.layer == event.layer + (event.kind == 'expand') and read:
     raise ValueError(f'{reduction.name} before layer {step.layer} reads {", ".join(read)} of the '
                      f'layer above, which the tokens of {last} have not run: cut from layer '
                      f'{step.layer + 1} on')

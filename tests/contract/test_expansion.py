@@ -128,6 +128,9 @@ def test_on_a_mesh_rows_come_back_where_they_are():
     ([CUT | {'expand': 3}, {'method': 'tome', 'layers': 2, 'remove': 2, 'expand': 3},
       {'method': 'tome_kth', 'layers': 1, 'remove': 1}],
      'needs layer 1 for itself, and tome_kth cuts there too'),
+    ([CUT, {'method': 'topk', 'site': 'before', 'layers': 3, 'remove': 2}],
+     'topk before layer 3 reads cls_attention of the layer above, which the tokens of stride have '
+     'not run: cut from layer 4 on'),
     ([CUT, {'method': 'tome', 'layers': 2, 'remove': 2, 'expand': 3}],
      'brings the tokens of layer 2 back, which another reduction has brought back before')],
     ids=lambda value: re.sub(r'\W+', ' ', value)[:40] if isinstance(value, str) else '')
