@@ -7,11 +7,12 @@ tokenizer.json describes: byte-level BPE with merges ('gpt2'), and SentencePiece
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lib.data.tokenizers import Chat, HubTokenizer
+from lib.data.tokenizers import Chat, HubTokenizer, worded
 from models.checkpoints import gguf
 from ops import choices
 
@@ -47,7 +48,19 @@ def tokenizer(path: pathlib.Path) -> HubTokenizer:
   if missing or len(content['tokens']) != len(content['token_type']):
     raise ValueError(f'{path} does not say {" and ".join(missing) or "of what type each token is"} '
                      'of its tokenizer: fetch it again')
-  made = _BUILD[kind][0](content, path)
+  if kind == 'gpt2':
+    choices.check_key(f'{path} splits texts in a way that is not read here: ',
+                      content.get('pre', 'default'), _SPLITS)
+  if importlib.util.find_spec('tokenizers') is None:
+    raise ValueError(f'the tokenizer of {path} needs a package that is not installed: `pip install '
+                     '-r requirements-hub.txt`')
+  with worded(f'the tokenizer of {path} contradicts itself', 'fetch the file again'):
+    made = _with_special_tokens(_BUILD[kind][0](content), content)
+  return HubTokenizer(made.to_str(), path)
+
+
+def _with_special_tokens(made: Any, content: Mapping[str, Any]) -> Any:
+  """The tokenizer with the tokens that no text is split into, and the one that starts texts."""
   import tokenizers
   for number, special in ((_CONTROL, True), (_USER_DEFINED, False)):
     added = [tokenizers.AddedToken(token, special=special, normalized=False)
@@ -55,10 +68,10 @@ def tokenizer(path: pathlib.Path) -> HubTokenizer:
              if each == number]
     (made.add_special_tokens if special else made.add_tokens)(added)
   bos = _token(content, 'bos')
-  if content.get('add_bos_token', kind == 'llama') and bos:
+  if content.get('add_bos_token', content['model'] == 'llama') and bos:
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single=[bos, '$A'], special_tokens=[(bos, content['bos_token_id'])])
-  return HubTokenizer(made.to_str(), path)
+  return made
 
 
 def chat(path: pathlib.Path) -> Chat | None:
@@ -88,11 +101,10 @@ def _token(content: Mapping[str, Any], name: str) -> str:
   return tokens[number] if number is not None and 0 <= number < len(tokens) else ''
 
 
-def _byte_level(content: Mapping[str, Any], path: pathlib.Path) -> Any:
+def _byte_level(content: Mapping[str, Any]) -> Any:
   """Byte-level BPE, merges in their order."""
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
   split = content.get('pre', 'default')
-  choices.check_key(f'{path} splits texts in a way that is not read here: ', split, _SPLITS)
   pattern, digits = _SPLITS[split]
   made = Tokenizer(models.BPE(
       vocab={token: i for i, token in enumerate(content['tokens'])},
@@ -106,9 +118,8 @@ def _byte_level(content: Mapping[str, Any], path: pathlib.Path) -> Any:
   return made
 
 
-def _sentence_piece(content: Mapping[str, Any], path: pathlib.Path) -> Any:
+def _sentence_piece(content: Mapping[str, Any]) -> Any:
   """SentencePiece's BPE: of all pairs that make a token, the one of the highest score first."""
-  del path
   from tokenizers import Tokenizer, decoders, models, normalizers
   vocabulary = {token: i for i, token in enumerate(content['tokens'])}
   pairs = sorted(_pairs(content['tokens'], vocabulary),

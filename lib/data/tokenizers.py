@@ -361,7 +361,7 @@ def _parsed(content: str, name: Any) -> tokenizers.Tokenizer:
   except ImportError as error:
     raise ValueError('reading tokenizer.json needs a package that is not installed: `pip install '
                      '-r requirements-hub.txt`') from error
-  with _worded(f'{name} is no tokenizer that can be read', 'fetch it again'), _without_stderr():
+  with worded(f'{name} is no tokenizer that can be read', 'fetch it again'), _without_stderr():
     tokenizer = tokenizers.Tokenizer.from_str(content)
     # Both would hide that a text has too many tokens, or too few.
     tokenizer.no_truncation()
@@ -382,12 +382,12 @@ def _ids(tokenizer: tokenizers.Tokenizer, text: str, name: Any, *, special: bool
   except UnicodeEncodeError as error:
     raise ValueError(f'the text has half a character, {text[error.start]!r}: give whole ones, in '
                      'UTF-8') from error
-  with _worded(f'{name} cannot read this text', 'fetch the file again, or change the text'):
+  with worded(f'{name} cannot read this text', 'fetch the file again, or change the text'):
     return tokenizer.encode(text, add_special_tokens=special).ids
 
 
 @contextlib.contextmanager
-def _worded(what: str, advice: str) -> Iterator[None]:
+def worded(what: str, advice: str) -> Iterator[None]:
   """Turns what the library raises into one line."""
   try:
     yield

@@ -177,8 +177,14 @@ def test_pieces_with_scores_are_merged_best_first(tmp_path):
     (lambda writer: (writer.add_tokenizer_model('gpt2'), writer.add_token_list(['a']),
                      writer.add_token_types([1]), writer.add_token_merges(['a b']),
                      writer.add_tokenizer_pre('tekken')),
-     "splits texts in a way that is not read here: 'tekken'")],
-    ids=['none', 'kind', 'parts', 'split'])
+     "splits texts in a way that is not read here: 'tekken'"),
+    (lambda writer: (writer.add_tokenizer_model('gpt2'), writer.add_token_list(['a']),
+                     writer.add_token_types([1]), writer.add_token_merges(['a b']),
+                     writer.add_tokenizer_pre('smollm')), 'contradicts itself .*: fetch the file'),
+    (lambda writer: (writer.add_tokenizer_model('llama'), writer.add_token_list(['a']),
+                     writer.add_token_types([1]), writer.add_token_scores([0.0]),
+                     writer.add_unk_token_id(7)), 'contradicts itself .*: fetch the file')],
+    ids=['none', 'kind', 'parts', 'split', 'merges', 'unknown'])
 def test_tokenizers_that_are_not_read_are_refused_in_a_line(tmp_path, change, message):
   writer = gguf.GGUFWriter(tmp_path / 'odd.gguf', 'llama')
   change(writer)
