@@ -2,7 +2,7 @@
 
   python -m tools.real.fetch
   python -m tools.real.vit --onnx=real/vit/vit_s_focus.onnx
-  python -m lib.tasks.feature_quality --config=configs/real_vision.py
+  python -m tools.real.study --config=configs/real_vision.py
 """
 
 import ml_collections
@@ -28,6 +28,6 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns what to measure, and on how many pictures."""
   full = {'name': 'full', 'budget': '', 'reduce': {}}
   return ml_collections.ConfigDict({
-      'folder': 'real', 'out': 'results/real_vision.jsonl', 'image_size': 224, 'batch': 16,
-      'train_images': 400, 'test_images': 300, 'emoji': 160, 'seed': 0,
+      'study': 'vision', 'folder': 'real', 'out': 'results/real_vision.jsonl', 'seed': 0,
+      'image_size': 224, 'batch': 16, 'train_images': 400, 'test_images': 300, 'emoji': 160,
       'rows': (full, *(row for budget in BUDGETS for row in rows(budget)))}, convert_dict=False)

@@ -13,9 +13,9 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import winnow
-from configs import real_caches
+from configs import real_language
 from lib.data import gguf_tokenizer
-from lib.tasks import cache_quality
+from lib.studies import language as study
 from models.checkpoints import gguf as files
 from models.checkpoints import load, save
 from models.checkpoints.lm_config import from_config
@@ -125,7 +125,7 @@ def subject(tmp_path_factory):
   config = ConfigDict({'weights': str(folder / 'small.gguf'), 'text': str(folder / 'text.txt'),
                        'prefix': PREFIX, 'behind': BEHIND, 'texts': 2, 'words': 12,
                        'pass_keys': 2, 'seed': 0})
-  return cache_quality.Subject(config)
+  return study.Subject(config)
 
 
 def test_a_file_alone_is_a_model_that_answers(tmp_path):
@@ -235,7 +235,7 @@ def test_reduced_caches_are_as_small_as_the_row_says(subject, row):
 
 @pytest.mark.long
 def test_every_row_of_the_config_is_a_plan_and_no_two_are_one(subject):
-  rows = real_caches.get_config().rows
+  rows = real_language.get_config().rows
   for row in rows[1:]:
     assert make_cache_plan(row['reduce'], subject.lm.host(1000)).events
   assert len({json.dumps(row, sort_keys=True) for row in rows}) == len(rows)

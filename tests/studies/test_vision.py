@@ -9,10 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from lib.data.real.fashion_mnist import fashion_mnist
 from lib.report.rows import read_jsonl
-from lib.tasks import feature_quality as quality
+from lib.studies import vision as quality
 from models import checkpoints
 from models.checkpoints.vit_config import from_config
+from tools.real.study import run
 
 CONFIG = {'model_type': 'dinov2', 'hidden_size': 16, 'num_hidden_layers': 2,
           'num_attention_heads': 2, 'mlp_ratio': 2, 'image_size': 28, 'patch_size': 7}
@@ -71,10 +73,11 @@ def test_rows_are_measured_once_and_say_what_was_lost(tmp_path):
           *({'name': name, 'budget': 'most', 'reduce': {
               'method': name, 'layers': (0, 1), 'remove': 5}} for name in ('tome', 'nothing')))
   config = ConfigDict({'folder': str(tmp_path), 'out': str(tmp_path / 'rows.jsonl'), 'seed': 0,
-                       'image_size': 28, 'batch': 8, 'train_images': 20, 'test_images': 10,
-                       'emoji': 4, 'rows': rows}, convert_dict=False)
+                       'study': 'vision', 'image_size': 28, 'batch': 8,
+                       'train_images': 20, 'test_images': 10, 'emoji': 4,
+                       'rows': rows}, convert_dict=False)
   for _ in range(2):
-    quality.measure(config)
+    run(config)
   full, tome, absent = read_jsonl(config.out)
   assert full['cosine'] == full['cka'] == pytest.approx(1)
   assert full['gmacs_ratio'] == 1
@@ -89,4 +92,4 @@ def test_rows_are_measured_once_and_say_what_was_lost(tmp_path):
 
 def test_what_is_missing_is_told_in_a_line(tmp_path):
   with pytest.raises(ValueError, match='fetches it'):
-    quality.fashion_mnist(tmp_path, RNG, (1, 1))
+    fashion_mnist(tmp_path, RNG, (1, 1))

@@ -1,6 +1,6 @@
 """Methods on the cache of a real language model: perplexity behind a prefix, and pass keys.
 
-  python -m lib.tasks.cache_quality --config=configs/real_caches.py \
+  python -m tools.real.study --config=configs/real_language.py \
       --config.weights=SmolLM2-135M-Instruct.Q4_1.gguf --config.text=articles.txt
 """
 
@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns what to measure, and on which files."""
   full = {'name': 'full', 'share': 1.0, 'ranking': 'own', 'reduce': {}}
   return ml_collections.ConfigDict({
-      'weights': '', 'text': '', 'out': 'results/real_caches.jsonl', 'seed': 0,
-      'prefix': 1024, 'behind': 128, 'texts': 2, 'words': 300, 'pass_keys': 8,
+      'study': 'language', 'weights': '', 'text': '', 'out': 'results/real_language.jsonl',
+      'seed': 0, 'prefix': 1024, 'behind': 128, 'texts': 2, 'words': 300, 'pass_keys': 8,
       'rows': (full, *(row for pair in zip(*map(rows, SHARES), strict=True) for row in pair))},
       convert_dict=False)

@@ -1,6 +1,6 @@
 """Measures what methods on the cache cost a real language model, in perplexity and in recall.
 
-  python -m lib.tasks.cache_quality --config=configs/real_caches.py \
+  python -m tools.real.study --config=configs/real_language.py \
       --config.weights=SmolLM2-135M-Instruct.Q4_1.gguf --config.text=articles.txt
 
 Prompts are read once, with everything that any method asks of them; each method then cuts the
@@ -27,12 +27,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from lib.data import gguf_tokenizer
-from lib.report.measuring import measure_rows
 from lib.report.rows import Row
-from lib.runtime import cli, config_flag, timing
 from models.backbones.lm import LM
 from models.checkpoints import gguf, load
 from models.checkpoints.lm_config import from_config
@@ -90,12 +87,6 @@ class Prompts:
   tokens: TokenSet
   signals: list[Signals]
   logits: Array
-
-
-def measure(config: Any) -> None:
-  """Measures the rows of a config that its file lacks."""
-  subject = Subject(config)
-  measure_rows(list(config.rows), subject.measure, path=config.out, about=timing.machine())
 
 
 class Subject:
@@ -234,9 +225,3 @@ def _padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.
 
 def _bytes(tree: Any) -> int:
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-if __name__ == '__main__':
-  given = config_flag.define('What to measure, as configs/real_caches.py.')
-  flags.mark_flags_as_required(['config'])
-  cli.run(lambda argv: measure(given.value))

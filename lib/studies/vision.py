@@ -1,6 +1,6 @@
 """Measures what reductions cost a pretrained vision tower, by what its features are good for.
 
-  python -m lib.tasks.feature_quality --config=configs/real_vision.py
+  python -m tools.real.study --config=configs/real_vision.py
 
 The tower is frozen; each row reduces its tokens in one way and reads the final [CLS] features of
 two sets of pictures. Writes a row of JSON a method and budget to `config.out`:
@@ -18,23 +18,20 @@ Axes: B batch, D features, C classes.
 
 from __future__ import annotations
 
-import gzip
-import json
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from lib.cost import vit as vit_cost
-from lib.report.measuring import measure_rows
+from lib.data.real.emoji import emoji_pairs
+from lib.data.real.fashion_mnist import fashion_mnist
 from lib.report.rows import Row
-from lib.runtime import cli, config_flag, timing
+from lib.runtime import timing
 from models.backbones.vit import ViT
 from models.checkpoints import files, load, resize_positions
 from models.checkpoints.vit_config import from_config
@@ -43,12 +40,6 @@ from models.storage import to_storage
 
 NEIGHBOURS, RIDGE = 5, 10.0
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def measure(config: Any) -> None:
-  """Measures the rows of a config that its file lacks."""
-  subject = Subject(config)
-  measure_rows(list(config.rows), subject.measure, path=config.out, about=timing.machine())
 
 
 class Subject:
@@ -125,46 +116,6 @@ def resized(image: Image.Image, side: int) -> np.ndarray:
   return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
 
-def fashion_mnist(folder: pathlib.Path, rng: np.random.Generator,
-                  counts: Sequence[int]) -> tuple[list[Image.Image], np.ndarray]:
-  """Reads pictures of clothes, so many to train and so many to test, and their classes.
-
-  Raises:
-    ValueError: it is not there.
-  """
-  pictures, labels = [], []
-  for part, count in zip(('train', 't10k'), counts, strict=True):
-    raw = []
-    for kind, skip in (('images-idx3', 16), ('labels-idx1', 8)):
-      path = folder / f'{part}-{kind}-ubyte.gz'
-      if not path.exists():
-        raise ValueError(f'there is no {path}: `python -m tools.real.fetch` fetches it')
-      raw.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=skip))
-    shapes, classes = raw[0].reshape(-1, 28, 28), raw[1]
-    chosen = rng.permutation(len(classes))[:count]
-    pictures += [Image.fromarray(shapes[index]).convert('RGB') for index in chosen]
-    labels.append(classes[chosen])
-  return pictures, np.concatenate(labels)
-
-
-def emoji_pairs(folder: pathlib.Path, rng: np.random.Generator,
-                count: int) -> tuple[list[Image.Image], list[Image.Image]]:
-  """Reads the same emoji of two vendors, on white."""
-  places = [folder / f'emoji_{vendor}' for vendor in ('google', 'twitter')]
-  names = [{each['image'] for each in json.loads((place / 'emoji.json').read_text())
-            if (place / '64' / each['image']).exists()} for place in places]
-  both = sorted(names[0] & names[1])
-  chosen = [both[index] for index in rng.permutation(len(both))[:count]]
-
-  def on_white(path: pathlib.Path) -> Image.Image:
-    picture = Image.open(path).convert('RGBA')
-    white = Image.new('RGBA', picture.size, 'white')
-    return Image.alpha_composite(white, picture).convert('RGB')
-
-  one, other = ([on_white(place / '64' / name) for name in chosen] for place in places)
-  return one, other
-
-
 def unit(x: np.ndarray) -> np.ndarray:
   """Divides each row of float[N, D] by its length."""
   return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
@@ -205,9 +156,3 @@ def ranks_of_pairs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
   """Ranks, for each row of one set, the same row of the other among all: int[N], from 1."""
   scores = unit(one) @ unit(other).T
   return 1 + np.sum(scores > np.diag(scores)[:, None], axis=1)
-
-
-if __name__ == '__main__':
-  given = config_flag.define('What to measure, as configs/real_vision.py.')
-  flags.mark_flags_as_required(['config'])
-  cli.run(lambda argv: measure(given.value))

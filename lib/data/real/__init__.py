@@ -1,0 +1,1 @@
+"""Data that `python -m tools.real.fetch` fetches, read from its folder."""

@@ -1,0 +1,27 @@
+"""Emoji as several vendors draw them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+
+def emoji_pairs(folder: pathlib.Path, rng: np.random.Generator,
+                count: int) -> tuple[list[Image.Image], list[Image.Image]]:
+  """Reads the same emoji of two vendors, on white."""
+  places = [folder / f'emoji_{vendor}' for vendor in ('google', 'twitter')]
+  names = [{each['image'] for each in json.loads((place / 'emoji.json').read_text())
+            if (place / '64' / each['image']).exists()} for place in places]
+  both = sorted(names[0] & names[1])
+  chosen = [both[index] for index in rng.permutation(len(both))[:count]]
+
+  def on_white(path: pathlib.Path) -> Image.Image:
+    picture = Image.open(path).convert('RGBA')
+    white = Image.new('RGBA', picture.size, 'white')
+    return Image.alpha_composite(white, picture).convert('RGB')
+
+  one, other = ([on_white(place / '64' / name) for name in chosen] for place in places)
+  return one, other

@@ -1,0 +1,1 @@
+"""Studies of pretrained models: what each reduction costs and loses on real weights."""
