@@ -1,0 +1,1 @@
+"""Other libraries, run beside this one on the same weights and inputs."""

@@ -1,0 +1,146 @@
+"""Runs kvpress and this library on the same prompts, weights and budgets, side by side.
+
+  python -m tools.peers.kvpress --folder=real [--peer=.../bin/python]
+
+Writes --out, a JSON entry a press, budget and length, and a table in Markdown beside it; entries
+that are there are not measured again. A prompt is read whole, each head of each layer keeps its
+share of the entries, and the model goes on from there: float32, batch 1, the same number of cores.
+Figures of an entry:
+  equal_heads    share of the heads of all layers that keep the same positions
+  equal_numbers  share of those that keep equally many
+  exchanged      share of the positions kept that the other side does not keep
+  same_answers   prompts whose answers are the same word for word
+and of each side ('ours', 'theirs'):
+  perplexity     of the next tokens of the article
+  answers        pass keys told right
+  first_*_ms     from a prompt to its first token; compiling and warming up apart
+  token_*_ms     of a token after it
+  added_mb       the most memory meanwhile, above what was resident before
+  resident_mb    the same, with all that was: libraries, weights, programs
+  cache_mb       of keys and values as they are held, with what belongs to them
+Times are medians and quartiles of rounds in which both take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from tqdm import tqdm
+
+from lib.report.rows import update_json
+from lib.runtime import cli, timing
+from models.checkpoints import gguf
+from ops import choices
+from tools.peers.environment import Peer, python_of, use_cores
+from tools.peers.kvpress_rows import DECODED, Case, floors, measure, table
+from tools.peers.prompts import articles, prompts
+from tools.peers.reading import Reader
+
+SNAPKV = {'method': 'snapkv', 'args': {'window': 32}}
+EXPECTED = {'method': 'expected_attention'}
+# What both have, under the names that tools/peers/theirs/kvpress_lm.py knows.
+PRESSES: dict[str, dict[str, Any]] = {
+    'full': {},
+    'knorm': {'method': 'knorm'},
+    'streaming_llm': {'method': 'streaming_llm'},
+    'snapkv': SNAPKV,
+    'tova': {'method': 'tova'},
+    'expected_attention': EXPECTED,
+    'observed_attention': {'method': 'observed_attention'},
+    'keydiff': {'method': 'keydiff'},
+    'lagkv': {'method': 'lagkv', 'args': {'lag': 32}},
+    'cur': {'method': 'cur'},
+    'pyramidkv': {'method': 'pyramidkv', 'args': {
+        'beta': 3, 'inner': {'method': 'snapkv', 'args': {'window': 16}}}},
+    'chunkkv_snapkv': {'method': 'chunkkv', 'args': {'inner': SNAPKV}},
+    'criticalkv_snapkv': {'method': 'criticalkv', 'args': {'inner': SNAPKV}},
+    'chunk_knorm': {'method': 'chunk', 'args': {'length': 64, 'inner': {'method': 'knorm'}}},
+    'adakv_snapkv': {'method': 'adakv', 'args': {'inner': SNAPKV}},
+    'criticaladakv_snapkv': {'method': 'criticaladakv', 'args': {'inner': SNAPKV}},
+    'adakv_expected_attention': {'method': 'adakv', 'args': {'inner': EXPECTED}},
+    'simlayerkv': {'method': 'simlayerkv', 'args': {'recent': 64}},
+}
+# These have no budget: they keep what they keep.
+UNBUDGETED = ('full', 'simlayerkv')
+BEHIND = 64
+
+FOLDER = flags.DEFINE_string('folder', 'real', 'What `python -m tools.real.fetch` filled.')
+PEER = flags.DEFINE_string('peer', '', 'Python of an environment with kvpress; without it one is '
+                           'made in the folder.')
+OUT = flags.DEFINE_string('out', 'results/peers_kvpress.json', 'File of the figures.')
+ONLY = flags.DEFINE_list('presses', list(PRESSES), 'Those to measure.')
+LENGTHS = flags.DEFINE_list('lengths', ['512', '1024'], 'Tokens of a prompt.')
+PERCENT = flags.DEFINE_list('percent', ['50', '25'], 'Of the entries, that stay.')
+PROMPTS = flags.DEFINE_integer('prompts', 4, 'Prompts of each length.', lower_bound=1)
+ROUNDS = flags.DEFINE_integer('rounds', 6, 'Timed rounds.', lower_bound=1)
+THREADS = flags.DEFINE_integer('threads', 2, 'Cores of either side.', lower_bound=1)
+for _name in ('lengths', 'percent'):
+  cli.check_counts(_name, high=100 if _name == 'percent' else 8000)
+
+
+def cases(presses: Sequence[str], shares: Sequence[float],
+          lengths: Sequence[int]) -> list[Case]:
+  """Lists all to measure; what has no budget once a length.
+
+  Raises:
+    ValueError: an unknown press.
+  """
+  for press in presses:
+    choices.check('press ', press, PRESSES)
+  return [Case(press, share, length, {**PRESSES[press], **budget})
+          for length in lengths for press in presses
+          for share, budget in ([(1.0, {})] if press in UNBUDGETED else
+                                [(share, {'keep_ratio': share}) for share in shares])]
+
+
+def weights_file(folder: pathlib.Path) -> pathlib.Path:
+  """Returns the language model's file.
+
+  Raises:
+    ValueError: it is not there.
+  """
+  found = sorted((folder / 'smollm2').glob(f'*{gguf.SUFFIX}'))
+  if not found:
+    raise ValueError(f'there are no weights in {folder / "smollm2"}: `python -m tools.real.fetch '
+                     f'--folder={folder}` fetches them')
+  return found[0]
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures what the file lacks, and writes the tables."""
+  del argv
+  folder, out = pathlib.Path(FOLDER.value), pathlib.Path(OUT.value)
+  lengths = list(map(int, LENGTHS.value))
+  every = cases(ONLY.value, [int(each) / 100 for each in PERCENT.value], lengths)
+  path, read = weights_file(folder), articles(folder)
+  python = python_of('kvpress', PEER.value, folder)
+  use_cores(THREADS.value)
+  done = json.loads(out.read_text()) if out.exists() else {}
+  missing = [case for case in every if case.name not in done]
+  if missing:
+    reader = Reader(path, room=max(BEHIND, DECODED))
+    made = {length: prompts(read, reader.encode, length=length, behind=BEHIND,
+                            count=PROMPTS.value) for length in lengths}
+    weights = folder / 'peers' / 'weights'
+    reader.save(weights, gguf.config(path))
+    peer = Peer(python, 'kvpress_lm', library='kvpress', threads=THREADS.value)
+    try:
+      peer.ask('load', folder=str(weights), threads=THREADS.value)
+      update_json(out, {'machine': {**timing.machine(), **floors(reader.lm, lengths),
+                                    'peer': peer.versions, 'threads': THREADS.value}})
+      for case in tqdm(missing):
+        row = measure(case, made[case.length], reader, peer, ROUNDS.value)
+        update_json(out, {case.name: row})
+    finally:
+      peer.close()
+  text = table(json.loads(out.read_text()))
+  out.with_suffix('.md').write_text(text)
+  print(text)
+
+
+if __name__ == '__main__':
+  cli.run(main)
