@@ -12,7 +12,7 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 # Their versions count; those of what they stand on are told beside the figures.
-WANTED = {'kvpress': '0.5.5', 'timm': '1.0.31', 'pylate': '1.6.0'}
+WANTED = {'kvpress': '0.5.5', 'transformers': '5.2.0', 'pylate': '1.6.0'}
 
 
 def python_of(peer: str, given: str, folder: pathlib.Path) -> pathlib.Path:

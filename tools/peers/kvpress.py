@@ -76,7 +76,8 @@ ONLY = flags.DEFINE_list('presses', list(PRESSES), 'Those to measure.')
 LENGTHS = flags.DEFINE_list('lengths', ['512', '1024'], 'Tokens of a prompt.')
 PERCENT = flags.DEFINE_list('percent', ['50', '25'], 'Of the entries, that stay.')
 PROMPTS = flags.DEFINE_integer('prompts', 4, 'Prompts of each length.', lower_bound=1)
-ROUNDS = flags.DEFINE_integer('rounds', 6, 'Timed rounds.', lower_bound=1)
+ROUNDS = flags.DEFINE_integer('rounds', 6, 'Timed rounds; 0 measures no times and no memory.',
+                              lower_bound=0)
 THREADS = flags.DEFINE_integer('threads', 2, 'Cores of either side.', lower_bound=1)
 for _name in ('lengths', 'percent'):
   cli.check_counts(_name, high=100 if _name == 'percent' else 8000)
@@ -120,7 +121,8 @@ def main(argv: Sequence[str]) -> None:
   python = python_of('kvpress', PEER.value, folder)
   use_cores(THREADS.value)
   done = json.loads(out.read_text()) if out.exists() else {}
-  missing = [case for case in every if case.name not in done]
+  missing = [case for case in every
+             if done.get(case.name, {}).get('rounds', -1) < min(ROUNDS.value, 1)]
   if missing:
     reader = Reader(path, room=max(BEHIND, DECODED))
     made = {length: prompts(read, reader.encode, length=length, behind=BEHIND,

@@ -48,27 +48,39 @@ class Case:
 def measure(case: Case, made: Sequence[Prompt], reader: Reader, peer: Peer, rounds: int) -> Row:
   """Returns the figures of a case."""
   asked = {'press': case.press, 'share': case.share}
-  timed = {'ids': made[0].ids, 'count': DECODED}
   found = [_of_prompt(case, prompt, reader, peer, asked) for prompt in made]
-  sides = {'ours': functools.partial(reader.time, case.reduce, **timed),
-           'theirs': functools.partial(peer.ask, 'time', **asked, **timed)}
-  # These warm both up.
-  memory = {'ours': reader.memory(case.reduce, **timed),
-            'theirs': peer.ask('memory', **asked, **timed)}
-  times = in_turns(sides, rounds)
   row: dict[str, Any] = {**asked, 'length': case.length, 'prompts': len(made), 'rounds': rounds}
   row |= {key: float(np.mean([each['kept'][key] for each in found])) for key in found[0]['kept']}
   row['same_answers'] = sum(each['same'] for each in found)
-  for side in sides:
+  cost = _cost(case, made[0].ids, reader, peer, rounds) if rounds else {}
+  for side in SIDES:
     row[side] = {
         'perplexity': float(np.exp(-np.mean([each[side]['likely'] for each in found]))),
-        'answers': sum(each[side]['told'] for each in found),
-        'added_mb': memory[side]['peak'] - memory[side]['before'],
-        'resident_mb': memory[side]['peak'], 'cache_mb': memory[side]['cache'],
-        **{f'{part}_{key}': value for part, seconds in
-           zip(('first', 'token'), zip(*times[side], strict=True), strict=True)
-           for key, value in timing.Timing.of([1e3 * each for each in seconds]).fields().items()}}
+        'answers': sum(each[side]['told'] for each in found), **cost.get(side, {})}
   return row
+
+
+def _cost(case: Case, ids: Sequence[int], reader: Reader, peer: Peer,
+          rounds: int) -> dict[str, dict[str, float]]:
+  """What either side needs for a prompt and tokens behind it: memory and time."""
+  run: dict[str, Callable[..., Any]] = {
+      'ours': functools.partial(_ours, reader, case),
+      'theirs': functools.partial(peer.ask, press=case.press, share=case.share)}
+  asked = {'ids': list(ids), 'count': DECODED}
+  # These warm both up.
+  memory = {side: run[side]('memory', **asked) for side in SIDES}
+  times = in_turns({side: functools.partial(run[side], 'time', **asked) for side in SIDES}, rounds)
+  return {side: {
+      'added_mb': memory[side]['peak'] - memory[side]['before'],
+      'resident_mb': memory[side]['peak'], 'cache_mb': memory[side]['cache'],
+      **{f'{part}_{key}': value for part, seconds in
+         zip(('first', 'token'), zip(*times[side], strict=True), strict=True)
+         for key, value in timing.Timing.of([1e3 * each for each in seconds]).fields().items()}}
+      for side in SIDES}
+
+
+def _ours(reader: Reader, case: Case, do: str, **asked: Any) -> Any:
+  return getattr(reader, do)(case.reduce, **asked)
 
 
 def _of_prompt(case: Case, prompt: Prompt, reader: Reader, peer: Peer,
@@ -127,7 +139,7 @@ def table(entries: Mapping[str, Any]) -> str:
                 f'{row["same_answers"]} of {row["prompts"]}'] for row in rows]
   cost = [[row['press'], *_budget(row), *_pair(row, 'first'), *_pair(row, 'token'),
            *(f'{row[side]["added_mb"]:.0f}' for side in SIDES),
-           *(f'{row[side]["cache_mb"]:.1f}' for side in SIDES)] for row in rows]
+           *(f'{row[side]["cache_mb"]:.1f}' for side in SIDES)] for row in rows if row['rounds']]
   return (
       f'SmolLM2-135M-Instruct, 4-bit weights dequantised to float32; {peer}. '
       f'{machine["threads"]} threads each, {tables.describe_machine(machine)}.\n\n'
