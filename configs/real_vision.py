@@ -10,6 +10,7 @@ import ml_collections
 
 from models.backbones.vit import ViT
 from models.plan import methods
+from ops import choices
 
 HOST = ViT(width=384, depth=12, mlp=1536, heads=6, patch=14, image_size=224, num_classes=0).host
 # What only training makes useful is left out.
@@ -32,6 +33,7 @@ OWN = {
     ('expedit', CUTS): {'layers': 3, 'keep': 64, 'expand': 11},
     ('expedit', LATE): {'layers': 8, 'keep_ratio': 0.25, 'expand': 11}}
 DRAWS = 3  # Of chance.
+SIZES = ('full', 'quick')
 QUICK = ('random', 'tome', 'topk')
 
 
@@ -48,13 +50,14 @@ def rows(budget, names):
 def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   """Returns what to measure, and on how many pictures: 'full', or 'quick' for a first look."""
   full = {'name': 'full', 'budget': '', 'draw': 0, 'reduce': {}}
+  choices.check('size ', size, SIZES)
   small = size == 'quick'
   chosen = ((A_LAYER, QUICK),) if small else [
       (budget, sorted(METHODS, key=lambda name: name != 'random')) for budget in BUDGETS]
   return ml_collections.ConfigDict({
       'study': 'vision', 'folder': 'real', 'seed': 0, 'image_size': 224, 'rounds': 3,
-      'out': 'runs/real/vision.jsonl' if small else 'results/real_vision.jsonl',
+      'out': f'runs/real/{size}/vision.jsonl',
       'train_images': 96 if small else 400, 'test_images': 96 if small else 304,
-      'emoji': 48 if small else 160, 'baseline': 'random',
+      'emoji': 48 if small else 160,
       'rows': (full, *(row for budget, names in chosen for row in rows(budget, names)))},
       convert_dict=False)

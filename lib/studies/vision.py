@@ -54,6 +54,9 @@ class Subject:
 
   def __init__(self, config: Any) -> None:
     folder = pathlib.Path(config.folder)
+    if not (folder / 'vit' / 'model.safetensors').exists():
+      raise ValueError(f'there is no {folder / "vit" / "model.safetensors"}: `python -m '
+                       'tools.real.fetch` fetches what `python -m tools.real.vit` makes it of')
     vit = from_config(files.config(folder / 'vit'))
     if not (isinstance(vit, ViT) and vit.class_token):
       raise ValueError(f'{folder / "vit"} holds no vision transformer with a [CLS] token: '

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import save_file
 
+from configs import real_vision
 from lib.data.real.fashion_mnist import fashion_mnist
 from lib.report.rows import read_jsonl
 from lib.studies import vision as quality
@@ -91,8 +92,8 @@ def files(folder):
 @pytest.mark.long
 def test_rows_are_measured_once_and_say_what_was_lost(tmp_path):
   files(tmp_path)
-  rows = ({'name': 'full', 'budget': '', 'reduce': {}},
-          *({'name': name, 'budget': 'most', 'reduce': {
+  rows = ({'name': 'full', 'budget': '', 'draw': 0, 'reduce': {}},
+          *({'name': name, 'budget': 'most', 'draw': 0, 'reduce': {
               'method': name, 'layers': (0, 1), 'remove': 5}} for name in ('tome', 'nothing')))
   config = ConfigDict({'folder': str(tmp_path), 'out': str(tmp_path / 'rows.jsonl'), 'seed': 0,
                        'study': 'vision', 'image_size': 28, 'rounds': 1,
@@ -113,6 +114,19 @@ def test_rows_are_measured_once_and_say_what_was_lost(tmp_path):
   assert tome['probe'] == np.mean(tome['each']['probe'])
   assert tome['recall'] == np.mean(np.array(tome['each']['ranks']) == 1)
   assert absent['failed']
+  table = (tmp_path / 'rows.md').read_text()
+  assert '| tome |' in table
+  assert absent['note'] in table
+  assert (tmp_path / 'rows.png').stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_weights_that_are_not_there_end_it_in_a_line(tmp_path):
+  config = real_vision.get_config('quick')
+  config.folder, config.out = str(tmp_path), str(tmp_path / 'rows.jsonl')
+  with pytest.raises(ValueError, match='fetches'):
+    run(config)
+  assert not (tmp_path / 'rows.md').exists()
 
 
 def test_what_is_missing_is_told_in_a_line(tmp_path):
