@@ -14,8 +14,8 @@ from ops import choices
 
 HOST = ViT(width=384, depth=12, mlp=1536, heads=6, patch=14, image_size=224, num_classes=0).host
 # What only training makes useful is left out.
-METHODS = [name for name, made in methods(HOST).items()
-           if not hasattr(made, 'init') and name != 'none']
+METHODS = ['random', *(name for name, made in methods(HOST).items()
+           if not hasattr(made, 'init') and name not in ('none', 'random'))]
 A_LAYER, CUTS, LATE = '16 a layer', 'half at 3, 6, 9', 'a quarter at 8'
 BUDGETS = {A_LAYER: {'layers': 'all', 'remove': 16},
            CUTS: {'layers': (3, 6, 9), 'keep_ratio': 0.5},
@@ -34,6 +34,9 @@ OWN = {
     ('expedit', LATE): {'layers': 8, 'keep_ratio': 0.25, 'expand': 11}}
 DRAWS = 3  # Of chance.
 SIZES = ('full', 'quick')
+# What ranks by the attention of [CLS], is measured late in the tower too, beside some others.
+BY_CLS = ('topk', 'evit', 'ats', 'ats_spatial', 'fastervlm', 'token_transforming', 'radial')
+OTHERS = ('random', 'tome', 'atc', 'divprune', 'stride', 'pool', 'expedit')
 QUICK = ('random', 'tome', 'topk')
 
 
@@ -52,12 +55,13 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   full = {'name': 'full', 'budget': '', 'draw': 0, 'reduce': {}}
   choices.check('size ', size, SIZES)
   small = size == 'quick'
-  chosen = ((A_LAYER, QUICK),) if small else [
-      (budget, sorted(METHODS, key=lambda name: name != 'random')) for budget in BUDGETS]
+  chosen = {A_LAYER: QUICK} if small else {
+      A_LAYER: METHODS, CUTS: METHODS,
+      LATE: [name for name in METHODS if name in BY_CLS or name in OTHERS]}
   return ml_collections.ConfigDict({
       'study': 'vision', 'folder': 'real', 'seed': 0, 'image_size': 224, 'rounds': 3,
       'out': f'runs/real/{size}/vision.jsonl',
-      'train_images': 96 if small else 400, 'test_images': 96 if small else 304,
+      'train_images': 96 if small else 208, 'test_images': 96 if small else 304,
       'emoji': 48 if small else 160,
-      'rows': (full, *(row for budget, names in chosen for row in rows(budget, names)))},
+      'rows': (full, *(row for budget, names in chosen.items() for row in rows(budget, names)))},
       convert_dict=False)

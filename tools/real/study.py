@@ -3,8 +3,8 @@
   python -m tools.real.study --config=configs/real_vision.py
   python -m tools.real.study --config=configs/real_vision.py:quick
 
-Rows that `config.out` holds are not measured again. Beside it lie tables, .md, and a plot, .png.
-A name in `STUDIES` is `config.study`.
+Rows that `config.out` holds are not measured again, unless what they were measured on changes.
+Beside it lie tables, .md, and a plot, .png. A name in `STUDIES` is `config.study`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from lib.report.measuring import measure_rows
 from lib.report.rows import Row, replace_file
 from lib.runtime import cli, config_flag, timing
 from lib.studies import vision, vision_report
+from lib.tasks.sweep import digest
 from ops import choices
+
+# Keys of a config that no row depends on.
+NOTHING = ('rows', 'out', 'folder', 'rounds', 'draws')
 
 
 class Subject(Protocol):
@@ -65,8 +69,10 @@ def run(config: Any) -> pathlib.Path:
   study, out = STUDIES[config.study], pathlib.Path(config.out)
   # Read when the first row is measured: where all are there nothing is.
   subject = functools.cache(lambda: study.read(config))
-  rows = measure_rows(list(config.rows), lambda row: subject().measure(row), path=out,
-                      about=timing.machine(), essential=lambda row: not row['reduce'])
+  made_of = digest({key: value for key, value in config.items() if key not in NOTHING})
+  rows = measure_rows([{**row, 'made_of': made_of} for row in config.rows],
+                      lambda row: subject().measure(row), path=out, about=timing.machine(),
+                      essential=lambda row: not row['reduce'])
   replace_file(out.with_suffix('.md'), study.report(rows).encode())
   study.draw(rows, out.with_suffix('.png'))
   return out.with_suffix('.md')
