@@ -18,13 +18,15 @@ and of each side ('ours', 'theirs'):
   added_mb       the most memory meanwhile, above what was resident before
   resident_mb    the same, with all that was: libraries, weights, programs
   cache_mb       of keys and values as they are held, with what belongs to them
-Times are medians and quartiles of rounds in which both take turns.
+Times are medians and quartiles of rounds in which both take turns; --rounds=0 measures neither them
+nor memory.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,10 +34,10 @@ from absl import flags
 from tqdm import tqdm
 
 from lib.report.rows import update_json
-from lib.runtime import cli, timing
+from lib.runtime import cli
 from models.checkpoints import gguf
 from ops import choices
-from tools.peers.environment import Peer, python_of, use_cores
+from tools.peers import command
 from tools.peers.kvpress_rows import DECODED, Case, floors, measure, table
 from tools.peers.prompts import articles, prompts
 from tools.peers.reading import Reader
@@ -68,17 +70,10 @@ PRESSES: dict[str, dict[str, Any]] = {
 UNBUDGETED = ('full', 'simlayerkv')
 BEHIND = 64
 
-FOLDER = flags.DEFINE_string('folder', 'real', 'What `python -m tools.real.fetch` filled.')
-PEER = flags.DEFINE_string('peer', '', 'Python of an environment with kvpress; without it one is '
-                           'made in the folder.')
-OUT = flags.DEFINE_string('out', 'results/peers_kvpress.json', 'File of the figures.')
 ONLY = flags.DEFINE_list('presses', list(PRESSES), 'Those to measure.')
 LENGTHS = flags.DEFINE_list('lengths', ['512', '1024'], 'Tokens of a prompt.')
 PERCENT = flags.DEFINE_list('percent', ['50', '25'], 'Of the entries, that stay.')
 PROMPTS = flags.DEFINE_integer('prompts', 4, 'Prompts of each length.', lower_bound=1)
-ROUNDS = flags.DEFINE_integer('rounds', 6, 'Timed rounds; 0 measures no times and no memory.',
-                              lower_bound=0)
-THREADS = flags.DEFINE_integer('threads', 2, 'Cores of either side.', lower_bound=1)
 for _name in ('lengths', 'percent'):
   cli.check_counts(_name, high=100 if _name == 'percent' else 8000)
 
@@ -98,50 +93,29 @@ def cases(presses: Sequence[str], shares: Sequence[float],
                                 [(share, {'keep_ratio': share}) for share in shares])]
 
 
-def weights_file(folder: pathlib.Path) -> pathlib.Path:
-  """Returns the language model's file.
-
-  Raises:
-    ValueError: it is not there.
-  """
-  found = sorted((folder / 'smollm2').glob(f'*{gguf.SUFFIX}'))
-  if not found:
-    raise ValueError(f'there are no weights in {folder / "smollm2"}: `python -m tools.real.fetch '
-                     f'--folder={folder}` fetches them')
-  return found[0]
-
-
 def main(argv: Sequence[str]) -> None:
   """Measures what the file lacks, and writes the tables."""
   del argv
-  folder, out = pathlib.Path(FOLDER.value), pathlib.Path(OUT.value)
-  lengths = list(map(int, LENGTHS.value))
+  lengths, out = list(map(int, LENGTHS.value)), command.out('kvpress')
   every = cases(ONLY.value, [int(each) / 100 for each in PERCENT.value], lengths)
-  path, read = weights_file(folder), articles(folder)
-  python = python_of('kvpress', PEER.value, folder)
-  use_cores(THREADS.value)
+  path, read = command.needed('smollm2', f'*{gguf.SUFFIX}'), articles(command.folder())
   done = json.loads(out.read_text()) if out.exists() else {}
   missing = [case for case in every
-             if done.get(case.name, {}).get('rounds', -1) < min(ROUNDS.value, 1)]
+             if done.get(case.name, {}).get('rounds', -1) < min(command.ROUNDS.value, 1)]
   if missing:
+    peer = command.start('kvpress', 'kvpress', 'kvpress_lm')
     reader = Reader(path, room=max(BEHIND, DECODED))
     made = {length: prompts(read, reader.encode, length=length, behind=BEHIND,
                             count=PROMPTS.value) for length in lengths}
-    weights = folder / 'peers' / 'weights'
-    reader.save(weights, gguf.config(path))
-    peer = Peer(python, 'kvpress_lm', library='kvpress', threads=THREADS.value)
-    try:
-      peer.ask('load', folder=str(weights), threads=THREADS.value)
-      update_json(out, {'machine': {**timing.machine(), **floors(reader.lm, lengths),
-                                    'peer': peer.versions, 'threads': THREADS.value}})
-      for case in tqdm(missing):
-        row = measure(case, made[case.length], reader, peer, ROUNDS.value)
-        update_json(out, {case.name: row})
-    finally:
-      peer.close()
-  text = table(json.loads(out.read_text()))
-  out.with_suffix('.md').write_text(text)
-  print(text)
+    with tempfile.TemporaryDirectory() as scratch:
+      reader.save(pathlib.Path(scratch), gguf.config(path))
+      peer.ask('load', folder=scratch, threads=command.THREADS.value)
+    update_json(out, {'machine': {**command.about(peer), **floors(reader.lm, lengths)}})
+    for case in tqdm(missing):
+      update_json(out, {case.name: measure(case, made[case.length], reader, peer,
+                                           command.ROUNDS.value)})
+    peer.close()
+  command.write(out, json.loads(out.read_text()), table)
 
 
 if __name__ == '__main__':

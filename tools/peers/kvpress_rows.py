@@ -15,6 +15,7 @@ from lib.report import tables
 from lib.report.rows import Row
 from lib.runtime import timing
 from models.backbones.lm import LM
+from tools.peers import command
 from tools.peers.environment import Peer
 from tools.peers.prompts import Prompt
 from tools.peers.reading import Reader
@@ -130,7 +131,6 @@ def table(entries: Mapping[str, Any]) -> str:
   """Returns Markdown: how they agree, and what they cost."""
   machine = entries['machine']
   rows = [row for name, row in entries.items() if name != 'machine']
-  peer = ', '.join(f'{name} {version}' for name, version in machine['peer'].items())
   floor = ', '.join(f'{ms:.0f} ms for {length} tokens'
                     for length, ms in machine['first_floor_ms'].items())
   agreement = [[row['press'], *_budget(row), f'{row["equal_heads"]:.1%}',
@@ -141,7 +141,8 @@ def table(entries: Mapping[str, Any]) -> str:
            *(f'{row[side]["added_mb"]:.0f}' for side in SIDES),
            *(f'{row[side]["cache_mb"]:.1f}' for side in SIDES)] for row in rows if row['rounds']]
   return (
-      f'SmolLM2-135M-Instruct, 4-bit weights dequantised to float32; {peer}. '
+      f'SmolLM2-135M-Instruct, 4-bit weights dequantised to float32; '
+      f'{command.versions(machine)}. '
       f'{machine["threads"]} threads each, {tables.describe_machine(machine)}.\n\n'
       + tables.markdown_lines(
           ['press', 'kept', 'tokens', 'equal heads', 'exchanged', 'perplexity ours', 'theirs',

@@ -25,7 +25,6 @@ from absl import flags
 
 from lib.data.real.emoji import emoji_pairs
 from lib.report import tables
-from lib.report.rows import replace_file
 from lib.runtime import cli, timing
 from lib.studies.vision import normalised, resized, unit
 from models import checkpoints
@@ -34,26 +33,15 @@ from models.checkpoints import files
 from models.checkpoints.vit_config import from_config
 from models.plan import make_plan
 from models.storage import to_storage
-from tools.peers.environment import Peer, python_of, use_cores
+from tools.peers import command
+from tools.peers.groups import same_groups
 
 SIDE, IMAGES = 224, 32
 REDUCE = {'method': 'tome', 'layers': 'all'}
 
-FOLDER = flags.DEFINE_string('folder', 'real', 'What `python -m tools.real.fetch` filled.')
-PEER = flags.DEFINE_string('peer', '', 'Python of an environment with what tome.txt lists; '
-                           'without it one is made in the folder.')
-OUT = flags.DEFINE_string('out', 'results/peers_tome.json', 'File of the figures.')
 REMOVE = flags.DEFINE_integer('remove', 16, 'Tokens that leave in each layer.', lower_bound=1)
 BATCH = flags.DEFINE_integer('batch', 8, 'Images of a timed batch.', lower_bound=1,
                              upper_bound=IMAGES)
-ROUNDS = flags.DEFINE_integer('rounds', 12, 'Timed rounds.', lower_bound=1)
-THREADS = flags.DEFINE_integer('threads', 2, 'Cores of either side.', lower_bound=1)
-
-
-def same_groups(one: np.ndarray, other: np.ndarray) -> bool:
-  """Tells whether two numberings int[N] of groups have the same members together."""
-  pairs = np.unique(np.stack([one, other]), axis=1).shape[1]
-  return pairs == len(np.unique(one)) == len(np.unique(other))
 
 
 def agreement(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -67,26 +55,17 @@ def agreement(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) 
   return row
 
 
-def tower(folder: pathlib.Path) -> tuple[ViT, Any]:
-  """Loads the tower for images of `SIDE` pixels, and its parameters.
-
-  Raises:
-    ValueError: the folder holds no vision transformer.
-  """
-  if not (folder / 'vit' / 'config.json').exists():
-    raise ValueError(f'there is no tower in {folder / "vit"}: `python -m tools.real.fetch '
-                     f'--folder={folder}` and `python -m tools.real.vit` put it there')
-  vit = from_config(files.config(folder / 'vit'))
+def tower(home: pathlib.Path) -> tuple[ViT, Any]:
+  """Loads the tower for images of `SIDE` pixels, and its parameters."""
+  vit = from_config(files.config(home))
   assert isinstance(vit, ViT)
-  params = checkpoints.resize_positions(checkpoints.load(vit, folder / 'vit'), vit,
-                                        image_size=SIDE)
+  params = checkpoints.resize_positions(checkpoints.load(vit, home), vit, image_size=SIDE)
   return vit.clone(image_size=SIDE, num_classes=0), params
 
 
 def table(entries: Mapping[str, Any]) -> str:
   """Returns Markdown."""
   machine = entries['machine']
-  peer = ', '.join(f'{name} {version}' for name, version in machine['peer'].items())
   rows = [(name, row) for name, row in entries.items() if name != 'machine']
 
   def times(row: Mapping[str, Any]) -> list[str]:
@@ -98,7 +77,8 @@ def table(entries: Mapping[str, Any]) -> str:
             *(f'{1e3 * machine["batch"] / row[side]["median_ms"]:.1f}'
               for side in ('ours', 'theirs')),
             f'{row["theirs"]["median_ms"] / row["ours"]["median_ms"]:.2f}'] for name, row in rows]
-  return (f'A DINOv2-type ViT-S/14 at {SIDE} pixels, batch {machine["batch"]}, {peer}, '
+  return (f'A DINOv2-type ViT-S/14 at {SIDE} pixels, batch {machine["batch"]}, '
+          f'{command.versions(machine)}, '
           f'{machine["threads"]} threads each, {tables.describe_machine(machine)}; medians '
           f'[quartiles] of {machine["rounds"]} rounds in turns.\n\n'
           + tables.markdown_lines(
@@ -109,29 +89,26 @@ def table(entries: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
   """Measures, and writes the figures and the table."""
   del argv
-  folder, out = pathlib.Path(FOLDER.value), pathlib.Path(OUT.value)
-  vit, params = tower(folder)
-  python = python_of('tome', PEER.value, folder)
-  use_cores(THREADS.value)
-  drawn = emoji_pairs(folder, np.random.default_rng(0), IMAGES)[0]
+  home = command.needed('vit', 'config.json').parent
+  peer = command.start('tome', 'transformers', 'tome_vit')
+  vit, params = tower(home)
+  drawn = emoji_pairs(command.folder(), np.random.default_rng(0), IMAGES)[0]
   images = np.asarray(normalised(np.stack([resized(each, SIDE) for each in drawn])), np.float32)
   plan = make_plan({**REDUCE, 'remove': REMOVE.value}, vit.host)
   towers = {'unreduced': (0, vit), f'{REMOVE.value} a layer merged':
             (REMOVE.value, vit.clone(plan=plan))}
   stored = {'params': jax.device_put(to_storage(params, 'unstacked'))}
-  peer = Peer(python, 'tome_vit', library='transformers', threads=THREADS.value)
-  entries: dict[str, Any] = {'machine': {
-      **timing.machine(), 'peer': peer.versions, 'threads': THREADS.value, 'batch': BATCH.value,
-      'rounds': ROUNDS.value}}
+  entries: dict[str, Any] = {'machine': {**command.about(peer), 'batch': BATCH.value}}
   runs: dict[str, Any] = {}
   with tempfile.TemporaryDirectory() as scratch:
     place = pathlib.Path(scratch)
     # Its table of positions is already of this size: either side would resample it otherwise.
     checkpoints.save(vit, params, place / 'model.safetensors', layout='transformers/dinov2')
     (place / 'config.json').write_text(json.dumps(
-        {**files.config(folder / 'vit'), 'image_size': SIDE}))
+        {**files.config(home), 'image_size': SIDE}))
     np.save(place / 'images.npy', images)
-    peer.ask('load', folder=scratch, images=str(place / 'images.npy'), threads=THREADS.value)
+    peer.ask('load', folder=scratch, images=str(place / 'images.npy'),
+             threads=command.THREADS.value)
     for name, (count, model) in towers.items():
       run = jax.jit(lambda params, images, model=model: model.apply(params, images)[1]['tokens'])
       tokens = run(stored, images)
@@ -142,15 +119,11 @@ def main(argv: Sequence[str]) -> None:
       runs |= {f'ours {name}': lambda run=run: run(stored, images[:BATCH.value]),
                f'theirs {name}': lambda count=count: peer.ask('run', count=count,
                                                               batch=BATCH.value)}
-    times = timing.interleave(runs, rounds=ROUNDS.value)
+    times = timing.interleave(runs, rounds=command.ROUNDS.value)
   peer.close()
   for name in towers:
     entries[name] |= {side: times[f'{side} {name}'].fields() for side in ('ours', 'theirs')}
-  out.parent.mkdir(parents=True, exist_ok=True)
-  replace_file(out, json.dumps(entries, indent=1).encode() + b'\n')
-  text = table(entries)
-  out.with_suffix('.md').write_text(text)
-  print(text)
+  command.write(command.out('tome'), entries, table)
 
 
 if __name__ == '__main__':
