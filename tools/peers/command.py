@@ -34,8 +34,8 @@ def needed(part: str, file: str) -> pathlib.Path:
   """
   found = sorted((folder() / part).glob(file))
   if not found:
-    raise ValueError(f'there is no {file} in {folder() / part}: `python -m tools.real.fetch '
-                     f'--folder={folder()}` fetches it')
+    raise ValueError(f'there is no {file} in {folder() / part}: `python -m tools.real '
+                     f'--folder={folder()}` fetches what is missing')
   return found[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -57,7 +58,7 @@ def use_cores(count: int) -> None:
 
 
 class Peer:
-  """Holds a process of another environment.
+  """Holds a process of another environment, which ends with the `with` that it stands in.
 
   Attributes:
     versions: of its libraries.
@@ -78,16 +79,26 @@ class Peer:
     threads_of = {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
     offline = {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
     # A file, as nobody reads a pipe while an answer is waited for.
-    self._said = tempfile.TemporaryFile('w+')  # noqa: SIM115
-    self._process = subprocess.Popen(
+    self._open = contextlib.ExitStack()
+    self._said = self._open.enter_context(tempfile.TemporaryFile('w+'))  # noqa: SIM115
+    self._process = self._open.enter_context(subprocess.Popen(
         [str(python), str(HERE / 'theirs' / f'{script}.py')], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=self._said, text=True,
-        env={**os.environ, **threads_of, **offline, 'PYTHONPATH': ''})
+        env={**os.environ, **threads_of, **offline, 'PYTHONPATH': ''}))
+    self._open.callback(self._process.kill)
     self.versions: dict[str, str] = self._line()
     if self.versions[library] != WANTED[library]:
-      self.close()
+      self.__exit__()
       raise ValueError(f'{python} has {library} {self.versions[library]}, and figures are of '
                        f'{WANTED[library]}: give an environment with that')
+
+  def __enter__(self) -> Peer:
+    return self
+
+  def __exit__(self, *reasons: object) -> None:
+    # Of a process that ended by itself, what was still to be sent stays behind.
+    with contextlib.suppress(BrokenPipeError):
+      self._open.close()
 
   def ask(self, do: str, **arguments: Any) -> Any:
     """Returns the answer to a request.
@@ -96,17 +107,13 @@ class Peer:
       ValueError: the other side failed.
     """
     assert self._process.stdin is not None
-    print(json.dumps({'do': do, **arguments}), file=self._process.stdin, flush=True)
+    # `_line` tells why nobody reads it.
+    with contextlib.suppress(BrokenPipeError):
+      print(json.dumps({'do': do, **arguments}), file=self._process.stdin, flush=True)
     line = self._line()
     if 'error' in line:
       raise ValueError(f'the other library cannot {do}: {line["error"]}')
     return line['answer']
-
-  def close(self) -> None:
-    """Ends the process."""
-    assert self._process.stdin is not None
-    self._process.stdin.close()
-    self._process.wait()
 
   def _line(self) -> dict[str, Any]:
     assert self._process.stdout is not None
@@ -115,6 +122,7 @@ class Peer:
       self._process.wait()
       self._said.seek(0)
       said = self._said.read().strip().splitlines() or ['nothing']
+      self.__exit__()
       raise ValueError(f'{self._process.args[0]} ended, and said last: {said[-1]}')
     found: dict[str, Any] = json.loads(line)
     return found

@@ -24,6 +24,7 @@ nor memory.
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import tempfile
@@ -33,9 +34,12 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
+from lib.data import gguf_tokenizer
 from lib.report.rows import update_json
 from lib.runtime import cli
+from models import checkpoints
 from models.checkpoints import gguf
+from models.checkpoints.lm_config import from_config
 from ops import choices
 from tools.peers import command
 from tools.peers.kvpress_rows import DECODED, Case, floors, measure, table
@@ -103,18 +107,18 @@ def main(argv: Sequence[str]) -> None:
   missing = [case for case in every
              if done.get(case.name, {}).get('rounds', -1) < min(command.ROUNDS.value, 1)]
   if missing:
-    peer = command.start('kvpress', 'kvpress', 'kvpress_lm')
-    reader = Reader(path, room=max(BEHIND, DECODED))
-    made = {length: prompts(read, reader.encode, length=length, behind=BEHIND,
-                            count=PROMPTS.value) for length in lengths}
-    with tempfile.TemporaryDirectory() as scratch:
-      reader.save(pathlib.Path(scratch), gguf.config(path))
-      peer.ask('load', folder=scratch, threads=command.THREADS.value)
-    update_json(out, {'machine': {**command.about(peer), **floors(reader.lm, lengths)}})
-    for case in tqdm(missing):
-      update_json(out, {case.name: measure(case, made[case.length], reader, peer,
-                                           command.ROUNDS.value)})
-    peer.close()
+    lm, tokens = from_config(gguf.config(path)), gguf_tokenizer.tokenizer(path)
+    made = {length: prompts(read, functools.partial(tokens.encode, special=False), length=length,
+                            behind=BEHIND, count=PROMPTS.value) for length in lengths}
+    with command.start('kvpress', 'kvpress', 'kvpress_lm') as peer:
+      reader = Reader(lm, checkpoints.load(lm, path), room=max(BEHIND, DECODED))
+      with tempfile.TemporaryDirectory() as scratch:
+        reader.save(pathlib.Path(scratch), gguf.config(path))
+        peer.ask('load', folder=scratch, threads=command.THREADS.value)
+      update_json(out, {'machine': {**command.about(peer), **floors(lm, lengths)}})
+      for case in tqdm(missing):
+        update_json(out, {case.name: measure(case, made[case.length], reader, peer,
+                                             decode=tokens.decode, rounds=command.ROUNDS.value)})
   command.write(out, json.loads(out.read_text()), table)
 
 

@@ -46,10 +46,19 @@ class Case:
     return f'{self.press} {self.share:g} {self.length}'
 
 
-def measure(case: Case, made: Sequence[Prompt], reader: Reader, peer: Peer, rounds: int) -> Row:
-  """Returns the figures of a case."""
+def measure(case: Case, made: Sequence[Prompt], reader: Reader, peer: Peer, *,
+            decode: Callable[[Sequence[int]], str], rounds: int) -> Row:
+  """Returns the figures of a case.
+
+  Args:
+    case: what to measure.
+    made: prompts.
+    reader, peer: either side.
+    decode: ids -> text.
+    rounds: timed ones, 0 to measure neither times nor memory.
+  """
   asked = {'press': case.press, 'share': case.share}
-  found = [_of_prompt(case, prompt, reader, peer, asked) for prompt in made]
+  found = [_of_prompt(case, prompt, reader, peer, decode, asked) for prompt in made]
   row: dict[str, Any] = {**asked, 'length': case.length, 'prompts': len(made), 'rounds': rounds}
   row |= {key: float(np.mean([each['kept'][key] for each in found])) for key in found[0]['kept']}
   row['same_answers'] = sum(each['same'] for each in found)
@@ -85,6 +94,7 @@ def _ours(reader: Reader, case: Case, do: str, **asked: Any) -> Any:
 
 
 def _of_prompt(case: Case, prompt: Prompt, reader: Reader, peer: Peer,
+               decode: Callable[[Sequence[int]], str],
                asked: Mapping[str, Any]) -> dict[str, Any]:
   """What is kept of a prompt, how likely its next tokens are, and what is answered."""
   kept = compared(reader.read(case.reduce, prompt.ids), peer.ask('read', ids=prompt.ids, **asked))
@@ -93,7 +103,7 @@ def _of_prompt(case: Case, prompt: Prompt, reader: Reader, peer: Peer,
   for side, follow in (('ours', reader.follow), ('theirs', functools.partial(peer.ask, 'follow'))):
     likely, _ = follow(given=prompt.behind, count=0)
     _, picked = follow(given=prompt.question, count=ANSWER)
-    answers[side] = reader.decode(picked)
+    answers[side] = decode(picked)
     row[side] = {'likely': likely, 'told': prompt.key in answers[side].replace(' ', '')}
   return {**row, 'same': answers['ours'] == answers['theirs']}
 

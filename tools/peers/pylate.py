@@ -123,41 +123,40 @@ def main(argv: Sequence[str]) -> None:
   """Measures, and writes the figures and the table."""
   del argv
   command.needed('minilm', 'config.json')
-  peer = command.start('pylate', 'pylate', 'pylate_pool')
-  asked, whole = encoded(DOCUMENTS.value)
-  entries: dict[str, Any] = {
-      'machine': {**command.about(peer), 'documents': len(whole)},
-      'none': {'vectors': LENGTH, 'recall': recall(asked, whole)}}
-  with tempfile.TemporaryDirectory() as scratch:
-    place = pathlib.Path(scratch)
-    np.save(place / 'whole.npy', whole)
-    peer.ask('load', path=str(place / 'whole.npy'), threads=command.THREADS.value)
-    for factor in map(int, FACTORS.value):
-      keep = (LENGTH - 1) // factor
+  with command.start('pylate', 'pylate', 'pylate_pool') as peer:
+    asked, whole = encoded(DOCUMENTS.value)
+    entries: dict[str, Any] = {
+        'machine': {**command.about(peer), 'documents': len(whole)},
+        'none': {'vectors': LENGTH, 'recall': recall(asked, whole)}}
+    with tempfile.TemporaryDirectory() as scratch:
+      place = pathlib.Path(scratch)
+      np.save(place / 'whole.npy', whole)
+      peer.ask('load', path=str(place / 'whole.npy'), threads=command.THREADS.value)
+      for factor in map(int, FACTORS.value):
+        keep = (LENGTH - 1) // factor
 
-      def pooled(x: np.ndarray, linkage: str, keep: int = keep) -> Any:
-        return reduce_arrays(x, 'atc', keep=keep, args={'linkage': linkage}, protected=1,
-                             keys=x[:, :, None])
+        def pooled(x: np.ndarray, linkage: str, keep: int = keep) -> Any:
+          return reduce_arrays(x, 'atc', keep=keep, args={'linkage': linkage}, protected=1,
+                               keys=x[:, :, None])
 
-      peer.ask('pool', factor=factor, out=str(place / 'pooled.npy'))
-      theirs = np.array(peer.ask('clusters', factor=factor, linkage='ward'))
-      calls = {f'{factor}, PyLate': lambda factor=factor: peer.ask('run', factor=factor,
-                                                                  count=BATCH)}
-      entries[f'{factor}, PyLate'] = {'vectors': 1 + keep, 'recall': recall(
-          asked, np.load(place / 'pooled.npy'))}
-      for linkage in LINKAGES:
-        found = pooled(whole, linkage)
-        ours = np.asarray(found.owner)[:, 1:]
-        scipy = np.array(peer.ask('clusters', factor=factor, linkage=linkage))
-        entries[f'{factor}, atc {linkage}'] = {
-            'vectors': found.slots, 'recall': recall(asked, np.asarray(found.x)),
-            'equal_clusters': float(np.mean(list(map(same_groups, ours, scipy)))),
-            'shared_pairs': float(np.mean(list(map(shared_pairs, ours, theirs))))}
-        calls[f'{factor}, atc {linkage}'] = (
-            lambda linkage=linkage, pooled=pooled: pooled(whole[:BATCH], linkage).x)
-      for name, time in timing.interleave(calls, rounds=command.ROUNDS.value).items():
-        entries[name] |= {key: value / BATCH for key, value in time.fields().items()}
-  peer.close()
+        peer.ask('pool', factor=factor, out=str(place / 'pooled.npy'))
+        theirs = np.array(peer.ask('clusters', factor=factor, linkage='ward'))
+        calls = {f'{factor}, PyLate': lambda factor=factor: peer.ask('run', factor=factor,
+                                                                    count=BATCH)}
+        entries[f'{factor}, PyLate'] = {'vectors': 1 + keep, 'recall': recall(
+            asked, np.load(place / 'pooled.npy'))}
+        for linkage in LINKAGES:
+          found = pooled(whole, linkage)
+          ours = np.asarray(found.owner)[:, 1:]
+          scipy = np.array(peer.ask('clusters', factor=factor, linkage=linkage))
+          entries[f'{factor}, atc {linkage}'] = {
+              'vectors': found.slots, 'recall': recall(asked, np.asarray(found.x)),
+              'equal_clusters': float(np.mean(list(map(same_groups, ours, scipy)))),
+              'shared_pairs': float(np.mean(list(map(shared_pairs, ours, theirs))))}
+          calls[f'{factor}, atc {linkage}'] = (
+              lambda linkage=linkage, pooled=pooled: pooled(whole[:BATCH], linkage).x)
+        for name, time in timing.interleave(calls, rounds=command.ROUNDS.value).items():
+          entries[name] |= {key: value / BATCH for key, value in time.fields().items()}
   command.write(command.out('pylate'), entries, table)
 
 

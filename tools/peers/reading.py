@@ -16,10 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib.data import gguf_tokenizer
 from models import checkpoints
-from models.checkpoints import gguf
-from models.checkpoints.lm_config import from_config
+from models.backbones.lm import LM
 from models.plan import make_cache_plan
 from models.storage import to_storage
 from ops.kv_cache import Cache, LayerCache
@@ -34,25 +32,14 @@ class Reader:
 
   Attributes:
     lm: without reductions.
-    room: as given.
-    encode: text -> ids.
-    decode: ids -> text.
+    room: the most tokens that are read or picked behind a prompt.
   """
 
-  def __init__(self, path: pathlib.Path, *, room: int) -> None:
-    """Loads a GGUF file.
-
-    Args:
-      path: of the file.
-      room: the most tokens that are read or picked behind a prompt.
-    """
-    self.lm, self.room = from_config(gguf.config(path)), room
-    self._stacked = checkpoints.load(self.lm, path)
-    self._params = {'params': jax.device_put(to_storage(self._stacked, 'unstacked'))}
-    tokens = gguf_tokenizer.tokenizer(path)
-    self.encode = functools.partial(tokens.encode, special=False)
-    self.decode = tokens.decode
-    self._extend = jax.jit(functools.partial(self.lm.apply, logits='all', method='extend'))
+  def __init__(self, lm: LM, params: Any, *, room: int) -> None:
+    """Takes a model and its parameters, blocks stacked."""
+    self.lm, self.room, self._stacked = lm, room, params
+    self._params = {'params': jax.device_put(to_storage(params, 'unstacked'))}
+    self._extend = jax.jit(functools.partial(lm.apply, logits='all', method='extend'))
     self._programs = functools.cache(self._program)
     self._step = jax.jit(self._next, donate_argnums=2)
 

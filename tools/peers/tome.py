@@ -90,37 +90,36 @@ def main(argv: Sequence[str]) -> None:
   """Measures, and writes the figures and the table."""
   del argv
   home = command.needed('vit', 'config.json').parent
-  peer = command.start('tome', 'transformers', 'tome_vit')
-  vit, params = tower(home)
-  drawn = emoji_pairs(command.folder(), np.random.default_rng(0), IMAGES)[0]
-  images = np.asarray(normalised(np.stack([resized(each, SIDE) for each in drawn])), np.float32)
-  plan = make_plan({**REDUCE, 'remove': REMOVE.value}, vit.host)
-  towers = {'unreduced': (0, vit), f'{REMOVE.value} a layer merged':
-            (REMOVE.value, vit.clone(plan=plan))}
-  stored = {'params': jax.device_put(to_storage(params, 'unstacked'))}
-  entries: dict[str, Any] = {'machine': {**command.about(peer), 'batch': BATCH.value}}
-  runs: dict[str, Any] = {}
-  with tempfile.TemporaryDirectory() as scratch:
-    place = pathlib.Path(scratch)
-    # Its table of positions is already of this size: either side would resample it otherwise.
-    checkpoints.save(vit, params, place / 'model.safetensors', layout='transformers/dinov2')
-    (place / 'config.json').write_text(json.dumps(
-        {**files.config(home), 'image_size': SIDE}))
-    np.save(place / 'images.npy', images)
-    peer.ask('load', folder=scratch, images=str(place / 'images.npy'),
-             threads=command.THREADS.value)
-    for name, (count, model) in towers.items():
-      run = jax.jit(lambda params, images, model=model: model.apply(params, images)[1]['tokens'])
-      tokens = run(stored, images)
-      peer.ask('features', count=count, out=str(place / 'features.npz'))
-      with np.load(place / 'features.npz') as theirs:
-        entries[name] = agreement({'features': np.asarray(tokens.x[:, 0]),
-                                   'owner': np.asarray(tokens.owner)}, theirs)
-      runs |= {f'ours {name}': lambda run=run: run(stored, images[:BATCH.value]),
-               f'theirs {name}': lambda count=count: peer.ask('run', count=count,
-                                                              batch=BATCH.value)}
-    times = timing.interleave(runs, rounds=command.ROUNDS.value)
-  peer.close()
+  with command.start('tome', 'transformers', 'tome_vit') as peer:
+    vit, params = tower(home)
+    drawn = emoji_pairs(command.folder(), np.random.default_rng(0), IMAGES)[0]
+    images = np.asarray(normalised(np.stack([resized(each, SIDE) for each in drawn])), np.float32)
+    plan = make_plan({**REDUCE, 'remove': REMOVE.value}, vit.host)
+    towers = {'unreduced': (0, vit), f'{REMOVE.value} a layer merged':
+              (REMOVE.value, vit.clone(plan=plan))}
+    stored = {'params': jax.device_put(to_storage(params, 'unstacked'))}
+    entries: dict[str, Any] = {'machine': {**command.about(peer), 'batch': BATCH.value}}
+    runs: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+      place = pathlib.Path(scratch)
+      # Its table of positions is already of this size: either side would resample it otherwise.
+      checkpoints.save(vit, params, place / 'model.safetensors', layout='transformers/dinov2')
+      (place / 'config.json').write_text(json.dumps(
+          {**files.config(home), 'image_size': SIDE}))
+      np.save(place / 'images.npy', images)
+      peer.ask('load', folder=scratch, images=str(place / 'images.npy'),
+               threads=command.THREADS.value)
+      for name, (count, model) in towers.items():
+        run = jax.jit(lambda params, images, model=model: model.apply(params, images)[1]['tokens'])
+        tokens = run(stored, images)
+        peer.ask('features', count=count, out=str(place / 'features.npz'))
+        with np.load(place / 'features.npz') as theirs:
+          entries[name] = agreement({'features': np.asarray(tokens.x[:, 0]),
+                                     'owner': np.asarray(tokens.owner)}, theirs)
+        runs |= {f'ours {name}': lambda run=run: run(stored, images[:BATCH.value]),
+                 f'theirs {name}': lambda count=count: peer.ask('run', count=count,
+                                                                batch=BATCH.value)}
+      times = timing.interleave(runs, rounds=command.ROUNDS.value)
   for name in towers:
     entries[name] |= {side: times[f'{side} {name}'].fields() for side in ('ours', 'theirs')}
   command.write(command.out('tome'), entries, table)
