@@ -17,7 +17,7 @@ from absl import flags
 from lib.report.measuring import measure_rows
 from lib.report.rows import Row
 from lib.runtime import cli, config_flag, timing
-from lib.studies import language, vision
+from lib.studies import language, sentences, vision
 from ops import choices
 
 
@@ -31,6 +31,7 @@ class Study(Protocol):
 
 STUDIES: Mapping[str, Callable[[Any], Study]] = {
     'language': language.Subject,
+    'sentences': sentences.Subject,
     'vision': vision.Subject,
 }
 
