@@ -33,10 +33,13 @@ def docstring_pairs(rng: np.random.Generator, count: int,
   """
   folder = folder or pathlib.Path(sysconfig.get_path('stdlib'))
   pairs: dict[str, str] = {}
+  taken = set()
   for path in sorted(folder.glob('*.py')):
     for query, document in _pairs(path):
-      if len(query) >= QUERY and len(document) >= DOCUMENT and document not in pairs.values():
-        pairs.setdefault(query, document)
+      if len(query) >= QUERY and len(document) >= DOCUMENT and query not in pairs and (
+          document not in taken):
+        pairs[query] = document
+        taken.add(document)
   if len(pairs) < count:
     raise ValueError(f'{folder} has {len(pairs)} docstrings of a sentence and more, and {count} '
                      'are asked for: ask for fewer')
