@@ -2,6 +2,8 @@
 # make test     lint, then the tests that are short
 # make test-all lint, then all tests: also kills, meshes, whole runs and sweeps, compilers
 # make bench    time primitives, methods, ViTs under every method, and decoding on this device
+# make real     fetch pretrained weights and data, and measure every reduction on them (hours;
+#               QUICK=1: minutes)
 # make targets  compile for TPUs and GPUs that nobody here owns
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +11,7 @@ RUNS ?= runs
 PY := $(VENV)/bin/python
 JOBS ?= 2
 
-.PHONY: demo test test-all lint bench targets clean
+.PHONY: demo test test-all lint bench real targets clean
 
 demo: $(VENV)/.installed
 	$(PY) -m train --config=configs/digits.py --workdir=$(RUNS)/digits
@@ -30,6 +32,9 @@ bench: $(VENV)/.installed
 	$(PY) -m tools.speed
 	$(PY) -m tools.decode_bench
 
+real: $(VENV)/.installed-real
+	$(PY) -m tools.real $(if $(QUICK),--quick)
+
 targets: $(VENV)/.installed-targets
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PY) -m tools.targets
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PY) -m tools.targets_lm
@@ -42,6 +47,10 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-real: $(VENV)/.installed requirements-real.txt requirements-hub.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-real.txt
 	touch $@
 
 $(VENV)/.installed-targets: $(VENV)/.installed requirements-targets.txt

@@ -2,14 +2,14 @@
 
   python -m tools.real.fetch --only=minilm,articles
   python -m tools.real.study --config=configs/real_sentences.py
-
-`--config=configs/real_sentences.py:quick` has fewer texts and rows.
+  python -m tools.real.study --config=configs/real_sentences.py:quick
 """
 
 import ml_collections
 
 from models.backbones.bert import Bert
 from models.plan import make_plan, methods
+from ops import choices
 
 TOKENS = 96
 HOST = Bert(width=384, depth=6, mlp=1536, heads=12, vocabulary=30522, context=512).host(TOKENS)
@@ -27,6 +27,8 @@ METHODS = ('random', *(name for name, made in methods(HOST).items()
 POOLS = {'random': {}, 'stride': {}, 'pool': {}, 'atc': {}, 'tome_kth': {}, 'dpcknn': {},
          'kmedoids': {'weights': 'equal'}, 'divprune': {}}
 FACTORS = (2, 4, 8)
+SIZES = ('full', 'quick')
+QUICK = ('full', 'random', 'stride', 'pool', 'tome', 'atc', 'topk')
 
 
 def row(name, budget, reduce=(), pool=()):
@@ -52,20 +54,17 @@ def behind(factor):
               pool={'method': name, 'keep_ratio': 1 / factor, 'args': args})
 
 
-def get_config(size='full') -> ml_collections.ConfigDict:
-  """Returns what to measure, and on how many texts.
-
-  Args:
-    size: 'full' or 'quick'.
-  """
+def get_config(size: str = 'full') -> ml_collections.ConfigDict:
+  """Returns what to measure, and on how many texts: 'full', or 'quick' for a first look."""
+  choices.check('size ', size, SIZES)
+  small = size == 'quick'
   rows = (row('full', ''), *(each for factor in FACTORS for each in behind(factor)),
           *(each for budget in BUDGETS for each in inside(budget)))
-  if size == 'quick':
-    rows = tuple(each for each in rows if each['budget'] in ('', 'pooled by 4', 'half, in two cuts')
-                 and each['name'] in ('full', 'random', 'stride', 'pool', 'tome', 'atc', 'topk'))
-  pairs = {'full': 480, 'quick': 120}[size]
+  if small:
+    rows = tuple(each for each in rows if each['name'] in QUICK
+                 and each['budget'] in ('', 'pooled by 4', 'half, in two cuts'))
   return ml_collections.ConfigDict({
-      'study': 'sentences', 'folder': 'real', 'seed': 0,
-      'out': f'results/real_sentences{"" if size == "full" else "_quick"}.jsonl',
-      'tokens': TOKENS, 'query_tokens': 24, 'batch': 32, 'pairs': pairs, 'pool': pairs * 5 // 6,
-      'draws': 5, 'seeds': 3, 'chance': {'method': 'random'}, 'rows': rows}, convert_dict=False)
+      'study': 'sentences', 'folder': 'real', 'seed': 0, 'out': f'runs/real/{size}/sentences.jsonl',
+      'tokens': TOKENS, 'query_tokens': 24, 'batch': 32, 'pairs': 120 if small else 480,
+      'candidates': 100 if small else 400, 'pools': 5, 'seeds': 3, 'chance': {'method': 'random'},
+      'rows': rows}, convert_dict=False)

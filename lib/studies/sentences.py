@@ -7,8 +7,8 @@ paragraph of a docstring asks for the rest of it among those of other functions.
 whole; documents are reduced inside the encoder (`row['reduce']`), or their final token vectors are
 (`row['pool']`), as an index of them would be. A row of JSON a method and budget:
   mean, maxsim   of one vector a document, and of all that are left: 'recall', 'recall_10' and
-                 'reciprocal' among `config.pool` documents, means over `config.draws` draws of
-                 these; 'interval' of recall (95 %, over queries); 'from_full' and 'from_chance',
+                 'reciprocal' among `config.candidates` documents, means over `config.pools` draws
+                 of these; 'interval' of recall (95 %, over queries); 'from_full' and 'from_chance',
                  how much higher recall is than unreduced, and than at random with equal budget:
                  [mean, low, high], paired by query
   cosine, cka    likeness of the documents' mean vectors to the unreduced ones
@@ -185,7 +185,8 @@ class Subject:
     read = HubTokenizer.of(weights)
     rng = np.random.default_rng(config.seed)
     queries, documents = docstring_pairs(rng, config.pairs)
-    pools = [rng.permutation(config.pairs)[:config.pool] for _ in range(config.draws)]
+    pools = [rng.permutation(config.pairs)[:config.candidates]
+             for _ in range(config.pools)]
     # Queries that no draw has are not asked.
     self.asked = np.isin(np.arange(config.pairs), np.concatenate(pools))
     self.pools = pools

@@ -2,24 +2,28 @@
 
   python -m tools.real.study --config=configs/real_vision.py
 
-The tower is frozen; each row reduces its tokens in one way and reads the final [CLS] features of
-two sets of pictures. Writes a row of JSON a method and budget to `config.out`:
-  probe, neighbours   share of clothes (Fashion-MNIST) named right by a linear probe, and by the
-                      five nearest neighbours
+The tower is frozen; each row reduces its tokens in one way and reads the final features of clothes
+(Fashion-MNIST), of emoji as two vendors draw them, and of photographs. A row has:
+  probe, neighbours   share of clothes named right by a linear probe, and by the five nearest
+                      neighbours
   recall, reciprocal  emoji of one vendor found among those of another: share of firsts, and mean
                       of one over the rank
-  cosine, cka         likeness of the features to the unreduced ones: mean cosine, and linear CKA
-  kept, gmacs         tokens after the last layer, and 10^9 MACs of an image
-  images_per_second   with what else runs on the machine; compile time apart
-Shares have the half-width of their 95 % interval beside them (`probe_within`, ...).
+  each                what these are means of: for every picture 1 or 0, and ranks
+  cosine, cka         likeness of the [CLS] features to the unreduced ones: mean cosine, linear CKA
+  saliency, saliency_error
+                      map of saliency on photographs, patches brought back: mean correlation with
+                      the unreduced map, and mean absolute difference
+  kept, gmacs         tokens after the last layer, a mean over pictures, and 10^9 MACs of an image
+                      with all slots full
+  speedup             over the unreduced tower, in turns with it; compile time apart
 
-Axes: B batch, D features, C classes.
+Axes: B batch, N pictures, D features, C classes.
 """
 
 from __future__ import annotations
 
+import functools
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -30,8 +34,11 @@ from PIL import Image
 from lib.cost import vit as vit_cost
 from lib.data.real.emoji import emoji_pairs
 from lib.data.real.fashion_mnist import fashion_mnist
+from lib.data.real.photographs import crops
 from lib.report.rows import Row
 from lib.runtime import timing
+from lib.studies.saliency import load_decoder, saliency
+from models.backbones.segmenter import interpolate
 from models.backbones.vit import ViT
 from models.checkpoints import files, load, resize_positions
 from models.checkpoints.vit_config import from_config
@@ -43,10 +50,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Subject:
-  """Holds a tower, the pictures, and the unreduced features of these."""
+  """Holds a tower, pictures, and the unreduced features of these."""
 
   def __init__(self, config: Any) -> None:
     folder = pathlib.Path(config.folder)
+    if not (folder / 'vit' / 'model.safetensors').exists():
+      raise ValueError(f'there is no {folder / "vit" / "model.safetensors"}: `python -m '
+                       'tools.real.fetch` fetches what `python -m tools.real.vit` makes it of')
     vit = from_config(files.config(folder / 'vit'))
     if not (isinstance(vit, ViT) and vit.class_token):
       raise ValueError(f'{folder / "vit"} holds no vision transformer with a [CLS] token: '
@@ -54,56 +64,72 @@ class Subject:
     params = resize_positions(load(vit, folder / 'vit'), vit, image_size=config.image_size)
     self.vit = vit.clone(image_size=config.image_size, num_classes=0)
     self.params = to_storage({'params': params}, storage='unstacked')
-    self.batch = config.batch
+    self.map = jax.jit(functools.partial(saliency, load_decoder(folder / 'vit')))
     rng = np.random.default_rng(config.seed)
     clothes, self.labels = fashion_mnist(folder / 'fashion_mnist', rng,
                                          (config.train_images, config.test_images))
     one, other = emoji_pairs(folder, rng, config.emoji)
-    self.train, self.emoji = config.train_images, config.emoji
-    self.images = [*clothes, *one, *other]
-    self.whole: np.ndarray | None = None
+    self.train, self.emoji, self.rounds = config.train_images, config.emoji, config.rounds
+    photographs = crops()
+    # Whole batches: the last one is of photographs.
+    rest = -(len(clothes) + 2 * len(one)) % len(photographs)
+    if rest:
+      raise ValueError(f'{len(clothes)} clothes and 2 x {len(one)} emoji must be a multiple of '
+                       f'{len(photographs)} pictures: add {rest} to test_images')
+    images = [resized(image, config.image_size) for image in (*clothes, *one, *other, *photographs)]
+    self.batches = np.stack(images).reshape(-1, len(photographs), *images[0].shape)
 
   def measure(self, row: Row) -> Row:
     """Measures one row: its 'reduce' is what `config.reduce.vision` takes."""
     reduce = dict(row['reduce'])
     plan = make_plan(reduce, self.vit.host) if reduce else None
     vit = self.vit.clone(plan=plan)
-    features, seconds, compiling = self._features(vit)
-    if self.whole is None:
-      self.whole = features if plan is None else self._features(self.vit)[0]
+    full, whole, whole_map, _ = self._unreduced
+    program, features, own_map, kept = self._unreduced if plan is None else self._run(vit)
+    times = timing.interleave(
+        {name: functools.partial(each.run, self.params, self.batches[0])
+         for name, each in (('full', full), ('own', program))}, rounds=self.rounds, warmup=1)
     cost, unreduced = vit_cost.of(vit), vit_cost.of(self.vit)
-    found = {'kept': cost.layers[-1].left, 'gmacs': cost.macs / 1e9,
-             'gmacs_ratio': cost.macs / unreduced.macs,
-             'images_per_second': len(self.images) / seconds, 'compile_s': compiling,
-             'cosine': float(np.mean(np.sum(unit(features) * unit(self.whole), axis=1))),
-             'cka': cka(features, self.whole)}
     clothes, (one, other) = features[:-2 * self.emoji], np.split(features[-2 * self.emoji:], 2)
-    parts = [np.split(each, [self.train]) for each in (clothes, self.labels)]
-    (known, asked), (named, wanted) = parts
-    shares = {'probe': probe(known, named, asked) == wanted,
-              'neighbours': neighbours(known, named, asked) == wanted}
+    (known, asked), (named, wanted) = (np.split(part, [self.train])
+                                       for part in (clothes, self.labels))
     ranks = ranks_of_pairs(one, other)
-    shares['recall'] = ranks == 1
-    for name, right in shares.items():
-      share = float(np.mean(right))
-      found |= {name: share, f'{name}_within': 1.96 * (share * (1 - share) / len(right)) ** 0.5}
-    return {**found, 'reciprocal': float(np.mean(1 / ranks))}
+    each = {'probe': probe(known, named, asked) == wanted,
+            'neighbours': neighbours(known, named, asked) == wanted}
+    return {
+        'kept': kept, 'gmacs': cost.macs / 1e9,
+        'gmacs_ratio': cost.macs / unreduced.macs,
+        **timing.speedup(times['full'], times['own']).fields(), 'batch': len(self.batches[0]),
+        'compile_s': program.seconds,
+        'cosine': float(np.mean(np.sum(unit(features) * unit(whole), axis=1))),
+        'cka': cka(features, whole),
+        'saliency': float(np.mean(correlations(own_map, whole_map))),
+        'saliency_error': float(np.mean(np.abs(own_map - whole_map))),
+        **{name: float(np.mean(right)) for name, right in each.items()},
+        'recall': float(np.mean(ranks == 1)), 'reciprocal': float(np.mean(1 / ranks)),
+        'each': {**{name: right.astype(int) for name, right in each.items()}, 'ranks': ranks}}
 
-  def _features(self, vit: ViT) -> tuple[np.ndarray, float, float]:
-    """Features float32[images, D]; the seconds that they took, and those of compiling."""
-    def features(params: Any, images: jax.Array) -> jax.Array:
-      return vit.apply(params, normalised(images))[1]['tokens'].x[:, 0]
+  @functools.cached_property
+  def _unreduced(self) -> tuple[timing.Compiled, np.ndarray, np.ndarray, float]:
+    return self._run(self.vit)
 
-    side = vit.input_shape[0]
-    shape = jax.ShapeDtypeStruct((self.batch, side, side, 3), jnp.uint8)
-    program = timing.compile_seconds(jax.jit(features).lower(self.params, shape))
-    found, start = [], time.perf_counter()
-    for first in range(0, len(self.images), self.batch):
-      chosen = self.images[first:first + self.batch]
-      batch = np.zeros(shape.shape, np.uint8)
-      batch[:len(chosen)] = [resized(image, side) for image in chosen]
-      found.append(np.asarray(program.run(self.params, batch))[:len(chosen)])
-    return np.concatenate(found), time.perf_counter() - start, program.seconds
+  def _run(self, vit: ViT) -> tuple[timing.Compiled, np.ndarray, np.ndarray, float]:
+    """Returns a program, its features float32[N, D], the photographs' maps, and tokens left."""
+    def features(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+      out = vit.apply(params, normalised(images))[1]
+      tokens, grid = out['tokens'], vit.grid
+      patches = interpolate(tokens, {}, out['cuts'], grid).reshape(len(images), *grid, -1)
+      return tokens.x[:, 0], patches, tokens.real.sum(axis=1)
+
+    program = timing.compile_seconds(jax.jit(features).lower(self.params, self.batches[0]))
+    found, left = [], []
+    for batch in self.batches:
+      own, patches, count = program.run(self.params, batch)
+      found.append(np.asarray(own))
+      left.append(np.asarray(count))
+    # The last batch is the photographs.
+    return (program, np.concatenate(found[:-1]), np.asarray(self.map(patches)),
+            float(np.mean(left)))
 
 
 def normalised(images: jax.Array) -> jax.Array:
@@ -126,6 +152,13 @@ def cka(one: np.ndarray, other: np.ndarray) -> float:
   one, other = (x - x.mean(axis=0) for x in (one.astype(np.float64), other.astype(np.float64)))
   cross = np.linalg.norm(one.T @ other) ** 2
   return float(cross / (np.linalg.norm(one.T @ one) * np.linalg.norm(other.T @ other)))
+
+
+def correlations(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """Computes the correlation of each picture's map with the other's: float[N]."""
+  flat = [each.reshape(len(each), -1).astype(np.float64) for each in (one, other)]
+  first, second = (unit(each - each.mean(axis=1, keepdims=True)) for each in flat)
+  return np.sum(first * second, axis=1)
 
 
 def probe(known: np.ndarray, named: np.ndarray, asked: np.ndarray) -> np.ndarray:

@@ -7,8 +7,9 @@ Tensors get the transformers library's names, so that its layouts read them. Qua
 dequantized as they are read. The package `gguf` is optional (requirements-hub.txt).
 
 Gemma 3 is not read. Its norms behind each branch, its scaled embeddings and its GELU would be a few
-fields of `LM`; but its local layers rotate by another base than its global ones, and here the stack,
-the caches that turn keys anew, and the methods that read `rope` have one rotation for all layers.
+fields of `LM`; but its local layers rotate by another base than its global ones, and here the
+stack, the caches that turn keys anew, and the methods that read `rope` have one rotation for all
+layers.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from helpers import recorded
 import winnow
 from lib.data.gguf_tokenizer import tokenizer
 from lib.data.tokenizers import HubTokenizer
+from lib.studies.saliency import load_decoder, saliency
 from models.checkpoints import load, resize_positions
 from models.checkpoints.bert_config import from_config as bert_from_config
 from models.checkpoints.vit_config import from_config as vit_from_config
@@ -93,10 +94,9 @@ def test_a_vision_transformer_equals_onnxruntime(tmp_path):
   graph, inner = onnx.load(str(source)), '/backbone/layernorm/Add_1_output_0'
   graph.graph.output.append(onnx.helper.make_tensor_value_info(inner, onnx.TensorProto.FLOAT, None))
   images = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
-  saliency, features = runtime.InferenceSession(graph.SerializeToString()).run(
+  importance, features = runtime.InferenceSession(graph.SerializeToString()).run(
       ['output_importance', inner], {'input_image': images.transpose(0, 3, 1, 2)})
   _, out = jax.jit(vit.clone(image_size=224).apply)({'params': params}, images)
   np.testing.assert_allclose(out['tokens'].x, features, atol=1e-4)
-  found = onnx_vit.saliency(onnx_vit.load_decoder(tmp_path),
-                            out['tokens'].x[:, 1:].reshape(1, 16, 16, -1))
-  np.testing.assert_allclose(found, saliency[:, 0], atol=1e-5)
+  found = saliency(load_decoder(tmp_path), out['tokens'].x[:, 1:].reshape(1, 16, 16, -1))
+  np.testing.assert_allclose(found, importance[:, 0], atol=1e-5)

@@ -73,8 +73,10 @@ def test_the_standard_library_has_docstrings_enough():
 def test_late_interaction_adds_the_nearest_of_each_vector():
   queries, documents = texts(3, 4), texts(sentences.BLOCK + 2, 7)
   scores = retrieve(queries, documents)
+  asked, told = ([x[real] for x, real in zip(*map(np.asarray, (each.x, each.real)), strict=True)]
+                 for each in (queries, documents))
   for (q, d), score in np.ndenumerate(scores):
-    products = queries.x[q][queries.real[q]] @ documents.x[d][documents.real[d]].T
+    products = asked[q] @ told[d].T
     assert score == pytest.approx(float(products.max(axis=1).sum()), abs=1e-5)
 
 
@@ -143,7 +145,7 @@ def test_rows_say_what_was_lost_and_what_chance_loses(tmp_path):
   rows = [{'budget': f'a quarter, {bool(row["pool"])}', **row} for row in rows]
   config = ConfigDict({'study': 'sentences', 'folder': str(tmp_path), 'seed': 0, 'pairs': 20,
                        'out': str(tmp_path / 'rows.jsonl'), 'tokens': 24, 'query_tokens': 16,
-                       'batch': 8, 'pool': 15, 'draws': 3, 'seeds': 2,
+                       'batch': 8, 'candidates': 15, 'pools': 3, 'seeds': 2,
                        'chance': {'method': 'random'}, 'rows': tuple(rows)}, convert_dict=False)
   for _ in range(2):
     run(config)

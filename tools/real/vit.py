@@ -4,10 +4,8 @@
 
 model.safetensors and config.json are read as any Dinov2 checkpoint
 (`winnow.load('real/vit', variant='dinov2_s14')`); decoder.safetensors holds the small decoder that
-makes a map of saliency of the patches' features (`saliency`). Whether the weights are those that
-were published for DINOv2 is not known.
-
-Axes: B batch, D width.
+makes a map of saliency of the patches' features (lib/studies/saliency.py). Whether the weights are
+those that were published for DINOv2 is not known.
 """
 
 from __future__ import annotations
@@ -16,14 +14,11 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from lib.runtime import cli
 
@@ -31,7 +26,7 @@ CONFIG = {'model_type': 'dinov2', 'hidden_size': 384, 'num_hidden_layers': 12,
           'num_attention_heads': 6, 'mlp_ratio': 4, 'hidden_act': 'gelu', 'image_size': 518,
           'patch_size': 14, 'num_channels': 3, 'layer_norm_eps': 1e-6, 'qkv_bias': True,
           'use_swiglu_ffn': False}
-_PREFIX, _EPS = 'backbone.', 1e-5
+_PREFIX = 'backbone.'
 
 
 def convert(source: pathlib.Path, folder: pathlib.Path) -> None:
@@ -77,37 +72,6 @@ def _tensors(source: pathlib.Path) -> dict[str, np.ndarray]:
                      'tables of 37 x 37 positions; fetch it again')
   found['embeddings.position_embeddings'] = np.concatenate([special[0], tables[0]], axis=1)
   return found
-
-
-def saliency(decoder: Mapping[str, Any], features: jax.Array) -> jax.Array:
-  """Computes how much each pixel matters, as the decoder was trained to.
-
-  Args:
-    decoder: of `load_decoder`.
-    features: float[B, rows, columns, D], final features of all patches.
-
-  Returns:
-    float32[B, 14 rows, 14 columns], from 0 to 1.
-  """
-  x = features.astype(jnp.float32)
-  for number in (1, 2, 3):
-    # A transposed convolution: rows and columns apart by one, and the kernel turned round.
-    kernel = jnp.asarray(decoder[f'upconv{number}.weight'])[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
-    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2),
-                                     dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    scale = decoder[f'bn{number}.weight'] / np.sqrt(decoder[f'bn{number}.running_var'] + _EPS)
-    shift = decoder[f'bn{number}.bias'] - decoder[f'bn{number}.running_mean'] * scale
-    x = jax.nn.relu((x + decoder[f'upconv{number}.bias'][None, None, None])
-                    * scale[None, None, None] + shift[None, None, None])
-  weight = jnp.asarray(decoder['final_conv.weight'])[0, :, 0, 0]
-  logits = x @ weight + decoder['final_conv.bias'][0]
-  rows, columns = (14 * side for side in features.shape[1:3])
-  return jax.nn.sigmoid(jax.image.resize(logits, (len(logits), rows, columns), 'bilinear'))
-
-
-def load_decoder(folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads the decoder that `convert` wrote."""
-  return dict(load_file(folder / 'decoder.safetensors'))
 
 
 def define_flags() -> None:

