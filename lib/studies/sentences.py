@@ -293,7 +293,8 @@ class Subject:
     calls = {name: functools.partial(_read, each, self.params, self.documents.ids[:batch],
                                      self.documents.valid[:batch])
              for name, each in (('full', self.bert), ('own', bert))}
-    times = timing.interleave(calls, rounds=ROUNDS, warmup=1)
+    # Both have run before, on the same shapes.
+    times = timing.interleave(calls, rounds=ROUNDS, warmup=0)
     faster = timing.speedup(times['full'], times['own'])
     return {'gmacs': macs[0] / 1e9, 'gmacs_ratio': macs[0] / macs[1], 'speedup': faster.median}
 

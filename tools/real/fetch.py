@@ -256,7 +256,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Fetches what the flags say, and tells what is missing."""
+  """Fetches what the flags say, and tells what is missing; with status 1 where anything is."""
   del argv
   only, folder = flags.FLAGS.only, pathlib.Path(flags.FLAGS.folder)
   unknown = sorted(set(only) - set(PACKAGES))
@@ -264,10 +264,13 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'--only names {", ".join(unknown)}: known are {", ".join(PACKAGES)}')
   chosen = {name: package for name, package in PACKAGES.items()
             if not only or name in only}
-  for line in fetch(chosen, folder):
+  failed = fetch(chosen, folder)
+  for line in failed:
     print(line)
   there = [name for name, package in chosen.items() if is_there(folder / name, package)]
   print(f'{folder}: {", ".join(there) or "nothing"}')
+  if failed:
+    sys.exit(1)
 
 
 if __name__ == '__main__':
