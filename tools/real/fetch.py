@@ -138,13 +138,17 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
   """Holds the lock of a folder, which ends with the process, and removes what a killed one left."""
   lock = os.open(folder, os.O_RDONLY)
   try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    for unfinished in folder.glob(f'{UNFINISHED}*'):
-      shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise BlockingIOError(f'another command fetches into {folder}: wait for it, or give another '
+                            '--folder') from error
+    except OSError:  # A file system without locks: what lies there may be another command's.
+      pass
+    else:
+      for unfinished in folder.glob(f'{UNFINISHED}*'):
+        shutil.rmtree(unfinished, ignore_errors=True)
     yield
-  except BlockingIOError as error:
-    raise BlockingIOError(f'another command fetches into {folder}: wait for it, or give another '
-                          '--folder') from error
   finally:
     os.close(lock)
 
