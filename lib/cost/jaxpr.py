@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
 
+from models.backbones.bert import Bert
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 
@@ -69,9 +70,9 @@ def count(function: Callable[..., Any], *args: Any, scopes: Sequence[str] = SCOP
   return _walk(used, '', tuple(scopes))
 
 
-def of_vit(vit: ViT | Text, *, batch: int = 1) -> Products:
+def of_vit(vit: ViT | Text | Bert, *, batch: int = 1) -> Products:
   """The products of a model's forward pass, from its shapes alone, for `batch` images or texts."""
-  if isinstance(vit, Text):
+  if isinstance(vit, Text | Bert):
     images = jax.ShapeDtypeStruct((batch, vit.context), jnp.int32)
   else:
     shape = (batch, *vit.input_shape)

@@ -1,4 +1,4 @@
-"""The cost of a vision transformer, or a text tower, under given cuts, without running anything.
+"""The cost of a vision transformer, or an encoder of texts, under given cuts, run nowhere.
 
 Counted exactly, layer by layer: tokens, multiply-accumulates of every matrix product, bytes of
 weights and activations. Papers disagree on what a FLOP is; `CONVENTIONS` names their ways, and
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
+from models.backbones.bert import Bert
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.segmenter import SegmentViT
 from models.backbones.text_tower import Text
@@ -26,7 +27,7 @@ from models.backbones.windows import Windows
 from models.plans.events import Tokens, profile
 from models.reduction import Event
 
-Tower = ViT | Text | QwenVision
+Tower = ViT | Text | Bert | QwenVision
 
 MAP_BYTES = 4  # A map that a method inside attention sees is float32.
 
@@ -265,8 +266,11 @@ class Cost:
 def architecture(vit: Tower) -> Architecture:
   """Returns the architecture of a tower from its settings.
 
-  Causal attention counts as whole: that is what runs, whatever the mask hides.
+  Causal attention counts as whole: that is what runs, whatever the mask hides. A BERT's slots are
+  its context: `dataclasses.replace(..., slots=...)` says how long texts are.
   """
+  if isinstance(vit, Bert):
+    return _bert_architecture(vit)
   if isinstance(vit, Text):
     return _text_architecture(vit)
   if isinstance(vit, QwenVision):
@@ -299,6 +303,15 @@ def _text_architecture(text: Text) -> Architecture:
       projection=text.projection, mlp_products=2 + (text.activation == 'swiglu'),
       loose_parameters=loose + (text.projection if text.projection_bias else 0),
       activation_bytes=jnp.dtype(text.dtype).itemsize)
+
+
+def _bert_architecture(bert: Bert) -> Architecture:
+  # The norm that other towers have behind their blocks stands behind the embedding.
+  loose = (bert.vocabulary + bert.context + bert.types) * bert.width
+  return Architecture(
+      width=bert.width, depth=bert.depth, mlp=bert.mlp, heads=bert.heads, kv_heads=bert.heads,
+      slots=bert.context, patches=0, patch=0, channels=0, classes=0, loose_parameters=loose,
+      activation_bytes=jnp.dtype(bert.dtype).itemsize)
 
 
 def _qwen_architecture(tower: QwenVision) -> Architecture:

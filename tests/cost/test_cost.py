@@ -19,6 +19,7 @@ from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import published
 from lib.cost import vit as vit_cost
 from lib.runtime.meter import DEVICES, Meter, floor_seconds
+from models.backbones.bert import Bert
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT, make_vit
 from models.families import PAIRS
@@ -32,6 +33,7 @@ from ops.reducers import REDUCERS
 TINY = ViT(width=16, depth=3, mlp=24, heads=2, patch=4, image_size=20, channels=2, num_classes=5)
 TEXT = Text(width=16, depth=3, mlp=24, heads=2, vocabulary=11, context=20, causal=True, pool='eot',
             projection=6)
+BERT = Bert(width=16, depth=3, mlp=24, heads=2, vocabulary=11, context=20)
 ALL_LAYERS, TWO_LAYERS = {'remove': 3}, {'keep_ratio': 0.6, 'layers': (1, 2)}
 
 
@@ -83,6 +85,11 @@ def test_unreduced_macs_equal_the_trace(settings):
 def test_text_towers_equal_the_trace(settings, reduction):
   text = TEXT.clone(**settings)
   agree(planned(text, **reduction) if reduction else text)
+
+
+@pytest.mark.parametrize('reduction', [None, {'method': 'tome', 'remove': 3}], ids=str)
+def test_an_encoder_of_texts_equals_the_trace(reduction):
+  agree(BERT.clone(plan=reduction and make_plan(reduction, BERT.host(20))))
 
 
 def test_attention_pooling_costs_less_after_a_cut():
@@ -198,9 +205,10 @@ def test_parameters_and_weight_bytes_equal_the_models(settings):
   assert {layer.weight_bytes for layer in vit_cost.of(vit).layers} == {4 * block // vit.depth}
 
 
-@pytest.mark.parametrize('settings', [{}, {'projection': 0}, {'projection_bias': True}], ids=str)
-def test_parameters_of_text_towers_equal_the_models(settings):
-  text = TEXT.clone(**settings)
+@pytest.mark.parametrize('text', [
+    TEXT, TEXT.clone(projection=0), TEXT.clone(projection_bias=True), BERT],
+    ids=['text', 'no projection', 'bias', 'bert'])
+def test_parameters_of_text_towers_equal_the_models(text):
   shapes = jax.eval_shape(text.init, jax.random.key(0), jnp.zeros((1, 20), jnp.int32))
   sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)]
   assert vit_cost.of(text).architecture.parameters == sum(sizes)

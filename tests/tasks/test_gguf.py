@@ -3,13 +3,18 @@
 Skipped without the gguf package.
 """
 
+import io
 import json
+import re
+import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
+from helpers import processes
 from ml_collections import ConfigDict
 
 import winnow
@@ -27,18 +32,20 @@ SIZES = {'embedding_length': 64, 'block_count': 2, 'feed_forward_length': 96,
          'attention.head_count': 4, 'attention.head_count_kv': 2, 'context_length': 1024}
 
 
-def written(path, *, architecture='llama', changed=None, tensors=True, tokens=()):
+def written(path, *, architecture='llama', changed=None, tensors=True, tokens=(), shaped=None):
   """Writes a small model, its MLPs quantized; returns its tensors by the name in the file.
 
-  With `tokens`, a byte-level tokenizer of them without merges, the first two of them special.
+  With `tokens`, a byte-level tokenizer of them without merges, the first two of them special. Of
+  `shaped`, {name: shape}, there are more tensors, or others; of None there is none.
   """
-  writer = gguf.GGUFWriter(path, architecture)
-  for key, value in SIZES.items():
-    writer.add_uint32(f'{architecture}.{key}', value)
-  writer.add_float32(f'{architecture}.attention.layer_norm_rms_epsilon', 1e-5)
-  writer.add_float32(f'{architecture}.rope.freq_base', 1e5)
-  for key, value in (changed or {}).items():
-    writer.add_string(key, value)
+  writer, changed = gguf.GGUFWriter(path, architecture), changed or {}
+  settings = {f'{architecture}.{key}': value for key, value in SIZES.items()} | {
+      f'{architecture}.attention.layer_norm_rms_epsilon': 1e-5,
+      f'{architecture}.rope.freq_base': 1e5} | changed
+  for key, value in settings.items():
+    kind = gguf.GGUFValueType.get_type(value)
+    writer.add_key_value(key, value, {gguf.GGUFValueType.INT32: gguf.GGUFValueType.UINT32}.get(
+        kind, kind))
   if tokens:
     writer.add_tokenizer_model('gpt2')
     writer.add_tokenizer_pre('smollm')
@@ -53,8 +60,10 @@ def written(path, *, architecture='llama', changed=None, tensors=True, tokens=()
       f'blk.{layer}.{part}': shape for layer in range(2) for part, shape in {
           'attn_norm': (64,), 'ffn_norm': (64,), 'attn_q': (64, 64), 'attn_k': (32, 64),
           'attn_v': (32, 64), 'attn_output': (64, 64), 'ffn_gate': (96, 64), 'ffn_up': (96, 64),
-          'ffn_down': (64, 96)}.items()}}
+          'ffn_down': (64, 96)}.items()}} | (shaped or {})
   for name, shape in shapes.items() if tensors else ():
+    if shape is None:
+      continue
     array = rng.normal(size=shape).astype(np.float32)
     kind = gguf.GGMLQuantizationType.Q8_0 if 'ffn' in name and len(shape) > 1 else None
     if kind is None:
@@ -112,14 +121,156 @@ def test_what_is_no_such_file_is_refused_in_a_line(tmp_path):
       files.config(path)
 
 
+def blocks_of(kind, rows):
+  """Blocks of 256 columns and more of a type, uint8[rows, bytes], that hold finite numbers."""
+  rng = np.random.default_rng(int(kind))
+  try:
+    return gguf.quantize(rng.normal(size=(rows, 256)).astype(np.float32), kind).view(np.uint8)
+  except NotImplementedError:  # The package only reads it, or knows no more than its size.
+    size, each = gguf.GGML_QUANT_SIZES[kind]
+    packed = rng.integers(0, 256, (rows, 256 // size, each)).astype(np.uint8)
+  try:
+    with np.errstate(all='ignore'):
+      read = gguf.dequantize(packed.reshape(rows, -1), kind).reshape(rows, 256 // size, size)
+    packed[~np.isfinite(read).all(axis=2)] = 0
+  except NotImplementedError:
+    pass
+  return packed.reshape(rows, -1)
+
+
+def of_blocks(path, kind, tensors):
+  """Writes a file whose tensors, uint8[rows, bytes], are blocks of 256 columns."""
+  writer = gguf.GGUFWriter(path, 'llama')
+  for key, value in (SIZES | {'embedding_length': 256}).items():
+    writer.add_uint32(f'llama.{key}', value)
+  writer.add_float32('llama.attention.layer_norm_rms_epsilon', 1e-5)
+  for name, array in tensors.items():
+    writer.add_tensor(name, array, raw_dtype=kind)
+  for write in (writer.write_header_to_file, writer.write_kv_data_to_file,
+                writer.write_tensors_to_file, writer.close):
+    write()
+
+
+def test_an_infinite_scale_is_told_in_a_line(tmp_path):
+  kind = gguf.GGMLQuantizationType.Q4_K
+  packed = blocks_of(kind, 6)
+  packed[3, :2] = np.frombuffer(np.float16(np.inf).tobytes(), np.uint8)
+  of_blocks(tmp_path / 'one.gguf', kind, {'token_embd.weight': packed})
+  with files.reading(tmp_path / 'one.gguf') as tensors, pytest.raises(
+      ValueError, match=r'^token_embd.weight of .* holds NaN or infinity: fetch the file again'):
+    tensors.read('model.embed_tokens.weight')
+
+
+@pytest.mark.parametrize('kind', list(gguf.GGMLQuantizationType), ids=lambda kind: kind.name)
+def test_every_type_is_read_or_refused_in_a_line(tmp_path, kind):
+  """As the gguf package reads it; where it cannot, the line says which tensor, and what to do."""
+  packed = {name: blocks_of(kind, rows) for name, rows in (
+      ('token_embd.weight', 6), ('blk.0.attn_q.weight', 256), ('blk.0.attn_v.weight', 128))}
+  of_blocks(tmp_path / 'one.gguf', kind, packed)
+  theirs = ['model.embed_tokens', 'model.layers.0.self_attn.q_proj',
+            'model.layers.0.self_attn.v_proj']
+  with files.reading(tmp_path / 'one.gguf') as tensors:
+    try:
+      wanted = [gguf.dequantize(array, kind) for array in packed.values()]
+    except NotImplementedError:
+      with pytest.raises(ValueError, match=f'^blk.0.attn_q.weight of .* is stored as {kind.name}, '
+                         'which the gguf package does not dequantize: use a file of another type'):
+        tensors.read(f'{theirs[1]}.weight')
+      return
+    # Of each head of 64 features, the even ones stand before the odd ones.
+    heads = wanted[1].reshape(4, 64, 256)
+    wanted[1] = np.concatenate([heads[:, ::2], heads[:, 1::2]], axis=1).reshape(256, 256)
+    for name, array in zip(theirs, wanted, strict=True):
+      assert np.ptp(array) > 0
+      np.testing.assert_array_equal(tensors.read(f'{name}.weight'), array)
+
+
+ALPHABET = ('<|im_start|>', '<|im_end|>', 'ab',
+            *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+
+
+def cut(share):
+  """A change of a file: the end of its content is missing."""
+  return lambda content: content[:int(share * len(content))]
+
+
+def zipped(content):
+  with io.BytesIO() as file:
+    with zipfile.ZipFile(file, 'w') as archive:
+      archive.writestr('model.gguf', content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda content: content[:10], 'cannot be read as GGUF .*: it was cut short, or is another'),
+    (lambda content: content[:200], 'cannot be read as GGUF .*: it was cut short'),
+    (cut(0.02), 'cannot be read as GGUF .*: it was cut short'),
+    (cut(0.5), 'cannot be read as GGUF .*: it was cut short'),
+    (lambda content: content[:-1], 'cannot be read as GGUF .*: it was cut short'),
+    (lambda content: b'', 'cannot be read as GGUF .*empty file'),
+    (lambda content: b'words, and more words\n' * 9, 'cannot be read as GGUF'),
+    (zipped, 'cannot be read as GGUF'),
+    (lambda content: safetensors.numpy.save({'a': np.zeros(9, np.float32)}),
+     'cannot be read as GGUF'),
+    (lambda content: content.replace(b'llama.rope.freq_base', b'llama.context_length'),
+     'cannot be read as GGUF .*Duplicate llama.context_length')],
+    ids=['header', 'settings', 'list', 'tensors', 'byte', 'empty', 'text', 'zip', 'safetensors',
+         'twice'])
+def test_a_file_that_was_cut_or_is_another_is_refused_in_a_line(tmp_path, change, message):
+  path = tmp_path / 'odd.gguf'
+  written(path, tokens=ALPHABET)
+  path.write_bytes(change(path.read_bytes()))
+  with pytest.raises(ValueError, match=message) as caught:
+    winnow.load(path)
+  assert '\n' not in str(caught.value)
+  assert str(path) in str(caught.value)
+  assert [each.name for each in tmp_path.iterdir()] == ['odd.gguf']
+
+
+@pytest.mark.parametrize(('settings', 'message'), [
+    ({'changed': {'llama.attention.head_count': 0}}, r'llama.attention.head_count=0 must be from'),
+    ({'changed': {'llama.attention.head_count': '4'}}, "head_count='4' must be a whole number; "),
+    ({'changed': {'llama.attention.head_count': [4, 4]}}, 'head_count=.* must be a whole number; '),
+    ({'changed': {'llama.embedding_length': 'x'}}, "embedding_length='x' must be a whole number; "),
+    ({'changed': {'llama.rope.freq_base': 'x'}}, "freq_base='x' must be a number; fetch it again"),
+    ({'changed': {'tokenizer.ggml.eot_token_id': 'x'}}, "eot_token_id='x' must be a whole number"),
+    ({'changed': {'tokenizer.ggml.add_bos_token': 'x'}}, "add_bos_token='x' must be True or False"),
+    ({'shaped': {'rope_freqs': (8,)}}, 'scales RoPE, which is not read from GGUF files'),
+    ({'shaped': {'blk.1.ffn_up': None}}, 'it lacks .*up_proj.weight'),
+    ({'shaped': {'output_norm': None}}, 'it lacks model.norm.weight'),
+    ({'shaped': {'blk.2.ffn_up': (96, 64)}}, 'has .*up_proj.weight that the model does not'),
+    ({'shaped': {'blk.0.attn_q': (64, 60)}}, r'q_proj.weight .* has shape \(64, 60\) and'),
+    ({'shaped': {'blk.0.attn_k': (30, 64)}}, r'k_proj.weight .* has shape \(30, 64\) and'),
+    ({'shaped': {'token_embd': (100, 64)}}, 'has ids up to 258 and the model 100 embeddings')],
+    ids=lambda value: '')
+def test_a_file_that_contradicts_itself_is_refused_in_a_line(tmp_path, settings, message):
+  written(tmp_path / 'odd.gguf', tokens=ALPHABET, **settings)
+  with pytest.raises(ValueError, match=message) as caught:
+    winnow.load(tmp_path / 'odd.gguf')
+  assert '\n' not in str(caught.value)
+  assert [each.name for each in tmp_path.iterdir()] == ['odd.gguf']
+
+
+@pytest.mark.long
+def test_the_command_ends_with_that_line(tmp_path):
+  path = tmp_path / 'cut.gguf'
+  written(path, tokens=ALPHABET)
+  path.write_bytes(path.read_bytes()[:-1])
+  done = processes.run('-m', 'tools.generate', f'--model={path}', '--prompt=ab', timeout=300)
+  assert done.returncode == 2
+  assert done.stdout == ''
+  assert re.fullmatch(r'error: .*cut.gguf cannot be read as GGUF .*fetch it again \(--debug shows '
+                      r'where\)\n', done.stderr)
+  assert [each.name for each in tmp_path.iterdir()] == ['cut.gguf']
+
+
 PREFIX, BEHIND = 40, 8
 
 
 @pytest.fixture(scope='module')
 def subject(tmp_path_factory):
   folder = tmp_path_factory.mktemp('quality')
-  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  written(folder / 'small.gguf', tokens=('<|im_start|>', '<|im_end|>', 'ab', *alphabet))
+  written(folder / 'small.gguf', tokens=ALPHABET)
   words = [f'abc def{i} ghi 42 jk' for i in range(4)]
   (folder / 'text.txt').write_text('\n\n'.join(f'{word} ' * 12 for word in words))
   config = ConfigDict({'weights': str(folder / 'small.gguf'), 'text': str(folder / 'text.txt'),
@@ -129,9 +280,8 @@ def subject(tmp_path_factory):
 
 
 def test_a_file_alone_is_a_model_that_answers(tmp_path):
-  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   path = tmp_path / 'small.gguf'
-  written(path, tokens=('<|im_start|>', '<|im_end|>', 'ab', *alphabet))
+  written(path, tokens=ALPHABET)
   model = winnow.load(path)
   assistant = model.assistant
   assert assistant.ends == (1,)

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from configs import real_vision
+from configs import real_sentences, real_vision
 from lib.runtime import cli
 from tools.real import fetch, study, vit
 
-CONFIGS = {'vision': real_vision}
+CONFIGS = {'sentences': real_sentences, 'vision': real_vision}
 ONNX, TOWER = 'vit/vit_s_focus.onnx', 'vit/model.safetensors'
 
 
@@ -34,21 +34,23 @@ def prepare(folder: pathlib.Path) -> list[str]:
   return failed
 
 
-def main(argv: Sequence[str]) -> None:
-  """Runs all of it, and tells where the tables are.
+def run(folder: pathlib.Path, out: pathlib.Path, size: str) -> None:
+  """Runs all studies, and tells where their tables are.
+
+  Args:
+    folder: of weights and data.
+    out: a folder for rows, tables and plots, made if need be.
+    size: as the configs take it.
 
   Raises:
     ValueError: a study could not run; the others did.
   """
-  del argv
-  folder, size = pathlib.Path(flags.FLAGS.folder), 'quick' if flags.FLAGS.quick else 'full'
   for line in prepare(folder):
     print(line, flush=True)
   failed = []
   for name, made in CONFIGS.items():
     config = made.get_config(size)
-    config.folder = str(folder)
-    config.out = str(pathlib.Path(flags.FLAGS.out) / size / f'{name}.jsonl')
+    config.folder, config.out = str(folder), str(out / f'{name}.jsonl')
     print(f'{name}: {len(config.rows)} rows in {config.out}', flush=True)
     try:
       print(f'{name}: {study.run(config)}', flush=True)
@@ -56,6 +58,13 @@ def main(argv: Sequence[str]) -> None:
       failed.append(f'{name}: {" ".join(str(error).split())}')
   if failed:
     raise ValueError('; '.join(failed))
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs what the flags say."""
+  del argv
+  size = 'quick' if flags.FLAGS.quick else 'full'
+  run(pathlib.Path(flags.FLAGS.folder), pathlib.Path(flags.FLAGS.out) / size, size)
 
 
 if __name__ == '__main__':

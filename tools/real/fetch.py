@@ -4,12 +4,15 @@
 
 Every package has one version, and the sha256 of its archive. What is there already is not fetched
 again; a package that cannot be had is told in a line, and the others are fetched all the same. A
-folder is there whole or not at all. Nothing of the packages is run.
+folder is there whole or not at all, and what a killed run has left is cleaned away. Nothing of the
+packages is run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import fnmatch
 import hashlib
 import json
@@ -31,6 +34,7 @@ from lib.runtime import cli
 
 FOLDER = 'real'
 MARK = 'fetched.json'
+UNFINISHED = '.fetching-'
 DEADLINE = 900  # Seconds for one package.
 
 
@@ -72,7 +76,9 @@ PACKAGES = {
         'gensim==4.4.0', 'pip',
         '91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8',
         {'gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2':
-         '', 'gensim/test/test_data/lee*.cor': ''}, 'Wikipedia articles'),
+         '', 'gensim/test/test_data/lee*.cor': '',
+         'gensim/test/test_data/similarities0-1.txt': ''},
+        'Wikipedia articles, and news that people have compared'),
     'fashion_mnist': Package(
         'dataset-fashion-mnist=0.0~git20200523.55506a9-1', 'apt',
         '39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0',
@@ -107,10 +113,14 @@ def fetch(packages: Mapping[str, Package], folder: pathlib.Path) -> list[str]:
 
   Returns:
     A line for each that could not be had.
+
+  Raises:
+    BlockingIOError: another command fetches into this folder.
   """
   folder.mkdir(parents=True, exist_ok=True)
   failed = []
-  with tqdm(packages.items(), disable=not sys.stderr.isatty(), unit='package') as bar:
+  quiet = not sys.stderr.isatty()
+  with _alone(folder), tqdm(packages.items(), disable=quiet, unit='package') as bar:
     for name, package in bar:
       bar.set_description(name)
       if is_there(folder / name, package):
@@ -123,19 +133,46 @@ def fetch(packages: Mapping[str, Package], folder: pathlib.Path) -> list[str]:
   return failed
 
 
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+  """Holds the lock of a folder, which ends with the process, and removes what a killed one left."""
+  lock = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise BlockingIOError(f'another command fetches into {folder}: wait for it, or give another '
+                            '--folder') from error
+    except OSError:  # A file system without locks: what lies there may be another command's.
+      pass
+    else:
+      for unfinished in folder.glob(f'{UNFINISHED}*'):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    yield
+  finally:
+    os.close(lock)
+
+
 def is_there(folder: pathlib.Path, package: Package) -> bool:
   """Returns whether a package lies in its folder, of this version and with every file."""
   try:
     mark = json.loads((folder / MARK).read_text())
-    return mark['sha256'] == package.sha256 and all(
+    return mark['sha256'] == package.sha256 and not _missing(package, mark['files']) and all(
         (folder / name).stat().st_size == size for name, size in mark['files'].items())
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return False
 
 
+def _missing(package: Package, files: Mapping[str, int]) -> list[str]:
+  """Names what a package is to keep and none of these files is."""
+  return [pattern for pattern, place in package.keep.items() if not any(
+      _matches(name, str(pathlib.PurePosixPath(place, pathlib.PurePosixPath(pattern).name)))
+      for name in files)]
+
+
 def _fetch(package: Package, folder: pathlib.Path, name: str) -> None:
   """Fetches one package beside its place, and moves it there once it is whole."""
-  with tempfile.TemporaryDirectory(dir=folder, prefix=f'.{name}-') as scratch:
+  with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as scratch:
     work = pathlib.Path(scratch)
     archive = _download(package, work)
     found = hashlib.sha256()
@@ -159,12 +196,14 @@ def _download(package: Package, work: pathlib.Path) -> pathlib.Path:
     raise ValueError(f'{package.by} fetches {package.spec}, and there is no {program} on this '
                      'machine: install it, or do without')
   run = subprocess.run([program, *arguments(package.spec)], cwd=work, capture_output=True,
-                       text=True, timeout=DEADLINE, check=False)
+                       text=True, timeout=DEADLINE, check=False,
+                       env={**os.environ, 'TMPDIR': str(work.resolve())})
   archives = sorted(path for path in work.iterdir() if path.is_file())
   if run.returncode or len(archives) != 1:
     said = (run.stderr or run.stdout).strip().splitlines()
     raise ValueError(f'{package.by} did not give {package.spec} '
-                     f'({said[-1] if said else "it said nothing"}): check the network')
+                     f'({said[-1] if said else "it said nothing"}): check the network, and '
+                     'the room on the disk')
   return archives[0]
 
 
@@ -179,8 +218,10 @@ def _unpack(archive: pathlib.Path, package: Package, made: pathlib.Path) -> dict
         with target.open('wb') as out:
           shutil.copyfileobj(stream, out)
         files[str(target.relative_to(made))] = target.stat().st_size
-  if not files:
-    raise ValueError(f'{archive.name} holds none of {", ".join(package.keep)}')
+  missing = _missing(package, files)
+  if missing:
+    raise ValueError(f'{archive.name} holds no {", ".join(missing)}: it is another package than '
+                     'its name says')
   return files
 
 
@@ -219,7 +260,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Fetches what the flags say, and tells what is missing."""
+  """Fetches what the flags say, and tells what is missing; with status 1 where anything is."""
   del argv
   only, folder = flags.FLAGS.only, pathlib.Path(flags.FLAGS.folder)
   unknown = sorted(set(only) - set(PACKAGES))
@@ -227,10 +268,13 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'--only names {", ".join(unknown)}: known are {", ".join(PACKAGES)}')
   chosen = {name: package for name, package in PACKAGES.items()
             if not only or name in only}
-  for line in fetch(chosen, folder):
+  failed = fetch(chosen, folder)
+  for line in failed:
     print(line)
   there = [name for name, package in chosen.items() if is_there(folder / name, package)]
   print(f'{folder}: {", ".join(there) or "nothing"}')
+  if failed:
+    sys.exit(1)
 
 
 if __name__ == '__main__':

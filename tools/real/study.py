@@ -20,7 +20,7 @@ from absl import flags
 from lib.report.measuring import measure_rows
 from lib.report.rows import Row, replace_file
 from lib.runtime import cli, config_flag, timing
-from lib.studies import vision, vision_report
+from lib.studies import sentences, sentences_report, vision, vision_report
 from lib.tasks.sweep import digest
 from ops import choices
 
@@ -52,6 +52,7 @@ class Study:
 
 
 STUDIES: Mapping[str, Study] = {
+    'sentences': Study(sentences.Subject, sentences_report.report, sentences_report.draw),
     'vision': Study(vision.Subject, vision_report.report, vision_report.draw),
 }
 
@@ -72,7 +73,7 @@ def run(config: Any) -> pathlib.Path:
   made_of = digest({key: value for key, value in config.items() if key not in NOTHING})
   rows = measure_rows([{**row, 'made_of': made_of} for row in config.rows],
                       lambda row: subject().measure(row), path=out, about=timing.machine(),
-                      essential=lambda row: not row['reduce'])
+                      essential=lambda row: not (row['reduce'] or row.get('pool')))
   replace_file(out.with_suffix('.md'), study.report(rows).encode())
   study.draw(rows, out.with_suffix('.png'))
   return out.with_suffix('.md')
