@@ -69,7 +69,7 @@ def test_what_has_no_budget_is_measured_once():
 def test_kept_positions_are_compared_head_by_head():
   found = kvpress_rows.compared([[[0, 1], [2, 3]], [[0], [1, 2, 3]]],
                                 [[[1, 0], [2, 4]], [[0, 1], [1, 2, 3]]])
-  assert found == {'equal_heads': 0.5, 'equal_numbers': 0.75, 'exchanged': 1 / 8}
+  assert found == {'equal_heads': 0.5, 'equal_numbers': 0.75, 'exchanged': 1 / 8, 'layers': [0, 1]}
 
 
 def test_sides_take_turns():
@@ -173,13 +173,14 @@ def test_tables_show_both_sides():
   side = {'perplexity': 8.0, 'answers': 1}
   cost = {'added_mb': 7.0, 'cache_mb': 2.5, **time}
   head = {'press': 'knorm', 'share': 0.5, 'length': 64, 'prompts': 2, 'equal_heads': 0.975,
-          'exchanged': 0.0, 'same_answers': 2}
+          'exchanged': 0.001, 'layers': [0, 7], 'same_answers': 2}
   text = kvpress_rows.table({
       'machine': MACHINE,
       'knorm 0.5 64': {**head, 'rounds': 2, 'ours': side | cost,
                        'theirs': side | cost | {'first_median_ms': 6.0}},
       'tova 0.5 64': {**head, 'press': 'tova', 'rounds': 0, 'ours': side, 'theirs': side}})
-  assert '| knorm | 50% | 64 | 97.5% | 0.00% | 8.000 | 8.000 | 1 of 2 | 1 of 2 | 2 of 2 |' in text
+  assert '| knorm | 50% | 64 | 97.5% | 0.10% | 0 7 | 8.000 | 8.000 | 1 of 2 | 1 of 2 | 2 of 2 |\n' in (
+      text)
   assert '| knorm | 50% | 64 | 4 [3, 5] | 6 [3, 5] | 1.50 |' in text
   assert text.count('| tova ') == 1
   times = {'median_ms': 10.0, 'low_ms': 9.0, 'high_ms': 11.0}
@@ -251,4 +252,4 @@ def test_positions_are_those_of_the_other_library(tmp_path):
       [sys.executable, '-m', 'tools.peers.kvpress', f'--folder={REAL}', f'--peer={python}',
        '--presses=snapkv', '--lengths=128', '--percent=50', '--prompts=1', '--rounds=0',
        '--threads=1', f'--out={out}'], check=True)
-  assert '| snapkv | 50% | 128 | 100.0% | 0.00% |' in out.with_suffix('.md').read_text()
+  assert '| snapkv | 50% | 128 | 100.0% | 0.00% |  |' in out.with_suffix('.md').read_text()

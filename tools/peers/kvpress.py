@@ -9,6 +9,7 @@ Figures of an entry:
   equal_heads    share of the heads of all layers that keep the same positions
   equal_numbers  share of those that keep equally many
   exchanged      share of the positions kept that the other side does not keep
+  layers         those in which heads differ
   same_answers   prompts whose answers are the same word for word
 and of each side ('ours', 'theirs'):
   perplexity     of the next tokens of the article

@@ -60,7 +60,9 @@ def measure(case: Case, made: Sequence[Prompt], reader: Reader, peer: Peer, *,
   asked = {'press': case.press, 'share': case.share}
   found = [_of_prompt(case, prompt, reader, peer, decode, asked) for prompt in made]
   row: dict[str, Any] = {**asked, 'length': case.length, 'prompts': len(made), 'rounds': rounds}
-  row |= {key: float(np.mean([each['kept'][key] for each in found])) for key in found[0]['kept']}
+  row |= {key: float(np.mean([each['kept'][key] for each in found]))
+          for key in ('equal_heads', 'equal_numbers', 'exchanged')}
+  row['layers'] = sorted({layer for each in found for layer in each['kept']['layers']})
   row['same_answers'] = sum(each['same'] for each in found)
   cost = _cost(case, made[0].ids, reader, peer, rounds) if rounds else {}
   for side in SIDES:
@@ -117,14 +119,17 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, l
   return found
 
 
-def compared(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[str, float]:
+def compared(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[str, Any]:
   """Compares what two sides keep, [layer][head][position]."""
-  pairs = [(set(mine), set(other)) for one, two in zip(ours, theirs, strict=True)
-           for mine, other in zip(one, two, strict=True)]
+  layers = [[(set(mine), set(other)) for mine, other in zip(one, two, strict=True)]
+            for one, two in zip(ours, theirs, strict=True)]
+  pairs = [pair for layer in layers for pair in layer]
   return {'equal_heads': float(np.mean([mine == other for mine, other in pairs])),
           'equal_numbers': float(np.mean([len(mine) == len(other) for mine, other in pairs])),
           'exchanged': (sum(len(mine - other) for mine, other in pairs)
-                        / sum(len(mine) for mine, _ in pairs))}
+                        / sum(len(mine) for mine, _ in pairs)),
+          'layers': [number for number, layer in enumerate(layers)
+                     if any(mine != other for mine, other in layer)]}
 
 
 def floors(lm: LM, lengths: Sequence[int]) -> dict[str, Any]:
@@ -144,7 +149,8 @@ def table(entries: Mapping[str, Any]) -> str:
   floor = ', '.join(f'{ms:.0f} ms for {length} tokens'
                     for length, ms in machine['first_floor_ms'].items())
   agreement = [[row['press'], *_budget(row), f'{row["equal_heads"]:.1%}',
-                f'{row["exchanged"]:.2%}', *(f'{row[side]["perplexity"]:.3f}' for side in SIDES),
+                f'{row["exchanged"]:.2%}', ' '.join(map(str, row['layers'])),
+                *(f'{row[side]["perplexity"]:.3f}' for side in SIDES),
                 *(f'{row[side]["answers"]} of {row["prompts"]}' for side in SIDES),
                 f'{row["same_answers"]} of {row["prompts"]}'] for row in rows]
   cost = [[row['press'], *_budget(row), *_pair(row, 'first'), *_pair(row, 'token'),
@@ -155,7 +161,8 @@ def table(entries: Mapping[str, Any]) -> str:
       f'{command.versions(machine)}. '
       f'{machine["threads"]} threads each, {tables.describe_machine(machine)}.\n\n'
       + tables.markdown_lines(
-          ['press', 'kept', 'tokens', 'equal heads', 'exchanged', 'perplexity ours', 'theirs',
+          ['press', 'kept', 'tokens', 'equal heads', 'exchanged', 'in layers',
+           'perplexity ours', 'theirs',
            'keys told ours', 'theirs', 'same answer'], agreement)
       + '\nMedians [quartiles] of rounds in turns, ratios theirs / ours; a token reads '
       f'{machine["weights_mb"]:.0f} MB of weights, at {machine["read_gbytes"]:.1f} GB/s in '
