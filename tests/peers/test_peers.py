@@ -179,8 +179,8 @@ def test_tables_show_both_sides():
       'knorm 0.5 64': {**head, 'rounds': 2, 'ours': side | cost,
                        'theirs': side | cost | {'first_median_ms': 6.0}},
       'tova 0.5 64': {**head, 'press': 'tova', 'rounds': 0, 'ours': side, 'theirs': side}})
-  assert '| knorm | 50% | 64 | 97.5% | 0.10% | 0 7 | 8.000 | 8.000 | 1 of 2 | 1 of 2 | 2 of 2 |\n' in (
-      text)
+  line = '| knorm | 50% | 64 | 97.5% | 0.10% | 0 7 | 8.000 | 8.000 | 1 of 2 | 1 of 2 | 2 of 2 |'
+  assert line in text
   assert '| knorm | 50% | 64 | 4 [3, 5] | 6 [3, 5] | 1.50 |' in text
   assert text.count('| tova ') == 1
   times = {'median_ms': 10.0, 'low_ms': 9.0, 'high_ms': 11.0}
