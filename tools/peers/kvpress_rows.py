@@ -149,7 +149,7 @@ def table(entries: Mapping[str, Any]) -> str:
   floor = ', '.join(f'{ms:.0f} ms for {length} tokens'
                     for length, ms in machine['first_floor_ms'].items())
   agreement = [[row['press'], *_budget(row), f'{row["equal_heads"]:.1%}',
-                f'{row["exchanged"]:.2%}', ' '.join(map(str, row['layers'])),
+                f'{row["exchanged"]:.2%}', _few(row['layers']),
                 *(f'{row[side]["perplexity"]:.3f}' for side in SIDES),
                 *(f'{row[side]["answers"]} of {row["prompts"]}' for side in SIDES),
                 f'{row["same_answers"]} of {row["prompts"]}'] for row in rows]
@@ -173,6 +173,10 @@ def table(entries: Mapping[str, Any]) -> str:
           ['press', 'kept', 'tokens', 'first token ms ours', 'theirs', 'ratio', 'ms a token ours',
            'theirs', 'ratio', 'added MB ours', 'theirs', 'cache MB ours', 'theirs'], cost))
 
+
+
+def _few(layers: Sequence[int]) -> str:
+  return ' '.join(map(str, layers)) if len(layers) <= 5 else f'{len(layers)} of them'
 
 
 def _budget(row: Row) -> list[str]:
