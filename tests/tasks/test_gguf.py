@@ -1,10 +1,9 @@
-"""GGUF files: settings, names, quantized types, rotations, tokenizers; and caches measured on one.
+"""GGUF files: settings, names, quantized types, rotations, tokenizers.
 
 Skipped without the gguf package.
 """
 
 import io
-import json
 import re
 import zipfile
 
@@ -15,69 +14,15 @@ import pytest
 import safetensors.numpy
 import tokenizers
 from helpers import processes
-from ml_collections import ConfigDict
+from studies.gguf_files import SIZES, written
 
 import winnow
-from configs import real_language
 from lib.data import gguf_tokenizer
-from lib.studies import language as study
 from models.checkpoints import gguf as files
 from models.checkpoints import load, save
 from models.checkpoints.lm_config import from_config
-from models.plan import make_cache_plan
 
 gguf = pytest.importorskip('gguf')
-
-SIZES = {'embedding_length': 64, 'block_count': 2, 'feed_forward_length': 96,
-         'attention.head_count': 4, 'attention.head_count_kv': 2, 'context_length': 1024}
-
-
-def written(path, *, architecture='llama', changed=None, tensors=True, tokens=(), shaped=None):
-  """Writes a small model, its MLPs quantized; returns its tensors by the name in the file.
-
-  With `tokens`, a byte-level tokenizer of them without merges, the first two of them special. Of
-  `shaped`, {name: shape}, there are more tensors, or others; of None there is none.
-  """
-  writer, changed = gguf.GGUFWriter(path, architecture), changed or {}
-  settings = {f'{architecture}.{key}': value for key, value in SIZES.items()} | {
-      f'{architecture}.attention.layer_norm_rms_epsilon': 1e-5,
-      f'{architecture}.rope.freq_base': 1e5} | changed
-  for key, value in settings.items():
-    kind = gguf.GGUFValueType.get_type(value)
-    writer.add_key_value(key, value, {gguf.GGUFValueType.INT32: gguf.GGUFValueType.UINT32}.get(
-        kind, kind))
-  if tokens:
-    writer.add_tokenizer_model('gpt2')
-    writer.add_tokenizer_pre('smollm')
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m['content'] }}"
-                             '{{ eos_token }}{% endfor %}')
-    writer.add_token_list(list(tokens))
-    writer.add_token_types([3 if i < 2 else 1 for i in range(len(tokens))])
-    writer.add_token_merges(['a b'])
-  rng, wanted = np.random.default_rng(0), {}
-  shapes = {'token_embd': (max(len(tokens), 50), 64), 'output_norm': (64,), **{
-      f'blk.{layer}.{part}': shape for layer in range(2) for part, shape in {
-          'attn_norm': (64,), 'ffn_norm': (64,), 'attn_q': (64, 64), 'attn_k': (32, 64),
-          'attn_v': (32, 64), 'attn_output': (64, 64), 'ffn_gate': (96, 64), 'ffn_up': (96, 64),
-          'ffn_down': (64, 96)}.items()}} | (shaped or {})
-  for name, shape in shapes.items() if tensors else ():
-    if shape is None:
-      continue
-    array = rng.normal(size=shape).astype(np.float32)
-    kind = gguf.GGMLQuantizationType.Q8_0 if 'ffn' in name and len(shape) > 1 else None
-    if kind is None:
-      writer.add_tensor(f'{name}.weight', array)
-    else:
-      packed = gguf.quantize(array, kind)
-      writer.add_tensor(f'{name}.weight', packed, raw_dtype=kind)
-      array = gguf.dequantize(packed, kind)
-    wanted[name] = array
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  return wanted
 
 
 def test_a_file_is_read_as_the_model_that_it_holds(tmp_path):
@@ -264,21 +209,6 @@ def test_the_command_ends_with_that_line(tmp_path):
   assert [each.name for each in tmp_path.iterdir()] == ['cut.gguf']
 
 
-PREFIX, BEHIND = 40, 8
-
-
-@pytest.fixture(scope='module')
-def subject(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('quality')
-  written(folder / 'small.gguf', tokens=ALPHABET)
-  words = [f'abc def{i} ghi 42 jk' for i in range(4)]
-  (folder / 'text.txt').write_text('\n\n'.join(f'{word} ' * 12 for word in words))
-  config = ConfigDict({'weights': str(folder / 'small.gguf'), 'text': str(folder / 'text.txt'),
-                       'prefix': PREFIX, 'behind': BEHIND, 'texts': 2, 'words': 12,
-                       'pass_keys': 2, 'seed': 0})
-  return study.Subject(config)
-
-
 def test_a_file_alone_is_a_model_that_answers(tmp_path):
   path = tmp_path / 'small.gguf'
   written(path, tokens=ALPHABET)
@@ -347,45 +277,12 @@ def test_tokenizers_that_are_not_read_are_refused_in_a_line(tmp_path, change, me
 
 
 @pytest.mark.long
-def test_the_tokenizer_of_a_file_gives_its_text_back(subject):
-  ids = subject._encode('<|im_start|>ab 128é')
+def test_the_tokenizer_of_a_file_gives_its_text_back(tmp_path):
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  written(tmp_path / 'small.gguf', tokens=('<|im_start|>', '<|im_end|>', 'ab', *alphabet))
+  made = gguf_tokenizer.tokenizer(tmp_path / 'small.gguf')
+  ids = made.encode('<|im_start|>ab 128é', special=False)
   assert ids[0] == 0
-  assert subject._tokens.decode(ids) == 'ab 128é'
+  assert made.decode(ids) == 'ab 128é'
   # A special token, a merged pair, and digits one by one.
   assert len(ids) == 1 + 1 + 1 + 3 + 2
-
-
-@pytest.mark.long
-def test_whole_caches_measure_the_model_itself(subject):
-  row = subject.measure({'name': 'full', 'ranking': 'own', 'reduce': {}})
-  assert row['memory'] == 1
-  ids = jnp.concatenate([jnp.asarray(_ids(subject)), subject.behind], axis=1)
-  logits, _ = subject.lm.apply(subject.weights, ids)
-  likelihood = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:, PREFIX:-1])),
-                                  np.asarray(ids[:, PREFIX + 1:, None]), axis=2)
-  assert row['perplexity'] == pytest.approx(np.exp(-likelihood.mean()), rel=1e-3)
-
-
-def _ids(subject):
-  text = [f'{word} ' * 12 for word in ('abc def0 ghi 42 jk', 'abc def1 ghi 42 jk')]
-  return [subject._encode(each)[:PREFIX] for each in text]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('row', [
-    {'ranking': 'chance', 'reduce': {'method': 'knorm', 'keep_ratio': 0.5}},
-    {'ranking': 'own', 'reduce': {'method': 'adakv', 'keep_ratio': 0.5, 'args': {
-        'inner': {'method': 'tova'}}}}], ids=lambda row: row['reduce']['method'])
-def test_reduced_caches_are_as_small_as_the_row_says(subject, row):
-  measured = subject.measure({'name': 'x', **row})
-  assert 0.5 <= measured['memory'] <= 0.55
-  assert np.isfinite(measured['perplexity'])
-  assert measured['recall'].endswith('of 2')
-
-
-@pytest.mark.long
-def test_every_row_of_the_config_is_a_plan_and_no_two_are_one(subject):
-  rows = real_language.get_config().rows
-  for row in rows[1:]:
-    assert make_cache_plan(row['reduce'], subject.lm.host(1000)).events
-  assert len({json.dumps(row, sort_keys=True) for row in rows}) == len(rows)

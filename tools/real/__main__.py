@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from configs import real_sentences, real_vision
+from configs import real_language, real_sentences, real_vision
 from lib.runtime import cli
 from tools.real import fetch, study, vit
 
-CONFIGS = {'sentences': real_sentences, 'vision': real_vision}
+CONFIGS = {'language': real_language, 'sentences': real_sentences, 'vision': real_vision}
 ONNX, TOWER = 'vit/vit_s_focus.onnx', 'vit/model.safetensors'
 
 

@@ -20,7 +20,14 @@ from absl import flags
 from lib.report.measuring import measure_rows
 from lib.report.rows import Row, replace_file
 from lib.runtime import cli, config_flag, timing
-from lib.studies import sentences, sentences_report, vision, vision_report
+from lib.studies import (
+  language,
+  language_report,
+  sentences,
+  sentences_report,
+  vision,
+  vision_report,
+)
 from lib.tasks.sweep import digest
 from ops import choices
 
@@ -52,6 +59,7 @@ class Study:
 
 
 STUDIES: Mapping[str, Study] = {
+    'language': Study(language.Subject, language_report.report, language_report.draw),
     'sentences': Study(sentences.Subject, sentences_report.report, sentences_report.draw),
     'vision': Study(vision.Subject, vision_report.report, vision_report.draw),
 }
