@@ -114,12 +114,6 @@ def test_a_reader_goes_on_from_what_it_kept():
   assert memory['peak'] >= memory['before'] > 0
 
 
-def test_markup_is_no_text():
-  prose = 'word ' * 20 + '.'
-  assert prompts.plain(f"{{{{Box|{{{{in}}}}}}}}\n'''A''' [[b|c]] {prose}<ref>no</ref>\n* {prose}\n"
-                       ) == f'A c {prose}'
-
-
 def test_prompts_are_of_one_length_and_hold_their_key():
   texts = ['x' * 30, 'abc ' * 100, 'defg ' * 100]
   encode = functools.partial(map, ord)
@@ -236,8 +230,6 @@ def test_what_is_missing_is_told(tmp_path):
     environment.python_of('tome', '/no/python', tmp_path)
   with pytest.raises(ValueError, match='threads=999'):
     environment.use_cores(999)
-  with pytest.raises(ValueError, match=r'no articles.*fetch'):
-    prompts.articles(tmp_path)
   with flagsaver.as_parsed(folder=str(tmp_path)), pytest.raises(ValueError, match=r'no \*\.gguf'):
     command.needed('smollm2', '*.gguf')
 

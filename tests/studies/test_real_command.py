@@ -58,6 +58,15 @@ def test_a_second_run_measures_nothing(run, tmp_path, capsys):
   assert len(read_jsonl(table.with_suffix('.jsonl'))) == 2
 
 
+def test_what_is_there_is_reported_at_any_time(run, tmp_path):
+  run('good')
+  config = command.CONFIGS['good'].get_config('0')
+  config.out = str(tmp_path / 'out' / 'good.jsonl')
+  config.rows = (*config.rows, {'name': 'later', 'reduce': {'c': 2}})
+  assert study.report(config).read_text() == '2 rows\n'
+  assert Subject.measured == 2
+
+
 def test_one_study_that_cannot_run_stops_no_other(run, tmp_path):
   with pytest.raises(ValueError, match='broken: there is no tower'):
     run('broken', 'good')

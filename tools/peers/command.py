@@ -13,11 +13,14 @@ from lib.report.rows import replace_file
 from lib.runtime import timing
 from tools.peers.environment import Peer, python_of, use_cores
 
-FOLDER = flags.DEFINE_string('folder', 'real', 'What `python -m tools.real.fetch` filled.')
+# May override: a process of tests imports several commands.
+FOLDER = flags.DEFINE_string('folder', 'real', 'What `python -m tools.real.fetch` filled.',
+                             allow_override=True)
 PEER = flags.DEFINE_string('peer', '', 'Python of an environment with the other library; without '
                            'it one is made in the folder.')
-OUT = flags.DEFINE_string('out', '', 'File of the figures; results/peers_<name>.json if not given.')
-ROUNDS = flags.DEFINE_integer('rounds', 8, 'Timed rounds.', lower_bound=0)
+OUT = flags.DEFINE_string('out', '', 'File of the figures; results/peers_<name>.json if not given.',
+                          allow_override=True)
+ROUNDS = flags.DEFINE_integer('rounds', 8, 'Timed rounds.', lower_bound=0, allow_override=True)
 THREADS = flags.DEFINE_integer('threads', 2, 'Cores of either side.', lower_bound=1)
 
 

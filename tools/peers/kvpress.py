@@ -36,6 +36,7 @@ from absl import flags
 from tqdm import tqdm
 
 from lib.data import gguf_tokenizer
+from lib.data.real.articles import articles
 from lib.report.rows import update_json
 from lib.runtime import cli
 from models import checkpoints
@@ -44,7 +45,7 @@ from models.checkpoints.lm_config import from_config
 from ops import choices
 from tools.peers import command
 from tools.peers.kvpress_rows import DECODED, Case, floors, measure, table
-from tools.peers.prompts import articles, prompts
+from tools.peers.prompts import prompts
 from tools.peers.reading import Reader
 
 SNAPKV = {'method': 'snapkv', 'args': {'window': 32}}
@@ -103,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   lengths, out = list(map(int, LENGTHS.value)), command.out('kvpress')
   every = cases(ONLY.value, [int(each) / 100 for each in PERCENT.value], lengths)
-  path, read = command.needed('smollm2', f'*{gguf.SUFFIX}'), articles(command.folder())
+  path, read = command.needed('smollm2', f'*{gguf.SUFFIX}'), articles(command.folder() / 'articles')
   done = json.loads(out.read_text()) if out.exists() else {}
   missing = [case for case in every
              if done.get(case.name, {}).get('rounds', -1) < min(command.ROUNDS.value, 1)]

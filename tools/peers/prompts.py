@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import bz2
 import dataclasses
-import html
-import pathlib
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,10 +10,6 @@ import numpy as np
 QUESTION = ('\n\nWhat is the pass key? Answer with the number alone.<|im_end|>\n'
             '<|im_start|>assistant\nThe pass key is ')
 DIGITS = 5
-# What is not read as text, from the inside out.
-_MARKUP = (r'<!--.*?-->', r'<ref[^>]*/>', r'<ref.*?</ref>', r'<[^>]*>', r'\{\{[^{}]*\}\}',
-           r'\{\|.*?\|\}', r"'''?", r'\[https?:[^\] ]* ?', r'\[\[(?:File|Image):[^\[\]]*\]\]')
-_LINK = r'\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,30 +20,6 @@ class Prompt:
   behind: list[int]
   question: list[int]
   key: str
-
-
-def articles(folder: pathlib.Path) -> list[str]:
-  """Reads the articles' first paragraphs, without markup; short ones are left out.
-
-  Raises:
-    ValueError: they are not there.
-  """
-  found = sorted((folder / 'articles').glob('*.bz2'))
-  if not found:
-    raise ValueError(f'there are no articles in {folder / "articles"}: '
-                     '`python -m tools.real.fetch` fetches them')
-  pages = re.findall(r'<text[^>]*>(.*?)</text>', bz2.decompress(found[0].read_bytes()).decode(),
-                     re.DOTALL)
-  return [text for page in pages if len(text := plain(html.unescape(page[:60000]))) > 8000]
-
-
-def plain(text: str) -> str:
-  """Takes the markup off a text."""
-  for pattern in (*_MARKUP[:4], *_MARKUP[4:5] * 4, *_MARKUP[5:]):
-    text = re.sub(pattern, '', text, flags=re.DOTALL)
-  text = re.sub(_LINK, r'\1', text)
-  lines = [line.strip() for line in text.splitlines()]
-  return '\n'.join(line for line in lines if len(line) > 60 and line[0] not in '|!*#:=[{')
 
 
 def prompts(texts: Sequence[str], encode: Callable[[str], list[int]], *, length: int, behind: int,

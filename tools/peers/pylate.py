@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from lib.data.real.articles import articles
 from lib.data.tokenizers import HubTokenizer
 from lib.report import tables
 from lib.runtime import cli, timing
@@ -35,7 +36,6 @@ from models.checkpoints import files
 from models.checkpoints.bert_config import from_config
 from tools.peers import command
 from tools.peers.groups import same_groups, shared_pairs
-from tools.peers.prompts import articles
 
 LENGTH, QUERY, BATCH = 128, 48, 16
 LINKAGES = ('average', 'complete', 'single')
@@ -83,7 +83,7 @@ def encoded(count: int) -> tuple[list[np.ndarray], np.ndarray]:
   bert = from_config(files.config(home))
   params = {'params': checkpoints.load(bert, home)}
   read = HubTokenizer.of(home)
-  queries, documents = pairs(articles(command.folder()),
+  queries, documents = pairs(articles(command.folder() / 'articles'),
                              functools.partial(read.encode, special=True), count)
   run = jax.jit(lambda ids, valid: bert.apply(params, ids, valid)[1]['tokens'].x)
 

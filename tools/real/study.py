@@ -2,6 +2,7 @@
 
   python -m tools.real.study --config=configs/real_vision.py
   python -m tools.real.study --config=configs/real_vision.py:quick
+  python -m tools.real.study --config=configs/real_vision.py --nomeasure
 
 Rows that `config.out` holds are not measured again, unless what they were measured on changes.
 Beside it lie tables, .md, and a plot, .png. A name in `STUDIES` is `config.study`.
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 from absl import flags
 
-from lib.report.measuring import measure_rows
+from lib.report.measuring import identity, measure_rows, newest
 from lib.report.rows import Row, replace_file
 from lib.runtime import cli, config_flag, timing
 from lib.studies import (
@@ -75,19 +76,38 @@ def run(config: Any) -> pathlib.Path:
     ValueError: an unknown study, weights or data that are not there, or no row that was measured.
   """
   choices.check('study ', config.study, STUDIES)
-  study, out = STUDIES[config.study], pathlib.Path(config.out)
   # Read when the first row is measured: where all are there nothing is.
-  subject = functools.cache(lambda: study.read(config))
+  subject = functools.cache(lambda: STUDIES[config.study].read(config))
+  return _written(config, measure_rows(
+      heads(config), lambda row: subject().measure(row), path=config.out, about=timing.machine(),
+      essential=lambda row: row['name'] == 'full'))
+
+
+def report(config: Any) -> pathlib.Path:
+  """Writes tables and plot of the rows that a config's file has so far, as `run`."""
+  choices.check('study ', config.study, STUDIES)
+  wanted = heads(config)
+  stored = newest(config.out, tuple(wanted[0]))
+  return _written(config, [stored[own] for head in wanted
+                           if (own := identity(head, tuple(head))) in stored])
+
+
+def heads(config: Any) -> list[Row]:
+  """Returns the rows of a config, each with a digest of what it is measured on."""
   made_of = digest({key: value for key, value in config.items() if key not in NOTHING})
-  rows = measure_rows([{**row, 'made_of': made_of} for row in config.rows],
-                      lambda row: subject().measure(row), path=out, about=timing.machine(),
-                      essential=lambda row: not (row['reduce'] or row.get('pool')))
-  replace_file(out.with_suffix('.md'), study.report(rows).encode())
-  study.draw(rows, out.with_suffix('.png'))
-  return out.with_suffix('.md')
+  return [{**row, 'made_of': made_of} for row in config.rows]
+
+
+def _written(config: Any, rows: Sequence[Row]) -> pathlib.Path:
+  study, tables = STUDIES[config.study], pathlib.Path(config.out).with_suffix('.md')
+  replace_file(tables, study.report(rows).encode())
+  study.draw(rows, tables.with_suffix('.png'))
+  return tables
 
 
 if __name__ == '__main__':
   given = config_flag.define('What to measure, as configs/real_vision.py.')
+  measure = flags.DEFINE_bool('measure', True, 'Whether to measure what is missing, or to report '
+                              'what is there.')
   flags.mark_flags_as_required(['config'])
-  cli.run(lambda argv: print(run(given.value).read_text()))
+  cli.run(lambda argv: print((run if measure.value else report)(given.value).read_text()))
