@@ -268,7 +268,7 @@ def of_run(trained: TrainedModel) -> Assistant:
   side = info.image_shape[0]
   steps = Preprocess((side, side), Image.Resampling.BICUBIC.value, None, 1 / 255,
                      tuple(config.data.mean), tuple(config.data.std))
-  return make(without_plans(model), look=Square(steps, model.tower.grid[0]))
+  return make(without_plans(model), look=Square(steps, model.tower.grid[0] // model.side))
 
 
 def build(config: Mapping[str, Any], **settings: Any) -> LM | VLM:

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models import sharded_attention
-from ops import attention, products
+from ops import attention
+from ops.primitives import products
 from ops.primitives.sparse_attention import Pattern
 from ops.signals import MAP_SIGNALS, Signals, measure, measure_map, projected_norms
 from ops.tokens import TokenSet, key_bias

@@ -132,7 +132,7 @@ def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
   for name in frozen:
     if not any(_within(path, [name]) for path in apart):
       raise ValueError(f'optimizer.frozen names {name!r}, and the model has no such group of '
-                       f'parameters: name some of {", ".join(params)}')
+                       f'parameters: name some of {", ".join(sorted(params))}')
   return nest({path: leaf for path, leaf in flat.items() if path not in apart}), nest(apart)
 
 

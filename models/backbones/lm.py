@@ -78,10 +78,11 @@ from models.reduction import (
   start_upkeep,
 )
 from models.stack import REMAT, Outputs, Stack, Tap
-from ops import attention, choices, products, unmerge
+from ops import attention, choices, unmerge
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache, KVAnswer, LayerCache, with_upkeep
+from ops.primitives import products
 from ops.primitives.queries import text_after_images
 from ops.rope import V2PE_STEPS, Rope, sequence_index, v2pe_steps
 from ops.signals import Signals, measure

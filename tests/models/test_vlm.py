@@ -528,6 +528,7 @@ def test_an_unknown_name_lists_what_there_is():
     make_vlm('llava_1.5_7b')
 
 
+@pytest.mark.long
 def test_neighbouring_patches_become_one_token():
   """Those of a tower that merges or drops some go back to their places first."""
   vlm, _ = llava()
@@ -539,7 +540,8 @@ def test_neighbouring_patches_become_one_token():
   assert params['projector']['norm']['scale'].shape == (features,)
 
   def run(vlm):
-    return vlm.apply({'params': params}, images, method='encode_images')
+    return jax.jit(lambda params: vlm.apply({'params': params}, images, method='encode_images'))(
+        params)
 
   visual, _, aux = run(vlm)
   assert visual.x.shape == (3, 2, 4, 16)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import products
+from ops.primitives import products
 
 
 @pytest.mark.skipif(jax.default_backend() != 'cpu', reason='other devices keep their own product')

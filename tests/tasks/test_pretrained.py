@@ -154,7 +154,7 @@ def test_a_warm_start_draws_tokens_to_their_word(parts, tmp_path):
 
 
 @pytest.mark.parametrize(('frozen', 'message'), [
-    (('towr',), r"optimizer\.frozen names 'towr'.*name some of lm, tower, projector"),
+    (('towr',), r"optimizer\.frozen names 'towr'.*name some of lm, projector, tower"),
     (('projector',), r'no pretrained file gives, such as projector/'),
 ])
 def test_a_wrong_group_ends_in_one_line(parts, tmp_path, frozen, message):

@@ -122,11 +122,12 @@ def test_scores_count_whole_answers_by_kind(case):
                    'accuracy_c': 0}
 
 
+@pytest.mark.long
 def test_logits_of_the_answers_alone_tell_the_same(case):
   *_, info, model, params, run = case
   batch = batch_of(info, 14)
   whole = run(params, batch)
-  alone = qa_task.apply(model, params, batch, places=3)
+  alone = jax.jit(functools.partial(qa_task.apply, model, places=3))(params, batch)
   assert alone[0].shape[:2] == (ROWS, 3)
   losses = [qa_task.losses(*each, batch) for each in (whole, alone)]
   np.testing.assert_allclose(losses[1]['loss'], losses[0]['loss'], rtol=1e-5)

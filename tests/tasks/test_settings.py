@@ -42,8 +42,9 @@ UNBOUNDED = {'data.mean[]', 'model.layer_scale', 'mesh.data', 'mesh.fsdp', 'mesh
 TEXTS = {
     'start', 'task.name', 'data.name', 'data.data_dir', 'data.train_split', 'data.test_split',
     'data.kinds[]', 'model.variant', 'model.weights', 'model.fresh[]', 'model.unused[]',
-    'model.implementation', 'optimizer.distill.teacher', 'sweep.title', 'sweep.baselines[]',
-    'sweep.sets[][]', 'study.title', 'study.results', 'study.baselines[]', 'study.budgets[].budget',
+    'optimizer.frozen[]', 'model.implementation', 'optimizer.distill.teacher', 'sweep.title',
+    'sweep.baselines[]', 'sweep.sets[][]', 'study.title', 'study.results', 'study.baselines[]',
+    'study.budgets[].budget',
     'study.lower[].budget', 'study.resolutions[][]', 'study.tuned', 'study.recipes[].name',
     'study.recipes[].budget', 'expected.source', 'expected.convention', 'expected.mismatch',
     'needs', 'sweep.candidates[].name'}
@@ -188,7 +189,7 @@ def test_values_that_cannot_be(path, value, message):
     ('model.lm.context', True, 'config.model.lm.context=True must be a whole number'),
     ('model.lm.vocabulary', 3, "config.model.lm has no key 'vocabulary'"),
     ('model.lm.width', None, 'config.model.lm lacks width'),
-    ('model.tower', 'S/16', "config.model.tower='S/16' must be a dict of keys"),
+    ('model.tower', 16, 'config.model.tower=16 must be a dict of keys'),
     ('model.projection', 'relu', 'config.model.projection='),
     ('data.context', 0, 'from 1 to 16777216 tokens'), ('data.pad_side', 'up', 'left, right'),
     ('optimizer.patch_weight', -1, 'config.optimizer.patch_weight=-1 must be at least 0'),
