@@ -38,7 +38,7 @@ from lib.runtime import (
     sharding,
 )
 from lib.runtime.meter import Meter
-from lib.tasks import anneal, registry
+from lib.tasks import anneal, pretrained, registry
 from lib.tasks.base import Task, sum_counts
 from lib.tasks.settings import TRAINING, check_config, check_sources
 from models import checkpoints as weights
@@ -50,7 +50,10 @@ CHANGE = flags.DEFINE_list(
 
 @struct.dataclass
 class TrainState:
-  """Holds all that training changes; a checkpoint adds only the data iterator."""
+  """Holds all that training changes; a checkpoint adds only the data iterator.
+
+  Parameters that are frozen (lib/tasks/pretrained.py) are none of it.
+  """
 
   step: jax.Array
   params: dict
@@ -67,9 +70,10 @@ class Setup:
     optimizer: of optax.
     init: key -> TrainState.
     shardings: of a TrainState's arrays on the mesh.
-    train_steps: first step of each phase -> (TrainState, batch, key, teacher) -> (TrainState,
-      scalars), compiled when first called.
-    count_batch: (parameters, batch) -> what the batch adds to the scores, compiled likewise.
+    train_steps: first step of each phase -> (TrainState, batch, key, teacher, frozen parameters) ->
+      (TrainState, scalars), compiled when first called.
+    count_batch: (parameters, batch, frozen parameters) -> what the batch adds to the scores,
+      compiled likewise.
   """
 
   task: Task
@@ -104,8 +108,10 @@ def make_setup(config, mesh):
       optax.clip_by_global_norm(config.optimizer.clip_norm),
       optax.adamw(schedule, weight_decay=config.optimizer.weight_decay, mask=decayed))
 
+  frozen = pretrained.names(config)
+
   def init(key):
-    params = task.init(key)
+    params, _ = pretrained.split(task.init(key), frozen)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
 
   shapes = jax.eval_shape(init, jax.random.key(0))
@@ -116,10 +122,14 @@ def make_setup(config, mesh):
       phase.start_step: jax.jit(
           functools.partial(update, task.loss(phase.model), optimizer, config.optimizer,
                             schedule),
-          in_shardings=(shardings, rows, whole, None), out_shardings=(shardings, whole),
+          in_shardings=(shardings, rows, whole, None, None), out_shardings=(shardings, whole),
           donate_argnums=0)
       for phase in task.phases}
-  count_batch = jax.jit(task.count, in_shardings=(shardings.ema, rows), out_shardings=whole)
+
+  def count(params, batch, fixed):
+    return task.count(pretrained.join(params, fixed), batch)
+
+  count_batch = jax.jit(count, in_shardings=(shardings.ema, rows, None), out_shardings=whole)
   return Setup(task, optimizer, init, shardings, train_steps, count_batch)
 
 
@@ -154,6 +164,9 @@ def train(config, workdir, *, first, on_purpose):
   iterator = task.train_iterator(
       config.data, seed=config.seed, process_index=jax.process_index(),
       process_count=jax.process_count())
+
+  # What is frozen comes from its files, also where a run goes on.
+  frozen = pretrained.read_frozen(task.init, task.pretrained, config, mesh)
 
   # State: shapes first, then placed where it will live.
   key = jax.random.key(config.seed)
@@ -198,11 +211,11 @@ def train(config, workdir, *, first, on_purpose):
     if first:
       print(f'nothing left to train: the run is at step {start}, and total_steps is '
             f'{config.total_steps}', flush=True)
-    scores = evaluate(setup, state.ema, config.data, mesh)
+    scores = evaluate(setup, state.ema, frozen, config.data, mesh)
   for step in range(start + 1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)
     phase = anneal.at(task.phases, step - 1).start_step
-    state, measured = setup.train_steps[phase](state, batch, key, teacher)
+    state, measured = setup.train_steps[phase](state, batch, key, teacher, frozen)
     writer.advance(step)
     stopping = stop.should_stop(step)
     last = step == config.total_steps or stopping
@@ -214,7 +227,7 @@ def train(config, workdir, *, first, on_purpose):
     scored = (step % config.eval_steps == 0 or last) and not stopping
     if scored:
       with meter.paused():
-        scores = evaluate(setup, state.ema, config.data, mesh)
+        scores = evaluate(setup, state.ema, frozen, config.data, mesh)
       writer.write(step, scores)
     if step % config.checkpoint_steps == 0 or last:
       with meter.paused():
@@ -247,7 +260,7 @@ def fresh_state(config, setup, template, key):
   if config.get('start'):
     begun = parameters_of('start', config.start, template.ema, setup.task.score)
   else:
-    loaded = setup.task.pretrained()
+    loaded = pretrained.trained_part(setup.task.pretrained(), config)
   state = jax.jit(setup.init, out_shardings=setup.shardings)(key)
   # Two copies in both cases: the parameters are donated in every step.
   if begun:
@@ -258,19 +271,22 @@ def fresh_state(config, setup, template, key):
   return state
 
 
-def update(loss, optimizer, settings, schedule, state, batch, key, teacher):
+def update(loss, optimizer, settings, schedule, state, batch, key, teacher, frozen=None):
   """Takes one step: TrainState, batch -> TrainState, scalars.
 
   Args:
     loss: (parameters, batch, key, teacher) -> (what to lower, {name: scalar}).
     optimizer, schedule: of optax.
     settings: `config.optimizer`.
-    state, batch, key, teacher: arrays; teacher may be None.
+    state, batch, key, teacher, frozen: arrays; the last two may be None.
   """
   key, rows = jax.random.fold_in(key, state.step), len(jax.tree.leaves(batch)[0])
 
+  def trained_loss(params, *rest):
+    return loss(pretrained.join(params, frozen), *rest)
+
   def gradient(part, row):
-    return jax.grad(loss, has_aux=True)(
+    return jax.grad(trained_loss, has_aux=True)(
         state.params, part, jax.random.fold_in(key, row[0]), teacher)
 
   if settings.accumulate > 1:
@@ -285,12 +301,12 @@ def update(loss, optimizer, settings, schedule, state, batch, key, teacher):
   return TrainState(state.step + 1, params, opt_state, ema), scalars
 
 
-def evaluate(setup, params, config, mesh):
+def evaluate(setup, params, frozen, config, mesh):
   """The scores on the test split."""
   batches = setup.task.eval_batches(config, process_index=jax.process_index(),
                                     process_count=jax.process_count())
   return setup.task.scores(sum_counts(
-      [setup.count_batch(params, sharding.put(batch, mesh)) for batch in batches]))
+      [setup.count_batch(params, sharding.put(batch, mesh), frozen) for batch in batches]))
 
 
 def parameters_of(key, workdir, template, score):

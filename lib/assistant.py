@@ -194,7 +194,8 @@ class Assistant:
                        'vision-language model')
     prepared = [[each if isinstance(each, Picture) else self.look(each) for each in row]
                 for row in rows]
-    return batch_pictures(prepared, patches=passed_on(self.model.tower)[0], **fixed)
+    patches, _ = passed_on(self.model.tower, self.model.side)
+    return batch_pictures(prepared, patches=patches, **fixed)
 
   def with_grid_for(self, images: Sequence[Image.Image]) -> Assistant:
     """Returns the same with a grid that these images fit into; itself where none is needed."""
@@ -248,9 +249,18 @@ def of_run(trained: TrainedModel) -> Assistant:
   reduce = {component: settings for component, component_config in config.reduce.items()
             if (settings := reduction_settings(component_config))}
   silent = tuple(each for each in (info.pad, info.end, info.image) if each is not None)
-  tokens = WordTokenizer(info.words, silent) if info.words else HubTokenizer(info.tokenizer)
+  tokens: Tokenizer
+  if info.words:
+    tokens = WordTokenizer(info.words, silent)
+  elif info.tokenizer:
+    tokens = HubTokenizer(info.tokenizer)
+  else:  # That of the pretrained language model.
+    path = pathlib.Path(config.model.lm)
+    tokens = (gguf_tokenizer.tokenizer(path) if path.suffix == gguf.SUFFIX else
+              HubTokenizer.of(path))
   params = to_storage(trained.params, 'unstacked')
-  make = functools.partial(Assistant, params=params, tokens=tokens, ends=(info.end,),
+  chat = Chat(info.chat, {}, 'the run') if info.chat else None
+  make = functools.partial(Assistant, params=params, tokens=tokens, ends=(info.end,), chat=chat,
                            reduce=reduce, data=config.data)
   if isinstance(model, LM):
     return make(without_plans(model))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models import sharded_attention
-from ops import attention
+from ops import attention, products
 from ops.primitives.sparse_attention import Pattern
 from ops.signals import MAP_SIGNALS, Signals, measure, measure_map, projected_norms
 from ops.tokens import TokenSet, key_bias
@@ -50,7 +50,10 @@ class Heads(nn.Module):
                         shape)
     bias = self.param('bias', nn.initializers.zeros, shape[1:])
     kernel, bias = (jnp.asarray(w[..., first:last, :, :], self.dtype) for w in (kernel, bias))
-    out = jnp.einsum('bnd,dkhe->bnkhe', x.astype(self.dtype), kernel) + bias[None, None]
+    x = x.astype(self.dtype)
+    multiply = products.dot_general(self.dtype)
+    out = (multiply(x, kernel, (((2,), (0,)), ((), ()))) if multiply else
+           jnp.einsum('bnd,dkhe->bnkhe', x, kernel)) + bias[None, None]
     return tuple(out[:, :, i] for i in range(last - first))
 
 
@@ -67,10 +70,12 @@ def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
 
 
 def dense(features: int | tuple[int, ...], dtype: DTypeLike, *, axis: int | tuple[int, ...] = -1,
-          name: str | None = None) -> nn.DenseGeneral:
-  """A product as the blocks have it."""
+          name: str | None = None, spread: float | None = None) -> nn.DenseGeneral:
+  """A product as the blocks have it; its kernel may begin with another spread than theirs."""
   return nn.DenseGeneral(features, axis=axis, dtype=dtype, name=name,
-                         kernel_init=nn.initializers.xavier_uniform())
+                         kernel_init=(nn.initializers.normal(spread) if spread else
+                                      nn.initializers.xavier_uniform()),
+                         dot_general=products.dot_general(dtype))
 
 
 def hidden_features(mlp: int, activation: str) -> int | tuple[int, int]:

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models.blocks import ACTIVATIONS, dense
+from models.blocks import ACTIVATIONS, dense, layer_norm
 from models.plans.events import Plan
 from models.plans.row_budgets import row_budgets
 from models.reduction import Place, Reduced, ReducerParameters, reduce
 from ops import assignments
 from ops import tokens as tk
+from ops.assignments import take
 from ops.reducers.base import Reducer
 from ops.reducers.method import WatchingMethod
 from ops.signals import Signals
@@ -37,6 +38,7 @@ PER_TOKEN = ('keys', 'values', 'cls_attention', 'received_attention')
 FROM_TOWER = (*PER_TOKEN, 'queries')
 # They travel as stats of the visual tokens, under these names.
 _PREFIX = 'tower_'
+NORM_EPS = 1e-5
 ACROSS = ('image', 'prompt')
 ORDERS = ('raster', 'method')
 
@@ -48,17 +50,23 @@ class Projector(nn.Module):
     width: D.
     activation: a name in `ACTIVATIONS`.
     dtype: of the products.
+    norm: whether features are normed first (InternVL 1.5, arXiv:2404.16821, as released).
   """
 
   width: int
   activation: str
   dtype: DTypeLike
+  norm: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Projects features: float[..., W] -> float[..., D]."""
+    if self.norm:
+      x = layer_norm(NORM_EPS, name='norm')(x)
     x = dense(self.width, self.dtype, name='fc1')(x)
-    return dense(self.width, self.dtype, name='fc2')(ACTIVATIONS[self.activation](x))
+    # Longer than a language model's embeddings, tokens would pass through it almost unchanged.
+    spread = 0.01 if self.norm else None
+    return dense(self.width, self.dtype, name='fc2', spread=spread)(ACTIVATIONS[self.activation](x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +272,35 @@ def without_special(tokens: TokenSet, special: int) -> TokenSet:
                            (len(tokens.x), tokens.slots - special))
   patches = tk.reduce(tokens, assignments.Gather(index, tokens.slots))
   return patches.replace(owner=patches.owner[:, special:], protected=0)
+
+
+def neighbours_as_one(tokens: TokenSet, grid: tuple[int, int], side: int) -> TokenSet:
+  """Makes one token of every `side` x `side` patches, their features one after another.
+
+  InternVL 1.5 (Chen et al., 2024), arXiv:2404.16821, Sec. 3.2. A patch that was merged has the
+  features of its group, and one that was dropped has zeros.
+
+  Args:
+    tokens: x float[B, n, W] of patches in raster order, with stats.
+    grid: (rows, columns) of the patches.
+    side: divides both.
+
+  Returns:
+    x float[B, V, side * side * W], V = rows * columns / side^2; of each stat the mean.
+  """
+  rows, columns = (length // side for length in grid)
+  owner = tokens.owner
+
+  def grouped(values: Array) -> Array:
+    there = (owner >= 0).reshape(*owner.shape, *(1,) * (values.ndim - 2))
+    whole = jnp.where(there, take(values, jnp.maximum(owner, 0)), 0)
+    cells = whole.reshape(-1, rows, side, columns, side, *values.shape[2:])
+    return jnp.swapaxes(cells, 2, 3).reshape(
+        len(owner), rows * columns, side * side, *values.shape[2:])
+
+  x = grouped(tokens.x).reshape(len(owner), rows * columns, -1)
+  return TokenSet.create(x, stats={name: grouped(value).mean(axis=2)
+                                   for name, value in tokens.stats.items()})
 
 
 def _swap_attention(name: str, value: Array) -> Array:

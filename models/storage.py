@@ -36,7 +36,8 @@ def to_storage(params: Any, storage: str) -> Any:
   """Returns a model's parameters with the blocks of each of its stacks in a storage.
 
   Args:
-    params: of one model or several, such as a tower and a language model, the blocks stacked.
+    params: of one model or several, such as a tower and a language model, the blocks stacked, or
+      those of some a tuple already.
     storage: 'stacked', which changes nothing, or 'unstacked', a tuple of layers, over which
       decoding copies no weights.
 
@@ -49,6 +50,8 @@ def to_storage(params: Any, storage: str) -> Any:
   if 'stack' not in params:
     return {name: to_storage(part, storage) for name, part in params.items()}
   blocks = params['stack']['blocks']
+  if isinstance(blocks, tuple):
+    return params
   depth = jax.tree.leaves(blocks)[0].shape[0]
   blocks = jax.jit(unstack, static_argnums=1)(blocks, depth)
   return {**params, 'stack': {**params['stack'], 'blocks': blocks}}

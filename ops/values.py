@@ -42,11 +42,13 @@ class Keys:
     kinds: type by key.
     needed: keys that must be there.
     several: whether a list of such dicts will do as well.
+    by_path: whether the path of a file that says it all will do as well.
   """
 
   kinds: Mapping[str, Any]
   needed: frozenset[str] = frozenset()
   several: bool = False
+  by_path: bool = False
 
   def without(self, *keys: str) -> Keys:
     """Returns the table without some of its keys."""
@@ -210,6 +212,8 @@ def check(name: str, value: Any, kind: Any) -> None:
       check(f'a key of {name}', key, args[0])
       check(f'{name}.{key}', each, args[1])
   elif isinstance(kind, Keys) or typing.is_typeddict(kind):
+    if keys_of(kind).by_path and isinstance(value, str):
+      return _check_text(name, value)
     many = keys_of(kind).several and isinstance(value, list | tuple)
     for each in value if many else (value,):
       _check_mapping(name, each)

@@ -3,7 +3,8 @@
   python -m tools.pack --config=configs/digit_scenes.py --workdir=runs/scenes \\
       --out=results/digit_scenes
 
-What it writes serves as a --workdir of eval.py, and as `config.start` of train.py.
+What it writes serves as a --workdir of eval.py, and as `config.start` of train.py. Parameters that
+were frozen are not in it: loading it reads them from the files that its config names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from absl import flags
 
 from lib.data import qa as qa_data
 from lib.runtime import checkpoint, checksums, cli, launch, sharding
-from lib.tasks import registry, trained
+from lib.tasks import pretrained, registry, trained
 from lib.tasks.settings import EVALUATION, check_config
 
 OUT = flags.DEFINE_string('out', None, 'The folder to write.')
@@ -31,7 +32,8 @@ def main(argv: Sequence[str]) -> None:
   check_config(config, *EVALUATION, 'optimizer')
   mesh = sharding.make_mesh(config.mesh)
   task = registry.make_task(config, mesh)
-  abstract = jax.eval_shape(task.init, jax.random.key(0))
+  abstract, _ = pretrained.split(jax.eval_shape(task.init, jax.random.key(0)),
+                                 pretrained.names(config))
   template = sharding.shapes(abstract, sharding.make_shardings(abstract, config.sharding, mesh))
   best = checkpoint.best(workdir, template, metric=task.score)
   if best is None:

@@ -276,7 +276,7 @@ def tuned(setup: Any, entry: Entry, params: Params, seed: int, mesh: Mesh) -> Pa
   teacher = params if entry.taught else None
   for step in range(1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)
-    state, scalars = setup.train_step(step - 1)(state, batch, key, teacher)
+    state, scalars = setup.train_step(step - 1)(state, batch, key, teacher, {})
   iterator.close()
   train.check_finite({name: float(value) for name, value in scalars.items()},
                      config.total_steps, config, pathlib.Path())

@@ -53,14 +53,17 @@ class VLMCost:
     if not self.vlm.projection:
       return 0
     width, times = self.vlm.lm.width, 1 + len(self.vlm.deepstack)
-    return times * self.crops * self.passed * (self.vlm.tower.width + width) * width
+    joined = self.vlm.side ** 2 * self.vlm.tower.width
+    return times * self.crops * self.passed * (joined + width) * width
 
   @property
   def projector_parameters(self) -> int:
     """Numbers between tower and language model: projector, newline, and the patches' probe."""
-    vlm, (narrow, wide) = self.vlm, (self.vlm.tower.width, self.vlm.lm.width)
+    vlm, wide = self.vlm, self.vlm.lm.width
+    narrow = vlm.side ** 2 * vlm.tower.width
     products = (narrow + 1) * wide + (wide + 1) * wide if vlm.projection else 0
-    return products + vlm.newline * wide + vlm.patch_labels * (narrow + 1)
+    products += 2 * narrow if vlm.side > 1 else 0
+    return products + vlm.newline * wide + vlm.patch_labels * (vlm.tower.width + 1)
 
   @property
   def macs(self) -> int:
@@ -115,7 +118,7 @@ def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
   arch = dataclasses.replace(vit_cost.architecture(vlm.tower),
                              parameter_bytes=jnp.dtype(vlm.lm.dtype).itemsize)
   visual, visual_in = vlm.visual_slots(layout), layout[1] * vlm.each_image(layout)
-  patches = layout[1] * passed_on(vlm.tower)[0]
+  whole, left = passed_on(vlm.tower, vlm.side)
   return VLMCost(
-      vlm, layout[0], passed_on(vlm.tower)[1], visual_in, visual, vit_cost.of(vlm.tower, arch),
-      lm_cost.of(vlm.lm, prompt + visual, room=room, originals=prompt + patches))
+      vlm, layout[0], left, visual_in, visual, vit_cost.of(vlm.tower, arch),
+      lm_cost.of(vlm.lm, prompt + visual, room=room, originals=prompt + layout[1] * whole))

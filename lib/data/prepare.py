@@ -16,7 +16,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging
 
-from lib.data.datasets import digit_scenes, digit_segments, digits, stdlib_needle
+from lib.data.datasets import digit_scenes, digit_segments, digits, emoji_scenes, stdlib_needle
 from models.checkpoints.json_files import needed, value_of
 from ops import choices
 
@@ -24,7 +24,8 @@ from ops import choices
 # Some come in several configs, named behind a slash; lib/data/qa.py reads those with questions.
 BUNDLED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {
            'digits': digits.Digits, 'digit_segments': digit_segments.DigitSegments,
-           'digit_scenes': digit_scenes.DigitScenes, 'stdlib_needle': stdlib_needle.StdlibNeedle}
+           'digit_scenes': digit_scenes.DigitScenes, 'stdlib_needle': stdlib_needle.StdlibNeedle,
+           'emoji_scenes': emoji_scenes.EmojiScenes}
 
 # Where the configs of this project keep their sets.
 DATA_DIR = 'data'

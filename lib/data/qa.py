@@ -39,7 +39,9 @@ class Info:
     image_shape: (S, S, C), or None.
     words: the word of each id, () where `tokenizer` decodes them.
     answer_length: tokens of the longest answer, its end not counted.
-    tokenizer: the content of a tokenizer.json, '' where ids are words.
+    tokenizer: the content of a tokenizer.json, '' where ids are words, or a pretrained language
+      model has its own.
+    chat: the template of its questions, '' for none.
 
   Raises:
     ValueError: a value of another type, or an id that the vocabulary does not have.
@@ -56,6 +58,7 @@ class Info:
   words: tuple[str, ...]
   answer_length: Count
   tokenizer: str = ''
+  chat: str = ''
 
   def __post_init__(self) -> None:
     check_fields(self)
@@ -78,7 +81,7 @@ def info(config: Config) -> Info:
               tuple(meta.get('kinds', ())), len(train), len(test),
               tuple(features['image'].shape) if 'image' in features else None,
               tuple(meta.get('words', ())), features['answer'].shape[-1],
-              meta.get('tokenizer', ''))
+              meta.get('tokenizer', ''), meta.get('chat', ''))
 
 
 def train_iterator(config: Config, *, seed: int, process_index: int = 0,
@@ -234,7 +237,8 @@ class QAReader:
     for record, indices in zip(records, turns, strict=True):
       numbers = [self._asked[index] for index in indices]
       pairs = [([int(token) for token in record['question'][number] if token != pad],
-                [*map(int, record['answer'][number]), self.meta['end']]) for number in numbers]
+                [*(int(token) for token in record['answer'][number] if token != pad),
+                 self.meta['end']]) for number in numbers]
       # The image stands in front of the first, as a text does.
       pairs[1:] = [([token for token in question if token != self.meta.get('image')], answer)
                    for question, answer in pairs[1:]]

@@ -23,7 +23,7 @@ from lib.cost.vlm import macs_of
 from lib.data import qa as qa_data
 from lib.data.qa import Info
 from lib.runtime import memory
-from lib.tasks import anneal
+from lib.tasks import anneal, pretrained
 from lib.tasks.base import Task
 from models.backbones.lm import LM
 from models.backbones.vit import ViT
@@ -48,9 +48,10 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
 
   Args:
     model: `config.model`: `lm`, fields of LM except those that the set decides, and 'theta' of its
-      rotations; for images also `tower`, fields of ViT, `projection`, an activation, and
-      `patch_labels`, number of labels that patches are trained to predict (0 for none); and `dtype`
-      by name.
+      rotations; for images also `tower`, fields of ViT, `projection`, an activation, `side`, how
+      many patches each way become one token, and `patch_labels`, number of labels that patches are
+      trained to predict (0 for none); and `dtype` by name. A pretrained `lm` or `tower` is the path
+      of its folder or file (lib/tasks/pretrained.py).
     reduce: `config.reduce`: reductions in 'vision' (the tower), at the 'projector', in 'language',
       and of the 'cache' that decoding reads.
     info: of the set.
@@ -65,9 +66,15 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
   choices.check('dtype ', model['dtype'], DTYPES)
   dtype = DTYPES[model['dtype']]
   shared = {'dtype': dtype, 'mesh': mesh, 'implementation': pick(platform, dtype)}
-  settings = dict(model['lm'])
-  rope = Rope(settings['head_width'], theta=settings.pop('theta', 1e4))
-  lm = LM(**settings, vocabulary=info.vocabulary, rope=rope, **shared)
+  if isinstance(model['lm'], str):
+    lm = pretrained.language_model(model['lm'], **shared)
+    if lm.vocabulary != info.vocabulary:
+      raise ValueError(f'config.model.lm={model["lm"]} has {lm.vocabulary} token ids, and the set '
+                       f'was made for {info.vocabulary}: use the set with its own model')
+  else:
+    settings = dict(model['lm'])
+    rope = Rope(settings['head_width'], theta=settings.pop('theta', 1e4))
+    lm = LM(**settings, vocabulary=info.vocabulary, rope=rope, **shared)
   if lm.mask == 'full' or lm.full_layers:
     raise ValueError(f'mask={lm.mask!r} and full_layers={lm.full_layers} show a token the answer '
                      "that it is to predict: train with mask='causal' or 'mutual', and no "
@@ -78,18 +85,19 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
         raise ValueError(f'reduce.{name} acts on images, and this set has none: set its method to '
                          "'none'")
     return with_plans(lm, **reduce, macs=macs_of)(context)
-  tower = ViT(**model['tower'], num_classes=0, image_size=info.image_shape[0], pool='mean',
-              last_norm='pooled', **shared)
-  vlm = VLM(tower, lm, cast(int, info.image), model['projection'],
+  if isinstance(model['tower'], str):
+    tower = pretrained.tower(model['tower'], image_size=info.image_shape[0], **shared)
+  else:
+    tower = ViT(**model['tower'], num_classes=0, image_size=info.image_shape[0], pool='mean',
+                last_norm='pooled', **shared)
+  vlm = VLM(tower, lm, cast(int, info.image), model['projection'], model.get('side') or 1,
             patch_labels=model['patch_labels'])
   return with_plans(vlm, **reduce, macs=macs_of)(context, LAYOUT)
 
 
 def visual_tokens(vlm: VLM) -> int:
   """Visual tokens of an image that the language model reads."""
-  if vlm.projector_reduction and vlm.projector_reduction.plan.events:
-    return vlm.projector_reduction.plan.events[-1].slots_out
-  return vit_cost.of(vlm.tower).layers[-1].left - vlm.tower.special
+  return vlm.visual_slots(LAYOUT)
 
 
 def make_task(config: ConfigDict, mesh: Mesh) -> Task:
@@ -105,18 +113,42 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
   width = (model.lm if info.image_shape else model).width
   memory.check_batch(config.data.batch_size, slots=slots, width=width, mesh=mesh)
   kinds = info.kinds or ('all',)
-  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(
-      jax.eval_shape(functools.partial(init, model, info, context), jax.random.key(0))))
+  shapes = jax.eval_shape(functools.partial(init, model, info, context), jax.random.key(0))
+  trained, frozen = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part))
+                     for part in pretrained.split(shapes, pretrained.names(config)))
+  size = f'{trained + frozen:,} parameters' + (f', of which {trained:,} train' if frozen else '')
+  # With its end token.
+  answer = 1 + info.answer_length
+  # Where no other text is scored, logits of the answers are enough.
+  places, tested = ((config.data.turns * answer, answer)
+                    if config.optimizer.text_weight is None else (None, None))
   return Task(
       model=model, score='accuracy', phases=(anneal.Phase(0, model),),
-      init=functools.partial(init, model, info, context), pretrained=lambda: None,
+      init=functools.partial(init, model, info, context),
+      pretrained=functools.partial(read_pretrained, config, model),
       unreduced=dict,
-      loss=lambda model: functools.partial(loss, model, config.optimizer),
-      count=functools.partial(count, model, len(kinds)),
+      loss=lambda model: functools.partial(loss, model, config.optimizer, places=places),
+      count=functools.partial(count, model, len(kinds), places=tested),
       scores=functools.partial(scores, kinds=kinds),
       train_iterator=qa_data.train_iterator, eval_batches=qa_data.eval_batches,
       macs=functools.partial(training_macs, context=context), slots=slots,
-      summary=f'{size:,} parameters, {info.num_train:,} questions\n')
+      summary=f'{size}, {info.num_train:,} questions\n')
+
+
+def read_pretrained(config: ConfigDict, model: LM | VLM) -> dict[str, Any] | None:
+  """Reads the pretrained parts of a model, as `pretrained.load`.
+
+  Where a projector begins with a norm, its scale and bias bring each feature of a pretrained tower
+  to mean 0 and spread 1 over a batch of training images.
+  """
+  loaded = pretrained.load(config.model, model)
+  if not loaded or 'tower' not in loaded or not isinstance(model, VLM) or model.side == 1:
+    return loaded
+  batches = qa_data.train_iterator(config.data, seed=config.seed)
+  image = next(batches)['image']
+  batches.close()
+  shifts = pretrained.standardising(model, loaded['tower'], image)
+  return loaded | {'projector': {'norm': shifts}}
 
 
 def init(model: LM | VLM, info: Info, context: int, key: Array) -> dict[str, Any]:
@@ -143,14 +175,30 @@ def inputs(model: LM | VLM, batch: Mapping[str, Array]) -> tuple[Any, ...]:
 
 
 def apply(model: LM | VLM, params: Any, batch: Mapping[str, Array],
-          **more: Any) -> tuple[Array, dict[str, Any]]:
-  """Returns logits float32[B, N, V] of a batch of lib/data/qa.py, and auxiliary outputs."""
-  logits, out = cast(tuple[Array, dict[str, Any]],
-                     model.apply({'params': params}, *inputs(model, batch), **more))
+          places: int | None = None, **more: Any) -> tuple[Array, dict[str, Any]]:
+  """Returns logits of a batch of lib/data/qa.py, and auxiliary outputs.
+
+  Args:
+    model, params, batch: as of `loss`.
+    places: P, the most ids of answers that a row may have; None for logits of every slot.
+    **more: of the model's `apply`.
+
+  Returns:
+    Logits float32[B, N, V] after every slot; with `places` those that predict the answers alone,
+    float32[B, P, V], and as 'predicts' int32[B, P], of which ids they are. And the model's dict.
+  """
+  method = '__call__' if places is None else 'read'
+  made, out = cast(tuple[Any, dict[str, Any]], model.apply(
+      {'params': params}, *inputs(model, batch), method=method, **more))
   if isinstance(model, LM):
     slot = jnp.arange(batch['ids'].shape[1], dtype=jnp.int32)
     out = out | {'slot': jnp.broadcast_to(slot, batch['ids'].shape)}
-  return logits, out
+  if places is None:
+    return made, out
+  predicts = jnp.argsort(~batch['answer'], axis=1, stable=True)[:, :places]
+  features = take(made.x, _slots_before(out, predicts))
+  logits = model.apply({'params': params}, features, method='logits')
+  return cast(Array, logits), out | {'predicts': predicts}
 
 
 def training_macs(model: LM | VLM, *, context: int) -> float:
@@ -164,14 +212,16 @@ def training_macs(model: LM | VLM, *, context: int) -> float:
     return 3 * (cost.macs + (context - 1) * cost.head)
   tower = vit_cost.in_training(cast(ViT, model.tower))
   through, width = tower.layers[-1].left - model.tower.special, model.lm.width
-  projector = through * (model.tower.width + width) * width if model.projection else 0
+  through, joined = through // model.side ** 2, model.tower.width * model.side ** 2
+  projector = through * (joined + width) * width if model.projection else 0
   return (tower.training_macs + 3 * projector
           + training_macs(model.lm, context=context + visual_tokens(model)))
 
 
 def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],
          batch: Mapping[str, Array], key: Array,
-         teacher: Mapping[str, Any] | None) -> tuple[Array, dict[str, Array]]:
+         teacher: Mapping[str, Any] | None, *,
+         places: int | None = None) -> tuple[Array, dict[str, Array]]:
   """Returns the scalar to lower, and scalars to watch.
 
   Losses of learned methods are added as they are, those of all layers.
@@ -183,13 +233,14 @@ def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],
     batch: of lib/data/qa.py.
     key: of this step.
     teacher: None: there is no distillation of answers.
+    places: as of `apply`.
   """
   if teacher is not None:
     raise ValueError('optimizer.distill.teacher is set, but answers are learned from their own '
                      'tokens alone: leave it out')
-  logits, out = apply(model, params, batch, rngs={'dropout': key})
+  logits, out = apply(model, params, batch, places=places, rngs={'dropout': key})
   scalars = losses(logits, out, batch)
-  total = (scalars['loss'] + settings.text_weight * scalars['text_loss']
+  total = (scalars['loss'] + (settings.text_weight or 0.0) * scalars.get('text_loss', 0.0)
            + settings.patch_weight * scalars.get('patch_loss', 0.0))
   of_methods = {name: value.mean() for name, value in out['losses'].items()}
   kept = out['tokens'].real.sum(axis=1).mean()
@@ -197,9 +248,9 @@ def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],
 
 
 def count(model: LM | VLM, kinds: int, params: Mapping[str, Any],
-          batch: Mapping[str, Array]) -> Array:
+          batch: Mapping[str, Array], *, places: int | None = None) -> Array:
   """Counts the answers of each kind that are right, and all answers: float32[K, 2]."""
-  logits, out = apply(model, params, batch)
+  logits, out = apply(model, params, batch, places=places)
   return correct_and_total(logits, out, batch, kinds)
 
 
@@ -208,19 +259,39 @@ def predictions(logits: Array, out: Mapping[str, Any]) -> Array:
 
   A reduction of the language model moves slots; text that it drops predicts from its first slot.
   """
+  return take(logits, _slots_before(out, None))
+
+
+def _predicted(logits: Array, out: Mapping[str, Any],
+               batch: Mapping[str, Array]) -> tuple[Array, Array, Array]:
+  """Logits of ids, those ids, and whether they are of an answer: all, or as `apply` has chosen."""
+  if 'predicts' not in out:
+    return predictions(logits, out), batch['ids'], batch['answer']
+  ids, answer = (jnp.take_along_axis(batch[name], out['predicts'], axis=1)
+                 for name in ('ids', 'answer'))
+  return logits, ids, answer
+
+
+def _slots_before(out: Mapping[str, Any], ids: Array | None) -> Array:
+  """int32[B, T]: where the token before each id went; or [B, P], of some ids int32[B, P]."""
   tokens: TokenSet = out['tokens']
-  before = jnp.clip(out['slot'] - 1, 0, tokens.owner.shape[1] - 1)
+  own = out['slot'] if ids is None else jnp.take_along_axis(out['slot'], ids, axis=1)
+  before = jnp.clip(own - 1, 0, tokens.owner.shape[1] - 1)
   slot = jnp.take_along_axis(tokens.owner, before, axis=1)
-  return take(logits, jnp.maximum(slot, 0))
+  return jnp.maximum(slot, 0)
 
 
 def losses(logits: Array, out: Mapping[str, Any], batch: Mapping[str, Array]) -> dict[str, Array]:
   """Returns cross-entropies of the answers' tokens, of other text, and of the patches' labels.
 
   Returns:
-    'loss', 'text_loss' and, where the model predicts them, 'patch_loss': scalars.
+    'loss', 'text_loss' and, where the model predicts them, 'patch_loss': scalars. Logits of the
+    answers alone (`apply`) tell nothing of the other text.
   """
-  each = optax.softmax_cross_entropy_with_integer_labels(predictions(logits, out), batch['ids'])
+  logits, ids, answer = _predicted(logits, out, batch)
+  each = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+  if 'predicts' in out:
+    return {'loss': _mean(each, answer)}
   # Nothing predicts a row's first token.
   begins = batch['valid'] & (jnp.cumsum(batch['valid'], axis=1) == 1)
   text = batch['valid'] & ~batch['answer'] & ~begins
@@ -253,7 +324,8 @@ def correct_and_total(logits: Array, out: Mapping[str, Any], batch: Mapping[str,
   Greedy decoding gives an answer exactly if each of its tokens is the likeliest after the right
   ones before it.
   """
-  correct = (predictions(logits, out).argmax(axis=-1) == batch['ids']) | ~batch['answer']
+  logits, ids, answer = _predicted(logits, out, batch)
+  correct = (logits.argmax(axis=-1) == ids) | ~answer
   correct = correct.all(axis=1) * batch['mask']
   kind = jax.nn.one_hot(batch['kind'], kinds)
   return jnp.stack([correct @ kind, batch['mask'] @ kind], axis=1)
@@ -261,7 +333,13 @@ def correct_and_total(logits: Array, out: Mapping[str, Any], batch: Mapping[str,
 
 def exact_match(model: LM | VLM, params: Any, batch: Mapping[str, Array], *,
                 longest: int) -> Array:
-  """Returns 1 where greedy decoding after the prompt gives the whole answer: float32[B], 0 or 1.
+  """Returns 1 where greedy decoding after the prompt gives the whole answer: float32[B], 0 or 1."""
+  return answers(model, params, batch, longest=longest)[1]
+
+
+def answers(model: LM | VLM, params: Any, batch: Mapping[str, Array], *,
+            longest: int) -> tuple[Array, Array]:
+  """Answers by greedy decoding after the prompt.
 
   Each step reads the right token before it, which changes nothing: an answer that went wrong stays
   wrong. Reductions see the prompt alone, as they do in use.
@@ -270,6 +348,10 @@ def exact_match(model: LM | VLM, params: Any, batch: Mapping[str, Array], *,
     model, params: as of `apply`.
     batch: of lib/data/qa.py; a row's answer stands at the end of it.
     longest: A, tokens of the longest answer, its end token among them.
+
+  Returns:
+    float32[B, V], the logits of an answer's first token, and 1 where the whole answer is right, 0
+    elsewhere, float32[B].
   """
   ids, in_answer = batch['ids'], batch['answer']
   prompt = {**batch, 'valid': batch['valid'] & ~in_answer}
@@ -286,7 +368,7 @@ def exact_match(model: LM | VLM, params: Any, batch: Mapping[str, Array], *,
 
   _, later = jax.lax.scan(step, cache, answer[:, :-1].T)
   predicted = jnp.concatenate([first.argmax(axis=-1)[:, None], later.T], axis=1)
-  return ((predicted == answer) | ~has_token).all(axis=1).astype(jnp.float32)
+  return first, ((predicted == answer) | ~has_token).all(axis=1).astype(jnp.float32)
 
 
 def scores(counts: np.ndarray, kinds: tuple[str, ...]) -> dict[str, float]:

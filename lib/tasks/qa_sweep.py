@@ -24,7 +24,8 @@ from lib.cost import vit as vit_cost
 from lib.data import qa as qa_data
 from lib.report import plots, tables
 from lib.report.rows import Row
-from lib.runtime import checkpoint, memory, sharding, timing
+from lib.runtime import memory, sharding, timing
+from lib.tasks import pretrained
 from lib.tasks import qa as qa_task
 from lib.tasks.base import sum_counts
 from lib.tasks.sweep import Candidate, Sweep, fingerprint
@@ -49,7 +50,8 @@ class QASweep(Sweep):
     self._sets = {name: self._data(name, context) for name, context in (
         config.sweep.sets or ((config.data.name, config.data.context),))}
     self._info = {name: qa_data.info(data) for name, data in self._sets.items()}
-    width = config.model.lm.width
+    model = self._model(next(iter(self._sets)), {})
+    width = (model if isinstance(model, LM) else model.lm).width
     for data in self._sets.values():
       memory.check_batch(data.batch_size, slots=data.context, width=width, mesh=mesh)
     self.step, self.weights, self._params = self._load(workdir)
@@ -124,10 +126,10 @@ class QASweep(Sweep):
     """Returns the best checkpoint's step, its fingerprint, and its parameters."""
     name, data = next(iter(self._sets.items()))
     model = self._model(name, {})
-    init = functools.partial(qa_task.init, model, self._info[name], data.context)
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    shardings = sharding.make_shardings(abstract, self.config.sharding, self.mesh)
-    best = checkpoint.best(workdir, sharding.shapes(abstract, shardings), metric='accuracy')
+    best = pretrained.best(
+        workdir, functools.partial(qa_task.init, model, self._info[name], data.context),
+        functools.partial(pretrained.load, self.config.model, model), self.config, self.mesh,
+        metric='accuracy')
     if best is None:
       raise FileNotFoundError(f'no checkpoint in {workdir / "checkpoints"}: train first, with '
                               f'python -m train --config=configs/<task>.py --workdir={workdir}')

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lib.tasks import align, settings
 from lib.tasks import image as image_task
 from lib.tasks import qa as qa_task
-from lib.tasks import settings
 from lib.tasks.base import Task, task_name
 from lib.tasks.image_sweep import ImageSweep
 from lib.tasks.qa_sweep import QASweep
@@ -36,6 +36,7 @@ TASKS: dict[str, Entry] = {
     'classify': Entry(image_task.make_task, ImageSweep),
     'segment': Entry(image_task.make_task, ImageSweep),
     'answers': Entry(qa_task.make_task, QASweep),
+    'align': Entry(align.make_task, QASweep),
 }
 
 

@@ -63,6 +63,7 @@ class Optimizer(TypedDict):
   clip_norm: Positive
   ema_decay: Rate
   accumulate: Count
+  frozen: NotRequired[tuple[str, ...]]
 
 
 class Distill(TypedDict):
@@ -92,7 +93,8 @@ class QAOptimizer(Optimizer):
   """Adds weights of the tower's and the text's own losses, for questions and answers."""
 
   patch_weight: Weight
-  text_weight: Weight
+  # None: the other text is not scored, and has no logits.
+  text_weight: NotRequired[Weight | None]
 
 
 class Anneal(TypedDict):
@@ -229,8 +231,9 @@ _LM = keys_of(LM).without('vocabulary', 'rope', 'dtype', 'implementation', 'plan
                           'mesh', 'capture') | Keys({'theta': Positive})
 _TOWER = keys_of(ViT).without('num_classes', 'image_size', 'pool', 'last_norm', 'dtype', 'plan',
                               'implementation', 'mesh', 'capture', 'layers')
-_OF_VLM = {key: keys_of(VLM).kinds[key] for key in ('projection', 'patch_labels')}
-_QA_MODEL = Keys({'lm': _LM, 'tower': _TOWER, 'dtype': Dtype, **_OF_VLM},
+_OF_VLM = {key: keys_of(VLM).kinds[key] for key in ('projection', 'side', 'patch_labels')}
+_QA_MODEL = Keys({'lm': dataclasses.replace(_LM, by_path=True),
+                  'tower': dataclasses.replace(_TOWER, by_path=True), 'dtype': Dtype, **_OF_VLM},
                  frozenset({'lm', 'dtype'}))
 # All keys of a config, by the name of its task.
 TABLES: dict[str, dict[str, Any]] = {
@@ -242,6 +245,7 @@ TABLES: dict[str, dict[str, Any]] = {
         'sweep': QASweepSettings, 'reduce': Keys(dict.fromkeys(COMPONENTS, REDUCTIONS)),
         'task': Keys({'name': str})},
 }
+TABLES['align'] = TABLES['answers']
 # What commands read.
 EVALUATION = ('seed', 'data', 'model', 'reduce', 'mesh', 'sharding')
 TRAINING = (*EVALUATION, 'total_steps', 'log_steps', 'eval_steps', 'checkpoint_steps', 'optimizer')

@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import ml_collections
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from lib.data import prepare
 from lib.data import qa as qa_data
 from lib.data.qa import Info
 from lib.runtime import checkpoint, sharding
+from lib.tasks import pretrained
 from lib.tasks import qa as qa_task
 from lib.tasks.settings import check_config
 from models.backbones.lm import LM
@@ -73,14 +74,10 @@ def load_run(workdir: str | pathlib.Path, *, data_dir: str = '',
   config.data.data_dir = data_dir or prepare.data_dir_of_run(config.data)
   info = read_info(folder) or qa_data.info(config.data)
   model = qa_task.build(config.model, config.reduce, info, context=config.data.context)
-  shapes = jax.eval_shape(functools.partial(qa_task.init, model, info, config.data.context),
-                          jax.random.key(0))
-  if mesh is None:
-    first = SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda leaf: first, shapes)
-  else:
-    shardings = sharding.make_shardings(shapes, config.sharding, mesh)
-  best = checkpoint.best(folder, sharding.shapes(shapes, shardings), metric='accuracy')
+  best = pretrained.best(
+      folder, functools.partial(qa_task.init, model, info, config.data.context),
+      functools.partial(pretrained.load, config.model, model), config,
+      mesh or sharding.make_mesh({}, jax.devices()[:1]), metric='accuracy')
   if best is None:
     raise FileNotFoundError(f'no checkpoint in {folder / "checkpoints"}: let the run come to one '
                             '(config.checkpoint_steps)')

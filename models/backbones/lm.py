@@ -78,7 +78,7 @@ from models.reduction import (
   start_upkeep,
 )
 from models.stack import REMAT, Outputs, Stack, Tap
-from ops import attention, choices, unmerge
+from ops import attention, choices, products, unmerge
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache, KVAnswer, LayerCache, with_upkeep
@@ -112,7 +112,8 @@ def product(features: int | tuple[int, ...], dtype: DTypeLike, *, bias: bool = F
             axis: int | tuple[int, ...] = -1) -> nn.DenseGeneral:
   """Returns a matrix product with the initialisation of the blocks."""
   return nn.DenseGeneral(features, axis=axis, dtype=dtype, use_bias=bias,
-                         kernel_init=nn.initializers.normal(0.02))
+                         kernel_init=nn.initializers.normal(0.02),
+                         dot_general=products.dot_general(dtype))
 
 
 class Block(ReducibleBlock):
@@ -475,6 +476,12 @@ class LM(nn.Module):
     Raises:
       ValueError: tokens that do not fit, or more than the context.
     """
+    read, out = self.read(tokens, valid)
+    return self.logits(read.x), out
+
+  def read(self, tokens: Array | TokenSet,
+           valid: Array | None = None) -> tuple[TokenSet, Outputs]:
+    """Returns what `__call__` makes logits of, and its dict."""
     tokens = self._enter(tokens, valid)
     embedded = tokens.x
     tokens, out = self.stack(tokens)
@@ -482,7 +489,7 @@ class LM(nn.Module):
     out['tokens'] = tokens
     if self.capture:
       out['embedded'] = embedded
-    return self._logits(tokens.x), out
+    return tokens, out
 
   def prefill(self, tokens: Array | TokenSet, valid: Array | None = None, *,
               room: int) -> tuple[Array, Cache]:
@@ -513,7 +520,7 @@ class LM(nn.Module):
               _starts(cache_plan), cache_plan.only if cache_plan else None)
     tokens, out = self.stack(tokens, tap)
     cache = Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
-    return self._logits(self.norm(_last(tokens, tokens.x))), cache
+    return self.logits(self.norm(_last(tokens, tokens.x))), cache
 
   def _store(self, start: Array, room: int, layer: int, tokens: TokenSet,
              signals: Signals) -> LayerCache:
@@ -573,7 +580,7 @@ class LM(nn.Module):
       Logits float32[B, V] after them, and the cache.
     """
     x, kvs = self._decode(self._embedded(ids), kvs)
-    return self._logits(self.norm(x)), kvs
+    return self.logits(self.norm(x)), kvs
 
   def _decode(self, x: Array, kvs: Cache, valid: Array | None = None) -> tuple[Array, Cache]:
     """Features float[B, D] after one more token a row, of those that have one, and the cache."""
@@ -658,7 +665,7 @@ class LM(nn.Module):
     kvs.check_room(tokens.slots)
     if any(kv.upkeep for kv in kvs.layers) and room is None:
       x, kvs = self._read_one_by_one(tokens, kvs)
-      return self._logits(self.norm(_last(tokens, x) if logits == 'last' else x)), kvs
+      return self.logits(self.norm(_last(tokens, x) if logits == 'last' else x)), kvs
     needs, span = frozenset[str](), 0
     if room is not None:
       needs, span = self._check_last(tokens, kvs, room)
@@ -671,7 +678,7 @@ class LM(nn.Module):
                for layer, (kv, (_, signals)) in enumerate(zip(kvs.layers, layers, strict=True))]
       kvs = Cache(tuple(ended), jnp.zeros((), jnp.int32))
     x = _last(tokens, x) if logits == 'last' else x
-    return self._logits(self.norm(x)), kvs
+    return self.logits(self.norm(x)), kvs
 
   def _check_last(self, tokens: TokenSet, kvs: Cache, room: int) -> tuple[frozenset[str], int]:
     """Signals that the cache plan needs of the last chunk, and their span."""
@@ -773,8 +780,8 @@ class LM(nn.Module):
     return TokenSet.create(take(tokens.x, index), pos=pos, kind=take(tokens.kind, index),
                            valid=valid, of=tokens.of, padding='last')
 
-  def _logits(self, x: Array) -> Array:
-    """float32[..., V] of normed features."""
+  def logits(self, x: Array) -> Array:
+    """Returns float32[..., V] of features that `read` gave, or any that are normed."""
     if not self.tied:
       return self.head(x)
     table = jnp.asarray(self.table, self.dtype)

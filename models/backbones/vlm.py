@@ -24,7 +24,6 @@ H heads, n tokens of a crop that the tower passes on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -46,6 +45,7 @@ from models.projector import (
   Projector,
   ProjectorReduction,
   Relevance,
+  neighbours_as_one,
   reduce_visual,
   without_special,
 )
@@ -56,7 +56,7 @@ from ops.kv_cache import Cache
 from ops.splice import Visual, splice, unmerged
 from ops.temporal import TTF, fuse_frames
 from ops.tokens import TEXT, TokenSet
-from ops.values import CountOrZero, OneOf, check_fields
+from ops.values import Count, CountOrZero, OneOf, check_fields
 
 Array = jax.Array
 
@@ -101,6 +101,9 @@ class VLM(nn.Module):
     lm: the language model.
     image_token: id of the placeholder.
     projection: activation of a `Projector`, '' for a tower that ends in the language model's width.
+    side: so many patches each way become one token before the projector, which then begins with a
+      norm (InternVL 1.5, arXiv:2404.16821); 1 for none. Patches that a tower merged or dropped are
+      put back where they were, so that the number of tokens stays.
     newline: whether there is a learned feature that ends a row of patches.
     projector_reduction: how to reduce visual tokens after the projector, or None; made by
       `models.reduce_config.with_projector_reduction`.
@@ -120,6 +123,7 @@ class VLM(nn.Module):
   lm: LM
   image_token: CountOrZero
   projection: Annotated[str, OneOf(('', *ACTIVATIONS))] = 'gelu'
+  side: Count = 1
   newline: bool = False
   projector_reduction: ProjectorReduction | None = None
   pad_side: str = 'right'
@@ -131,6 +135,8 @@ class VLM(nn.Module):
     check_fields(self)
     if self.frames:
       self.tower = _with_relevance(self.tower)
+    if self.side > 1:
+      self._check_side()
     if self.deepstack:
       self._check_deepstack()
       self.tower = self.tower.clone(capture=True)
@@ -140,7 +146,8 @@ class VLM(nn.Module):
     """Makes the projector, the probe and the newline."""
     self.reducers = ReducerParameters()
     if self.projection:
-      self.projector = Projector(self.lm.width, self.projection, self.lm.dtype)
+      self.projector = Projector(self.lm.width, self.projection, self.lm.dtype,
+                                 norm=self.side > 1)
     if self.patch_labels:
       self.probe = dense(self.patch_labels, jnp.float32)
     if self.newline:
@@ -180,7 +187,8 @@ class VLM(nn.Module):
     tower = self.tower
     if isinstance(tower, QwenVision) or self.newline or tower.window:
       return None
-    return tower.grid if slots == math.prod(tower.grid) else None
+    rows, columns = (length // self.side for length in tower.grid)
+    return (rows, columns) if slots == rows * columns else None
 
   def projector_host(self, slots: int) -> Host:
     """Returns what a plan of a reduction behind the projector needs to know of this model.
@@ -193,7 +201,7 @@ class VLM(nn.Module):
     """
     own = frozenset({'layer', 'depth', 'slots'})
     if self.projector_grid(slots):
-      own |= {*FROM_TOWER, 'grid', 'one_sequence'}
+      own |= {'grid', 'one_sequence', *(FROM_TOWER if self.side == 1 else ())}
     return Host(1, slots, 0, (own | {*PER_TOKEN}) & self.tower.host.offers)
 
   def each_image(self, layout: tuple[int, int, int]) -> int:
@@ -203,7 +211,7 @@ class VLM(nn.Module):
       layout: (C, I, V) of `Images`.
     """
     crops, _, tokens = layout
-    whole, left = passed_on(self.tower)
+    whole, left = passed_on(self.tower, self.side)
     if not tokens:
       return left
     return min(tokens, crops * left) if left < whole else tokens
@@ -237,11 +245,21 @@ class VLM(nn.Module):
       read), 'slot' int32[B, T] (where each id went, ops/splice.py), and with images those of
       `encode_images`.
     """
+    tokens, out = self.read(ids, valid, images, marks)
+    return self.logits(tokens.x), out
+
+  def read(self, ids: Array, valid: Array, images: Images | None,
+           marks: Mapping[str, Array] | None = None) -> tuple[TokenSet, Outputs]:
+    """Returns what `__call__` makes logits of, and its dict."""
     tokens, aux = self.sequence(ids, valid, images, marks)
-    logits, out = self.lm(tokens)
+    read, out = self.lm.read(tokens)
     for name in ('losses', 'overflow'):
       out[name] = out[name] | aux.pop(name, {})
-    return logits, out | aux
+    return read, out | aux
+
+  def logits(self, x: Array) -> Array:
+    """Returns float32[..., vocabulary] of features that `read` gave."""
+    return self.lm.logits(x)
 
   def prefill(self, ids: Array, valid: Array, images: Images | None,
               marks: Mapping[str, Array] | None = None, *, room: int) -> tuple[Array, Cache]:
@@ -295,6 +313,15 @@ class VLM(nn.Module):
         raise ValueError(f'deepstack has layers ({seen}, {read}), and the tower has layers 0 to '
                          f'{self.tower_depth - 1}, the language model 0 to {self.lm.depth - 1}')
 
+  def _check_side(self) -> None:
+    """Raises unless the tower's patches are a grid that can be divided."""
+    tower = self.tower
+    if not isinstance(tower, ViT) or tower.window or self.deepstack or self.newline or any(
+        length % self.side for length in tower.grid):
+      raise ValueError(f'side={self.side} joins patches of a grid of {tower.grid}, so it must '
+                       'divide both, and the tower be a ViT without windows, deepstack and '
+                       'newline: change it')
+
   def _added(self, layer: int, ids: Array, valid: Array, images: Images, aux: Outputs) -> Array:
     """Returns what a layer of the tower adds to each slot of a sequence, float[B, N, D]."""
     tokens = aux['tower_tokens']
@@ -337,6 +364,8 @@ class VLM(nn.Module):
     aux: Outputs = {'tower': tower_out}
     if self.patch_labels:
       aux['patches'] = self.probe(tokens.x.astype(jnp.float32)), tokens
+    if self.side > 1:
+      tokens = neighbours_as_one(tokens, self.tower.grid, self.side)
     if self.projection:
       tokens = tokens.replace(x=self.projector(tokens.x))
     aux['tower_tokens'] = tokens
@@ -383,7 +412,7 @@ class VLM(nn.Module):
       return take(values[:, :special].reshape(batch, crops, special, *values.shape[2:]), crop)
 
     with jax.named_scope('reduction'):
-      x = pick(tokens.x)
+      x = jnp.tile(pick(tokens.x), self.side ** 2)
       x = self.projector(x) if self.projection else x
       return Visual(x, stats={name: pick(value) for name, value in tokens.stats.items()})
 
@@ -462,12 +491,19 @@ def depth_of(tower: ViT | QwenVision) -> int:
   return layers[1] if layers else tower.depth
 
 
-def passed_on(tower: ViT | QwenVision) -> tuple[int, int]:
-  """Returns the tokens of a crop that a tower passes on without its plan, and with it."""
+def passed_on(tower: ViT | QwenVision, side: int = 1) -> tuple[int, int]:
+  """Returns the tokens of a crop that a tower passes on without its plan, and with it.
+
+  Args:
+    tower: with its plan.
+    side: as of `VLM`.
+  """
   if isinstance(tower, QwenVision):
     cells = tower.cells[0] * tower.cells[1]
     return cells, cells
   slots, special = tower.host.slots, tower.special
+  if side > 1:
+    return ((slots - special) // side ** 2,) * 2
   left = tower.plan.profile(tower.depth, slots)[depth_of(tower) - 1].left if tower.plan else slots
   return slots - special, left - special
 

@@ -326,10 +326,12 @@ def _qwen_tree(model: QwenVision) -> Any:
 def _shapes_of_vlm(model: VLM) -> dict[str, Shape]:
   parts = {'tower': _shapes(model.tower), 'lm': _shapes(model.lm)}
   shapes = {f'{name}/{path}': shape for name, part in parts.items() for path, shape in part.items()}
-  wide, narrow = model.lm.width, model.tower.width
+  wide, narrow = model.lm.width, model.tower.width * model.side ** 2
   if model.projection:
     shapes |= {'projector/fc1/kernel': (narrow, wide), 'projector/fc1/bias': (wide,),
               'projector/fc2/kernel': (wide, wide), 'projector/fc2/bias': (wide,)}
+    if model.side > 1:
+      shapes |= {'projector/norm/scale': (narrow,), 'projector/norm/bias': (narrow,)}
   return shapes | ({'newline': (wide,)} if model.newline else {})
 
 

@@ -526,3 +526,40 @@ def test_released_models_have_their_sizes(name, billions, tokens):
 def test_an_unknown_name_lists_what_there_is():
   with pytest.raises(ValueError, match=r"did you mean 'llava1\.5_7b'"):
     make_vlm('llava_1.5_7b')
+
+
+def test_neighbouring_patches_become_one_token():
+  """Those of a tower that merges or drops some go back to their places first."""
+  vlm, _ = llava()
+  vlm = vlm.clone(side=2)
+  images = squares()
+  params = jax.jit(vlm.init)(jax.random.key(0), IDS, VALID, images)['params']
+  features = params['projector']['fc1']['kernel'].shape[0]
+  assert features == 4 * vlm.tower.width
+  assert params['projector']['norm']['scale'].shape == (features,)
+
+  def run(vlm):
+    return vlm.apply({'params': params}, images, method='encode_images')
+
+  visual, _, aux = run(vlm)
+  assert visual.x.shape == (3, 2, 4, 16)
+  assert vlm.visual_slots(images.layout) == 2 * 4
+  # Token 1 is of the upper right corner: rows 0 and 1, columns 2 and 3 of a grid of 4 x 4.
+  tokens, _ = vlm.tower.apply({'params': params['tower']}, images.pixels.reshape(-1, 16, 16, 3))
+  tokens = tokens if hasattr(tokens, 'x') else _['tokens']
+  patches = tokens.x[:, vlm.special:].reshape(6, 4, 4, -1)
+  joined = patches[:, [0, 0, 1, 1], [2, 3, 2, 3]].reshape(6, -1)
+  wanted = vlm.bind({'params': params}).projector(joined)
+  np.testing.assert_allclose(visual.x.reshape(6, 4, -1)[:, 1], wanted, atol=1e-5)
+  assert aux['layout'] is None
+  for settings, changed in (({'method': 'tome', 'remove': 2}, True), ({}, False)):
+    vision = settings and {**settings, 'layers': (0,)}
+    reduced = with_plans(vlm, vision=vision or None)(5, images.layout)
+    found = run(reduced)[0].x
+    assert found.shape == visual.x.shape
+    assert (np.abs(found - visual.x).max() > 1e-4) == changed
+  # What is cut at the projector is cut of the joined tokens.
+  reduced = with_plans(vlm, projector={'method': 'topk', 'keep': 3})(5, images.layout)
+  assert run(reduced)[0].x.shape == (3, 2, 3, 16)
+  with pytest.raises(ValueError, match='must divide both'):
+    vlm.clone(side=3)

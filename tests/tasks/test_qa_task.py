@@ -122,6 +122,19 @@ def test_scores_count_whole_answers_by_kind(case):
                    'accuracy_c': 0}
 
 
+def test_logits_of_the_answers_alone_tell_the_same(case):
+  *_, info, model, params, run = case
+  batch = batch_of(info, 14)
+  whole = run(params, batch)
+  alone = qa_task.apply(model, params, batch, places=3)
+  assert alone[0].shape[:2] == (ROWS, 3)
+  losses = [qa_task.losses(*each, batch) for each in (whole, alone)]
+  np.testing.assert_allclose(losses[1]['loss'], losses[0]['loss'], rtol=1e-5)
+  assert 'text_loss' not in losses[1]
+  counts = [qa_task.correct_and_total(*each, batch, 3) for each in (whole, alone)]
+  np.testing.assert_array_equal(*counts)
+
+
 def test_patches_carry_the_label_of_their_cell():
   config = small(scenes_config)
   config.model.tower.patch = 8

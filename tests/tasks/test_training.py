@@ -301,6 +301,6 @@ def test_a_config_trains_from_pretrained_image_weights(monkeypatch):
   np.testing.assert_array_equal(state.params['head']['kernel'], loaded['head']['kernel'])
   batch = {'image': np.random.default_rng(0).normal(size=(4, 24, 24, 3)).astype(np.float32),
            'label': np.arange(4, dtype=np.int32)}
-  state, scalars = setup.train_step(0)(state, batch, jax.random.key(1), None)
+  state, scalars = setup.train_step(0)(state, batch, jax.random.key(1), None, {})
   assert float(scalars['kept_tokens']) == 6
   assert float(scalars['grad_norm']) > 0

@@ -91,6 +91,14 @@ PACKAGES = {
         'emoji-datasource-twitter@16.0.0', 'npm',
         'f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877', _EMOJI,
         'emoji of another vendor'),
+    'emoji_apple': Package(
+        'emoji-datasource-apple@16.0.0', 'npm',
+        'b34d1665e136f163b0d4433318df151895b785186e8c729b2211b43017945075', _EMOJI,
+        'emoji of a third vendor'),
+    'emoji_facebook': Package(
+        'emoji-datasource-facebook@16.0.0', 'npm',
+        '017038cf5a4e7fcf03dd9133cbed43d4c281c4b3ce7b927c7160261b92b8821e', _EMOJI,
+        'emoji of a fourth vendor'),
 }
 # Each fetches a package's archive into the working folder.
 COMMANDS: dict[str, tuple[str, Callable[[str], Sequence[str]]]] = {

@@ -24,6 +24,7 @@ from lib.runtime import cli, config_flag, timing
 from lib.studies import (
   language,
   language_report,
+  scenes,
   sentences,
   sentences_report,
   vision,
@@ -63,6 +64,7 @@ STUDIES: Mapping[str, Study] = {
     'language': Study(language.Subject, language_report.report, language_report.draw),
     'sentences': Study(sentences.Subject, sentences_report.report, sentences_report.draw),
     'vision': Study(vision.Subject, vision_report.report, vision_report.draw),
+    'scenes': Study(scenes.Subject, scenes.report, scenes.draw),
 }
 
 

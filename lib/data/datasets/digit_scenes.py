@@ -138,16 +138,22 @@ class Sources:
   def load(cls, split: str) -> Sources:
     """Loads the digits and photographs of 'train' or 'test'."""
     # Here, because scikit-learn takes a second to import and only preparing needs it.
-    from sklearn.datasets import load_digits, load_sample_images
+    from sklearn.datasets import load_digits
     dataset = load_digits()
     stream = ('train', 'test').index(split)
     chosen = digits.split(dataset.target)[stream]
-    photos = []
-    for photo in load_sample_images().images:
-      edge = round(TRAIN_COLUMNS * photo.shape[1])
-      photos.append(photo[:, edge:] if stream else photo[:, :edge])
     return cls(stream, (dataset.images[chosen] * digits.SCALE).astype(np.uint8),
-               dataset.target[chosen], tuple(photos))
+               dataset.target[chosen], photographs(split))
+
+
+def photographs(split: str) -> tuple[np.ndarray, ...]:
+  """The parts of two photographs that 'train' or 'test' sees, uint8[H, W, 3]."""
+  from sklearn.datasets import load_sample_images
+  photos = []
+  for photo in load_sample_images().images:
+    edge = round(TRAIN_COLUMNS * photo.shape[1])
+    photos.append(photo[:, :edge] if split == 'train' else photo[:, edge:])
+  return tuple(photos)
 
 
 def example(sources: Sources, index: int, config: Config) -> dict[str, np.ndarray]:

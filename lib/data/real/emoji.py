@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -25,3 +26,19 @@ def emoji_pairs(folder: pathlib.Path, rng: np.random.Generator,
 
   one, other = ([on_white(place / '64' / name) for name in chosen] for place in places)
   return one, other
+
+
+def drawings(folder: pathlib.Path, vendor: str, names: Sequence[str]) -> list[Image.Image]:
+  """Reads the emoji of one vendor by their short names, with transparency.
+
+  Raises:
+    ValueError: they are not there.
+  """
+  place = folder / f'emoji_{vendor}'
+  try:
+    files = {each['short_name']: each['image']
+             for each in json.loads((place / 'emoji.json').read_text())}
+    return [Image.open(place / '64' / files[name]).convert('RGBA') for name in names]
+  except (OSError, KeyError) as error:
+    raise ValueError(f'{place} has not all of the emoji ({error}): `python -m tools.real.fetch` '
+                     'fetches them') from error
