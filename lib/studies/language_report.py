@@ -97,11 +97,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
   if any(row['measure'] == 'latency' for row in rows):
     panels.append(('loss behind a cut prefix, nats', loss, 'later_share',
                    'time of a later token, share of the unreduced'))
+  names = dict.fromkeys(name for name, _ in (*loss, *told))
+  styles = {name: (COLOURS[i % len(COLOURS)], list(MARKERS)[i // len(COLOURS) % len(MARKERS)])
+            for i, name in enumerate(names)}
   figure = Figure(figsize=(9 * len(panels), 12), dpi=110, layout='constrained')
   FigureCanvasAgg(figure)
   for axes, (title, values, cost, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
                                                 panels, strict=True):
-    _panel(axes, _lines(values, _costs(rows, cost)))
+    _panel(axes, _lines(values, _costs(rows, cost)), styles)
     axes.set_title(title, loc='left', fontsize=13, fontweight='bold')
     axes.set_xlabel(label)
     if values is loss:
@@ -182,7 +185,7 @@ def _share(values: Sequence[float]) -> str:
 def _table(values: Values, show: Callable[[Sequence[float]], str],
            marks: Mapping[tuple[str, float], str],
            kept: Mapping[tuple[str, float], float]) -> str:
-  """A line a name, lowest first, and a column a share; a cell tells of another share kept."""
+  """A line a name, by its mean, and a column a share; a cell tells of another share kept."""
   shares = sorted({share for _, share in values if share < 1}, reverse=True)
 
   def cell(key: tuple[str, float]) -> str:
@@ -196,8 +199,8 @@ def _table(values: Values, show: Callable[[Sequence[float]], str],
     return ''
   # By the share that most rows have, the smallest of several.
   common = max(reversed(shares), key=[share for _, share in values].count)
-  names = sorted(dict.fromkeys(name for name, _ in values), key=lambda name: statistics.fmean(
-      values.get((name, common), {None: math.inf}).values()))
+  names = sorted(dict.fromkeys(name for name, _ in values), key=lambda name: (
+      name != FULL[0], statistics.fmean(values.get((name, common), {None: math.inf}).values())))
   return _markdown(['', *(f'{share:.0%}' for share in shares)], [
       [name, *(cell(FULL if name == FULL[0] else (name, share)) for share in shares)]
       for name in names])
@@ -275,14 +278,14 @@ def _lines(values: Values, costs: Mapping[tuple[str, float], float],
   return {name: sorted(points) for name, points in lines.items()}
 
 
-def _panel(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def _panel(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]],
+           styles: Mapping[str, tuple[str, str]]) -> None:
   """Draws lines, each named in the margin at the height of its cheapest point's rank."""
   order = sorted(lines, key=lambda name: lines[name][0][1])
   heights = spread([i / max(len(order) - 1, 1) for i in range(len(order))], 1 / 48, 0.0, 1.0)
-  for place, (name, height) in enumerate(zip(order, heights, strict=True)):
-    plain = name == FULL[0] or name.startswith((BASE, 'even'))
-    colour = GREYS[0] if plain else COLOURS[place % len(COLOURS)]
-    marker = list(MARKERS)[place // len(COLOURS) % len(MARKERS)]
+  for name, height in zip(order, heights, strict=True):
+    plain, (colour, marker) = name == FULL[0] or name.startswith((BASE, 'even')), styles[name]
+    colour = GREYS[0] if plain else colour
     axes.plot(*zip(*lines[name], strict=True), color=colour, marker=marker, markersize=5,
               linestyle='--' if plain else '-', linewidth=1.1, alpha=0.85)
     axes.annotate(name, lines[name][0], xytext=(-0.06, height), textcoords='axes fraction',
