@@ -13,8 +13,8 @@ them. `python -m tools.real.fetch` and `python -m tools.real.vit` fetch both, an
 The first draws visual tokens to the words of what they show (lib/tasks/align.py), and took 14
 minutes on a fifth of two cores, which others shared; from a fresh projector answers were hardly
 learned in 100 steps. The second takes 4 to 5 seconds of CPU a step, 12 to 17 on the clock there.
-results/real_scenes/ tells of the first and of 165 such steps, too few: names are answered less often
-than the tower's own neighbours tell them.
+results/real_scenes/ tells of the first and of 165 such steps, too few: names are answered less
+often than the tower's own neighbours tell them.
 """
 
 import ml_collections
