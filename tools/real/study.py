@@ -82,7 +82,7 @@ def run(config: Any) -> pathlib.Path:
   subject = functools.cache(lambda: STUDIES[config.study].read(config))
   return _written(config, measure_rows(
       heads(config), lambda row: subject().measure(row), path=config.out, about=timing.machine(),
-      essential=lambda row: row['name'] == 'full'))
+      essential=lambda row: row.get('name') == 'full'))
 
 
 def report(config: Any) -> pathlib.Path:
