@@ -334,12 +334,13 @@ def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
   those of `mutual`."""
   batch, length, heads, features = q.shape
   kv_heads = k.shape[2]
-  # Queries in the order of the map: the map itself is not turned round.
-  grouped = jnp.moveaxis(
-      q.reshape(batch, length, kv_heads, heads // kv_heads, features), 1, 3)
+  grouped, order = q.reshape(batch, length, kv_heads, heads // kv_heads, features), 'bnkgd'
+  if heads > kv_heads:
+    # In the order of the map, or else XLA would turn the map round.
+    grouped, order = jnp.moveaxis(grouped, 1, 3), 'bkgnd'
   # Products of half-precision numbers are exact in float32 as they are; 'highest' would widen q, k.
   precision = 'highest' if q.dtype == jnp.float32 else 'default'
-  logits = jnp.einsum('bkgnd,bskd->bkgns', grouped, k, precision=precision,
+  logits = jnp.einsum(f'{order},bskd->bkgns', grouped, k, precision=precision,
                       preferred_element_type=jnp.float32)
   logits = logits.reshape(batch, heads, length, -1)
   logits = logits * (features ** -0.5 if scale is None else scale)
@@ -444,8 +445,10 @@ def _weigh(logits: Array, q: Array, v: Array) -> tuple[Array, Array]:
   weights = jnp.exp(logits - lse[..., None]).astype(v.dtype)
   batch, heads, length, keys = weights.shape
   kv_heads = v.shape[2]
-  out = jnp.einsum('bkgns,bskd->bkgnd',
+  order = 'bkgnd' if heads > kv_heads else 'bnkgd'  # As in `_logits`.
+  out = jnp.einsum(f'bkgns,bskd->{order}',
                    weights.reshape(batch, kv_heads, heads // kv_heads, length, keys), v)
-  out = jnp.moveaxis(out, 3, 1)
+  if heads > kv_heads:
+    out = jnp.moveaxis(out, 3, 1)
   return out.reshape(q.shape).astype(q.dtype), jnp.swapaxes(lse, 1, 2)
 

@@ -187,7 +187,7 @@ def _read(lm: LM, ids: Array) -> tuple[Array, list[Signals]]:
   tap = Tap(NEEDS, lambda first, tokens, signals: signals,
             reduction=Reduction('everything', cast(Any, Everything())))
   tokens, out = lm.stack(lm.embed(ids), tap)
-  return lm._logits(lm.norm(tokens.x[:, -1])), out['taps']
+  return lm.logits(lm.norm(tokens.x[:, -1])), out['taps']
 
 
 @functools.partial(jax.jit, static_argnames=('event', 'size', 'room', 'rope'))

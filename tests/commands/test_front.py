@@ -64,7 +64,7 @@ def test_the_package_holds_every_module_and_file():
         assert (file / '__init__.py').exists() or not list(file.glob('*.py')), file
       elif file.is_file() and '__pycache__' not in file.parts:
         # Everything else would be left out of the package.
-        assert file.suffix in ('.py', '.textproto'), file
+        assert file.suffix in ('.py', '.textproto', '.txt'), file
 
 
 def test_it_has_no_logic_of_its_own():

@@ -288,7 +288,7 @@ def raw_stepper(lm):
   def step(lm, ids, cache):
     (x, count, _), layers = lm.stack.step((lm._embedded(ids), cache.steps, None), cache.layers)
     kvs, signals = zip(*layers, strict=True)
-    return lm._logits(lm.norm(x)), Cache(kvs, count + 1), signals
+    return lm.logits(lm.norm(x)), Cache(kvs, count + 1), signals
 
   return jax.jit(functools.partial(lm.apply, method=step))
 

@@ -127,7 +127,7 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
   batch = batch_of(info, CONTEXT) | ({} if info.kinds else {'depth': np.linspace(0, 0.9, 4)})
   monkeypatch.setattr(qa_data, 'info', lambda data: info)
   monkeypatch.setattr(qa_data, 'eval_batches', lambda *_, **__: [batch])
-  monkeypatch.setattr(qa_sweep.checkpoint, 'best', lambda *_, **__: (7, params))
+  monkeypatch.setattr(qa_sweep.pretrained, 'best', lambda *_, **__: (7, params))
   config = config.copy_and_resolve_references()
   config.data.batch_size = 4
   chosen = CONFIGS[name][2].CANDIDATES[0], CONFIGS[name][2].CANDIDATES[-2]
