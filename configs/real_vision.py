@@ -32,18 +32,17 @@ OWN = {
     ('expedit', A_LAYER): {'layers': 4, 'keep': 64, 'expand': 11},
     ('expedit', CUTS): {'layers': 3, 'keep': 64, 'expand': 11},
     ('expedit', LATE): {'layers': 8, 'keep_ratio': 0.25, 'expand': 11}}
-DRAWS = 3  # Of chance.
-SIZES = ('full', 'quick')
+DRAWS = {'full': 3, 'quick': 2}  # Of chance.
 # What ranks by the attention of [CLS], is measured late in the tower too, beside some others.
 BY_CLS = ('topk', 'evit', 'ats', 'ats_spatial', 'fastervlm', 'token_transforming', 'radial')
 OTHERS = ('random', 'tome', 'atc', 'divprune', 'stride', 'pool', 'expedit')
 QUICK = ('random', 'tome', 'topk')
 
 
-def rows(budget, names):
+def rows(budget, names, draws):
   """A row for each method under one budget; several for chance."""
   for name in names:
-    for draw in range(DRAWS if name == 'random' else 1):
+    for draw in range(draws if name == 'random' else 1):
       reduce = {'method': name, **OWN.get((name, budget), BUDGETS[budget])}
       if name == 'random':
         reduce['args'] = {'seed': draw}
@@ -53,7 +52,7 @@ def rows(budget, names):
 def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   """Returns what to measure, and on how many pictures: 'full', or 'quick' for a first look."""
   full = {'name': 'full', 'budget': '', 'draw': 0, 'reduce': {}}
-  choices.check('size ', size, SIZES)
+  choices.check('size ', size, DRAWS)
   small = size == 'quick'
   chosen = {A_LAYER: QUICK} if small else {
       A_LAYER: METHODS, CUTS: METHODS,
@@ -61,7 +60,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict({
       'study': 'vision', 'folder': 'real', 'seed': 0, 'image_size': 224, 'rounds': 3,
       'out': f'runs/real/{size}/vision.jsonl',
-      'train_images': 96 if small else 208, 'test_images': 96 if small else 304,
-      'emoji': 48 if small else 160,
-      'rows': (full, *(row for budget, names in chosen.items() for row in rows(budget, names)))},
-      convert_dict=False)
+      'train_images': 64 if small else 208, 'test_images': 64 if small else 304,
+      'emoji': 40 if small else 160,
+      'rows': (full, *(row for budget, names in chosen.items()
+                       for row in rows(budget, names, DRAWS[size])))}, convert_dict=False)
