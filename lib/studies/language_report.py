@@ -260,7 +260,7 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _costs(rows: Sequence[Row], name: str) -> dict[tuple[str, float], float]:
-  """What each row costs, mean over all that say it."""
+  """Averages a cost of each name and share over all rows that say it."""
   found = collections.defaultdict(list)
   for row in rows:
     if name in row and (row['measure'] == 'latency') == (name == 'later_share'):

@@ -220,11 +220,11 @@ class Subject:
 
   @functools.cached_property
   def full(self) -> Found:
-    """What is found without a reduction."""
+    """Finds documents without a reduction, once."""
     return self._found({}, {})
 
   def _chance(self, row: Row) -> Sequence[Found]:
-    """What is found at random with a row's budget, by seed; nothing for a row without any."""
+    """Finds documents at random with a row's budget, by seed; nothing for a row without any."""
     budget = {part: {key: value for key, value in row[part].items() if key not in OWN}
               for part in ('reduce', 'pool')}
     if not any(budget.values()):
@@ -239,7 +239,7 @@ class Subject:
     return self._drawn[name]
 
   def _found(self, reduce: Mapping[str, Any], pool: Mapping[str, Any]) -> Found:
-    """What the queries find in the documents under a reduction."""
+    """Finds documents for the queries under a reduction."""
     bert = self._reduced(reduce)
     texts = self._encode(bert, self.documents) if reduce else self.whole
     number = self.config.pairs

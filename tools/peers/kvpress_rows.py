@@ -74,7 +74,7 @@ def measure(case: Case, made: Sequence[Prompt], reader: Reader, peer: Peer, *,
 
 def _cost(case: Case, ids: Sequence[int], reader: Reader, peer: Peer,
           rounds: int) -> dict[str, dict[str, float]]:
-  """What either side needs for a prompt and tokens behind it: memory and time."""
+  """Measures memory and time that either side needs for a prompt and tokens behind it."""
   run: dict[str, Callable[..., Any]] = {
       'ours': functools.partial(_ours, reader, case),
       'theirs': functools.partial(peer.ask, press=case.press, share=case.share)}
@@ -98,7 +98,7 @@ def _ours(reader: Reader, case: Case, do: str, **asked: Any) -> Any:
 def _of_prompt(case: Case, prompt: Prompt, reader: Reader, peer: Peer,
                decode: Callable[[Sequence[int]], str],
                asked: Mapping[str, Any]) -> dict[str, Any]:
-  """What is kept of a prompt, how likely its next tokens are, and what is answered."""
+  """Reads what is kept of a prompt, how likely its next tokens are, and what is answered."""
   kept = compared(reader.read(case.reduce, prompt.ids), peer.ask('read', ids=prompt.ids, **asked))
   row: dict[str, Any] = {'kept': kept}
   answers = {}

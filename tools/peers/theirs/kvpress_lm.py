@@ -133,7 +133,7 @@ class Model:
                    position_ids=positions[None]).logits[0]
 
   def _gone(self) -> list[Any]:
-    """What a press hides in each layer: indices of rows, heads and entries, or None."""
+    """Returns what a press hides in each layer: indices of rows, heads and entries, or None."""
     return [getattr(layer.self_attn, 'masked_key_indices', None) for layer in self.lm.model.layers]
 
   def _cache(self, cache: transformers.DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
