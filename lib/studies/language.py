@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lib.data import gguf_tokenizer
+from lib.data.real import language_model
 from lib.data.real.articles import articles, reference_topics
 from lib.report.rows import Row
 from lib.runtime import timing
@@ -58,14 +59,11 @@ class Subject:
 
   def __init__(self, config: Any) -> None:
     folder = pathlib.Path(config.folder)
-    files = sorted((folder / 'smollm2').glob('*.gguf'))
-    if not files:
-      raise ValueError(f'there is no .gguf file in {folder / "smollm2"}: '
-                       '`python -m tools.real.fetch` fetches it')
-    self.config, self.lm = config, from_config(gguf.config(files[0]))
-    self.stacked = {'params': load(self.lm, files[0])}
+    file = language_model(folder)
+    self.config, self.lm = config, from_config(gguf.config(file))
+    self.stacked = {'params': load(self.lm, file)}
     self.weights = {'params': to_storage(self.stacked['params'], storage='unstacked')}
-    self.encode = functools.partial(gguf_tokenizer.tokenizer(files[0]).encode, special=False)
+    self.encode = functools.partial(gguf_tokenizer.tokenizer(file).encode, special=False)
     self.reader = Reader(self.lm)
     self.corpora = (articles(folder / 'articles'), reference_topics())
     self.extend = jax.jit(functools.partial(self.lm.apply, logits='all', method='extend'))
