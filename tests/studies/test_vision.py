@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from configs import real_vision
+from lib.data.real.emoji import emoji_pairs
 from lib.data.real.fashion_mnist import fashion_mnist
 from lib.report.rows import read_jsonl
 from lib.studies import vision as quality
@@ -132,3 +133,5 @@ def test_weights_that_are_not_there_end_it_in_a_line(tmp_path):
 def test_what_is_missing_is_told_in_a_line(tmp_path):
   with pytest.raises(ValueError, match='fetches it'):
     fashion_mnist(tmp_path, RNG, (1, 1))
+  with pytest.raises(ValueError, match=r'emoji_google.*fetches it'):
+    emoji_pairs(tmp_path, RNG, 1)

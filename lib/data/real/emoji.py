@@ -12,8 +12,16 @@ from PIL import Image
 
 def emoji_pairs(folder: pathlib.Path, rng: np.random.Generator,
                 count: int) -> tuple[list[Image.Image], list[Image.Image]]:
-  """Reads the same emoji of two vendors, on white."""
+  """Reads the same emoji of two vendors, on white.
+
+  Raises:
+    ValueError: they are not there.
+  """
   places = [folder / f'emoji_{vendor}' for vendor in ('google', 'twitter')]
+  for place in places:
+    if not (place / 'emoji.json').exists():
+      raise ValueError(f'there is no {place / "emoji.json"}: `python -m tools.real.fetch` fetches '
+                       'it')
   names = [{each['image'] for each in json.loads((place / 'emoji.json').read_text())
             if (place / '64' / each['image']).exists()} for place in places]
   both = sorted(names[0] & names[1])
