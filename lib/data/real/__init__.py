@@ -15,6 +15,6 @@ def language_model(folder: pathlib.Path) -> pathlib.Path:
   """
   found = sorted((folder / 'smollm2').glob('*.gguf'))
   if not found:
-    raise ValueError(f'there is no language model in {folder / "smollm2"}: `python -m '
+    raise ValueError(f'there is no .gguf file in {folder / "smollm2"}: `python -m '
                      'tools.real.fetch` fetches it')
   return found[0]
