@@ -17,7 +17,7 @@ from ops.rope import Rope
 
 DRAWS = 3
 SHARES = (0.75, 0.5, 0.25, 0.12)
-MIDDLE, ENDS = (0.5, 0.25), (0.12, 0.75)
+MIDDLE, ENDS, LONG = (0.5, 0.25), (0.12, 0.75), (0.25,)
 SNAPKV = {'method': 'snapkv', 'args': {'window': 32}}
 EXPECTED = {'method': 'expected_attention'}
 # What the methods on the cache are given; those that are not here get nothing.
@@ -140,8 +140,9 @@ def complete():
     rows += cell('recall', 512, draw, MIDDLE, inside)
     rows += cell('perplexity', 1024, draw, ENDS)[1:]
     rows += cell('recall', 1024, draw, ENDS)[1:]
-    rows += cell('recall', 2048, draw, MIDDLE)
-    rows += cell('recall', 4096, draw, MIDDLE)
+  for draw in range(DRAWS):
+    rows += cell('recall', 2048, draw, LONG)
+    rows += cell('recall', 4096, draw, LONG)
   sinks = [row(f'{sinks} sinks, {capacity} in all', 0.0, 'tokens', method='streaming_llm',
                capacity=capacity, args={'sinks': sinks})
            for capacity in (128, 64) for sinks in (0, 4)]
