@@ -6,6 +6,7 @@ Axes: B batch, N slots, D features, C slots compared at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 import chex
 import jax
@@ -15,6 +16,8 @@ from ops.assignments import take
 from ops.primitives.match import l2_normalize
 
 Array = jax.Array
+State = TypeVar('State')
+Look: TypeAlias = Callable[[State, Array, Array], tuple[State, Array]]
 
 
 def largest_cosine(vectors: Array, among: Array, *, chunk: int = 64) -> Array:
@@ -64,20 +67,45 @@ def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
     int32[B, N], at which step each slot was picked, `count` where it was not.
   """
   chex.assert_equal_shape_prefix((vectors, among), 2)
-  slots = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None]
 
-  def step(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    pick, nearest, turn = state
-    turn = jnp.where((slots == pick[:, None]) & among & (turn == count), number, turn)
+  def look(nearest: Array, pick: Array, number: Array) -> tuple[Array, Array]:
+    del number
     row = jnp.einsum('bd,bnd->bn', take(vectors, pick[:, None])[:, 0], vectors,
                      precision='highest')
     nearest = jnp.maximum(nearest, row)
-    gain = 1 - nearest if weight is None else (1 - nearest) * weight
-    gain = jnp.where(among & (turn == count), gain, -jnp.inf)
-    return jnp.argmax(gain, axis=1).astype(jnp.int32), nearest, turn
+    return nearest, 1 - nearest if weight is None else (1 - nearest) * weight
 
-  start = (first, jnp.full(among.shape, -2.0), jnp.full(among.shape, count, jnp.int32))
-  return jax.lax.fori_loop(0, count, step, start)[2]
+  start = jax.nn.one_hot(first, vectors.shape[1])
+  return pick_greedily(among, start, jnp.full(among.shape, -2.0), look, count=count)
+
+
+def pick_greedily(among: Array, gain: Array, state: State, look: Look[State], *,
+                  count: int) -> Array:
+  """Picks slots one by one, each the one that gains most by then; of equals the lowest.
+
+  Args:
+    among: bool[B, N], slots that may be picked.
+    gain: float32[B, N], what each gains as the first.
+    state: arrays that `look` remembers.
+    look: (state, the pick int32[B], how many came before it) -> state, and what each slot gains as
+      the next.
+    count: how many to pick.
+
+  Returns:
+    int32[B, N], at which step each slot was picked, `count` where it was not.
+  """
+  slots = jnp.arange(among.shape[1], dtype=jnp.int32)[None]
+
+  def step(number: Array, carried: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+    gain, state, turn = carried
+    left = among & (turn == count)
+    pick = jnp.argmax(jnp.where(left, gain, -jnp.inf), axis=1).astype(jnp.int32)
+    turn = jnp.where((slots == pick[:, None]) & left, number, turn)
+    state, gain = look(state, pick, number)
+    return gain, state, turn
+
+  never = jnp.full(among.shape, count, jnp.int32)
+  return jax.lax.fori_loop(0, count, step, (gain, state, never))[2]
 
 
 def _largest_cosine(vectors: Array, among: Array, counts: Callable[[Array, Array], Array], *,

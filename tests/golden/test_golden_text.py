@@ -1,0 +1,89 @@
+"""Methods behind the projector that read the prompt, the tower's features or the projector itself.
+
+Against released code: exact indices, 1e-5 for floats.
+
+Axes: B batch, N patches, D features, C features of the tower, T words.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import recorded
+from helpers.golden_vit import arrays
+
+from ops import tokens as tk
+from ops.primitives.match import l2_normalize
+from ops.reducers.projector.mmtok import MMTok, cover, shares
+from ops.signals import Signals
+from ops.tokens import TokenSet
+
+
+def load(name):
+  return recorded.arrays(f'vlm_pre/{name}')
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames='num_slots')
+def compiled(method, x, told, *, num_slots, **fields):
+  tokens = TokenSet.create(jnp.asarray(x), **fields)
+  answer = method(tokens, told, num_slots=num_slots)
+  return answer, tk.reduce(tokens, answer)
+
+
+def operate(method, x, told, **settings):
+  """The assignment and the reduced tokens."""
+  return arrays(compiled(method, x, Signals(**told), **settings))
+
+
+def prompt(text, *, slots=0):
+  """Signals of the words float[T, D] of one row, padded to `slots`."""
+  padded = np.full((1, max(slots, len(text)), text.shape[1]), 1e3, np.float32)
+  padded[0, :len(text)] = text
+  return {'text': padded, 'text_valid': np.arange(padded.shape[1])[None] < len(text)}
+
+
+def mmtok(raw):
+  return MMTok(text_temperature=float(raw['tv_temp']), vision_temperature=float(raw['vv_temp']),
+               alpha=float(raw['alpha']))
+
+
+@pytest.mark.parametrize('padding', [0, 5])
+def test_mmtok(padding):
+  raw = load('mmtok_case0')
+  told = prompt(raw['text'], slots=len(raw['text']) + padding) | {
+      'vision_features': raw['vision_encoder'][None]}
+  answer, reduced = operate(mmtok(raw), raw['vision_projected'][None], told,
+                            num_slots=int(raw['keep']))
+  np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])
+  np.testing.assert_array_equal(reduced.x[0], raw['out_tokens'])
+
+
+def test_mmtok_without_the_padding_of_an_image():
+  """What may not be picked is to be covered all the same."""
+  raw, method = load('mmtok_case1'), mmtok(load('mmtok_case1'))
+  slots = len(raw['vision_encoder'])
+  among = ~np.isin(np.arange(slots), raw['excluded'])
+
+  @jax.jit
+  def turns(text, x, features):
+    text, x, features = (l2_normalize(each[None]) for each in (text, x, features))
+    every, words = jnp.ones((1, slots), bool), jnp.ones((1, text.shape[1]), bool)
+    covered = jnp.concatenate([
+        shares(text, x, words, every, method.text_temperature),
+        method.alpha * shares(features, features, every, every, method.vision_temperature)], axis=1)
+    return cover(covered, jnp.asarray(among)[None], count=int(raw['keep']))
+
+  turn = np.asarray(turns(raw['text'], raw['vision_projected'], raw['vision_encoder']))[0]
+  np.testing.assert_array_equal(np.flatnonzero(turn < raw['keep']), raw['kept_sorted'])
+
+
+def test_mmtok_of_a_row_without_words_covers_the_image():
+  rng = np.random.default_rng(0)
+  x, text = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 9, 4), (2, 4)))
+  told = prompt(text) | {'vision_features': x}
+  none = told | {'text_valid': np.zeros((1, 2), bool)}
+  answer, _ = operate(MMTok(), x, none, num_slots=3)
+  by_hand, _ = operate(MMTok(alpha=1e6), x, told, num_slots=3)
+  np.testing.assert_array_equal(answer.src, by_hand.src)
