@@ -17,6 +17,7 @@ from helpers.golden_vit import arrays
 from ops import tokens as tk
 from ops.primitives.match import l2_normalize
 from ops.reducers.projector.mmtok import MMTok, cover, shares
+from ops.reducers.projector.zoo_prune import ZOOPrune
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -87,3 +88,26 @@ def test_mmtok_of_a_row_without_words_covers_the_image():
   answer, _ = operate(MMTok(), x, none, num_slots=3)
   by_hand, _ = operate(MMTok(alpha=1e6), x, told, num_slots=3)
   np.testing.assert_array_equal(answer.src, by_hand.src)
+
+
+class Given(ZOOPrune):
+  """Takes the directions of the recording."""
+
+  def draw(self, width):
+    return l2_normalize(load('zoo_prune_case0')['directions_raw'])
+
+
+@pytest.mark.parametrize('variant', ['derivative', 'differences'])
+def test_zoo_prune(variant):
+  raw = load('zoo_prune_case0')
+  method = Given(variant=variant, step=float(raw['h']))
+  project = jax.tree_util.Partial(
+      lambda w1, b1, w2, x: jax.nn.gelu(x @ w1 + b1[None, None], approximate=False) @ w2,
+      *(jnp.asarray(raw[name]) for name in ('W1', 'b1', 'W2')))
+  importance = jax.jit(lambda x: method.sensitivity(project, x, method.draw(0)))(
+      raw['encoder_features'])[0]
+  # Differences cancel: the recording itself is that far from the derivative.
+  np.testing.assert_allclose(importance, raw['importance'], rtol=1e-4)
+  told = {'vision_features': raw['encoder_features'], 'project': project}
+  answer, _ = operate(method, raw['projected'], told, num_slots=int(raw['num_keep']))
+  np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])

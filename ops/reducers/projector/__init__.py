@@ -13,6 +13,7 @@ from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vispruner import VisPruner
 from ops.reducers.projector.vtc_cls import VTCCLS
+from ops.reducers.projector.zoo_prune import ZOOPrune
 
 PROJECTOR: dict[str, type[Method]] = {
     'flowcut': FlowCut,
@@ -27,4 +28,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'vtc_cls': VTCCLS,
     'hiprune': HiPrune,
     'mmtok': MMTok,
+    'zoo_prune': ZOOPrune,
 }
