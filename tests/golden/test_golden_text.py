@@ -16,6 +16,7 @@ from helpers.golden_vit import arrays
 
 from ops import tokens as tk
 from ops.primitives.match import l2_normalize
+from ops.reducers.projector.cdpruner import CDPruner
 from ops.reducers.projector.mmtok import MMTok, cover, shares
 from ops.reducers.projector.zoo_prune import ZOOPrune
 from ops.signals import Signals
@@ -111,3 +112,21 @@ def test_zoo_prune(variant):
   told = {'vision_features': raw['encoder_features'], 'project': project}
   answer, _ = operate(method, raw['projected'], told, num_slots=int(raw['num_keep']))
   np.testing.assert_array_equal(answer.src[0], raw['kept_sorted'])
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_cdpruner(case):
+  """Rows of a batch that the release ran one by one."""
+  raw = load(f'cdpruner_case{case}')
+  real = np.arange(raw['text'].shape[1]) < raw['words'][:, None]
+  told = {'text': raw['text'], 'text_valid': real}
+  answer, _ = operate(CDPruner(), raw['features'], told, num_slots=int(raw['keep']))
+  np.testing.assert_array_equal(answer.src, raw['kept_sorted'])
+
+
+def test_cdpruner_goes_on_where_all_is_spanned():
+  """Five tokens in a plane: two span it, and the first of the others fill up."""
+  x = np.array([[[1, 0], [2, 0], [1, 1], [0, 1], [-1, 1]]], np.float32)
+  told = {'text': np.zeros((1, 1, 2), np.float32), 'text_valid': np.zeros((1, 1), bool)}
+  answer, _ = operate(CDPruner(), x, told, num_slots=3)
+  np.testing.assert_array_equal(answer.src[0], [0, 1, 3])

@@ -2,6 +2,7 @@
 
 from ops.reducers.method import Method
 from ops.reducers.projector.aim_merge import AIMMerge
+from ops.reducers.projector.cdpruner import CDPruner
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
@@ -27,6 +28,7 @@ PROJECTOR: dict[str, type[Method]] = {
     'prumerge': PruMerge,
     'vtc_cls': VTCCLS,
     'hiprune': HiPrune,
+    'cdpruner': CDPruner,
     'mmtok': MMTok,
     'zoo_prune': ZOOPrune,
 }

@@ -13,6 +13,7 @@ from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.farthest import farthest_first
 from ops.primitives.match import l2_normalize
+from ops.primitives.scale import above_lowest
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -29,11 +30,11 @@ class ZOOPrune(Reducer):
 
   ZOO-Prune (Kim et al., 2025), arXiv:2509.24837, as released. A token's sensitivity is the mean
   over random directions, the same for all tokens, of how far its projected features move; a row's
-  are scaled to 0 to 1. The most sensitive token is first; then, one by one, whichever has the
-  largest product of its sensitivity and its distance, by cosine, from the nearest one picked. The
-  release draws anew each time, and measures in half precision, where rounding is about as large as
-  the step, for several crops on a projector of low rank; ours is the whole one in float32. It takes
-  round down(ratio N) tokens.
+  are scaled to 0 to 1 (all to 1 where they are equal). The most sensitive token is first; then, one
+  by one, whichever has the largest product of its sensitivity and its distance, by cosine, from the
+  nearest one picked. The release draws anew each time, and measures in half precision, where
+  rounding is about as large as the step, for several crops on a projector of low rank; ours is the
+  whole one in float32. It takes round down(ratio N) tokens.
 
   Attributes:
     variant: 'derivative', exact, in one pass a direction, or 'differences' as released, in two.
@@ -55,8 +56,9 @@ class ZOOPrune(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     features = jax.lax.stop_gradient(signals.vision_features.astype(jnp.float32))
-    weight = jax.lax.stop_gradient(scaled(
-        self.sensitivity(signals.project, features, self.draw(features.shape[2])), tokens.free))
+    above, spread = above_lowest(jax.lax.stop_gradient(
+        self.sensitivity(signals.project, features, self.draw(features.shape[2]))), tokens.free)
+    weight = jnp.where(spread > 0, above / (spread + 1e-8), 1.0)
     vectors = jax.lax.stop_gradient(l2_normalize(tokens.x))
     first = jnp.argmax(jnp.where(tokens.free, weight, -1.0), axis=1).astype(jnp.int32)
     turn = farthest_first(vectors, tokens.free, first, weight=weight,
@@ -93,12 +95,3 @@ class ZOOPrune(Reducer):
     total, _ = jax.lax.scan(lambda total, direction: (total + distance(direction), None),
                             jnp.zeros(features.shape[:2]), directions)
     return total / len(directions)
-
-
-def scaled(scores: Array, among: Array) -> Array:
-  """Scales each row's scores to 0 to 1, float32[B, N]; to 1 where they are all the same."""
-  low = jnp.min(jnp.where(among, scores, jnp.inf), axis=1, keepdims=True)
-  high = jnp.max(jnp.where(among, scores, -jnp.inf), axis=1, keepdims=True)
-  # Two that differ by their rounding alone are the same.
-  alike = high - low <= 1e-6 * jnp.abs(high)
-  return jnp.where(among, jnp.where(alike, 1.0, (scores - low) / (high - low + 1e-8)), 0.0)
