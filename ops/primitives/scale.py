@@ -27,3 +27,23 @@ def above_lowest(scores: Array, among: Array) -> tuple[Array, Array]:
   spread = jnp.max(above, axis=1, keepdims=True)
   size = jnp.max(jnp.where(among, jnp.abs(scores), 0.0), axis=1, keepdims=True)
   return above, jnp.where(spread > 1e-6 * size, spread, 0.0)
+
+
+def quantile(scores: Array, among: Array, share: float) -> Array:
+  """Returns the score below which a share of each row lies, between two scores in proportion.
+
+  Args:
+    scores: float32[B, N].
+    among: bool[B, N], those that count.
+    share: from 0 to 1.
+
+  Returns:
+    float32[B, 1]; infinity in a row of none.
+  """
+  ordered = jnp.sort(jnp.where(among, scores, jnp.inf), axis=1)
+  place = share * jnp.maximum(jnp.sum(among, axis=1, keepdims=True) - 1, 0).astype(jnp.float32)
+  below = jnp.floor(place).astype(jnp.int32)
+  low, high = (jnp.take_along_axis(ordered, jnp.minimum(at, scores.shape[1] - 1), axis=1)
+               for at in (below, below + 1))
+  part = place - below
+  return jnp.where(part > 0, low + part * (high - low), low)

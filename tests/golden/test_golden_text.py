@@ -16,7 +16,9 @@ from helpers.golden_vit import arrays
 
 from ops import tokens as tk
 from ops.primitives.match import l2_normalize
+from ops.primitives.scale import quantile
 from ops.reducers.projector.cdpruner import CDPruner
+from ops.reducers.projector.flashvlm import FlashVLM
 from ops.reducers.projector.mmtok import MMTok, cover, shares
 from ops.reducers.projector.zoo_prune import ZOOPrune
 from ops.signals import Signals
@@ -25,6 +27,10 @@ from ops.tokens import TokenSet
 
 def load(name):
   return recorded.arrays(f'vlm_pre/{name}')
+
+
+def close(got, want):
+  np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames='num_slots')
@@ -130,3 +136,34 @@ def test_cdpruner_goes_on_where_all_is_spanned():
   told = {'text': np.zeros((1, 1, 2), np.float32), 'text_valid': np.zeros((1, 1), bool)}
   answer, _ = operate(CDPruner(), x, told, num_slots=3)
   np.testing.assert_array_equal(answer.src[0], [0, 1, 3])
+
+
+@pytest.mark.parametrize('padding', [0, 3])
+def test_flashvlm(padding):
+  raw = load('flashvlm_case0')
+  x = raw['features'] @ raw['projector_W']
+  told = prompt(raw['text'][0], slots=raw['text'].shape[1] + padding) | {
+      'cls_attention': raw['cls_attn'], 'vision_features': raw['features']}
+  answer, reduced = operate(FlashVLM(eta=float(raw['eta'])), x, told, num_slots=int(raw['keep']))
+  np.testing.assert_array_equal(answer.src, raw['kept_sorted'])
+  close(reduced.x, raw['out_tokens'])
+
+
+def test_flashvlm_of_a_row_without_words_goes_by_attention():
+  raw = load('flashvlm_case0')
+  told = prompt(raw['text'][0]) | {'cls_attention': raw['cls_attn'],
+                                   'vision_features': raw['features']}
+  x, keep = raw['features'] @ raw['projector_W'], int(raw['keep'])
+  none = told | {'text_valid': np.zeros_like(told['text_valid'])}
+  answer, _ = operate(FlashVLM(), x, none, num_slots=keep)
+  by_attention, _ = operate(FlashVLM(eta=0.0), x, told, num_slots=keep)
+  np.testing.assert_array_equal(answer.src, by_attention.src)
+
+
+def test_quantiles_of_rows():
+  scores = np.random.default_rng(0).normal(size=(3, 11)).astype(np.float32)
+  among = np.arange(11) < np.array([[11], [6], [1]])
+  for share in (0.0, 0.3, 0.995, 1.0):
+    found = np.asarray(quantile(scores, among, share))[:, 0]
+    wanted = [np.quantile(row[here], share) for row, here in zip(scores, among, strict=True)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)

@@ -248,7 +248,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2}}
 
 # Those that divide tokens by their place first, and then choose in each part.
-PARTED = {'vispruner': 'every other token goes first'}
+PARTED = dict.fromkeys(('vispruner', 'flashvlm'), 'every other token goes first')
 
 
 @functools.cache

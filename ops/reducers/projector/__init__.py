@@ -6,6 +6,7 @@ from ops.reducers.projector.cdpruner import CDPruner
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
+from ops.reducers.projector.flashvlm import FlashVLM
 from ops.reducers.projector.flowcut import FlowCut
 from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.mmtok import MMTok
@@ -29,6 +30,7 @@ PROJECTOR: dict[str, type[Method]] = {
     'vtc_cls': VTCCLS,
     'hiprune': HiPrune,
     'cdpruner': CDPruner,
+    'flashvlm': FlashVLM,
     'mmtok': MMTok,
     'zoo_prune': ZOOPrune,
 }
