@@ -16,13 +16,15 @@ from helpers.golden_vit import arrays
 
 from ops import tokens as tk
 from ops.primitives.match import l2_normalize
+from ops.primitives.outliers import local_outliers
 from ops.primitives.scale import quantile
 from ops.reducers.projector.cdpruner import CDPruner
 from ops.reducers.projector.flashvlm import FlashVLM
 from ops.reducers.projector.mmtok import MMTok, cover, shares
+from ops.reducers.projector.recoverable import Recoverable
 from ops.reducers.projector.zoo_prune import ZOOPrune
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import SPECIAL, TokenSet
 
 
 def load(name):
@@ -33,9 +35,11 @@ def close(got, want):
   np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames='num_slots')
+@functools.partial(jax.jit, static_argnums=0, static_argnames=('num_slots', 'protected'))
 def compiled(method, x, told, *, num_slots, **fields):
   tokens = TokenSet.create(jnp.asarray(x), **fields)
+  if fields.get('protected'):
+    tokens = tokens.replace(kind=tokens.kind.at[:, :1].set(SPECIAL))
   answer = method(tokens, told, num_slots=num_slots)
   return answer, tk.reduce(tokens, answer)
 
@@ -167,3 +171,80 @@ def test_quantiles_of_rows():
     found = np.asarray(quantile(scores, among, share))[:, 0]
     wanted = [np.quantile(row[here], share) for row, here in zip(scores, among, strict=True)]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_local_outliers():
+  """Against the definition, every pair of values compared, in rows of several lengths."""
+  values = np.random.default_rng(1).normal(size=(3, 40)).astype(np.float32) ** 3
+  lengths, neighbours = (40, 17, 4), 5
+  among = np.arange(40) < np.array(lengths)[:, None]
+  found = np.asarray(jax.jit(lambda v, a: local_outliers(v, a, neighbours=neighbours))(
+      values, among))
+  for row, length in enumerate(lengths):
+    distance = np.abs(np.subtract.outer(values[row, :length], values[row, :length]))
+    size = min(neighbours, length - 1)
+    nearest = np.argsort(distance + np.diag(np.full(length, np.inf)), axis=1)[:, :size]
+    far = np.take_along_axis(distance, nearest, axis=1).max(axis=1)
+    reach = np.maximum(np.take_along_axis(distance, nearest, axis=1), far[nearest])
+    density = 1 / (reach.mean(axis=1) + 1e-10)
+    factor = density[nearest].mean(axis=1) / density
+    np.testing.assert_array_equal(found[row, :length], factor > 1.5)
+    assert not found[row, length:].any()
+  assert found[0].sum() > 2
+
+
+class GivenRelevance(Recoverable):
+  """Takes what a recording has in place of the prompt."""
+
+  def relevance(self, tokens, signals):
+    return jnp.pad(signals.text[:, 0], ((0, 0), (1, 0)))
+
+
+def recoverable(method, raw, *, keep=64):
+  batch, slots, _ = raw['hidden_states'].shape
+  told = {name: raw[f'{short}_proj_out'].reshape(batch, slots, 4, -1)
+          for name, short in (('queries', 'q'), ('keys', 'k'))}
+  return operate(method, raw['hidden_states'], told | {'text': raw['text_similarity']},
+                 protected=1, num_slots=keep)
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_recoverable(case):
+  raw = load(f'recoverable_case{case}')
+  answer, reduced = recoverable(GivenRelevance(), raw)
+  count = raw['out_tokens'].shape[1]
+  assert answer.wanted.tolist() == [1 + count]
+  np.testing.assert_array_equal(reduced.valid[0], np.arange(64) < 1 + count)
+  close(reduced.x[:, 1:1 + count], raw['out_tokens'])
+
+
+def test_recoverable_takes_the_first_where_there_is_room_for_few():
+  raw = load('recoverable_case0')
+  outliers = jax.jit(lambda a: local_outliers(a, jnp.ones(a.shape, bool), neighbours=20))(
+      raw['cls_attn'])
+  assert np.mean(outliers) == raw['lof_ratio_vision_k20']
+  few, reduced = recoverable(GivenRelevance(variant='paper'), raw, keep=6)
+  most = np.sort(np.argsort(-raw['cls_attn'][0])[:4])
+  np.testing.assert_array_equal(few.src[0, 1:5] - 1, most)
+  assert few.wanted > 6
+  # The others add up to the last.
+  rest = np.setdiff1d(np.arange(576), most)
+  close(reduced.x[0, 5], raw['cls_attn'][0, rest] @ raw['hidden_states'][0, 1 + rest])
+
+
+def test_recoverable_compares_each_tokens_own_keys():
+  """The variant of the paper: as many as outliers, and keys of the tokens that are compared."""
+  raw = load('recoverable_case1')
+  answer, _ = recoverable(GivenRelevance(variant='paper'), raw)
+  main = int(raw['main'])
+  weights, src = np.asarray(answer.weights)[0, :, 1:], np.asarray(answer.src)[0] - 1
+  centres = np.flatnonzero((weights > 0).sum(axis=1) == 33)
+  # Nine lie apart below the others, of which the prompt makes two main ones.
+  assert len(centres) == 7
+  keys = raw['k_proj_out'][0, 1:]
+  keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+  for row in centres:
+    alike = keys @ keys[src[row]] + 50 * raw['text_similarity'][0, 0]
+    alike = np.where(np.isin(np.arange(len(keys)), [src[row], *src[1:1 + main]]), -np.inf, alike)
+    near = np.sort(np.argsort(-alike)[:32])
+    np.testing.assert_array_equal(np.setdiff1d(np.flatnonzero(weights[row]), src[row]), near)

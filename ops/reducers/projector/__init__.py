@@ -11,6 +11,7 @@ from ops.reducers.projector.flowcut import FlowCut
 from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.mmtok import MMTok
 from ops.reducers.projector.prumerge import PruMerge
+from ops.reducers.projector.recoverable import Recoverable
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vispruner import VisPruner
@@ -32,5 +33,6 @@ PROJECTOR: dict[str, type[Method]] = {
     'cdpruner': CDPruner,
     'flashvlm': FlashVLM,
     'mmtok': MMTok,
+    'recoverable': Recoverable,
     'zoo_prune': ZOOPrune,
 }
