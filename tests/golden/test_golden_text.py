@@ -20,6 +20,7 @@ from ops.primitives.outliers import local_outliers
 from ops.primitives.scale import quantile
 from ops.reducers.projector.cdpruner import CDPruner
 from ops.reducers.projector.flashvlm import FlashVLM
+from ops.reducers.projector.gprune import GPrune
 from ops.reducers.projector.mmtok import MMTok, cover, shares
 from ops.reducers.projector.recoverable import Recoverable
 from ops.reducers.projector.zoo_prune import ZOOPrune
@@ -248,3 +249,15 @@ def test_recoverable_compares_each_tokens_own_keys():
     alike = np.where(np.isin(np.arange(len(keys)), [src[row], *src[1:1 + main]]), -np.inf, alike)
     near = np.sort(np.argsort(-alike)[:32])
     np.testing.assert_array_equal(np.setdiff1d(np.flatnonzero(weights[row]), src[row]), near)
+
+
+def test_gprune():
+  """A thumbnail, and what stands behind it."""
+  raw = load('gprune_case0')
+  for part, start, stop in ((1, 0, 576), (2, 576, 624)):
+    x, score = raw['features'][None, start:stop], raw[f'score{part}']
+    kept = raw[f'kept_sorted{part}'] - start
+    found = jax.jit(lambda x: GPrune().reached(x, jnp.ones(x.shape[:2], bool)))(x)
+    np.testing.assert_allclose(found[0], score, rtol=1e-5)
+    answer, _ = operate(GPrune(), x, {}, num_slots=len(kept))
+    np.testing.assert_array_equal(answer.src[0], kept)

@@ -8,6 +8,7 @@ from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.flashvlm import FlashVLM
 from ops.reducers.projector.flowcut import FlowCut
+from ops.reducers.projector.gprune import GPrune
 from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.mmtok import MMTok
 from ops.reducers.projector.prumerge import PruMerge
@@ -33,6 +34,7 @@ PROJECTOR: dict[str, type[Method]] = {
     'cdpruner': CDPruner,
     'flashvlm': FlashVLM,
     'mmtok': MMTok,
+    'gprune': GPrune,
     'recoverable': Recoverable,
     'zoo_prune': ZOOPrune,
 }
