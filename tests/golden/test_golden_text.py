@@ -16,13 +16,13 @@ from helpers.golden_vit import arrays
 
 from ops import tokens as tk
 from ops.primitives.match import l2_normalize
-from ops.primitives.outliers import local_outliers
-from ops.primitives.scale import quantile
+from ops.primitives.quantiles import by_each_others_variance, local_outliers, quantile
 from ops.reducers.projector.cdpruner import CDPruner
 from ops.reducers.projector.flashvlm import FlashVLM
 from ops.reducers.projector.gprune import GPrune
 from ops.reducers.projector.mmtok import MMTok, cover, shares
 from ops.reducers.projector.recoverable import Recoverable
+from ops.reducers.projector.visiontrim import VisionTrim, local_importance
 from ops.reducers.projector.zoo_prune import ZOOPrune
 from ops.signals import Signals
 from ops.tokens import SPECIAL, TokenSet
@@ -36,8 +36,9 @@ def close(got, want):
   np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=('num_slots', 'protected'))
-def compiled(method, x, told, *, num_slots, **fields):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=('num_slots', 'protected', 'grid'))
+def compiled(method, x, told, *, num_slots, grid=None, **fields):
+  told = told.replace(grid=grid)
   tokens = TokenSet.create(jnp.asarray(x), **fields)
   if fields.get('protected'):
     tokens = tokens.replace(kind=tokens.kind.at[:, :1].set(SPECIAL))
@@ -261,3 +262,53 @@ def test_gprune():
     np.testing.assert_allclose(found[0], score, rtol=1e-5)
     answer, _ = operate(GPrune(), x, {}, num_slots=len(kept))
     np.testing.assert_array_equal(answer.src[0], kept)
+
+
+def trimmed(raw, variant, keep, **text):
+  """The release's features: [CLS] in front, whose attention the recording has as all others'."""
+  x = np.pad(raw['features'], ((0, 0), (1, 0), (0, 0)))
+  logits = np.einsum('bhd,bnhd->bhn', raw['queries'][:, 0], raw['keys']) / 2
+  told = {'cls_attention': np.asarray(jax.nn.softmax(logits, axis=2)), 'queries': raw['queries'],
+          'keys': raw['keys'], 'vision_features': x, **prompt(raw['text'][0]), **text}
+  return operate(VisionTrim(variant=variant, complement=int(raw['complement'])), x, told,
+                 num_slots=1 + keep, protected=1, grid=(8, 8),
+                 pos=np.arange(-1, 64, dtype=np.int32)[None])
+
+
+def test_visiontrim():
+  raw = load('visiontrim_case0')
+  keep = int(raw['dominant'])
+  _, reduced = trimmed(raw, 'release', keep)
+  np.testing.assert_array_equal(reduced.x[:, 1:], raw['out_release'])
+  _, reduced = trimmed(raw, 'paper', keep + int(raw['complement']))
+  assert reduced.valid.all()
+  close(reduced.x[:, 1:], raw['out_paper'])
+
+
+def test_importance_of_visiontrim():
+  raw = load('visiontrim_case0')
+  logits = np.einsum('bhd,bnhd->bhn', raw['queries'][:, 0], raw['keys']) / 2
+  attended = jax.nn.softmax(logits, axis=2).mean(axis=1)[:, 1:]
+
+  @jax.jit
+  def measure(x, attended):
+    tokens = TokenSet.create(x)
+    near = local_importance(tokens, x, (8, 8))
+    return near, by_each_others_variance(attended, near, tokens.free)
+
+  near, importance = measure(raw['features'], attended)
+  np.testing.assert_allclose(near, raw['local_importance'], rtol=1e-5)
+  np.testing.assert_allclose(importance, raw['importance'], rtol=1e-5)
+
+
+def test_visiontrim_of_a_row_without_words_merges_by_likeness():
+  raw = load('visiontrim_case0')
+  none = {'text_valid': np.zeros(raw['text'].shape[:2], bool)}
+  answer, _ = trimmed(raw, 'paper', 17, **none)
+  by_rank = np.argsort(-raw['importance'][0])
+  np.testing.assert_array_equal(answer.src[0, 1:13] - 1, np.sort(by_rank[:12]))
+  np.testing.assert_array_equal(answer.src[0, 13:] - 1, np.sort(by_rank[12:17]))
+  # Itself, and a mean in each of three rounds in which any joins.
+  weights = np.asarray(answer.weights)[0, 13:].sum(axis=1)
+  np.testing.assert_allclose(weights, np.round(weights), atol=1e-5)
+  assert weights.max().round() == 4

@@ -246,10 +246,11 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
     'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2},
-    'recoverable': {'variant': 'paper', 'peers': 3, 'neighbours': 4}}
+    'recoverable': {'variant': 'paper', 'peers': 3, 'neighbours': 4},
+    'visiontrim': {'variant': 'paper', 'complement': 3}}
 
 # Those that mix tokens into some outputs, and leave others as they are.
-MIX_SOME = ('recoverable',)
+MIX_SOME = ('recoverable', 'visiontrim')
 # Those that divide tokens by their place first, and then choose in each part.
 PARTED = dict.fromkeys(('vispruner', 'flashvlm'), 'every other token goes first')
 

@@ -14,6 +14,7 @@ from ops.reducers.projector.mmtok import MMTok
 from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.recoverable import Recoverable
 from ops.reducers.projector.textmonkey import TextMonkey
+from ops.reducers.projector.visiontrim import VisionTrim
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vispruner import VisPruner
 from ops.reducers.projector.vtc_cls import VTCCLS
@@ -34,6 +35,7 @@ PROJECTOR: dict[str, type[Method]] = {
     'cdpruner': CDPruner,
     'flashvlm': FlashVLM,
     'mmtok': MMTok,
+    'visiontrim': VisionTrim,
     'gprune': GPrune,
     'recoverable': Recoverable,
     'zoo_prune': ZOOPrune,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ops.assignments import Assignment, take
 from ops.primitives.farthest import pick_greedily
 from ops.primitives.match import l2_normalize
-from ops.primitives.scale import above_lowest
+from ops.primitives.quantiles import above_lowest
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals

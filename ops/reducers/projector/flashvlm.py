@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ops.assignments import Assignment
 from ops.primitives.dedup import keep_diverse
 from ops.primitives.match import cosine
-from ops.primitives.scale import above_lowest, quantile
+from ops.primitives.quantiles import above_lowest, quantile
 from ops.reducers.base import ByAttention
 from ops.signals import TEXT_SIGNALS, Signals
 from ops.tokens import TokenSet

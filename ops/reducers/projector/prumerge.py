@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Mix, take
-from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import cosine
+from ops.primitives.queries import whole_attention
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import SPECIAL, TokenSet, filled, num_left
+from ops.tokens import TokenSet, filled, num_left
 from ops.values import Count
 
 Array = jax.Array
@@ -67,11 +67,3 @@ class PruMerge(Reducer):
     if valid is None and tokens.valid is not None:
       valid = take(tokens.valid, order)
     return Mix(weights, valid=valid)
-
-
-def whole_attention(tokens: TokenSet, queries: Array, keys: Array) -> Array:
-  """Attention of [CLS], all heads taken as one: float32[B, N, H d] twice -> float32[B, N]."""
-  first = jnp.argmax(tokens.real & (tokens.kind == SPECIAL), axis=1)[:, None]
-  logits = jnp.einsum('bd,bnd->bn', take(queries, first)[:, 0], keys, precision='highest')
-  logits = jnp.where(tokens.real, logits * keys.shape[2] ** -0.5, HIDDEN_LOGIT)
-  return jnp.where(tokens.real, jax.nn.softmax(logits, axis=1), 0.0)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ops import choices
 from ops.assignments import Assignment, Mix, take
 from ops.primitives.match import cosine, l2_normalize
-from ops.primitives.outliers import local_outliers
+from ops.primitives.quantiles import local_outliers
+from ops.primitives.queries import whole_attention
 from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import Reducer
-from ops.reducers.projector.prumerge import whole_attention
 from ops.signals import TEXT_SIGNALS, Signals
 from ops.tokens import TokenSet, count, num_left
 from ops.values import Count

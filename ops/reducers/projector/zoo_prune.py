@@ -13,7 +13,7 @@ from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.farthest import farthest_first
 from ops.primitives.match import l2_normalize
-from ops.primitives.scale import above_lowest
+from ops.primitives.quantiles import above_lowest
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
