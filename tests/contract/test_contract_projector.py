@@ -103,7 +103,7 @@ def names(tower):
   """Methods that can act behind the projector of a model with this tower, and in it."""
   vlm = made(tower)
   return [name for name, method in methods(vlm.projector_host(PATCHES)).items()
-          if name in methods(vlm.tower.host)
+          if contract.method(name).needs <= vlm.tower.host.offers
           and name != 'none' and not issubclass(method, nn.Module)]
 
 
@@ -151,6 +151,11 @@ def test_every_method_keeps_what_the_same_cut_in_the_tower_keeps(tower, name):
 @pytest.mark.parametrize('name', ['prumerge', 'flowcut'])
 def test_cls_rows_are_those_of_the_tower(name):
   check(name, 'cls')
+
+
+@pytest.mark.long
+def test_queries_of_visiontrim_are_those_of_the_tower():
+  check('visiontrim', 'cls', variant='release')
 
 
 def test_all_methods_are_there():

@@ -38,9 +38,9 @@ class Recoverable(Reducer):
   asks CLIP's text tower. Without words there is attention alone.
 
   Attributes:
-    variant: 'release' takes the share of outliers of the tower's width, where 'paper' takes it of
-      the tokens that are left; compares the wrong keys, those of the first tokens of the image; and
-      drops the last token where it merges no other.
+    variant: 'release' takes the share of outliers of the tower's width, where 'paper' (as far as
+      the release's own steps tell it) takes it of the tokens that are left; compares the wrong
+      keys, those of the first tokens of the image; and drops the last token where it merges none.
     peers: neighbours by whose density a token stands out; half as many of what is left.
     neighbours: how many tokens each merged one takes in.
   """
