@@ -6,18 +6,16 @@ Axes: B batch, N slots, D features, C slots compared at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import take
 from ops.primitives.match import l2_normalize
+from ops.primitives.products import by_row
 
 Array = jax.Array
-State = TypeVar('State')
-Look: TypeAlias = Callable[[State, Array, Array], tuple[State, Array]]
 
 
 def largest_cosine(vectors: Array, among: Array, *, chunk: int = 64) -> Array:
@@ -68,44 +66,50 @@ def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
   """
   chex.assert_equal_shape_prefix((vectors, among), 2)
 
-  def look(nearest: Array, pick: Array, number: Array) -> tuple[Array, Array]:
+  def look(data: tuple[Array, Array | None], nearest: Array, pick: Array,
+           number: Array) -> tuple[Array, Array]:
     del number
-    row = jnp.einsum('bd,bnd->bn', take(vectors, pick[:, None])[:, 0], vectors,
-                     precision='highest')
-    nearest = jnp.maximum(nearest, row)
+    vectors, weight = data
+    nearest = jnp.maximum(nearest, jnp.einsum('d,nd->n', vectors[pick], vectors,
+                                              precision='highest'))
     return nearest, 1 - nearest if weight is None else (1 - nearest) * weight
 
   start = jax.nn.one_hot(first, vectors.shape[1])
-  return pick_greedily(among, start, jnp.full(among.shape, -2.0), look, count=count)
+  return pick_greedily(look, (vectors, weight), among, start, jnp.full(among.shape, -2.0),
+                       count=count)
 
 
-def pick_greedily(among: Array, gain: Array, state: State, look: Look[State], *,
-                  count: int) -> Array:
+def pick_greedily(look: Callable[..., tuple[Any, Array]], data: Any, among: Array, gain: Array,
+                  state: Any, *, count: int) -> Array:
   """Picks slots one by one, each the one that gains most by then; of equals the lowest.
 
   Args:
+    look: of one row: (data, state, the pick int32[], how many came before it) -> state, and what
+      each slot gains as the next, float32[N].
+    data: arrays [B, ...] that `look` reads.
     among: bool[B, N], slots that may be picked.
     gain: float32[B, N], what each gains as the first.
-    state: arrays that `look` remembers.
-    look: (state, the pick int32[B], how many came before it) -> state, and what each slot gains as
-      the next.
+    state: arrays [B, ...] that `look` remembers.
     count: how many to pick.
 
   Returns:
     int32[B, N], at which step each slot was picked, `count` where it was not.
   """
-  slots = jnp.arange(among.shape[1], dtype=jnp.int32)[None]
+  slots = jnp.arange(among.shape[1], dtype=jnp.int32)
 
-  def step(number: Array, carried: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
-    gain, state, turn = carried
-    left = among & (turn == count)
-    pick = jnp.argmax(jnp.where(left, gain, -jnp.inf), axis=1).astype(jnp.int32)
-    turn = jnp.where((slots == pick[:, None]) & left, number, turn)
-    state, gain = look(state, pick, number)
-    return gain, state, turn
+  def pick_in_row(data: Any, among: Array, gain: Array, state: Any) -> Array:
+    def step(number: Array, carried: tuple[Array, Any, Array]) -> tuple[Array, Any, Array]:
+      gain, state, turn = carried
+      left = among & (turn == count)
+      pick = jnp.argmax(jnp.where(left, gain, -jnp.inf)).astype(jnp.int32)
+      turn = jnp.where((slots == pick) & left, number, turn)
+      state, gain = look(data, state, pick, number)
+      return gain, state, turn
 
-  never = jnp.full(among.shape, count, jnp.int32)
-  return jax.lax.fori_loop(0, count, step, (gain, state, never))[2]
+    never = jnp.full(among.shape, count, jnp.int32)
+    return jax.lax.fori_loop(0, count, step, (gain, state, never))[2]
+
+  return by_row(pick_in_row, data, among, gain, state)
 
 
 def _largest_cosine(vectors: Array, among: Array, counts: Callable[[Array, Array], Array], *,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ops.assignments import take
 from ops.attention import HIDDEN_LOGIT
+from ops.primitives.products import by_row
 from ops.rope import sequence_index
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet, count
 
@@ -42,16 +43,20 @@ def received_from_others(tokens: TokenSet, queries: Array, keys: Array) -> Array
   Returns:
     float32[B, N], 0 for tokens that are not free.
   """
-  free, real = tokens.free, tokens.real
-  counts = free[:, :, None] & ~jnp.eye(tokens.slots, dtype=bool)[None]
+  free = tokens.free
+  queries, keys = (jnp.moveaxis(jax.lax.stop_gradient(x.astype(jnp.float32)), 2, 1)
+                   for x in (queries, keys))
 
-  def of_head(head: tuple[Array, Array]) -> Array:
-    q, k = (jax.lax.stop_gradient(each.astype(jnp.float32)) for each in head)
-    logits = jnp.einsum('bnd,bmd->bnm', q, k, precision='highest') * q.shape[2] ** -0.5
-    weights = jax.nn.softmax(jnp.where(real[:, None], logits, HIDDEN_LOGIT), axis=2)
-    return jnp.sum(jnp.where(counts, weights, 0.0), axis=1)
+  def of_row(queries: Array, keys: Array, free: Array, real: Array) -> Array:
+    counts = free[:, None] & ~jnp.eye(len(free), dtype=bool)
 
-  # One head after another, so that there is the map of one alone.
-  heads = jax.lax.map(of_head, tuple(jnp.moveaxis(each, 2, 0)
-                                     for each in (queries, keys)))
-  return jnp.where(free, heads.mean(axis=0) / jnp.maximum(count(free) - 1, 1), 0.0)
+    def add(total: Array, head: tuple[Array, Array]) -> tuple[Array, None]:
+      logits = jnp.einsum('nd,md->nm', *head, precision='highest') * queries.shape[2] ** -0.5
+      weights = jax.nn.softmax(jnp.where(real[None], logits, HIDDEN_LOGIT), axis=1)
+      return total + jnp.sum(jnp.where(counts, weights, 0.0), axis=0), None
+
+    # One head after another, so that there is the map of one alone.
+    return jax.lax.scan(add, jnp.zeros(len(free)), (queries, keys))[0] / len(queries)
+
+  received = by_row(of_row, queries, keys, free, tokens.real)
+  return jnp.where(free, received / jnp.maximum(count(free) - 1, 1), 0.0)

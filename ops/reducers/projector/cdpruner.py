@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, take
+from ops.assignments import Assignment
 from ops.primitives.farthest import pick_greedily
 from ops.primitives.match import l2_normalize
 from ops.primitives.quantiles import above_lowest
@@ -76,21 +76,18 @@ def most_diverse(vectors: Array, among: Array, *, count: int) -> Array:
   Returns:
     int32[B, N], at which step each slot was picked, `count` where it was not.
   """
-  batch, slots, _ = vectors.shape
   whole = jnp.sum(vectors * vectors, axis=2)
 
-  def look(state: tuple[Array, Array], pick: Array, number: Array) -> tuple[
-      tuple[Array, Array], Array]:
-    factor, left = state
-    at = pick[:, None]
-    own = jnp.take_along_axis(left, at, axis=1)
-    row = jnp.einsum('bd,bnd->bn', take(vectors, at)[:, 0], vectors, precision='highest')
-    known = jnp.einsum('bp,bpn->bn', jnp.take_along_axis(factor, at[:, None], axis=2)[:, :, 0],
-                       factor, precision='highest')
+  def look(data: tuple[Array, Array], state: tuple[Array, Array], pick: Array,
+           number: Array) -> tuple[tuple[Array, Array], Array]:
+    (vectors, whole), (factor, left) = data, state
+    own = left[pick]
+    row = jnp.einsum('d,nd->n', vectors[pick], vectors, precision='highest')
+    known = jnp.einsum('p,pn->n', factor[:, pick], factor, precision='highest')
     row = jnp.where(own > 0, (row - known) * jax.lax.rsqrt(jnp.where(own > 0, own, 1.0)), 0.0)
     left = left - row * row
     left = jnp.where(left > ROUNDING * whole, left, 0.0)
-    return (factor.at[:, number].set(row), left), left
+    return (factor.at[number].set(row), left), left
 
-  nothing = jnp.zeros((batch, count, slots))
-  return pick_greedily(among, whole, (nothing, whole), look, count=count)
+  nothing = jnp.zeros((len(vectors), count, vectors.shape[1]))
+  return pick_greedily(look, (vectors, whole), among, whole, (nothing, whole), count=count)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ops.assignments import Assignment
 from ops.primitives.farthest import pick_greedily
 from ops.primitives.match import l2_normalize
+from ops.primitives.products import by_row
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -64,7 +65,8 @@ def shares(wanted: Array, vectors: Array, real: Array, among: Array, temperature
     among: bool[B, N], slots that count.
     temperature: of the softmax over slots.
   """
-  cosines = jnp.einsum('brd,bnd->brn', wanted, vectors, precision='highest')
+  cosines = by_row(lambda wanted, vectors: jnp.einsum('rd,nd->rn', wanted, vectors,
+                                                      precision='highest'), wanted, vectors)
   share = jax.nn.softmax(cosines / temperature, axis=2, where=among[:, None])
   return jnp.where(real[:, :, None], share, 0.0) / jnp.maximum(count(real), 1)[:, :, None]
 
@@ -81,11 +83,10 @@ def cover(covered: Array, among: Array, *, count: int) -> Array:
     int32[B, N], at which step each slot was picked, `count` where it was not.
   """
 
-  def look(best: Array, pick: Array, number: Array) -> tuple[Array, Array]:
+  def look(covered: Array, best: Array, pick: Array, number: Array) -> tuple[Array, Array]:
     del number
-    picked = jnp.take_along_axis(covered, pick[:, None, None], axis=2)
-    best = jnp.maximum(best, picked)
-    return best, jnp.sum(jnp.maximum(covered - best, 0.0), axis=1)
+    best = jnp.maximum(best, covered[:, pick])
+    return best, jnp.sum(jnp.maximum(covered - best[:, None], 0.0), axis=0)
 
-  none = jnp.zeros((*covered.shape[:2], 1))
-  return pick_greedily(among, jnp.sum(covered, axis=1), none, look, count=count)
+  return pick_greedily(look, covered, among, jnp.sum(covered, axis=1),
+                       jnp.zeros(covered.shape[:2]), count=count)
