@@ -17,7 +17,7 @@ from helpers.golden_vit import arrays
 from ops import tokens as tk
 from ops.primitives.match import l2_normalize
 from ops.primitives.quantiles import by_each_others_variance, local_outliers, quantile
-from ops.reducers.projector.cdpruner import CDPruner
+from ops.reducers.projector.cdpruner import CDPruner, most_diverse
 from ops.reducers.projector.flashvlm import FlashVLM
 from ops.reducers.projector.gprune import GPrune
 from ops.reducers.projector.mmtok import MMTok, cover, shares
@@ -134,6 +134,25 @@ def test_cdpruner(case):
   told = {'text': raw['text'], 'text_valid': real}
   answer, _ = operate(CDPruner(), raw['features'], told, num_slots=int(raw['keep']))
   np.testing.assert_array_equal(answer.src, raw['kept_sorted'])
+
+
+def test_picks_of_all_rows_at_once_are_those_of_one_after_another(monkeypatch):
+  """As accelerators run them, and as CPUs do."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(3, 12, 8)).astype(np.float32)
+  among = np.arange(12) < np.array([[12], [9], [4]])
+
+  def turns():
+    found = [jax.jit(lambda x, among: most_diverse(x, among, count=6))(x, among),
+             jax.jit(lambda x, among: cover(jnp.abs(x.swapaxes(1, 2)), among, count=6))(x, among)]
+    return [np.asarray(each) for each in found]
+
+  wanted = turns()
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  for found, each in zip(turns(), wanted, strict=True):
+    np.testing.assert_array_equal(found, each)
+    assert ((found < 6) <= among).all()
+    assert (found < 6).sum(axis=1).tolist() == [6, 6, 4]
 
 
 def test_cdpruner_goes_on_where_all_is_spanned():
