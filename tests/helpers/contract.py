@@ -225,6 +225,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
     'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2}}
 
+# Those that divide tokens by their place first, and then choose in each part.
+PARTED = {'vispruner': 'every other token goes first'}
+
 
 @functools.cache
 def method(name: str) -> Any:

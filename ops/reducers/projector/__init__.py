@@ -10,6 +10,7 @@ from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.visionzip import VisionZip
+from ops.reducers.projector.vispruner import VisPruner
 from ops.reducers.projector.vtc_cls import VTCCLS
 
 PROJECTOR: dict[str, type[Method]] = {
@@ -17,6 +18,7 @@ PROJECTOR: dict[str, type[Method]] = {
     'textmonkey': TextMonkey,
     'divprune': DivPrune,
     'fastervlm': FasterVLM,
+    'vispruner': VisPruner,
     'visionzip': VisionZip,
     'duet_zip': DUETZip,
     'aim_merge': AIMMerge,
