@@ -7,6 +7,7 @@ from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.flowcut import FlowCut
 from ops.reducers.projector.hiprune import HiPrune
+from ops.reducers.projector.holov import HoloV
 from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.visionzip import VisionZip
@@ -25,4 +26,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'prumerge': PruMerge,
     'vtc_cls': VTCCLS,
     'hiprune': HiPrune,
+    'holov': HoloV,
 }
