@@ -17,6 +17,7 @@ from helpers.golden_vit import arrays
 from ops import tokens as tk
 from ops.primitives import farthest
 from ops.primitives.match import l2_normalize
+from ops.primitives.quantiles import outliers
 from ops.reducers.projector.aim_merge import AIMMerge
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
@@ -196,9 +197,8 @@ def test_hiprune(case):
   np.testing.assert_array_equal((answer.dst < answer.src.shape[1]), raw['index_mask'] > 0)
 
 
-@pytest.mark.parametrize('case', [0, 1])
-def test_prumerge(case):
-  raw = load(f'prumerge_case{case}')
+def prumerge(raw, method, *, num_slots):
+  """What PruMerge makes of tokens with [CLS] first; attention is compared on the way."""
   batch, slots, _ = raw['hidden_states'].shape
   queries, keys = (raw[f'{name}_proj_out'] for name in 'qk')
   attention = jax.jit(lambda x, *args: whole_attention(tokens_of(x, cls=True), *args))(
@@ -206,7 +206,56 @@ def test_prumerge(case):
   close(np.asarray(attention)[:, 1:], raw['cls_attn'])
   told = Signals(queries=queries.reshape(batch, slots, 4, -1),
                  keys=keys.reshape(batch, slots, 4, -1))
-  keep = 1 + raw['out_tokens'].shape[1]
-  answer, reduced = operate(PruMerge(), raw['hidden_states'], told, num_slots=keep, cls=True)
+  return operate(method, raw['hidden_states'], told, num_slots=num_slots, cls=True)
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_prumerge(case):
+  raw = load(f'prumerge_case{case}')
+  answer, reduced = prumerge(raw, PruMerge(), num_slots=1 + raw['out_tokens'].shape[1])
   np.testing.assert_array_equal(answer.src[:, 1:-1] - 1, raw['topk_indices_first'])
   close(reduced.x[:, 1:], raw['out_tokens'])
+
+
+@pytest.mark.parametrize(('name', 'keeps', 'capacity'), [
+    ('case0', 'outliers', 64), ('plus_case3', 'spaced', 200)])
+def test_prumerge_counts_its_outliers(name, keeps, capacity):
+  """The number of tokens is found; slots beyond it are padding."""
+  raw = load(f'prumerge_{name}')
+  answer, reduced = prumerge(raw, PruMerge(keeps=keeps), num_slots=capacity)
+  count = 1 + raw['out_tokens'].shape[1]
+  np.testing.assert_array_equal(answer.wanted, count)
+  np.testing.assert_array_equal(answer.valid[0], np.arange(capacity) < count)
+  first = raw['topk_indices_first'][0]
+  np.testing.assert_array_equal(answer.src[0, 1:1 + len(first)] - 1, first)
+  close(reduced.x[:, 1:count], raw['out_tokens'])
+
+
+@pytest.mark.long
+def test_prumerge_plus_lets_its_spaced_tokens_go_where_they_do_not_fit():
+  raw = load('prumerge_plus_case3')
+  answer, _ = prumerge(raw, PruMerge(keeps='spaced'), num_slots=60)
+  first, attention = raw['topk_indices_first'][0], raw['cls_attn'][0]
+  assert answer.valid.all()
+  assert answer.wanted == 1 + raw['out_tokens'].shape[1]
+  np.testing.assert_array_equal(answer.src[0, 1:36] - 1, first)
+  step = 576 // 35 // 3
+  spaced = np.setdiff1d(np.arange(0, 575, step), first)
+  best = spaced[np.argsort(-attention[spaced])[:23]]
+  np.testing.assert_array_equal(answer.src[0, 36:59] - 1, np.sort(best))
+
+
+def test_outliers_of_each_row():
+  """The release takes the quartiles of a whole batch."""
+  raw = load('prumerge_iqr')
+  found = np.asarray(jax.jit(outliers)(raw['attn'], np.ones(raw['attn'].shape, bool)))
+  np.testing.assert_allclose(found.mean(axis=1), raw['ratio_each'], atol=1e-6)
+  flat = np.asarray(outliers(raw['attn'].reshape(1, -1), np.ones((1, found.size), bool)))
+  np.testing.assert_allclose(flat.mean(), raw['ratio_flat'], atol=1e-6)
+  among = np.arange(576)[None] < np.array([[401], [2]])
+  found = np.asarray(jax.jit(outliers)(raw['attn'], among))
+  values = raw['attn'][0, :401]
+  low, high = np.quantile(values, [0.25, 0.75])
+  np.testing.assert_array_equal(found[0, :401], values > high + 1.5 * (high - low))
+  assert not found[0, 401:].any()
+  assert not found[1].any()
