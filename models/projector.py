@@ -187,6 +187,10 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
                      f'and gets {slots}: make it anew with with_projector_reduction(..., '
                      'slots=...)')
   tokens, from_tower = _pools(visual, special, slots)
+  if 'grids' in event.reduction.method.needs:
+    # Rows and columns are the last of a position's axes, counted from the image's first token.
+    ends = jnp.where(tokens.real[:, :, None], tokens.stats['axes'][:, :, -2:], 0)
+    from_tower['grids'] = jnp.max(ends, axis=1) + 1
   lead, signals = tokens.protected, Signals().replace(**from_tower)
   event = dataclasses.replace(event, slots_in=lead + slots, slots_out=lead + event.slots_out)
   place = Place(reduction.depth, reduction.grid, mesh=mesh,

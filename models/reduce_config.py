@@ -126,6 +126,8 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
     raise ValueError(f'mode={settings["mode"]!r} keeps all slots, which nothing behind the '
                      "projector hides: leave mode out of reduce.projector")
   watch, host = settings.pop('watch', None), vlm.projector_host(slots)
+  if across == 'prompt':
+    host = dataclasses.replace(host, offers=host.offers - {'grids'})
   made = make_plan(settings | {'site': 'after', 'layers': (0,)}, host)
   # Signals are those of the tower's last layer that runs: as if the cut were there.
   tower, chosen = vlm.tower, made.only

@@ -60,6 +60,7 @@ class Signals(struct.PyTreeNode):
     attention_out: float[B, N, D], what attention adds to them.
     mlp_in, mlp_out: float[B, N, D], what enters the MLP (normed), and what it adds.
     mlp_hidden: float[B, N, F], the inner activations of the MLP.
+    grids: int32[B, 2], (rows, columns) of each row's own grid, where images have their own.
     rope: how positions become rotations (ops/rope.py). Static.
     grid: (rows, columns) of the patch grid. Static.
     layer: index of the layer at hand. Static.
@@ -94,6 +95,7 @@ class Signals(struct.PyTreeNode):
   mlp_in: Array = _signal('BND', 'mlp')
   mlp_out: Array = _signal('BND', 'mlp')
   mlp_hidden: Array = _signal('BNF', 'mlp')
+  grids: Array = _signal('BA')
   rope: Rope = _static()
   grid: tuple[int, int] = _static()
   layer: int = _static(0)

@@ -202,7 +202,8 @@ class VLM(nn.Module):
     own = frozenset({'layer', 'depth', 'slots'})
     if self.projector_grid(slots):
       own |= {'grid', 'one_sequence', *(FROM_TOWER if self.side == 1 else ())}
-    return Host(1, slots, 0, (own | {*PER_TOKEN}) & self.tower.host.offers)
+    offers = (own | {*PER_TOKEN}) & self.tower.host.offers
+    return Host(1, slots, 0, offers | ({'grids'} if isinstance(self.tower, QwenVision) else set()))
 
   def each_image(self, layout: tuple[int, int, int]) -> int:
     """Returns the slots of an image behind the tower, before the projector's reduction.

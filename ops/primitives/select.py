@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Gather
+from ops.assignments import Gather, take
 from ops.tokens import TokenSet, filled
 
 Array = jax.Array
@@ -71,6 +71,27 @@ def keep_top(tokens: TokenSet, scores: Array, *, num_slots: int, order: str = 's
   if order == 'slot':
     picked = sort_picked(picked, stays, tokens.slots)
   return Gather(picked, tokens.slots, valid=stays)
+
+
+def keep_flagged(tokens: TokenSet, flags: Array, *, num_slots: int) -> Gather:
+  """Prunes to the flagged tokens and those that may not be touched, in slot order.
+
+  What is left of the slots is padding; of more tokens than fit the last go.
+
+  Args:
+    tokens: N slots.
+    flags: bool[B, N], free tokens that stay.
+    num_slots: M, slots left; a row with a budget fills no more than that.
+  """
+  stays = tokens.fixed | flags
+  if tokens.budget is not None:
+    stays = tokens.fixed | (flags & (rank_of(flags) < tokens.budget[:, None]))
+  order = jnp.where(tokens.fixed, 0, jnp.where(stays, 1, 2))
+  picked = jnp.argsort(order, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
+  there = take(stays, picked)
+  picked = sort_picked(picked, there, tokens.slots)
+  return Gather(picked, tokens.slots, valid=jnp.arange(num_slots)[None] < jnp.sum(
+      there, axis=1, keepdims=True))
 
 
 def sort_picked(picked: Array, valid: Array | None, slots: int) -> Array:

@@ -278,8 +278,8 @@ def test_attention_over_several_crops_is_not_made_up(name):
     with_projector_reduction(made('cls', 'llava_next'), crossget, slots=40)
 
 
-@pytest.mark.long
-def test_signals_of_merged_patches_are_means_of_their_cells(spy):
+def image_of_cells():
+  """A model of merged patches without windows, and an image of 3 x 4 cells."""
   vlm = from_config(QWEN, grid=(8, 8))
   vlm = vlm.clone(tower=vlm.tower.clone(window=0, whole_layers=()))
   index, axes, extent = cell_layout(1, (3, 4), 4, 16)
@@ -288,10 +288,16 @@ def test_signals_of_merged_patches_are_means_of_their_cells(spy):
   picture = Picture(patches, index, np.ones(index.shape, np.float32), np.int32([[6, 8]]), axes,
                     extent)
   images = batch_pictures([[picture]], patches=16)
+  return vlm, images
+
+
+@pytest.mark.long
+def test_signals_of_merged_patches_are_means_of_their_cells(spy):
+  vlm, images = image_of_cells()
   params = random_params(vlm, lambda: images)
   wanted = {'keys', 'values', 'received_attention'}
   slots = images.index.shape[2]
-  assert vlm.projector_host(slots).offers == wanted | {'layer', 'depth', 'slots'}
+  assert vlm.projector_host(slots).offers == wanted | {'layer', 'depth', 'slots', 'grids'}
   _, signals = spy(lambda config, params: behind(vlm, images, params, config, slots), wanted,
                    params)
 
@@ -306,6 +312,21 @@ def test_signals_of_merged_patches_are_means_of_their_cells(spy):
     cells = patchwise[:3].mean(axis=(1, 3)).reshape(12, -1)
     np.testing.assert_allclose(
         attention_last(name, getattr(signals, name))[0].reshape(slots, -1)[:12], cells, atol=1e-6)
+
+
+def test_images_of_any_size_tell_their_own_grid(spy):
+  vlm, images = image_of_cells()
+  params, slots = random_params(vlm, lambda: images), images.index.shape[2]
+  _, signals = spy(lambda config, params: behind(vlm, images, params, config, slots), {'grids'},
+                   params)
+  np.testing.assert_array_equal(signals.grids, [[3, 4]])
+  config = {'method': 'hiprune', 'args': {'grid': 'own', 'middle': 0}, 'keep': 5}
+  reduced = with_projector_reduction(vlm, config, slots=slots)
+  assert reduced.tower.plan.only.watch == (0, 1)
+  tokens = jax.jit(lambda params: behind(vlm, images, params, config, slots))(params)
+  assert int(tokens.real.sum()) == 5
+  with pytest.raises(ValueError, match='hiprune needs grids, which this host does not offer'):
+    with_projector_reduction(vlm, config | {'across': 'prompt'}, slots=slots)
 
 
 def test_layers_watched_are_the_towers():

@@ -11,6 +11,7 @@ from ops.reducers import REDUCERS
 
 # Forms by the method's name: arguments, with those of the contract's own settings.
 FORMS = {
+    'hiprune': [{'variant': 'release', 'patches': 1, 'alpha': 1.0}],
     'holov': [{'variant': 'paper'}, {'chunks': None}],
     'prumerge': [{'keeps': 'outliers', 'neighbours': 4}, {'keeps': 'spaced', 'neighbours': 4}],
 }

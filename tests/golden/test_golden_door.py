@@ -14,6 +14,7 @@ import pytest
 from helpers import recorded
 from helpers.golden_vit import arrays
 
+from models.backbones.qwen_vision import QwenVision
 from ops import tokens as tk
 from ops.primitives import farthest
 from ops.primitives.match import l2_normalize
@@ -26,7 +27,7 @@ from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.prumerge import PruMerge, whole_attention
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vtc_cls import VTCCLS
-from ops.signals import Signals
+from ops.signals import Signals, measure_map
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
 
@@ -195,6 +196,49 @@ def test_hiprune(case):
   answer, _ = operate(method, x, Signals(received_attention=deep, grid=grid), stats=stats,
                       num_slots=int(raw['retention_total']) // crops)
   np.testing.assert_array_equal((answer.dst < answer.src.shape[1]), raw['index_mask'] > 0)
+
+
+@pytest.mark.parametrize(('name', 'variant'), [
+    ('case0', 'paper'), ('case1', 'paper'), ('case0', 'release'), ('quirk_case3', 'release')])
+def test_hiprune_for_qwen(name, variant):
+  """An image of its own grid, beside one that fills the slots; there 1 is the mean of attention."""
+  raw = load(f'hiprune_qwen_{name}')
+  slots, alpha = len(raw['deep_attn']), round(float(raw['alpha']), 1)
+  keep = round(slots * round(float(raw['retain_ratio']), 3))
+  method = HiPrune(alpha=alpha, grid='own', variant=variant, patches=1)
+
+  def rows(values):
+    own = np.pad(values, (0, 20), constant_values=9)
+    return np.stack([own, own[::-1]])[:, None].astype(np.float32)
+
+  # The release sums over queries, a host takes their mean.
+  told = Signals(received_attention=rows(raw['deep_attn'] / slots),
+                 grids=np.array([raw['grid_hw'], [20, (slots + 20) // 20]], np.int32))
+  valid = np.arange(slots + 20)[None] < np.array([[slots], [slots + 20]])
+  _, reduced = operate(
+      method, np.zeros((2, slots + 20, 1), np.float32), told, num_slots=keep + 5,
+      stats={'object': rows(raw['object_attn'])[:, 0]}, valid=valid,
+      budget=np.array([keep, keep + 5], np.int32))
+  wanted = np.flatnonzero(raw['select_mask'])
+  np.testing.assert_array_equal(reduced.pos[0][reduced.valid[0]], wanted)
+  assert (len(wanted) < keep) == ('quirk' in name)
+  # Prompt positions follow: what is before the image and behind it stays where it was.
+  before = int(raw['num_prefix_text'])
+  places = np.concatenate([np.arange(before), before + wanted, before + slots + np.arange(2)])
+  np.testing.assert_array_equal(places, raw['kept_sequence_positions'])
+
+
+def test_attention_of_a_merged_token_is_that_of_its_patches():
+  """The tower has patches in raster order, the release in the order of its windows."""
+  raw = load('hiprune_qwen_attn_pool')
+  rows, columns = np.indices((6, 8)).reshape(2, -1)
+  cell, part = rows // 2 * 4 + columns // 2, rows % 2 * 2 + columns % 2
+  place = 4 * raw['reverse_indices'][cell] + part
+  raster = raw['attn_weights'][:, place][:, :, place]
+  told = measure_map(frozenset({'received_attention'}), raster[None], q=None, k=None, v=None)
+  tower = QwenVision(8, 1, 8, 1, 8, (6, 8))
+  cells = tower._cells(told.received_attention.mean(axis=1)).mean(axis=2)
+  close(np.asarray(cells)[0] * len(place), raw['pooled'])
 
 
 def prumerge(raw, method, *, num_slots):
