@@ -145,8 +145,11 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
     # It watches alone: without events nothing calls it.
     recorder = Reduction('record_signals', record, watch=record.layers)  # type: ignore[arg-type]
     tower = tower.clone(plan=Plan((), (recorder,)))
-  reduction = ProjectorReduction(plan, across, order, grid, tower.depth,
-                                 vlm.special if record.layers and grid else 0)
+  special = vlm.special if record.layers and grid else 0
+  if plan.events and chosen.method.hands_on and not (special and 'cls_attention' in host.offers):
+    raise ValueError(f'{chosen.name} hands on a [CLS] that these tokens do not have: give it one '
+                     "crop an image, of a tower with [CLS], or set args.cls='dropped'")
+  reduction = ProjectorReduction(plan, across, order, grid, tower.depth, special)
   return vlm.clone(tower=tower, projector_reduction=reduction)
 
 

@@ -42,7 +42,7 @@ class Signals(struct.PyTreeNode):
 
   Attributes:
     keys, queries, values: float[B, N, H, d], per head.
-    plain_queries: float[B, N, H, d], queries before they are rotated.
+    plain_queries, plain_keys: float[B, N, H, d], before they are rotated.
     cls_attention: float32[B, H, N], the attention row of the [CLS] token.
     received_attention: float32[B, H, N], mean over real queries of the attention each key gets.
     attention: float32[B, H, N, N], the whole map; only a method that acts inside attention may ask.
@@ -81,6 +81,7 @@ class Signals(struct.PyTreeNode):
   next_received_attention: Array = _signal('BHN', 'next')
   hidden: Array = _signal('BND')
   plain_queries: Array = _signal('BNHd')
+  plain_keys: Array = _signal('BNHd')
   projected_norms: Array = _signal('BHN')
   last_attention: Array = _signal('BHN')
   window_attention: Array = _signal('BHWN')

@@ -113,6 +113,14 @@ class Method(Protocol):
     """W, the rows of window_attention that it needs."""
     ...
 
+  @property
+  def hands_on(self) -> int:
+    """Special tokens of a tower, the first ones, that it hands on, among those it keeps.
+
+    A host of both sides reads it: behind a projector they join the visual tokens.
+    """
+    ...
+
   def rows(self, tokens: TokenSet) -> Array:
     """Names the queries whose mean is row_attention, bool[B, N]."""
     ...

@@ -18,6 +18,7 @@ from helpers import contract
 
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.token_layout import anyres_layout, cell_layout, raster_layout
+from models.backbones.qwen_vision import RotaryBlock
 from models.checkpoints.vlm_config import from_config
 from models.plan import make_plan, methods
 from models.projector import FROM_TOWER, PER_TOKEN
@@ -25,7 +26,7 @@ from models.reduce_config import with_projector_reduction
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
-from ops.tokens import SPECIAL
+from ops.tokens import SPECIAL, TokenSet
 
 SIDE, PATCHES, KEEP, LAST = 4, 16, 6, 1
 TEXT = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
@@ -295,7 +296,7 @@ def image_of_cells():
 def test_signals_of_merged_patches_are_means_of_their_cells(spy):
   vlm, images = image_of_cells()
   params = random_params(vlm, lambda: images)
-  wanted = {'keys', 'values', 'received_attention'}
+  wanted = {'keys', 'plain_keys', 'values', 'received_attention'}
   slots = images.index.shape[2]
   assert vlm.projector_host(slots).offers == wanted | {'layer', 'depth', 'slots', 'grids'}
   _, signals = spy(lambda config, params: behind(vlm, images, params, config, slots), wanted,
@@ -327,6 +328,48 @@ def test_images_of_any_size_tell_their_own_grid(spy):
   assert int(tokens.real.sum()) == 5
   with pytest.raises(ValueError, match='hiprune needs grids, which this host does not offer'):
     with_projector_reduction(vlm, config | {'across': 'prompt'}, slots=slots)
+
+
+def test_keys_of_a_tower_with_rotary_positions_are_told_as_they_were():
+  """Turned back, and the same as those of a tower that turns nothing."""
+  vlm, _ = image_of_cells()
+  block = RotaryBlock(16, 2, 24, parent=None)
+  rng = np.random.default_rng(0)
+  plain = rng.normal(size=(2, 5, 2, 8)).astype(np.float32)
+  tokens = TokenSet.create(jnp.zeros((2, 5, 16)),
+                           stats={'patch': rng.integers(0, 8, (2, 5, 2)).astype(np.int32)})
+  _, turned = block.rotate_qk(tokens, plain, plain)
+  assert np.abs(turned - plain).max() > 0.1
+  np.testing.assert_allclose(block.plain_keys(tokens, turned), plain, atol=1e-5)
+  args = {'by': 'received_attention', 'metric': 'plain_keys', 'contextual': 2}
+  reduced = with_projector_reduction(vlm, {'method': 'visionzip', 'args': args, 'keep': 5},
+                                     slots=12)
+  assert 'plain_keys' in reduced.tower.plan.only.method.watch_needs
+
+
+def test_visionzip_hands_cls_on():
+  """As one of the tokens kept, in front; a row that loses nothing has none."""
+  vlm, images = made('registers'), squares()
+  params = random_params(vlm, squares)
+
+  def left(keep, **args):
+    config = {'method': 'visionzip', 'args': {'contextual': 2, **args}, 'keep': keep}
+    return jax.jit(lambda params: behind(vlm, images, params, config, PATCHES))(params)
+
+  kept, without = left(6, cls='kept'), left(5)
+  tower = jax.jit(lambda params: vlm.tower.apply(
+      {'params': params['params']['tower']}, pixels(images))[0])(params)
+  assert kept.slots == 6
+  for row in range(3):  # The fourth image is not there.
+    assert kept.real[row].all()
+    np.testing.assert_array_equal(kept.kind[row] == SPECIAL, np.arange(6) < 1)
+    np.testing.assert_allclose(kept.x[row, 0], tower.x[row, 0], atol=1e-5)
+    np.testing.assert_allclose(kept.x[row, 1:], without.x[row], atol=1e-6)
+  assert not kept.real[3].any()
+  assert (kept.owner[:3] != 0).all()
+  with pytest.raises(ValueError, match=r'visionzip hands on a \[CLS\] that these tokens do not'):
+    with_projector_reduction(made('cls', 'llava_next'), {
+        'method': 'visionzip', 'args': {'contextual': 2, 'cls': 'kept'}, 'keep': 6}, slots=40)
 
 
 def test_layers_watched_are_the_towers():

@@ -14,6 +14,7 @@ FORMS = {
     'hiprune': [{'variant': 'release', 'patches': 1, 'alpha': 1.0}],
     'holov': [{'variant': 'paper'}, {'chunks': None}],
     'prumerge': [{'keeps': 'outliers', 'neighbours': 4}, {'keeps': 'spaced', 'neighbours': 4}],
+    'visionzip': [{'share': 0.3, 'variant': 'paper'}],
 }
 # What rows owe each other, and what a form may leave.
 INVARIANTS = ('padding', 'budgets', 'finite', 'filled')

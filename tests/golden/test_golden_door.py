@@ -17,6 +17,7 @@ from helpers.golden_vit import arrays
 from models.backbones.qwen_vision import QwenVision
 from ops import tokens as tk
 from ops.primitives import farthest
+from ops.primitives.contextual import order_over_crops
 from ops.primitives.match import l2_normalize
 from ops.primitives.quantiles import outliers
 from ops.reducers.projector.aim_merge import AIMMerge
@@ -135,6 +136,40 @@ def test_visionzip_on_crops():
   np.testing.assert_array_equal(answer.src[:, :10], np.sort(raw['all_indices'], axis=1))
   # Means of some 190 numbers of a size up to 576: relative above a size of 1.
   np.testing.assert_allclose(reduced.x, raw['per_crop_tokens'], atol=1e-5, rtol=1e-5)
+  crops = np.arange(4 * 576).reshape(2, 24, 2, 24).transpose(0, 2, 1, 3).reshape(4, 576)
+  place = np.take_along_axis(np.pad(crops, ((0, 0), (1, 0))), reduced.pos, axis=1)
+  order = np.asarray(order_over_crops(place, reduced.kind, contextual=3))
+  np.testing.assert_allclose(reduced.x.reshape(-1, 4)[order], raw['restored'], atol=1e-5, rtol=1e-5)
+
+
+def test_contextual_tokens_follow_the_budget():
+  """The release's counts, 54 + 10, 108 + 20 and 162 + 30; each row of a batch has its own."""
+  method = VisionZip(share=10 / 64)
+  assert [method._num_contextual(count) for count in (64, 128, 192)] == [10, 20, 30]
+  raw = load('visionzip_case0')
+  _, counted = zipped(raw, raw['hidden_states'], raw['cls_attn'], dominant=109, contextual=20)
+  hidden, attention, keys = (np.repeat(raw[name], 3, axis=0)
+                             for name in ('hidden_states', 'cls_attn', 'key_metric'))
+  told = Signals(cls_attention=attention, keys=keys[:, :, None])
+  answer, _ = operate(method, hidden, told, cls=True, num_slots=193,
+                            budget=np.array([64, 128, 192], np.int32))
+  np.testing.assert_array_equal(answer.valid.sum(axis=1), [65, 129, 193])
+  np.testing.assert_array_equal(answer.src[1, :129], counted.src[0])
+  np.testing.assert_array_equal(np.where(answer.dst[1] < 193, answer.dst[1], 0), counted.dst[0])
+
+
+def test_visionzip_of_the_paper_averages():
+  """All that a contextual token stands for, in place of the mean of the others beside its own."""
+  raw = load('visionzip_case1')
+  dominant, contextual = int(raw['dominant']), int(raw['contextual'])
+  told = Signals(cls_attention=raw['cls_attn'], keys=raw['key_metric'][:, :, None])
+  answer, reduced = operate(VisionZip(contextual=contextual, variant='paper'),
+                            raw['hidden_states'], told, cls=True, num_slots=dominant + contextual)
+  np.testing.assert_array_equal(answer.src[:, :dominant], raw['dominant_indices_sorted'])
+  for row, features in enumerate(raw['hidden_states']):
+    for output in range(dominant, dominant + contextual):
+      close(reduced.x[row, output], features[answer.dst[row] == output].mean(axis=0))
+      assert (answer.dst[row] == output).any()
 
 
 @pytest.mark.parametrize('case', [0, 1])
