@@ -12,8 +12,10 @@ from ops.reducers import REDUCERS
 # Forms by the method's name: arguments, with those of the contract's own settings.
 FORMS = {
     'hiprune': [{'variant': 'release', 'patches': 1, 'alpha': 1.0}],
+    'fopru': [{'strategy': 'row'}],
     'holov': [{'variant': 'paper'}, {'chunks': None}],
     'prumerge': [{'keeps': 'outliers', 'neighbours': 4}, {'keeps': 'spaced', 'neighbours': 4}],
+    'todre': [{'selection': 'k_center'}],
     'visionzip': [{'share': 0.3, 'variant': 'paper'}],
 }
 # What rows owe each other, and what a form may leave.
