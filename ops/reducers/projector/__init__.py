@@ -13,6 +13,7 @@ from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.todre import ToDRE
 from ops.reducers.projector.token_corr import TokenCorr
+from ops.reducers.projector.vflowopt import VFlowOpt
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vispruner import VisPruner
 from ops.reducers.projector.vmtc import VMTC
@@ -35,4 +36,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'todre': ToDRE,
     'vmtc': VMTC,
     'token_corr': TokenCorr,
+    'vflowopt': VFlowOpt,
 }
