@@ -26,6 +26,7 @@ from ops import tokens as tk
 from ops.assignments import take
 from ops.reducers.base import Reducer
 from ops.reducers.method import WatchingMethod
+from ops.rope import member_positions
 from ops.signals import Signals
 from ops.splice import Visual
 from ops.tokens import SPECIAL, TokenSet
@@ -205,6 +206,11 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
     budget -= jnp.where(cut[:, 0], handed, 0)
   outcome = reduce(event, tokens, signals, place, budget=budget, params=params, rng=rng)
   reduced = outcome.tokens
+  parts = event.reduction.method.member_positions
+  if parts and 'axes' in tokens.stats:
+    several = member_positions(tokens.stats['axes'], outcome.assignment.dst, groups=reduced.slots,
+                               parts=parts)
+    reduced = reduced.replace(stats=reduced.stats | {'axes': several})
   position = jnp.where(reduced.real, reduced.pos, slots) if reduction.order == 'raster' else 0
   position = jnp.where(reduced.kind == SPECIAL, -1, position)
   order = jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)

@@ -150,7 +150,9 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
     raise ValueError(f'{chosen.name} hands on a [CLS] that these tokens do not have: give it one '
                      "crop an image, of a tower with [CLS], or set args.cls='dropped'")
   reduction = ProjectorReduction(plan, across, order, grid, tower.depth, special)
-  return vlm.clone(tower=tower, projector_reduction=reduction)
+  parts, rope = chosen.method.member_positions, vlm.lm.rope
+  lm = vlm.lm.clone(rope=rope.split(parts)) if parts and rope.sections else vlm.lm
+  return vlm.clone(tower=tower, lm=lm, projector_reduction=reduction)
 
 
 class ModelWithPlans:

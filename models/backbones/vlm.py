@@ -372,7 +372,10 @@ class VLM(nn.Module):
     aux['tower_tokens'] = tokens
     visual, aux['layout'] = self._arrange(tokens, images)
     if images.axes is not None:
-      visual = visual.replace(stats=visual.stats | {'axes': images.axes})
+      # A section in several parts turns each of them with a position of its own.
+      parts = max(len(self.lm.rope.sections) // images.axes.shape[-1], 1)
+      places = jnp.repeat(images.axes, parts, axis=-1) if parts > 1 else images.axes
+      visual = visual.replace(stats=visual.stats | {'axes': places})
     slots = None
     if self.projector_reduction:
       special = self._special_of(whole, images) if self.projector_reduction.special else None

@@ -121,6 +121,15 @@ class Method(Protocol):
     """
     ...
 
+  @property
+  def member_positions(self) -> int:
+    """K, how many members' positions a token that it merges carries, 0 for its anchor's alone.
+
+    A host of both sides reads it: in a language model with M-RoPE every section then turns in K
+    parts (`ops.rope.member_positions`).
+    """
+    ...
+
   def rows(self, tokens: TokenSet) -> Array:
     """Names the queries whose mean is row_attention, bool[B, N]."""
     ...

@@ -372,6 +372,36 @@ def test_visionzip_hands_cls_on():
         'method': 'visionzip', 'args': {'contextual': 2, 'cls': 'kept'}, 'keep': 6}, slots=40)
 
 
+def test_merged_tokens_carry_the_positions_of_their_members():
+  """In the language model too, where text has one number on all parts of a section."""
+  text = QWEN['text_config'] | {'num_attention_heads': 1, 'num_key_value_heads': 1,
+                                'rope_scaling': {'type': 'mrope', 'mrope_section': [2, 2, 4]}}
+  _, images = image_of_cells()
+  vlm = from_config(QWEN | {'text_config': text}, grid=(8, 8))
+  config, slots = {'method': 'ppe', 'args': {'members': 2}, 'keep': 5}, images.index.shape[2]
+  reduced = with_projector_reduction(vlm, config, slots=slots)
+  assert reduced.lm.rope.sections == (1, 1, 1, 1, 2, 2)
+  ids = np.array([[4, 30, 7, 9]], np.int32)
+  valid = np.ones(ids.shape, bool)
+  shapes = jax.eval_shape(reduced.init, jax.random.key(0), ids, valid, images)
+  random = np.random.default_rng(3)
+  params = jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
+  logits, out = jax.jit(lambda params: reduced.apply(params, ids, valid, images))(params)
+  assert np.isfinite(logits).all()
+  left, tokens = out['projector'], out['sequence']
+  pos = np.asarray(tokens.pos[0])[np.asarray(tokens.real[0])]
+  assert pos.shape == (3 + 5, 1 + 6)
+  assert (pos[[0, 6, 7], 1:] == pos[[0, 6, 7], 1:2]).all()
+  cells = np.stack(np.unravel_index(np.arange(12), (3, 4)), axis=1) + 1
+  for slot in range(5):
+    members = np.flatnonzero(np.asarray(left.owner[0]) == slot)[::-1]
+    wanted = cells[np.resize(members, 2)]
+    np.testing.assert_array_equal(pos[1 + slot, 3:5], wanted[:, 0])
+    np.testing.assert_array_equal(pos[1 + slot, 5:7], wanted[:, 1])
+  with pytest.raises(ValueError, match=r'sections=\(2, 2, 4\) of RoPE cannot be divided into 8'):
+    with_projector_reduction(vlm, config | {'args': {}}, slots=slots)
+
+
 def test_layers_watched_are_the_towers():
   vlm = made('cls')
   reduced = with_projector_reduction(vlm, {'method': 'flowcut', 'keep': 4}, slots=PATCHES)

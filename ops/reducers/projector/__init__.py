@@ -9,6 +9,7 @@ from ops.reducers.projector.flowcut import FlowCut
 from ops.reducers.projector.fopru import FoPru
 from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.holov import HoloV
+from ops.reducers.projector.ppe import PPE
 from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.todre import ToDRE
@@ -37,4 +38,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'vmtc': VMTC,
     'token_corr': TokenCorr,
     'vflowopt': VFlowOpt,
+    'ppe': PPE,
 }
