@@ -54,7 +54,7 @@ class VFlowOpt(Reducer):
   adaptive = 'a cell of which every token stays fills no slot'
 
   def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
-    return cuts[-1:]
+    return cuts
 
   def watch(self, tokens: TokenSet, signals: Signals) -> dict[str, Array]:
     """{'importance': float32[B, N]}, by the attention of important tokens."""
