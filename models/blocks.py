@@ -243,9 +243,10 @@ class ReducibleBlock(nn.Module):
     if rest:
       rows = measure(rest, q=q, k=k, v=v, lse=None, bias=bias, query_valid=tokens.valid, **order,
                      **query_rows)
-      own = {'plain_queries': plain, 'plain_keys': self.plain_keys(tokens, k)}
-      signals = signals.replace(**{
-          name: own[name] if name in own else getattr(rows, name) for name in rest})
+      told = {name: getattr(rows, name) for name in rest} | (
+          {'plain_queries': plain} if 'plain_queries' in rest else {}) | (
+          {'plain_keys': self.plain_keys(tokens, k)} if 'plain_keys' in rest else {})
+      signals = signals.replace(**told)
     tokens, mix, renewed = decide(tokens, signals, scores)
     if renewed:
       v = self.values(self.entering(tokens.x, 0))

@@ -372,6 +372,7 @@ def test_visionzip_hands_cls_on():
         'method': 'visionzip', 'args': {'contextual': 2, 'cls': 'kept'}, 'keep': 6}, slots=40)
 
 
+@pytest.mark.long
 def test_merged_tokens_carry_the_positions_of_their_members():
   """In the language model too, where text has one number on all parts of a section."""
   text = QWEN['text_config'] | {'num_attention_heads': 1, 'num_key_value_heads': 1,
