@@ -4,12 +4,14 @@ Axes: B batch, N slots now, M slots after, H heads, P chunks, C tokens compared 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from ops import choices
 from ops.assignments import Assignment, Gather, take
+from ops.primitives.products import by_row
 from ops.primitives.select import apportion, apportion_room, rank_of, ranks
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
@@ -85,10 +87,8 @@ class HoloV(ByAttention):
       means = jnp.where(members > 1, means, total(attention) / room)
     shares = means ** self.power
     shares = shares / (jnp.sum(shares, axis=1, keepdims=True) + EPS)
-    if released:
-      quota = jnp.where(kept < number, apportion(shares, kept), members)
-    else:
-      quota = apportion_room(shares, kept, members)
+    quota = (jnp.where(kept < number, apportion(shares, kept), members) if released
+             else apportion_room(shares, kept, members))
 
     start, best = jnp.cumsum(members, axis=1) - members, attention if released else scores
     place = ranks(jnp.lexsort((-best, chunk), axis=1), slots) - own(start)
@@ -105,8 +105,7 @@ def chunk_of(rank: Array, number: Array, chunks: Array | int) -> Array:
   """Cuts runs of almost equal lengths, the first ones longer by one: int32[B, N], each in [0, P).
 
   Args:
-    rank: int32[B, N], from 0.
-    number: int32[B, 1], how many ranks count.
+    rank, number: int32[B, N], from 0, and int32[B, 1], how many of them count.
     chunks: P, or int32[B, 1].
   """
   short, longer = number // chunks, number % chunks
@@ -120,31 +119,32 @@ def cosine_variance(tokens: TokenSet, chunk: Array, members: Array, *, wide: int
 
   Args:
     tokens: N slots.
-    chunk: int32[B, N], the same for free tokens of one run.
-    members: int32[B, N], tokens in each slot's own chunk.
+    chunk, members: int32[B, N], each slot's chunk, a run of free tokens, and how many it has.
     wide: C, the most tokens that a chunk can have.
   """
   order = jnp.argsort(~tokens.free, axis=1, stable=True)
-  x = jax.lax.stop_gradient(tokens.x).astype(jnp.float32)
+  x = take(jax.lax.stop_gradient(tokens.x), order).astype(jnp.float32)
   vectors = x / (jnp.linalg.norm(x, axis=2, keepdims=True) + EPS)
+  others = jnp.maximum(take(members, order) - 1, 1).astype(jnp.float32)
+  variance = by_row(functools.partial(_variance, wide=wide), vectors, take(chunk, order), others)
+  return jnp.where(tokens.free, take(variance, rank_of(tokens.free)), 0.0)
 
+
+def _variance(vectors: Array, chunk: Array, others: Array, *, wide: int) -> Array:
+  """That of one row: float32[N, D], int32[N], float32[N], how many others -> float32[N]."""
   def blocks(values: Array, fill: int) -> Array:
-    values = take(values, order)
-    tail = [(0, 0), (0, -tokens.slots % wide), *[(0, 0)] * (values.ndim - 2)]
-    values = jnp.pad(values, tail, constant_values=fill)
-    return values.reshape(len(x), -1, wide, *values.shape[2:])
+    tail = [(0, -len(vectors) % wide), *[(0, 0)] * (values.ndim - 1)]
+    return jnp.pad(values, tail, constant_values=fill).reshape(-1, wide, *values.shape[1:])
 
   def around(values: Array) -> Array:
-    """Each block [B, N / C, C, ...] between those beside it, [B, N / C, 3 C, ...]."""
-    ends = jnp.pad(values, [(0, 0), (1, 1), *[(0, 0)] * (values.ndim - 2)], constant_values=-1)
-    return jnp.concatenate([ends[:, :-2], values, ends[:, 2:]], axis=2)
+    """Each block [N / C, C, ...] between those beside it, [N / C, 3 C, ...]."""
+    ends = jnp.pad(values, [(1, 1), *[(0, 0)] * (values.ndim - 1)], constant_values=-1)
+    return jnp.concatenate([ends[:-2], values, ends[2:]], axis=1)
 
-  mine, chunks = blocks(vectors, 0), blocks(chunk, -1)
-  alike = jnp.einsum('bncd,bnmd->bncm', mine, around(mine), precision='highest')
+  mine, chunks, number = blocks(vectors, 0), blocks(chunk, -1), blocks(others, 1)
+  alike = jnp.einsum('ncd,nmd->ncm', mine, around(mine), precision='highest')
   itself = jnp.arange(wide)[:, None] + wide == jnp.arange(3 * wide)[None]
-  others = (chunks[..., None] == around(chunks)[:, :, None]) & ~itself[None, None]
-  fewer = jnp.maximum(blocks(members, 1) - 1, 1).astype(jnp.float32)
-  mean = jnp.sum(jnp.where(others, alike, 0.0), axis=3) / fewer
-  squares = jnp.sum(jnp.where(others, alike - mean[..., None], 0.0) ** 2, axis=3) + mean ** 2
-  variance = (squares / fewer).reshape(len(x), -1)
-  return jnp.where(tokens.free, take(variance, rank_of(tokens.free)), 0.0)
+  beside = (chunks[..., None] == around(chunks)[:, None]) & ~itself[None]
+  mean = jnp.sum(jnp.where(beside, alike, 0.0), axis=2) / number
+  squares = jnp.sum(jnp.where(beside, alike - mean[..., None], 0.0) ** 2, axis=2) + mean ** 2
+  return (squares / number).reshape(-1)[:len(vectors)]
