@@ -223,7 +223,12 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 # ends of a row unlike its middle, and so has no ties.
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
-    'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2}}
+    'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2},
+    'holov': {'chunks': 4}, 'token_corr': {'threshold': 0.25, 'partners': 6},
+    'vflowopt': {'cell': 2.5}}
+
+# Those that divide tokens by their place first, and then choose in each part.
+PARTED = {'vispruner': 'every other token goes first', 'holov': 'shares tokens among chunks'}
 
 
 @functools.cache
