@@ -43,7 +43,7 @@ class Signals(struct.PyTreeNode):
 
   Attributes:
     keys, queries, values: float[B, N, H, d], per head.
-    plain_queries: float[B, N, H, d], queries before they are rotated.
+    plain_queries, plain_keys: float[B, N, H, d], before they are rotated.
     cls_attention: float32[B, H, N], the attention row of the [CLS] token.
     received_attention: float32[B, H, N], mean over real queries of the attention each key gets.
     attention: float32[B, H, N, N], the whole map; only a method that acts inside attention may ask.
@@ -66,6 +66,7 @@ class Signals(struct.PyTreeNode):
     text_valid: bool[B, T], False for image placeholders, padding and what is not asked.
     vision_features: float[B, N, C], what the projector made each token of; zeros for newlines.
     project: the projector itself in float32, as a function float[..., C] -> float32[..., D].
+    grids: int32[B, 2], (rows, columns) of each row's own grid, where images have their own.
     rope: how positions become rotations (ops/rope.py). Static.
     grid: (rows, columns) of the patch grid. Static.
     layer: index of the layer at hand. Static.
@@ -86,6 +87,7 @@ class Signals(struct.PyTreeNode):
   next_received_attention: Array = _signal('BHN', 'next')
   hidden: Array = _signal('BND')
   plain_queries: Array = _signal('BNHd')
+  plain_keys: Array = _signal('BNHd')
   projected_norms: Array = _signal('BHN')
   last_attention: Array = _signal('BHN')
   window_attention: Array = _signal('BHWN')
@@ -104,6 +106,7 @@ class Signals(struct.PyTreeNode):
   text_valid: Array = _signal('BT', 'projector')
   vision_features: Array = _signal('BNC', 'projector')
   project: Callable[[Array], Array] = _UNMEASURED
+  grids: Array = _signal('BA')
   rope: Rope = _static()
   grid: tuple[int, int] = _static()
   layer: int = _static(0)

@@ -205,6 +205,8 @@ class VLM(nn.Module):
     if self.projector_grid(slots):
       own |= {'grid', 'one_sequence', *(FROM_TOWER if self.side == 1 else ())}
     offers = (own | {*PER_TOKEN}) & self.tower.host.offers | TEXT_SIGNALS
+    if isinstance(self.tower, QwenVision):
+      offers |= {'grids'}
     # A tower that ends in the language model's width has its projector inside.
     return Host(1, slots, 0, offers | {'vision_features', 'project'} if self.projection else offers)
 
@@ -402,7 +404,10 @@ class VLM(nn.Module):
     aux['tower_tokens'] = tokens
     visual, aux['layout'] = self._arrange(tokens, images)
     if images.axes is not None:
-      visual = visual.replace(stats=visual.stats | {'axes': images.axes})
+      # A section in several parts turns each of them with a position of its own.
+      parts = max(len(self.lm.rope.sections) // images.axes.shape[-1], 1)
+      places = jnp.repeat(images.axes, parts, axis=-1) if parts > 1 else images.axes
+      visual = visual.replace(stats=visual.stats | {'axes': places})
     slots = None
     if self.projector_reduction:
       special = self._special_of(whole, images) if self.projector_reduction.special else None

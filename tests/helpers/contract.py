@@ -246,13 +246,15 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
     'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2},
-    'recoverable': {'variant': 'paper', 'peers': 3, 'neighbours': 4},
+    'holov': {'chunks': 4}, 'token_corr': {'threshold': 0.25, 'partners': 6},
+    'vflowopt': {'cell': 2.5}, 'recoverable': {'variant': 'paper', 'peers': 3, 'neighbours': 4},
     'visiontrim': {'variant': 'paper', 'complement': 3}}
 
 # Those that mix tokens into some outputs, and leave others as they are.
 MIX_SOME = ('recoverable', 'visiontrim')
 # Those that divide tokens by their place first, and then choose in each part.
-PARTED = dict.fromkeys(('vispruner', 'flashvlm'), 'every other token goes first')
+PARTED = {'vispruner': 'every other token goes first', 'flashvlm': 'every other token goes first',
+          'holov': 'shares tokens among chunks'}
 
 
 @functools.cache
