@@ -31,7 +31,8 @@ def distances(x: Array) -> Array:
   return jnp.sqrt(jnp.maximum(squares[:, :, None] + squares[:, None, :] - 2 * products, 0.0))
 
 
-def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None = None) -> Array:
+def peaks(distance: Array, among: Array, *, neighbours: int | Array,
+          noise: Array | None = None) -> Array:
   """Scores each slot as the centre of a cluster: DPC-KNN, arXiv:2204.08680, Sec. 3.
 
   Density is exp(-mean squared distance to the nearest neighbours, the slot itself included). A
@@ -42,7 +43,7 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
   Args:
     distance: float32[B, N, N], over the square root of D.
     among: bool[B, N], the slots that count.
-    neighbours: nearest slots that make up the density.
+    neighbours: nearest slots that make up the density, or int32[B, 1], those of each row.
     noise: float[B, N] or None; 1e-6 times it is added to the densities to break ties.
 
   Returns:
@@ -50,8 +51,11 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
   """
   chex.assert_shape(distance, (*among.shape, among.shape[1]))
   near = jnp.where(among[:, None, :], distance, jnp.inf)
-  nearest = -jax.lax.top_k(-near, min(neighbours, distance.shape[1]))[0]
+  most = min(neighbours, len(distance[0])) if isinstance(neighbours, int) else len(distance[0])
+  nearest = -jax.lax.top_k(-near, most)[0]
   finite = jnp.isfinite(nearest)
+  if not isinstance(neighbours, int):
+    finite &= jnp.arange(most)[None, None] < neighbours[:, :, None]
   total = jnp.sum(jnp.where(finite, nearest, 0.0) ** 2, axis=2)
   density = -total / jnp.maximum(jnp.sum(finite, axis=2), 1)
   if noise is not None:

@@ -6,15 +6,23 @@ Axes: B batch, N slots, V visual tokens, H heads.
 """
 
 
+import dataclasses
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import recorded
 
+from ops import attention
 from ops import tokens as tk
+from ops.primitives import contextual
 from ops.reducers.language.fastv import FastV
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.pyramiddrop import PyramidDrop
+from ops.reducers.language.sparsevlm import SparseVLM
+from ops.rope import Rope
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet
 
@@ -92,3 +100,103 @@ def test_gemfilter_pools_over_neighbours_whatever_padding_lies_between():
   (kept, scores), (wide, among) = gemfilter(raw), gemfilter(raw, places)
   np.testing.assert_array_equal(wide, places[kept])
   np.testing.assert_array_equal(among[places], scores)
+
+
+def close(got, want):
+  np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+def rated(name):
+  """Tokens of the recorded prompt with its rating words, and the mean of their rows, by head."""
+  raw, first = load(name), load('sparsevlm')
+  tokens = prompt(first['hidden0'][0], *map(int, first['v_start_n_text'][:2]))
+  rates = np.zeros((1, tokens.slots), bool)
+  rates[0, raw['rater_idx'] + 37] = True
+  rows = (raw['attn'] * rates[:, None, :, None]).sum(axis=2) / rates.sum()
+  return raw, tokens.replace(stats={'rates': jnp.asarray(rates)}), jnp.asarray(rows)
+
+
+def test_sparsevlm():
+  """Words that rate, their scores, and what 20 of 32 leaves, with one mean of what goes."""
+  raw, tokens, rows = rated('sparsevlm')
+  method = SparseVLM()
+  found = jax.jit(method.watch)(tokens, Signals(hidden_in=tokens.x))
+  np.testing.assert_array_equal(found['rates'], tokens.stats['rates'])
+  scores = rows.mean(axis=1)[:, 5:37]
+  close(scores, raw['relation_vis_text'])
+  answer = jax.jit(functools.partial(method, num_slots=14 + 20 + 1))(
+      tokens, Signals(row_attention=rows))
+  alone = np.bincount(answer.dst[0], minlength=36)[answer.dst[0]] == 1
+  np.testing.assert_array_equal((alone & np.asarray(answer.dst[0] < 34))[5:37], raw['keep_mask'][0])
+  pruned = np.flatnonzero(~raw['keep_mask'][0])[raw['recycle_idx_in_pruned']] + 5
+  np.testing.assert_array_equal(np.flatnonzero(answer.dst[0] == 34), np.sort(pruned))
+  close(answer.apply(tokens.x)[:, 34:], raw['merged'])
+
+
+def test_sparsevlm_clusters():
+  """40 tokens become five means: those of a prompt of which 131 tokens go, as many as make 40."""
+  raw = load('sparsevlm')
+  x = np.concatenate([raw['cluster_in_big'][0], np.zeros((91, 24), np.float32)])
+  tokens = TokenSet.create(jnp.asarray(x)[None])
+  scores = -jnp.arange(131.0)[None]
+  answer = jax.jit(functools.partial(contextual.recycle, num_slots=5))(tokens, scores)
+  close(answer.apply(tokens.x), raw['cluster_out_big'])
+
+
+def test_sparsevlm_plus_picks_heads():
+  raw, tokens, rows = rated('sparsevlm_plus_heads')
+  method = SparseVLM(variant='plus')
+  spent = rows[0, :, 5:37].sum(axis=1) * 6
+  close(spent, raw['head_sum'])
+
+  class Given(SparseVLM):
+    def corrected(self, tokens, signals):
+      return signals.row_attention
+
+  kept = jax.jit(functools.partial(Given(**dataclasses.asdict(method)), num_slots=14 + 20))(
+      tokens, Signals(row_attention=rows))
+  chosen = np.sort(np.argsort(-np.asarray(spent), kind='stable')[:14])
+  close(rows[0, chosen, 5:37].mean(axis=0), raw['relation_vis_text'][0])
+  np.testing.assert_array_equal((np.asarray(kept.dst[0]) < 34)[5:37], raw['keep_mask'][0])
+
+
+def test_sparsevlm_plus_divides_by_what_equal_vectors_have():
+  """Against the whole maps, which the release divides."""
+  rng = np.random.default_rng(0)
+  slots, rope = 12, Rope(8)
+  q, k = (jnp.asarray(rng.normal(size=(1, slots, heads, 8)), jnp.float32) for heads in (4, 2))
+  tokens = prompt(np.zeros((slots, 4), np.float32), 2, 6)
+  told = Signals(queries=q, keys=k, rope=rope)
+  rows = jax.jit(SparseVLM(variant='plus').corrected)(tokens, told)
+  whole = attention.eager(q, k, positions=tokens.pos)
+  ones = rope.rotate(jnp.ones((1, slots, 1, 8)), tokens.pos)[0, :, 0]
+  close(rows, (whole / (ones @ ones.T / np.sqrt(8))[None, None])[:, :, 8:].sum(axis=2))
+
+
+@pytest.mark.parametrize('rank', [1, 3])
+def test_sparsevlm_of_the_paper_leaves_as_many_as_the_rank_says(rank):
+  """Words that ask alike attend alike: of 20 tokens (20 - rank) / 2 go, and a mean comes."""
+  rng = np.random.default_rng(1)
+  slots = 28
+  q = rng.normal(size=(1, slots, 1, 8)).astype(np.float32)
+  q[0, -5:] = q[0, -5 + np.arange(5) % rank]
+  k = rng.normal(size=(1, slots, 1, 8)).astype(np.float32)
+  tokens = prompt(rng.normal(size=(slots, 4)).astype(np.float32), 3, 20)
+  told = Signals(queries=jnp.asarray(q), keys=jnp.asarray(k), row_attention=jnp.asarray(
+      rng.random((1, 1, slots)), jnp.float32))
+  method = SparseVLM(variant='paper')
+  answer = jax.jit(functools.partial(method, num_slots=27))(tokens, told)
+  stay = 20 - (20 - rank) // 2 + 1
+  assert int(answer.wanted[0]) == int(answer.valid.sum()) == 8 + stay
+  full = jax.jit(functools.partial(method, num_slots=8 + 5))(tokens, told)
+  assert int(full.valid.sum()) == 13
+
+
+def test_what_sparsevlm_recycles_counts():
+  """The lists of the release, with the clusters that each makes: the tokens that layers see."""
+  for lists in ((576, (300, 309), (200, 204), (110, 113)), (576, (303, 312), (110, 117), (36, 39)),
+                (576, (238, 249), (48, 55), (26, 27)), (576, (66, 82), (30, 32), (17, 18))):
+    now = lists[0]
+    for stay, left in lists[1:]:
+      assert stay + contextual.num_clusters(now - stay) == left
+      now = left

@@ -98,6 +98,7 @@ class Case:
         'last_attention': attention[np.arange(len(self.x)), :, self.last],
         'received_attention': np.where(queries, attention, 0).sum(2) / queries.sum(2)}
     ahead = _softmax(np.where(real[:, 0], self.ahead, -np.inf))
+    known['row_attention'] = known['received_attention']
     known |= {'next_received_attention': ahead, 'next_last_attention': ahead,
               'next_row_attention': ahead}
     return Signals(**{name: known[name] for name in needs & known.keys()},

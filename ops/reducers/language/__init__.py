@@ -6,6 +6,7 @@ from ops.reducers.language.fastv import FastV
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.hidrop import HiDrop
 from ops.reducers.language.pyramiddrop import PyramidDrop
+from ops.reducers.language.sparsevlm import SparseVLM
 from ops.reducers.language.transprune import TransPrune
 from ops.reducers.method import Method
 
@@ -17,4 +18,5 @@ LANGUAGE: dict[str, type[Method]] = {
     'hidrop': HiDrop,
     'transprune': TransPrune,
     'gemfilter': GemFilter,
+    'sparsevlm': SparseVLM,
 }
