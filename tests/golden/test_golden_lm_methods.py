@@ -145,6 +145,29 @@ def test_sparsevlm():
   close(out['cuts'][2].x[0], raw['hs_in_layer3'])
 
 
+def test_visiondrop():
+  """Two stages, each with its own count of contextual tokens."""
+  raw = load('visiondrop')
+  base = load('pyramiddrop')
+  lm, variables = model('pyramiddrop', eps=1e-5)
+  visual, start, text = (int(x) for x in raw['V_PRE_TXT'])
+  tokens = image_and_text(base['inputs_embeds'], start, visual)
+  stages = list(zip(raw['layer_list'].tolist(), raw['dominant_contextual'][1:].tolist(),
+                    strict=True))
+  plan = make_plan([{'method': 'visiondrop', 'token_kinds': 'visual', 'layers': layer,
+                     'keep': sum(counts), 'args': {'contextual': counts[1]}}
+                    for layer, counts in stages], lm.host(tokens.slots, visual=visual))
+  out = arrays(jax.jit(lm.clone(plan=plan).apply)(variables, tokens)[1])
+  np.testing.assert_array_equal(out['cuts'][2].pos, raw['pos_in_layer2'])
+  for stage, (layer, (dominant, _)) in enumerate(stages):
+    cut, before = out['cuts'][layer], out['before'][layer]
+    kept = before.x[0][start + np.sort(raw[f'topk_stage{stage}'])]
+    np.testing.assert_array_equal(cut.x[0][start:start + dominant], kept)
+    close(cut.x[0], raw[f'hs_in_layer{layer}'])
+    assert cut.slots == len(raw[f'hs_in_layer{layer}']) == start + sum(stages[stage][1]) + text
+  close(out['tokens'].x[0], raw['final_normed'])
+
+
 CACHES = {
     'streaming_llm': ('streaming_llm', {}),
     'knorm': ('knorm', {}),

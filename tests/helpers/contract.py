@@ -100,7 +100,7 @@ class Case:
     ahead = _softmax(np.where(real[:, 0], self.ahead, -np.inf))
     known['row_attention'] = known['received_attention']
     known |= {'next_received_attention': ahead, 'next_last_attention': ahead,
-              'next_row_attention': ahead}
+              'next_row_attention': ahead, 'next_keys': self.k.astype(dtype)}
     return Signals(**{name: known[name] for name in needs & known.keys()},
                    grid=GRID, layer=1, depth=4)
 

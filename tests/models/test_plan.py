@@ -46,6 +46,7 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
                      'duet_vlm': ['next_row_attention'], 'transprune': ['next_row_attention'],
                      'hidrop': ['next_last_attention'], 'aim': ['rope'], 'dyvte': ['rope'],
                      'sparsevlm': ['row_attention'],
+                     'visiondrop': ['next_keys', 'next_row_attention'],
                      'gemfilter': []}  # It runs the model again, which only a language model can.
   every = [*methods(), *branch_methods(), *CACHE_REDUCERS, *INSERTS]
   assert len(set(every)) == len(every), 'names are unique'

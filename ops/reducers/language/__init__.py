@@ -8,6 +8,7 @@ from ops.reducers.language.hidrop import HiDrop
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.sparsevlm import SparseVLM
 from ops.reducers.language.transprune import TransPrune
+from ops.reducers.language.visiondrop import VisionDrop
 from ops.reducers.method import Method
 
 LANGUAGE: dict[str, type[Method]] = {
@@ -19,4 +20,5 @@ LANGUAGE: dict[str, type[Method]] = {
     'transprune': TransPrune,
     'gemfilter': GemFilter,
     'sparsevlm': SparseVLM,
+    'visiondrop': VisionDrop,
 }
