@@ -28,6 +28,8 @@ PLANS = {
                               'args': {'variant': 'plus', 'heads': 2}},
     'sparsevlm paper': EXIT | {'method': 'sparsevlm', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
                                'args': {'variant': 'paper', 'scale': 0.8}},
+    'corematching': EXIT | {'method': 'corematching', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
+                            'args': {'variant': 'paper', 'back': 2}},
     'visiondrop': EXIT | {'method': 'visiondrop', 'keep_ratio': (0.7, 0.5),
                           'args': {'contextual': 1}},
     'in attention': EXIT | {'site': 'inside', 'layers': (1, 2)},

@@ -17,7 +17,10 @@ from helpers import recorded
 
 from ops import attention
 from ops import tokens as tk
+from ops.kv_cache import KV
 from ops.primitives import contextual
+from ops.reducers.cache.corematching_cache import CoreMatchingCache
+from ops.reducers.language.corematching import CoreMatching
 from ops.reducers.language.fastv import FastV
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.pyramiddrop import PyramidDrop
@@ -200,3 +203,60 @@ def test_what_sparsevlm_recycles_counts():
     for stay, left in lists[1:]:
       assert stay + contextual.num_clusters(now - stay) == left
       now = left
+
+
+def neurons():
+  """The recorded prompt of 595 tokens, 576 of them of an image, and its MLP's inner activations."""
+  raw = load('corematching')
+  first, end = map(int, raw['image_range'])
+  tokens = prompt(raw['x'][0], first, end - first)
+  gate, up = (raw['x'] @ raw[name].T for name in ('gate_w', 'up_w'))
+  hidden = gate / (1 + np.exp(-gate)) * up
+  close(hidden[:, :8] @ raw['down_w'].T, raw['mlp_out_first8'][None])
+  return raw, tokens, Signals(mlp_hidden=jnp.asarray(hidden), keys=jnp.ones((1, 595, 1, 2)))
+
+
+def test_corematching():
+  """Shared neurons, the tokens above the elbow, and what becomes of the others in a cache."""
+  raw, tokens, told = neurons()
+  method = CoreMatching()
+  np.testing.assert_array_equal(jax.jit(method.shared)(tokens, told)[0, 5:581],
+                                raw['shared_neuron_score'])
+  kept = raw['kept_position_mask']
+  answer = jax.jit(functools.partial(method, num_slots=594))(tokens, told)
+  assert int(answer.wanted[0]) == kept.sum()
+  np.testing.assert_array_equal(np.asarray(tk.reduce(tokens, answer).owner[0]) >= 0, kept)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def cached(variant):
+    made = CoreMatchingCache(variant=variant)(tokens, told, num_slots=595)
+    kv = KV.create(*jnp.ones((2, 1, 1, 595, 2)), pos=tokens.pos, valid=tokens.real, filled=595,
+                   start=jnp.zeros(1, jnp.int32))
+    return made.shrink(kv, positions='keep', rope=None)
+
+  blank, hidden = cached('release'), cached('hidden')
+  np.testing.assert_array_equal(blank.k[0, 0, :, 0] == 1, kept)
+  np.testing.assert_array_equal(blank.v[0, 0, :, 0] == 1, kept)
+  assert blank.valid.all()
+  np.testing.assert_array_equal(hidden.valid[0, 0], kept)
+
+
+def test_corematching_keeps_the_best_where_fewer_fit():
+  raw, tokens, told = neurons()
+  answer = jax.jit(functools.partial(CoreMatching(), num_slots=19 + 10))(tokens, told)
+  order = np.argsort(-raw['shared_neuron_score'], kind='stable')[:10]
+  left = np.asarray(tk.reduce(tokens, answer).pos[0])
+  np.testing.assert_array_equal(left[(left >= 5) & (left < 581)] - 5, np.sort(order))
+
+
+def test_corematching_of_the_paper():
+  """The tokens that share the neurons which most tokens have among their most active."""
+  hidden = np.zeros((1, 12, 10), np.float32)
+  hidden[0, 8:, :4] = [4, 3, 2, 1]  # Text: neurons 0 and 1 of its four.
+  hidden[0, 2:4, :4] = [4, 3, 1, 1]  # Alike.
+  hidden[0, 4:8, 4:8] = [1, 2, 3, 4]  # Unlike, and fewer.
+  tokens = prompt(np.zeros((12, 4), np.float32), 2, 6)
+  method = CoreMatching(variant='paper', own=0.5, common=0.2)
+  answer = jax.jit(functools.partial(method, num_slots=11))(
+      tokens, Signals(mlp_hidden=jnp.asarray(hidden)))
+  np.testing.assert_array_equal(np.flatnonzero(answer.dst[0] < 11), [0, 1, 2, 3, *range(8, 12)])

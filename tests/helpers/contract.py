@@ -99,6 +99,7 @@ class Case:
         'received_attention': np.where(queries, attention, 0).sum(2) / queries.sum(2)}
     ahead = _softmax(np.where(real[:, 0], self.ahead, -np.inf))
     known['row_attention'] = known['received_attention']
+    known['mlp_hidden'] = known['hidden']
     known |= {'next_received_attention': ahead, 'next_last_attention': ahead,
               'next_row_attention': ahead, 'next_keys': self.k.astype(dtype)}
     return Signals(**{name: known[name] for name in needs & known.keys()},

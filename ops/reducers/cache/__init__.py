@@ -10,6 +10,7 @@ from ops.reducers.cache.adakv import AdaKV
 from ops.reducers.cache.cam import CaM
 from ops.reducers.cache.chunk import Chunk
 from ops.reducers.cache.chunkkv import ChunkKV
+from ops.reducers.cache.corematching_cache import CoreMatchingCache
 from ops.reducers.cache.criticaladakv import CriticalAdaKV
 from ops.reducers.cache.criticalkv import CriticalKV
 from ops.reducers.cache.cur import CUR
@@ -56,4 +57,5 @@ CACHE_REDUCERS: dict[str, type] = {
     'rkv': RKV,
     'periodic': Periodic,
     'threshold': Threshold,
+    'corematching_cache': CoreMatchingCache,
 }

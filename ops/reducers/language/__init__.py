@@ -1,6 +1,7 @@
 """Reductions between the layers of a language model."""
 
 from ops.reducers.language.aim import AIM
+from ops.reducers.language.corematching import CoreMatching
 from ops.reducers.language.duet_vlm import DUETVLM
 from ops.reducers.language.fastv import FastV
 from ops.reducers.language.gemfilter import GemFilter
@@ -21,4 +22,5 @@ LANGUAGE: dict[str, type[Method]] = {
     'gemfilter': GemFilter,
     'sparsevlm': SparseVLM,
     'visiondrop': VisionDrop,
+    'corematching': CoreMatching,
 }
