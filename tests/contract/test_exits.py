@@ -30,6 +30,9 @@ PLANS = {
                                'args': {'variant': 'paper', 'scale': 0.8}},
     'corematching': EXIT | {'method': 'corematching', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
                             'args': {'variant': 'paper', 'back': 2}},
+    'vtw': {'method': 'vtw', 'token_kinds': 'visual'},
+    'dart': EXIT | {'method': 'dart', 'args': {'image': 2, 'text': 1}},
+    'fitprune': EXIT | {'method': 'fitprune', 'layers': (1, 2)},
     'visiondrop': EXIT | {'method': 'visiondrop', 'keep_ratio': (0.7, 0.5),
                           'args': {'contextual': 1}},
     'in attention': EXIT | {'site': 'inside', 'layers': (1, 2)},
@@ -130,6 +133,8 @@ def test_an_exit_leaves_caches_of_text():
 def test_an_exit_counts():
   left = [tokens.queries for tokens in planned(EXIT).plan.profile(LAYERS, SLOTS)]
   assert left == [14, 11, 11, 8]
+  left = [tokens.queries for tokens in planned(PLANS['vtw']).plan.profile(LAYERS, SLOTS)]
+  assert left == [14, 8, 8, 8]
 
 
 @pytest.mark.long

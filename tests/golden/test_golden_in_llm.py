@@ -21,7 +21,9 @@ from ops.kv_cache import KV
 from ops.primitives import contextual
 from ops.reducers.cache.corematching_cache import CoreMatchingCache
 from ops.reducers.language.corematching import CoreMatching
+from ops.reducers.language.dart import DART
 from ops.reducers.language.fastv import FastV
+from ops.reducers.language.fitprune import FitPrune, largest_rows
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.sparsevlm import SparseVLM
@@ -260,3 +262,46 @@ def test_corematching_of_the_paper():
   answer = jax.jit(functools.partial(method, num_slots=11))(
       tokens, Signals(mlp_hidden=jnp.asarray(hidden)))
   np.testing.assert_array_equal(np.flatnonzero(answer.dst[0] < 11), [0, 1, 2, 3, *range(8, 12)])
+
+
+def kept_by(method, tokens, told, *, num_slots):
+  """The tokens that are left, by their positions."""
+  answer = jax.jit(functools.partial(method, num_slots=num_slots))(tokens, told)
+  return np.asarray(tk.reduce(tokens, answer).pos[0])
+
+
+def test_dart():
+  raw = load('dart')
+  start, visual, text = map(int, raw['v_start_n_text'])
+  tokens = prompt(raw['hidden'][0], start, visual)
+  told = Signals(keys=jnp.asarray(raw['keys'].swapaxes(1, 2)))
+  left = kept_by(DART(), tokens, told, num_slots=start + text + len(raw['kept']))
+  np.testing.assert_array_equal(left[(left >= start) & (left < start + visual)], raw['kept'])
+
+
+@pytest.mark.parametrize(('image', 'text', 'keep'), [(4, 4, 2), (4, 0, 7), (3, 4, 18)])
+def test_dart_keeps_as_many_as_it_is_asked_for(image, text, keep):
+  """The longest keys first; what pivots take is divided as evenly as it goes."""
+  rng = np.random.default_rng(4)
+  tokens = prompt(rng.normal(size=(26, 8)).astype(np.float32), 2, 20)
+  told = Signals(keys=jnp.asarray(rng.normal(size=(1, 26, 2, 4)), jnp.float32))
+  left = kept_by(DART(image=image, text=text), tokens, told, num_slots=6 + keep)
+  assert len(left) == 6 + keep
+  longest = np.argsort(-np.abs(np.asarray(told.keys[0, 2:22])).sum((1, 2)), kind='stable')
+  assert set(longest[:min(image, keep)] + 2) <= set(left.tolist())
+
+
+def test_fitprune():
+  raw = load('fitprune')
+  start, visual, text = map(int, raw['v_start_n_text'])
+  tokens = prompt(np.zeros((start + visual + text, 4), np.float32), start, visual)
+  told = Signals(**{name: jnp.asarray(raw[key].swapaxes(1, 2))
+                    for name, key in (('queries', 'query'), ('keys', 'key'))})
+  of = np.stack([tokens.kind == VISUAL, tokens.pos >= start + visual])
+  image, words = jax.jit(largest_rows)(tokens, told, of)
+  seen = slice(start, start + visual)
+  close(image[0, seen] / visual, raw['image_sum'])
+  close(words[0, seen], raw['text_sum'])
+  left = kept_by(FitPrune(), tokens, told, num_slots=tokens.slots - len(raw['deleted']))
+  np.testing.assert_array_equal(left, np.setdiff1d(np.arange(tokens.slots),
+                                                   raw['deleted'] + start))

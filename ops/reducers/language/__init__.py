@@ -2,14 +2,17 @@
 
 from ops.reducers.language.aim import AIM
 from ops.reducers.language.corematching import CoreMatching
+from ops.reducers.language.dart import DART
 from ops.reducers.language.duet_vlm import DUETVLM
 from ops.reducers.language.fastv import FastV
+from ops.reducers.language.fitprune import FitPrune
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.hidrop import HiDrop
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.sparsevlm import SparseVLM
 from ops.reducers.language.transprune import TransPrune
 from ops.reducers.language.visiondrop import VisionDrop
+from ops.reducers.language.vtw import VTW
 from ops.reducers.method import Method
 
 LANGUAGE: dict[str, type[Method]] = {
@@ -23,4 +26,7 @@ LANGUAGE: dict[str, type[Method]] = {
     'sparsevlm': SparseVLM,
     'visiondrop': VisionDrop,
     'corematching': CoreMatching,
+    'dart': DART,
+    'vtw': VTW,
+    'fitprune': FitPrune,
 }

@@ -45,8 +45,7 @@ class CoreMatching(Reducer):
   back: Count = 5
   own: Share = 0.4
   common: Share = 0.4
-  # Where there is no rope there is no prompt with an end.
-  needs = frozenset({'mlp_hidden', 'rope'})
+  needs = frozenset({'mlp_hidden'})
   site = 'after'
   positions = 'keep'
   drops = 'pruning drops tokens'
