@@ -49,11 +49,11 @@ class DART(Reducer):
     kept = num_kept(tokens, num_slots)
     norms = jnp.sum(jnp.abs(signals.keys.astype(jnp.float32)), axis=(2, 3))
     pivots, there = [], []
-    for number, among, most in ((self.image, tokens.free, kept),
-                                (self.text, text_after_images(tokens), tokens.slots)):
-      number = min(number, tokens.slots)
-      pivots.append(top(norms, number, excluded=~among))
-      there.append(jnp.arange(number)[None] < jnp.minimum(count(among), most))
+    for asked, among, most in ((self.image, tokens.free, kept),
+                               (self.text, text_after_images(tokens), tokens.slots)):
+      asked = min(asked, tokens.slots)
+      pivots.append(top(norms, asked, excluded=~among))
+      there.append(jnp.arange(asked)[None] < jnp.minimum(count(among), most))
     own, at, real = pivots[0], *(jnp.concatenate(both, axis=1) for both in (pivots, there))
     # Tokens that each pivot takes: their sum is what is left of the budget.
     rest = kept - count(there[0])

@@ -27,10 +27,10 @@ class FitPrune(Reducer):
   """Keeps the tokens with the highest attention from image tokens times that from later text.
 
   FitPrune (Ye et al., 2024), arXiv:2409.10197, as released: of each row the largest over heads
-  counts, and rows are added up. Tokens leave behind the attention of a layer, which still reads
-  them, and before its MLP. How many leave in which layer is fitted to what hundreds of images lose
-  of the two sums; the release has lists of them for LLaVA-1.5 (`remove`, one a layer), and the fit
-  is not here.
+  counts, and rows are added up; where no text follows, the image alone counts. Tokens leave behind
+  the attention of a layer, which still reads them, and before its MLP. How many leave in which
+  layer is fitted to what hundreds of images lose of the two sums; the release has lists of them for
+  LLaVA-1.5 (`remove`, one a layer), and the fit is not here.
   """
 
   needs = frozenset({'queries', 'keys', 'rope'})
