@@ -1,6 +1,7 @@
 """Queries whose attention ranks tokens: masks over the slots of a sequence.
 
-Axes: B batch, N slots, R rows, H heads, K kv heads, G heads that share one, d features a head.
+Axes: B batch, N slots, R rows, F MLP width, H heads, K kv heads, G heads that share one, d features
+a head.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from ops import attention
 from ops.assignments import take
 from ops.rope import sequence_index
-from ops.signals import Signals
-from ops.tokens import TEXT, VISUAL, TokenSet, key_bias
+from ops.signals import Signals, latest
+from ops.tokens import TEXT, VISUAL, TokenSet, count, key_bias
 
 Array = jax.Array
 
@@ -25,6 +26,36 @@ def text_after_images(tokens: TokenSet) -> Array:
   visual = tokens.real & (tokens.kind == VISUAL)
   last = jnp.max(jnp.where(visual, place, -1), axis=1, keepdims=True)
   return tokens.real & (tokens.kind == TEXT) & (place > last)
+
+
+def latest_but(tokens: TokenSet, back: int, values: Array) -> Array:
+  """Returns values [B, N, ...] of the token that is `back` from the end, 1 for the last: [B, ...].
+
+  A row with fewer tokens gives those of its first.
+  """
+  order = latest(sequence_index(tokens.pos), tokens.valid, tokens.kind.shape)
+  at = jnp.maximum(tokens.slots - jnp.minimum(back, count(tokens.real)), 0)
+  return take(values, take(order, at))[:, 0]
+
+
+def shared_neurons(active: Array, theirs: Array) -> Array:
+  """Counts the active neurons bool[B, N, F] that are also in bool[B, F]: int32[B, N]."""
+  shared = jnp.einsum('bf,bnf->bn', theirs.astype(jnp.float32), active.astype(jnp.float32))
+  return shared.astype(jnp.int32)
+
+
+def sample_of(tokens: TokenSet) -> Array:
+  """Counts the images that have begun, up to each slot: int32[B, N].
+
+  An image ends where text follows; one that follows another at once belongs to it. Slots are in the
+  order of the sequence, as in a language model, padding anywhere.
+  """
+  slot = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), tokens.kind.shape)
+  latest = jax.lax.cummax(jnp.where(tokens.real, slot, -1), axis=1)
+  before = jnp.pad(latest, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  visual = tokens.real & (tokens.kind == VISUAL)
+  follows = (before >= 0) & take(visual, jnp.maximum(before, 0))
+  return jnp.cumsum(visual & ~follows, axis=1, dtype=jnp.int32)
 
 
 def heads_in_turn(tokens: TokenSet, signals: Signals,

@@ -14,9 +14,9 @@ from ops import choices
 from ops.caches.blank import KVBlank
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import broadcast_to_heads, keep_best
+from ops.primitives.queries import latest_but, shared_neurons
 from ops.primitives.select import above_elbow
 from ops.reducers.base import CacheReducer
-from ops.reducers.language.corematching import CoreMatching
 from ops.signals import Signals
 from ops.tokens import VISUAL, TokenSet
 from ops.values import Count
@@ -49,7 +49,8 @@ class CoreMatchingCache(CacheReducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather | KVBlank:
     image = tokens.real & (tokens.kind == VISUAL)
-    scores = CoreMatching(back=self.back).shared(tokens, signals)
+    active = signals.mlp_hidden > 0
+    scores = shared_neurons(active, latest_but(tokens, self.back, active))
     stays = tokens.real & (~image | above_elbow(scores, image))
     if self.variant == 'release':
       return KVBlank(stays)

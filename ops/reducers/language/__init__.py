@@ -1,6 +1,8 @@
 """Reductions between the layers of a language model."""
 
 from ops.reducers.language.aim import AIM
+from ops.reducers.language.catp import CATP
+from ops.reducers.language.catp_images import CATPImages
 from ops.reducers.language.corematching import CoreMatching
 from ops.reducers.language.dart import DART
 from ops.reducers.language.duet_vlm import DUETVLM
@@ -29,4 +31,6 @@ LANGUAGE: dict[str, type[Method]] = {
     'dart': DART,
     'vtw': VTW,
     'fitprune': FitPrune,
+    'catp': CATP,
+    'catp_images': CATPImages,
 }

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ops import choices
-from ops.assignments import Assignment, take
-from ops.primitives.kv_select import latest
+from ops.assignments import Assignment
+from ops.primitives.queries import latest_but, shared_neurons
 from ops.primitives.select import above_elbow, keep_top
 from ops.reducers.base import Reducer
-from ops.rope import sequence_index
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
 from ops.values import Count, Share
@@ -66,16 +65,11 @@ class CoreMatching(Reducer):
     """Counts the neurons that each token shares with the prompt, int32[B, N]."""
     active = signals.mlp_hidden > 0
     if self.variant == 'release':
-      asks = latest(tokens, self.back)
-      place = jnp.where(asks, sequence_index(tokens.pos), jnp.iinfo(jnp.int32).max)
-      theirs = take(active, jnp.argmin(place, axis=1)[:, None])[:, 0]
-    else:
-      inner = jnp.sort(jnp.where(active, -signals.mlp_hidden, 0), axis=2)
-      number = jnp.ceil(self.own * jnp.sum(active, axis=2, keepdims=True)).astype(jnp.int32)
-      least = -jnp.take_along_axis(inner, jnp.maximum(number - 1, 0), axis=2)
-      active &= (signals.mlp_hidden >= least)
-      votes = jnp.sum(active & tokens.real[:, :, None], axis=1)
-      neurons = max(1, int(self.common * votes.shape[1]))
-      theirs = votes >= jax.lax.top_k(votes, neurons)[0][:, -1:]
-    shared = jnp.einsum('bf,bnf->bn', theirs.astype(jnp.float32), active.astype(jnp.float32))
-    return shared.astype(jnp.int32)
+      return shared_neurons(active, latest_but(tokens, self.back, active))
+    inner = jnp.sort(jnp.where(active, -signals.mlp_hidden, 0), axis=2)
+    number = jnp.ceil(self.own * jnp.sum(active, axis=2, keepdims=True)).astype(jnp.int32)
+    least = -jnp.take_along_axis(inner, jnp.maximum(number - 1, 0), axis=2)
+    active &= (signals.mlp_hidden >= least)
+    votes = jnp.sum(active & tokens.real[:, :, None], axis=1)
+    neurons = max(1, int(self.common * votes.shape[1]))
+    return shared_neurons(active, votes >= jax.lax.top_k(votes, neurons)[0][:, -1:])

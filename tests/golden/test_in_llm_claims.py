@@ -1,0 +1,87 @@
+"""Methods in a language model of which no code is known: what their papers claim, on small prompts.
+
+Axes: B batch, N slots, D features, H heads.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import tokens as tk
+from ops.primitives.queries import sample_of
+from ops.reducers.language.catp import CATP
+from ops.reducers.language.catp_images import CATPImages
+from ops.signals import Signals
+from ops.tokens import TEXT, VISUAL, TokenSet
+
+
+def prompt(kinds, seed=0, width=6):
+  """One row of random tokens, 'v' for visual ones, 't' for text, '.' for padding."""
+  kind = np.array([[VISUAL if letter == 'v' else TEXT for letter in kinds]], np.int8)
+  valid = np.array([[letter != '.' for letter in kinds]])
+  pos = np.maximum(np.cumsum(valid, axis=1) - 1, 0).astype(np.int32)
+  x = np.random.default_rng(seed).normal(size=(1, len(kinds), width)).astype(np.float32)
+  return TokenSet.create(jnp.asarray(x), pos=jnp.asarray(pos), kind=jnp.asarray(kind),
+                         valid=None if valid.all() else jnp.asarray(valid),
+                         protected=kinds.count('t'))
+
+
+def left(method, tokens, told=None, *, keep):
+  """Slots that stay, with `keep` visual tokens."""
+  run = jax.jit(functools.partial(method, num_slots=keep + tokens.protected))
+  reduced = tk.reduce(tokens, run(tokens, told or Signals()))
+  return np.flatnonzero(reduced.owner[0] >= 0)
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_samples():
+  tokens = prompt('t.vv.vttvvvt')
+  np.testing.assert_array_equal(sample_of(tokens)[0][np.asarray(tokens.real[0])],
+                                [0, 1, 1, 1, 1, 1, 2, 2, 2, 2])
+
+
+def best_cover(x, text, count, weight=0.7):
+  """The greedy choice that the paper writes down, one image at a time."""
+  alike, near = (1 + unit(x) @ unit(x).T) / 2, (1 + unit(x) @ unit(text)) / 2
+  picked = []
+  for _ in range(count):
+    value = {i: sum(alike[[*picked, i]].max(axis=0)) + weight * near[[*picked, i]].sum()
+             for i in range(len(x)) if i not in picked}
+    picked.append(max(value, key=value.get))
+  return sorted(picked)
+
+
+def test_catp_covers_each_image():
+  tokens = prompt('tvvvvvvvvttvvvvvvt')
+  x = np.asarray(tokens.x[0])
+  stays = left(CATPImages(), tokens, keep=8)
+  first = best_cover(x[1:9], x[9:11].mean(axis=0), 5)  # 8 * 8 // 14, and one of what is left over.
+  second = best_cover(x[11:17], x[17], 3)
+  visual = [slot for slot in stays if tokens.kind[0, slot] == VISUAL]
+  np.testing.assert_array_equal(visual, [*np.array(first) + 1, *np.array(second) + 11])
+
+
+@pytest.mark.parametrize('part', ['context', 'query'])
+def test_catp_prunes_examples_then_the_query(part):
+  tokens = prompt('tvvvvtvvvvtvvvvt')
+  x, query = np.asarray(tokens.x[0]), np.arange(11, 15)
+  context = np.array([1, 2, 3, 4, 6, 7, 8, 9])
+  rng = np.random.default_rng(3)
+  before, now = rng.random((2, 16)).astype(np.float32)
+  told = Signals(last_attention=jnp.asarray(now)[None, None])
+  stats = {'asked': jnp.asarray(before)[None]} if part == 'context' else {}
+  stays = left(CATP(part=part), tokens.replace(stats=stats), told, keep=9)
+  pool = query if part == 'query' else context
+  spared = context if part == 'query' else query
+  mean = x[1:11].mean(axis=0) if part == 'query' else x[11:].mean(axis=0)
+  scores = unit(x[pool]) @ unit(mean)
+  if part == 'context':
+    scores = np.maximum(now - before, 0)[pool] + 0.6 * scores
+  best = pool[np.argsort(-scores)[:9 - len(spared)]]
+  np.testing.assert_array_equal(stays, np.sort([0, 5, 10, 15, *spared, *best]))
