@@ -1,7 +1,7 @@
 """Queries whose attention ranks tokens: masks over the slots of a sequence.
 
-Axes: B batch, N slots, R rows, F MLP width, H heads, K kv heads, G heads that share one, d features
-a head.
+Axes: B batch, N slots, R rows, S sums, F MLP width, H heads, K kv heads, G heads that share one, d
+features a head.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ops import attention
 from ops.assignments import take
@@ -18,6 +19,8 @@ from ops.signals import Signals, latest
 from ops.tokens import TEXT, VISUAL, TokenSet, count, key_bias
 
 Array = jax.Array
+# Rows of a map that are formed at a time.
+ROWS = 32
 
 
 def text_after_images(tokens: TokenSet) -> Array:
@@ -80,3 +83,31 @@ def heads_in_turn(tokens: TokenSet, signals: Signals,
     return attention.rows(*item, None, bias=bias, positions=place, last=take(place, at))
 
   return (jnp.moveaxis(queries, 2, 0), jnp.moveaxis(keys, 2, 0)), rows
+
+
+def sum_rows(tokens: TokenSet, signals: Signals, of: Array,
+             heads: Callable[..., Array]) -> Array:
+  """Adds up rows of a causal attention map, some at a time.
+
+  Args:
+    tokens: N slots.
+    signals: with `queries` and `keys`.
+    of: bool[S, B, N], the rows of S sums.
+    heads: what makes one map of those of all heads, as jnp.max or jnp.mean.
+
+  Returns:
+    float32[S, B, N].
+  """
+  place, bias = sequence_index(tokens.pos), key_bias(tokens, proportional=False)
+  q, k = (jax.lax.stop_gradient(x) for x in (signals.queries, signals.keys))
+  chunks = np.arange(-(-tokens.slots // ROWS) * ROWS).reshape(-1, ROWS)
+
+  def add(total: Array, chunk: Array) -> tuple[Array, None]:
+    at = jnp.broadcast_to(jnp.minimum(chunk, tokens.slots - 1)[None], (len(place), ROWS))
+    rows = attention.rows(take(q, at), k, None, bias=bias, positions=place, last=take(place, at))
+    counts = of[:, :, at[0]] & (chunk < tokens.slots)[None, None]
+    return total + jnp.einsum('sbc,bcn->sbn', counts.astype(jnp.float32), heads(rows, axis=1),
+                              precision='highest'), None
+
+  start = jnp.zeros(of.shape) + 0.0 * k[:1, :1, 0, :1]
+  return jax.lax.scan(add, start, jnp.asarray(chunks))[0]

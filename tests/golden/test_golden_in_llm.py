@@ -18,12 +18,12 @@ from helpers import recorded
 from ops import attention
 from ops import tokens as tk
 from ops.kv_cache import KV
-from ops.primitives import contextual
+from ops.primitives import contextual, queries
 from ops.reducers.cache.corematching_cache import CoreMatchingCache
 from ops.reducers.language.corematching import CoreMatching
 from ops.reducers.language.dart import DART
 from ops.reducers.language.fastv import FastV
-from ops.reducers.language.fitprune import FitPrune, largest_rows
+from ops.reducers.language.fitprune import FitPrune
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.sparsevlm import SparseVLM
@@ -298,7 +298,7 @@ def test_fitprune():
   told = Signals(**{name: jnp.asarray(raw[key].swapaxes(1, 2))
                     for name, key in (('queries', 'query'), ('keys', 'key'))})
   of = np.stack([tokens.kind == VISUAL, tokens.pos >= start + visual])
-  image, words = jax.jit(largest_rows)(tokens, told, of)
+  image, words = jax.jit(functools.partial(queries.sum_rows, heads=jnp.max))(tokens, told, of)
   seen = slice(start, start + visual)
   close(image[0, seen] / visual, raw['image_sum'])
   close(words[0, seen], raw['text_sum'])

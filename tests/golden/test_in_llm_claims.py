@@ -12,8 +12,11 @@ import pytest
 
 from ops import tokens as tk
 from ops.primitives.queries import sample_of
+from ops.reducers.language.adatoken_3d import AdaToken3D
 from ops.reducers.language.catp import CATP
 from ops.reducers.language.catp_images import CATPImages
+from ops.reducers.language.lvlm_csp import LVLMCSP
+from ops.reducers.language.todre_exit import ToDREExit
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet
 
@@ -85,3 +88,42 @@ def test_catp_prunes_examples_then_the_query(part):
     scores = np.maximum(now - before, 0)[pool] + 0.6 * scores
   best = pool[np.argsort(-scores)[:9 - len(spared)]]
   np.testing.assert_array_equal(stays, np.sort([0, 5, 10, 15, *spared, *best]))
+
+
+@pytest.mark.parametrize('seen', [False, True])
+def test_todre_lets_everything_leave_that_words_do_without(seen):
+  """Words look at the image, or at themselves alone; the image sees no word behind it."""
+  tokens = prompt('tvvvvttt')
+  keys = np.zeros((1, 8, 1, 4), np.float32)
+  keys[0, 1:5, :, 0] = 1
+  queries = np.zeros((1, 8, 1, 4), np.float32)
+  queries[0, 5:, :, 0] = 12 if seen else -12
+  told = Signals(queries=jnp.asarray(queries), keys=jnp.asarray(keys))
+  stays = jax.jit(functools.partial(ToDREExit(), num_slots=4))(tokens, told).valid
+  np.testing.assert_array_equal(stays[0], [True] + [seen] * 4 + [True] * 3)
+
+
+def test_todre_asks_at_seven_eighths():
+  assert list(ToDREExit().default_shares(32)) == [27]
+
+
+def test_lvlm_csp_keeps_one_of_each_cluster():
+  tokens = prompt('tvvvvvvvvvt')
+  centres = np.eye(3, 6, dtype=np.float32) * 9
+  x = np.asarray(tokens.x).copy()
+  x[0, 1:10] = np.repeat(centres, 3, axis=0) + 0.3 * x[0, 1:10]
+  stays = left(LVLMCSP(neighbours=3), tokens.replace(x=jnp.asarray(x)), keep=3)
+  np.testing.assert_array_equal((stays[1:4] - 1) // 3, [0, 1, 2])
+
+
+def test_adatoken_3d_drops_the_many_that_say_little():
+  """Of ten tokens seven contribute less than 5 % together."""
+  tokens = prompt('tvvvvvvvvvvt')
+  flow = np.array([1, .5, .001, .5, .01, .01, .01, .01, .01, .01, .01, 1], np.float32)
+  told = Signals(row_attention=jnp.asarray(flow)[None, None],
+                 projected_norms=jnp.ones((1, 1, 12)))
+  stays = left(AdaToken3D(), tokens.replace(), told, keep=9)
+  gone = np.setdiff1d(np.arange(12), stays)
+  assert flow[gone].sum() < 0.05 * flow[1:11].sum() <= flow[gone].sum() + 0.01
+  assert len(gone) == 6
+  np.testing.assert_array_equal(left(AdaToken3D(), tokens, told, keep=2), [0, 1, 3, 11])

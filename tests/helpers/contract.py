@@ -100,6 +100,7 @@ class Case:
     ahead = _softmax(np.where(real[:, 0], self.ahead, -np.inf))
     known['row_attention'] = known['received_attention']
     known['mlp_hidden'] = known['hidden']
+    known['projected_norms'] = np.moveaxis(np.abs(self.v).sum(axis=3), 2, 1)
     known |= {'next_received_attention': ahead, 'next_last_attention': ahead,
               'next_row_attention': ahead, 'next_keys': self.k.astype(dtype)}
     return Signals(**{name: known[name] for name in needs & known.keys()},
@@ -225,7 +226,8 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 # ends of a row unlike its middle, and so has no ties.
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
-    'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2}}
+    'adatoken_3d': {'share': 0.5}, 'gemfilter': {'kernel': 1},
+    'duet_zip': {'contextual': 2, 'width': 2}}
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Reductions between the layers of a language model."""
 
+from ops.reducers.language.adatoken_3d import AdaToken3D
 from ops.reducers.language.aim import AIM
 from ops.reducers.language.catp import CATP
 from ops.reducers.language.catp_images import CATPImages
@@ -10,8 +11,10 @@ from ops.reducers.language.fastv import FastV
 from ops.reducers.language.fitprune import FitPrune
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.hidrop import HiDrop
+from ops.reducers.language.lvlm_csp import LVLMCSP
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.sparsevlm import SparseVLM
+from ops.reducers.language.todre_exit import ToDREExit
 from ops.reducers.language.transprune import TransPrune
 from ops.reducers.language.visiondrop import VisionDrop
 from ops.reducers.language.vtw import VTW
@@ -33,4 +36,7 @@ LANGUAGE: dict[str, type[Method]] = {
     'fitprune': FitPrune,
     'catp': CATP,
     'catp_images': CATPImages,
+    'todre_exit': ToDREExit,
+    'lvlm_csp': LVLMCSP,
+    'adatoken_3d': AdaToken3D,
 }
