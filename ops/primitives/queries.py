@@ -1,12 +1,13 @@
 """Queries whose attention ranks tokens: masks over the slots of a sequence.
 
-Axes: B batch, N slots, R rows, S sums, F MLP width, H heads, K kv heads, G heads that share one, d
-features a head.
+Axes: B batch, N slots, R rows, C rows at a time, S sums, F MLP width, H heads, K kv heads, G heads
+that share one, d features a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ops.signals import Signals, latest
 from ops.tokens import TEXT, VISUAL, TokenSet, count, key_bias
 
 Array = jax.Array
+T = TypeVar('T')
 # Rows of a map that are formed at a time.
 ROWS = 32
 
@@ -98,16 +100,36 @@ def sum_rows(tokens: TokenSet, signals: Signals, of: Array,
   Returns:
     float32[S, B, N].
   """
+  def add(total: Array, rows: Array, counts: Array) -> Array:
+    return total + jnp.einsum('sbc,bcn->sbn', counts.astype(jnp.float32), heads(rows, axis=1),
+                              precision='highest')
+
+  return fold_rows(tokens, signals, of, jnp.zeros(of.shape), add)
+
+
+def fold_rows(tokens: TokenSet, signals: Signals, of: Array, start: T,
+              step: Callable[[T, Array, Array], T]) -> T:
+  """Goes over the rows of a causal attention map, some at a time.
+
+  Args:
+    tokens: N slots.
+    signals: with `queries` and `keys`.
+    of: bool[S, B, N], flags of the rows.
+    start: what the first step is given; a tree of arrays.
+    step: (what the last step returned, C rows float32[B, H, C, N], their flags bool[S, B, C]).
+
+  Returns:
+    What the last step returned.
+  """
   place, bias = sequence_index(tokens.pos), key_bias(tokens, proportional=False)
   q, k = (jax.lax.stop_gradient(x) for x in (signals.queries, signals.keys))
   chunks = np.arange(-(-tokens.slots // ROWS) * ROWS).reshape(-1, ROWS)
 
-  def add(total: Array, chunk: Array) -> tuple[Array, None]:
+  def next_rows(state: T, chunk: Array) -> tuple[T, None]:
     at = jnp.broadcast_to(jnp.minimum(chunk, tokens.slots - 1)[None], (len(place), ROWS))
     rows = attention.rows(take(q, at), k, None, bias=bias, positions=place, last=take(place, at))
-    counts = of[:, :, at[0]] & (chunk < tokens.slots)[None, None]
-    return total + jnp.einsum('sbc,bcn->sbn', counts.astype(jnp.float32), heads(rows, axis=1),
-                              precision='highest'), None
+    return step(state, rows, of[:, :, at[0]] & (chunk < tokens.slots)[None, None]), None
 
-  start = jnp.zeros(of.shape) + 0.0 * k[:1, :1, 0, :1]
-  return jax.lax.scan(add, start, jnp.asarray(chunks))[0]
+  # The zeros depend on k so that they vary over the same mesh axes inside a shard_map.
+  start = jax.tree.map(lambda x: x + 0.0 * jnp.sum(k[:0]), start)
+  return jax.lax.scan(next_rows, start, jnp.asarray(chunks))[0]

@@ -41,6 +41,8 @@ PLANS = {
     'lvlm_csp': [EXIT | {'method': 'lvlm_csp', 'layers': 1, 'keep_ratio': 0.5, 'expand': 1},
                  EXIT | {'layers': (3,), 'keep_ratio': 0.5}],
     'adatoken_3d': EXIT | {'method': 'adatoken_3d', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5)},
+    'mustdrop': EXIT | {'method': 'mustdrop', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
+                        'args': {'overall': 0.15, 'single': 0.2}},
     'visiondrop': EXIT | {'method': 'visiondrop', 'keep_ratio': (0.7, 0.5),
                           'args': {'contextual': 1}},
     'in attention': EXIT | {'site': 'inside', 'layers': (1, 2)},

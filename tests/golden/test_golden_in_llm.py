@@ -25,6 +25,7 @@ from ops.reducers.language.dart import DART
 from ops.reducers.language.fastv import FastV
 from ops.reducers.language.fitprune import FitPrune
 from ops.reducers.language.gemfilter import GemFilter
+from ops.reducers.language.mustdrop import MustDrop
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.sparsevlm import SparseVLM
 from ops.rope import Rope
@@ -305,3 +306,33 @@ def test_fitprune():
   left = kept_by(FitPrune(), tokens, told, num_slots=tokens.slots - len(raw['deleted']))
   np.testing.assert_array_equal(left, np.setdiff1d(np.arange(tokens.slots),
                                                    raw['deleted'] + start))
+
+
+def attending(attn):
+  """Queries and keys of attention float32[1, H, N, N], zero where a token is not seen."""
+  heads, slots = attn.shape[1:3]
+  keys = np.broadcast_to(np.eye(slots, dtype=np.float32)[None, :, None] * slots ** 0.5,
+                         (1, slots, heads, slots))
+  return Signals(queries=jnp.asarray(np.log(np.maximum(attn, 1e-30)).swapaxes(1, 2)),
+                 keys=jnp.asarray(keys))
+
+
+@pytest.mark.parametrize('fits', ['all', 'some'])
+def test_mustdrop(fits):
+  raw = load('mustdrop')
+  start, visual, text = map(int, raw['v_start_n_text'])
+  tokens = prompt(np.zeros((start + visual + text, 4), np.float32), start, visual)
+  key = np.zeros((1, tokens.slots), bool)
+  key[0, raw['key_set'] + start] = True
+  overall, single = raw['thresholds'].tolist()
+  method, told = MustDrop(overall=overall, single=single), attending(raw['attn'])
+  kept = raw['kept']
+  if fits == 'some':  # The key tokens, and those with the most attention.
+    others = np.setdiff1d(raw['important'], raw['key_set'])
+    kept = np.union1d(raw['key_set'], others[np.argsort(-raw['attn_sum'][others])[:9]])
+  answer = jax.jit(functools.partial(method, num_slots=start + text + (
+      visual - 1 if fits == 'all' else len(kept))))(
+          tokens.replace(stats={'key': jnp.asarray(key)}), told)
+  left = np.flatnonzero(tk.reduce(tokens, answer).owner[0] >= 0)
+  np.testing.assert_array_equal(left[(left >= start) & (left < start + visual)] - start, kept)
+  assert int(answer.wanted[0]) == start + text + len(raw['kept'])

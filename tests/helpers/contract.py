@@ -226,7 +226,8 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 # ends of a row unlike its middle, and so has no ties.
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
-    'adatoken_3d': {'share': 0.5}, 'gemfilter': {'kernel': 1},
+    'adatoken_3d': {'share': 0.5}, 'mustdrop': {'overall': 0.05, 'single': 0.3},
+    'gemfilter': {'kernel': 1},
     'duet_zip': {'contextual': 2, 'width': 2}}
 
 

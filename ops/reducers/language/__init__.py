@@ -12,6 +12,7 @@ from ops.reducers.language.fitprune import FitPrune
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.hidrop import HiDrop
 from ops.reducers.language.lvlm_csp import LVLMCSP
+from ops.reducers.language.mustdrop import MustDrop
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.sparsevlm import SparseVLM
 from ops.reducers.language.todre_exit import ToDREExit
@@ -39,4 +40,5 @@ LANGUAGE: dict[str, type[Method]] = {
     'todre_exit': ToDREExit,
     'lvlm_csp': LVLMCSP,
     'adatoken_3d': AdaToken3D,
+    'mustdrop': MustDrop,
 }
