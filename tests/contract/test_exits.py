@@ -43,6 +43,8 @@ PLANS = {
     'adatoken_3d': EXIT | {'method': 'adatoken_3d', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5)},
     'mustdrop': EXIT | {'method': 'mustdrop', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
                         'args': {'overall': 0.15, 'single': 0.2}},
+    'pact': EXIT | {'method': 'pact', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
+                    'args': {'keep': 0.9, 'cutoff': 0.7}},
     'visiondrop': EXIT | {'method': 'visiondrop', 'keep_ratio': (0.7, 0.5),
                           'args': {'contextual': 1}},
     'in attention': EXIT | {'site': 'inside', 'layers': (1, 2)},

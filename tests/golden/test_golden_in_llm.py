@@ -26,6 +26,7 @@ from ops.reducers.language.fastv import FastV
 from ops.reducers.language.fitprune import FitPrune
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.mustdrop import MustDrop
+from ops.reducers.language.pact import PACT
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.sparsevlm import SparseVLM
 from ops.rope import Rope
@@ -336,3 +337,27 @@ def test_mustdrop(fits):
   left = np.flatnonzero(tk.reduce(tokens, answer).owner[0] >= 0)
   np.testing.assert_array_equal(left[(left >= start) & (left < start + visual)] - start, kept)
   assert int(answer.wanted[0]) == start + text + len(raw['kept'])
+
+
+def test_pact():
+  """What tokens matter, the centres among those that stay, and the means of what joins them."""
+  raw = load('pact')
+  start, visual, text = map(int, raw['v_start_n_text'])
+  keep, cutoff, coefficient = raw['settings'].tolist()
+  tokens = prompt(raw['hidden'][0], start, visual)
+  told = Signals(next_queries=jnp.asarray(raw['query']), next_keys=jnp.asarray(raw['key']),
+                 rope=Rope(8))
+  method = PACT(keep=keep, cutoff=cutoff, coefficient=coefficient)
+  seen = slice(start, start + visual)
+  close(jax.jit(method.importance)(tokens, told)[0, seen], raw['scores'])
+  answer = jax.jit(functools.partial(method, num_slots=tokens.slots - 1))(tokens, told)
+  assert int(answer.wanted[0]) == start + text + len(raw['centers'])
+  reduced = tk.reduce(tokens, answer)
+  np.testing.assert_array_equal(np.asarray(answer.src[0])[np.asarray(answer.valid[0])][
+      start:start + len(raw['centers'])] - start, raw['centers'])
+  centres = slice(start, start + len(raw['centers']))
+  close(reduced.x[0, centres], raw['merged'])
+  np.testing.assert_array_equal(reduced.size[0, centres], raw['weights'])
+  joined = np.where(raw['labels'] < 0, tokens.slots - 1,
+                    start + np.searchsorted(raw['centers'], raw['labels']))
+  np.testing.assert_array_equal(answer.dst[0, seen], joined)

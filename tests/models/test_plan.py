@@ -46,6 +46,7 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
                      'duet_vlm': ['next_row_attention'], 'transprune': ['next_row_attention'],
                      'corematching': ['mlp_hidden'], 'vtw': ['rope'], 'fitprune': ['rope'],
                      'catp': ['last_attention'], 'todre_exit': ['rope'], 'mustdrop': ['rope'],
+                     'pact': ['next_keys', 'next_queries', 'rope'],
                      'adatoken_3d': ['projected_norms', 'row_attention'],
                      'hidrop': ['next_last_attention'], 'aim': ['rope'], 'dyvte': ['rope'],
                      'sparsevlm': ['row_attention'],

@@ -13,6 +13,7 @@ from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.hidrop import HiDrop
 from ops.reducers.language.lvlm_csp import LVLMCSP
 from ops.reducers.language.mustdrop import MustDrop
+from ops.reducers.language.pact import PACT
 from ops.reducers.language.pyramiddrop import PyramidDrop
 from ops.reducers.language.sparsevlm import SparseVLM
 from ops.reducers.language.todre_exit import ToDREExit
@@ -41,4 +42,5 @@ LANGUAGE: dict[str, type[Method]] = {
     'lvlm_csp': LVLMCSP,
     'adatoken_3d': AdaToken3D,
     'mustdrop': MustDrop,
+    'pact': PACT,
 }
