@@ -173,6 +173,8 @@ METHODS = {
     'skip_decode': {'method': 'skip_decode', **EVERY, 'layers': (1, 2), 'keep': (6, 7)},
     'yopo': {'method': 'yopo', 'layers': (1, 3), 'args': {'grid': (1, 2), 'window': 3,
                                                           'heads': (0, 1)}},
+    'lemo, by threshold': {'method': 'lemo', **EVERY, 'layers': (1, 3), 'keep_ratio': 0.9,
+                           'args': {'block': 2, 'threshold': 1.0}},
     'fastv': {'method': 'fastv', 'site': 'branch', 'layers': (1, 3),
               'keep': 2},
 }

@@ -44,12 +44,12 @@ SETTINGS = {'snapkv': SNAPKV, 'streaming_llm': {'sinks': 2}, 'h2o': {'recent': 4
             'think': {**HELD, 'window': 3}, 'cam': {**HELD, 'merged': 4},
             'rkv': {'window': 3, 'kernel': 3},
             'threshold': {**HELD, 'threshold': -1e9, 'window': 4},
-            'corematching_cache': {'variant': 'hidden', 'back': 2}}
+            'still': {'window': 4}, 'corematching_cache': {'variant': 'hidden', 'back': 2}}
 # Heads of these keep different numbers.
 SHARING = {'adakv', 'criticaladakv'}
 # Where all is equal, the sums and the pools of these still go by place.
 BY_PLACE = {'streaming_llm', 'observed_attention', 'h2o', 'snapkv', 'finch', 'lagkv', 'simlayerkv',
-            'cur', 'rkv', *(name for name in SETTINGS if 'inner' in SETTINGS[name])}
+            'cur', 'rkv', 'still', *(name for name in SETTINGS if 'inner' in SETTINGS[name])}
 
 
 def method(name):

@@ -12,6 +12,8 @@ import pytest
 
 from ops import tokens as tk
 from ops.primitives.queries import sample_of
+from ops.reducers.branch.lemo import LeMo
+from ops.reducers.cache.still import STILL
 from ops.reducers.language.adatoken_3d import AdaToken3D
 from ops.reducers.language.catp import CATP
 from ops.reducers.language.catp_images import CATPImages
@@ -127,3 +129,36 @@ def test_adatoken_3d_drops_the_many_that_say_little():
   assert flow[gone].sum() < 0.05 * flow[1:11].sum() <= flow[gone].sum() + 0.01
   assert len(gone) == 6
   np.testing.assert_array_equal(left(AdaToken3D(), tokens, told, keep=2), [0, 1, 3, 11])
+
+
+def test_lemo_runs_the_blocks_that_are_attended_to():
+  """A block is worth its best token; by a threshold fewer run than may."""
+  tokens = TokenSet.create(jnp.zeros((1, 10, 2)), kind=jnp.full((1, 10), TEXT, jnp.int8),
+                           of=(TEXT,))
+  told = Signals(next_received_attention=jnp.asarray(
+      [0, .1, 0, .01, .3, 0, .02, .01, 0, .15], jnp.float32)[None, None])
+  runs = jax.jit(functools.partial(LeMo(block=2), num_slots=6))(tokens, told)
+  np.testing.assert_array_equal(runs.src[0], [0, 1, 4, 5, 8, 9])
+  some = jax.jit(functools.partial(LeMo(block=2, threshold=1.2), num_slots=6))(tokens, told)
+  np.testing.assert_array_equal(some.src[0][np.asarray(some.valid[0])], [4, 5, 8, 9])
+  assert int(some.wanted[0]) == 4
+
+
+def test_still_compares_attention_with_a_token_and_without():
+  rng = np.random.default_rng(5)
+  slots, window, epsilon = 9, 4, 1e-3
+  q, k = (rng.normal(size=(1, slots, heads, 8)).astype(np.float32) for heads in (4, 2))
+  tokens = TokenSet.create(jnp.zeros((1, slots, 1)), kind=jnp.full((1, slots), TEXT, jnp.int8))
+  found = jax.jit(STILL(window=window, epsilon=epsilon).scores)(
+      tokens, Signals(queries=jnp.asarray(q), keys=jnp.asarray(k)))
+  for head in range(2):
+    for slot in range(1, slots):
+      seen, own = np.arange(max(0, slot - window + 1), slot + 1), 0.0
+      for query in q[0, slot, 2 * head:2 * head + 2]:
+        share = np.exp(k[0, seen, head] @ query / np.sqrt(8))
+        rest = np.append(share[:-1] / share[:-1].sum(), 0)
+        share /= share.sum()
+        # What is not there has a share of epsilon; elsewhere it does not count.
+        own += share[:-1] @ np.log(share[:-1] / rest[:-1]) + share[-1] * np.log(
+            (share[-1] + epsilon) / epsilon)
+      np.testing.assert_allclose(found[0, head, slot], own / 2, rtol=1e-4)

@@ -26,6 +26,7 @@ from ops.reducers.cache.pyramidkv import PyramidKV
 from ops.reducers.cache.rkv import RKV
 from ops.reducers.cache.simlayerkv import SimLayerKV
 from ops.reducers.cache.snapkv import SnapKV
+from ops.reducers.cache.still import STILL
 from ops.reducers.cache.streaming_llm import StreamingLLM
 from ops.reducers.cache.think import ThinK
 from ops.reducers.cache.threshold import Threshold
@@ -58,4 +59,5 @@ CACHE_REDUCERS: dict[str, type] = {
     'periodic': Periodic,
     'threshold': Threshold,
     'corematching_cache': CoreMatchingCache,
+    'still': STILL,
 }

@@ -23,11 +23,11 @@ Array = jax.Array
 class AdaToken3D(Reducer):
   """Keeps the tokens that contribute most to later text, but for the last few percent together.
 
-  AdaToken-3D (2025), from its abstract alone, which tells of information flows in attention, by
-  layer, and that over 60 % of the tokens contribute less than 5 %: here a token contributes the
-  attention of text after the image, times the length of its value behind the output projection,
-  summed over heads. The lowest leave that together have less than `share`; a budget says how many
-  may stay.
+  AdaToken-3D (Zhang et al., 2025), arXiv:2505.12782, from its abstract alone, which tells of
+  information flows in attention, by layer, and that over 60 % of the tokens contribute less than 5
+  %: here a token contributes the attention of text after the image, times the length of its value
+  behind the output projection, summed over heads. The lowest leave that together have less than
+  `share`; a budget says how many may stay.
 
   Attributes:
     share: of the contributions, that may go.

@@ -26,14 +26,15 @@ PARTS = ('context', 'query')
 class CATP(Reducer):
   """Keeps tokens of the examples that the query turns to, or those of the query that are like them.
 
-  The second stage of CATP (AAAI 2026), from the paper's text (no code is known). Behind a layer the
-  examples are pruned: a token counts by how much more attention the last token pays it than in the
-  layer above, a mean over heads, 0 at least, plus `likeness` times its cosine to the mean of the
-  query's image and text. Behind the next layer the image of the query is pruned: tokens count by
-  their cosine to the mean of what is left of the examples. Give a config for each, as layers 6 and
-  7 for 32 layers, 10 and 11 for 40; a budget counts the tokens of all images. The query is the last
-  image with the text behind it, an example every other one; a prompt of one image is pruned as an
-  example, or by the mean of the whole prompt. The first stage is `catp_images`.
+  The second stage of CATP (Li et al., 2025), arXiv:2508.07871, from the paper's text (no code is
+  known). Behind a layer the examples are pruned: a token counts by how much more attention the last
+  token pays it than in the layer above, a mean over heads, 0 at least, plus `likeness` times its
+  cosine to the mean of the query's image and text. Behind the next layer the image of the query is
+  pruned: tokens count by their cosine to the mean of what is left of the examples. Give a config
+  for each, as layers 6 and 7 for 32 layers, 10 and 11 for 40; a budget counts the tokens of all
+  images. The query is the last image with the text behind it, an example every other one; a prompt
+  of one image is pruned as an example, or by the mean of the whole prompt. The first stage is
+  `catp_images`.
 
   Attributes:
     part: 'context', the examples' images, or 'query'.

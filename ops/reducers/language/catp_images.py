@@ -25,12 +25,12 @@ Array = jax.Array
 class CATPImages(Reducer):
   """Keeps in each image the tokens that stand for the others and for the text beside it.
 
-  The first stage of CATP (AAAI 2026), from the paper's text (no code is known): one token after
-  another is picked that adds most to the sum, over the tokens of its image, of their cosine to the
-  nearest picked one, plus `relevance` times its own with the mean of the image's text; cosines are
-  rescaled to 0 to 1. Each image keeps the same share, rounded down, and the first ones what is left
-  over. An image's text is what follows it up to the next image. It acts before layer 0, on
-  embeddings, and leaves half of what goes to the second stage, `catp`.
+  The first stage of CATP (Li et al., 2025), arXiv:2508.07871, from the paper's text (no code is
+  known): one token after another is picked that adds most to the sum, over the tokens of its image,
+  of their cosine to the nearest picked one, plus `relevance` times its own with the mean of the
+  image's text; cosines are rescaled to 0 to 1. Each image keeps the same share, rounded down, and
+  the first ones what is left over. An image's text is what follows it up to the next image. It acts
+  before layer 0, on embeddings, and leaves half of what goes to the second stage, `catp`.
 
   Attributes:
     relevance: weight of the text.

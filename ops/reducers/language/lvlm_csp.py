@@ -18,11 +18,11 @@ from ops.values import Count
 class LVLMCSP(Reducer):
   """Keeps one token of each cluster of features, until all are back.
 
-  The first stage of LVLM_CSP (2025), from its abstract: a subset of the image's tokens runs the
-  first layers for a coarse understanding; then all do, for a fine one; then most are pruned. How
-  the subset is chosen is not known here: these are the density peaks of DPC-KNN, arXiv:2204.08680.
-  A config's `expand` is the layer behind which all are back, each of which kept what it had; and a
-  second config prunes, as `fastv` does in a later layer.
+  The first stage of LVLM_CSP (Chen et al., 2025), arXiv:2504.10854, from its abstract: a subset of
+  the image's tokens runs the first layers for a coarse understanding; then all do, for a fine one;
+  then most are pruned. How the subset is chosen is not known here: these are the density peaks of
+  DPC-KNN, arXiv:2204.08680. A config's `expand` is the layer behind which all are back, each of
+  which kept what it had; and a second config prunes, as `fastv` does in a later layer.
 
   Attributes:
     neighbours: nearest tokens that make up a density.

@@ -19,13 +19,13 @@ from ops.values import Share
 class ToDREExit(Reducer):
   """Lets all tokens leave a row where words and image attend to each other less than a threshold.
 
-  The second stage of ToDRE (Li et al., 2025), from the paper's text: behind a layer, 7 of 8 on the
-  way through the model, the share of attention that words behind the first image pay the image, and
-  that the image pays these words, both means over heads, are compared with a threshold; if both are
-  less, everything leaves. What the paper's threshold is is not known here. Under a causal mask an
-  image sees those words alone that stand before it, as between two images. A row without words
-  behind its image keeps all. Rows decide for themselves, which is known only when the layer has
-  run, so slots stay as padding (mode='mask'): exact, and as costly as without.
+  The second stage of ToDRE (Li et al., 2025), arXiv:2505.18757, from the paper's text: behind a
+  layer, 7 of 8 on the way through the model, the share of attention that words behind the first
+  image pay the image, and that the image pays these words, both means over heads, are compared with
+  a threshold; if both are less, everything leaves. What the paper's threshold is is not known here.
+  Under a causal mask an image sees those words alone that stand before it, as between two images. A
+  row without words behind its image keeps all. Rows decide for themselves, which is known only when
+  the layer has run, so slots stay as padding (mode='mask'): exact, and as costly as without.
 
   Attributes:
     threshold: below which all leave.
