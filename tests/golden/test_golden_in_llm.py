@@ -167,6 +167,7 @@ def test_sparsevlm_plus_picks_heads():
   np.testing.assert_array_equal((np.asarray(kept.dst[0]) < 34)[5:37], raw['keep_mask'][0])
 
 
+@pytest.mark.long
 def test_sparsevlm_plus_divides_by_what_equal_vectors_have():
   """Against the whole maps, which the release divides."""
   rng = np.random.default_rng(0)
@@ -180,7 +181,7 @@ def test_sparsevlm_plus_divides_by_what_equal_vectors_have():
   close(rows, (whole / (ones @ ones.T / np.sqrt(8))[None, None])[:, :, 8:].sum(axis=2))
 
 
-@pytest.mark.parametrize('rank', [1, 3])
+@pytest.mark.parametrize('rank', [pytest.param(1, marks=pytest.mark.long), 3])
 def test_sparsevlm_of_the_paper_leaves_as_many_as_the_rank_says(rank):
   """Words that ask alike attend alike: of 20 tokens (20 - rank) / 2 go, and a mean comes."""
   rng = np.random.default_rng(1)
@@ -245,6 +246,7 @@ def test_corematching():
   np.testing.assert_array_equal(hidden.valid[0, 0], kept)
 
 
+@pytest.mark.long
 def test_corematching_keeps_the_best_where_fewer_fit():
   raw, tokens, told = neurons()
   answer = jax.jit(functools.partial(CoreMatching(), num_slots=19 + 10))(tokens, told)
@@ -253,6 +255,7 @@ def test_corematching_keeps_the_best_where_fewer_fit():
   np.testing.assert_array_equal(left[(left >= 5) & (left < 581)] - 5, np.sort(order))
 
 
+@pytest.mark.long
 def test_corematching_of_the_paper():
   """The tokens that share the neurons which most tokens have among their most active."""
   hidden = np.zeros((1, 12, 10), np.float32)
@@ -281,6 +284,7 @@ def test_dart():
   np.testing.assert_array_equal(left[(left >= start) & (left < start + visual)], raw['kept'])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('image', 'text', 'keep'), [(4, 4, 2), (4, 0, 7), (3, 4, 18)])
 def test_dart_keeps_as_many_as_it_is_asked_for(image, text, keep):
   """The longest keys first; what pivots take is divided as evenly as it goes."""
@@ -318,7 +322,7 @@ def attending(attn):
                  keys=jnp.asarray(keys))
 
 
-@pytest.mark.parametrize('fits', ['all', 'some'])
+@pytest.mark.parametrize('fits', [pytest.param('all', marks=pytest.mark.long), 'some'])
 def test_mustdrop(fits):
   raw = load('mustdrop')
   start, visual, text = map(int, raw['v_start_n_text'])
