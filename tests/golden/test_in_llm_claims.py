@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ops import attention
 from ops import tokens as tk
 from ops.primitives.queries import sample_of
+from ops.reducers.branch.cmai import CMAI
 from ops.reducers.branch.lemo import LeMo
 from ops.reducers.cache.still import STILL
 from ops.reducers.language.adatoken_3d import AdaToken3D
@@ -162,3 +164,28 @@ def test_still_compares_attention_with_a_token_and_without():
         own += share[:-1] @ np.log(share[:-1] / rest[:-1]) + share[-1] * np.log(
             (share[-1] + epsilon) / epsilon)
       np.testing.assert_allclose(found[0, head, slot], own / 2, rtol=1e-4)
+
+
+def test_cmai_hides_from_words_what_they_do_not_focus_on():
+  """By sums over the words that a word reads; the image attends as ever."""
+  tokens = prompt('tvvvvvtttt')
+  rng = np.random.default_rng(6)
+  q, k, v = (jnp.asarray(rng.normal(size=(1, 10, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+
+  def mix(q, k, v, bias, positions):
+    return attention.attend(q, k, v, bias=bias, positions=positions)
+
+  @jax.jit
+  def run(q, k, v):
+    pattern = CMAI(share=0.4)(tokens, Signals(queries=q, keys=k), num_slots=10)
+    return pattern.attend(mix, q, k, v, None, tokens.pos, causal=True)
+
+  maps = np.asarray(attention.eager(q, k, positions=tokens.pos))[0]
+  mean, words = maps.mean(axis=0), np.array([0, 6, 7, 8, 9])
+  want = maps.copy()
+  for word in words[1:]:
+    focus = sum(mean[word, other] * mean[other, 1:6] for other in words)
+    want[:, word, 1 + np.argsort(focus)[:2]] = 0
+  want /= want.sum(axis=-1, keepdims=True)
+  read = np.einsum('hnm,mhd->nhd', want, np.repeat(np.asarray(v)[0], 2, axis=1))
+  np.testing.assert_allclose(run(q, k, v)[0], read, atol=1e-5)

@@ -3,6 +3,7 @@
 Those with parameters are in models/compressors.
 """
 
+from ops.reducers.branch.cmai import CMAI
 from ops.reducers.branch.lemo import LeMo
 from ops.reducers.branch.skip_decode import SkipDecode
 from ops.reducers.branch.token_sparse_attention import TokenSparseAttention
@@ -13,4 +14,5 @@ BRANCHES: dict[str, type] = {
     'skip_decode': SkipDecode,
     'yopo': YOPO,
     'lemo': LeMo,
+    'cmai': CMAI,
 }
