@@ -51,7 +51,8 @@ def peaks(distance: Array, among: Array, *, neighbours: int | Array,
   """
   chex.assert_shape(distance, (*among.shape, among.shape[1]))
   near = jnp.where(among[:, None, :], distance, jnp.inf)
-  most = min(neighbours, len(distance[0])) if isinstance(neighbours, int) else len(distance[0])
+  slots = distance.shape[1]
+  most = min(neighbours, slots) if isinstance(neighbours, int) else slots
   nearest = -jax.lax.top_k(-near, most)[0]
   finite = jnp.isfinite(nearest)
   if not isinstance(neighbours, int):
@@ -183,15 +184,15 @@ def farthest_first(distance: Array, among: Array, *, start: int, count: int) -> 
   return jax.lax.fori_loop(0, count, pick, state)[0]
 
 
-def bounded_peaks(vectors: Array, among: Array, *, cutoff: float, most: Array,
+def bounded_peaks(distance: Array, among: Array, *, cutoff: float, most: Array,
                   picks: int) -> tuple[Array, Array, Array]:
   """Picks centres that are farther from each other than a bound, the densest first.
 
   DBDPC of PACT (arXiv:2504.08966, Sec. 3.3): density is the sum of exp(-(distance / 2)²) over all
-  slots; of equals the lowest slot comes first. It holds one row of distances at a time.
+  slots; of equals the lowest slot comes first.
 
   Args:
-    vectors: float32[B, N, D], of length one; distance is 1 minus the cosine.
+    distance: float32[B, N, N].
     among: bool[B, N], slots that may be centres, and by which density goes.
     cutoff: distance up to which a slot needs no centre of its own.
     most: int32[B, 1], centres at most.
@@ -201,31 +202,21 @@ def bounded_peaks(vectors: Array, among: Array, *, cutoff: float, most: Array,
     bool[B, N], the centres; int32[B, N], the nearest centre of every slot, its own of a centre; and
     float32[B, N], the distance to it, inf where there is none.
   """
-  slots = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None]
-
-  def row_of(at: Array) -> Array:
-    """Distances of slots int32[B], float32[B, N]."""
-    alike = jnp.einsum('bd,bnd->bn', take(vectors, at[:, None])[:, 0], vectors, precision='highest')
-    return jnp.where(slots == at[:, None], 0.0, jnp.maximum(1 - alike, 0.0))
-
-  def density(at: Array) -> Array:
-    row = row_of(jnp.broadcast_to(at, among.shape[:1]))
-    return jnp.sum(jnp.where(among, jnp.exp(-(row / 2) ** 2), 0.0), axis=1)
-
-  found = jax.lax.map(density, slots[0], batch_size=min(32, slots.shape[1])).swapaxes(0, 1)
-  order = top(found, max(picks, 1), excluded=~among)
+  slots = jnp.arange(among.shape[1], dtype=jnp.int32)[None]
+  density = jnp.sum(jnp.where(among[:, None], jnp.exp(-(distance / 2) ** 2), 0.0), axis=2)
+  order = top(density, max(picks, 1), excluded=~among)
 
   def step(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     centre, label, nearest = state
-    at = jax.lax.dynamic_index_in_dim(order, number, axis=1, keepdims=False)
-    own = slots == at[:, None]
+    at = jax.lax.dynamic_slice_in_dim(order, number, 1, axis=1)
+    own = slots == at
     new = jnp.any(own & among & (nearest > cutoff), axis=1, keepdims=True) & (
         jnp.sum(centre, axis=1, keepdims=True) < most)
-    row = row_of(at)
+    row = take(distance, at)[:, 0]
     nearer = new & (row < nearest)
-    return (centre | (new & own), jnp.where(nearer & ~centre, at[:, None], label),
+    return (centre | (new & own), jnp.where(nearer & ~centre, at, label),
             jnp.where(nearer, row, nearest))
 
   start = (jnp.zeros(among.shape, bool), jnp.broadcast_to(slots, among.shape),
-           jnp.full(among.shape, jnp.inf) + 0.0 * vectors[:, :, 0])
+           jnp.full(among.shape, jnp.inf) + 0.0 * distance[:, 0])
   return jax.lax.fori_loop(0, picks, step, start)

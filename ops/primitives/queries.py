@@ -108,7 +108,7 @@ def sum_rows(tokens: TokenSet, signals: Signals, of: Array,
 
 
 def fold_rows(tokens: TokenSet, signals: Signals, of: Array, start: T,
-              step: Callable[[T, Array, Array], T]) -> T:
+              step: Callable[[T, Array, Array], T], *, most: int | None = None) -> T:
   """Goes over the rows of a causal attention map, some at a time.
 
   Args:
@@ -117,18 +117,22 @@ def fold_rows(tokens: TokenSet, signals: Signals, of: Array, start: T,
     of: bool[S, B, N], flags of the rows.
     start: what the first step is given; a tree of arrays.
     step: (what the last step returned, C rows float32[B, H, C, N], their flags bool[S, B, C]).
+    most: how many rows have flags at most, None for N; the fewer, the less is computed.
 
   Returns:
     What the last step returned.
   """
   place, bias = sequence_index(tokens.pos), key_bias(tokens, proportional=False)
   q, k = (jax.lax.stop_gradient(x) for x in (signals.queries, signals.keys))
-  chunks = np.arange(-(-tokens.slots // ROWS) * ROWS).reshape(-1, ROWS)
+  flagged = jnp.argsort(~of.any(axis=0), axis=1, stable=True)[:, :most]
+  number = flagged.shape[1]
+  chunks = np.arange(-(-number // ROWS) * ROWS).reshape(-1, ROWS)
 
   def next_rows(state: T, chunk: Array) -> tuple[T, None]:
-    at = jnp.broadcast_to(jnp.minimum(chunk, tokens.slots - 1)[None], (len(place), ROWS))
+    at = jnp.take(flagged, jnp.minimum(chunk, number - 1), axis=1)
     rows = attention.rows(take(q, at), k, None, bias=bias, positions=place, last=take(place, at))
-    return step(state, rows, of[:, :, at[0]] & (chunk < tokens.slots)[None, None]), None
+    flags = jnp.take_along_axis(of, at[None], axis=2)
+    return step(state, rows, flags & (chunk < number)[None, None]), None
 
   # The zeros depend on k so that they vary over the same mesh axes inside a shard_map.
   start = jax.tree.map(lambda x: x + 0.0 * jnp.sum(k[:0]), start)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ops.assignments import Assignment, Merge, take
 from ops.primitives.cluster import bounded_peaks
 from ops.primitives.kv_select import by_kv_head, share_of
-from ops.primitives.match import l2_normalize
+from ops.primitives.match import cosine
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.rope import sequence_index
@@ -60,9 +60,11 @@ class PACT(Reducer):
     order = ranks(top(jnp.where(free, self.importance(tokens, signals), -jnp.inf), slots), slots)
     stays = free & (order < number)
     keys = signals.next_keys.reshape(*free.shape, -1)
-    vectors = jax.lax.stop_gradient(l2_normalize(keys))
+    # One product: all pairs are compared for densities anyway.
+    between = jnp.maximum(1 - jax.lax.stop_gradient(cosine(keys, keys)), 0.0)
+    between = jnp.where(jnp.eye(slots, dtype=bool)[None], 0.0, between)
     left = num_kept(tokens, num_slots)
-    centre, label, distance = bounded_peaks(vectors, stays, cutoff=self.cutoff, most=left,
+    centre, label, distance = bounded_peaks(between, stays, cutoff=self.cutoff, most=left,
                                             picks=most)
     reach = self.cutoff * self.coefficient
     joins = free & (stays | (distance <= reach))
