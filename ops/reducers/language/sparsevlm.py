@@ -44,7 +44,7 @@ class SparseVLM(Reducer):
       tokens `scale` * (V - the rank of the words' attention to them) go, if the budget lets as many
       stay; the rank is of the mean over heads, which the text does not say.
     heads: of 'plus', those that count.
-    scale: of 'paper'.
+    scale: of 'paper', whose own value is not known here.
   """
 
   variant: str = 'release'
