@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import tiny_lm
 
 from ops import attention
 from ops import tokens as tk
@@ -189,3 +190,18 @@ def test_cmai_hides_from_words_what_they_do_not_focus_on():
   want /= want.sum(axis=-1, keepdims=True)
   read = np.einsum('hnm,mhd->nhd', want, np.repeat(np.asarray(v)[0], 2, axis=1))
   np.testing.assert_allclose(run(q, k, v)[0], read, atol=1e-5)
+
+
+@pytest.mark.long
+def test_corematching_blanks_entries_of_a_models_caches():
+  """What a prompt says does not change; what is decoded reads zeros in the layers named."""
+  tokens = tiny_lm.image_and_text()
+  plain = tiny_lm.prefill(tiny_lm.TINY, tokens)
+  lm = tiny_lm.with_cache(method='corematching_cache', layers=(1, 2), visual=tiny_lm.VISUALS)
+  logits, cache = tiny_lm.prefill(lm, tokens)
+  np.testing.assert_array_equal(logits, plain[0])
+  blank = [(np.asarray(layer.k[:, :, :tiny_lm.PROMPT]) == 0).all(axis=(1, 3))
+           for layer in cache.layers]
+  assert [each.any() for each in blank] == [False, True, True]
+  assert not np.any(np.stack(blank)[:, np.asarray(tokens.kind) == TEXT])
+  assert all(np.asarray(layer.valid)[..., :tiny_lm.PROMPT].all() for layer in cache.layers)
