@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ class KV(struct.PyTreeNode):
   upkeep: Upkeep | None = struct.field(pytree_node=False, default=None)
 
   @classmethod
-  def create(cls, k: Array, v: Array, **fields: Any) -> KV:
+  def create(cls, k: Array, v: Array, **fields: Any) -> Self:
     """A cache of keys (rotated) and values float[B, K, S, d], and the other fields."""
     return cls(_folded(k), _folded(v), **fields)
 
@@ -166,11 +166,11 @@ class KV(struct.PyTreeNode):
     # Where the heads hold different numbers, the fullest says.
     return jnp.max(jnp.sum(self.valid, axis=2, dtype=jnp.int32), axis=1)
 
-  def with_room(self, room: int) -> KV:
+  def with_room(self, room: int) -> Self:
     """Appends empty slots, for tokens to decode; with `upkeep` there are enough."""
     return self if self.upkeep else self._with_slots(room)
 
-  def _with_slots(self, count: int) -> KV:
+  def _with_slots(self, count: int) -> Self:
 
     def pad(x: Array, axis: int) -> Array:
       return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
@@ -192,7 +192,7 @@ class KV(struct.PyTreeNode):
     return self.replace(values=_folded(v))
 
   def append(self, k: Array, v: Array, index: Array, step: Array,
-             valid: Array | None = None) -> KV:
+             valid: Array | None = None) -> Self:
     """Writes one more token a row, in place where the cache is donated.
 
     With `upkeep` it goes to the first empty slot of each head.
@@ -220,7 +220,7 @@ class KV(struct.PyTreeNode):
         pos=write(self.pos, pos, axis),
         valid=write(self.valid, jnp.ones(pos.shape, bool), axis))
 
-  def _append_at(self, at: Array, k: Array, v: Array, index: Array, valid: Array | None) -> KV:
+  def _append_at(self, at: Array, k: Array, v: Array, index: Array, valid: Array | None) -> Self:
     """Writes one more token a row to slots int32[B, K], which stay empty where it is not valid."""
 
     def write(buffer: Array, new: Array) -> Array:
@@ -244,7 +244,7 @@ class KV(struct.PyTreeNode):
         valid=self.valid | here, bias=put(self.bias, 0.0), turned=put(self.turned, index),
         since=since, stats={name: put(x, 0.0) for name, x in self.stats.items()})
 
-  def attend(self, q: Array, index: Array, window: int = 0) -> tuple[Array, Array]:
+  def attend(self, q: Array, index: Array, window: int = 0) -> tuple[Array, Array | None]:
     """Attends with the token that was appended last.
 
     Args:
@@ -253,7 +253,7 @@ class KV(struct.PyTreeNode):
       window: number of positions up to its own that it sees; 0 for all.
 
     Returns:
-      float[B, H, d], and the weights of the slots, float32[B, H, S].
+      float[B, H, d], and the weights of the slots, float32[B, H, S]; None where some are not read.
     """
     visible = self.valid
     if window:
@@ -297,7 +297,7 @@ class KV(struct.PyTreeNode):
           valid.reshape(-1, *(1,) * (new.ndim - 1)), new, old), later, self.recent)
     return self.replace(recent=later)
 
-  def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> KV:
+  def extend(self, k: Array, v: Array, index: Array, valid: Array, step: Array) -> Self:
     """Writes a chunk of tokens, in place where the cache is donated.
 
     Args:
@@ -348,7 +348,7 @@ class KV(struct.PyTreeNode):
     """float32, as `pos`: `bias`, and for slots that hold no token what hides them."""
     return jnp.where(self.valid, 0.0 if self.bias is None else self.bias, attention.HIDDEN_LOGIT)
 
-  def take(self, rows: Array) -> KV:
+  def take(self, rows: Array) -> Self:
     """Returns the cache of rows int[R] of the batch, which may repeat."""
     others = jax.tree.map(lambda x: x[rows], self.replace(keys=None, values=None))
     return others.replace(keys=_folded(self.k[rows]), values=_folded(self.v[rows]))

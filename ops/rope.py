@@ -136,6 +136,10 @@ class Rope:
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
+  def turn_back(self, x: Array, pos: Array) -> Array:
+    """Undoes `rotate`, which takes the same: float32[..., H, d]."""
+    return self.rotate(x.astype(jnp.float32), -pos) / self.amplitude ** 2
+
 
 def sequence_index(pos: Array) -> Array:
   """int32[B, N]: places in the sequence, of positions with one or several numbers a token."""

@@ -229,19 +229,20 @@ def _take(values: Array | None, index: Array) -> Array | None:
   return None if values is None else take(values, index)
 
 
-def projected_norms(v: Array, kernel: Array) -> Array:
-  """L1 norms of values after the output projection, float32[B, H, N].
+def projected_norms(v: Array, kernel: Array, order: int = 1) -> Array:
+  """L1 norms, or L2 norms, of values after the output projection, float32[B, H, N].
 
   Args:
     v: float[B, N, K, d].
     kernel: float[H, d, D] of the projection.
+    order: of the norm, 1 or 2.
   """
   heads = jnp.repeat(jnp.moveaxis(v, 2, 0), len(kernel) // v.shape[2], axis=0)
 
   def norms(head: tuple[Array, Array]) -> Array:
     # One head after another: of all together the products would be as large as the MLP's.
     product = jnp.einsum('bnd,de->bne', *head, preferred_element_type=jnp.float32)
-    return jnp.sum(jnp.abs(product), axis=2)
+    return jnp.linalg.norm(product, ord=order, axis=2)
 
   return jnp.moveaxis(jax.lax.map(norms, (heads, kernel.astype(v.dtype))), 0, 1)
 

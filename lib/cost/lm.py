@@ -93,9 +93,15 @@ class LMCost:
   def decode_macs(self) -> int:
     """MACs of the first token that is decoded."""
     lm = self.lm
-    cached = sum(layer.cached + 1 for layer in self.layers)
+    cached = sum(self.read(layer, 1) for layer in self.layers)
     each = projections(lm) + 3 * lm.width * lm.mlp
     return lm.depth * each + 2 * cached * lm.heads * lm.head_width + self.head
+
+  def read(self, layer: Layer, number: int) -> int:
+    """Returns the entries that the decoded token of a number, from 1, reads in a layer."""
+    cut = self.lm.cache_plan.at(layer.index) if self.lm.cache_plan else ()
+    slots = layer.cached + number
+    return cast(CacheReducer, cut[-1].method).read_slots(slots) if cut else slots
 
   def decoded(self, layer: int, tokens: int) -> int:
     """Returns how many of so many decoded tokens run a layer; those that a router skips count."""
@@ -109,7 +115,7 @@ class LMCost:
     total = tokens * self.head
     for layer in self.layers:
       count = self.decoded(layer.index, tokens)
-      read = count * layer.cached + count * (count + 1) // 2
+      read = sum(self.read(layer, number) for number in range(1, count + 1))
       total += count * (projections(lm) + 3 * lm.width * lm.mlp)
       total += 2 * read * lm.heads * lm.head_width
     return total

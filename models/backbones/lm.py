@@ -282,8 +282,8 @@ class Block(ReducibleBlock):
     signals = Signals()
     if isinstance(kv, KV):  # No other cache is of a prompt that goes on.
       signals = measure(needs, q=q, k=jnp.swapaxes(kv.k, 1, 2), v=jnp.swapaxes(kv.v, 1, 2),
-                        lse=None, bias=kv.visible_bias, query_valid=chunk.valid, positions=kv.pos,
-                        last=index, window=self.window or None, span=span)
+                        lse=None, bias=kv.visible_bias, hidden=hidden, query_valid=chunk.valid,
+                        positions=kv.pos, last=index, window=self.window or None, span=span)
     x = x + self.out(kv.attend_chunk(q, index, self.window)).astype(x.dtype)
     change = self.outer(self.inner(self.norm2(x)))
     return (x + change.astype(x.dtype), chunk, step), (kv, signals)
@@ -682,6 +682,23 @@ class LM(nn.Module):
       kvs = Cache(tuple(ended), jnp.zeros((), jnp.int32))
     x = _last(tokens, x) if logits == 'last' else x
     return self.logits(self.norm(x)), kvs
+
+  def probe(self, ids: Array, kvs: Cache, valid: Array | None = None, *,
+            needs: frozenset[str]) -> tuple[tuple[LayerCache, Signals], ...]:
+    """Reads a chunk of tokens behind a cache, and returns what each layer then holds and tells.
+
+    Args:
+      ids, kvs, valid: as in `extend`.
+      needs: names of `Signals` fields, of all entries as keys and of the chunk's queries.
+
+    Raises:
+      ValueError: tokens that do not fit, or beyond the room.
+    """
+    tokens = self._enter(ids, valid, planned=False)
+    kvs.check_room(tokens.slots)
+    _, layers = self.stack.step((tokens.x, tokens, kvs.steps), kvs.layers, method='extend',
+                                needs=needs, span=0)
+    return layers
 
   def _check_last(self, tokens: TokenSet, kvs: Cache, room: int) -> tuple[frozenset[str], int]:
     """Signals that the cache plan needs of the last chunk, and their span."""

@@ -57,7 +57,9 @@ def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None 
   method: Any = make_method(name, config.get('args') or {}, CACHE_REDUCERS)  # A `CacheReducer`.
   offers = host.offers - NEXT_LAYER - {'attention'}
   check_needs(name, method, dataclasses.replace(host, offers=offers), 'cache')
-  layers = parse_layers(config.get('layers'), host.depth)
+  named = config.get('layers')
+  default = tuple(method.default_shares(host.depth)) or None  # It may leave layers alone.
+  layers = parse_layers(default if named is None else named, host.depth)
   capacity = config.get('capacity') or 0
   if capacity:
     method = _evicting(name, method, capacity)

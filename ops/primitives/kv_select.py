@@ -207,6 +207,24 @@ def earliest(tokens: TokenSet, number: Array | int) -> Array:
   return tokens.real & (rank_of(tokens.real) < number)
 
 
+def standardized(scores: Array, tokens: TokenSet) -> Array:
+  """Standardizes scores over the heads of a row and its real tokens: float32[B, K, N].
+
+  Args:
+    scores: float32[B, K, N].
+    tokens: N entries; those that are not real become 0.
+  """
+  real = tokens.real[:, None]
+  number = jnp.sum(real, axis=(1, 2), keepdims=True) * scores.shape[1]
+
+  def total(x: Array) -> Array:
+    return jnp.sum(jnp.where(real, x, 0.0), axis=(1, 2), keepdims=True)
+
+  apart = scores - total(scores) / jnp.maximum(number, 1)
+  spread = jnp.sqrt(total(jnp.square(apart)) / jnp.maximum(number - 1, 1))
+  return jnp.where(real, apart / jnp.maximum(spread, 1e-6), 0.0)
+
+
 def pool_neighbours(values: Array, tokens: TokenSet, *, kernel: int, pool: str) -> Array:
   """Means or maxima over `kernel` neighbouring real entries, zeros beyond both ends.
 

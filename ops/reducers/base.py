@@ -192,6 +192,10 @@ class CacheReducer(Reducer):
     del ratio
     return self
 
+  def read_slots(self, slots: int) -> int:
+    """Returns the entries of a head that a step of decoding reads, of so many: all."""
+    return slots
+
   def stored_bytes(self, num_slots: int, heads: int, width: int,
                    itemsize: int) -> tuple[int, int] | None:
     """Returns the bytes of a row's entries in one layer, where they are stored in a way of its own.

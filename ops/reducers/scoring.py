@@ -9,7 +9,8 @@ Axes: B batch, N entries now, M entries after, K kv heads.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from fractions import Fraction
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,12 @@ class Wrapper(CacheReducer):
   def held(self) -> tuple[ScoringReducer, ...]:
     """Returns the methods that it holds."""
     return tuple(method for field in self.default if (method := getattr(self, field)) is not None)
+
+  def with_ratio(self, ratio: Fraction) -> Self:
+    """Tells the methods that it holds, as `CacheReducer.with_ratio`."""
+    return dataclasses.replace(self, **{
+        field: method.with_ratio(ratio) for field in self.default
+        if (method := getattr(self, field)) is not None})
 
   @property
   def needs(self) -> frozenset[str]:

@@ -26,7 +26,9 @@ EQUAL = (13, 9, 9)
 SMALL = TINY.clone(depth=2)
 BUDGETS = {'ratio': {'keep_ratio': 0.6}, 'remove': {'remove': 3}, 'keep': {'keep': 7}}
 # Arguments by which a method can act on so few tokens.
-ARGS = {'snapkv': {'window': 3}, 'expected_attention': {'sinks': 1}, 'streaming_llm': {'sinks': 2}}
+ARGS = {'snapkv': {'window': 3}, 'expected_attention': {'sinks': 1}, 'streaming_llm': {'sinks': 2},
+        'compactor': {'sinks': 1, 'recent': 1, 'chunk': 4},
+        'duo_attention': {'sinks': 1, 'recent': 2}}
 HOST = SMALL.host(LENGTHS[0])
 # Without those that mix all tokens, or read a special one.
 NAMES = [name for name in methods(HOST) if not hasattr(methods()[name], 'init')
@@ -96,7 +98,7 @@ def test_between_layers(name, form):
     pytest.param(name, form, marks=[] if (name, form) == ('h2o', 'ratio') else pytest.mark.long)
     for name, made in CACHE_REDUCERS.items() for form in BUDGETS
     # Those that hold others, or have budgets of their own, are in test_wrapped_caches.py.
-    if not (issubclass(made, Wrapper) or made.allocates)
+    if not (issubclass(made, Wrapper) or made.allocates is True)
     and (form == 'ratio' or name in ('streaming_llm', 'snapkv'))])
 def test_in_the_cache(name, form):
   config = {'method': name, 'args': ARGS.get(name, {})} | BUDGETS[form]

@@ -28,6 +28,7 @@ WRAPPERS = {
     'simlayerkv': {'args': {'first': 1, 'recent': 3, 'threshold': 0.3}, 'keep_ratio': None},
     'finch': {'args': {'window': 2}}, 'lagkv': {'args': {'sinks': 1, 'lag': 3}},
     'cur': {'args': {'sinks': 1, 'window': 4}}, 'keydiff': {},
+    'quest': {'args': {'page': 2, 'budget': 6}, 'keep_ratio': None},
     # All scores are above it, so that the budget decides.
     'threshold': {'args': {'inner': {'method': 'knorm'}, 'window': 2, 'threshold': -1e6}}}
 

@@ -7,6 +7,7 @@ Axes: B batch, N entries, H heads, K kv heads, d features a head.
 """
 
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from helpers import recorded
 from helpers.golden_vit import arrays
 
 from ops import signals
+from ops.reducers.cache.compactor import Compactor
+from ops.reducers.cache.duo_attention import DuoAttention
 from ops.reducers.cache.expected_attention import ExpectedAttention, mean_rotation
 from ops.reducers.cache.h2o import H2O
 from ops.reducers.cache.knorm import KNorm
@@ -179,6 +182,68 @@ def test_expected_attention(name, args, index):
   method, told = ExpectedAttention(**args), layer(index, ExpectedAttention.needs)
   mine, recorded = same_order(method, told, name, index)
   close(mine[:, 4:], recorded[:, 4:])
+
+
+# Presses of kvpress 0.5.5 on the recorded model and ids (tests/fixtures/in_llm/kvpress_more.npz):
+# scores and what stays of each layer; sketches are those that are drawn here.
+MORE = {
+    'leverage': Compactor(by='leverage', sinks=0, recent=0),
+    'non_causal': Compactor(by='attention', chunk=16, sinks=0, recent=0),
+    'compactor': Compactor(chunk=16).with_ratio(Fraction(1, 2)),
+    'expected_attention_no_value': ExpectedAttention(future=16, weigh='none'),
+}
+
+
+@pytest.mark.parametrize('name', MORE)
+def test_more_presses(name):
+  raw, method = load('kvpress_more'), MORE[name]
+  for index in (0, 1):
+    src, scores, *_ = chosen(method, layer(index, method.needs), index)
+    np.testing.assert_array_equal(np.sort(src[0], axis=1),
+                                  np.sort(raw[f'{name}_kept_l{index}'], axis=1))
+    scored = slice(method.sinks, N - getattr(method, 'recent', 0))
+    close(scores[0, :, scored], raw[f'{name}_score_l{index}'][:, scored])
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_how_far_back_heads_look(index):
+  """As kvpress has it of the recorded ids alone; what stays is then by the budget."""
+  told = layer(index, DuoAttention.needs)
+  for length in (500, 64):
+    far = jax.jit(DuoAttention(length=length).far)(text(1, N), told)
+    close(far[0], load('kvpress_more')[f'duo_heads_{length}'][index])
+  method = DuoAttention(sinks=2, recent=3, length=500)
+  keep = jax.jit(functools.partial(method, num_slots=30))(text(1, N), told).mask(N)[0]
+  best = int(np.argmax(load('kvpress_more')['duo_heads_500'][index]))
+  assert keep[best].all()
+  np.testing.assert_array_equal(np.flatnonzero(keep[1 - best]), [0, 1, *range(N - 10, N)])
+
+
+@functools.cache
+def parts_of_a_row(padding):
+  """Attention scores of 10 tokens in parts of 4, as the paper has them, behind some padding."""
+  rng, (heads, width) = np.random.default_rng(3), (2, WIDTH)
+  made = [rng.normal(size=(1, 10, n, width)).astype(np.float32) for n in (2 * heads, heads, heads)]
+  q, k, v = (np.pad(x, ((0, 0), (padding, 0), (0, 0), (0, 0)), constant_values=9.0) for x in made)
+  valid = np.arange(10 + padding)[None] >= padding
+  tokens = text(1, 10 + padding, valid=valid)
+  told = signals.Signals(queries=q, keys=k, values=v)
+  method = Compactor(variant='paper', chunk=4, sinks=0, recent=0)
+  return made, np.asarray(jax.jit(method._attention)(tokens, told))[0, :, padding:]
+
+
+def test_the_last_part_is_as_short_as_it_is_in_the_paper():
+  (q, k, v), found = parts_of_a_row(0)
+  want = np.zeros((KV, 10))
+  for start in (0, 4, 8):
+    part = slice(start, min(start + 4, 10))
+    for head in range(4):
+      logits = q[0, part, head] @ k[0, part, head // 2].T / WIDTH ** 0.5
+      weights = np.exp(logits)
+      want[head // 2, part] += (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0) / 2
+  want = np.pad(want * np.linalg.norm(v[0], axis=2).T, ((0, 0), (1, 1)))
+  close(found, (want[:, :-2] + want[:, 1:-1] + want[:, 2:]) / 3)
+  close(parts_of_a_row(3)[1], found)
 
 
 def test_the_mean_rotation_is_the_mean_of_what_is_turned():

@@ -16,10 +16,14 @@ from helpers import recorded
 from helpers.golden_vit import arrays
 
 from models.backbones.lm import LM
+from models.decoding import kvzip
+from models.decoding.kvzip import KVzip
 from models.plan import make_cache_plan, make_plan
+from ops.caches.split import SplitKV
 from ops.reducers import REDUCERS
 from ops.reducers.language import aim
 from ops.rope import Rope
+from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet
 
 
@@ -117,6 +121,28 @@ def test_cuts_between_layers(name, weights, method, layers):
     np.testing.assert_array_equal(chosen, np.sort(raw[f'topk_stage{stage}']))
     close(cut.x[0], raw[f'hs_in_layer{layer}'])
   close(out['tokens'].x[0], raw['final_normed'])
+
+
+def test_changes_that_transprune_watches():
+  """As released; and in the paper's form, which takes the cosine's size."""
+  raw = load('transprune')
+  halves = [[raw[f'ttv_call{part}_{end}'] for end in ('before', 'after')] for part in (0, 1)]
+  told = Signals(**dict(zip(('hidden', 'attention_out', 'mlp_in', 'mlp_out'),
+                            (x[None] for half in halves for x in half), strict=True)))
+  tokens = TokenSet.create(halves[0][0][None])
+
+  def changes(variant):
+    watch = jax.jit(REDUCERS['transprune'](variant=variant).watch)
+    return watch(tokens, told)['change'][0]
+
+  close(changes('release'), raw['ttv_call0_weight'] + raw['ttv_call1_weight'])
+  want = 0.0
+  for before, added in halves:
+    before, added = before.astype(np.float64), added.astype(np.float64)
+    lengths = np.linalg.norm(before, axis=1), np.linalg.norm(added, axis=1)
+    turn = np.exp(1 - np.abs((before * added).sum(axis=1) / (lengths[0] * lengths[1])))
+    want = want + lengths[1] / lengths[0] * turn / turn.sum()
+  close(changes('paper'), want)
 
 
 def test_salient_words_are_the_rows_that_duet_asks():
@@ -254,3 +280,40 @@ def test_dyvte():
   left = np.flatnonzero(out['cuts'][1].real[0])
   np.testing.assert_array_equal(left, raw['pos_after_exit'][0])
   close(out['tokens'].x[0][left][-8:], raw['final_normed_last8'])
+
+
+# What the tokenizer of the recorded run made of the requests, whatever their words.
+REQUESTS = {'ask': (21, 22, 23), 'ask_part': (11, 12, 13, 14), 'opening': (3,), 'piece': 20}
+ZIPS = {'kvzip': {}, 'kvzip_plus': {'weigh': 'output'}, 'kvzip_layerwise': {'across': 'heads'}}
+
+
+def entries(kv, slots):
+  """The positions that each head holds of a row: bool[K, N]."""
+  kept = np.zeros((2, slots), bool)
+  if isinstance(kv, SplitKV):
+    at = kv.prompt.valid[0]
+    kept[np.broadcast_to(kv.prompt.head[0][:, None], at.shape)[at], kv.prompt.pos[0][at]] = True
+    return kept
+  for head in range(2):
+    kept[head, kv.pos[0, head][kv.valid[0, head]]] = True
+  return kept
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.long if name != 'kvzip_plus'
+                                               else []) for name in ZIPS])
+def test_kvzip_as_kvpress_has_it(name, monkeypatch):
+  """Scores and what stays of 48 tokens in pieces of 20 (in_llm/kvpress_kvzip.npz)."""
+  raw, base = load('kvpress_kvzip'), load('kvpress_base')
+  lm, variables = model('kvpress_base', eps=1e-5)
+  told, cut = [], kvzip._cut
+  monkeypatch.setattr(kvzip, '_cut', lambda *args, **named: told.append(args[3]) or cut(
+      *args, **named))
+  method = KVzip(0.5, **REQUESTS, **ZIPS[name])
+  tokens = base['ids'].astype(np.int32)
+  logits, cache = method(lm, variables, tokens, room=2)
+  close(logits[0], base['logits_last'])
+  for layer, kv in enumerate(cache.layers):
+    scores = np.concatenate([piece[layer][0] for piece in told[0]], axis=1)[:, :48]
+    np.testing.assert_allclose(scores, raw[f'{name}_score'][layer], atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(entries(kv, 48), raw[f'{name}_kept'][layer])
+    assert kv.room == 2

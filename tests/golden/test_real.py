@@ -51,13 +51,19 @@ PRESSES = {
     'criticaladakv_snapkv': {'method': 'criticaladakv', 'args': {'inner': SNAPKV}},
     'adakv_expected_attention': {'method': 'adakv', 'args': {
         'inner': {'method': 'expected_attention'}}},
+    # Of a file of their own; sketches are those that are drawn here.
+    'leverage': {'method': 'compactor', 'args': {'by': 'leverage', 'sinks': 0, 'recent': 0}},
+    'non_causal': {'method': 'compactor', 'args': {'by': 'attention', 'chunk': 96, 'sinks': 0,
+                                                   'recent': 0}},
+    'compactor': {'method': 'compactor'},
+    'expected_attention_no_value': {'method': 'expected_attention', 'args': {'weigh': 'none'}},
 }
 # Heads that may differ, and in which layers.
 TIES = {'knorm': (1, range(1)), 'chunk_knorm': (2, range(1)), 'lagkv': (90, range(30))}
 
 
 def golden():
-  return recorded.arrays('real/kvpress_smollm2')
+  return recorded.arrays('real/kvpress_smollm2') | recorded.arrays('real/kvpress_smollm2_more')
 
 
 def kept_by(press):

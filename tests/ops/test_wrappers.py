@@ -4,6 +4,7 @@ Axes: B batch, N entries, M entries after, H heads, K kv heads, d features a hea
 """
 
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,13 @@ def kept(name, keep=KEEP, **args):
   for at in np.argwhere(valid):
     flags[*at[:2], answer.src[*at]] = True
   return flags
+
+
+def test_a_held_method_is_told_the_share_that_stays():
+  for name in ('adakv', 'chunk', 'two_stage'):
+    told = made(name, inner={'method': 'compactor'}).with_ratio(Fraction(1, 4))
+    assert told.inner.blend == 0.75
+  assert made('chunk').with_ratio(Fraction(1, 4)).share == 0.25
 
 
 def ranked(name, keep=KEEP, **args):

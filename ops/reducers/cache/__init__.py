@@ -10,10 +10,12 @@ from ops.reducers.cache.adakv import AdaKV
 from ops.reducers.cache.cam import CaM
 from ops.reducers.cache.chunk import Chunk
 from ops.reducers.cache.chunkkv import ChunkKV
+from ops.reducers.cache.compactor import Compactor
 from ops.reducers.cache.corematching_cache import CoreMatchingCache
 from ops.reducers.cache.criticaladakv import CriticalAdaKV
 from ops.reducers.cache.criticalkv import CriticalKV
 from ops.reducers.cache.cur import CUR
+from ops.reducers.cache.duo_attention import DuoAttention
 from ops.reducers.cache.expected_attention import ExpectedAttention
 from ops.reducers.cache.finch import Finch
 from ops.reducers.cache.h2o import H2O
@@ -23,6 +25,7 @@ from ops.reducers.cache.lagkv import LagKV
 from ops.reducers.cache.observed_attention import ObservedAttention
 from ops.reducers.cache.periodic import Periodic
 from ops.reducers.cache.pyramidkv import PyramidKV
+from ops.reducers.cache.quest import Quest
 from ops.reducers.cache.rkv import RKV
 from ops.reducers.cache.simlayerkv import SimLayerKV
 from ops.reducers.cache.snapkv import SnapKV
@@ -39,6 +42,7 @@ CACHE_REDUCERS: dict[str, type] = {
     'keydiff': KeyDiff,
     'lagkv': LagKV,
     'cur': CUR,
+    'compactor': Compactor,
     'tova': TOVA,
     'observed_attention': ObservedAttention,
     'h2o': H2O,
@@ -46,6 +50,7 @@ CACHE_REDUCERS: dict[str, type] = {
     'finch': Finch,
     'expected_attention': ExpectedAttention,
     'simlayerkv': SimLayerKV,
+    'duo_attention': DuoAttention,
     'adakv': AdaKV,
     'criticalkv': CriticalKV,
     'criticaladakv': CriticalAdaKV,
@@ -55,6 +60,7 @@ CACHE_REDUCERS: dict[str, type] = {
     'two_stage': TwoStage,
     'think': ThinK,
     'cam': CaM,
+    'quest': Quest,
     'rkv': RKV,
     'periodic': Periodic,
     'threshold': Threshold,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,9 @@ class Chunk(Wrapper):
   def span(self) -> int:
     return 0
 
-  def with_ratio(self, ratio: Fraction) -> Chunk:
-    return self if self.share is not None else dataclasses.replace(self, share=float(ratio))
+  def with_ratio(self, ratio: Fraction) -> Self:
+    told = super().with_ratio(ratio)
+    return told if told.share is not None else dataclasses.replace(told, share=float(ratio))
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
     (batch, slots), heads = tokens.kind.shape, signals.keys.shape[2]

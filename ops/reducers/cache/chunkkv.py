@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,9 @@ class ChunkKV(Wrapper):
   default: ClassVar[dict[str, str]] = {'inner': 'snapkv'}
   adaptive = 'whole chunks may fill fewer slots than a budget allows'
 
-  def with_ratio(self, ratio: Fraction) -> ChunkKV:
-    return self if self.share is not None else dataclasses.replace(self, share=float(ratio))
+  def with_ratio(self, ratio: Fraction) -> Self:
+    told = super().with_ratio(ratio)
+    return told if told.share is not None else dataclasses.replace(told, share=float(ratio))
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather:
     scores = self.inner.ranking(tokens, signals, num_slots=num_slots)

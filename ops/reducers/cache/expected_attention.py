@@ -35,16 +35,19 @@ class ExpectedAttention(ScoringReducer):
     sinks: first entries, which always stay and which the statistics leave out.
     covariance: 'full', or 'none' for the mean alone.
     epsilon: added to the attention before it is weighed by values.
+    weigh: 'value_norm', or 'none' for the attention alone.
   """
 
   future: Count = 512
   sinks: CountOrZero = 4
   covariance: str = 'full'
   epsilon: NotNegative = 0.0
+  weigh: str = 'value_norm'
   needs = frozenset({'keys', 'values', 'plain_queries', 'rope'})
 
   def __post_init__(self) -> None:
     choices.check('covariance=', self.covariance, ('full', 'none'))
+    choices.check('weigh=', self.weigh, ('value_norm', 'none'))
 
   def forced(self, tokens: TokenSet, num_slots: int) -> Array:
     """Names the sinks."""
@@ -52,7 +55,7 @@ class ExpectedAttention(ScoringReducer):
     return earliest(tokens, self.sinks)
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:
-    """float32[B, K, N], expected attention times the length of the value."""
+    """float32[B, K, N], expected attention, times the length of the value."""
     keys, values, queries = (x.astype(jnp.float32) for x in (
         signals.keys, signals.values, signals.plain_queries))
     heads, width = keys.shape[2:]
@@ -70,8 +73,10 @@ class ExpectedAttention(ScoringReducer):
       logits += jnp.einsum('bnki,bkgij,bnkj->bkgn', keys, by_kv_head(spread, heads), keys,
                            precision='highest') / (2 * width)
     logits = jnp.where(counts[:, None, None], logits, HIDDEN_LOGIT)
-    expected = jax.nn.softmax(logits, axis=3).mean(axis=2) + self.epsilon
-    return expected * jnp.sqrt(jnp.sum(values * values, axis=3)).swapaxes(1, 2)
+    expected = jax.nn.softmax(logits, axis=3).mean(axis=2)
+    if self.weigh == 'none':
+      return expected
+    return (expected + self.epsilon) * jnp.sqrt(jnp.sum(values * values, axis=3)).swapaxes(1, 2)
 
   def min_slots(self, slots: int, protected: int) -> int:
     del protected
