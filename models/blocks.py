@@ -160,6 +160,11 @@ class ReducibleBlock(nn.Module):
     """Returns whether a token sees only those before it."""
     raise NotImplementedError
 
+  def plain_keys(self, tokens: TokenSet, k: Array) -> Array:
+    """Returns keys float[B, N, H, d] as they were before rotation: of a block without, as is."""
+    del tokens
+    return k
+
   def __call__(self, tokens: TokenSet) -> TokenSet:
     """Runs the plain block; it makes the parameters."""
     change, _ = self.attend(tokens, needs=frozenset(), proportional=False)
@@ -206,6 +211,8 @@ class ReducibleBlock(nn.Module):
       out, signals = mixed.out, read(q=q, k=k, lse=mixed.lse)
     change = self.residual(tokens.x, self.out(out), 0)
     more = {'plain_queries': plain, 'attention_out': change}
+    if 'plain_keys' in needs:
+      more['plain_keys'] = self.plain_keys(tokens, k)
     if 'projected_norms' in needs:
       more['projected_norms'] = projected_norms(v, self.out.variables['params']['kernel'])
     return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
@@ -237,7 +244,8 @@ class ReducibleBlock(nn.Module):
       rows = measure(rest, q=q, k=k, v=v, lse=None, bias=bias, query_valid=tokens.valid, **order,
                      **query_rows)
       told = {name: getattr(rows, name) for name in rest} | (
-          {'plain_queries': plain} if 'plain_queries' in rest else {})
+          {'plain_queries': plain} if 'plain_queries' in rest else {}) | (
+          {'plain_keys': self.plain_keys(tokens, k)} if 'plain_keys' in rest else {})
       signals = signals.replace(**told)
     tokens, mix, renewed = decide(tokens, signals, scores)
     if renewed:

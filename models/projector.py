@@ -26,6 +26,7 @@ from ops import tokens as tk
 from ops.assignments import take
 from ops.reducers.base import Reducer
 from ops.reducers.method import WatchingMethod
+from ops.rope import member_positions
 from ops.signals import Signals
 from ops.splice import Visual
 from ops.tokens import SPECIAL, TokenSet
@@ -34,7 +35,7 @@ Array = jax.Array
 
 # Signals of the tower's last layer that a method behind the projector may read. Most tell of each
 # token by itself; queries mean something only beside all keys that the layer attended to.
-PER_TOKEN = ('keys', 'values', 'cls_attention', 'received_attention')
+PER_TOKEN = ('keys', 'plain_keys', 'values', 'cls_attention', 'received_attention')
 FROM_TOWER = (*PER_TOKEN, 'queries')
 # They travel as stats of the visual tokens, under these names.
 _PREFIX = 'tower_'
@@ -187,18 +188,37 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
                      f'and gets {slots}: make it anew with with_projector_reduction(..., '
                      'slots=...)')
   tokens, from_tower = _pools(visual, special, slots)
+  if 'grids' in event.reduction.method.needs:
+    # Rows and columns are the last of a position's axes, counted from the image's first token.
+    ends = jnp.where(tokens.real[:, :, None], tokens.stats['axes'][:, :, -2:], 0)
+    from_tower['grids'] = jnp.max(ends, axis=1) + 1
   lead, signals = tokens.protected, Signals().replace(**from_tower)
   event = dataclasses.replace(event, slots_in=lead + slots, slots_out=lead + event.slots_out)
   place = Place(reduction.depth, reduction.grid, mesh=mesh,
                 one_sequence=reduction.grid is not None)
   params = reducers(event, tokens, signals, place)
   budget, = row_budgets((event,), tokens)
+  handed = event.reduction.method.hands_on
+  if handed:
+    event = dataclasses.replace(event, slots_out=event.slots_out - handed)
+  if handed and budget is not None:
+    cut = budget[:, None] < tk.count(tokens.free)
+    budget -= jnp.where(cut[:, 0], handed, 0)
   outcome = reduce(event, tokens, signals, place, budget=budget, params=params, rng=rng)
   reduced = outcome.tokens
+  parts = event.reduction.method.member_positions
+  if parts and 'axes' in tokens.stats:
+    several = member_positions(tokens.stats['axes'], outcome.assignment.dst, groups=reduced.slots,
+                               parts=parts)
+    reduced = reduced.replace(stats=reduced.stats | {'axes': several})
   position = jnp.where(reduced.real, reduced.pos, slots) if reduction.order == 'raster' else 0
   position = jnp.where(reduced.kind == SPECIAL, -1, position)
   order = jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
-  reduced = without_special(tk.reduce(reduced, assignments.Gather(order, reduced.slots)), lead)
+  reduced = without_special(tk.reduce(reduced, assignments.Gather(order, reduced.slots)), lead,
+                            handed)
+  if handed and budget is not None:
+    visual_slot = jnp.arange(reduced.slots)[None] >= handed
+    reduced = reduced.replace(valid=reduced.real & (cut | visual_slot))
   outcome = dataclasses.replace(outcome, tokens=reduced)
   shape = (batch, images // together, reduced.slots)
   x = reduced.x.reshape(*shape, -1)
@@ -264,12 +284,16 @@ def _behind(special: Visual, tokens: TokenSet) -> TokenSet:
       valid=None if tokens.valid is None else fill(True, tokens.valid), stats=stats, protected=lead)
 
 
-def without_special(tokens: TokenSet, special: int) -> TokenSet:
-  """Returns tokens [B, N] without the first `special`: neither as slots nor as original tokens."""
+def without_special(tokens: TokenSet, special: int, keep: int = 0) -> TokenSet:
+  """Returns tokens [B, N] without the first `special`: neither as slots nor as original tokens.
+
+  The first `keep` of these stay as slots.
+  """
   if not special:
     return tokens
-  index = jnp.broadcast_to(jnp.arange(special, tokens.slots, dtype=jnp.int32),
-                           (len(tokens.x), tokens.slots - special))
+  index = jnp.arange(special, tokens.slots, dtype=jnp.int32)
+  index = jnp.concatenate([jnp.arange(keep, dtype=jnp.int32), index]) if keep else index
+  index = jnp.broadcast_to(index, (len(tokens.x), *index.shape))
   patches = tk.reduce(tokens, assignments.Gather(index, tokens.slots))
   return patches.replace(owner=patches.owner[:, special:], protected=0)
 

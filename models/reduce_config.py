@@ -126,6 +126,8 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
     raise ValueError(f'mode={settings["mode"]!r} keeps all slots, which nothing behind the '
                      "projector hides: leave mode out of reduce.projector")
   watch, host = settings.pop('watch', None), vlm.projector_host(slots)
+  if across == 'prompt':
+    host = dataclasses.replace(host, offers=host.offers - {'grids'})
   made = make_plan(settings | {'site': 'after', 'layers': (0,)}, host)
   # Signals are those of the tower's last layer that runs: as if the cut were there.
   tower, chosen = vlm.tower, made.only
@@ -143,9 +145,14 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
     # It watches alone: without events nothing calls it.
     recorder = Reduction('record_signals', record, watch=record.layers)  # type: ignore[arg-type]
     tower = tower.clone(plan=Plan((), (recorder,)))
-  reduction = ProjectorReduction(plan, across, order, grid, tower.depth,
-                                 vlm.special if record.layers and grid else 0)
-  return vlm.clone(tower=tower, projector_reduction=reduction)
+  special = vlm.special if record.layers and grid else 0
+  if plan.events and chosen.method.hands_on and not (special and 'cls_attention' in host.offers):
+    raise ValueError(f'{chosen.name} hands on a [CLS] that these tokens do not have: give it one '
+                     "crop an image, of a tower with [CLS], or set args.cls='dropped'")
+  reduction = ProjectorReduction(plan, across, order, grid, tower.depth, special)
+  parts, rope = chosen.method.member_positions, vlm.lm.rope
+  lm = vlm.lm.clone(rope=rope.split(parts)) if parts and rope.sections else vlm.lm
+  return vlm.clone(tower=tower, lm=lm, projector_reduction=reduction)
 
 
 class ModelWithPlans:

@@ -336,12 +336,14 @@ class Mix(Extras, struct.PyTreeNode):
       methods that normalise first).
     size_weights: float32[B, M, N] or None, the part of each slot's size that each output gets; in
       proportion to the weights where None.
+    wanted: int32[B] or None, as in `Gather`.
   """
 
   weights: Array
   valid: Array | None = None
   features: Array | None = None
   size_weights: Array | None = None
+  wanted: Array | None = None
 
   @property
   def src(self) -> Array:

@@ -106,6 +106,18 @@ class Rope:
         columns[axis:len(self.sections) * self.sections[axis]:len(self.sections)] = axis
     return columns
 
+  def split(self, parts: int) -> Rope:
+    """Returns the same with every section in so many, which then turn with their own positions.
+
+    Raises:
+      ValueError: sections that cannot be divided so, or none.
+    """
+    if not self.sections or any(section % parts for section in self.sections):
+      raise ValueError(f'sections={self.sections} of RoPE cannot be divided into {parts} parts '
+                       'each: give a model with M-RoPE, and a number that divides every section')
+    sections = tuple(section // parts for section in self.sections for _ in range(parts))
+    return dataclasses.replace(self, sections=sections)
+
   def after(self, pos: Array, step: Array) -> Array:
     """Returns the position of text that comes `step` tokens after a position int[B] or [B, P]."""
     if self.steps == 1:
@@ -139,6 +151,36 @@ class Rope:
   def turn_back(self, x: Array, pos: Array) -> Array:
     """Undoes `rotate`, which takes the same: float32[..., H, d]."""
     return self.rotate(x.astype(jnp.float32), -pos) / self.amplitude ** 2
+
+
+def member_positions(pos: Array, group: Array, *, groups: int, parts: int) -> Array:
+  """Gives every group the positions of several of its members, side by side.
+
+  Positional preservation embedding (PPE, 2025), arXiv:2510.22936, as released, with its members in
+  slot order, which there an unstable sort mixes up.
+
+  Args:
+    pos: int32[B, N, A * K], K = `parts` columns an axis.
+    group: int32[B, N], `groups` for none.
+    groups: M.
+    parts: K.
+
+  Returns:
+    int32[B, M, A * K]; column j of an axis is that of the j-th member from the end, and so on in
+    turn where a group has fewer than K. A group without members gets any.
+  """
+  batch, slots = group.shape
+  order = jnp.argsort(group, axis=1, stable=True)
+  members = jax.vmap(lambda g: jnp.bincount(g, length=groups + 1))(group)[:, :groups]
+  last = jnp.cumsum(members, axis=1) - 1
+  turn = jnp.arange(parts)[None, None] % jnp.maximum(members, 1)[..., None]
+  place = jnp.clip(last[..., None] - turn, 0, slots - 1).reshape(batch, -1)
+  index = jnp.take_along_axis(order, place, axis=1)
+  by_part = pos.reshape(batch, slots, -1, parts)
+  picked = jnp.take_along_axis(by_part, index[..., None, None], axis=1)
+  picked = picked.reshape(batch, groups, parts, -1, parts)
+  # Part j of what member j has.
+  return jnp.diagonal(picked, axis1=2, axis2=4).reshape(batch, groups, -1)
 
 
 def sequence_index(pos: Array) -> Array:

@@ -42,7 +42,7 @@ class Signals(struct.PyTreeNode):
 
   Attributes:
     keys, queries, values: float[B, N, H, d], per head.
-    plain_queries: float[B, N, H, d], queries before they are rotated.
+    plain_queries, plain_keys: float[B, N, H, d], before they are rotated.
     cls_attention: float32[B, H, N], the attention row of the [CLS] token.
     received_attention: float32[B, H, N], mean over real queries of the attention each key gets.
     attention: float32[B, H, N, N], the whole map; only a method that acts inside attention may ask.
@@ -60,6 +60,7 @@ class Signals(struct.PyTreeNode):
     attention_out: float[B, N, D], what attention adds to them.
     mlp_in, mlp_out: float[B, N, D], what enters the MLP (normed), and what it adds.
     mlp_hidden: float[B, N, F], the inner activations of the MLP.
+    grids: int32[B, 2], (rows, columns) of each row's own grid, where images have their own.
     rope: how positions become rotations (ops/rope.py). Static.
     grid: (rows, columns) of the patch grid. Static.
     layer: index of the layer at hand. Static.
@@ -80,6 +81,7 @@ class Signals(struct.PyTreeNode):
   next_received_attention: Array = _signal('BHN', 'next')
   hidden: Array = _signal('BND')
   plain_queries: Array = _signal('BNHd')
+  plain_keys: Array = _signal('BNHd')
   projected_norms: Array = _signal('BHN')
   last_attention: Array = _signal('BHN')
   window_attention: Array = _signal('BHWN')
@@ -95,6 +97,7 @@ class Signals(struct.PyTreeNode):
   mlp_in: Array = _signal('BND', 'mlp')
   mlp_out: Array = _signal('BND', 'mlp')
   mlp_hidden: Array = _signal('BNF', 'mlp')
+  grids: Array = _signal('BA')
   rope: Rope = _static()
   grid: tuple[int, int] = _static()
   layer: int = _static(0)

@@ -179,8 +179,14 @@ class QASweep(Sweep):
 
 
 def reduction(row: Row) -> dict[str, dict[str, Any]]:
-  """Returns `config.reduce` of a row: its budget is the fraction that its last cut leaves."""
+  """Returns `config.reduce` of a row: its budget is the fraction that its last cut leaves.
+
+  Where it is '', the settings have a budget of their own.
+  """
   settings = json.loads(row['settings'])
+  if not row['budget']:
+    return {row['place']: {key: tuple(value) if isinstance(value, list) else value
+                           for key, value in settings.items()}}
   layers = settings.get('layers', 'all')
   if 'layers' in settings and row['place'] != 'cache':
     settings['layers'] = tuple(layers)

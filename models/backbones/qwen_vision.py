@@ -78,6 +78,10 @@ class RotaryBlock(Block):
     patches = tokens.stats['patch']
     return rotate(q, patches), rotate(k, patches)
 
+  def plain_keys(self, tokens: TokenSet, k: Array) -> Array:
+    """Turns keys back."""
+    return rotate(k, -tokens.stats['patch'])
+
 
 class QwenVision(nn.Module):
   """Patches to one token for every cell of 2 x 2 of them, in the width of the language model.

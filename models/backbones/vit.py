@@ -44,7 +44,7 @@ POSITIONS = ('learned', 'sincos')
 POOLS = ('cls', 'mean', 'cls_mean', 'map')
 LAST_NORMS = ('tokens', 'pooled')
 RESAMPLINGS = ('bicubic', 'bicubic_antialiased', 'bilinear_antialiased')
-OFFERS = frozenset({'keys', 'queries', 'values', 'received_attention', 'attention',
+OFFERS = frozenset({'keys', 'queries', 'values', 'plain_keys', 'received_attention', 'attention',
                     'next_received_attention', 'next_hidden', 'hidden', 'grid', 'layer', 'depth',
                     'slots', 'one_sequence'})
 

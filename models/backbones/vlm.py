@@ -202,7 +202,8 @@ class VLM(nn.Module):
     own = frozenset({'layer', 'depth', 'slots'})
     if self.projector_grid(slots):
       own |= {'grid', 'one_sequence', *(FROM_TOWER if self.side == 1 else ())}
-    return Host(1, slots, 0, (own | {*PER_TOKEN}) & self.tower.host.offers)
+    offers = (own | {*PER_TOKEN}) & self.tower.host.offers
+    return Host(1, slots, 0, offers | ({'grids'} if isinstance(self.tower, QwenVision) else set()))
 
   def each_image(self, layout: tuple[int, int, int]) -> int:
     """Returns the slots of an image behind the tower, before the projector's reduction.
@@ -371,7 +372,10 @@ class VLM(nn.Module):
     aux['tower_tokens'] = tokens
     visual, aux['layout'] = self._arrange(tokens, images)
     if images.axes is not None:
-      visual = visual.replace(stats=visual.stats | {'axes': images.axes})
+      # A section in several parts turns each of them with a position of its own.
+      parts = max(len(self.lm.rope.sections) // images.axes.shape[-1], 1)
+      places = jnp.repeat(images.axes, parts, axis=-1) if parts > 1 else images.axes
+      visual = visual.replace(stats=visual.stats | {'axes': places})
     slots = None
     if self.projector_reduction:
       special = self._special_of(whole, images) if self.projector_reduction.special else None

@@ -1,10 +1,12 @@
 """Dominant tokens that stay, and contextual ones that sum up others.
 
 Axes: B batch, N slots now, M slots after, C contextual tokens, R recycled tokens, d features of a
-metric.
+metric, I crops.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +15,17 @@ from ops.assignments import Merge, take
 from ops.primitives.cluster import distances, nearest, peaks
 from ops.primitives.match import cosine, scatter
 from ops.primitives.select import ranks, top
-from ops.tokens import TokenSet, count, filled, num_kept, num_left
+from ops.tokens import SPECIAL, TokenSet, count, filled, num_kept, num_left
 
 Array = jax.Array
 
 
 def zip_tokens(tokens: TokenSet, metric: Array, stay: Array, rest: Array, rank: Array, *,
-               context: int, num_slots: int) -> Merge:
-  """Merges tokens into evenly spaced ones among them, whose own features count whole.
+               context: Array | int, num_slots: int, most: int | None = None,
+               adds: str = 'mean') -> Merge:
+  """Merges tokens into evenly spaced ones among them.
 
-  Each joins the one that is most like it, by cosine; the mean of what joins is added.
+  Each joins the one that is most like it, by cosine.
 
   Args:
     tokens: N slots.
@@ -31,9 +34,13 @@ def zip_tokens(tokens: TokenSet, metric: Array, stay: Array, rest: Array, rank: 
       order in front. M - C of them, or as many as the row has.
     rest: bool[B, N], those that are merged.
     rank: int32[B, N], their order, by which contextual ones are spaced.
-    context: C.
+    context: C; or int32[B, 1], each row's own.
     num_slots: M.
+    most: C where rows have their own.
+    adds: what becomes of a contextual token: 'mean' adds the mean of what joins to its own
+      features, 'members' takes the mean of it and what joins.
   """
+  most = context if isinstance(context, int) else cast(int, most)
   slots, left = tokens.slots, num_left(tokens, num_slots)
   own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), tokens.kind.shape)
   step = jnp.maximum(jnp.sum(rest, axis=1, keepdims=True, dtype=jnp.int32) // context, 1)
@@ -41,15 +48,17 @@ def zip_tokens(tokens: TokenSet, metric: Array, stay: Array, rest: Array, rank: 
   group = jnp.where(rest, jnp.where(target, 1, 3), jnp.where(stay, 0, 2))
   src = jnp.argsort(slots * group + own, axis=1)[:, :num_slots].astype(jnp.int32)
   metric = jax.lax.stop_gradient(metric)
-  at = jnp.maximum(left - context + jnp.arange(context, dtype=jnp.int32)[None], 0)
-  targets = take(src, jnp.broadcast_to(at, (len(src), context)))
+  at = jnp.maximum(left - context + jnp.arange(most, dtype=jnp.int32)[None], 0)
+  at = at if isinstance(context, int) else jnp.minimum(at, num_slots - 1)
+  targets = take(src, jnp.broadcast_to(at, (len(src), most)))
   alike = jnp.where(take(target, targets)[:, None], cosine(metric, take(metric, targets)), -2.0)
   merges = rest & ~target
   partner = jnp.where(merges, take(targets, jnp.argmax(alike, axis=2)), own)
   dst = take(ranks(src, slots), partner)
-  count = Merge(src, dst, jnp.ones(dst.shape)).apply(merges.astype(jnp.float32))
-  shares = take(jnp.pad(1 / jnp.maximum(count, 1.0), ((0, 0), (0, 1))), dst)
-  return Merge(src, dst, jnp.where(merges, shares, jnp.where(tokens.real, 1.0, 0.0)),
+  members = merges if adds == 'mean' else rest
+  number = Merge(src, dst, jnp.ones(dst.shape)).apply(members.astype(jnp.float32))
+  shares = take(jnp.pad(1 / jnp.maximum(number, 1.0), ((0, 0), (0, 1))), dst)
+  return Merge(src, dst, jnp.where(members, shares, jnp.where(tokens.real, 1.0, 0.0)),
                valid=filled(tokens, num_slots))
 
 
@@ -115,3 +124,20 @@ def recycle(tokens: TokenSet, scores: Array, *, num_slots: int, stay: Array | No
     valid = jnp.arange(num_slots, dtype=jnp.int32)[None] < fixed + left
   return Merge.mean(src, dst, jnp.ones(own.shape), valid=valid).replace(
       behind=centre, wanted=None if stay is None else (fixed + wanted)[:, 0])
+
+
+def order_over_crops(pos: Array, kind: Array, *, contextual: int) -> Array:
+  """Orders what is left of an image's crops: dominant tokens of all, special ones, contextual ones.
+
+  Args:
+    pos: int32[I, M], places in the whole image; the last tokens of each crop are contextual.
+    kind: int8[I, M].
+    contextual: how many.
+
+  Returns:
+    int32[I * M], tokens numbered crop by crop: dominant ones by their place, the others by crop.
+  """
+  last = jnp.arange(pos.shape[1])[None] >= pos.shape[1] - contextual
+  group = jnp.where(last, 2, jnp.where(kind == SPECIAL, 1, 0))
+  place = jnp.where(group == 0, pos, 0)
+  return jnp.lexsort((place.reshape(-1), group.reshape(-1))).astype(jnp.int32)

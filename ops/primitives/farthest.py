@@ -31,6 +31,22 @@ def largest_cosine(vectors: Array, among: Array, *, chunk: int = 64) -> Array:
   return _largest_cosine(vectors, among, jnp.not_equal, chunk=chunk)
 
 
+def num_similar(vectors: Array, among: Array, *, threshold: float, chunk: int = 64) -> Array:
+  """Counts the other slots of which each has a larger cosine than a threshold, int32[B, N].
+
+  Args:
+    vectors: float32[B, N, D], of length one.
+    among: bool[B, N], slots that count.
+    threshold: of the cosine.
+    chunk: C, how many slots are compared with all others at once.
+  """
+  def number(slot: Array, scores: Array) -> Array:
+    other = among & (jnp.arange(among.shape[1]) != slot)[None]
+    return jnp.sum(other & (scores > threshold), axis=1, dtype=jnp.int32)
+
+  return _by_slot(vectors, number, chunk=chunk)
+
+
 def largest_later_cosine(x: Array, among: Array, *, chunk: int = 64) -> Array:
   """Finds the largest cosine of each token with a later one, C = `chunk` slots at a time.
 
@@ -47,10 +63,11 @@ def largest_later_cosine(x: Array, among: Array, *, chunk: int = 64) -> Array:
 
 
 def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
-                   weight: Array | None = None) -> Array:
+                   weight: Array | None = None, far_from: str = 'nearest') -> Array:
   """Picks slots one by one, each the farthest from all picked so far.
 
-  Distance is 1 minus the cosine with the nearest of them, times a weight. Of equals the lowest slot
+  Distance is 1 minus the cosine with the nearest of them, times a weight; or, far_from='all', 1
+  minus the sum of the cosines with all of them. Of equals the lowest slot
   wins. It takes `count` steps, one after another, of a row of N cosines each.
 
   Args:
@@ -59,6 +76,7 @@ def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
     first: int32[B], the one to start with.
     count: how many to pick.
     weight: float32[B, N], 0 or more, or None for 1.
+    far_from: 'nearest' or 'all'.
 
   Returns:
     int32[B, N], at which step each slot was picked, `count` where it was not.
@@ -71,12 +89,13 @@ def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
     turn = jnp.where((slots == pick[:, None]) & among & (turn == count), number, turn)
     row = jnp.einsum('bd,bnd->bn', take(vectors, pick[:, None])[:, 0], vectors,
                      precision='highest')
-    nearest = jnp.maximum(nearest, row)
+    nearest = jnp.maximum(nearest, row) if far_from == 'nearest' else nearest + row
     gain = 1 - nearest if weight is None else (1 - nearest) * weight
     gain = jnp.where(among & (turn == count), gain, -jnp.inf)
     return jnp.argmax(gain, axis=1).astype(jnp.int32), nearest, turn
 
-  start = (first, jnp.full(among.shape, -2.0), jnp.full(among.shape, count, jnp.int32))
+  near = -2.0 if far_from == 'nearest' else 0.0
+  start = (first, jnp.full(among.shape, near), jnp.full(among.shape, count, jnp.int32))
   return jax.lax.fori_loop(0, count, step, start)[2]
 
 
@@ -85,11 +104,18 @@ def _largest_cosine(vectors: Array, among: Array, counts: Callable[[Array, Array
   """Finds the largest cosine of each slot with those for which counts(their slot, its slot)."""
   slots = jnp.arange(vectors.shape[1])
 
-  def largest(item: tuple[Array, Array]) -> Array:
-    slot, row = item
-    scores = jnp.einsum('bd,bnd->bn', row, vectors, precision='highest')
+  def largest(slot: Array, scores: Array) -> Array:
     return jnp.max(jnp.where(among & counts(slots, slot)[None], scores, -2.0), axis=1)
 
-  found = jax.lax.map(largest, (slots, vectors.swapaxes(0, 1)),
+  return _by_slot(vectors, largest, chunk=chunk)
+
+
+def _by_slot(vectors: Array, reduce: Callable[[Array, Array], Array], *, chunk: int) -> Array:
+  """Reduces each slot's cosines float32[B, N] with all: reduce(slot, cosines) [B] -> [B, N]."""
+  def of(item: tuple[Array, Array]) -> Array:
+    slot, row = item
+    return reduce(slot, jnp.einsum('bd,bnd->bn', row, vectors, precision='highest'))
+
+  found = jax.lax.map(of, (jnp.arange(vectors.shape[1]), vectors.swapaxes(0, 1)),
                       batch_size=min(chunk, vectors.shape[1]))
   return found.swapaxes(0, 1)

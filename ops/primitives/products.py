@@ -23,6 +23,21 @@ def dot_general(dtype: DTypeLike) -> Callable[..., Array] | None:
   return _of_bfloat16 if on_cpu and jnp.dtype(dtype) == jnp.bfloat16 else None
 
 
+def by_row(function: Callable[..., Array], *rows: Array) -> Array:
+  """Returns what a function of one row makes of each: a CPU takes one row after another.
+
+  What a row is compared with then stays in its cache: greedy selections of a batch of 16 images
+  take 2 to 8 times as long otherwise.
+
+  Args:
+    function: of arrays [...], without control over other rows.
+    *rows: its arrays [B, ...].
+  """
+  if jax.default_backend() == 'cpu':
+    return jax.lax.map(lambda row: function(*row), rows)
+  return jax.vmap(function)(*rows)
+
+
 def _of_bfloat16(x: Array, kernel: Array, dimensions: Any, precision: Any = None,
                  **unused: Any) -> Array:
   """`jax.lax.dot_general` of the last axes of one with the first ones of the other."""

@@ -55,6 +55,30 @@ def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, num_slots: int,
                 wanted=jnp.sum(wanted, axis=1, dtype=jnp.int32))
 
 
+def outliers(values: Array, among: Array) -> Array:
+  """Finds what lies above the third quartile by more than 1.5 times the interquartile range.
+
+  Quartiles are interpolated, as numpy does.
+
+  Args:
+    values: float32[B, N].
+    among: bool[B, N], those that count.
+
+  Returns:
+    bool[B, N].
+  """
+  rising = jnp.sort(jnp.where(among, values, jnp.inf), axis=1)
+  last = jnp.maximum(jnp.sum(among, axis=1, keepdims=True, dtype=jnp.int32) - 1, 0)
+
+  def quartile(number: int) -> Array:
+    below, above = number * last // 4, jnp.minimum(number * last // 4 + 1, last)
+    part = (number * last % 4).astype(jnp.float32) / 4
+    return take(rising, below) * (1 - part) + take(rising, above) * part
+
+  first, third = quartile(1), quartile(3)
+  return among & (values > third + 1.5 * (third - first))
+
+
 def _nearest_share(share: Array, quantiles: Array) -> Array:
   """int32[P]: where float32[N], rising, is nearest to float32[P]; the first of equals."""
   above = jnp.minimum(jnp.searchsorted(share, quantiles), share.shape[0] - 1)

@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Gather
+from ops.assignments import Gather, take
 from ops.tokens import TokenSet, filled
 
 Array = jax.Array
@@ -73,6 +73,27 @@ def keep_top(tokens: TokenSet, scores: Array, *, num_slots: int, order: str = 's
   return Gather(picked, tokens.slots, valid=stays)
 
 
+def keep_flagged(tokens: TokenSet, flags: Array, *, num_slots: int) -> Gather:
+  """Prunes to the flagged tokens and those that may not be touched, in slot order.
+
+  What is left of the slots is padding; of more tokens than fit the last go.
+
+  Args:
+    tokens: N slots.
+    flags: bool[B, N], free tokens that stay.
+    num_slots: M, slots left; a row with a budget fills no more than that.
+  """
+  stays = tokens.fixed | flags
+  if tokens.budget is not None:
+    stays = tokens.fixed | (flags & (rank_of(flags) < tokens.budget[:, None]))
+  order = jnp.where(tokens.fixed, 0, jnp.where(stays, 1, 2))
+  picked = jnp.argsort(order, axis=1, stable=True)[:, :num_slots].astype(jnp.int32)
+  there = take(stays, picked)
+  picked = sort_picked(picked, there, tokens.slots)
+  return Gather(picked, tokens.slots, valid=jnp.arange(num_slots)[None] < jnp.sum(
+      there, axis=1, keepdims=True))
+
+
 def sort_picked(picked: Array, valid: Array | None, slots: int) -> Array:
   """Sorts picked slots, int32[..., M], those that are not valid behind the others."""
   if valid is None:
@@ -107,3 +128,45 @@ def above_elbow(scores: Array, among: Array) -> Array:
   at = jnp.argmax(jnp.where(place < number, distance, -1), axis=1)[:, None]
   elbow = jnp.take_along_axis(falling, at, axis=1)
   return among & ((scores > elbow) | (first == last))
+
+
+def apportion(shares: Array, number: Array, among: Array | None = None) -> Array:
+  """Divides a number into whole parts: each its share, rounded down, the largest one more.
+
+  Args:
+    shares: float[B, P], not negative, of a sum of at most 1.
+    number: int32[B, 1]; the last few of it are given to the largest shares, one each.
+    among: bool[B, P], the parts that get any; None for all.
+
+  Returns:
+    int32[B, P].
+  """
+  if among is None:
+    among = jnp.ones(shares.shape, bool)
+  given = jnp.floor(jnp.where(among, shares, 0.0) * number).astype(jnp.int32)
+  rest = number - jnp.sum(given, axis=1, keepdims=True)
+  parts = shares.shape[1]
+  return given + (among & (ranks(top(shares, parts, excluded=~among), parts) < rest))
+
+
+def apportion_room(shares: Array, number: Array, room: Array) -> Array:
+  """Divides a number as `apportion`; what a part has no room for goes to the others.
+
+  Args:
+    shares: float[B, P], not negative.
+    number: int32[B, 1], at most the sum of `room`.
+    room: int32[B, P], the most that each part takes.
+
+  Returns:
+    int32[B, P], of a sum of `number`.
+  """
+  def left(given: Array) -> Array:
+    return number - jnp.sum(given, axis=1, keepdims=True)
+
+  def give(given: Array) -> Array:
+    among = given < room
+    open_shares = jnp.where(among, shares, 0.0)
+    total = jnp.maximum(jnp.sum(open_shares, axis=1, keepdims=True), 1e-20)
+    return jnp.minimum(given + apportion(open_shares / total, left(given), among), room)
+
+  return jax.lax.while_loop(lambda given: jnp.any(left(given) > 0), give, jnp.zeros_like(room))

@@ -70,6 +70,14 @@ class Reducer:
     return 0
 
   @property
+  def hands_on(self) -> int:
+    return 0
+
+  @property
+  def member_positions(self) -> int:
+    return 0
+
+  @property
   def merges(self) -> bool:
     """True if outputs combine several slots (Merge, Mix), False if each picks one (Gather).
 

@@ -113,6 +113,23 @@ class Method(Protocol):
     """W, the rows of window_attention that it needs."""
     ...
 
+  @property
+  def hands_on(self) -> int:
+    """Special tokens of a tower, the first ones, that it hands on, among those it keeps.
+
+    A host of both sides reads it: behind a projector they join the visual tokens.
+    """
+    ...
+
+  @property
+  def member_positions(self) -> int:
+    """K, how many members' positions a token that it merges carries, 0 for its anchor's alone.
+
+    A host of both sides reads it: in a language model with M-RoPE every section then turns in K
+    parts (`ops.rope.member_positions`).
+    """
+    ...
+
   def rows(self, tokens: TokenSet) -> Array:
     """Names the queries whose mean is row_attention, bool[B, N]."""
     ...

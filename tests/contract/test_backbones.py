@@ -105,7 +105,8 @@ def test_methods_with_a_fallback():
   assert {'topk', 'evit', 'ats', 'ats_spatial', 'flowcut'} <= set(WITH_FALLBACK)
 
 
-@pytest.mark.parametrize('name', sorted(set(WITH_FALLBACK) - {'flowcut', 'hiprune'}))
+@pytest.mark.parametrize('name', sorted(
+    set(WITH_FALLBACK) - {'flowcut', 'hiprune', 'fopru'}))
 def test_the_fallback_reads_received_attention_as_it_would_cls_attention(name):
   case, keep = contract.random_case(), contract.budget(name, contract.SLOTS, 9)
   received = methods()[name](by='received_attention')

@@ -18,6 +18,7 @@ from helpers import contract
 
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.token_layout import anyres_layout, cell_layout, raster_layout
+from models.backbones.qwen_vision import RotaryBlock
 from models.checkpoints.vlm_config import from_config
 from models.plan import make_plan, methods
 from models.projector import FROM_TOWER, PER_TOKEN
@@ -25,7 +26,7 @@ from models.reduce_config import with_projector_reduction
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
-from ops.tokens import SPECIAL
+from ops.tokens import SPECIAL, TokenSet
 
 SIDE, PATCHES, KEEP, LAST = 4, 16, 6, 1
 TEXT = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
@@ -278,8 +279,8 @@ def test_attention_over_several_crops_is_not_made_up(name):
     with_projector_reduction(made('cls', 'llava_next'), crossget, slots=40)
 
 
-@pytest.mark.long
-def test_signals_of_merged_patches_are_means_of_their_cells(spy):
+def image_of_cells():
+  """A model of merged patches without windows, and an image of 3 x 4 cells."""
   vlm = from_config(QWEN, grid=(8, 8))
   vlm = vlm.clone(tower=vlm.tower.clone(window=0, whole_layers=()))
   index, axes, extent = cell_layout(1, (3, 4), 4, 16)
@@ -288,10 +289,16 @@ def test_signals_of_merged_patches_are_means_of_their_cells(spy):
   picture = Picture(patches, index, np.ones(index.shape, np.float32), np.int32([[6, 8]]), axes,
                     extent)
   images = batch_pictures([[picture]], patches=16)
+  return vlm, images
+
+
+@pytest.mark.long
+def test_signals_of_merged_patches_are_means_of_their_cells(spy):
+  vlm, images = image_of_cells()
   params = random_params(vlm, lambda: images)
-  wanted = {'keys', 'values', 'received_attention'}
+  wanted = {'keys', 'plain_keys', 'values', 'received_attention'}
   slots = images.index.shape[2]
-  assert vlm.projector_host(slots).offers == wanted | {'layer', 'depth', 'slots'}
+  assert vlm.projector_host(slots).offers == wanted | {'layer', 'depth', 'slots', 'grids'}
   _, signals = spy(lambda config, params: behind(vlm, images, params, config, slots), wanted,
                    params)
 
@@ -306,6 +313,94 @@ def test_signals_of_merged_patches_are_means_of_their_cells(spy):
     cells = patchwise[:3].mean(axis=(1, 3)).reshape(12, -1)
     np.testing.assert_allclose(
         attention_last(name, getattr(signals, name))[0].reshape(slots, -1)[:12], cells, atol=1e-6)
+
+
+def test_images_of_any_size_tell_their_own_grid(spy):
+  vlm, images = image_of_cells()
+  params, slots = random_params(vlm, lambda: images), images.index.shape[2]
+  _, signals = spy(lambda config, params: behind(vlm, images, params, config, slots), {'grids'},
+                   params)
+  np.testing.assert_array_equal(signals.grids, [[3, 4]])
+  config = {'method': 'hiprune', 'args': {'grid': 'own', 'middle': 0}, 'keep': 5}
+  reduced = with_projector_reduction(vlm, config, slots=slots)
+  assert reduced.tower.plan.only.watch == (0, 1)
+  tokens = jax.jit(lambda params: behind(vlm, images, params, config, slots))(params)
+  assert int(tokens.real.sum()) == 5
+  with pytest.raises(ValueError, match='hiprune needs grids, which this host does not offer'):
+    with_projector_reduction(vlm, config | {'across': 'prompt'}, slots=slots)
+
+
+def test_keys_of_a_tower_with_rotary_positions_are_told_as_they_were():
+  """Turned back, and the same as those of a tower that turns nothing."""
+  vlm, _ = image_of_cells()
+  block = RotaryBlock(16, 2, 24, parent=None)
+  rng = np.random.default_rng(0)
+  plain = rng.normal(size=(2, 5, 2, 8)).astype(np.float32)
+  tokens = TokenSet.create(jnp.zeros((2, 5, 16)),
+                           stats={'patch': rng.integers(0, 8, (2, 5, 2)).astype(np.int32)})
+  _, turned = block.rotate_qk(tokens, plain, plain)
+  assert np.abs(turned - plain).max() > 0.1
+  np.testing.assert_allclose(block.plain_keys(tokens, turned), plain, atol=1e-5)
+  args = {'by': 'received_attention', 'metric': 'plain_keys', 'contextual': 2}
+  reduced = with_projector_reduction(vlm, {'method': 'visionzip', 'args': args, 'keep': 5},
+                                     slots=12)
+  assert 'plain_keys' in reduced.tower.plan.only.method.watch_needs
+
+
+def test_visionzip_hands_cls_on():
+  """As one of the tokens kept, in front; a row that loses nothing has none."""
+  vlm, images = made('registers'), squares()
+  params = random_params(vlm, squares)
+
+  def left(keep, **args):
+    config = {'method': 'visionzip', 'args': {'contextual': 2, **args}, 'keep': keep}
+    return jax.jit(lambda params: behind(vlm, images, params, config, PATCHES))(params)
+
+  kept, without = left(6, cls='kept'), left(5)
+  tower = jax.jit(lambda params: vlm.tower.apply(
+      {'params': params['params']['tower']}, pixels(images))[0])(params)
+  assert kept.slots == 6
+  for row in range(3):  # The fourth image is not there.
+    assert kept.real[row].all()
+    np.testing.assert_array_equal(kept.kind[row] == SPECIAL, np.arange(6) < 1)
+    np.testing.assert_allclose(kept.x[row, 0], tower.x[row, 0], atol=1e-5)
+    np.testing.assert_allclose(kept.x[row, 1:], without.x[row], atol=1e-6)
+  assert not kept.real[3].any()
+  assert (kept.owner[:3] != 0).all()
+  with pytest.raises(ValueError, match=r'visionzip hands on a \[CLS\] that these tokens do not'):
+    with_projector_reduction(made('cls', 'llava_next'), {
+        'method': 'visionzip', 'args': {'contextual': 2, 'cls': 'kept'}, 'keep': 6}, slots=40)
+
+
+@pytest.mark.long
+def test_merged_tokens_carry_the_positions_of_their_members():
+  """In the language model too, where text has one number on all parts of a section."""
+  text = QWEN['text_config'] | {'num_attention_heads': 1, 'num_key_value_heads': 1,
+                                'rope_scaling': {'type': 'mrope', 'mrope_section': [2, 2, 4]}}
+  _, images = image_of_cells()
+  vlm = from_config(QWEN | {'text_config': text}, grid=(8, 8))
+  config, slots = {'method': 'ppe', 'args': {'members': 2}, 'keep': 5}, images.index.shape[2]
+  reduced = with_projector_reduction(vlm, config, slots=slots)
+  assert reduced.lm.rope.sections == (1, 1, 1, 1, 2, 2)
+  ids = np.array([[4, 30, 7, 9]], np.int32)
+  valid = np.ones(ids.shape, bool)
+  shapes = jax.eval_shape(reduced.init, jax.random.key(0), ids, valid, images)
+  random = np.random.default_rng(3)
+  params = jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
+  logits, out = jax.jit(lambda params: reduced.apply(params, ids, valid, images))(params)
+  assert np.isfinite(logits).all()
+  left, tokens = out['projector'], out['sequence']
+  pos = np.asarray(tokens.pos[0])[np.asarray(tokens.real[0])]
+  assert pos.shape == (3 + 5, 1 + 6)
+  assert (pos[[0, 6, 7], 1:] == pos[[0, 6, 7], 1:2]).all()
+  cells = np.stack(np.unravel_index(np.arange(12), (3, 4)), axis=1) + 1
+  for slot in range(5):
+    members = np.flatnonzero(np.asarray(left.owner[0]) == slot)[::-1]
+    wanted = cells[np.resize(members, 2)]
+    np.testing.assert_array_equal(pos[1 + slot, 3:5], wanted[:, 0])
+    np.testing.assert_array_equal(pos[1 + slot, 5:7], wanted[:, 1])
+  with pytest.raises(ValueError, match=r'sections=\(2, 2, 4\) of RoPE cannot be divided into 8'):
+    with_projector_reduction(vlm, config | {'args': {}}, slots=slots)
 
 
 def test_layers_watched_are_the_towers():

@@ -14,9 +14,12 @@ import pytest
 from helpers import recorded
 from helpers.golden_vit import arrays
 
+from models.backbones.qwen_vision import QwenVision
 from ops import tokens as tk
 from ops.primitives import farthest
+from ops.primitives.contextual import order_over_crops
 from ops.primitives.match import l2_normalize
+from ops.primitives.quantiles import outliers
 from ops.reducers.projector.aim_merge import AIMMerge
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
@@ -25,7 +28,7 @@ from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.prumerge import PruMerge, whole_attention
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vtc_cls import VTCCLS
-from ops.signals import Signals
+from ops.signals import Signals, measure_map
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 
 
@@ -133,6 +136,40 @@ def test_visionzip_on_crops():
   np.testing.assert_array_equal(answer.src[:, :10], np.sort(raw['all_indices'], axis=1))
   # Means of some 190 numbers of a size up to 576: relative above a size of 1.
   np.testing.assert_allclose(reduced.x, raw['per_crop_tokens'], atol=1e-5, rtol=1e-5)
+  crops = np.arange(4 * 576).reshape(2, 24, 2, 24).transpose(0, 2, 1, 3).reshape(4, 576)
+  place = np.take_along_axis(np.pad(crops, ((0, 0), (1, 0))), reduced.pos, axis=1)
+  order = np.asarray(order_over_crops(place, reduced.kind, contextual=3))
+  np.testing.assert_allclose(reduced.x.reshape(-1, 4)[order], raw['restored'], atol=1e-5, rtol=1e-5)
+
+
+def test_contextual_tokens_follow_the_budget():
+  """The release's counts, 54 + 10, 108 + 20 and 162 + 30; each row of a batch has its own."""
+  method = VisionZip(share=10 / 64)
+  assert [method._num_contextual(count) for count in (64, 128, 192)] == [10, 20, 30]
+  raw = load('visionzip_case0')
+  _, counted = zipped(raw, raw['hidden_states'], raw['cls_attn'], dominant=109, contextual=20)
+  hidden, attention, keys = (np.repeat(raw[name], 3, axis=0)
+                             for name in ('hidden_states', 'cls_attn', 'key_metric'))
+  told = Signals(cls_attention=attention, keys=keys[:, :, None])
+  answer, _ = operate(method, hidden, told, cls=True, num_slots=193,
+                            budget=np.array([64, 128, 192], np.int32))
+  np.testing.assert_array_equal(answer.valid.sum(axis=1), [65, 129, 193])
+  np.testing.assert_array_equal(answer.src[1, :129], counted.src[0])
+  np.testing.assert_array_equal(np.where(answer.dst[1] < 193, answer.dst[1], 0), counted.dst[0])
+
+
+def test_visionzip_of_the_paper_averages():
+  """All that a contextual token stands for, in place of the mean of the others beside its own."""
+  raw = load('visionzip_case1')
+  dominant, contextual = int(raw['dominant']), int(raw['contextual'])
+  told = Signals(cls_attention=raw['cls_attn'], keys=raw['key_metric'][:, :, None])
+  answer, reduced = operate(VisionZip(contextual=contextual, variant='paper'),
+                            raw['hidden_states'], told, cls=True, num_slots=dominant + contextual)
+  np.testing.assert_array_equal(answer.src[:, :dominant], raw['dominant_indices_sorted'])
+  for row, features in enumerate(raw['hidden_states']):
+    for output in range(dominant, dominant + contextual):
+      close(reduced.x[row, output], features[answer.dst[row] == output].mean(axis=0))
+      assert (answer.dst[row] == output).any()
 
 
 @pytest.mark.parametrize('case', [0, 1])
@@ -196,9 +233,51 @@ def test_hiprune(case):
   np.testing.assert_array_equal((answer.dst < answer.src.shape[1]), raw['index_mask'] > 0)
 
 
-@pytest.mark.parametrize('case', [0, 1])
-def test_prumerge(case):
-  raw = load(f'prumerge_case{case}')
+@pytest.mark.parametrize(('name', 'variant'), [
+    ('case0', 'paper'), ('case1', 'paper'), ('case0', 'release'), ('quirk_case3', 'release')])
+def test_hiprune_for_qwen(name, variant):
+  """An image of its own grid, beside one that fills the slots; there 1 is the mean of attention."""
+  raw = load(f'hiprune_qwen_{name}')
+  slots, alpha = len(raw['deep_attn']), round(float(raw['alpha']), 1)
+  keep = round(slots * round(float(raw['retain_ratio']), 3))
+  method = HiPrune(alpha=alpha, grid='own', variant=variant, patches=1)
+
+  def rows(values):
+    own = np.pad(values, (0, 20), constant_values=9)
+    return np.stack([own, own[::-1]])[:, None].astype(np.float32)
+
+  # The release sums over queries, a host takes their mean.
+  told = Signals(received_attention=rows(raw['deep_attn'] / slots),
+                 grids=np.array([raw['grid_hw'], [20, (slots + 20) // 20]], np.int32))
+  valid = np.arange(slots + 20)[None] < np.array([[slots], [slots + 20]])
+  _, reduced = operate(
+      method, np.zeros((2, slots + 20, 1), np.float32), told, num_slots=keep + 5,
+      stats={'object': rows(raw['object_attn'])[:, 0]}, valid=valid,
+      budget=np.array([keep, keep + 5], np.int32))
+  wanted = np.flatnonzero(raw['select_mask'])
+  np.testing.assert_array_equal(reduced.pos[0][reduced.valid[0]], wanted)
+  assert (len(wanted) < keep) == ('quirk' in name)
+  # Prompt positions follow: what is before the image and behind it stays where it was.
+  before = int(raw['num_prefix_text'])
+  places = np.concatenate([np.arange(before), before + wanted, before + slots + np.arange(2)])
+  np.testing.assert_array_equal(places, raw['kept_sequence_positions'])
+
+
+def test_attention_of_a_merged_token_is_that_of_its_patches():
+  """The tower has patches in raster order, the release in the order of its windows."""
+  raw = load('hiprune_qwen_attn_pool')
+  rows, columns = np.indices((6, 8)).reshape(2, -1)
+  cell, part = rows // 2 * 4 + columns // 2, rows % 2 * 2 + columns % 2
+  place = 4 * raw['reverse_indices'][cell] + part
+  raster = raw['attn_weights'][:, place][:, :, place]
+  told = measure_map(frozenset({'received_attention'}), raster[None], q=None, k=None, v=None)
+  tower = QwenVision(8, 1, 8, 1, 8, (6, 8))
+  cells = tower._cells(told.received_attention.mean(axis=1)).mean(axis=2)
+  close(np.asarray(cells)[0] * len(place), raw['pooled'])
+
+
+def prumerge(raw, method, *, num_slots):
+  """What PruMerge makes of tokens with [CLS] first; attention is compared on the way."""
   batch, slots, _ = raw['hidden_states'].shape
   queries, keys = (raw[f'{name}_proj_out'] for name in 'qk')
   attention = jax.jit(lambda x, *args: whole_attention(tokens_of(x, cls=True), *args))(
@@ -206,7 +285,56 @@ def test_prumerge(case):
   close(np.asarray(attention)[:, 1:], raw['cls_attn'])
   told = Signals(queries=queries.reshape(batch, slots, 4, -1),
                  keys=keys.reshape(batch, slots, 4, -1))
-  keep = 1 + raw['out_tokens'].shape[1]
-  answer, reduced = operate(PruMerge(), raw['hidden_states'], told, num_slots=keep, cls=True)
+  return operate(method, raw['hidden_states'], told, num_slots=num_slots, cls=True)
+
+
+@pytest.mark.parametrize('case', [0, 1])
+def test_prumerge(case):
+  raw = load(f'prumerge_case{case}')
+  answer, reduced = prumerge(raw, PruMerge(), num_slots=1 + raw['out_tokens'].shape[1])
   np.testing.assert_array_equal(answer.src[:, 1:-1] - 1, raw['topk_indices_first'])
   close(reduced.x[:, 1:], raw['out_tokens'])
+
+
+@pytest.mark.parametrize(('name', 'keeps', 'capacity'), [
+    ('case0', 'outliers', 64), ('plus_case3', 'spaced', 200)])
+def test_prumerge_counts_its_outliers(name, keeps, capacity):
+  """The number of tokens is found; slots beyond it are padding."""
+  raw = load(f'prumerge_{name}')
+  answer, reduced = prumerge(raw, PruMerge(keeps=keeps), num_slots=capacity)
+  count = 1 + raw['out_tokens'].shape[1]
+  np.testing.assert_array_equal(answer.wanted, count)
+  np.testing.assert_array_equal(answer.valid[0], np.arange(capacity) < count)
+  first = raw['topk_indices_first'][0]
+  np.testing.assert_array_equal(answer.src[0, 1:1 + len(first)] - 1, first)
+  close(reduced.x[:, 1:count], raw['out_tokens'])
+
+
+@pytest.mark.long
+def test_prumerge_plus_lets_its_spaced_tokens_go_where_they_do_not_fit():
+  raw = load('prumerge_plus_case3')
+  answer, _ = prumerge(raw, PruMerge(keeps='spaced'), num_slots=60)
+  first, attention = raw['topk_indices_first'][0], raw['cls_attn'][0]
+  assert answer.valid.all()
+  assert answer.wanted == 1 + raw['out_tokens'].shape[1]
+  np.testing.assert_array_equal(answer.src[0, 1:36] - 1, first)
+  step = 576 // 35 // 3
+  spaced = np.setdiff1d(np.arange(0, 575, step), first)
+  best = spaced[np.argsort(-attention[spaced])[:23]]
+  np.testing.assert_array_equal(answer.src[0, 36:59] - 1, np.sort(best))
+
+
+def test_outliers_of_each_row():
+  """The release takes the quartiles of a whole batch."""
+  raw = load('prumerge_iqr')
+  found = np.asarray(jax.jit(outliers)(raw['attn'], np.ones(raw['attn'].shape, bool)))
+  np.testing.assert_allclose(found.mean(axis=1), raw['ratio_each'], atol=1e-6)
+  flat = np.asarray(outliers(raw['attn'].reshape(1, -1), np.ones((1, found.size), bool)))
+  np.testing.assert_allclose(flat.mean(), raw['ratio_flat'], atol=1e-6)
+  among = np.arange(576)[None] < np.array([[401], [2]])
+  found = np.asarray(jax.jit(outliers)(raw['attn'], among))
+  values = raw['attn'][0, :401]
+  low, high = np.quantile(values, [0.25, 0.75])
+  np.testing.assert_array_equal(found[0, :401], values > high + 1.5 * (high - low))
+  assert not found[0, 401:].any()
+  assert not found[1].any()

@@ -230,7 +230,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
     'adatoken_3d': {'share': 0.5}, 'mustdrop': {'overall': 0.05, 'single': 0.3},
     'gemfilter': {'kernel': 1}, 'pact': {'keep': 0.7, 'cutoff': 0.7, 'coefficient': 1.0},
-    'duet_zip': {'contextual': 2, 'width': 2}}
+    'duet_zip': {'contextual': 2, 'width': 2}, 'holov': {'chunks': 4},
+    'token_corr': {'threshold': 0.25, 'partners': 6}, 'vflowopt': {'cell': 2.5}}
+
+# Those that divide tokens by their place first, and then choose in each part.
+PARTED = {'vispruner': 'every other token goes first', 'holov': 'shares tokens among chunks'}
 
 
 @functools.cache

@@ -345,6 +345,11 @@ def ties(name):
                default=keep)
   for row in range(contract.BATCH):
     anchors, members = np.sort(out.src[row]), np.bincount(out.dst[row], minlength=keep + 1)[:keep]
+    if name in contract.PARTED:
+      # Equals of unlike parts: the same ones in every row, the first of all among them.
+      same(np.sort(out.src[row]), np.sort(out.src[0]))
+      assert {0, 1} <= set(anchors)
+      continue
     if isinstance(out.assignment, Gather) or method.extra_slots:
       # Whoever keeps the last slot whatever its content takes it for no equal of the others.
       last = [SLOTS - 1] * all((r.src == SLOTS - 1).any(axis=1).all() for r in runs)
@@ -355,7 +360,7 @@ def ties(name):
     groups = np.flatnonzero(members > 1)
     assert len(groups) == 1
     assert out.src[row][groups[0]] in anchors[1:3] or groups[0] == taking
-  return ''
+  return contract.PARTED.get(name, '')
 
 
 def compose(name):

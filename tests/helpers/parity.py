@@ -1,5 +1,5 @@
 """Tiny vision models with the weights and outputs of the reference libraries
-(tools/make_parity.py)."""
+(tools/parity/reference.py)."""
 
 import functools
 import gzip

@@ -511,4 +511,4 @@ def test_a_tokenizer_without_its_package_or_files_is_a_worded_error(tmp_path, mo
 def test_nothing_here_needs_the_reference_libraries():
   for module in ('torch', 'timm', 'transformers'):
     assert module not in sys.modules
-  assert pathlib.Path('tools/make_parity.py').exists()
+  assert pathlib.Path('tools/parity/reference.py').exists()

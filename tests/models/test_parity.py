@@ -1,6 +1,6 @@
 """Backbones against the reference libraries: every hidden state within 3e-5, outputs within 1e-5.
 
-tools/make_parity.py wrote tests/fixtures/parity/ with timm and the transformers library;
+tools/parity/reference.py wrote tests/fixtures/parity/ with timm and the transformers library;
 every parameter of those tiny models is random. Errors are printed as a table when the tests end.
 tests/fixtures/published/ holds configs as releases write them: as they were given, as each of three
 versions of the transformers library saved them, and what it then computes.

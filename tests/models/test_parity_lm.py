@@ -1,6 +1,6 @@
 """Language models against the transformers library: hidden states, logits and decoded tokens.
 
-tools/make_parity.py wrote tests/fixtures/parity/lm/: tiny models whose parameters are all
+tools/parity/reference.py wrote tests/fixtures/parity/lm/: tiny models whose parameters are all
 random, three prompts of 14, 9 and 5 tokens, padded on the left, and 16 tokens decoded greedily
 after each. Here the same prompts are padded on either side, or run alone. Every number within 1e-4.
 """

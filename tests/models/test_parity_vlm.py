@@ -1,6 +1,6 @@
 """Vision-language models against the transformers library, from pixels to generated tokens.
 
-tools/make_parity_vlm.py wrote tests/fixtures/parity_vlm/: five families, a batch of one row,
+tools/parity/vlm.py wrote tests/fixtures/parity_vlm/: five families, a batch of one row,
 and one of three (an image; text alone; two images of different sizes) padded on the left.
 """
 

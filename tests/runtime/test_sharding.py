@@ -91,7 +91,8 @@ print(json.dumps(found))
 BOOKKEEPING = 2 * 197 * 64
 # Who reads rows of attention may hold the keys, and a chunk of rows, beside the layer's own map;
 # DTEM the normed features, which its own products read; PruMerge queries and keys of all heads. The
-# keys that VisionZip, and DUET's form of it, read wait, in copies, for the end of the layer.
+# keys that VisionZip, and DUET's form of it, read wait, in copies, for the end of the layer; so
+# does what ToDRE and VMTC compare. HoloV holds each chunk's features between those beside it.
 # DyMU's similarities are found
 # larger than the rest of what it holds.
 # DToP's head holds tokens and masks of its own, TextMonkey's resampler projected tokens. What
@@ -101,7 +102,8 @@ READING = {'evit': 2 * 197 * 768 * 4, 'dtem': 2 * 197 * 768 * 4,
            'dtop': 2 * 197 * (768 + 150) * 4, 'textmonkey_resampler': 2 * 197 * 1024 * 4,
            'flowcut': 5 * 2 * 197 * 768 * 4, 'prumerge': 2 * 2 * 197 * 768 * 4,
            'visionzip': 3 * 2 * 197 * 768 * 4, 'duet_zip': 3 * 2 * 197 * 768 * 4,
-           'dymu': 2 * 99 * 98 * 4}
+           'todre': 3 * 2 * 197 * 768 * 4, 'vmtc': 3 * 2 * 197 * 768 * 4,
+           'holov': 4 * 2 * 197 * 768 * 4, 'dymu': 2 * 99 * 98 * 4}
 # From 0.11 on, XLA for CPU copies what a method reads of queries, keys and values out of their one
 # product before attention, and holds the copies beside the product; before, it read the product.
 COPIES = {'atc': 1, 'hiprune': 1, 'pitome': 1, 'tome': 1, 'tome_kth': 1, 'crossget': 2,

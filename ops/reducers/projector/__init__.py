@@ -6,10 +6,18 @@ from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.flowcut import FlowCut
+from ops.reducers.projector.fopru import FoPru
 from ops.reducers.projector.hiprune import HiPrune
+from ops.reducers.projector.holov import HoloV
+from ops.reducers.projector.ppe import PPE
 from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.textmonkey import TextMonkey
+from ops.reducers.projector.todre import ToDRE
+from ops.reducers.projector.token_corr import TokenCorr
+from ops.reducers.projector.vflowopt import VFlowOpt
 from ops.reducers.projector.visionzip import VisionZip
+from ops.reducers.projector.vispruner import VisPruner
+from ops.reducers.projector.vmtc import VMTC
 from ops.reducers.projector.vtc_cls import VTCCLS
 
 PROJECTOR: dict[str, type[Method]] = {
@@ -17,10 +25,18 @@ PROJECTOR: dict[str, type[Method]] = {
     'textmonkey': TextMonkey,
     'divprune': DivPrune,
     'fastervlm': FasterVLM,
+    'vispruner': VisPruner,
     'visionzip': VisionZip,
     'duet_zip': DUETZip,
     'aim_merge': AIMMerge,
     'prumerge': PruMerge,
     'vtc_cls': VTCCLS,
     'hiprune': HiPrune,
+    'holov': HoloV,
+    'fopru': FoPru,
+    'todre': ToDRE,
+    'vmtc': VMTC,
+    'token_corr': TokenCorr,
+    'vflowopt': VFlowOpt,
+    'ppe': PPE,
 }

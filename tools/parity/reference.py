@@ -1,7 +1,7 @@
 """Writes checkpoints and outputs of other libraries, for tests/models/test_parity.py.
 
-  python -m tools.make_parity --folder=tests/fixtures/parity [--part=language]
-  python -m tools.make_parity --folder=tests/fixtures/published --part=published
+  python -m tools.parity.reference --folder=tests/fixtures/parity [--part=language]
+  python -m tools.parity.reference --folder=tests/fixtures/published --part=published
 
 Needs torch, timm and transformers, which nothing else here does: run it in an environment of its
 own. Every case is a tiny model whose parameters are all random, norms, biases and layer scales too,
@@ -520,7 +520,7 @@ def published_model(scratch: pathlib.Path, config: Mapping[str, Any],
 
 
 def published_rows(recorded: pathlib.Path, model: Any) -> torch.Tensor:
-  """Returns a vision-language model's logits of the row that tools/make_parity_vlm.py wrote."""
+  """Returns a vision-language model's logits of the row that tools/parity/vlm.py wrote."""
   with np.load(recorded) as arrays:
     row = {key.removeprefix('one_'): torch.from_numpy(value) for key, value in arrays.items()
            if key.startswith('one_')}

@@ -1,11 +1,11 @@
 """Writes vision-language models of another library, for tests/models/test_parity_vlm.py.
 
-  python -m tools.make_parity_vlm --folder=tests/fixtures/parity_vlm
+  python -m tools.parity.vlm --folder=tests/fixtures/parity_vlm
 
-Needs torch and transformers, in an environment of its own (tools/make_parity.py says why). Every
-case is a tiny model with random parameters: <case>.safetensors holds the checkpoint, <case>.npz
-inputs and outputs of a batch of one ('one_...') and of three rows padded on the left ('three_...'):
-an image, text alone, two images. <case>.json is its config.
+Needs torch and transformers, in an environment of its own (tools/parity/reference.py says why).
+Every case is a tiny model with random parameters: <case>.safetensors holds the checkpoint,
+<case>.npz inputs and outputs of a batch of one ('one_...') and of three rows padded on the left
+('three_...'): an image, text alone, two images. <case>.json is its config.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tools.make_parity import (
+from tools.parity.reference import (
     as_array,
     randomise,
     read_saved,
