@@ -19,6 +19,7 @@ from flax import struct
 from models.plan import make_method, methods
 from ops import assignments
 from ops import tokens as tk
+from ops.rope import Rope
 from ops.signals import STATIC, Signals
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 
@@ -98,10 +99,14 @@ class Case:
         'last_attention': attention[np.arange(len(self.x)), :, self.last],
         'received_attention': np.where(queries, attention, 0).sum(2) / queries.sum(2)}
     ahead = _softmax(np.where(real[:, 0], self.ahead, -np.inf))
+    known['row_attention'] = known['received_attention']
+    known['mlp_hidden'] = known['hidden']
+    known['projected_norms'] = np.moveaxis(np.abs(self.v).sum(axis=3), 2, 1)
     known |= {'next_received_attention': ahead, 'next_last_attention': ahead,
-              'next_row_attention': ahead}
+              'next_row_attention': ahead, 'next_keys': self.k.astype(dtype),
+              'next_queries': self.q.astype(dtype)}
     return Signals(**{name: known[name] for name in needs & known.keys()},
-                   grid=GRID, layer=1, depth=4)
+                   grid=GRID, layer=1, depth=4, rope=Rope(HEAD))
 
   @property
   def cls(self) -> np.ndarray:
@@ -223,9 +228,10 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 # ends of a row unlike its middle, and so has no ties.
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
-    'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2},
-    'holov': {'chunks': 4}, 'token_corr': {'threshold': 0.25, 'partners': 6},
-    'vflowopt': {'cell': 2.5}}
+    'adatoken_3d': {'share': 0.5}, 'mustdrop': {'overall': 0.05, 'single': 0.3},
+    'gemfilter': {'kernel': 1}, 'pact': {'keep': 0.7, 'cutoff': 0.7, 'coefficient': 1.0},
+    'duet_zip': {'contextual': 2, 'width': 2}, 'holov': {'chunks': 4},
+    'token_corr': {'threshold': 0.25, 'partners': 6}, 'vflowopt': {'cell': 2.5}}
 
 # Those that divide tokens by their place first, and then choose in each part.
 PARTED = {'vispruner': 'every other token goes first', 'holov': 'shares tokens among chunks'}
