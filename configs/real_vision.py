@@ -61,6 +61,6 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
       'study': 'vision', 'folder': 'real', 'seed': 0, 'image_size': 224, 'rounds': 3,
       'out': f'runs/real/{size}/vision.jsonl',
       'train_images': 64 if small else 208, 'test_images': 64 if small else 304,
-      'emoji': 40 if small else 160,
+      'emoji': 40 if small else 120,
       'rows': (full, *(row for budget, names in chosen.items()
                        for row in rows(budget, names, DRAWS[size])))}, convert_dict=False)

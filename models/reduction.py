@@ -574,6 +574,8 @@ def _order_causally(reduction: Reduction, tokens: TokenSet, reduced: TokenSet,
     raise ValueError(f'{reduction.name} mixes all tokens into each, so causal attention would '
                      'see later ones: choose a method that picks or joins tokens')
   reduced = reduced.replace(pos=_latest_position(tokens, reduced))
+  if assignment.behind is not None and reduction.positions == 'compact':
+    reduced = reduced.replace(pos=_behind(tokens, reduced, assignment))
   order = _position_order(reduced)
   if reduction.mode == 'gather':
     sort = Gather(order, reduced.slots)
@@ -589,6 +591,18 @@ def _position_order(tokens: TokenSet) -> Array:
   """int32[B, N]: slots in the order of their positions, padding last."""
   position = jnp.where(tokens.real, sequence_index(tokens.pos), jnp.iinfo(jnp.int32).max)
   return jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
+
+
+def _behind(tokens: TokenSet, reduced: TokenSet, assignment: Assignment) -> Array:
+  """int32[B, M]: positions of slots, of those that stand behind others that of the last free one.
+
+  They tie with it: behind it by their slots, they are to be numbered anew.
+  """
+  behind = cast(Array, assignment.behind)
+  if reduced.slots < tokens.slots:
+    behind = assignments.take(behind, assignment.src)
+  last = jnp.max(jnp.where(tokens.free, sequence_index(tokens.pos), -1), axis=1, keepdims=True)
+  return jnp.where(behind & reduced.real, last, reduced.pos)
 
 
 def _latest_position(tokens: TokenSet, reduced: TokenSet) -> Array:

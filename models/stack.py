@@ -494,10 +494,10 @@ class Stack(nn.Module):
 
     `told` gets the tokens that made keys, their signals, and those of the tokens that are left.
     """
+    signals = signals.replace(hidden_in=tokens.x)
     tokens = self._watch(event.layer, tokens, signals)
     reduced = self._decide(event, key, out, tokens, signals)
     assignment = reduced.assignment
-    signals = signals.replace(hidden_in=tokens.x)
     told.append((tokens, signals, self._follow(signals, reduced)))
     if self.causal and not isinstance(assignment, Gather):
       raise ValueError(f'{event.reduction.name} joins tokens inside attention, where causal rows '

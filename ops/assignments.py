@@ -49,6 +49,14 @@ class Extras(Protocol):
     return None
 
   @property
+  def behind(self) -> Array | None:
+    """bool[B, N], anchors whose outputs stand behind all others that are not fixed; None for none.
+
+    It counts where tokens are numbered anew in causal order; else each stands at its own position.
+    """
+    return None
+
+  @property
   def gate(self) -> Array | None:
     """float[B, M], the factor of a branch's change before it is added back; None for 1."""
     return None
@@ -232,6 +240,7 @@ class Merge(Extras, struct.PyTreeNode):
     size_weights: float32[B, N] or None, the part of each slot's size that its output gets; all of
       it where None.
     wanted: int32[B] or None, as in `Gather`.
+    behind: bool[B, N] or None, as in `Extras`.
     op: 'sum', or 'max' for the elementwise maximum of the members (weights unused). Static.
   """
 
@@ -241,6 +250,7 @@ class Merge(Extras, struct.PyTreeNode):
   valid: Array | None = None
   size_weights: Array | None = None
   wanted: Array | None = None
+  behind: Array | None = None
   op: str = struct.field(pytree_node=False, default='sum')
 
   @classmethod
@@ -304,10 +314,11 @@ class Merge(Extras, struct.PyTreeNode):
 
   def where_not(self, rows: Array, other: Gather, x: Array) -> Merge:
     """Returns the same with some rows of another, bool[B, 1]."""
-    sizes = self.size_weights
+    sizes, behind = self.size_weights, self.behind
     return self.replace(
         src=jnp.where(rows, other.src, self.src), dst=jnp.where(rows, other.dst, self.dst),
         weight=jnp.where(rows, 1.0, self.weight), valid=_choose_valid(rows, other, self.valid),
+        behind=None if behind is None else behind & ~rows,
         size_weights=None if sizes is None else jnp.where(rows, 1.0, sizes))
 
   def _by_size_weights(self) -> Merge:

@@ -54,8 +54,8 @@ class Signals(struct.PyTreeNode):
     projected_norms: float32[B, H, N], the L1 norm of what the output projection of a head makes of
       each value.
     row_attention: float32[B, H, N], mean over the rows that the method's `rows` names.
-    next_received_attention, next_last_attention, next_row_attention, next_keys, next_hidden: the
-      same by the next layer's norm, queries and keys, on today's tokens.
+    next_received_attention, next_last_attention, next_row_attention, next_keys, next_queries,
+      next_hidden: the same by the next layer's norm, queries and keys, on today's tokens.
     hidden: float[B, N, D], the features that entered the layer, after its first norm.
     hidden_in: float[B, N, D], the features that entered the layer, as they came.
     attention_out: float[B, N, D], what attention adds to them.
@@ -96,6 +96,7 @@ class Signals(struct.PyTreeNode):
   next_last_attention: Array = _signal('BHN', 'next')
   next_row_attention: Array = _signal('BHN', 'next')
   next_keys: Array = _signal('BNHd', 'next')
+  next_queries: Array = _signal('BNHd', 'next')
   next_hidden: Array = _signal('BND', 'next')
   hidden_in: Array = _signal('BND')
   attention_out: Array = _signal('BND')

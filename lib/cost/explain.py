@@ -456,6 +456,7 @@ def language_papers(cost: LMCost, visual: int) -> str:
     figures = {
         'tmacs': f'{row.value:g} T ({row.convention}, {beside}), here {ours:.3f}',
         'share': f'{row.value:.0%} of the unreduced ({row.convention}, {beside}), here {ours:.1%}',
-        'gmacs_layer': f'{row.value:g} G a layer ({row.convention}, {beside}), here {ours:.2f}'}
+        'gmacs_layer': f'{row.value:g} G a layer ({row.convention}, {beside}), here {ours:.2f}',
+        'tokens': f'{row.value:g} visual tokens a layer, here {ours:.1f}'}
     lines.append(f'  {figures[row.quantity]}: {_verdict(row, ours)}. {row.source}')
   return '\n'.join(lines)

@@ -188,12 +188,14 @@ UNREPRODUCED: tuple[tuple[str, str, str], ...] = (
      'counts a segmentation decoder; by our savings alone 318.6, and 530.7 and 445.2 for the '
      'published 529.81 and 443.84'),
     ('SegViT, ViT-B, arXiv:2308.01045', '109.9 GMACs', 'counts its heads; the backbone has 106.9'),
+    ('SparseVLM in the table of TransPrune, arXiv:2507.20630', '1.57, 1.28 TMACs',
+     'does not say which lists; those of the release for 192 and 128 give 1.353 and 0.954'),
 )
 
 
 # -- language models behind a tower --------------------------------------------------------------
 
-LM_QUANTITIES = ('tmacs', 'share', 'gmacs_layer')
+LM_QUANTITIES = ('tmacs', 'share', 'gmacs_layer', 'tokens')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +206,8 @@ class PublishedLM:
     family: the language model, a name of `models.families.LMS`; its vocabulary plays no part.
     method: the reduction in the language model, 'none' for no reduction.
     runs: (visual tokens, layers) pairs, in the order of the layers.
-    quantity: 'tmacs' (10^12, whatever the paper calls them), 'share' of the unreduced model's, or
-      'gmacs_layer' (10^9, of the first layer).
+    quantity: 'tmacs' (10^12, whatever the paper calls them), 'share' of the unreduced model's,
+      'gmacs_layer' (10^9, of the first layer), or 'tokens', visual ones of a layer on average.
     value: the figure.
     tolerance: how far ours may be, in the figure's own unit.
     source: where it is printed.
@@ -234,6 +236,8 @@ class PublishedLM:
     """Returns our figure for a language model with so many visual tokens in each layer."""
     convention = lm_cost.CONVENTIONS[self.convention]
     read = [count + self.text for count in counts]
+    if self.quantity == 'tokens':
+      return sum(counts) / len(counts)
     if self.quantity == 'gmacs_layer':
       return convention(lm, read[:1]) / 1e9
     if self.quantity == 'share':
@@ -289,8 +293,15 @@ _FASTV = 'FastV, README (arXiv:2403.06764)'
 _MEMORY = ', quoted from memory'
 _LLAVA = ((576, 32),)
 _NEXT = ((2880, 32),)
+_VIDEO = ((2048, 32),)
+# TransPrune prints its own figures beside those of others.
+_TRANSPRUNE = 'TransPrune (arXiv:2507.20630)'
+_PMOD = (486, 464, 440, 414, 388, 360, 331, 302, 273, 244, 215, 187, 161, 135, 111, 89)
+_AIM = 'AIM (arXiv:2412.03248)' + _MEMORY
+_LISTS = 'SparseVLM, lists of its release (arXiv:2410.04417)'
+_OUTPUTS = 'counts what leaves a layer, and without recycled tokens; {} enter one'
 
-LM_TABLE: tuple[PublishedLM, ...] = (
+_LM_FIGURES = (
     PublishedLM('vicuna_7b', 'none', _LLAVA, 'tmacs', 3.82, 0.005, _PDROP),
     PublishedLM('vicuna_7b', 'pyramiddrop', ((576, 8), (288, 8), (144, 8), (72, 8)), 'tmacs', 1.78,
                 0.005, _PDROP),
@@ -310,4 +321,51 @@ LM_TABLE: tuple[PublishedLM, ...] = (
                 'FastV (arXiv:2403.06764)' + _MEMORY, 'mac2', 36),
     PublishedLM('vicuna_13b', 'none', ((576, 40),), 'gmacs_layer', 154.6, 0.05,
                 'FastV (arXiv:2403.06764)' + _MEMORY, 'mac2', 36),
+    # Where a page says in how many stages and not behind which layers, these come nearest.
+    PublishedLM('vicuna_7b', 'pyramiddrop', ((576, 10), (288, 10), (144, 12)), 'tmacs', 2.13, 0.005,
+                _PDROP),
+    PublishedLM('vicuna_7b', 'pyramiddrop', ((576, 6), (288, 6), (144, 6), (72, 6), (36, 8)),
+                'tmacs', 1.38, 0.005, _PDROP,
+                mismatch='1.391 with cuts before layers 6, 12, 18 and 24; the layers are not said'),
+    PublishedLM('vicuna_7b', 'fastv', ((576, 2), (288, 30)), 'tmacs', 2.01, 0.005, _TRANSPRUNE),
+    PublishedLM('vicuna_7b', 'fastv', ((576, 2), (144, 30)), 'tmacs', 1.12, 0.005, _TRANSPRUNE),
+    PublishedLM('vicuna_7b', 'transprune', ((576, 7), (504, 2), (360, 3), (72, 20)), 'tmacs', 1.56,
+                0.005, _TRANSPRUNE),
+    PublishedLM('vicuna_7b', 'fastv', ((2880, 2), (1440, 30)), 'tmacs', 10.55, 0.005, _TRANSPRUNE),
+    PublishedLM('vicuna_7b', 'fastv', ((2880, 2), (720, 30)), 'tmacs', 5.80, 0.005, _TRANSPRUNE),
+    PublishedLM('vicuna_7b', 'transprune', ((2880, 7), (2520, 2), (1800, 3), (360, 20)), 'tmacs',
+                8.33, 0.005, _TRANSPRUNE),
+    PublishedLM('vicuna_7b', 'none', _VIDEO, 'tmacs', 14.4, 0.05, _TRANSPRUNE),
+    PublishedLM('vicuna_7b', 'fastv', ((2048, 2), (1024, 30)), 'tmacs', 7.4, 0.05, _TRANSPRUNE),
+    PublishedLM('vicuna_7b', 'pyramiddrop', ((2048, 8), (1024, 8), (512, 8), (256, 8)), 'tmacs',
+                6.6, 0.05, _TRANSPRUNE),
+    PublishedLM('qwen2_7b', 'none', ((6272, 28),), 'tmacs', 99.63, 0.005, _AIM, 'viewer', 100),
+    PublishedLM('qwen2_7b', 'aim',
+                ((1568, 14), *((count, 1) for count in range(1372, 0, -196)), (0, 7)), 'tmacs',
+                14.76, 0.005, _AIM, 'viewer', 100),
+    PublishedLM('vicuna_7b', 'fastv', ((576, 2), (144, 30)), 'tokens', 171, 0.5,
+                'a user of SparseVLM, in its issues'),
+    PublishedLM('vicuna_7b', 'fastv', ((576, 3), (288, 29)), 'tokens', 315, 0.5,
+                'a user of DyMU, in its issues'),
+    PublishedLM('vicuna_7b', 'duet_vlm', ((307, 16), (153, 8), (0, 8)), 'tokens', 192, 0.5,
+                'DUET-VLM (arXiv:2602.18846)'),
+    PublishedLM('vicuna_7b', 'pmod', ((576, 8), *((count, 1) for count in _PMOD), (86, 8)), 'share',
+                0.556, 0.005, 'p-MoD (arXiv:2412.04449)',
+                mismatch='0.534 of 576 tokens, 0.564 with 40 words; what it counts is not said'),
 )
+
+_SPARSEVLM = tuple(
+    PublishedLM('vicuna_7b', 'sparsevlm', tuple(zip((576, *left), (3, 4, 9, 16), strict=True)),
+                'tokens', value, 0.5, _LISTS, mismatch=_OUTPUTS.format(enter))
+    for value, left, enter in (
+        (192, (309, 204, 113), '206.5'), (128, (312, 117, 39), '145.4'),
+        (96, (249, 55, 27), '114.1'), (64, (82, 32, 18), '82.3'), (192, (300, 200, 118), '206.8'),
+        (128, (238, 108, 60), '144.1'), (96, (246, 54, 28), '113.9'), (64, (66, 34, 20), '81.8'))
+) + tuple(
+    # What leaves each layer, as its users have worked out.
+    PublishedLM('vicuna_7b', 'sparsevlm', tuple(zip((576, *left), (2, 4, 10, 16), strict=True)),
+                'tokens', value, 0.005, 'a user of SparseVLM, in its issues')
+    for value, left in ((191.0, (300, 200, 110)), (204.06, (328, 213, 121)))
+)
+
+LM_TABLE: tuple[PublishedLM, ...] = _LM_FIGURES + _SPARSEVLM

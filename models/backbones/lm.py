@@ -36,9 +36,10 @@ INTERFACE
 * Signals (ops/signals.py): keys and values [B, N, K, d] (rotated), queries, plain_queries
   [B, N, H, d], last_attention [B, H, N], window_attention [B, H, W, N] (W = method.span),
   row_attention [B, H, N] (mean over method.rows(tokens), bool[B, N]), received_attention [B, H, N];
-  next_last_attention, next_row_attention, next_received_attention, next_keys, next_hidden of the
-  next layer on the current tokens; hidden, hidden_in, attention_out, mlp_in, mlp_out, mlp_hidden;
-  rope, layer, depth, slots. Methods name them in `needs`, and in `watch_needs` for `watch`.
+  next_last_attention, next_row_attention, next_received_attention, next_keys, next_queries,
+  next_hidden of the next layer on the current tokens; hidden, hidden_in, attention_out, mlp_in,
+  mlp_out, mlp_hidden; rope, layer, depth, slots. Methods name them in `needs`, and in `watch_needs`
+  for `watch`.
 * Methods between layers return an Assignment as anywhere; `positions` ('keep', 'compact',
   'restart') is an attribute of the method, or of the config. Methods on the cache (site = 'cache',
   ops/reducers/cache) are called as method(tokens, signals, num_slots=M) once a layer, after its
@@ -95,7 +96,8 @@ OFFERS = frozenset({
     'attention', 'keys', 'queries', 'values', 'plain_queries', 'received_attention',
     'last_attention', 'window_attention', 'window_queries', 'row_attention',
     'next_received_attention', 'next_last_attention', 'next_row_attention', 'next_keys',
-    'next_hidden', 'hidden', 'hidden_in', 'attention_out', 'mlp_in', 'mlp_out', 'mlp_hidden',
+    'next_queries', 'next_hidden', 'hidden', 'hidden_in', 'attention_out', 'mlp_in', 'mlp_out',
+    'mlp_hidden',
     'projected_norms', 'rope', 'layer', 'depth', 'slots', 'one_sequence'})
 # What the last chunk of a prompt tells of all its tokens.
 LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention', 'window_queries'})

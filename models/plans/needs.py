@@ -35,7 +35,7 @@ def check_needs(name: str, method: Method, host: Host, site: str, parts: str = '
     raise ValueError(f'{name} needs the whole attention map, which exists only inside attention: '
                      f"set site='inside' (got {site!r})")
   begins = parts in ('both', 'attention')  # A branch that does reads what a cut before it reads.
-  if MLP_SIGNALS & method.needs and site not in ('before', 'after') and not begins:
+  if MLP_SIGNALS & method.needs and site not in ('before', 'after', 'cache') and not begins:
     raise ValueError(f"{name} looks at the MLP of a layer, which needs site='before' or 'after' "
                      f'(got {site!r})')
   if NEXT_LAYER & method.needs and site not in ('before', 'after') and not begins:

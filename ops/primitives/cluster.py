@@ -31,7 +31,8 @@ def distances(x: Array) -> Array:
   return jnp.sqrt(jnp.maximum(squares[:, :, None] + squares[:, None, :] - 2 * products, 0.0))
 
 
-def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None = None) -> Array:
+def peaks(distance: Array, among: Array, *, neighbours: int | Array,
+          noise: Array | None = None) -> Array:
   """Scores each slot as the centre of a cluster: DPC-KNN, arXiv:2204.08680, Sec. 3.
 
   Density is exp(-mean squared distance to the nearest neighbours, the slot itself included). A
@@ -42,7 +43,7 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
   Args:
     distance: float32[B, N, N], over the square root of D.
     among: bool[B, N], the slots that count.
-    neighbours: nearest slots that make up the density.
+    neighbours: nearest slots that make up the density, or int32[B, 1], those of each row.
     noise: float[B, N] or None; 1e-6 times it is added to the densities to break ties.
 
   Returns:
@@ -50,8 +51,12 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
   """
   chex.assert_shape(distance, (*among.shape, among.shape[1]))
   near = jnp.where(among[:, None, :], distance, jnp.inf)
-  nearest = -jax.lax.top_k(-near, min(neighbours, distance.shape[1]))[0]
+  slots = distance.shape[1]
+  most = min(neighbours, slots) if isinstance(neighbours, int) else slots
+  nearest = -jax.lax.top_k(-near, most)[0]
   finite = jnp.isfinite(nearest)
+  if not isinstance(neighbours, int):
+    finite &= jnp.arange(most)[None, None] < neighbours[:, :, None]
   total = jnp.sum(jnp.where(finite, nearest, 0.0) ** 2, axis=2)
   density = -total / jnp.maximum(jnp.sum(finite, axis=2), 1)
   if noise is not None:
@@ -177,3 +182,41 @@ def farthest_first(distance: Array, among: Array, *, start: int, count: int) -> 
 
   state = jnp.full((batch, slots), -count, jnp.float32), jnp.zeros((batch, slots)), chosen
   return jax.lax.fori_loop(0, count, pick, state)[0]
+
+
+def bounded_peaks(distance: Array, among: Array, *, cutoff: float, most: Array,
+                  picks: int) -> tuple[Array, Array, Array]:
+  """Picks centres that are farther from each other than a bound, the densest first.
+
+  DBDPC of PACT (arXiv:2504.08966, Sec. 3.3): density is the sum of exp(-(distance / 2)²) over all
+  slots; of equals the lowest slot comes first.
+
+  Args:
+    distance: float32[B, N, N].
+    among: bool[B, N], slots that may be centres, and by which density goes.
+    cutoff: distance up to which a slot needs no centre of its own.
+    most: int32[B, 1], centres at most.
+    picks: slots that `among` names at most.
+
+  Returns:
+    bool[B, N], the centres; int32[B, N], the nearest centre of every slot, its own of a centre; and
+    float32[B, N], the distance to it, inf where there is none.
+  """
+  slots = jnp.arange(among.shape[1], dtype=jnp.int32)[None]
+  density = jnp.sum(jnp.where(among[:, None], jnp.exp(-(distance / 2) ** 2), 0.0), axis=2)
+  order = top(density, max(picks, 1), excluded=~among)
+
+  def step(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    centre, label, nearest = state
+    at = jax.lax.dynamic_slice_in_dim(order, number, 1, axis=1)
+    own = slots == at
+    new = jnp.any(own & among & (nearest > cutoff), axis=1, keepdims=True) & (
+        jnp.sum(centre, axis=1, keepdims=True) < most)
+    row = take(distance, at)[:, 0]
+    nearer = new & (row < nearest)
+    return (centre | (new & own), jnp.where(nearer & ~centre, at, label),
+            jnp.where(nearer, row, nearest))
+
+  start = (jnp.zeros(among.shape, bool), jnp.broadcast_to(slots, among.shape),
+           jnp.full(among.shape, jnp.inf) + 0.0 * distance[:, 0])
+  return jax.lax.fori_loop(0, picks, step, start)

@@ -1,6 +1,7 @@
 """Dominant tokens that stay, and contextual ones that sum up others.
 
-Axes: B batch, N slots now, M slots after, C contextual tokens, d features of a metric, I crops.
+Axes: B batch, N slots now, M slots after, C contextual tokens, R recycled tokens, d features of a
+metric, I crops.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Merge, take
-from ops.primitives.match import cosine
-from ops.primitives.select import ranks
-from ops.tokens import SPECIAL, TokenSet, filled, num_left
+from ops.primitives.cluster import distances, nearest, peaks
+from ops.primitives.match import cosine, scatter
+from ops.primitives.select import ranks, top
+from ops.tokens import SPECIAL, TokenSet, count, filled, num_kept, num_left
 
 Array = jax.Array
 
@@ -58,6 +60,70 @@ def zip_tokens(tokens: TokenSet, metric: Array, stay: Array, rest: Array, rank: 
   shares = take(jnp.pad(1 / jnp.maximum(number, 1.0), ((0, 0), (0, 1))), dst)
   return Merge(src, dst, jnp.where(members, shares, jnp.where(tokens.real, 1.0, 0.0)),
                valid=filled(tokens, num_slots))
+
+
+def num_recycled(pruned: int) -> int:
+  """Counts those of pruned tokens that are recycled: 30 %, and one more."""
+  return pruned * 3 // 10 + 1 if pruned else 0
+
+
+def num_clusters(pruned: int) -> int:
+  """Counts the clusters that they are recycled in."""
+  return num_recycled(pruned) // 10 + 1 if pruned else 0
+
+
+def recycle(tokens: TokenSet, scores: Array, *, num_slots: int, stay: Array | None = None) -> Merge:
+  """Keeps the best tokens, and means of clusters of the best others behind them.
+
+  SparseVLM, arXiv:2410.04417, Sec. 3.4, as released: clusters by DPC-KNN, of which each looks at as
+  many neighbours as there are clusters.
+
+  Args:
+    tokens: N slots.
+    scores: float[B, N], higher stays.
+    num_slots: M, with the clusters: as many tokens stay as leave room for those that they make.
+    stay: int32[B, 1], the most free tokens that stay, where an adaptive method says it.
+  """
+  slots, fixed = tokens.slots, count(tokens.fixed)
+  most = slots - min(tokens.protected, slots)
+  free, left = count(tokens.free), num_kept(tokens, num_slots)
+  recycled, clusters = (jnp.asarray([rule(pruned) for pruned in range(most + 1)], jnp.int32)
+                        for rule in (num_recycled, num_clusters))
+  wanted = free
+  if stay is not None:
+    wanted = stay + clusters[free - stay]
+    left = jnp.minimum(left, wanted)
+  counts = jnp.arange(most + 1, dtype=jnp.int32)[None]
+  fits = (counts <= free) & (counts + clusters[jnp.maximum(free - counts, 0)] <= left)
+  kept = jnp.max(jnp.where(fits, counts, 0), axis=1, keepdims=True)
+  made, used = left - kept, recycled[free - kept]
+
+  order = top(scores, slots, forced=tokens.fixed, excluded=~tokens.real)
+  stays = tokens.real & (ranks(order, slots) < fixed + kept)
+  size = min(num_recycled(most), slots)
+  number = jnp.arange(size, dtype=jnp.int32)[None]
+  there = number < used
+  at = take(order, jnp.minimum(fixed + kept + number, slots - 1))
+  distance = distances(take(tokens.x, at)) * tokens.x.shape[2] ** -0.5
+  peak = top(peaks(distance, there, neighbours=made), min(num_clusters(most), size),
+             excluded=~there)
+  is_made = jnp.arange(peak.shape[1])[None] < made
+  group = nearest(distance, peak, is_made, is_made)
+
+  at = jnp.where(there, at, slots)
+  cluster = ranks(jnp.where(is_made, take(at, peak), slots), slots)
+  centre = cluster < peak.shape[1]
+  own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), tokens.kind.shape)
+  key = jnp.where(stays, own, jnp.where(centre, slots + cluster, 2 * slots + own))
+  src = jnp.argsort(key, axis=1)[:, :num_slots].astype(jnp.int32)
+  joins = jnp.where(group < peak.shape[1], fixed + kept + group, num_slots)
+  dst = scatter(jnp.full(own.shape, num_slots, jnp.int32), at, joins)
+  dst = jnp.where(stays, ranks(src, slots), dst)
+  valid = filled(tokens, num_slots)
+  if stay is not None:
+    valid = jnp.arange(num_slots, dtype=jnp.int32)[None] < fixed + left
+  return Merge.mean(src, dst, jnp.ones(own.shape), valid=valid).replace(
+      behind=centre, wanted=None if stay is None else (fixed + wanted)[:, 0])
 
 
 def order_over_crops(pos: Array, kind: Array, *, contextual: int) -> Array:

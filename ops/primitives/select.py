@@ -106,6 +106,30 @@ def rank_of(flags: Array) -> Array:
   return jnp.cumsum(flags, axis=1, dtype=jnp.int32) - flags.astype(jnp.int32)
 
 
+def above_elbow(scores: Array, among: Array) -> Array:
+  """Names the slots whose scores are above the elbow of the sorted scores.
+
+  The elbow is the first of the places that are farthest from the line between the highest score, at
+  place 0, and the lowest, at the last place. Where all are equal all count as above.
+
+  Args:
+    scores: int32[B, N], of which the largest times N fits into int32.
+    among: bool[B, N], slots that count.
+
+  Returns:
+    bool[B, N].
+  """
+  number = jnp.sum(among, axis=1, keepdims=True, dtype=jnp.int32)
+  falling = -jnp.sort(jnp.where(among, -scores, jnp.iinfo(jnp.int32).max), axis=1)
+  place = jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
+  first = falling[:, :1]
+  last = jnp.take_along_axis(falling, jnp.maximum(number - 1, 0), axis=1)
+  distance = jnp.abs((number - 1) * (first - falling) - place * (first - last))
+  at = jnp.argmax(jnp.where(place < number, distance, -1), axis=1)[:, None]
+  elbow = jnp.take_along_axis(falling, at, axis=1)
+  return among & ((scores > elbow) | (first == last))
+
+
 def apportion(shares: Array, number: Array, among: Array | None = None) -> Array:
   """Divides a number into whole parts: each its share, rounded down, the largest one more.
 

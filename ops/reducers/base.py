@@ -36,7 +36,10 @@ class Reducer:
   tied: bool = False
   extra_slots: int = 0
   can_empty: bool = False
-  positions: str = ''
+
+  @property
+  def positions(self) -> str:
+    return ''
 
   @property
   def proportional(self) -> bool:

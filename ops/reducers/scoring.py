@@ -119,7 +119,7 @@ class Wrapper(CacheReducer):
     return max((method.span for method in self.held), default=0)
 
   @property
-  def positions(self) -> str:  # type: ignore[override]
+  def positions(self) -> str:
     return next((method.positions for method in self.held if method.positions), '')
 
   def min_slots(self, slots: int, protected: int) -> int:

@@ -173,6 +173,9 @@ METHODS = {
     'skip_decode': {'method': 'skip_decode', **EVERY, 'layers': (1, 2), 'keep': (6, 7)},
     'yopo': {'method': 'yopo', 'layers': (1, 3), 'args': {'grid': (1, 2), 'window': 3,
                                                           'heads': (0, 1)}},
+    'cmai': {'method': 'cmai', 'token_kinds': 'visual', 'layers': (1, 3)},
+    'lemo, by threshold': {'method': 'lemo', **EVERY, 'layers': (1, 3), 'keep_ratio': 0.9,
+                           'args': {'block': 2, 'threshold': 1.0}},
     'fastv': {'method': 'fastv', 'site': 'branch', 'layers': (1, 3),
               'keep': 2},
 }
@@ -321,7 +324,8 @@ def test_every_method_in_a_vit(name):
   method = branch_methods()[name]()
   config = {'method': name, 'layers': (1, 3)} | ({} if name == 'yopo' else {'keep': 5})
   if method.needs - VIT.host.offers:
-    with pytest.raises(ValueError, match=f'{name} needs row_attention, which this host does not'):
+    missing = ', '.join(sorted(method.needs - VIT.host.offers))
+    with pytest.raises(ValueError, match=f'{name} needs {missing}, which this host does not'):
       make_plan(config, VIT.host)
     return
   vit = VIT.clone(plan=make_plan(config, VIT.host), remat='full')

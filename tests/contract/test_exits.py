@@ -23,6 +23,30 @@ PLANS = {
     'aim as released': EXIT | {'method': 'aim', 'layers': (1, 2), 'args': {'variant': 'release'}},
     'dyvte': {'method': 'dyvte', 'args': {'width': 8}, 'token_kinds': 'visual', 'layers': (0, 1, 2),
               'keep': 0},
+    'sparsevlm': EXIT | {'method': 'sparsevlm', 'layers': (1, 2)},
+    'sparsevlm plus': EXIT | {'method': 'sparsevlm', 'layers': (1, 2),
+                              'args': {'variant': 'plus', 'heads': 2}},
+    'sparsevlm paper': EXIT | {'method': 'sparsevlm', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
+                               'args': {'variant': 'paper', 'scale': 0.8}},
+    'corematching': EXIT | {'method': 'corematching', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
+                            'args': {'variant': 'paper', 'back': 2}},
+    'vtw': {'method': 'vtw', 'token_kinds': 'visual'},
+    'dart': EXIT | {'method': 'dart', 'args': {'image': 2, 'text': 1}},
+    'fitprune': EXIT | {'method': 'fitprune', 'layers': (1, 2)},
+    'catp': [EXIT | {'method': 'catp_images', 'layers': 0, 'keep_ratio': 0.75},
+             EXIT | {'method': 'catp', 'layers': 1, 'keep_ratio': 0.7},
+             EXIT | {'method': 'catp', 'layers': 2, 'keep_ratio': 0.6, 'args': {'part': 'query'}}],
+    'todre_exit': {'method': 'todre_exit', 'token_kinds': 'visual', 'layers': (1, 2), 'keep': 0,
+                   'args': {'threshold': 0.35}},
+    'lvlm_csp': [EXIT | {'method': 'lvlm_csp', 'layers': 1, 'keep_ratio': 0.5, 'expand': 1},
+                 EXIT | {'layers': (3,), 'keep_ratio': 0.5}],
+    'adatoken_3d': EXIT | {'method': 'adatoken_3d', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5)},
+    'mustdrop': EXIT | {'method': 'mustdrop', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
+                        'args': {'overall': 0.15, 'single': 0.2}},
+    'pact': EXIT | {'method': 'pact', 'layers': (1, 2), 'keep_ratio': (0.9, 0.5),
+                    'args': {'keep': 0.9, 'cutoff': 0.7}},
+    'visiondrop': EXIT | {'method': 'visiondrop', 'keep_ratio': (0.7, 0.5),
+                          'args': {'contextual': 1}},
     'in attention': EXIT | {'site': 'inside', 'layers': (1, 2)},
     'masked': EXIT | {'mode': 'mask'},
     'back': EXIT | {'layers': (1, 2), 'keep_ratio': 0.5, 'expand': 2},
@@ -121,6 +145,8 @@ def test_an_exit_leaves_caches_of_text():
 def test_an_exit_counts():
   left = [tokens.queries for tokens in planned(EXIT).plan.profile(LAYERS, SLOTS)]
   assert left == [14, 11, 11, 8]
+  left = [tokens.queries for tokens in planned(PLANS['vtw']).plan.profile(LAYERS, SLOTS)]
+  assert left == [14, 8, 8, 8]
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, tiny_lm
 from helpers.processes import COLLECTIVE, on_devices
 from helpers.watcher import Watcher
 
@@ -197,6 +197,26 @@ def test_both_forms_of_the_weights_watch_alike():
   stacked, apart = (run(model, p, images, **config)[1]['cuts'][3] for p in (params, loose))
   np.testing.assert_array_equal(stacked.pos, apart.pos)
   np.testing.assert_allclose(stacked.stats['seen'], apart.stats['seen'], atol=1e-6, rtol=0)
+
+
+class Entering(Watcher):
+  """Takes down what enters a layer."""
+
+  watch_needs = frozenset({'hidden_in'})
+
+  def watch(self, tokens, signals):
+    return {'seen': signals.hidden_in[..., 0]}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('site', ['inside', 'between'])
+def test_a_watch_sees_what_entered_the_layer(site, monkeypatch):
+  monkeypatch.setitem(REDUCERS, 'watcher', Entering)
+  lm = tiny_lm.planned(method='watcher', layers=1, keep=4, site=site, watch=(1,), holds='none')
+  _, out = jax.jit(lm.clone(capture=True).apply)(tiny_lm.variables(), tiny_lm.image_and_text())
+  cut = out['cuts'][1]
+  entered = np.asarray(out['hidden'][0])[np.arange(3)[:, None], np.asarray(cut.pos), 0]
+  np.testing.assert_array_equal(cut.stats['seen'], entered)
 
 
 # -- what it costs ---------------------------------------------------------------------------------

@@ -352,8 +352,11 @@ def test_find_gives_the_figures_of_these_tokens_only():
 
   fastv = {'token_kinds': 'visual', 'method': 'fastv', 'layers': 2}
   assert values() == [('tmacs', 3.82), ('gmacs_layer', 99.3)]
-  assert values(**fastv, keep_ratio=0.5) == [('share', 0.55)]
-  assert values(**fastv, keep_ratio=0.25) == [('share', 0.33)]
+  assert values(**fastv, keep_ratio=0.5) == [('share', 0.55), ('tmacs', 2.01)]
+  assert values(**fastv, keep_ratio=0.25) == [
+      ('share', 0.33), ('tmacs', 1.12), ('tokens', 171)]
+  sparsevlm = {'token_kinds': 'visual', 'method': 'sparsevlm', 'layers': (2, 6, 15)}
+  assert values(**sparsevlm, keep=(309, 204, 113)) == [('tokens', 192)]
   assert values(**(fastv | {'method': 'random'}), site='before', keep_ratio=0.5) == []
   assert values(**(fastv | {'token_kinds': ('visual', 'text')}), keep_ratio=0.5) == []
   assert values(visual=577) == values(**fastv, keep_ratio=0.4) == []

@@ -136,6 +136,26 @@ def test_rows_answer_as_alone_whatever_images_they_have():
   assert len({tuple(answer) for answer in together}) == 3
 
 
+SHARE = {'token_kinds': 'visual', 'layers': 1, 'keep_ratio': 0.5}
+IN_LANGUAGE = {
+    'sparsevlm': {'method': 'sparsevlm', **SHARE, 'layers': 0},
+    'catp': [{'method': 'catp_images', **SHARE, 'layers': 0},
+             {'method': 'catp', **SHARE, 'args': {'part': 'query'}}],
+    'pact': {'method': 'pact', **SHARE, 'args': {'cutoff': 0.5}},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', IN_LANGUAGE)
+def test_rows_answer_as_alone_under_cuts_in_the_language_model(name):
+  """A row of two images, beside one of none and one of one; tokens of its own budget."""
+  made = generator('llava', language=IN_LANGUAGE[name])
+  together = made(*given('llava'), new_tokens=NEW)
+  for row in (0, 2):
+    assert made(*row_alone('llava', row), new_tokens=NEW) == [together[row]]
+  assert together[1] == plain('llava')[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Told(Reducer):
   """Keeps the tokens that it is told to keep: by others' decisions, where those lie behind."""

@@ -12,6 +12,7 @@ from helpers.tiny_lm import PROMPT, TINY, image_and_text, variables
 
 from lib.cost import lm as lm_cost
 from lib.report.attention_ranks import attention_ranks
+from lib.report.visual_heads import lowest_heads, visual_ratios
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import make_lm
 from models.compressors import ROUTERS
@@ -179,3 +180,19 @@ def test_yopo(window):
     return pattern.attend(None, q, k, pattern.values(v, 2), None, None, causal=True)
 
   close(run(q, k, v)[0], want)
+
+
+@pytest.mark.long
+def test_yopo_drops_the_heads_that_look_away_from_images():
+  """Heads that ask nothing look at all alike: at six patches and up to six words."""
+  weights = variables(2)['params']
+  q = weights['stack']['blocks']['q']['kernel']
+  blocks = weights['stack']['blocks'] | {'q': {'kernel': q.at[1, :, 2].set(0)}}
+  params = {'params': weights | {'stack': {'blocks': blocks}}}
+  ratios = visual_ratios(TINY.clone(depth=2), params, image_and_text())
+  assert ratios.shape == (2, 4)
+  seen = [6 / (end + 1) for end in range(8, PROMPT)]  # Of each word behind the image.
+  share = np.mean(seen)
+  np.testing.assert_allclose(ratios[1, 2], share / (1 - share), rtol=1e-5)
+  assert lowest_heads([0.3, 0.1, 0.2, 0.1], 0.75) == (1, 2, 3)
+  assert lowest_heads([0.3, 0.1, 0.2, 0.1], 0.25) == (1,)

@@ -40,7 +40,7 @@ def model(name, *, eps, heads=4):
   raw = {key.removeprefix('w/').removeprefix('model.'): value for key, value in load(name).items()
          if key.startswith('w/')}
   depth = 1 + max(int(key.split('.')[1]) for key in raw if key.startswith('layers.'))
-  width = len(raw['norm.weight'])
+  width = len(raw['layers.0.input_layernorm.weight'])
   head = width // heads
 
   def stack(part, *shape):
@@ -64,7 +64,8 @@ def model(name, *, eps, heads=4):
     blocks[part]['bias'] = np.stack([raw[f'layers.{i}.self_attn.{part}_proj.bias'].reshape(-1, head)
                                      for i in range(depth)])
   table = raw.get('embed_tokens.weight', np.zeros((8, width), np.float32))
-  params = {'table': table, 'stack': {'blocks': blocks}, 'norm': {'scale': raw['norm.weight']},
+  params = {'table': table, 'stack': {'blocks': blocks},
+            'norm': {'scale': raw.get('norm.weight', np.ones(width, np.float32))},
             'head': {'kernel': raw.get('lm_head.weight', np.zeros_like(table)).T}}
   lm = LM(vocabulary=len(table), width=width, depth=depth, mlp=mlp, heads=heads, kv_heads=kv_heads,
           head_width=head, context=1024, rope=Rope(head), qkv_bias=qkv_bias, norm_eps=eps,
@@ -157,6 +158,40 @@ def test_salient_words_are_the_rows_that_duet_asks():
   np.testing.assert_array_equal(np.flatnonzero(rows[1]), [8, 9, 10, 11])
   without = tokens.replace(stats={})
   np.testing.assert_array_equal(np.asarray(read(without))[0], rows[1])
+
+
+def test_sparsevlm():
+  """The first cut of a whole prompt, with a mean behind the tokens that stay, numbered anew."""
+  raw = load('sparsevlm_model_v1_0')
+  lm, variables = model('sparsevlm_model_v1_0', eps=1e-5, heads=16)
+  start, visual, _ = (int(x) for x in raw['v_start_n_text'])
+  out = run(lm, variables, image_and_text(raw['inputs_embeds'], start, visual), visual,
+            method='sparsevlm', layers=2, keep=int(raw['sparse_token_list'][0]) + 1)
+  np.testing.assert_array_equal(out['cuts'][2].pos, raw['pos_in_layer3'])
+  close(out['cuts'][2].x[0], raw['hs_in_layer3'])
+
+
+def test_visiondrop():
+  """Two stages, each with its own count of contextual tokens."""
+  raw = load('visiondrop')
+  base = load('pyramiddrop')
+  lm, variables = model('pyramiddrop', eps=1e-5)
+  visual, start, text = (int(x) for x in raw['V_PRE_TXT'])
+  tokens = image_and_text(base['inputs_embeds'], start, visual)
+  stages = list(zip(raw['layer_list'].tolist(), raw['dominant_contextual'][1:].tolist(),
+                    strict=True))
+  plan = make_plan([{'method': 'visiondrop', 'token_kinds': 'visual', 'layers': layer,
+                     'keep': sum(counts), 'args': {'contextual': counts[1]}}
+                    for layer, counts in stages], lm.host(tokens.slots, visual=visual))
+  out = arrays(jax.jit(lm.clone(plan=plan).apply)(variables, tokens)[1])
+  np.testing.assert_array_equal(out['cuts'][2].pos, raw['pos_in_layer2'])
+  for stage, (layer, (dominant, _)) in enumerate(stages):
+    cut, before = out['cuts'][layer], out['before'][layer]
+    kept = before.x[0][start + np.sort(raw[f'topk_stage{stage}'])]
+    np.testing.assert_array_equal(cut.x[0][start:start + dominant], kept)
+    close(cut.x[0], raw[f'hs_in_layer{layer}'])
+    assert cut.slots == len(raw[f'hs_in_layer{layer}']) == start + sum(stages[stage][1]) + text
+  close(out['tokens'].x[0], raw['final_normed'])
 
 
 CACHES = {

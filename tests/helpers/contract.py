@@ -19,6 +19,7 @@ from flax import struct
 from models.plan import make_method, methods
 from ops import assignments
 from ops import tokens as tk
+from ops.rope import Rope
 from ops.signals import STATIC, Signals
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 
@@ -105,10 +106,14 @@ class Case:
     known |= {'text': self.text.astype(dtype), 'text_valid': self.text_valid,
               'vision_features': known['hidden'], 'project': PROJECT}
     ahead = _softmax(np.where(real[:, 0], self.ahead, -np.inf))
+    known['row_attention'] = known['received_attention']
+    known['mlp_hidden'] = known['hidden']
+    known['projected_norms'] = np.moveaxis(np.abs(self.v).sum(axis=3), 2, 1)
     known |= {'next_received_attention': ahead, 'next_last_attention': ahead,
-              'next_row_attention': ahead}
+              'next_row_attention': ahead, 'next_keys': self.k.astype(dtype),
+              'next_queries': self.q.astype(dtype)}
     return Signals(**{name: known[name] for name in needs & known.keys()},
-                   grid=GRID, layer=1, depth=4)
+                   grid=GRID, layer=1, depth=4, rope=Rope(HEAD))
 
   @property
   def told(self) -> dict[str, np.ndarray]:
@@ -245,9 +250,11 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 # ends of a row unlike its middle, and so has no ties.
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
-    'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2},
-    'holov': {'chunks': 4}, 'token_corr': {'threshold': 0.25, 'partners': 6},
-    'vflowopt': {'cell': 2.5}, 'recoverable': {'variant': 'paper', 'peers': 3, 'neighbours': 4},
+    'adatoken_3d': {'share': 0.5}, 'mustdrop': {'overall': 0.05, 'single': 0.3},
+    'gemfilter': {'kernel': 1}, 'pact': {'keep': 0.7, 'cutoff': 0.7, 'coefficient': 1.0},
+    'duet_zip': {'contextual': 2, 'width': 2}, 'holov': {'chunks': 4},
+    'token_corr': {'threshold': 0.25, 'partners': 6}, 'vflowopt': {'cell': 2.5},
+    'recoverable': {'variant': 'paper', 'peers': 3, 'neighbours': 4},
     'visiontrim': {'variant': 'paper', 'complement': 3}}
 
 # Those that mix tokens into some outputs, and leave others as they are.

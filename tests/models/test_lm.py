@@ -357,7 +357,7 @@ class Look(Reducer):
       'keys', 'queries', 'values', 'plain_queries', 'last_attention', 'window_attention',
       'row_attention', 'received_attention', 'hidden', 'hidden_in', 'attention_out', 'mlp_in',
       'mlp_out', 'mlp_hidden', 'next_last_attention', 'next_row_attention',
-      'next_received_attention', 'next_keys', 'rope'})
+      'next_received_attention', 'next_keys', 'next_queries', 'rope'})
   site = 'after'
   span = 2
 
@@ -418,6 +418,7 @@ def test_signals_are_what_they_say(implementation, monkeypatch):
 
   pos, ends = np.asarray(tokens.pos), [11, 11, 6]
   np.testing.assert_allclose(told['next_keys'], k, atol=1e-5)
+  np.testing.assert_allclose(told['next_queries'], q, atol=1e-5)
   for start, found in (('', maps(told['queries'], told['keys'], pos)), ('next_', maps(q, k, pos))):
     last = found[np.arange(3), :, ends]
     np.testing.assert_allclose(told[start + 'last_attention'], last, atol=1e-5)

@@ -44,7 +44,13 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
              for name in methods().keys() - methods(HOST).keys()}
   assert missing == {'fastv': ['last_attention'], 'pyramiddrop': ['next_last_attention'],
                      'duet_vlm': ['next_row_attention'], 'transprune': ['next_row_attention'],
+                     'corematching': ['mlp_hidden'], 'vtw': ['rope'], 'fitprune': ['rope'],
+                     'catp': ['last_attention'], 'todre_exit': ['rope'], 'mustdrop': ['rope'],
+                     'pact': ['next_keys', 'next_queries', 'rope'],
+                     'adatoken_3d': ['projected_norms', 'row_attention'],
                      'hidrop': ['next_last_attention'], 'aim': ['rope'], 'dyvte': ['rope'],
+                     'sparsevlm': ['row_attention'],
+                     'visiondrop': ['next_keys', 'next_row_attention'],
                      'gemfilter': []}  # It runs the model again, which only a language model can.
   every = [*methods(), *branch_methods(), *CACHE_REDUCERS, *INSERTS]
   assert len(set(every)) == len(every), 'names are unique'

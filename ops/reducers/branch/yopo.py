@@ -34,7 +34,8 @@ class YOPO(BranchReducer):
   Attributes:
     window: side of the square, an odd number.
     grid: (rows, columns) of an image's patches; None for one square image.
-    heads: dropped heads. The release finds them by how little they attend to patches.
+    heads: dropped heads. The release finds them by how little they attend to patches, as
+      lib/report/visual_heads.py does.
     unseen: 'heads', patches are read in all heads but those; 'all', in none (a dropped layer).
   """
 

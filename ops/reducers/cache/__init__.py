@@ -11,6 +11,7 @@ from ops.reducers.cache.cam import CaM
 from ops.reducers.cache.chunk import Chunk
 from ops.reducers.cache.chunkkv import ChunkKV
 from ops.reducers.cache.compactor import Compactor
+from ops.reducers.cache.corematching_cache import CoreMatchingCache
 from ops.reducers.cache.criticaladakv import CriticalAdaKV
 from ops.reducers.cache.criticalkv import CriticalKV
 from ops.reducers.cache.cur import CUR
@@ -28,6 +29,7 @@ from ops.reducers.cache.quest import Quest
 from ops.reducers.cache.rkv import RKV
 from ops.reducers.cache.simlayerkv import SimLayerKV
 from ops.reducers.cache.snapkv import SnapKV
+from ops.reducers.cache.still import STILL
 from ops.reducers.cache.streaming_llm import StreamingLLM
 from ops.reducers.cache.think import ThinK
 from ops.reducers.cache.threshold import Threshold
@@ -62,4 +64,6 @@ CACHE_REDUCERS: dict[str, type] = {
     'rkv': RKV,
     'periodic': Periodic,
     'threshold': Threshold,
+    'corematching_cache': CoreMatchingCache,
+    'still': STILL,
 }
