@@ -137,9 +137,10 @@ def _signals(method: str, needs: frozenset[str], tokens: TokenSet,
   missing = [name for name in sorted(needs) if values.get(name) is None
              and getattr(Signals(), name) is None and name != 'slots']
   if missing:
-    hints = ', '.join(f'{name}=float[{", ".join(AXES[name])}]' if name in AXES else
-                      f'{name}={"(rows, columns)" if name == "grid" else "..."}'
-                      for name in missing)
+    hints = ', '.join(
+        f'{name}={"bool" if name.endswith("valid") else "float"}[{", ".join(AXES[name])}]'
+        if name in AXES else f'{name}={"(rows, columns)" if name == "grid" else "..."}'
+        for name in missing)
     raise ValueError(f'{method} reads {" and ".join(missing)}, not given here: give {hints} '
                      '(ops/signals.py says what each is)')
   arrays = {}

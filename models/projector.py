@@ -3,13 +3,15 @@
 models/reduce_config.py resolves `config.reduce.projector`, and `reduce_visual` applies it.
 
 Axes: B batch, I images of a row, V visual tokens of an image, M visual tokens after the reduction,
-S special tokens of the tower, W width of the tower, D width of the language model, H heads.
+S special tokens of the tower, W width of the tower, D width of the language model, H heads, T ids
+of a prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -39,6 +41,7 @@ PER_TOKEN = ('keys', 'plain_keys', 'values', 'cls_attention', 'received_attentio
 FROM_TOWER = (*PER_TOKEN, 'queries')
 # They travel as stats of the visual tokens, under these names.
 _PREFIX = 'tower_'
+FEATURES = f'{_PREFIX}vision_features'
 NORM_EPS = 1e-5
 ACROSS = ('image', 'prompt')
 ORDERS = ('raster', 'method')
@@ -155,9 +158,15 @@ class ProjectorReduction:
   depth: int = 1
   special: int = 0
 
+  @property
+  def needs(self) -> frozenset[str]:
+    """Names the signals that its method reads, none where nothing is cut."""
+    return self.plan.only.method.needs if self.plan.events else frozenset()
+
 
 def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual | None,
-                  reducers: ReducerParameters, *, rng: Array | None = None,
+                  reducers: ReducerParameters, *, text: Mapping[str, Array] | None = None,
+                  project: Any = None, rng: Array | None = None,
                   mesh: Mesh | None = None) -> tuple[Visual, int | None, Reduced | None]:
   """Reduces visual tokens after the projector.
 
@@ -166,6 +175,8 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
     visual: x float[B, I, V, D]; stats 'tower_<name>' are signals of the tower.
     special: x float[B, I, S, D], special tokens of each image with the same stats; None for S = 0.
     reducers: holds the parameters of a learned method.
+    text: the signals of each row's prompt, [B, T, ...], by name: every image of the row gets them.
+    project: the projector, as in `Signals`.
     rng: turns its training on.
     mesh: the devices, or None.
 
@@ -192,7 +203,9 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
     # Rows and columns are the last of a position's axes, counted from the image's first token.
     ends = jnp.where(tokens.real[:, :, None], tokens.stats['axes'][:, :, -2:], 0)
     from_tower['grids'] = jnp.max(ends, axis=1) + 1
-  lead, signals = tokens.protected, Signals().replace(**from_tower)
+  of_rows = {name: jnp.repeat(value, images // together, axis=0)
+             for name, value in (text or {}).items()}
+  lead, signals = tokens.protected, Signals().replace(**from_tower, **of_rows, project=project)
   event = dataclasses.replace(event, slots_in=lead + slots, slots_out=lead + event.slots_out)
   place = Place(reduction.depth, reduction.grid, mesh=mesh,
                 one_sequence=reduction.grid is not None)

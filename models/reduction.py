@@ -214,7 +214,7 @@ class Place:
   def signals(self, signals: Signals, needs: frozenset[str], layer: int,
               slots: int | None = None) -> Signals:
     """Returns the named signals alone, and those that are known without running a layer."""
-    wanted = {name: getattr(signals, name) for name in needs - STATIC}
+    wanted = {name: getattr(signals, name) for name in (needs - STATIC) | (needs & {'project'})}
     return Signals(layer=layer, depth=self.depth, slots=slots).replace(
         **wanted, grid=self.grid, rope=self.rope, one_sequence=self.one_sequence)
 
@@ -254,17 +254,19 @@ def reduce(event: Event, tokens: TokenSet, signals: Signals, place: Place, *,
   apply = tk.reduce_masked if reduction.mode == 'mask' else tk.reduce
   answer = _call if event.kind == 'branch' else ask  # A branch may gate even where all tokens run.
 
-  def decide(params: Params | None, rng: Array | None, tokens: TokenSet,
+  def decide(params: Params | None, rng: Array | None, project: Any, tokens: TokenSet,
              signals: Signals) -> tuple[TokenSet, Assignment, dict[str, Array]]:
-    assignment, losses = answer(reduction.method, tokens, signals, params, _own(rng, place),
-                                num_slots=event.slots_out)
+    assignment, losses = answer(
+        reduction.method, tokens, signals.replace(project=project), params, _own(rng, place),
+        num_slots=event.slots_out)
     return apply(tokens, assignment), assignment, losses
 
   seen = event.view(tokens).replace(budget=budget)
   signals = place.signals(signals, reduction.method.needs, event.layer, event.slots_in)
   # The names let lib/cost/jaxpr.py tell the method's own products from the backbone's.
   with jax.named_scope('reduction'):
-    reduced, assignment, losses = place.by_rows(decide, whole=2)(params, rng, seen, signals)
+    reduced, assignment, losses = place.by_rows(decide, whole=3)(
+        params, rng, signals.project, seen, signals.replace(project=None))
   if place.causal:
     if event.kind == 'branch' and not isinstance(assignment, Gather):
       raise ValueError(f'{reduction.name} joins tokens in a branch, where causal attention would '

@@ -1,7 +1,7 @@
 """Signals: measurements that a host gives to a method, computed only on request.
 
 Axes: B batch, N slots now, D features, H heads, K kv heads, d features a head, W last rows, F MLP
-width.
+width, T words of a prompt, C features of a vision tower.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _UNMEASURED: Any = None
 
 
 def _signal(axes: str, stage: str = 'attention') -> Any:
-  """A signal that is measured: by a layer's attention, its 'mlp', or the 'next' layer."""
+  """A signal that is measured: by a layer's attention, its 'mlp', the 'next' layer, a 'projector'.
+  """
   return dataclasses.field(default=_UNMEASURED, metadata={'axes': tuple(axes), 'stage': stage})
 
 
@@ -60,6 +61,11 @@ class Signals(struct.PyTreeNode):
     attention_out: float[B, N, D], what attention adds to them.
     mlp_in, mlp_out: float[B, N, D], what enters the MLP (normed), and what it adds.
     mlp_hidden: float[B, N, F], the inner activations of the MLP.
+    text: float[B, T, D], the embedded ids of the row's prompt in their order: those of its question
+      where a host is told which they are, else all. Zeros where there is none.
+    text_valid: bool[B, T], False for image placeholders, padding and what is not asked.
+    vision_features: float[B, N, C], what the projector made each token of; zeros for newlines.
+    project: the projector itself in float32, as a function float[..., C] -> float32[..., D].
     grids: int32[B, 2], (rows, columns) of each row's own grid, where images have their own.
     rope: how positions become rotations (ops/rope.py). Static.
     grid: (rows, columns) of the patch grid. Static.
@@ -97,6 +103,10 @@ class Signals(struct.PyTreeNode):
   mlp_in: Array = _signal('BND', 'mlp')
   mlp_out: Array = _signal('BND', 'mlp')
   mlp_hidden: Array = _signal('BNF', 'mlp')
+  text: Array = _signal('BTD', 'projector')
+  text_valid: Array = _signal('BT', 'projector')
+  vision_features: Array = _signal('BNC', 'projector')
+  project: Callable[[Array], Array] = _UNMEASURED
   grids: Array = _signal('BA')
   rope: Rope = _static()
   grid: tuple[int, int] = _static()
@@ -134,6 +144,7 @@ AXES: dict[str, tuple[str, ...]] = {field.name: field.metadata['axes'] for field
 NAMES = tuple(field.name for field in dataclasses.fields(Signals))
 # Known without a layer; given by the next layer; and given by a layer's MLP.
 STATIC = frozenset(NAMES) - AXES.keys()
+TEXT_SIGNALS = frozenset({'text', 'text_valid'})
 NEXT_LAYER, MLP_SIGNALS = (
     frozenset(field.name for field in _MEASURED if field.metadata['stage'] == stage)
     for stage in ('next', 'mlp'))

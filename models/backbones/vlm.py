@@ -25,7 +25,7 @@ H heads, n tokens of a crop that the tower passes on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import flax.linen as nn
 import jax
@@ -40,6 +40,7 @@ from models.blocks import ACTIVATIONS, dense
 from models.plans.events import Plan
 from models.plans.hosts import Host
 from models.projector import (
+  FEATURES,
   FROM_TOWER,
   PER_TOKEN,
   Projector,
@@ -53,6 +54,7 @@ from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
+from ops.signals import TEXT_SIGNALS
 from ops.splice import Visual, splice, unmerged
 from ops.temporal import TTF, fuse_frames
 from ops.tokens import TEXT, TokenSet
@@ -202,8 +204,11 @@ class VLM(nn.Module):
     own = frozenset({'layer', 'depth', 'slots'})
     if self.projector_grid(slots):
       own |= {'grid', 'one_sequence', *(FROM_TOWER if self.side == 1 else ())}
-    offers = (own | {*PER_TOKEN}) & self.tower.host.offers
-    return Host(1, slots, 0, offers | ({'grids'} if isinstance(self.tower, QwenVision) else set()))
+    offers = (own | {*PER_TOKEN}) & self.tower.host.offers | TEXT_SIGNALS
+    if isinstance(self.tower, QwenVision):
+      offers |= {'grids'}
+    # A tower that ends in the language model's width has its projector inside.
+    return Host(1, slots, 0, offers | {'vision_features', 'project'} if self.projection else offers)
 
   def each_image(self, layout: tuple[int, int, int]) -> int:
     """Returns the slots of an image behind the tower, before the projector's reduction.
@@ -238,8 +243,8 @@ class VLM(nn.Module):
       images: None for text alone.
       marks: {name: bool[B, T]}, ids that something singles out, by the name of the stat that they
         become: 'question', what images see of the text where the language model has mask='mutual'
-        (else all text behind them, so give it where the ids hold an answer); 'salient', the words
-        that `duet_vlm` asks.
+        (else all text behind them), and what methods behind the projector read of it (else all
+        text), so give it where the ids hold an answer; 'salient', the words that `duet_vlm` asks.
 
     Returns:
       Logits float32[B, N, vocabulary], and the dict of LM, with 'sequence' (the TokenSet that LM
@@ -284,7 +289,8 @@ class VLM(nn.Module):
     aux: Outputs = {}
     visual, slots = None, None
     if images is not None:
-      visual, visual_slots, aux = self.encode_images(images)
+      visual, visual_slots, aux = self.encode_images(
+          images, self._text(ids, valid, embedded, marks))
       slots = None if visual_slots is None else ids.shape[1] + visual_slots
     axes = len(self.lm.rope.sections)
     tokens, slot = splice(embedded, valid, ids == self.image_token, visual, side=self.pad_side,
@@ -344,8 +350,24 @@ class VLM(nn.Module):
                     crops.owner.reshape(*shape, -1), crops.real.reshape(*shape, -1),
                     side=self.pad_side)
 
-  def encode_images(self, images: Images) -> tuple[Visual, int | None, Outputs]:
+  def _text(self, ids: Array, valid: Array, embedded: Array,
+            marks: Mapping[str, Array] | None) -> dict[str, Array] | None:
+    """Returns the signals of the prompt that the projector's reduction reads, None for none."""
+    reduction = self.projector_reduction
+    if reduction is None or not reduction.needs & TEXT_SIGNALS:
+      return None
+    asked = valid & (ids != self.image_token) & (marks or {}).get('question', True)
+    text = {'text': jnp.where(asked[..., None], embedded, 0), 'text_valid': asked}
+    return {name: text[name] for name in reduction.needs & TEXT_SIGNALS}
+
+  def encode_images(self, images: Images, text: Mapping[str, Array] | None = None
+                    ) -> tuple[Visual, int | None, Outputs]:
     """Runs tower, projector and the projector's reduction.
+
+    Args:
+      images: of B rows.
+      text: what the reduction reads of each row's prompt, [B, T, ...], by the names of `Signals`;
+        None where it reads none.
 
     Returns:
       The visual tokens [B, I, M, D]; the slots that all images of a row take together where they
@@ -354,7 +376,15 @@ class VLM(nn.Module):
       `Images`, but of those tokens; None where each is one visual token), with a reduction at the
       projector 'projector' (the TokenSet behind it, None where it cuts nothing), and with
       `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet).
+
+    Raises:
+      ValueError: no text where the reduction reads some.
     """
+    needs = self.projector_reduction.needs if self.projector_reduction else frozenset()
+    if needs & TEXT_SIGNALS and text is None:
+      raise ValueError(f'{cast(ProjectorReduction, self.projector_reduction).plan.name} at the '
+                       'projector reads the prompt, which is not here: encode images and ids '
+                       'together')
     whole, tower_out = self._run_tower(images)
     if self.frames:
       stats = dict(whole.stats)
@@ -367,6 +397,8 @@ class VLM(nn.Module):
       aux['patches'] = self.probe(tokens.x.astype(jnp.float32)), tokens
     if self.side > 1:
       tokens = neighbours_as_one(tokens, self.tower.grid, self.side)
+    if 'vision_features' in needs:
+      tokens = tokens.replace(stats=tokens.stats | {FEATURES: tokens.x})
     if self.projection:
       tokens = tokens.replace(x=self.projector(tokens.x))
     aux['tower_tokens'] = tokens
@@ -381,7 +413,8 @@ class VLM(nn.Module):
       special = self._special_of(whole, images) if self.projector_reduction.special else None
       rng = self.make_rng('dropout') if self.has_rng('dropout') else None
       visual, slots, outcome = reduce_visual(
-          self.projector_reduction, visual, special, self.reducers, rng=rng, mesh=self.lm.mesh)
+          self.projector_reduction, visual, special, self.reducers, text=text,
+          project=self._project() if 'project' in needs else None, rng=rng, mesh=self.lm.mesh)
       aux['projector'] = outcome and outcome.tokens
       if outcome:
         aux['losses'] = {f'{name}_projector': value for name, value in outcome.losses.items()}
@@ -391,6 +424,11 @@ class VLM(nn.Module):
     axes = stats.pop('axes', None)
     stats.pop('cell', None)
     return visual.replace(stats=stats, axes=axes, extent=images.extent), slots, aux
+
+  def _project(self) -> Any:
+    """The projector as a function; in float32, so that its derivative is no noise of rounding."""
+    module = self.projector.clone(parent=None, name=None, dtype=jnp.float32)
+    return jax.tree_util.Partial(module.apply, self.projector.variables)
 
   def _run_tower(self, images: Images) -> tuple[TokenSet, Outputs]:
     """Tokens [B * C, S + n], S special ones in front, and the tower's dict."""
@@ -417,8 +455,8 @@ class VLM(nn.Module):
 
     with jax.named_scope('reduction'):
       x = jnp.tile(pick(tokens.x), self.side ** 2)
-      x = self.projector(x) if self.projection else x
-      return Visual(x, stats={name: pick(value) for name, value in tokens.stats.items()})
+      stats = {name: pick(value) for name, value in tokens.stats.items()} | {FEATURES: x}
+      return Visual(self.projector(x) if self.projection else x, stats=stats)
 
   def _arrange(self, tokens: TokenSet,
                images: Images) -> tuple[Visual, tuple[Array, Array] | None]:

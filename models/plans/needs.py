@@ -24,7 +24,7 @@ def check_needs(name: str, method: Method, host: Host, site: str, parts: str = '
   missing = sorted((method.needs | method.watch_needs) - host.offers)
   if missing:
     hint = '; choose a method that reads one of these'
-    if getattr(method, 'by', None) in missing and 'received_attention' in host.offers:
+    if [getattr(method, 'by', None)] == missing and 'received_attention' in host.offers:
       hint = "; set args.by='received_attention'"
     raise ValueError(f'{name} needs {", ".join(missing)}, which this host does not offer: it '
                      f'offers {", ".join(sorted(host.offers)) or "nothing"}{hint}')

@@ -6,13 +6,14 @@ Axes: B batch, N slots, D features, C slots compared at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import take
 from ops.primitives.match import l2_normalize
+from ops.primitives.products import by_row
 
 Array = jax.Array
 
@@ -82,21 +83,51 @@ def farthest_first(vectors: Array, among: Array, first: Array, *, count: int,
     int32[B, N], at which step each slot was picked, `count` where it was not.
   """
   chex.assert_equal_shape_prefix((vectors, among), 2)
-  slots = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None]
 
-  def step(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    pick, nearest, turn = state
-    turn = jnp.where((slots == pick[:, None]) & among & (turn == count), number, turn)
-    row = jnp.einsum('bd,bnd->bn', take(vectors, pick[:, None])[:, 0], vectors,
-                     precision='highest')
+  def look(data: tuple[Array, Array | None], nearest: Array, pick: Array,
+           number: Array) -> tuple[Array, Array]:
+    del number
+    vectors, weight = data
+    row = jnp.einsum('d,nd->n', vectors[pick], vectors, precision='highest')
     nearest = jnp.maximum(nearest, row) if far_from == 'nearest' else nearest + row
-    gain = 1 - nearest if weight is None else (1 - nearest) * weight
-    gain = jnp.where(among & (turn == count), gain, -jnp.inf)
-    return jnp.argmax(gain, axis=1).astype(jnp.int32), nearest, turn
+    return nearest, 1 - nearest if weight is None else (1 - nearest) * weight
 
-  near = -2.0 if far_from == 'nearest' else 0.0
-  start = (first, jnp.full(among.shape, near), jnp.full(among.shape, count, jnp.int32))
-  return jax.lax.fori_loop(0, count, step, start)[2]
+  start = jax.nn.one_hot(first, vectors.shape[1])
+  near = jnp.full(among.shape, -2.0 if far_from == 'nearest' else 0.0)
+  return pick_greedily(look, (vectors, weight), among, start, near, count=count)
+
+
+def pick_greedily(look: Callable[..., tuple[Any, Array]], data: Any, among: Array, gain: Array,
+                  state: Any, *, count: int) -> Array:
+  """Picks slots one by one, each the one that gains most by then; of equals the lowest.
+
+  Args:
+    look: of one row: (data, state, the pick int32[], how many came before it) -> state, and what
+      each slot gains as the next, float32[N].
+    data: arrays [B, ...] that `look` reads.
+    among: bool[B, N], slots that may be picked.
+    gain: float32[B, N], what each gains as the first.
+    state: arrays [B, ...] that `look` remembers.
+    count: how many to pick.
+
+  Returns:
+    int32[B, N], at which step each slot was picked, `count` where it was not.
+  """
+  slots = jnp.arange(among.shape[1], dtype=jnp.int32)
+
+  def pick_in_row(data: Any, among: Array, gain: Array, state: Any) -> Array:
+    def step(number: Array, carried: tuple[Array, Any, Array]) -> tuple[Array, Any, Array]:
+      gain, state, turn = carried
+      left = among & (turn == count)
+      pick = jnp.argmax(jnp.where(left, gain, -jnp.inf)).astype(jnp.int32)
+      turn = jnp.where((slots == pick) & left, number, turn)
+      state, gain = look(data, state, pick, number)
+      return gain, state, turn
+
+    never = jnp.full(among.shape, count, jnp.int32)
+    return jax.lax.fori_loop(0, count, step, (gain, state, never))[2]
+
+  return by_row(pick_in_row, data, among, gain, state)
 
 
 def _largest_cosine(vectors: Array, among: Array, counts: Callable[[Array, Array], Array], *,

@@ -23,7 +23,7 @@ def dot_general(dtype: DTypeLike) -> Callable[..., Array] | None:
   return _of_bfloat16 if on_cpu and jnp.dtype(dtype) == jnp.bfloat16 else None
 
 
-def by_row(function: Callable[..., Array], *rows: Array) -> Array:
+def by_row(function: Callable[..., Array], *rows: Any) -> Array:
   """Returns what a function of one row makes of each: a CPU takes one row after another.
 
   What a row is compared with then stays in its cache: greedy selections of a batch of 16 images
@@ -31,7 +31,7 @@ def by_row(function: Callable[..., Array], *rows: Array) -> Array:
 
   Args:
     function: of arrays [...], without control over other rows.
-    *rows: its arrays [B, ...].
+    *rows: its arrays [B, ...], or trees of them.
   """
   if jax.default_backend() == 'cpu':
     return jax.lax.map(lambda row: function(*row), rows)

@@ -72,7 +72,7 @@ def cell(name, host):
     assert re.match(rf'{name} \w+', said), said
     assert '\n' not in said
     assert bool(missing) == (f'needs {missing}, which this host does not offer' in said)
-    assert said.endswith(FALLBACK) == (bool(missing) and isinstance(method, ByAttention))
+    assert said.endswith(FALLBACK) == (isinstance(method, ByAttention) and missing == method.by)
   else:
     assert not missing
     return ''

@@ -26,6 +26,7 @@ from models.reduce_config import with_projector_reduction
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
+from ops.signals import TEXT_SIGNALS
 from ops.tokens import SPECIAL, TokenSet
 
 SIDE, PATCHES, KEEP, LAST = 4, 16, 6, 1
@@ -72,10 +73,10 @@ def made(tower, kind='llava'):
 
 
 @functools.cache
-def random_params(vlm, images_of):
-  """Parameters of tower and newline, none of them zero."""
-  init = functools.partial(vlm.init, method='encode_images')
-  shapes = jax.eval_shape(init, jax.random.key(0), images_of())
+def random_params(vlm, images_of, *prompt):
+  """Parameters of tower, projector and newline, none of them zero; with a prompt of embeddings."""
+  init = functools.partial(vlm.init, method='sequence' if prompt else 'encode_images')
+  shapes = jax.eval_shape(init, jax.random.key(0), *map(np.array, prompt), images_of())
   random = np.random.default_rng(3)
   return jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
 
@@ -100,9 +101,11 @@ def behind(vlm, images, params, config, slots):
 
 
 def names(tower):
-  """Methods that can act behind the projector of a model with this tower."""
-  return [name for name, method in methods(made(tower).projector_host(PATCHES)).items()
-          if name != 'none' and not issubclass(method, nn.Module)]
+  """Methods that can act behind the projector of a model with this tower, and in it."""
+  vlm = made(tower)
+  return [name for name, method in methods(vlm.projector_host(PATCHES)).items()
+          if contract.method(name).needs <= vlm.tower.host.offers
+          and name != 'none' and not issubclass(method, nn.Module)]
 
 
 def left(tokens, row):
@@ -151,6 +154,11 @@ def test_cls_rows_are_those_of_the_tower(name):
   check(name, 'cls')
 
 
+@pytest.mark.long
+def test_queries_of_visiontrim_are_those_of_the_tower():
+  check('visiontrim', 'cls', variant='release')
+
+
 def test_all_methods_are_there():
   """The tests above would pass without any."""
   assert {'prumerge', 'flowcut', 'visionzip', 'vtc_cls', 'hiprune', 'tome', 'vid_tldr', 'crossget',
@@ -181,7 +189,8 @@ class Spy(Reducer):
     return frozenset(self.names)
 
   def __call__(self, tokens, signals, *, num_slots):
-    CALLS.append((tokens, signals))
+    made = signals.project and signals.project(signals.vision_features)
+    CALLS.append((tokens, signals.replace(project=None), made))
     return keep_top(tokens, jnp.zeros(tokens.x.shape[:2]), num_slots=num_slots)
 
 
@@ -196,7 +205,7 @@ def spy(monkeypatch):
       CALLS.clear()
       function({'method': 'spy', 'args': {'names': tuple(sorted(names))}, 'keep': 5}, params)
       call, = CALLS
-      return call
+      return call if 'project' in names else call[:2]
 
     return seen(params)
 
@@ -214,7 +223,7 @@ def test_signals_of_a_crop_are_all_that_the_tower_has(tower, spy):
   vlm, images = made(tower), squares()
   params, host = random_params(vlm, squares), vlm.projector_host(PATCHES)
   wanted = set(FROM_TOWER) - ({'cls_attention'} if tower == 'no_cls' else set())
-  assert host.offers == wanted | {'grid', 'layer', 'depth', 'slots', 'one_sequence'}
+  assert host.offers == wanted | TEXT_SIGNALS | {'grid', 'layer', 'depth', 'slots', 'one_sequence'}
   tokens, signals = spy(lambda config, params: behind(vlm, images, params, config, PATCHES), wanted,
                         params)
   inside, measured = spy(lambda config, params: in_tower(vlm.tower, images, params, config), wanted,
@@ -253,7 +262,7 @@ def test_signals_of_several_crops_are_each_crops_own(case, spy):
   images, params = images_of(), random_params(vlm, images_of)
   slots = images.index.shape[2] * images.index.shape[1]
   host = vlm.projector_host(slots)
-  assert host.offers == {*PER_TOKEN, 'layer', 'depth', 'slots'}
+  assert host.offers == {*PER_TOKEN, *TEXT_SIGNALS, 'layer', 'depth', 'slots'}
   across = {'across': 'prompt', 'order': 'method'} if case == 'prompt' else {}
   tokens, signals = spy(lambda config, params: behind(vlm, images, params, config | across, slots),
                         PER_TOKEN, params)
@@ -265,6 +274,74 @@ def test_signals_of_several_crops_are_each_crops_own(case, spy):
     np.testing.assert_allclose(
         attention_last(name, getattr(signals, name)),
         laid_out(images, name, getattr(measured, name), vlm.tower.special), atol=1e-6)
+
+
+WORDS = np.array([[30, 1, 2, 3, 30, 9], [4, 5, 30, 0, 0, 0]])
+REAL = np.arange(6) < np.array([[6], [3]])
+
+
+def spied(spy, vlm, images_of, names, slots, marks=None):
+  """Tokens and signals that a method behind the projector gets, and what `project` makes."""
+  params = random_params(vlm, images_of, ((30,),), ((True,),))
+
+  def function(config, params):
+    with_projector_reduction(vlm, config, slots=slots).apply(
+        params, WORDS, REAL, images_of(), marks, method='sequence')
+
+  return params['params'], spy(function, names, params)
+
+
+def test_the_prompts_text_is_that_of_its_row(spy):
+  vlm, names = from_config(LLAVA), TEXT_SIGNALS
+  params, (_, found) = spied(spy, vlm, squares, names, PATCHES)
+  table = np.asarray(params['lm']['table'])
+  wanted = REAL & (WORDS != 30)
+  assert wanted.sum(axis=1).tolist() == [4, 2]
+  # Two images a row, one after the other.
+  np.testing.assert_array_equal(found.text_valid, np.repeat(wanted, 2, axis=0))
+  np.testing.assert_allclose(
+      found.text, np.repeat(np.where(wanted[..., None], table[WORDS], 0), 2, axis=0), atol=1e-6)
+  asked = WORDS == 2
+  _, (_, found) = spied(spy, vlm, squares, names, PATCHES, marks={'question': asked})
+  np.testing.assert_array_equal(found.text_valid, np.repeat(asked, 2, axis=0))
+  assert (np.asarray(found.text)[~np.repeat(asked, 2, axis=0)] == 0).all()
+
+
+@pytest.mark.parametrize('case', ['squares', pytest.param('crops', marks=pytest.mark.long)])
+def test_vision_features_are_what_the_projector_gets(case, spy):
+  vlm = from_config(LLAVA | {'model_type': 'llava' if case == 'squares' else 'llava_next'})
+  images_of = squares if case == 'squares' else crops
+  images = images_of()
+  slots = PATCHES if case == 'squares' else images.index.shape[2]
+  names = {'vision_features', 'project'} | ({'queries'} if case == 'squares' else set())
+  params, (tokens, found, made) = spied(spy, vlm, images_of, names, slots)
+  tower, _ = jax.jit(vlm.tower.apply)({'params': params['tower']}, pixels(images))
+  features = tower.x[:, 0 if case == 'squares' else vlm.special:]
+  if case == 'squares':
+    # The fourth image is not there.
+    np.testing.assert_allclose(found.vision_features[:3], features[:3], rtol=1e-5)
+    np.testing.assert_allclose(made[:3], tokens.x[:3], rtol=1e-5)
+  else:
+    wanted = laid_out(images, '', features, 0)
+    np.testing.assert_allclose(found.vision_features.reshape(wanted.shape), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize('needs', ['text', 'project', 'vision_features'])
+def test_hosts_without_text_or_projector_refuse(needs, monkeypatch):
+  monkeypatch.setitem(REDUCERS, 'spy', Spy)
+  config = {'method': 'spy', 'args': {'names': (needs,)}, 'keep': 4}
+  hosts = [from_config(LLAVA).tower.host, from_config(LLAVA).lm.host(20, visual=8)]
+  if needs != 'text':
+    hosts.append(from_config(QWEN, grid=(8, 8)).projector_host(PATCHES))
+  for host in hosts:
+    with pytest.raises(ValueError, match=f'spy needs {needs}, which this host does not') as error:
+      make_plan(config | {'layers': 0, 'site': 'after'}, host)
+    assert '\n' not in str(error.value)
+  if needs == 'text':
+    vlm = with_projector_reduction(from_config(LLAVA), config, slots=PATCHES)
+    with pytest.raises(ValueError, match='spy at the projector reads the prompt'):
+      jax.eval_shape(functools.partial(vlm.init, method='encode_images'), jax.random.key(0),
+                     squares())
 
 
 @pytest.mark.parametrize('name', RELATIONAL)
@@ -298,7 +375,8 @@ def test_signals_of_merged_patches_are_means_of_their_cells(spy):
   params = random_params(vlm, lambda: images)
   wanted = {'keys', 'plain_keys', 'values', 'received_attention'}
   slots = images.index.shape[2]
-  assert vlm.projector_host(slots).offers == wanted | {'layer', 'depth', 'slots', 'grids'}
+  assert vlm.projector_host(slots).offers == wanted | TEXT_SIGNALS | {
+      'layer', 'depth', 'slots', 'grids'}
   _, signals = spy(lambda config, params: behind(vlm, images, params, config, slots), wanted,
                    params)
 

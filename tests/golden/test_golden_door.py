@@ -20,12 +20,13 @@ from ops.primitives import farthest
 from ops.primitives.contextual import order_over_crops
 from ops.primitives.match import l2_normalize
 from ops.primitives.quantiles import outliers
+from ops.primitives.queries import whole_attention
 from ops.reducers.projector.aim_merge import AIMMerge
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.hiprune import HiPrune
-from ops.reducers.projector.prumerge import PruMerge, whole_attention
+from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vtc_cls import VTCCLS
 from ops.signals import Signals, measure_map

@@ -1,7 +1,7 @@
 """Synthetic tokens and signals, and one compiled run of a method, for the contract's invariants.
 
 Axes: B batch, N slots now, M slots after, T original tokens, D features, H heads, d features a
-head.
+head, Q words of a prompt.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ ORIGINALS = 40
 WIDE = 24
 TEXTS = WIDE - SLOTS
 KEEP, KEEP_AGAIN, KEEP_TEXT = 13, 8, 13 + TEXTS
+# Words of a prompt: so many in the first row, one less in the second, two less in the third.
+WORDS = 4
 GARBAGE = 1e3
 
 
@@ -49,6 +51,7 @@ class Case:
     valid: bool[B, N] or None.
     protected: kept slots in every row.
     budget: int32[B], free tokens that each row keeps, or None.
+    text: float32[B, Q, D], and text_valid: bool[B, Q].
   """
 
   x: np.ndarray
@@ -64,6 +67,8 @@ class Case:
   valid: np.ndarray | None = None
   protected: int = PROTECTED
   budget: np.ndarray | None = None
+  text: np.ndarray | None = None
+  text_valid: np.ndarray | None = None
 
   def change(self, **fields: Any) -> Case:
     return dataclasses.replace(self, **fields)
@@ -98,6 +103,8 @@ class Case:
         'attention': attention, 'cls_attention': attention[np.arange(len(self.x)), :, self.cls],
         'last_attention': attention[np.arange(len(self.x)), :, self.last],
         'received_attention': np.where(queries, attention, 0).sum(2) / queries.sum(2)}
+    known |= {'text': self.text.astype(dtype), 'text_valid': self.text_valid,
+              'vision_features': known['hidden'], 'project': PROJECT}
     ahead = _softmax(np.where(real[:, 0], self.ahead, -np.inf))
     known['row_attention'] = known['received_attention']
     known['mlp_hidden'] = known['hidden']
@@ -109,6 +116,11 @@ class Case:
                    grid=GRID, layer=1, depth=4, rope=Rope(HEAD))
 
   @property
+  def told(self) -> dict[str, np.ndarray]:
+    """What rows have beside their tokens."""
+    return {'text': self.text, 'text_valid': self.text_valid}
+
+  @property
   def cls(self) -> np.ndarray:
     """int[B], where the first special token sits."""
     return np.argmax(self.real & (self.kind == SPECIAL), axis=1)
@@ -117,6 +129,14 @@ class Case:
   def last(self) -> np.ndarray:
     """int[B], where the last token sits."""
     return self.real.shape[1] - 1 - np.argmax(self.real[:, ::-1], axis=1)
+
+
+def _project(kernel: Any, x: Any) -> Any:
+  return nn.gelu(x.astype(jnp.float32) @ kernel[0]) @ kernel[1]
+
+
+PROJECT = jax.tree_util.Partial(
+    _project, np.random.default_rng(11).normal(size=(2, WIDTH, WIDTH)).astype(np.float32) / 4)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -139,7 +159,8 @@ def random_case(seed: int = 0, *, slots: int = SLOTS) -> Case:
   return Case(
       x=normal(slots, WIDTH), q=2 * normal(slots, HEADS, HEAD), k=normal(slots, HEADS, HEAD),
       v=normal(slots, HEADS, HEAD), hidden=normal(slots, WIDTH), ahead=normal(HEADS, slots),
-      pos=np.tile(pos, (BATCH, 1)), kind=np.tile(kind, (BATCH, 1)), owner=owner, size=size)
+      pos=np.tile(pos, (BATCH, 1)), kind=np.tile(kind, (BATCH, 1)), owner=owner, size=size,
+      text=normal(WORDS, WIDTH), text_valid=np.arange(WORDS) < WORDS - np.arange(BATCH)[:, None])
 
 
 def spread(case: Case, places: list[np.ndarray], *, slots: int = WIDE) -> Case:
@@ -161,7 +182,7 @@ def spread(case: Case, places: list[np.ndarray], *, slots: int = WIDE) -> Case:
       v=move(case.v, GARBAGE), hidden=move(case.hidden, GARBAGE), ahead=ahead,
       pos=move(case.pos, 3), kind=move(case.kind, VISUAL), owner=owner,
       size=move(case.size, GARBAGE), valid=move(np.ones(case.x.shape[:2], bool), False),
-      protected=case.protected)
+      protected=case.protected, **case.told)
 
 
 def with_text(case: Case, places: list[np.ndarray]) -> Case:
@@ -185,7 +206,8 @@ def with_text(case: Case, places: list[np.ndarray]) -> Case:
 
 def alike(case: Case, value: float) -> Case:
   """All tokens the same: features of one value, equal attention for all, one token a slot."""
-  same = {name: np.full_like(getattr(case, name), value) for name in ('x', 'q', 'k', 'v', 'hidden')}
+  same = {name: np.full_like(getattr(case, name), value)
+          for name in ('x', 'q', 'k', 'v', 'hidden', 'text')}
   return case.change(**same, ahead=np.zeros_like(case.ahead), size=np.ones_like(case.size))
 
 
@@ -231,10 +253,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'adatoken_3d': {'share': 0.5}, 'mustdrop': {'overall': 0.05, 'single': 0.3},
     'gemfilter': {'kernel': 1}, 'pact': {'keep': 0.7, 'cutoff': 0.7, 'coefficient': 1.0},
     'duet_zip': {'contextual': 2, 'width': 2}, 'holov': {'chunks': 4},
-    'token_corr': {'threshold': 0.25, 'partners': 6}, 'vflowopt': {'cell': 2.5}}
+    'token_corr': {'threshold': 0.25, 'partners': 6}, 'vflowopt': {'cell': 2.5},
+    'recoverable': {'variant': 'paper', 'peers': 3, 'neighbours': 4},
+    'visiontrim': {'variant': 'paper', 'complement': 3}}
 
+# Those that mix tokens into some outputs, and leave others as they are.
+MIX_SOME = ('recoverable', 'visiontrim')
 # Those that divide tokens by their place first, and then choose in each part.
-PARTED = {'vispruner': 'every other token goes first', 'holov': 'shares tokens among chunks'}
+PARTED = {'vispruner': 'every other token goes first', 'flashvlm': 'every other token goes first',
+          'holov': 'shares tokens among chunks'}
 
 
 @functools.cache
@@ -355,7 +382,7 @@ def gradients(name: str, dtype: Any) -> Any:
     needs = method(name).needs
     tokens, signals = case.tokens(dtype), case.signals(needs, dtype)
     params = parameters(name, tokens, signals, num_slots=keep)
-    floats = {key: getattr(signals, key) for key in needs if key not in STATIC}
+    floats = {key: getattr(signals, key) for key in needs if key not in {*STATIC, 'text_valid'}}
     rng = jax.random.key(5) if learned(name) else None
     (value, reduced), grads = step((params, tokens.x, floats), tokens, signals, rng)
     return (value, reduced.x, reduced.sizes), grads

@@ -51,6 +51,10 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
                      'hidrop': ['next_last_attention'], 'aim': ['rope'], 'dyvte': ['rope'],
                      'sparsevlm': ['row_attention'],
                      'visiondrop': ['next_keys', 'next_row_attention'],
+                     'cdpruner': ['text', 'text_valid'], 'recoverable': ['text', 'text_valid'],
+                     'flashvlm': ['text', 'text_valid', 'vision_features'],
+                     'mmtok': ['text', 'text_valid', 'vision_features'],
+                     'zoo_prune': ['project', 'vision_features'],
                      'gemfilter': []}  # It runs the model again, which only a language model can.
   every = [*methods(), *branch_methods(), *CACHE_REDUCERS, *INSERTS]
   assert len(set(every)) == len(every), 'names are unique'

@@ -147,6 +147,20 @@ def test_methods_that_join_or_read_keys_act_at_the_door(method):
 
 
 @pytest.mark.long
+@pytest.mark.long
+def test_a_prompts_words_choose_for_its_own_images():
+  vlm, params = llava()
+  reduced = with_projector_reduction(vlm, {'method': 'mmtok', 'keep': 5}, slots=16)
+  images = squares()
+  together = look(reduced, params, images)
+  # Shorter, and with other words after the same image.
+  alone, other = (run(reduced, params, Images(images.pixels[:1, :1]), method='sequence',
+                      ids=np.array([[IMAGE, *words]]), valid=np.ones((1, 4), bool))[1]
+                  for words in ((1, 2, 3), (21, 22, 23)))
+  np.testing.assert_allclose(visual_of(together, 0), visual_of(alone, 0), rtol=1e-3)
+  assert not np.allclose(visual_of(other, 0), visual_of(alone, 0), rtol=0.1)
+
+
 def test_a_learned_method_at_the_door_has_parameters_that_train():
   vlm, params = llava()
   reduced = with_projector_reduction(vlm, {'method': 'patchmerger', 'keep': 4}, slots=16)

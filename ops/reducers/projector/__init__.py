@@ -2,23 +2,30 @@
 
 from ops.reducers.method import Method
 from ops.reducers.projector.aim_merge import AIMMerge
+from ops.reducers.projector.cdpruner import CDPruner
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
+from ops.reducers.projector.flashvlm import FlashVLM
 from ops.reducers.projector.flowcut import FlowCut
 from ops.reducers.projector.fopru import FoPru
+from ops.reducers.projector.gprune import GPrune
 from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.holov import HoloV
+from ops.reducers.projector.mmtok import MMTok
 from ops.reducers.projector.ppe import PPE
 from ops.reducers.projector.prumerge import PruMerge
+from ops.reducers.projector.recoverable import Recoverable
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.todre import ToDRE
 from ops.reducers.projector.token_corr import TokenCorr
 from ops.reducers.projector.vflowopt import VFlowOpt
+from ops.reducers.projector.visiontrim import VisionTrim
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vispruner import VisPruner
 from ops.reducers.projector.vmtc import VMTC
 from ops.reducers.projector.vtc_cls import VTCCLS
+from ops.reducers.projector.zoo_prune import ZOOPrune
 
 PROJECTOR: dict[str, type[Method]] = {
     'flowcut': FlowCut,
@@ -32,6 +39,13 @@ PROJECTOR: dict[str, type[Method]] = {
     'prumerge': PruMerge,
     'vtc_cls': VTCCLS,
     'hiprune': HiPrune,
+    'cdpruner': CDPruner,
+    'flashvlm': FlashVLM,
+    'mmtok': MMTok,
+    'visiontrim': VisionTrim,
+    'gprune': GPrune,
+    'recoverable': Recoverable,
+    'zoo_prune': ZOOPrune,
     'holov': HoloV,
     'fopru': FoPru,
     'todre': ToDRE,

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Mix, take
-from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import cosine
 from ops.primitives.quantiles import outliers
+from ops.primitives.queries import whole_attention
 from ops.primitives.select import rank_of, ranks
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import SPECIAL, TokenSet, count, num_left
+from ops.tokens import TokenSet, count, num_left
 from ops.values import Count, OneOf
 
 Array = jax.Array
@@ -101,11 +101,3 @@ class PruMerge(Reducer):
       spaced = tokens.free & ~chosen & (raster % step == 0) & (raster < number - 1)
     tiers = ((tokens.fixed, FIXED), (chosen, CHOSEN), (spaced, SPACED), (tokens.real, DROPPED))
     return jnp.select([flags for flags, _ in tiers], [tier for _, tier in tiers], PADDING)
-
-
-def whole_attention(tokens: TokenSet, queries: Array, keys: Array) -> Array:
-  """Attention of [CLS], all heads taken as one: float32[B, N, H d] twice -> float32[B, N]."""
-  first = jnp.argmax(tokens.real & (tokens.kind == SPECIAL), axis=1)[:, None]
-  logits = jnp.einsum('bd,bnd->bn', take(queries, first)[:, 0], keys, precision='highest')
-  logits = jnp.where(tokens.real, logits * keys.shape[2] ** -0.5, HIDDEN_LOGIT)
-  return jnp.where(tokens.real, jax.nn.softmax(logits, axis=1), 0.0)
