@@ -25,7 +25,7 @@ from models.reduce_config import with_projector_reduction
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
-from ops.signals import TEXT_SIGNALS
+from ops.signals import AXES, CROP_SIGNALS, TEXT_SIGNALS
 from ops.tokens import SPECIAL
 
 SIDE, PATCHES, KEEP, LAST = 4, 16, 6, 1
@@ -60,7 +60,7 @@ def crops():
 
   def picture(size):
     pixels = random.normal(size=(3, 16, 16, 3)).astype(np.float32)
-    return Picture(pixels, *anyres_layout(size, (16, 32), tile=16, side=SIDE))
+    return Picture(pixels, *anyres_layout(size, (16, 32), tile=16, side=SIDE), tiling=(1, 2))
 
   return batch_pictures([[picture((10, 40))], [picture((16, 32))]], patches=PATCHES)
 
@@ -208,7 +208,7 @@ def spy(monkeypatch):
 
 def attention_last(name, value):
   """A signal with its slots in axis 1."""
-  return np.asarray(jnp.swapaxes(value, 1, 2) if 'attention' in name else value)
+  return np.asarray(jnp.swapaxes(value, 1, 2) if AXES[name] == ('B', 'H', 'N') else value)
 
 
 @pytest.mark.long
@@ -216,8 +216,9 @@ def attention_last(name, value):
 def test_signals_of_a_crop_are_all_that_the_tower_has(tower, spy):
   vlm, images = made(tower), squares()
   params, host = random_params(vlm, squares), vlm.projector_host(PATCHES)
-  wanted = set(FROM_TOWER) - ({'cls_attention'} if tower == 'no_cls' else set())
-  assert host.offers == wanted | TEXT_SIGNALS | {'grid', 'layer', 'depth', 'slots', 'one_sequence'}
+  wanted = set(FROM_TOWER) - ({'cls_attention', 'cls_logits'} if tower == 'no_cls' else set())
+  assert host.offers == wanted | TEXT_SIGNALS | CROP_SIGNALS | {
+      'grid', 'layer', 'depth', 'slots', 'one_sequence'}
   tokens, signals = spy(lambda config, params: behind(vlm, images, params, config, PATCHES), wanted,
                         params)
   inside, measured = spy(lambda config, params: in_tower(vlm.tower, images, params, config), wanted,
@@ -256,7 +257,7 @@ def test_signals_of_several_crops_are_each_crops_own(case, spy):
   images, params = images_of(), random_params(vlm, images_of)
   slots = images.index.shape[2] * images.index.shape[1]
   host = vlm.projector_host(slots)
-  assert host.offers == {*PER_TOKEN, *TEXT_SIGNALS, 'layer', 'depth', 'slots'}
+  assert host.offers == {*PER_TOKEN, *TEXT_SIGNALS, *CROP_SIGNALS, 'layer', 'depth', 'slots'}
   across = {'across': 'prompt', 'order': 'method'} if case == 'prompt' else {}
   tokens, signals = spy(lambda config, params: behind(vlm, images, params, config | across, slots),
                         PER_TOKEN, params)
@@ -268,6 +269,49 @@ def test_signals_of_several_crops_are_each_crops_own(case, spy):
     np.testing.assert_allclose(
         attention_last(name, getattr(signals, name)),
         laid_out(images, name, getattr(measured, name), vlm.tower.special), atol=1e-6)
+
+
+def test_tokens_know_the_crop_that_they_are_of(spy):
+  vlm, names = made('cls', 'llava_next'), CROP_SIGNALS
+  images, params = crops(), random_params(vlm, crops)
+  slots = images.index.shape[2]
+  _, found = spy(lambda config, params: behind(vlm, images, params, config, slots), names, params)
+  assert found.crop_grid == (SIDE, SIDE)
+  np.testing.assert_array_equal(found.tiling, [[1, 2], [1, 2]])
+  # Of the first image's crops four rows of padding are left out, of the second's none.
+  there, newline = np.asarray(images.weight)[:, 0, :, 0] > 0, found.crop < 0
+  assert newline.sum(axis=1, where=there).tolist() == [2, 4]
+  for row, rows in enumerate((2, 4)):
+    real = there[row] & ~newline[row]
+    counts = np.bincount(found.crop[row][real]).tolist()
+    assert counts == [PATCHES, rows * SIDE, rows * SIDE]
+    source = found.crop[row] * PATCHES + found.patch[row]
+    np.testing.assert_array_equal(source[real], images.index[row, 0, :, 0][real])
+
+
+def test_crops_of_several_images_share_no_budget():
+  vlm, images = made('cls'), squares()
+  with pytest.raises(ValueError, match=r"hired gives every crop .* set across='image'"):
+    behind(vlm, images, random_params(vlm, squares),
+           {'method': 'hired', 'keep': 8, 'across': 'prompt'}, 2 * PATCHES)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', ['hired', 'globalcom2'])
+def test_crops_have_budgets_whatever_else_is_in_the_batch(name):
+  vlm, images = made('cls', 'llava_next'), crops()
+  params, slots = random_params(vlm, crops), images.index.shape[2]
+
+  @jax.jit
+  def run(images):
+    return behind(vlm, images, params, {'method': name, 'keep_ratio': 0.5}, slots)
+
+  both = run(images)
+  for row in range(2):
+    alone = run(jax.tree.map(lambda leaf, row=row: leaf[row:row + 1], images))
+    for found, wanted in zip(left(alone, 0), left(both, row), strict=True):
+      np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert 4 < len(left(alone, 0)[0]) <= slots // 2
 
 
 WORDS = np.array([[30, 1, 2, 3, 30, 9], [4, 5, 30, 0, 0, 0]])

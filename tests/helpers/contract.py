@@ -33,6 +33,8 @@ KEEP, KEEP_AGAIN, KEEP_TEXT = 13, 8, 13 + TEXTS
 # Words of a prompt: so many in the first row, one less in the second, two less in the third.
 WORDS = 4
 GARBAGE = 1e3
+# An image in small and two crops of it; other patches are of none that counts.
+TILING, CROP_GRID = (2, 1), (2, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +102,20 @@ class Case:
         'queries': self.q.astype(dtype), 'keys': self.k.astype(dtype),
         'values': self.v.astype(dtype), 'hidden': self.hidden.astype(dtype),
         'attention': attention, 'cls_attention': attention[np.arange(len(self.x)), :, self.cls],
+        'cls_logits': logits[np.arange(len(self.x)), :, self.cls],
         'last_attention': attention[np.arange(len(self.x)), :, self.last],
         'received_attention': np.where(queries, attention, 0).sum(2) / queries.sum(2)}
     known |= {'text': self.text.astype(dtype), 'text_valid': self.text_valid,
               'vision_features': known['hidden'], 'project': PROJECT}
+    each, patch = CROP_GRID[0] * CROP_GRID[1], self.kind == VISUAL
+    known |= {'crop': np.where(patch, self.pos // each, -1).astype(np.int32),
+              'patch': np.where(patch, self.pos % each, -1).astype(np.int32),
+              'tiling': np.tile(np.array(TILING, np.int32), (len(self.x), 1))}
     ahead = _softmax(np.where(real[:, 0], self.ahead, -np.inf))
     known |= {'next_received_attention': ahead, 'next_last_attention': ahead,
               'next_row_attention': ahead}
     return Signals(**{name: known[name] for name in needs & known.keys()},
-                   grid=GRID, layer=1, depth=4)
+                   grid=GRID, crop_grid=CROP_GRID, layer=1, depth=4)
 
   @property
   def told(self) -> dict[str, np.ndarray]:
@@ -245,7 +252,8 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 # ends of a row unlike its middle, and so has no ties.
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
-    'gemfilter': {'kernel': 1}, 'duet_zip': {'contextual': 2, 'width': 2}}
+    'gemfilter': {'kernel': 1}, 'globalcom2': {'temperature': 2.0},
+    'duet_zip': {'contextual': 2, 'width': 2}}
 
 
 @functools.cache
@@ -366,7 +374,8 @@ def gradients(name: str, dtype: Any) -> Any:
     needs = method(name).needs
     tokens, signals = case.tokens(dtype), case.signals(needs, dtype)
     params = parameters(name, tokens, signals, num_slots=keep)
-    floats = {key: getattr(signals, key) for key in needs if key not in {*STATIC, 'text_valid'}}
+    floats = {key: value for key in needs - STATIC
+              if jnp.issubdtype((value := getattr(signals, key)).dtype, jnp.floating)}
     rng = jax.random.key(5) if learned(name) else None
     (value, reduced), grads = step((params, tokens.x, floats), tokens, signals, rng)
     return (value, reduced.x, reduced.sizes), grads

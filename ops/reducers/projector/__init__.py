@@ -6,7 +6,9 @@ from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.flowcut import FlowCut
+from ops.reducers.projector.globalcom2 import GlobalCom2
 from ops.reducers.projector.hiprune import HiPrune
+from ops.reducers.projector.hired import HiRED
 from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.visionzip import VisionZip
@@ -23,4 +25,6 @@ PROJECTOR: dict[str, type[Method]] = {
     'prumerge': PruMerge,
     'vtc_cls': VTCCLS,
     'hiprune': HiPrune,
+    'hired': HiRED,
+    'globalcom2': GlobalCom2,
 }
