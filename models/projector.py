@@ -28,7 +28,7 @@ from ops import tokens as tk
 from ops.assignments import take
 from ops.reducers.base import Reducer
 from ops.reducers.method import WatchingMethod
-from ops.signals import AXES, Signals
+from ops.signals import AXES, CROP_SIGNALS, Signals
 from ops.splice import Visual
 from ops.tokens import SPECIAL, TokenSet
 
@@ -145,7 +145,7 @@ class ProjectorReduction:
     order: of the tokens after it: 'raster', by the position of each token's anchor, or the
       'method's own.
     grid: (rows, columns) of the tokens, None where they are no grid.
-    crop_grid: (rows, columns) of the patches of a crop.
+    crop_grid: (rows, columns) of the patches (or cells) of a crop.
     depth: layers of the tower.
     special: S, special tokens of the tower that lead every pool, so that signals have their rows;
       0 where the method reads none.
@@ -167,7 +167,8 @@ class ProjectorReduction:
 
 def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual | None,
                   reducers: ReducerParameters, *, text: Mapping[str, Array] | None = None,
-                  tiling: Array | None = None, project: Any = None, rng: Array | None = None,
+                  tiling: Array | None = None, num_crops: int = 1, project: Any = None,
+                  rng: Array | None = None,
                   mesh: Mesh | None = None) -> tuple[Visual, int | None, Reduced | None]:
   """Reduces visual tokens after the projector.
 
@@ -178,6 +179,7 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
     reducers: holds the parameters of a learned method.
     text: the signals of each row's prompt, [B, T, ...], by name: every image of the row gets them.
     tiling: int32[B, I, 2], how each image is cut into crops; None where no method asks.
+    num_crops: the most that an image has.
     project: the projector, as in `Signals`.
     rng: turns its training on.
     mesh: the devices, or None.
@@ -203,15 +205,15 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
   tokens, from_tower = _pools(visual, special, slots)
   of_rows = {name: jnp.repeat(value, images // together, axis=0)
              for name, value in (text or {}).items()}
+  if reduction.needs & CROP_SIGNALS and together > 1:
+    raise ValueError(f'{reduction.plan.name} goes by the crops or frames of one image: set '
+                     "across='image', or choose another method")
   if tiling is not None:
-    if together > 1:
-      raise ValueError(f'{reduction.plan.name} gives every crop of an image a budget: set '
-                       "across='image', or choose another method")
     of_rows['tiling'] = tiling.reshape(-1, 2)
   lead, signals = tokens.protected, Signals().replace(**from_tower, **of_rows, project=project)
   event = dataclasses.replace(event, slots_in=lead + slots, slots_out=lead + event.slots_out)
   place = Place(reduction.depth, reduction.grid, mesh=mesh, crop_grid=reduction.crop_grid,
-                one_sequence=reduction.grid is not None)
+                num_crops=num_crops, one_sequence=reduction.grid is not None)
   params = reducers(event, tokens, signals, place)
   budget, = row_budgets((event,), tokens)
   outcome = reduce(event, tokens, signals, place, budget=budget, params=params, rng=rng)

@@ -143,8 +143,7 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
     # It watches alone: without events nothing calls it.
     recorder = Reduction('record_signals', record, watch=record.layers)  # type: ignore[arg-type]
     tower = tower.clone(plan=Plan((), (recorder,)))
-  crop_grid = None if isinstance(vlm.tower, QwenVision) else vlm.tower.grid
-  reduction = ProjectorReduction(plan, across, order, grid, crop_grid, tower.depth,
+  reduction = ProjectorReduction(plan, across, order, grid, vlm.crop_grid, tower.depth,
                                  vlm.special if record.layers and grid else 0)
   return vlm.clone(tower=tower, projector_reduction=reduction)
 

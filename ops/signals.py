@@ -67,13 +67,17 @@ class Signals(struct.PyTreeNode):
     text_valid: bool[B, T], False for image placeholders, padding and what is not asked.
     vision_features: float[B, N, C], what the projector made each token of; zeros for newlines.
     crop: int32[B, N], which crop of its image each token is a patch of: 0 for the whole image in
-      small, where there are several, and -1 for newlines.
-    patch: int32[B, N], which patch of its crop it is, in raster order; -1 for newlines.
+      small, where there are several, and -1 for newlines. Frames of a video are crops, in the order
+      of time, and so are rows of a tower that merges patches or frames.
+    patch: int32[B, N], which patch (or cell of merged ones) of its crop it is, in raster order, the
+      nearest where it is interpolated; -1 for newlines. Where frames are pooled it is not the place
+      among the frame's tokens: that is their order (ops/primitives/frames.py).
     tiling: int32[B, 2], rows and columns of the crops that an image is cut into; 0 for one crop.
     project: the projector itself in float32, as a function float[..., C] -> float32[..., D].
     rope: how positions become rotations (ops/rope.py). Static.
     grid: (rows, columns) of the patch grid. Static.
-    crop_grid: (rows, columns) of the patches of a crop. Static.
+    crop_grid: (rows, columns) of the patches (or cells) of a crop: it has no more tokens. Static.
+    num_crops: F, the most crops that an image can have. Static.
     layer: index of the layer at hand. Static.
     depth: number of layers. Static.
     slots: tokens that the schedule has here, before the cut (in training a soft method may hold
@@ -117,6 +121,7 @@ class Signals(struct.PyTreeNode):
   rope: Rope = _static()
   grid: tuple[int, int] = _static()
   crop_grid: tuple[int, int] = _static()
+  num_crops: int = _static()
   layer: int = _static(0)
   depth: int = _static(1)
   slots: int | None = _static(None)
@@ -152,7 +157,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(Signals))
 # Known without a layer; given by the next layer; and given by a layer's MLP.
 STATIC = frozenset(NAMES) - AXES.keys()
 TEXT_SIGNALS = frozenset({'text', 'text_valid'})
-CROP_SIGNALS = frozenset({'crop', 'patch', 'tiling', 'crop_grid'})
+CROP_SIGNALS = frozenset({'crop', 'patch', 'tiling', 'crop_grid', 'num_crops'})
 NEXT_LAYER, MLP_SIGNALS = (
     frozenset(field.name for field in _MEASURED if field.metadata['stage'] == stage)
     for stage in ('next', 'mlp'))

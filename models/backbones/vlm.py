@@ -197,6 +197,14 @@ class VLM(nn.Module):
     rows, columns = (length // self.side for length in tower.grid)
     return (rows, columns) if slots == rows * columns else None
 
+  @property
+  def crop_grid(self) -> tuple[int, int]:
+    """Returns (rows, columns) of the patches of a crop, or of cells of those that are merged."""
+    if isinstance(self.tower, QwenVision):
+      return self.tower.cells
+    rows, columns = self.tower.grid
+    return rows // self.side, columns // self.side
+
   def projector_host(self, slots: int) -> Host:
     """Returns what a plan of a reduction behind the projector needs to know of this model.
 
@@ -211,8 +219,11 @@ class VLM(nn.Module):
       own |= {'grid', 'one_sequence', *(FROM_TOWER if self.side == 1 else ())}
     offers = (own | {*PER_TOKEN}) & self.tower.host.offers | TEXT_SIGNALS
     whole, left = passed_on(self.tower, self.side)
-    if isinstance(self.tower, ViT) and self.side == 1 and whole == left:
-      offers |= CROP_SIGNALS
+    # A cell that a reduced tower left empty would shift the places of those behind it.
+    empties = isinstance(self.tower, QwenVision) and self.tower.plan and self.tower.plan.events
+    if whole == left and not empties:
+      tiled = isinstance(self.tower, ViT) and self.side == 1
+      offers |= CROP_SIGNALS if tiled else CROP_SIGNALS - {'tiling'}
     # A tower that ends in the language model's width has its projector inside.
     return Host(1, slots, 0, offers | {'vision_features', 'project'} if self.projection else offers)
 
@@ -411,7 +422,8 @@ class VLM(nn.Module):
     visual, aux['layout'] = self._arrange(tokens, images)
     tiling = None
     if needs & CROP_SIGNALS:
-      visual, tiling = visual.replace(stats=visual.stats | self._crops(images)), _tiling(images)
+      visual = visual.replace(stats=visual.stats | self._crops(images))
+      tiling = _tiling(images) if 'tiling' in needs else None
     if images.axes is not None:
       visual = visual.replace(stats=visual.stats | {'axes': images.axes})
     slots = None
@@ -420,6 +432,7 @@ class VLM(nn.Module):
       rng = self.make_rng('dropout') if self.has_rng('dropout') else None
       visual, slots, outcome = reduce_visual(
           self.projector_reduction, visual, special, self.reducers, text=text, tiling=tiling,
+          num_crops=images.pixels.shape[1] if images.index is not None else 1,
           project=self._project() if 'project' in needs else None, rng=rng, mesh=self.lm.mesh)
       aux['projector'] = outcome and outcome.tokens
       if outcome:
@@ -433,7 +446,7 @@ class VLM(nn.Module):
 
   def _crops(self, images: Images) -> dict[str, Array]:
     """Returns the crop of its image that each visual token is of, and which patch of it."""
-    each = passed_on(self.tower)[0]
+    each = passed_on(self.tower, self.side)[0]
     shape = images.pixels.shape[:2]
     if images.index is None:
       own = jnp.broadcast_to(jnp.arange(each, dtype=jnp.int32), (*shape, each))

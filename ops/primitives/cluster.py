@@ -31,7 +31,8 @@ def distances(x: Array) -> Array:
   return jnp.sqrt(jnp.maximum(squares[:, :, None] + squares[:, None, :] - 2 * products, 0.0))
 
 
-def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None = None) -> Array:
+def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None = None,
+          most: Array | None = None) -> Array:
   """Scores each slot as the centre of a cluster: DPC-KNN, arXiv:2204.08680, Sec. 3.
 
   Density is exp(-mean squared distance to the nearest neighbours, the slot itself included). A
@@ -44,6 +45,7 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
     among: bool[B, N], the slots that count.
     neighbours: nearest slots that make up the density.
     noise: float[B, N] or None; 1e-6 times it is added to the densities to break ties.
+    most: int32[B, 1] or None, a row's own number of neighbours where it is less.
 
   Returns:
     float32[B, N], meaningless outside `among`.
@@ -52,6 +54,8 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
   near = jnp.where(among[:, None, :], distance, jnp.inf)
   nearest = -jax.lax.top_k(-near, min(neighbours, distance.shape[1]))[0]
   finite = jnp.isfinite(nearest)
+  if most is not None:
+    finite &= jnp.arange(nearest.shape[2]) < most[:, :, None]
   total = jnp.sum(jnp.where(finite, nearest, 0.0) ** 2, axis=2)
   density = -total / jnp.maximum(jnp.sum(finite, axis=2), 1)
   if noise is not None:

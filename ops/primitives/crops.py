@@ -31,7 +31,7 @@ def ranks_within(group: Array, scores: Array) -> Array:
 
 
 def sums(values: Array, group: Array, groups: int) -> Array:
-  """Adds up values, or counts flags, by group: [B, N] -> [B, G]; a group below 0 counts nowhere."""
+  """Adds up values, or counts flags, by group: [B, N, ...] -> [B, G, ...]; below 0 is no group."""
   values = values.astype(jnp.int32) if values.dtype == bool else values
   index = jnp.where(group < 0, groups, group)
   return jax.vmap(lambda v, g: jax.ops.segment_sum(v, g, num_segments=groups))(values, index)

@@ -33,8 +33,10 @@ KEEP, KEEP_AGAIN, KEEP_TEXT = 13, 8, 13 + TEXTS
 # Words of a prompt: so many in the first row, one less in the second, two less in the third.
 WORDS = 4
 GARBAGE = 1e3
-# An image in small and two crops of it; other patches are of none that counts.
+# An image in small and two crops of it; other patches are of none that counts. To methods for
+# videos all are frames.
 TILING, CROP_GRID = (2, 1), (2, 2)
+NUM_CROPS = WIDE // 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Case:
     known |= {'next_received_attention': ahead, 'next_last_attention': ahead,
               'next_row_attention': ahead}
     return Signals(**{name: known[name] for name in needs & known.keys()},
-                   grid=GRID, crop_grid=CROP_GRID, layer=1, depth=4)
+                   grid=GRID, crop_grid=CROP_GRID, num_crops=NUM_CROPS, layer=1, depth=4)
 
   @property
   def told(self) -> dict[str, np.ndarray]:

@@ -345,6 +345,11 @@ def ties(name):
                default=keep)
   for row in range(contract.BATCH):
     anchors, members = np.sort(out.src[row]), np.bincount(out.dst[row], minlength=keep + 1)[:keep]
+    if 'crop' in method.needs:
+      # Each crop, or frame, has a budget of its own.
+      crop, place = np.divmod(case.pos[row][anchors[1:]], np.prod(contract.CROP_GRID))
+      same(place, np.concatenate([np.arange(count) for count in np.bincount(crop)]))
+      continue
     if isinstance(out.assignment, Gather) or method.extra_slots:
       # Whoever keeps the last slot whatever its content takes it for no equal of the others.
       last = [SLOTS - 1] * all((r.src == SLOTS - 1).any(axis=1).all() for r in runs)

@@ -4,6 +4,7 @@ from ops.reducers.method import Method
 from ops.reducers.projector.aim_merge import AIMMerge
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
+from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.flowcut import FlowCut
 from ops.reducers.projector.globalcom2 import GlobalCom2
@@ -27,4 +28,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'hiprune': HiPrune,
     'hired': HiRED,
     'globalcom2': GlobalCom2,
+    'evs': EVS,
 }

@@ -1,0 +1,90 @@
+"""Methods for videos behind the projector, against released code (tests/fixtures/video).
+
+Every video is a row of a batch with videos of other lengths and sizes, between padding, with a
+newline behind it.
+
+Axes: B batch, N slots, F frames, W tokens of a frame, D features.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from helpers import recorded
+
+from ops import tokens as tk
+from ops.reducers.projector.evs import EVS
+from ops.signals import Signals
+from ops.tokens import TokenSet
+
+
+def load(name):
+  return recorded.arrays(f'video/{name}')
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=('num_slots', 'grid', 'number'))
+def compiled(method, x, valid, budget, told, *, num_slots, grid, number):
+  tokens = TokenSet.create(x, valid=valid, budget=budget)
+  told = told.replace(crop_grid=grid, num_crops=number)
+  return tk.reduce(tokens, method(tokens, told, num_slots=num_slots))
+
+
+def reduced(method, videos, kept, *, attention=None):
+  """Reduces videos float[F, W, D] together: (position in its video, features) of each that is left.
+
+  Args:
+    kept: how many tokens each row keeps, its newline not counted.
+    attention: float[F, W] of each, or None.
+  """
+  ahead = [0, 2, 1, 3][:len(videos)]
+  sizes = [video.shape[0] * video.shape[1] for video in videos]
+  slots = max(size + start + 1 for size, start in zip(sizes, ahead, strict=True))
+  x = np.full((len(videos), slots, videos[0].shape[2]), 1e3, np.float32)
+  crop = np.full(x.shape[:2], 1, np.int32)
+  valid, received = crop == 0, np.ones((len(videos), 1, slots), np.float32)
+  for row, (video, size, start) in enumerate(zip(videos, sizes, ahead, strict=True)):
+    here = slice(start, start + size)
+    x[row, here] = video.reshape(size, -1)
+    x[row, start + size] = -1.0
+    crop[row, here], crop[row, start + size] = np.repeat(np.arange(len(video)), video.shape[1]), -1
+    valid[row, start:start + size + 1] = True
+    if attention is not None:
+      received[row, 0, here] = attention[row].reshape(-1)
+  told = Signals(crop=crop, received_attention=received)
+  widest = max(video.shape[1] for video in videos)
+  left = compiled(method, x, valid, np.asarray(kept, np.int32) + 1, told, num_slots=max(kept) + 1,
+                  grid=(1, widest), number=max(map(len, videos)) + 1)
+  found = []
+  for row, start in enumerate(ahead):
+    real = np.asarray(left.real[row])
+    place, features = np.asarray(left.pos[row])[real] - start, np.asarray(left.x[row])[real]
+    assert place[-1] == sizes[row]
+    np.testing.assert_array_equal(features[-1], -1.0)
+    found.append((place[:-1], features[:-1]))
+  return found
+
+
+def check_kept(found, wanted):
+  """The same tokens, whatever their order."""
+  for (place, _), kept in zip(found, wanted, strict=True):
+    np.testing.assert_array_equal(place, np.sort(kept))
+
+
+def test_evs():
+  raw = load('evs')
+  masks = [raw[f'keep{rate}'] for rate in (50, 75, 90)]
+  found = reduced(EVS(), [raw['x']] * 3, [mask.sum() for mask in masks])
+  check_kept(found, [np.flatnonzero(mask) for mask in masks])
+
+
+def test_evs_of_one_frame_and_of_less_than_one():
+  raw = load('evs')
+  found = reduced(EVS(), [raw['x'][:1], raw['x']], [7, 9])
+  check_kept(found, [np.arange(7), np.arange(9)])
+
+
+@pytest.mark.parametrize('method', [EVS])
+def test_newlines_alone_stay(method):
+  (place, _), = reduced(method(), [np.ones((2, 3, 4), np.float32)], [0])
+  assert not len(place)
