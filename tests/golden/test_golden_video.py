@@ -15,6 +15,7 @@ from helpers import recorded
 
 from ops import tokens as tk
 from ops.reducers.projector.evs import EVS
+from ops.reducers.projector.vidcom2 import VidCom2
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -84,7 +85,26 @@ def test_evs_of_one_frame_and_of_less_than_one():
   check_kept(found, [np.arange(7), np.arange(9)])
 
 
-@pytest.mark.parametrize('method', [EVS])
+def test_vidcom2():
+  raw = load('vidcom2')
+  for case in range(2):
+    # The other row has another share: each asks for all that there is.
+    others = raw[f'x{1 - case}']
+    found = reduced(VidCom2(share=float(raw[f'base{case}'])), [others, raw[f'x{case}']],
+                    [others.shape[0] * others.shape[1], raw[f'x{case}'].size // 24])
+    check_kept(found[1:], [raw[f'kept{case}']])
+
+
+def test_vidcom2_goes_by_the_budget():
+  raw = load('vidcom2')
+  videos, budgets = [raw['x0'], raw['x1'], raw['x0'][:1]], [50, 45, 9]
+  found = reduced(VidCom2(), videos, budgets)
+  check_kept(found[:1], [raw['kept0']])
+  for (place, _), budget in zip(found, budgets, strict=True):
+    assert budget - 5 <= len(place) <= budget
+
+
+@pytest.mark.parametrize('method', [EVS, VidCom2])
 def test_newlines_alone_stay(method):
   (place, _), = reduced(method(), [np.ones((2, 3, 4), np.float32)], [0])
   assert not len(place)

@@ -255,6 +255,7 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
     'gemfilter': {'kernel': 1}, 'globalcom2': {'temperature': 2.0},
+    'vidcom2': {'temperature': 1.0},
     'duet_zip': {'contextual': 2, 'width': 2}}
 
 

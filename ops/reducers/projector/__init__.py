@@ -12,6 +12,7 @@ from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.hired import HiRED
 from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.textmonkey import TextMonkey
+from ops.reducers.projector.vidcom2 import VidCom2
 from ops.reducers.projector.visionzip import VisionZip
 from ops.reducers.projector.vtc_cls import VTCCLS
 
@@ -29,4 +30,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'hired': HiRED,
     'globalcom2': GlobalCom2,
     'evs': EVS,
+    'vidcom2': VidCom2,
 }
