@@ -344,7 +344,7 @@ def test_crops_of_several_images_share_no_budget():
 
 @pytest.mark.long
 @pytest.mark.parametrize(('name', 'images_of'), [
-    ('hired', crops), ('globalcom2', crops), ('evs', clips), ('vidcom2', clips)])
+    ('hired', crops), ('globalcom2', crops), ('evs', clips), ('vidcom2', clips), ('dycoke', clips)])
 def test_crops_have_budgets_whatever_else_is_in_the_batch(name, images_of):
   vlm, images = made('cls', 'llava_next'), images_of()
   params, slots = random_params(vlm, images_of), images.index.shape[2]

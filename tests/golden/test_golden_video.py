@@ -14,6 +14,7 @@ import pytest
 from helpers import recorded
 
 from ops import tokens as tk
+from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.vidcom2 import VidCom2
 from ops.signals import Signals
@@ -104,7 +105,29 @@ def test_vidcom2_goes_by_the_budget():
     assert budget - 5 <= len(place) <= budget
 
 
-@pytest.mark.parametrize('method', [EVS, VidCom2])
+def test_dycoke():
+  raw = load('dycoke')
+  videos, wanted = zip(*((raw[f'x{case}'], raw[f'kept{case}']) for case in range(4)), strict=True)
+  budgets = [len(kept) for kept in wanted]
+  found = reduced(DyCoke(variant='release'), videos, budgets)
+  check_kept(found, wanted)
+  places = [place // video.shape[1] for (place, _), video in
+            zip(reduced(DyCoke(), videos, budgets), videos, strict=True)]
+  for frames, video in zip(places, videos, strict=True):
+    counts = np.bincount(frames, minlength=len(video))
+    assert (counts[::4] == video.shape[1]).all()
+    assert np.ptp(np.delete(counts, np.s_[::4])) <= 1
+  # An odd last frame is there, and the third frame of the last four is cut as all others are.
+  assert [max(frames) for frames in places] == [11, 8, 9, 10]
+
+
+def test_dycoke_of_less_than_every_fourth_frame():
+  video = load('dycoke')['x0']
+  (place, _), = reduced(DyCoke(), [video], [30])
+  np.testing.assert_array_equal(place, [*range(10), *range(80, 90), *range(160, 170)])
+
+
+@pytest.mark.parametrize('method', [EVS, VidCom2, DyCoke])
 def test_newlines_alone_stay(method):
   (place, _), = reduced(method(), [np.ones((2, 3, 4), np.float32)], [0])
   assert not len(place)

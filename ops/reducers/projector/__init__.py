@@ -4,6 +4,7 @@ from ops.reducers.method import Method
 from ops.reducers.projector.aim_merge import AIMMerge
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
+from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.flowcut import FlowCut
@@ -31,4 +32,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'globalcom2': GlobalCom2,
     'evs': EVS,
     'vidcom2': VidCom2,
+    'dycoke': DyCoke,
 }
