@@ -117,6 +117,21 @@ def shares(sizes: Array, total: Array) -> Array:
   return least + (room & (jnp.cumsum(room, axis=1) <= left))
 
 
+def asked(frames: Frames, tokens: TokenSet, num_slots: int, share: float | None) -> Array:
+  """Counts the tokens that each frame keeps, int32[B, F]: of `share`, rounded down, or the budget.
+  """
+  if share is None:
+    return shares(frames.sizes, frames.num_kept(tokens, num_slots))
+  # A product that should be whole may come out a rounding below.
+  return jnp.floor(frames.sizes * share + 1e-4).astype(jnp.int32)
+
+
+def check_share(share: float | None) -> None:
+  """Raises a ValueError unless it is a share of the tokens, or None for that of the budget."""
+  if share is not None and not 0 < share <= 1:
+    raise ValueError(f'share={share} must be above 0 and at most 1, or None for that of the budget')
+
+
 def segments(starts: Array, counts: Array) -> tuple[Array, Array]:
   """Finds the first and the last frame of each frame's segment, int32[B, F] twice.
 

@@ -43,6 +43,8 @@ QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': 30,
 TOWERS = {'cls': {}, 'registers': {'registers': 2},
           'no_cls': {'class_token': False, 'pool': 'mean'}}
 # Those that read the attention of a whole sequence.
+# Those that go by frames, at settings that are the defaults.
+FRAMEWISE = ('evs', 'vidcom2', 'dycoke', 'fastvid')
 RELATIONAL = ('prumerge', 'flowcut', 'vid_tldr', 'crossget')
 
 
@@ -344,7 +346,7 @@ def test_crops_of_several_images_share_no_budget():
 
 @pytest.mark.long
 @pytest.mark.parametrize(('name', 'images_of'), [
-    ('hired', crops), ('globalcom2', crops), ('evs', clips), ('vidcom2', clips), ('dycoke', clips)])
+    *((name, crops) for name in ('hired', 'globalcom2')), *((name, clips) for name in FRAMEWISE)])
 def test_crops_have_budgets_whatever_else_is_in_the_batch(name, images_of):
   vlm, images = made('cls', 'llava_next'), images_of()
   params, slots = random_params(vlm, images_of), images.index.shape[2]

@@ -16,6 +16,7 @@ from helpers import recorded
 from ops import tokens as tk
 from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
+from ops.reducers.projector.fastvid import FastVID
 from ops.reducers.projector.vidcom2 import VidCom2
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -127,7 +128,29 @@ def test_dycoke_of_less_than_every_fourth_frame():
   np.testing.assert_array_equal(place, [*range(10), *range(80, 90), *range(160, 170)])
 
 
-@pytest.mark.parametrize('method', [EVS, VidCom2, DyCoke])
+def check_features(found, kept, out):
+  """The same tokens, each with its features."""
+  order = np.argsort(kept)
+  np.testing.assert_array_equal(found[0], kept[order])
+  np.testing.assert_allclose(found[1], out[order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(('case', 'by_share'), [
+    (0, False), (1, True), pytest.param(2, False, marks=pytest.mark.long)])
+def test_fastvid(case, by_share):
+  raw = load('fastvid')
+  share, count, threshold, context, every, alpha = raw[f'args{case}'].tolist()
+  method = FastVID(segments=int(count), threshold=threshold, context=context, every=int(every),
+                   alpha=alpha, share=share if by_share else None)
+  video, attention = raw[f'x{case}'], raw[f'attention{case}']
+  # A budget that divides evenly is that share.
+  budget = len(video) * (video.shape[1] if by_share else int(video.shape[1] * share))
+  found = reduced(method, [video[:1], video], [6, budget], attention=[attention[:1], attention])
+  check_features(found[1], raw[f'kept{case}'], raw[f'out{case}'])
+  assert len(found[0][0]) == 6
+
+
+@pytest.mark.parametrize('method', [EVS, VidCom2, DyCoke, FastVID])
 def test_newlines_alone_stay(method):
   (place, _), = reduced(method(), [np.ones((2, 3, 4), np.float32)], [0])
   assert not len(place)

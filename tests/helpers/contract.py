@@ -256,6 +256,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
     'gemfilter': {'kernel': 1}, 'globalcom2': {'temperature': 2.0},
     'vidcom2': {'temperature': 1.0},
+    'fastvid': {'segments': 2, 'threshold': -1.0, 'context': 0.5, 'every': 2},
     'duet_zip': {'contextual': 2, 'width': 2}}
 
 

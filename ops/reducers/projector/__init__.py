@@ -7,6 +7,7 @@ from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastervlm import FasterVLM
+from ops.reducers.projector.fastvid import FastVID
 from ops.reducers.projector.flowcut import FlowCut
 from ops.reducers.projector.globalcom2 import GlobalCom2
 from ops.reducers.projector.hiprune import HiPrune
@@ -33,4 +34,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'evs': EVS,
     'vidcom2': VidCom2,
     'dycoke': DyCoke,
+    'fastvid': FastVID,
 }

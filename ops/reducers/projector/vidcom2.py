@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.primitives.crops import keep_flagged, ranks_within
-from ops.primitives.frames import FRAME_SIGNALS, Frames, best
+from ops.primitives.frames import FRAME_SIGNALS, Frames, best, check_share
 from ops.primitives.match import l2_normalize
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -45,9 +45,7 @@ class VidCom2(Reducer):
   adaptive = "a frame's share is rounded"
 
   def __post_init__(self) -> None:
-    if self.share is not None and not 0 < self.share <= 1:
-      raise ValueError(f'share={self.share} must be above 0 and at most 1, or None for that of the '
-                       'budget')
+    check_share(self.share)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     frames = Frames.of(tokens, signals)
