@@ -55,7 +55,7 @@ def peaks(distance: Array, among: Array, *, neighbours: int, noise: Array | None
   nearest = -jax.lax.top_k(-near, min(neighbours, distance.shape[1]))[0]
   finite = jnp.isfinite(nearest)
   if most is not None:
-    finite &= jnp.arange(nearest.shape[2]) < most[:, :, None]
+    finite &= jnp.arange(nearest.shape[2])[None, None] < most[:, :, None]
   total = jnp.sum(jnp.where(finite, nearest, 0.0) ** 2, axis=2)
   density = -total / jnp.maximum(jnp.sum(finite, axis=2), 1)
   if noise is not None:

@@ -97,6 +97,17 @@ class Frames(struct.PyTreeNode):
     cosine = jnp.sum(unit * take(unit, jnp.minimum(other, slots - 1)), axis=2)
     return jnp.where(other < slots, cosine, -2.0)
 
+  def runs(self, alike: Array) -> Array:
+    """Counts frames in a row, int32[B, N]: how many before a token's are like the one after them.
+
+    Args:
+      alike: bool[B, N], whether a token is like the same place of the frame before; False where
+        there is none.
+    """
+    own = jnp.broadcast_to(jnp.arange(alike.shape[1], dtype=jnp.int32), alike.shape)
+    last = jax.lax.cummax(jnp.where(take(alike, self.order), 0, own), axis=1)
+    return take(own - last, ranks(self.order, alike.shape[1]))
+
   def num_kept(self, tokens: TokenSet, num_slots: int) -> Array:
     """Counts the tokens that frames keep, int32[B, 1]: those of no frame stay, and are counted."""
     others = count(tokens.free & ~self.there)

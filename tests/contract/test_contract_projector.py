@@ -42,9 +42,9 @@ QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': 30,
                           'fullatt_block_indexes': [0, 1]}}
 TOWERS = {'cls': {}, 'registers': {'registers': 2},
           'no_cls': {'class_token': False, 'pool': 'mean'}}
+# Those that go by frames.
+FRAMEWISE = ('evs', 'vidcom2', 'dycoke', 'fastvid', 'holitom')
 # Those that read the attention of a whole sequence.
-# Those that go by frames, at settings that are the defaults.
-FRAMEWISE = ('evs', 'vidcom2', 'dycoke', 'fastvid')
 RELATIONAL = ('prumerge', 'flowcut', 'vid_tldr', 'crossget')
 
 

@@ -17,6 +17,7 @@ from ops import tokens as tk
 from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastvid import FastVID
+from ops.reducers.projector.holitom import HoliTom
 from ops.reducers.projector.vidcom2 import VidCom2
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -150,7 +151,29 @@ def test_fastvid(case, by_share):
   assert len(found[0][0]) == 6
 
 
-@pytest.mark.parametrize('method', [EVS, VidCom2, DyCoke, FastVID])
+@pytest.mark.parametrize(('case', 'by_share'), [
+    (0, True), (1, False), pytest.param(2, True, marks=pytest.mark.long)])
+def test_holitom(case, by_share):
+  raw = load('holitom')
+  share, threshold, context, beta, neighbours = raw[f'args{case}'].tolist()
+  method = HoliTom(threshold=threshold, context=context, beta=beta, neighbours=int(neighbours),
+                   share=share if by_share else None)
+  video, attention = raw[f'x{case}'], raw[f'attention{case}']
+  total = video.size // 16
+  # By the budget the ratio is the same; rounding up asks for more than it, which is cut.
+  budget = total if by_share else round(total * share)
+  found = reduced(method, [video[:1], video], [5, budget], attention=[attention[:1], attention])
+  if by_share:
+    check_features(found[1], raw[f'kept{case}'], raw[f'out{case}'])
+  else:
+    assert len(raw[f'kept{case}']) > budget == len(found[1][0])
+    here = np.isin(raw[f'kept{case}'], found[1][0])
+    check_features(found[1], raw[f'kept{case}'][here], raw[f'out{case}'][here])
+  assert len(found[0][0]) == 5 or by_share
+
+
+@pytest.mark.parametrize('method', [EVS, VidCom2, DyCoke, *(
+    pytest.param(method, marks=pytest.mark.long) for method in (FastVID, HoliTom))])
 def test_newlines_alone_stay(method):
   (place, _), = reduced(method(), [np.ones((2, 3, 4), np.float32)], [0])
   assert not len(place)

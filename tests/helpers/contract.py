@@ -257,6 +257,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'gemfilter': {'kernel': 1}, 'globalcom2': {'temperature': 2.0},
     'vidcom2': {'temperature': 1.0},
     'fastvid': {'segments': 2, 'threshold': -1.0, 'context': 0.5, 'every': 2},
+    'holitom': {'threshold': 0.0, 'share': 0.3},
     'duet_zip': {'contextual': 2, 'width': 2}}
 
 

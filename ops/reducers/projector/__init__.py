@@ -12,6 +12,7 @@ from ops.reducers.projector.flowcut import FlowCut
 from ops.reducers.projector.globalcom2 import GlobalCom2
 from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.hired import HiRED
+from ops.reducers.projector.holitom import HoliTom
 from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.vidcom2 import VidCom2
@@ -35,4 +36,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'vidcom2': VidCom2,
     'dycoke': DyCoke,
     'fastvid': FastVID,
+    'holitom': HoliTom,
 }
