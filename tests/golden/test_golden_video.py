@@ -18,6 +18,7 @@ from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastvid import FastVID
 from ops.reducers.projector.holitom import HoliTom
+from ops.reducers.projector.prunevid import PruneVid, contiguous
 from ops.reducers.projector.vidcom2 import VidCom2
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -172,8 +173,50 @@ def test_holitom(case, by_share):
   assert len(found[0][0]) == 5 or by_share
 
 
+@pytest.mark.parametrize('case', [0, pytest.param(1, marks=pytest.mark.long)])
+def test_prunevid(case):
+  raw = load('prunevid')
+  threshold, scenes, share = raw[f'args{case}'].tolist()
+  video = raw[f'x{case}']
+  method = PruneVid(threshold=threshold, scenes=scenes, share=share)
+  found = reduced(method, [video, video[:1]], [video.size // 16, video.shape[1]])
+  check_sorted(found[0][1], raw[f'out{case}'])
+  assert len(found[1][0]) == int(video.shape[1] * share)
+
+
+@pytest.mark.long
+def test_prunevid_goes_by_the_budget():
+  video = load('prunevid')['x1']
+  whole, = reduced(PruneVid(share=1.0), [video], [270])
+  for budget in (9, 40, 97, len(whole[0]), 260):
+    found, = reduced(PruneVid(), [video], [budget])
+    # Rounding gives the first groups one more; nothing brings back what stands still.
+    assert len(found[0]) == min(budget, len(whole[0]))
+
+
+def check_sorted(found, wanted):
+  """The same features, whatever their order."""
+  assert found.shape == wanted.shape
+  found, wanted = (values[np.argsort(values[:, 0])] for values in (found, wanted))
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_prunevid_scenes_are_runs():
+  raw = load('prunevid')
+  labels, wanted = raw['labels'], raw['refined']
+  real = np.ones(labels.shape, bool)
+  found = np.asarray(jax.jit(contiguous)(labels, real))
+  # What clusters are called does not count.
+  for row, other in zip(found, wanted, strict=True):
+    np.testing.assert_array_equal(np.diff(row) != 0, np.diff(other) != 0)
+  shorter = real & (np.arange(labels.shape[1]) < 7)
+  found = np.asarray(jax.jit(contiguous)(labels, shorter))[:, :7]
+  for row, other in zip(found, raw['refined_of_7'], strict=True):
+    np.testing.assert_array_equal(np.diff(row) != 0, np.diff(other) != 0)
+
+
 @pytest.mark.parametrize('method', [EVS, VidCom2, DyCoke, *(
-    pytest.param(method, marks=pytest.mark.long) for method in (FastVID, HoliTom))])
+    pytest.param(method, marks=pytest.mark.long) for method in (FastVID, HoliTom, PruneVid))])
 def test_newlines_alone_stay(method):
   (place, _), = reduced(method(), [np.ones((2, 3, 4), np.float32)], [0])
   assert not len(place)

@@ -258,6 +258,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'vidcom2': {'temperature': 1.0},
     'fastvid': {'segments': 2, 'threshold': -1.0, 'context': 0.5, 'every': 2},
     'holitom': {'threshold': 0.0, 'share': 0.3},
+    'prunevid': {'threshold': -0.1, 'few': 1},
     'duet_zip': {'contextual': 2, 'width': 2}}
 
 

@@ -14,6 +14,7 @@ from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.hired import HiRED
 from ops.reducers.projector.holitom import HoliTom
 from ops.reducers.projector.prumerge import PruMerge
+from ops.reducers.projector.prunevid import PruneVid
 from ops.reducers.projector.textmonkey import TextMonkey
 from ops.reducers.projector.vidcom2 import VidCom2
 from ops.reducers.projector.visionzip import VisionZip
@@ -37,4 +38,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'dycoke': DyCoke,
     'fastvid': FastVID,
     'holitom': HoliTom,
+    'prunevid': PruneVid,
 }
