@@ -14,11 +14,12 @@ import pytest
 from helpers import recorded
 
 from ops import tokens as tk
+from ops.primitives.video.segments import contiguous
 from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastvid import FastVID
 from ops.reducers.projector.holitom import HoliTom
-from ops.reducers.projector.prunevid import PruneVid, contiguous
+from ops.reducers.projector.prunevid import PruneVid
 from ops.reducers.projector.vidcom2 import VidCom2
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -124,6 +125,7 @@ def test_dycoke():
   assert [max(frames) for frames in places] == [11, 8, 9, 10]
 
 
+@pytest.mark.long
 def test_dycoke_of_less_than_every_fourth_frame():
   video = load('dycoke')['x0']
   (place, _), = reduced(DyCoke(), [video], [30])
@@ -153,7 +155,7 @@ def test_fastvid(case, by_share):
 
 
 @pytest.mark.parametrize(('case', 'by_share'), [
-    (0, True), (1, False), pytest.param(2, True, marks=pytest.mark.long)])
+    (0, True), *(pytest.param(case, case == 2, marks=pytest.mark.long) for case in (1, 2))])
 def test_holitom(case, by_share):
   raw = load('holitom')
   share, threshold, context, beta, neighbours = raw[f'args{case}'].tolist()
@@ -215,8 +217,9 @@ def test_prunevid_scenes_are_runs():
     np.testing.assert_array_equal(np.diff(row) != 0, np.diff(other) != 0)
 
 
-@pytest.mark.parametrize('method', [EVS, VidCom2, DyCoke, *(
-    pytest.param(method, marks=pytest.mark.long) for method in (FastVID, HoliTom, PruneVid))])
+@pytest.mark.parametrize('method', [EVS, *(
+    pytest.param(method, marks=pytest.mark.long)
+    for method in (VidCom2, DyCoke, FastVID, HoliTom, PruneVid))])
 def test_newlines_alone_stay(method):
   (place, _), = reduced(method(), [np.ones((2, 3, 4), np.float32)], [0])
   assert not len(place)

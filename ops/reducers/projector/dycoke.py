@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.crops import keep_flagged, ranks_within
-from ops.primitives.frames import FRAME_SIGNALS, Frames, shares
+from ops.primitives.video.frames import FRAME_SIGNALS, Frames, shares
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

@@ -10,16 +10,9 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
 from ops.primitives.crops import ranks_within, sums
-from ops.primitives.frames import (
-  FRAME_SIGNALS,
-  Frames,
-  best,
-  check_share,
-  cluster_groups,
-  joined,
-  merge_flagged,
-  segments,
-)
+from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best, check_share
+from ops.primitives.video.groups import cluster_groups, joined, merge_flagged
+from ops.primitives.video.segments import segments, windows
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -108,41 +101,3 @@ class HoliTom(ByAttention):
     weight = jnp.where(partner == anchor, jnp.where(others > 0, self.beta, 1.0),
                        (1 - self.beta) / jnp.maximum(others, 1.0))
     return merge_flagged(tokens, stays, partner, weight / length, num_slots=num_slots)
-
-
-def windows(frames: Frames, runs: Array) -> tuple[Array, Array]:
-  """Divides a video into the windows that save most tokens.
-
-  A window of W frames saves W - 1 tokens for every place that stands still in it.
-
-  Args:
-    frames: of N slots.
-    runs: int32[B, N], as `Frames.runs` has it.
-
-  Returns:
-    bool[B, F], where windows begin, the shortest of equals; and int32[B, 1], what they save.
-  """
-  number = frames.number
-  index = jnp.where(frames.there, frames.frame * number + jnp.minimum(runs, number - 1), -1)
-  still = sums(frames.there, index, number * number).reshape(-1, number, number)
-  still = jnp.flip(jnp.cumsum(jnp.flip(still, axis=2), axis=2), axis=2)
-  back = jnp.arange(number, dtype=jnp.int32)
-
-  def extend(saved: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
-    """What the frames up to this one save at most, and how far back its window then begins."""
-    end, gain = item
-    before = jnp.where((back <= end)[None], saved[:, jnp.maximum(end - back, 0)] + gain, -1)
-    return saved.at[:, end + 1].set(jnp.max(before, axis=1)), jnp.argmax(before, axis=1)
-
-  saved = jnp.zeros((len(runs), number + 1), jnp.int32)
-  saved, lengths = jax.lax.scan(extend, saved, (back, (still * back[None, None]).swapaxes(0, 1)))
-
-  def mark(end: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The end of the window that is read now, and where it begins, F for frames within it."""
-    frame, length = item
-    begin = jnp.where(frame == end, frame - length, number)
-    return jnp.where(frame == end, begin - 1, end), begin
-
-  last = jnp.full(len(runs), number - 1, jnp.int32)
-  _, begins = jax.lax.scan(mark, last, (back, lengths.astype(jnp.int32)), reverse=True)
-  return jnp.any(begins.T[:, :, None] == back[None, None], axis=1), saved[:, -1:]

@@ -10,25 +10,16 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
 from ops.primitives.crops import sums
-from ops.primitives.frames import (
-  FRAME_SIGNALS,
-  Frames,
-  best,
-  check_share,
-  cluster_groups,
-  joined,
-  merge_flagged,
-  segments,
-  shares,
-)
 from ops.primitives.match import l2_normalize
+from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best, check_share, shares
+from ops.primitives.video.groups import cluster_groups, joined, merge_flagged
+from ops.primitives.video.segments import contiguous, segments
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, CountOrZero, Share
 
 Array = jax.Array
-State = tuple[Array, Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,40 +114,3 @@ def mean_cosine(unit: Array, start: Array, length: Array) -> Array:
   total, count = (take(values, jnp.minimum(start, slots - 1)) for values in (total, count))
   mean = (total - length) / jnp.maximum(length * (length - 1), 1)
   return jnp.where((length > 1) & (start < slots) & (count == length), mean, -2.0)
-
-
-def contiguous(label: Array, real: Array) -> Array:
-  """Makes clusters of frames runs of frames.
-
-  The longest runs of each cluster stay, if they are longer than one. What lies between two that
-  stay joins the longer one, with what has joined it before, and of equals the earlier.
-
-  Args:
-    label: int32[B, F], the cluster of each frame.
-    real: bool[B, F], frames that there are: the first ones.
-  """
-  number = label.shape[1]
-  own = jnp.broadcast_to(jnp.arange(number, dtype=jnp.int32), label.shape)
-  label = jnp.where(real, label, number)
-  change = jnp.pad(label[:, 1:] != label[:, :-1], ((0, 0), (1, 0)))
-  run = jnp.cumsum(change, axis=1)
-  length = take(sums(real, run, number), run)
-  longest = jax.vmap(lambda n, i: jax.ops.segment_max(n, i, num_segments=number + 1))(length, label)
-  longest = take(longest, label)
-  stays = real & (length == longest) & (longest > 1)
-  ahead = jax.lax.cummin(jnp.where(stays, own, number), axis=1, reverse=True)
-  there = ahead < number
-  next_label, next_length = (jnp.where(there, take(values, jnp.minimum(ahead, number - 1)), none)
-                             for values, none in ((label, -1), (length, 0)))
-
-  def read(state: State, frame: tuple[Array, ...]) -> tuple[State, Array]:
-    """The cluster of the frame before, for how long, and whether it has stayed; now this one's."""
-    before, long, stayed = state
-    stays, label, ahead, far = frame
-    joins = jnp.where(stayed & (far > long), ahead, before)
-    now = jnp.where(stays, label, joins)
-    return (now, jnp.where(now == before, long + 1, 1), stays), now
-
-  state = (jnp.full(len(label), -1), jnp.zeros(len(label), jnp.int32), jnp.ones(len(label), bool))
-  frames = tuple(values.T for values in (stays, label, next_label, next_length))
-  return jax.lax.scan(read, state, frames)[1].T
