@@ -43,7 +43,7 @@ QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': 30,
 TOWERS = {'cls': {}, 'registers': {'registers': 2},
           'no_cls': {'class_token': False, 'pool': 'mean'}}
 # Those that go by frames.
-FRAMEWISE = ('evs', 'vidcom2', 'dycoke', 'fastvid', 'holitom', 'prunevid')
+FRAMEWISE = ('evs', 'vidcom2', 'dycoke', 'fastvid', 'holitom', 'prunevid', 'framefusion')
 # Those that read the attention of a whole sequence.
 RELATIONAL = ('prumerge', 'flowcut', 'vid_tldr', 'crossget')
 

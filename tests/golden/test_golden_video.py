@@ -18,6 +18,7 @@ from ops.primitives.video.segments import contiguous
 from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastvid import FastVID
+from ops.reducers.projector.framefusion import FrameFusion
 from ops.reducers.projector.holitom import HoliTom
 from ops.reducers.projector.prunevid import PruneVid
 from ops.reducers.projector.vidcom2 import VidCom2
@@ -217,9 +218,22 @@ def test_prunevid_scenes_are_runs():
     np.testing.assert_array_equal(np.diff(row) != 0, np.diff(other) != 0)
 
 
+def test_framefusion():
+  raw = load('framefusion')
+  videos = [raw['x0'], raw['x1'], raw['x0'], raw['x1'][:1]]
+  budgets = [len(raw['kept0']), len(raw['kept1']), 10, 7]
+  found = reduced(FrameFusion(), videos, budgets)
+  for case in range(2):
+    check_features(found[case], raw[f'kept{case}'], raw[f'out{case}'])
+  # Less than a frame: each place is one token, and the last ones are dropped.
+  np.testing.assert_array_equal(found[2][0], np.arange(10))
+  np.testing.assert_allclose(found[2][1], raw['x0'].mean(axis=0)[:10], atol=1e-5)
+  np.testing.assert_array_equal(found[3][0], np.arange(7))
+
+
 @pytest.mark.parametrize('method', [EVS, *(
     pytest.param(method, marks=pytest.mark.long)
-    for method in (VidCom2, DyCoke, FastVID, HoliTom, PruneVid))])
+    for method in (VidCom2, DyCoke, FastVID, HoliTom, PruneVid, FrameFusion))])
 def test_newlines_alone_stay(method):
   (place, _), = reduced(method(), [np.ones((2, 3, 4), np.float32)], [0])
   assert not len(place)

@@ -9,6 +9,7 @@ from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.fastvid import FastVID
 from ops.reducers.projector.flowcut import FlowCut
+from ops.reducers.projector.framefusion import FrameFusion
 from ops.reducers.projector.globalcom2 import GlobalCom2
 from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.hired import HiRED
@@ -39,4 +40,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'fastvid': FastVID,
     'holitom': HoliTom,
     'prunevid': PruneVid,
+    'framefusion': FrameFusion,
 }
