@@ -20,6 +20,7 @@ from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastvid import FastVID
 from ops.reducers.projector.framefusion import FrameFusion
 from ops.reducers.projector.holitom import HoliTom
+from ops.reducers.projector.mustdrop import MustDrop
 from ops.reducers.projector.prunevid import PruneVid
 from ops.reducers.projector.vidcom2 import VidCom2
 from ops.signals import Signals
@@ -229,6 +230,24 @@ def test_framefusion():
   np.testing.assert_array_equal(found[2][0], np.arange(10))
   np.testing.assert_allclose(found[2][1], raw['x0'].mean(axis=0)[:10], atol=1e-5)
   np.testing.assert_array_equal(found[3][0], np.arange(7))
+
+
+def test_mustdrop():
+  raw, grid = load('mustdrop'), (8, 8)
+  x, budgets = raw['x'], [len(raw['out0']), len(raw['out1'])]
+  method = MustDrop()
+
+  @jax.jit
+  def run(x, budget):
+    tokens = TokenSet.create(x, budget=budget)
+    return tk.reduce(tokens, method(tokens, Signals(grid=grid), num_slots=max(budgets)))
+
+  left = run(x, np.asarray(budgets, np.int32))
+  for row in range(2):
+    real = np.asarray(left.real[row])
+    found = np.asarray(left.pos[row])[real], np.asarray(left.x[row])[real]
+    check_features(found, raw[f'kept{row}'], raw[f'out{row}'])
+    assert np.asarray(left.size[row])[real].sum() == grid[0] * grid[1]
 
 
 @pytest.mark.parametrize('method', [EVS, *(

@@ -14,6 +14,7 @@ from ops.reducers.projector.globalcom2 import GlobalCom2
 from ops.reducers.projector.hiprune import HiPrune
 from ops.reducers.projector.hired import HiRED
 from ops.reducers.projector.holitom import HoliTom
+from ops.reducers.projector.mustdrop import MustDrop
 from ops.reducers.projector.prumerge import PruMerge
 from ops.reducers.projector.prunevid import PruneVid
 from ops.reducers.projector.textmonkey import TextMonkey
@@ -41,4 +42,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'holitom': HoliTom,
     'prunevid': PruneVid,
     'framefusion': FrameFusion,
+    'mustdrop': MustDrop,
 }
