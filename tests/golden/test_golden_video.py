@@ -15,6 +15,7 @@ from helpers import recorded
 
 from ops import tokens as tk
 from ops.primitives.video.segments import contiguous
+from ops.reducers.language.holitom_merge import HoliTomMerge
 from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
 from ops.reducers.projector.fastvid import FastVID
@@ -24,7 +25,7 @@ from ops.reducers.projector.mustdrop import MustDrop
 from ops.reducers.projector.prunevid import PruneVid
 from ops.reducers.projector.vidcom2 import VidCom2
 from ops.signals import Signals
-from ops.tokens import TokenSet
+from ops.tokens import TEXT, VISUAL, TokenSet
 
 
 def load(name):
@@ -175,6 +176,25 @@ def test_holitom(case, by_share):
     here = np.isin(raw[f'kept{case}'], found[1][0])
     check_features(found[1], raw[f'kept{case}'][here], raw[f'out{case}'][here])
   assert len(found[0][0]) == 5 or by_share
+
+
+def test_holitom_merge():
+  raw, method = load('holitom_merge'), HoliTomMerge()
+  x, attention = raw['x'], raw['attention']
+  start, count = raw['image'].tolist()
+  slots = np.arange(x.shape[1])
+  kind = np.where((slots >= start) & (slots < start + count), VISUAL, TEXT).astype(np.int8)
+
+  @jax.jit
+  def run(x, attention):
+    tokens = TokenSet.create(x, kind=kind[None])
+    told = Signals(last_attention=attention)
+    return tk.reduce(tokens, method(tokens, told, num_slots=len(raw['kept'])))
+
+  left = run(x, attention)
+  order = np.argsort(left.pos[0])
+  np.testing.assert_array_equal(left.pos[0][order], raw['kept'])
+  np.testing.assert_allclose(left.x[0][order], raw['out'], atol=1e-5)
 
 
 @pytest.mark.parametrize('case', [0, pytest.param(1, marks=pytest.mark.long)])
