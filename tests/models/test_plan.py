@@ -45,7 +45,13 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
   assert missing == {'fastv': ['last_attention'], 'pyramiddrop': ['next_last_attention'],
                      'duet_vlm': ['next_row_attention'], 'transprune': ['next_row_attention'],
                      'hidrop': ['next_last_attention'], 'aim': ['rope'], 'dyvte': ['rope'],
-                     'gemfilter': []}  # It runs the model again, which only a language model can.
+                     'gemfilter': [],  # It runs the model again, which only a language model can.
+                     'holitom_merge': ['last_attention']} | dict.fromkeys(
+                         ('evs', 'vidcom2', 'dycoke', 'framefusion'), ['crop', 'num_crops']
+                     ) | dict.fromkeys(('fastvid', 'holitom', 'prunevid'),
+                                       ['crop', 'crop_grid', 'num_crops']
+                     ) | dict.fromkeys(('hired', 'globalcom2'),
+                                       ['crop', 'crop_grid', 'patch', 'tiling'])
   every = [*methods(), *branch_methods(), *CACHE_REDUCERS, *INSERTS]
   assert len(set(every)) == len(every), 'names are unique'
   assert {name: method.site for name, method in CACHE_REDUCERS.items()} == dict.fromkeys(
