@@ -8,13 +8,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops import choices
 from ops.assignments import Assignment, Mix, take
 from ops.primitives.crops import keep_flagged, ranks_within, sums
 from ops.primitives.match import cosine, l2_normalize
 from ops.primitives.video.frames import FRAME_SIGNALS, Frames, asked, best, check_share
 from ops.primitives.video.groups import cluster_groups
 from ops.primitives.video.segments import segments
-from ops.reducers.base import ByAttention
+from ops.reducers.base import ATTENTIONS, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, Share
@@ -23,7 +24,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class FastVID(ByAttention):
+class FastVID(Reducer):
   """Keeps the most attended tokens of every frame, and merges the rest of a segment into anchors.
 
   FastVID (Shen et al., 2025), arXiv:2503.11187, as released for LLaVA-OneVision, but for frame
@@ -58,18 +59,18 @@ class FastVID(ByAttention):
   adaptive = "a segment's share is rounded down"
 
   def __post_init__(self) -> None:
-    super().__post_init__()
+    choices.check('by=', self.by, ATTENTIONS)
     check_share(self.share)
 
   @property
   def needs(self) -> frozenset[str]:
-    return super().needs | FRAME_SIGNALS | {'crop_grid'}
+    return FRAME_SIGNALS | {'crop_grid', self.by}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     frames, x = Frames.of(tokens, signals), jax.lax.stop_gradient(tokens.x)
     kept = asked(frames, tokens, num_slots, self.share)
     context = jnp.floor(kept * self.context + 1e-4).astype(jnp.int32)
-    attention = self.attention(signals).mean(axis=1)
+    attention = getattr(signals, self.by).mean(axis=1)
     salient = ranks_within(frames.frame, attention) < frames.spread(kept - context)
     first, last = segments(self._starts(frames, x), frames.counts)
     has = (last - jnp.arange(frames.number)[None]) % self.every == 0

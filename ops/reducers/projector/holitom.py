@@ -13,7 +13,7 @@ from ops.primitives.crops import ranks_within, sums
 from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best, check_share
 from ops.primitives.video.groups import cluster_groups, joined, merge_flagged
 from ops.primitives.video.segments import segments, windows
-from ops.reducers.base import ByAttention
+from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, Share
@@ -22,7 +22,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class HoliTom(ByAttention):
+class HoliTom(Reducer):
   """Averages places that stand still over windows of frames, then keeps the most attended tokens.
 
   The outer stage of HoliTom (Shao et al., 2025), arXiv:2505.21334, as released. Windows are those
@@ -34,11 +34,11 @@ class HoliTom(ByAttention):
   all that asks for more than the budget the least attended go.
 
   Newlines stay. Tokens keep their order, a still place that of its first frame, where the release
-  has a window's still places first. Its noise of 1e-6 on densities is not here, nor its stage in
-  the language model; with a `context` above 0 it stops, by a mask of the wrong shape.
+  has a window's still places first. Its noise of 1e-6 on densities is not here; with a `context`
+  above 0 it stops, by a mask of the wrong shape. The stage in the language model is
+  `holitom_merge`.
 
   Attributes:
-    by: the attention to rank by.
     threshold: cosine above which a place stands still.
     context: the share of a frame's tokens that are peaks.
     beta: b.
@@ -46,24 +46,19 @@ class HoliTom(ByAttention):
     share: of the tokens that stay, None for the budget's.
   """
 
-  by: str = 'received_attention'
   threshold: float = 0.8
   context: Share = 0.0
   beta: Share = 0.6
   neighbours: Count = 7
   share: float | None = None
+  needs = FRAME_SIGNALS | {'crop_grid', 'received_attention'}
   site = 'after'
   drops = 'moving places that few attend to are dropped'
   merges = True
   adaptive = 'places that stand still are fewer tokens'
 
   def __post_init__(self) -> None:
-    super().__post_init__()
     check_share(self.share)
-
-  @property
-  def needs(self) -> frozenset[str]:
-    return super().needs | FRAME_SIGNALS | {'crop_grid'}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     frames, x, slots = Frames.of(tokens, signals), jax.lax.stop_gradient(tokens.x), tokens.slots
@@ -85,7 +80,7 @@ class HoliTom(ByAttention):
     asked = sums(group >= 0, group, 2 * frames.number) * ratio
     moving = jnp.ceil(asked[:, :frames.number] - 1e-4)
     dominant = jnp.round(moving * (1 - self.context) + 1e-5)
-    attention = self.attention(signals).mean(axis=1)
+    attention = signals.received_attention.mean(axis=1)
     chosen = frames.there & ~still & (
         ranks_within(jnp.where(still, -1, group), attention) < frames.spread(dominant))
     centres = jnp.concatenate([moving - dominant, jnp.round(asked[:, frames.number:])], axis=1)
