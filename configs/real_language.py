@@ -17,7 +17,7 @@ from ops.rope import Rope
 
 DRAWS = 3
 SHARES = (0.75, 0.5, 0.25, 0.12)
-MIDDLE, ENDS, LONG = (0.5, 0.25), (0.12, 0.75), (0.25,)
+MIDDLE, ENDS = (0.5, 0.25), (0.12, 0.75)
 SNAPKV = {'method': 'snapkv', 'args': {'window': 32}}
 EXPECTED = {'method': 'expected_attention'}
 # What the methods on the cache are given; those that are not here get nothing.
@@ -36,6 +36,10 @@ VERSUS = {
     'expected_attention': 'snapkv', 'finch': 'snapkv', 'rkv': 'snapkv', 'keydiff': 'knorm',
     'h2o': 'streaming_llm', 'criticaladakv(snapkv)': 'adakv(snapkv)',
     'chance within ends': 'chance'}
+# What is measured on prompts of 2,048 and 4,096 tokens too, a quarter kept.
+AT_LENGTH = ('full', 'chance within ends', 'streaming_llm', 'h2o', 'observed_attention', 'snapkv',
+             'tova', 'expected_attention', 'keydiff', 'lagkv', 'cur', 'finch', 'adakv(snapkv)',
+             'chunkkv(snapkv)', 'pyramidkv(snapkv)')
 # In the model, tokens leave once, in front of this layer of 30.
 LAYER = 10
 
@@ -128,21 +132,20 @@ def quick():
 def complete():
   """All draws of what says most, then of the rest, then what is measured once."""
   made_for, others = in_model()
-  inside = [each for share in MIDDLE for each in model_rows(share, made_for)]
-  # Several of these pair tokens, and so keep more than half.
-  joining = [*inside, *model_rows(0.75, others)]
+  # Several of the others pair tokens, and so keep more than half.
+  inside = [*(each for share in MIDDLE for each in model_rows(share, made_for)),
+            *model_rows(0.75, others)]
   rows = []
   for draw in range(DRAWS):
     rows += cell('perplexity', 1024, draw, MIDDLE)
     rows += cell('recall', 1024, draw, MIDDLE)
   for draw in range(DRAWS):
-    rows += cell('perplexity', 512, draw, MIDDLE, joining)
-    rows += cell('recall', 512, draw, MIDDLE, inside)
+    rows += cell('perplexity', 512, draw, MIDDLE, inside)
     rows += cell('perplexity', 1024, draw, ENDS)[1:]
-    rows += cell('recall', 1024, draw, ENDS)[1:]
+    rows += cell('recall', 512, draw, MIDDLE)
   for draw in range(DRAWS):
-    rows += cell('recall', 2048, draw, LONG)
-    rows += cell('recall', 4096, draw, LONG)
+    for length in (2048, 4096):
+      rows += [each for each in cell('recall', length, draw, (0.25,)) if each['name'] in AT_LENGTH]
   sinks = [row(f'{sinks} sinks, {capacity} in all', 0.0, 'tokens', method='streaming_llm',
                capacity=capacity, args={'sinks': sinks})
            for capacity in (128, 64) for sinks in (0, 4)]
@@ -151,6 +154,8 @@ def complete():
   for measure, length, own in (('windows', 512, sinks), ('latency', 4096, timed)):
     rows += cell(measure, length, 0, ())
     rows += [{**rows[-1], **each} for each in own]
+  for draw in range(DRAWS):
+    rows += cell('recall', 1024, draw, ENDS)[1:]
   return rows
 
 

@@ -21,7 +21,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class CaM(EvictingWrapper):
-  """Keeps the best entries, and adds to their values those of the entries that leave before them.
+  """Keeps the best entries, and merges into their values those of the entries that leave before.
 
   CaM: Cache Merging for Memory-efficient LLMs Inference (Zhang et al., ICML 2024), Alg. 1,
   openreview.net/forum?id=LCTmppB165. An entry that leaves gives its value, in equal parts, to the
@@ -29,8 +29,8 @@ class CaM(EvictingWrapper):
   here the value is weighed by the probability, which is the mean of the draws, so that equal
   prompts have equal caches. With `capacity` in the config it does so as the release does: the one
   entry that leaves for a decoded token gives its value, by the attention of that token, over the
-  mean of all that stay behind it. The release leaves prompts whole; a budget for these has all
-  entries that leave merge at once, which is ours, and costs more the more leave.
+  mean of all that stay behind it. The release leaves prompts whole; a budget for these, which is
+  ours, has all entries that leave merge at once, by a mean with such weights instead of a sum.
 
   Attributes:
     inner: the method that ranks entries; 'streaming_llm' in the release.
