@@ -270,9 +270,26 @@ def test_mustdrop():
     assert np.asarray(left.size[row])[real].sum() == grid[0] * grid[1]
 
 
-@pytest.mark.parametrize('method', [EVS, *(
-    pytest.param(method, marks=pytest.mark.long)
-    for method in (VidCom2, DyCoke, FastVID, HoliTom, PruneVid, FrameFusion))])
+OTHERS = (VidCom2, DyCoke, FastVID, HoliTom, PruneVid, FrameFusion)
+
+
+@pytest.mark.parametrize('method', [
+    EVS, *(pytest.param(method, marks=pytest.mark.long) for method in OTHERS)])
 def test_newlines_alone_stay(method):
   (place, _), = reduced(method(), [np.ones((2, 3, 4), np.float32)], [0])
   assert not len(place)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('method', [EVS, *OTHERS])
+def test_no_more_newlines_stay_than_the_budget_has_room_for(method):
+  crop = np.array([[0, 0, -1, 0, 0, -1], [-1, -1, -1, -1, 0, 0]], np.int32)
+  x = np.random.default_rng(0).normal(size=(2, 6, 4)).astype(np.float32)
+  told = Signals(crop=crop, received_attention=np.ones((2, 1, 6), np.float32))
+  left = compiled(method(), x, np.ones(crop.shape, bool), np.array([4, 2], np.int32), told,
+                  num_slots=4, grid=(2, 2), number=1)
+  counts = np.asarray(left.real).sum(axis=1)
+  assert counts[0] <= 4
+  assert counts[1] == 2
+  assert {2, 5} <= set(np.asarray(left.pos[0])[np.asarray(left.real[0])].tolist())
+  np.testing.assert_array_equal(np.asarray(left.pos[1])[np.asarray(left.real[1])], [0, 1])

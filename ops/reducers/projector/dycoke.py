@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.crops import keep_flagged, ranks_within
-from ops.primitives.video.frames import FRAME_SIGNALS, Frames, shares
+from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best, shares
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
@@ -57,4 +57,6 @@ class DyCoke(Reducer):
     budget += shares(others, total - jnp.sum(budget, axis=1, keepdims=True))
     scores = jnp.where(frames.spread(whole), 0.0, -like)
     stays = ~frames.there | (ranks_within(frame, scores) < frames.spread(budget))
+    # Newlines alone may be more than the budget.
+    stays = best(tokens, stays, jnp.zeros(frame.shape), num_slots=num_slots)
     return keep_flagged(tokens, stays, num_slots=num_slots)
