@@ -29,7 +29,7 @@ from ops.assignments import take
 from ops.reducers.base import Reducer
 from ops.reducers.method import WatchingMethod
 from ops.rope import member_positions
-from ops.signals import Signals
+from ops.signals import AXES, CROP_SIGNALS, Signals
 from ops.splice import Visual
 from ops.tokens import SPECIAL, TokenSet
 
@@ -37,11 +37,12 @@ Array = jax.Array
 
 # Signals of the tower's last layer that a method behind the projector may read. Most tell of each
 # token by itself; queries mean something only beside all keys that the layer attended to.
-PER_TOKEN = ('keys', 'plain_keys', 'values', 'cls_attention', 'received_attention')
+PER_TOKEN = ('keys', 'plain_keys', 'values', 'cls_attention', 'cls_logits',
+             'received_attention')
 FROM_TOWER = (*PER_TOKEN, 'queries')
 # They travel as stats of the visual tokens, under these names.
 _PREFIX = 'tower_'
-FEATURES = f'{_PREFIX}vision_features'
+FEATURES, CROP, PATCH = (f'{_PREFIX}{name}' for name in ('vision_features', 'crop', 'patch'))
 NORM_EPS = 1e-5
 ACROSS = ('image', 'prompt')
 ORDERS = ('raster', 'method')
@@ -146,6 +147,7 @@ class ProjectorReduction:
     order: of the tokens after it: 'raster', by the position of each token's anchor, or the
       'method's own.
     grid: (rows, columns) of the tokens, None where they are no grid.
+    crop_grid: (rows, columns) of the patches (or cells) of a crop.
     depth: layers of the tower.
     special: S, special tokens of the tower that lead every pool, so that signals have their rows;
       0 where the method reads none.
@@ -155,6 +157,7 @@ class ProjectorReduction:
   across: str = 'image'
   order: str = 'raster'
   grid: tuple[int, int] | None = None
+  crop_grid: tuple[int, int] | None = None
   depth: int = 1
   special: int = 0
 
@@ -166,7 +169,8 @@ class ProjectorReduction:
 
 def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual | None,
                   reducers: ReducerParameters, *, text: Mapping[str, Array] | None = None,
-                  project: Any = None, rng: Array | None = None,
+                  tiling: Array | None = None, num_crops: int = 1, project: Any = None,
+                  rng: Array | None = None,
                   mesh: Mesh | None = None) -> tuple[Visual, int | None, Reduced | None]:
   """Reduces visual tokens after the projector.
 
@@ -176,6 +180,8 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
     special: x float[B, I, S, D], special tokens of each image with the same stats; None for S = 0.
     reducers: holds the parameters of a learned method.
     text: the signals of each row's prompt, [B, T, ...], by name: every image of the row gets them.
+    tiling: int32[B, I, 2], how each image is cut into crops; None where no method asks.
+    num_crops: the most that an image has.
     project: the projector, as in `Signals`.
     rng: turns its training on.
     mesh: the devices, or None.
@@ -186,7 +192,7 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
     where nothing is cut.
 
   Raises:
-    ValueError: for another number of tokens.
+    ValueError: for another number of tokens; or a method that goes by crops, across images.
   """
   batch, images, each = visual.x.shape[:3]
   together = images if reduction.across == 'prompt' else 1
@@ -205,10 +211,15 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
     from_tower['grids'] = jnp.max(ends, axis=1) + 1
   of_rows = {name: jnp.repeat(value, images // together, axis=0)
              for name, value in (text or {}).items()}
+  if reduction.needs & CROP_SIGNALS and together > 1:
+    raise ValueError(f'{reduction.plan.name} goes by the crops or frames of one image: set '
+                     "across='image', or choose another method")
+  if tiling is not None:
+    of_rows['tiling'] = tiling.reshape(-1, 2)
   lead, signals = tokens.protected, Signals().replace(**from_tower, **of_rows, project=project)
   event = dataclasses.replace(event, slots_in=lead + slots, slots_out=lead + event.slots_out)
-  place = Place(reduction.depth, reduction.grid, mesh=mesh,
-                one_sequence=reduction.grid is not None)
+  place = Place(reduction.depth, reduction.grid, mesh=mesh, crop_grid=reduction.crop_grid,
+                num_crops=num_crops, one_sequence=reduction.grid is not None)
   params = reducers(event, tokens, signals, place)
   budget, = row_budgets((event,), tokens)
   handed = event.reduction.method.hands_on
@@ -342,4 +353,4 @@ def neighbours_as_one(tokens: TokenSet, grid: tuple[int, int], side: int) -> Tok
 
 def _swap_attention(name: str, value: Array) -> Array:
   """Attention [B, H, N] as stats [B, N, H], and back; other signals have tokens in front anyway."""
-  return jnp.swapaxes(value, 1, 2) if 'attention' in name else value
+  return jnp.swapaxes(value, 1, 2) if AXES[name] == tuple('BHN') else value

@@ -149,7 +149,8 @@ def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int)
   if plan.events and chosen.method.hands_on and not (special and 'cls_attention' in host.offers):
     raise ValueError(f'{chosen.name} hands on a [CLS] that these tokens do not have: give it one '
                      "crop an image, of a tower with [CLS], or set args.cls='dropped'")
-  reduction = ProjectorReduction(plan, across, order, grid, tower.depth, special)
+  reduction = ProjectorReduction(plan, across, order, grid, vlm.crop_grid, tower.depth,
+                                 special)
   parts, rope = chosen.method.member_positions, vlm.lm.rope
   lm = vlm.lm.clone(rope=rope.split(parts)) if parts and rope.sections else vlm.lm
   return vlm.clone(tower=tower, lm=lm, projector_reduction=reduction)

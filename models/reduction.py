@@ -186,7 +186,7 @@ class Place:
     causal: whether a token sees only those before it; then a slot takes the latest position of the
       tokens merged into it, so that no token sees a later one through a group, and slots stand in
       the order of their positions, padding last (in mode 'mask' they stay where they are).
-    one_sequence: as in `Signals`.
+    one_sequence, crop_grid, num_crops: as in `Signals`.
   """
 
   depth: int
@@ -195,6 +195,8 @@ class Place:
   mesh: Mesh | None = None
   causal: bool = False
   one_sequence: bool = True
+  crop_grid: tuple[int, int] | None = None
+  num_crops: int = 1
 
   def by_rows(self, function: Any, whole: int = 0, rows: int = 2) -> Any:
     """Returns a function that runs on the rows of each device by itself, if there is a mesh.
@@ -216,7 +218,8 @@ class Place:
     """Returns the named signals alone, and those that are known without running a layer."""
     wanted = {name: getattr(signals, name) for name in (needs - STATIC) | (needs & {'project'})}
     return Signals(layer=layer, depth=self.depth, slots=slots).replace(
-        **wanted, grid=self.grid, rope=self.rope, one_sequence=self.one_sequence)
+        **wanted, grid=self.grid, rope=self.rope, one_sequence=self.one_sequence,
+        crop_grid=self.crop_grid, num_crops=self.num_crops)
 
 
 @dataclasses.dataclass(frozen=True)

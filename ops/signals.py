@@ -45,6 +45,7 @@ class Signals(struct.PyTreeNode):
     keys, queries, values: float[B, N, H, d], per head.
     plain_queries, plain_keys: float[B, N, H, d], before they are rotated.
     cls_attention: float32[B, H, N], the attention row of the [CLS] token.
+    cls_logits: float32[B, H, N], the same before the softmax, scaled.
     received_attention: float32[B, H, N], mean over real queries of the attention each key gets.
     attention: float32[B, H, N, N], the whole map; only a method that acts inside attention may ask.
     last_attention: float32[B, H, N], the attention row of the last real token.
@@ -65,10 +66,19 @@ class Signals(struct.PyTreeNode):
       where a host is told which they are, else all. Zeros where there is none.
     text_valid: bool[B, T], False for image placeholders, padding and what is not asked.
     vision_features: float[B, N, C], what the projector made each token of; zeros for newlines.
+    crop: int32[B, N], which crop of its image each token is a patch of: 0 for the whole image in
+      small, where there are several, and -1 for newlines. Frames of a video are crops, in the order
+      of time, and so are rows of a tower that merges patches or frames.
+    patch: int32[B, N], which patch (or cell of merged ones) of its crop it is, in raster order, the
+      nearest where it is interpolated; -1 for newlines. Where frames are pooled it is not the place
+      among the frame's tokens: that is their order (ops/primitives/video/frames.py).
+    tiling: int32[B, 2], rows and columns of the crops that an image is cut into; 0 for one crop.
     project: the projector itself in float32, as a function float[..., C] -> float32[..., D].
     grids: int32[B, 2], (rows, columns) of each row's own grid, where images have their own.
     rope: how positions become rotations (ops/rope.py). Static.
     grid: (rows, columns) of the patch grid. Static.
+    crop_grid: (rows, columns) of the patches (or cells) of a crop: it has no more tokens. Static.
+    num_crops: F, the most crops that an image can have. Static.
     layer: index of the layer at hand. Static.
     depth: number of layers. Static.
     slots: tokens that the schedule has here, before the cut (in training a soft method may hold
@@ -82,6 +92,7 @@ class Signals(struct.PyTreeNode):
   queries: Array = _signal('BNHd')
   values: Array = _signal('BNHd')
   cls_attention: Array = _signal('BHN')
+  cls_logits: Array = _signal('BHN')
   received_attention: Array = _signal('BHN')
   attention: Array = _signal('BHNN')
   next_received_attention: Array = _signal('BHN', 'next')
@@ -106,10 +117,15 @@ class Signals(struct.PyTreeNode):
   text: Array = _signal('BTD', 'projector')
   text_valid: Array = _signal('BT', 'projector')
   vision_features: Array = _signal('BNC', 'projector')
+  crop: Array = _signal('BN', 'projector')
+  patch: Array = _signal('BN', 'projector')
+  tiling: Array = _signal('B2', 'projector')
   project: Callable[[Array], Array] = _UNMEASURED
   grids: Array = _signal('BA')
   rope: Rope = _static()
   grid: tuple[int, int] = _static()
+  crop_grid: tuple[int, int] = _static()
+  num_crops: int = _static()
   layer: int = _static(0)
   depth: int = _static(1)
   slots: int | None = _static(None)
@@ -145,6 +161,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(Signals))
 # Known without a layer; given by the next layer; and given by a layer's MLP.
 STATIC = frozenset(NAMES) - AXES.keys()
 TEXT_SIGNALS = frozenset({'text', 'text_valid'})
+CROP_SIGNALS = frozenset({'crop', 'patch', 'tiling', 'crop_grid', 'num_crops'})
 NEXT_LAYER, MLP_SIGNALS = (
     frozenset(field.name for field in _MEASURED if field.metadata['stage'] == stage)
     for stage in ('next', 'mlp'))
@@ -185,6 +202,10 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     measured['cls_attention'] = attention.rows(
         q[:, row], k, None if lse is None else lse[:, row], bias=bias, positions=positions,
         last=None if last is None else last[:, row])[:, :, 0]
+  if 'cls_logits' in needs:
+    measured['cls_logits'] = jnp.einsum(
+        'bhd,bnhd->bhn', q[:, cls_slot], k, precision='highest',
+        preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
   if 'received_attention' in needs:
     measured['received_attention'] = attention.received(
         q, k, lse, bias=bias, positions=positions, last=last, query_valid=query_valid,

@@ -119,7 +119,8 @@ class Anyres:
                                   max_crops=self.max_crops, unpad=self.unpad, newline=self.newline)
     pixels = np.stack([self.steps(crop) for crop in crops])
     base_view = self.base_view(image) if self.base_view else None
-    return Picture(_cut(pixels, self.used), index, weight, base_view=base_view)
+    return Picture(_cut(pixels, self.used), index, weight, base_view=base_view,
+                   tiling=(target[0] // self.tile, target[1] // self.tile))
 
 
 @dataclasses.dataclass(frozen=True)

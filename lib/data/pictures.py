@@ -28,6 +28,7 @@ class Picture:
     sizes: int[c, 2] for patches, else None.
     axes: int[V, 3], time, row and column of each token; None where positions have one axis.
     extent: by how much positions move on (0 without axes).
+    tiling: rows and columns of the crops that the image is cut into, beside the first.
     base_view: the whole image as one crop, which a model reads instead where a row has several
       images; None where it then reads the same.
   """
@@ -38,6 +39,7 @@ class Picture:
   sizes: np.ndarray | None = None
   axes: np.ndarray | None = None
   extent: int = 0
+  tiling: tuple[int, int] = (0, 0)
   base_view: Picture | None = None
 
 
@@ -80,6 +82,7 @@ def batch_pictures(rows: Sequence[Sequence[Picture]], *, patches: int, crops: in
   weight = np.zeros(index.shape, np.float32)
   axes = np.zeros((len(rows), images, tokens, 3), np.int32)
   extent = np.zeros((len(rows), images), np.int32)
+  tiling = np.zeros((len(rows), images, 2), np.int32)
   for number, row in enumerate(rows):
     first = 0
     for image, picture in enumerate(row):
@@ -89,6 +92,7 @@ def batch_pictures(rows: Sequence[Sequence[Picture]], *, patches: int, crops: in
       index[number, image, :count, :width] = np.where(
           picture.index == NEWLINE, crops * patches, picture.index + first * patches)
       weight[number, image, :count, :width] = picture.weight
+      tiling[number, image] = picture.tiling
       if picture.axes is not None:
         axes[number, image, :count] = picture.axes
         extent[number, image] = picture.extent
@@ -99,5 +103,5 @@ def batch_pictures(rows: Sequence[Sequence[Picture]], *, patches: int, crops: in
   # Arrays of numpy, which jit moves.
   arrays: tuple[Any, ...] = (
       pixels, sizes if every[0].sizes is not None else None, index, weight,
-      axes if has_axes else None, extent if has_axes else None)
+      axes if has_axes else None, extent if has_axes else None, tiling)
   return Images(*arrays)

@@ -89,7 +89,7 @@ class Bert(nn.Module):
 
   def host(self, slots: int) -> Host:
     """Describes this model to plans, for texts of so many tokens; [CLS] and [SEP] are protected."""
-    return Host(self.depth, slots, SPECIALS, OFFERS - {'grid'} | {'cls_attention'})
+    return Host(self.depth, slots, SPECIALS, OFFERS - {'grid'} | {'cls_attention', 'cls_logits'})
 
   @nn.compact
   def __call__(self, ids: Array, valid: Array | None = None) -> tuple[Array, Outputs]:

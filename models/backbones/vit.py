@@ -269,7 +269,7 @@ class ViT(nn.Module):
   def host(self) -> Host:
     """Describes this model to plans."""
     slots = self.special + self.grid[0] * self.grid[1]
-    offers = OFFERS | {'cls_attention'} if self.class_token else OFFERS
+    offers = OFFERS | {'cls_attention', 'cls_logits'} if self.class_token else OFFERS
     return Host(self.depth, slots, self.special, offers)
 
   @nn.compact

@@ -40,8 +40,10 @@ from models.blocks import ACTIVATIONS, dense
 from models.plans.events import Plan
 from models.plans.hosts import Host
 from models.projector import (
+  CROP,
   FEATURES,
   FROM_TOWER,
+  PATCH,
   PER_TOKEN,
   Projector,
   ProjectorReduction,
@@ -54,7 +56,7 @@ from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
-from ops.signals import TEXT_SIGNALS
+from ops.signals import CROP_SIGNALS, TEXT_SIGNALS
 from ops.splice import Visual, splice, unmerged
 from ops.temporal import TTF, fuse_frames
 from ops.tokens import TEXT, TokenSet
@@ -76,6 +78,8 @@ class Images:
       None for one image a crop, in raster order.
     weight: float32[B, I, V, K], the share of each, all zero where there is no token.
     axes, extent: positions, as in `ops.splice.Visual`; None where they have one axis.
+    tiling: int32[B, I, 2] or None, rows and columns of the crops that an image is cut into beside
+      its first one; 0 for none. Methods that give each crop a budget read it.
   """
 
   pixels: Array
@@ -84,6 +88,7 @@ class Images:
   weight: Array | None = None
   axes: Array | None = None
   extent: Array | None = None
+  tiling: Array | None = None
 
   @property
   def layout(self) -> tuple[int, int, int]:
@@ -192,6 +197,14 @@ class VLM(nn.Module):
     rows, columns = (length // self.side for length in tower.grid)
     return (rows, columns) if slots == rows * columns else None
 
+  @property
+  def crop_grid(self) -> tuple[int, int]:
+    """Returns (rows, columns) of the patches of a crop, or of cells of those that are merged."""
+    if isinstance(self.tower, QwenVision):
+      return self.tower.cells
+    rows, columns = self.tower.grid
+    return rows // self.side, columns // self.side
+
   def projector_host(self, slots: int) -> Host:
     """Returns what a plan of a reduction behind the projector needs to know of this model.
 
@@ -207,6 +220,12 @@ class VLM(nn.Module):
     offers = (own | {*PER_TOKEN}) & self.tower.host.offers | TEXT_SIGNALS
     if isinstance(self.tower, QwenVision):
       offers |= {'grids'}
+    whole, left = passed_on(self.tower, self.side)
+    # A cell that a reduced tower left empty would shift the places of those behind it.
+    empties = isinstance(self.tower, QwenVision) and self.tower.plan and self.tower.plan.events
+    if whole == left and not empties:
+      tiled = isinstance(self.tower, ViT) and self.side == 1
+      offers |= CROP_SIGNALS if tiled else CROP_SIGNALS - {'tiling'}
     # A tower that ends in the language model's width has its projector inside.
     return Host(1, slots, 0, offers | {'vision_features', 'project'} if self.projection else offers)
 
@@ -403,6 +422,10 @@ class VLM(nn.Module):
       tokens = tokens.replace(x=self.projector(tokens.x))
     aux['tower_tokens'] = tokens
     visual, aux['layout'] = self._arrange(tokens, images)
+    tiling = None
+    if needs & CROP_SIGNALS:
+      visual = visual.replace(stats=visual.stats | self._crops(images))
+      tiling = _tiling(images) if 'tiling' in needs else None
     if images.axes is not None:
       # A section in several parts turns each of them with a position of its own.
       parts = max(len(self.lm.rope.sections) // images.axes.shape[-1], 1)
@@ -413,7 +436,8 @@ class VLM(nn.Module):
       special = self._special_of(whole, images) if self.projector_reduction.special else None
       rng = self.make_rng('dropout') if self.has_rng('dropout') else None
       visual, slots, outcome = reduce_visual(
-          self.projector_reduction, visual, special, self.reducers, text=text,
+          self.projector_reduction, visual, special, self.reducers, text=text, tiling=tiling,
+          num_crops=images.pixels.shape[1] if images.index is not None else 1,
           project=self._project() if 'project' in needs else None, rng=rng, mesh=self.lm.mesh)
       aux['projector'] = outcome and outcome.tokens
       if outcome:
@@ -424,6 +448,21 @@ class VLM(nn.Module):
     axes = stats.pop('axes', None)
     stats.pop('cell', None)
     return visual.replace(stats=stats, axes=axes, extent=images.extent), slots, aux
+
+  def _crops(self, images: Images) -> dict[str, Array]:
+    """Returns the crop of its image that each visual token is of, and which patch of it."""
+    each = passed_on(self.tower, self.side)[0]
+    shape = images.pixels.shape[:2]
+    if images.index is None:
+      own = jnp.broadcast_to(jnp.arange(each, dtype=jnp.int32), (*shape, each))
+      return {CROP: jnp.zeros_like(own), PATCH: own}
+    assert images.weight is not None
+    # Of what a token is made of, most.
+    most = jnp.argmax(images.weight, axis=3, keepdims=True)
+    source = jnp.take_along_axis(images.index, most, axis=3)[..., 0]
+    crop = source // each - source[:, :, :1] // each
+    newline = source >= shape[1] * each
+    return {CROP: jnp.where(newline, -1, crop), PATCH: jnp.where(newline, -1, source % each)}
 
   def _project(self) -> Any:
     """The projector as a function; in float32, so that its derivative is no noise of rounding."""
@@ -514,6 +553,20 @@ def _with_relevance(tower: ViT | QwenVision) -> ViT:
   # It watches alone: without events nothing calls it.
   record = Reduction('relevance', Relevance(by, last), watch=(last,))  # type: ignore[arg-type]
   return tower.clone(plan=Plan((), (*plan.reductions, record)))
+
+
+def _tiling(images: Images) -> Array:
+  """Rows and columns of the crops of each image, int32[B, I, 2].
+
+  Raises:
+    ValueError: a layout that does not say.
+  """
+  if images.tiling is not None:
+    return images.tiling
+  if images.index is None:
+    return jnp.zeros((*images.pixels.shape[:2], 2), jnp.int32)
+  raise ValueError('the reduction at the projector goes by crops, and these images do not say how '
+                   'they are cut: give Images their tiling (lib/data/pictures.py does)')
 
 
 def image_counts(images: Images) -> np.ndarray:

@@ -17,7 +17,7 @@ import pytest
 from helpers import contract
 
 from lib.data.pictures import Picture, batch_pictures
-from lib.data.token_layout import anyres_layout, cell_layout, raster_layout
+from lib.data.token_layout import anyres_layout, cell_layout, raster_layout, video_layout
 from models.backbones.qwen_vision import RotaryBlock
 from models.checkpoints.vlm_config import from_config
 from models.plan import make_plan, methods
@@ -26,7 +26,7 @@ from models.reduce_config import with_projector_reduction
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
-from ops.signals import TEXT_SIGNALS
+from ops.signals import AXES, CROP_SIGNALS, TEXT_SIGNALS
 from ops.tokens import SPECIAL, TokenSet
 
 SIDE, PATCHES, KEEP, LAST = 4, 16, 6, 1
@@ -43,6 +43,8 @@ QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': 30,
                           'fullatt_block_indexes': [0, 1]}}
 TOWERS = {'cls': {}, 'registers': {'registers': 2},
           'no_cls': {'class_token': False, 'pool': 'mean'}}
+# Those that go by frames.
+FRAMEWISE = ('evs', 'vidcom2', 'dycoke', 'fastvid', 'holitom', 'prunevid', 'framefusion')
 # Those that read the attention of a whole sequence.
 RELATIONAL = ('prumerge', 'flowcut', 'vid_tldr', 'crossget')
 
@@ -61,9 +63,17 @@ def crops():
 
   def picture(size):
     pixels = random.normal(size=(3, 16, 16, 3)).astype(np.float32)
-    return Picture(pixels, *anyres_layout(size, (16, 32), tile=16, side=SIDE))
+    return Picture(pixels, *anyres_layout(size, (16, 32), tile=16, side=SIDE), tiling=(1, 2))
 
   return batch_pictures([[picture((10, 40))], [picture((16, 32))]], patches=PATCHES)
+
+
+def clips():
+  """A video of three frames in the first row, and one of a single frame in the second."""
+  random = np.random.default_rng(4)
+  rows = [[Picture(random.normal(size=(frames, 16, 16, 3)).astype(np.float32),
+                   *video_layout(frames, SIDE))] for frames in (3, 1)]
+  return batch_pictures(rows, patches=PATCHES)
 
 
 def made(tower, kind='llava'):
@@ -214,7 +224,7 @@ def spy(monkeypatch):
 
 def attention_last(name, value):
   """A signal with its slots in axis 1."""
-  return np.asarray(jnp.swapaxes(value, 1, 2) if 'attention' in name else value)
+  return np.asarray(jnp.swapaxes(value, 1, 2) if AXES[name] == ('B', 'H', 'N') else value)
 
 
 @pytest.mark.long
@@ -222,8 +232,9 @@ def attention_last(name, value):
 def test_signals_of_a_crop_are_all_that_the_tower_has(tower, spy):
   vlm, images = made(tower), squares()
   params, host = random_params(vlm, squares), vlm.projector_host(PATCHES)
-  wanted = set(FROM_TOWER) - ({'cls_attention'} if tower == 'no_cls' else set())
-  assert host.offers == wanted | TEXT_SIGNALS | {'grid', 'layer', 'depth', 'slots', 'one_sequence'}
+  wanted = set(FROM_TOWER) - ({'cls_attention', 'cls_logits'} if tower == 'no_cls' else set())
+  assert host.offers == wanted | TEXT_SIGNALS | CROP_SIGNALS | {
+      'grid', 'layer', 'depth', 'slots', 'one_sequence'}
   tokens, signals = spy(lambda config, params: behind(vlm, images, params, config, PATCHES), wanted,
                         params)
   inside, measured = spy(lambda config, params: in_tower(vlm.tower, images, params, config), wanted,
@@ -262,7 +273,7 @@ def test_signals_of_several_crops_are_each_crops_own(case, spy):
   images, params = images_of(), random_params(vlm, images_of)
   slots = images.index.shape[2] * images.index.shape[1]
   host = vlm.projector_host(slots)
-  assert host.offers == {*PER_TOKEN, *TEXT_SIGNALS, 'layer', 'depth', 'slots'}
+  assert host.offers == {*PER_TOKEN, *TEXT_SIGNALS, *CROP_SIGNALS, 'layer', 'depth', 'slots'}
   across = {'across': 'prompt', 'order': 'method'} if case == 'prompt' else {}
   tokens, signals = spy(lambda config, params: behind(vlm, images, params, config | across, slots),
                         PER_TOKEN, params)
@@ -274,6 +285,88 @@ def test_signals_of_several_crops_are_each_crops_own(case, spy):
     np.testing.assert_allclose(
         attention_last(name, getattr(signals, name)),
         laid_out(images, name, getattr(measured, name), vlm.tower.special), atol=1e-6)
+
+
+def test_tokens_know_the_crop_that_they_are_of(spy):
+  vlm, names = made('cls', 'llava_next'), CROP_SIGNALS
+  images, params = crops(), random_params(vlm, crops)
+  slots = images.index.shape[2]
+  _, found = spy(lambda config, params: behind(vlm, images, params, config, slots), names, params)
+  assert found.crop_grid == (SIDE, SIDE)
+  assert found.num_crops == 3
+  np.testing.assert_array_equal(found.tiling, [[1, 2], [1, 2]])
+  # Of the first image's crops four rows of padding are left out, of the second's none.
+  there, newline = np.asarray(images.weight)[:, 0, :, 0] > 0, found.crop < 0
+  assert newline.sum(axis=1, where=there).tolist() == [2, 4]
+  for row, rows in enumerate((2, 4)):
+    real = there[row] & ~newline[row]
+    counts = np.bincount(found.crop[row][real]).tolist()
+    assert counts == [PATCHES, rows * SIDE, rows * SIDE]
+    source = found.crop[row] * PATCHES + found.patch[row]
+    np.testing.assert_array_equal(source[real], images.index[row, 0, :, 0][real])
+
+
+def test_frames_are_crops_and_their_order_is_the_place(spy):
+  vlm, params = made('no_cls', 'llava_next'), random_params(made('no_cls', 'llava_next'), clips)
+  images, names = clips(), CROP_SIGNALS - {'tiling'}
+  slots = images.index.shape[2]
+  tokens, found = spy(lambda config, params: behind(vlm, images, params, config, slots), names,
+                      params)
+  assert (found.num_crops, found.crop_grid) == (3, (SIDE, SIDE))
+  real = np.asarray(tokens.real)
+  frames = [np.asarray(found.crop[row])[real[row]].tolist() for row in range(2)]
+  assert frames == [[0] * 4 + [1] * 4 + [2] * 4 + [-1], [0] * 4 + [-1]]
+
+
+def test_frames_of_merged_patches_are_rows_of_the_tower(spy):
+  vlm = from_config(QWEN, grid=(8, 8))
+  rows = []
+  for number, (frames, size) in enumerate([(2, (2, 3)), (1, (4, 1))]):
+    index, axes, extent = cell_layout(frames, size, 4, 16)
+    patches = np.random.default_rng(number).normal(size=(frames, 8, 8, 24)).astype(np.float32)
+    sizes = np.int32([np.multiply(size, 2)] * frames)
+    rows.append([Picture(patches, index, np.ones(index.shape, np.float32), sizes, axes, extent)])
+  images = batch_pictures(rows, patches=16)
+  slots = images.index.shape[2]
+  tokens, found = spy(lambda config, params: behind(vlm, images, params, config, slots),
+                      CROP_SIGNALS - {'tiling'}, random_params(vlm, lambda: images))
+  assert (found.num_crops, found.crop_grid) == (2, (4, 4))
+  there = np.asarray(tokens.real)
+  assert np.asarray(found.crop)[0][there[0]].tolist() == [0] * 6 + [1] * 6
+  assert np.asarray(found.crop)[1][there[1]].tolist() == [0] * 4
+  assert np.asarray(found.patch)[0][there[0]].tolist() == [0, 1, 2, 4, 5, 6] * 2
+  with pytest.raises(ValueError, match='hired needs'):
+    with_projector_reduction(vlm, {'method': 'hired', 'keep': 4}, slots=slots)
+  dropping = vlm.clone(tower=vlm.tower.clone(plan=make_plan(
+      {'method': 'tome', 'keep': 32, 'layers': 0, 'site': 'after'}, vlm.tower.host)))
+  with pytest.raises(ValueError, match='evs needs crop'):
+    with_projector_reduction(dropping, {'method': 'evs', 'keep': 4}, slots=slots)
+
+
+def test_crops_of_several_images_share_no_budget():
+  vlm, images = made('cls'), squares()
+  with pytest.raises(ValueError, match=r"hired goes by the crops .* set across='image'"):
+    behind(vlm, images, random_params(vlm, squares),
+           {'method': 'hired', 'keep': 8, 'across': 'prompt'}, 2 * PATCHES)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(('name', 'images_of'), [
+    *((name, crops) for name in ('hired', 'globalcom2')), *((name, clips) for name in FRAMEWISE)])
+def test_crops_have_budgets_whatever_else_is_in_the_batch(name, images_of):
+  vlm, images = made('cls', 'llava_next'), images_of()
+  params, slots = random_params(vlm, images_of), images.index.shape[2]
+
+  @jax.jit
+  def run(images):
+    return behind(vlm, images, params, {'method': name, 'keep_ratio': 0.5}, slots)
+
+  both = run(images)
+  for row in range(2):
+    alone = run(jax.tree.map(lambda leaf, row=row: leaf[row:row + 1], images))
+    for found, wanted in zip(left(alone, 0), left(both, row), strict=True):
+      np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert (1 if row else 4) < len(left(alone, 0)[0]) <= (slots + 1) // 2
 
 
 WORDS = np.array([[30, 1, 2, 3, 30, 9], [4, 5, 30, 0, 0, 0]])
@@ -375,7 +468,7 @@ def test_signals_of_merged_patches_are_means_of_their_cells(spy):
   params = random_params(vlm, lambda: images)
   wanted = {'keys', 'plain_keys', 'values', 'received_attention'}
   slots = images.index.shape[2]
-  assert vlm.projector_host(slots).offers == wanted | TEXT_SIGNALS | {
+  assert vlm.projector_host(slots).offers == wanted | TEXT_SIGNALS | CROP_SIGNALS - {'tiling'} | {
       'layer', 'depth', 'slots', 'grids'}
   _, signals = spy(lambda config, params: behind(vlm, images, params, config, slots), wanted,
                    params)

@@ -34,6 +34,10 @@ KEEP, KEEP_AGAIN, KEEP_TEXT = 13, 8, 13 + TEXTS
 # Words of a prompt: so many in the first row, one less in the second, two less in the third.
 WORDS = 4
 GARBAGE = 1e3
+# An image in small and two crops of it; other patches are of none that counts. To methods for
+# videos all are frames.
+TILING, CROP_GRID = (2, 1), (2, 2)
+NUM_CROPS = WIDE // 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +105,15 @@ class Case:
         'queries': self.q.astype(dtype), 'keys': self.k.astype(dtype),
         'values': self.v.astype(dtype), 'hidden': self.hidden.astype(dtype),
         'attention': attention, 'cls_attention': attention[np.arange(len(self.x)), :, self.cls],
+        'cls_logits': logits[np.arange(len(self.x)), :, self.cls],
         'last_attention': attention[np.arange(len(self.x)), :, self.last],
         'received_attention': np.where(queries, attention, 0).sum(2) / queries.sum(2)}
     known |= {'text': self.text.astype(dtype), 'text_valid': self.text_valid,
               'vision_features': known['hidden'], 'project': PROJECT}
+    each, patch = CROP_GRID[0] * CROP_GRID[1], self.kind == VISUAL
+    known |= {'crop': np.where(patch, self.pos // each, -1).astype(np.int32),
+              'patch': np.where(patch, self.pos % each, -1).astype(np.int32),
+              'tiling': np.tile(np.array(TILING, np.int32), (len(self.x), 1))}
     ahead = _softmax(np.where(real[:, 0], self.ahead, -np.inf))
     known['row_attention'] = known['received_attention']
     known['mlp_hidden'] = known['hidden']
@@ -113,7 +122,8 @@ class Case:
               'next_row_attention': ahead, 'next_keys': self.k.astype(dtype),
               'next_queries': self.q.astype(dtype)}
     return Signals(**{name: known[name] for name in needs & known.keys()},
-                   grid=GRID, layer=1, depth=4, rope=Rope(HEAD))
+                   grid=GRID, crop_grid=CROP_GRID, num_crops=NUM_CROPS, layer=1, depth=4,
+                   rope=Rope(HEAD))
 
   @property
   def told(self) -> dict[str, np.ndarray]:
@@ -250,6 +260,11 @@ def outcome(tokens: TokenSet, assignment: assignments.Assignment) -> Outcome:
 # ends of a row unlike its middle, and so has no ties.
 SETTINGS: dict[str, dict[str, Any]] = {
     'dtop': {'classes': 3, 'threshold': 0.225, 'spared': 1}, 'dymu': {'threshold': 0.4},
+    'globalcom2': {'temperature': 2.0},
+    'vidcom2': {'temperature': 1.0},
+    'fastvid': {'segments': 2, 'threshold': -1.0, 'context': 0.5, 'every': 2},
+    'holitom': {'threshold': 0.0, 'share': 0.3},
+    'prunevid': {'threshold': -0.1, 'few': 1},
     'adatoken_3d': {'share': 0.5}, 'mustdrop': {'overall': 0.05, 'single': 0.3},
     'gemfilter': {'kernel': 1}, 'pact': {'keep': 0.7, 'cutoff': 0.7, 'coefficient': 1.0},
     'duet_zip': {'contextual': 2, 'width': 2}, 'holov': {'chunks': 4},
@@ -382,7 +397,8 @@ def gradients(name: str, dtype: Any) -> Any:
     needs = method(name).needs
     tokens, signals = case.tokens(dtype), case.signals(needs, dtype)
     params = parameters(name, tokens, signals, num_slots=keep)
-    floats = {key: getattr(signals, key) for key in needs if key not in {*STATIC, 'text_valid'}}
+    floats = {key: value for key in needs - STATIC
+              if jnp.issubdtype((value := getattr(signals, key)).dtype, jnp.floating)}
     rng = jax.random.key(5) if learned(name) else None
     (value, reduced), grads = step((params, tokens.x, floats), tokens, signals, rng)
     return (value, reduced.x, reduced.sizes), grads

@@ -157,6 +157,12 @@ def bits(name):
       assert copies.any()
       same(out.reduced.x[:, 1:][copies], assignments.take(case.x, out.src)[:, 1:][copies])
       return 'mixes some tokens'
+    if contract.method(name).adaptive:
+      # Some outputs may be tokens as they were, and some of nothing.
+      single = (inner > 0).sum(2) == 1
+      assert several.any(axis=1).all(), 'mixes nothing: should be a Gather or a Merge'
+      same(out.applied[:, 1:][single], assignments.take(case.x, out.src)[:, 1:][single])
+      return 'mixes some tokens'
     assert several.all(), 'mixes nothing: should be a Gather or a Merge'
     return 'mixes all tokens'
   valid = np.ones(out.src.shape, bool) if out.reduced.valid is None else out.reduced.valid
@@ -356,6 +362,11 @@ def ties(name):
       # Equals of unlike parts: the same ones in every row, the first of all among them.
       same(np.sort(out.src[row]), np.sort(out.src[0]))
       assert {0, 1} <= set(anchors)
+      continue
+    if 'crop' in method.needs:
+      # Each crop, or frame, has a budget of its own.
+      crop, place = np.divmod(case.pos[row][anchors[1:]], np.prod(contract.CROP_GRID))
+      same(place, np.concatenate([np.arange(count) for count in np.bincount(crop)]))
       continue
     if isinstance(out.assignment, Gather) or method.extra_slots:
       # Whoever keeps the last slot whatever its content takes it for no equal of the others.

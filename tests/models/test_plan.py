@@ -42,6 +42,10 @@ def test_every_method_can_be_planned_on_a_vit(name):
 def test_methods_of_a_host_are_those_that_it_has_signals_for():
   missing = {name: sorted(methods()[name]().needs - HOST.offers)
              for name in methods().keys() - methods(HOST).keys()}
+  frames, crops = ['crop', 'num_crops'], ['crop', 'crop_grid']
+  of_crops = dict.fromkeys(('evs', 'vidcom2', 'dycoke', 'framefusion'), frames)
+  of_crops |= {name: [*crops, 'num_crops'] for name in ('fastvid', 'holitom', 'prunevid')}
+  of_crops |= {name: [*crops, 'patch', 'tiling'] for name in ('hired', 'globalcom2')}
   assert missing == {'fastv': ['last_attention'], 'pyramiddrop': ['next_last_attention'],
                      'duet_vlm': ['next_row_attention'], 'transprune': ['next_row_attention'],
                      'corematching': ['mlp_hidden'], 'vtw': ['rope'], 'fitprune': ['rope'],
@@ -55,7 +59,8 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
                      'flashvlm': ['text', 'text_valid', 'vision_features'],
                      'mmtok': ['text', 'text_valid', 'vision_features'],
                      'zoo_prune': ['project', 'vision_features'],
-                     'gemfilter': []}  # It runs the model again, which only a language model can.
+                     'gemfilter': [],  # It runs the model again, which only a language model can.
+                     'holitom_merge': ['last_attention'], **of_crops}
   every = [*methods(), *branch_methods(), *CACHE_REDUCERS, *INSERTS]
   assert len(set(every)) == len(every), 'names are unique'
   assert {name: method.site for name, method in CACHE_REDUCERS.items()} == dict.fromkeys(

@@ -11,6 +11,7 @@ from ops.reducers.language.fastv import FastV
 from ops.reducers.language.fitprune import FitPrune
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.hidrop import HiDrop
+from ops.reducers.language.holitom_merge import HoliTomMerge
 from ops.reducers.language.lvlm_csp import LVLMCSP
 from ops.reducers.language.mustdrop import MustDrop
 from ops.reducers.language.pact import PACT
@@ -24,6 +25,7 @@ from ops.reducers.method import Method
 
 LANGUAGE: dict[str, type[Method]] = {
     'fastv': FastV,
+    'holitom_merge': HoliTomMerge,
     'pyramiddrop': PyramidDrop,
     'duet_vlm': DUETVLM,
     'aim': AIM,

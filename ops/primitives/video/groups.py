@@ -1,0 +1,94 @@
+"""Groups of tokens that are clustered by themselves, and merged.
+
+Axes: B batch, N slots, M slots after, G groups, W tokens of a group at most, D features.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ops.assignments import Merge, expand_like, take
+from ops.primitives.cluster import distances, peaks
+from ops.primitives.crops import keep_flagged, ranks_within, sums
+from ops.primitives.select import ranks, top
+from ops.tokens import TokenSet
+
+Array = jax.Array
+
+
+def merge_flagged(tokens: TokenSet, stays: Array, partner: Array, weight: Array, *,
+                  num_slots: int) -> Merge:
+  """Merges tokens into those that are named, in slot order.
+
+  Args:
+    tokens: N slots.
+    stays: bool[B, N], tokens that have an output, no more than the row keeps.
+    partner: int32[B, N], the slot that each token joins, itself for those that stay; N for none.
+    weight: float32[B, N], its factor there.
+    num_slots: M.
+  """
+  kept = keep_flagged(tokens, stays, num_slots=num_slots)
+  own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), partner.shape)
+  partner = jnp.where(tokens.fixed, own, jnp.where(tokens.free, partner, tokens.slots))
+  dst = take(jnp.pad(kept.dst, ((0, 0), (0, 1)), constant_values=num_slots), partner)
+  return Merge(kept.src, dst, jnp.where(tokens.fixed, 1.0, weight), valid=kept.valid,
+               wanted=kept.wanted)
+
+
+class Groups(struct.PyTreeNode):
+  """Holds what a clustering of tokens by group found.
+
+  Attributes:
+    scores: float32[B, N], of each token as a centre, as `peaks` has it; -inf outside of groups.
+    centre: int32[B, N], the slot of the centre that each token is nearest to, itself for centres; N
+      outside of groups, and in groups without any.
+  """
+
+  scores: Array
+  centre: Array
+
+
+def cluster_groups(x: Array, group: Array, centres: Array, *, width: int, neighbours: int,
+                   few: bool = False) -> Groups:
+  """Clusters the tokens of each group by itself around density peaks (`peaks`).
+
+  Args:
+    x: float[B, N, D].
+    group: int32[B, N] below G, -1 for none.
+    centres: int32[B, G], how many centres each group has at most.
+    width: W; what a group has beyond is left out.
+    neighbours: nearest tokens that make up the density, the token itself among them.
+    few: whether the density takes no more neighbours than there are centres.
+  """
+  batch, slots, features = x.shape
+  groups = centres.shape[1]
+  own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), group.shape)
+  rank = ranks_within(group, jnp.zeros(group.shape))
+  index = jnp.where((group >= 0) & (rank < width), group * width + rank, groups * width)
+  slot = jax.vmap(lambda i, o: jnp.full(groups * width, slots, jnp.int32).at[i].set(
+      o, mode='drop'))(index, own)
+  points = take(x, jnp.minimum(slot, slots - 1)).reshape(batch * groups, width, features)
+  slot, centres = slot.reshape(-1, width), centres.reshape(-1, 1)
+  among = slot < slots
+  distance = distances(points) * features ** -0.5
+  scores = peaks(distance, among,
+                 neighbours=jnp.minimum(neighbours, centres) if few else neighbours)
+  chosen = among & (ranks(top(scores, width, excluded=~among), width) < centres)
+  reach = jnp.where(chosen[:, None], distance, jnp.inf)
+  near = jnp.take_along_axis(slot, jnp.argmin(reach, axis=2), axis=1)
+  near = jnp.where(chosen, slot, jnp.where(jnp.any(chosen, axis=1, keepdims=True), near, slots))
+
+  def back(values: Array, fill: float) -> Array:
+    values = jnp.pad(values.reshape(batch, -1), ((0, 0), (0, 1)), constant_values=fill)
+    return take(values, index)
+
+  return Groups(back(jnp.where(among, scores, -jnp.inf), -jnp.inf), back(near, slots))
+
+
+def joined(values: Array, partner: Array) -> Array:
+  """Adds values up in the slot that each joins, [B, N, ...] -> [B, N, ...]; slot N is none."""
+  slots = partner.shape[1]
+  values = jnp.where(expand_like(partner < slots, values), values, 0)
+  return sums(values, jnp.where(partner < slots, partner, -1), slots)

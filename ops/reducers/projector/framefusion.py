@@ -1,0 +1,49 @@
+"""FrameFusion's merging: places that stand still become one token, the most alike first.
+
+Axes: B batch, N slots now.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from ops.assignments import Assignment, take
+from ops.primitives.crops import ranks_within
+from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best
+from ops.primitives.video.groups import joined, merge_flagged
+from ops.reducers.base import Reducer
+from ops.signals import Signals
+from ops.tokens import TokenSet
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameFusion(Reducer):
+  """Merges tokens of a video into the same place of the frame before, where they are most alike.
+
+  The merging of FrameFusion (2025), arXiv:2501.01986, as released, in one step before the language
+  model. Likeness is the cosine of two frames' features at a place. As many tokens as the budget
+  asks for merge, the most alike first; a place that does so over several frames becomes one token
+  in its first one, the mean of all. The release merges what is above a threshold in the first
+  layers of the language model, and so many in the last of these alone; what its budget lacks then
+  is pruned by attention, neither of which is here. No budget takes the first frame's places apart:
+  one that is less than a frame drops the last of them. Newlines stay. Tokens keep their order.
+  """
+
+  needs = FRAME_SIGNALS
+  site = 'after'
+
+  def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
+    frames, slots = Frames.of(tokens, signals), tokens.slots
+    like = frames.likeness(tokens.x, frames.at(frames.frame - 1))
+    excess = jnp.sum(frames.sizes, axis=1, keepdims=True) - frames.num_kept(tokens, num_slots)
+    rank = ranks_within(jnp.where(frames.there, 0, -1), like)
+    merges = frames.there & (like > -2) & (rank < excess)
+    start = frames.at(frames.frame - frames.runs(merges))
+    own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), start.shape)
+    partner = jnp.where(frames.there, start, own)
+    stays = best(tokens, ~merges, jnp.where(frames.there, -own.astype(jnp.float32), 1.0),
+                 num_slots=num_slots)
+    sizes = tokens.sizes
+    total = take(joined(sizes, partner), jnp.minimum(partner, slots - 1))
+    return merge_flagged(tokens, stays, partner, sizes / jnp.where(total > 0, total, 1.0),
+                         num_slots=num_slots)
