@@ -71,7 +71,7 @@ class Signals(struct.PyTreeNode):
       of time, and so are rows of a tower that merges patches or frames.
     patch: int32[B, N], which patch (or cell of merged ones) of its crop it is, in raster order, the
       nearest where it is interpolated; -1 for newlines. Where frames are pooled it is not the place
-      among the frame's tokens: that is their order (ops/primitives/video/frames.py).
+      among the frame's tokens: that is their order (ops/primitives/crops/frames.py).
     tiling: int32[B, 2], rows and columns of the crops that an image is cut into; 0 for one crop.
     project: the projector itself in float32, as a function float[..., C] -> float32[..., D].
     grids: int32[B, 2], (rows, columns) of each row's own grid, where images have their own.

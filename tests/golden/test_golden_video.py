@@ -14,7 +14,7 @@ import pytest
 from helpers import recorded
 
 from ops import tokens as tk
-from ops.primitives.video.segments import contiguous
+from ops.primitives.crops.segments import contiguous
 from ops.reducers.language.holitom_merge import HoliTomMerge
 from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge, take
-from ops.primitives.crops import ranks_within, sums
+from ops.primitives.crops.regions import ranks_within, sums
 from ops.primitives.match import cosine
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer

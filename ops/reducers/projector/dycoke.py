@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from ops import choices
 from ops.assignments import Assignment
-from ops.primitives.crops import keep_flagged, ranks_within
-from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best, shares
+from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, shares
+from ops.primitives.crops.regions import keep_flagged, ranks_within
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

@@ -8,8 +8,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.primitives.crops.frames import FRAME_SIGNALS, Frames
 from ops.primitives.select import keep_top
-from ops.primitives.video.frames import FRAME_SIGNALS, Frames
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

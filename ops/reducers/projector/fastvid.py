@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from ops import choices
 from ops.assignments import Assignment, Mix, take
-from ops.primitives.crops import keep_flagged, ranks_within, sums
+from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, asked, best, check_share
+from ops.primitives.crops.groups import cluster_groups
+from ops.primitives.crops.regions import keep_flagged, ranks_within, sums
+from ops.primitives.crops.segments import segments
 from ops.primitives.match import cosine, l2_normalize
-from ops.primitives.video.frames import FRAME_SIGNALS, Frames, asked, best, check_share
-from ops.primitives.video.groups import cluster_groups
-from ops.primitives.video.segments import segments
 from ops.reducers.base import ATTENTIONS, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

@@ -8,9 +8,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
-from ops.primitives.crops import ranks_within
-from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best
-from ops.primitives.video.groups import joined, merge_flagged
+from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best
+from ops.primitives.crops.groups import joined, merge_flagged
+from ops.primitives.crops.regions import ranks_within
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

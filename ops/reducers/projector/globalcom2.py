@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
-from ops.primitives.crops import keep_flagged, ranks_within, region, sums
+from ops.primitives.crops.regions import keep_flagged, ranks_within, region, sums
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
-from ops.primitives.crops import ranks_within, sums
-from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best, check_share
-from ops.primitives.video.groups import cluster_groups, joined, merge_flagged
-from ops.primitives.video.segments import segments, windows
+from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, check_share
+from ops.primitives.crops.groups import cluster_groups, joined, merge_flagged
+from ops.primitives.crops.regions import ranks_within, sums
+from ops.primitives.crops.segments import segments, windows
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

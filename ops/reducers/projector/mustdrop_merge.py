@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
-from ops.primitives.crops import sums
+from ops.primitives.crops.frames import best
+from ops.primitives.crops.groups import joined, merge_flagged
+from ops.primitives.crops.regions import sums
 from ops.primitives.match import l2_normalize
-from ops.primitives.video.frames import best
-from ops.primitives.video.groups import joined, merge_flagged
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
-from ops.primitives.crops import sums
+from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, check_share, shares
+from ops.primitives.crops.groups import cluster_groups, joined, merge_flagged
+from ops.primitives.crops.regions import sums
+from ops.primitives.crops.segments import contiguous, segments
 from ops.primitives.match import l2_normalize
-from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best, check_share, shares
-from ops.primitives.video.groups import cluster_groups, joined, merge_flagged
-from ops.primitives.video.segments import contiguous, segments
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

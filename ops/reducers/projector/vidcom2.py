@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.crops import keep_flagged, ranks_within
+from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, check_share
+from ops.primitives.crops.regions import keep_flagged, ranks_within
 from ops.primitives.match import l2_normalize
-from ops.primitives.video.frames import FRAME_SIGNALS, Frames, best, check_share
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet

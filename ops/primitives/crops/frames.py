@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops.assignments import take
-from ops.primitives.crops import ranks_within, sums
+from ops.primitives.crops.regions import ranks_within, sums
 from ops.primitives.match import l2_normalize
 from ops.primitives.select import ranks, top
 from ops.signals import Signals

@@ -11,7 +11,7 @@ from flax import struct
 
 from ops.assignments import Merge, expand_like, take
 from ops.primitives.cluster import distances, peaks
-from ops.primitives.crops import keep_flagged, ranks_within, sums
+from ops.primitives.crops.regions import keep_flagged, ranks_within, sums
 from ops.primitives.select import ranks, top
 from ops.tokens import TokenSet
 

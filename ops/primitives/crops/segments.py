@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import take
-from ops.primitives.crops import sums
-from ops.primitives.video.frames import Frames
+from ops.primitives.crops.frames import Frames
+from ops.primitives.crops.regions import sums
 
 Array = jax.Array
 State = tuple[Array, Array, Array]
