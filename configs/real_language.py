@@ -29,6 +29,9 @@ ARGS = {
     'chunk': {'inner': {'method': 'tova'}, 'length': 128},
     'threshold': {'inner': SNAPKV, 'threshold': 1e-4, 'window': 32},
     'periodic': {'inner': {'method': 'tova'}}}
+# What evicts nothing; and what looks at images, or at words about them.
+LEFT_OUT = ('quest', 'corematching_cache', 'sparsevlm', 'visiondrop', 'vtw', 'catp', 'catp_images',
+            'todre_exit', 'lvlm_csp', 'adatoken_3d', 'mustdrop', 'fopru', 'ppe')
 # What a row is compared with, beside chance; those that hold another method, with that.
 VERSUS = {
     'streaming_llm': 'streaming_llm, no sinks', 'streaming_llm, turned': 'streaming_llm',
@@ -81,7 +84,7 @@ def cache_rows(share):
     args = ARGS.get(name, {})
     if name == 'think':
       yield row(name, share, 'cache', method=name, args={'prune': 1 - share})
-    elif name != 'simlayerkv':  # Its budget is a number of entries, which the length decides.
+    elif name not in ('simlayerkv', *LEFT_OUT):  # The first one's budget is a number of entries.
       yield (held(name, **args) if 'inner' in args else
              row(name, share, 'cache', method=name, keep_ratio=share, args=args))
   yield row('streaming_llm, no sinks', share, 'cache', method='streaming_llm', keep_ratio=share,
@@ -111,7 +114,7 @@ def in_model():
   lm = LM(vocabulary=8, width=64, depth=30, mlp=8, heads=1, kv_heads=1, head_width=64,
           context=8192, rope=Rope(64, 1e5))
   able = [name for name, made in methods(lm.host(512)).items()
-          if not hasattr(made, 'init') and name != 'none']
+          if not hasattr(made, 'init') and name not in ('none', *LEFT_OUT)]
   made_for = [name for name in able if name in LANGUAGE or name in BASELINES]
   return made_for, [name for name in able if name not in made_for]
 

@@ -11,11 +11,12 @@ import ml_collections
 from models.backbones.vit import ViT
 from models.plan import methods
 from ops import choices
+from ops.reducers.language import LANGUAGE
 
 HOST = ViT(width=384, depth=12, mlp=1536, heads=6, patch=14, image_size=224, num_classes=0).host
-# What only training makes useful is left out.
+# What only training makes useful is left out, and what is for language models alone.
 METHODS = ['random', *(name for name, made in methods(HOST).items()
-           if not hasattr(made, 'init') and name not in ('none', 'random'))]
+           if not hasattr(made, 'init') and name not in ('none', 'random', 'ppe', *LANGUAGE))]
 A_LAYER, CUTS, LATE = '16 a layer', 'half at 3, 6, 9', 'a quarter at 8'
 BUDGETS = {A_LAYER: {'layers': 'all', 'remove': 16},
            CUTS: {'layers': (3, 6, 9), 'keep_ratio': 0.5},

@@ -40,6 +40,7 @@ from ops.values import (
   Positive,
   Range,
   Rate,
+  Ratio,
   Seed,
   check,
   check_keys,
@@ -156,6 +157,26 @@ class QASweepSettings(Sweep):
   budgets: Annotated[tuple[Annotated[float, Range(high=1, above=0)], ...], NotEmpty()]
 
 
+class Search(TypedDict):
+  """What tools/search_schedule.py searches for.
+
+  Tokens are those before the first of the layers; counts are multiples of `step`; accuracy may fall
+  by `loss`; `mean` is the share of tokens over all layers, 0 for that of the first search; `args`
+  are bounds of numbers that the method takes, and `reduction` what else its config has.
+  """
+
+  method: Method
+  place: Component
+  layers: Annotated[tuple[CountOrZero, ...], NotEmpty()]
+  tokens: Count
+  step: Count
+  loss: NotNegative
+  mean: Ratio
+  calls: Count
+  args: Mapping[str, tuple[float, float]]
+  reduction: Mapping[str, Any]
+
+
 class Budget(TypedDict):
   """A budget of a study under its name: tokens left after each of the layers."""
 
@@ -242,7 +263,8 @@ TABLES: dict[str, dict[str, Any]] = {
         *keys_of(ViT).kinds)},
     'answers': _KEYS | {
         'data': keys_of(QASettings), 'model': _QA_MODEL, 'optimizer': QAOptimizer,
-        'sweep': QASweepSettings, 'reduce': Keys(dict.fromkeys(COMPONENTS, REDUCTIONS)),
+        'sweep': QASweepSettings, 'search': Search,
+        'reduce': Keys(dict.fromkeys(COMPONENTS, REDUCTIONS)),
         'task': Keys({'name': str})},
 }
 TABLES['align'] = TABLES['answers']

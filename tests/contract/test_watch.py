@@ -97,7 +97,7 @@ def test_a_watch_asks_of_the_host_too():
 def test_a_watch_cannot_see_what_only_a_cut_can(name, monkeypatch):
   monkeypatch.setattr(Watcher, 'watch_needs', frozenset({name}))
   with pytest.raises(ValueError, match=f'watcher cannot watch {name}: a watched layer tells '
-                                       'cls_attention, depth'):
+                                       'cls_attention, cls_logits, depth'):
     plan(layers=2)
 
 

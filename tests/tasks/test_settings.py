@@ -28,7 +28,8 @@ NAN = float('nan')
 # Parts that any key may be in, or any value: their readers check them.
 OPEN = {
     'data.augment',  # By lib/data/augment.py.
-    'sweep.overrides', 'study.overrides',  # By models/plans/.
+    'sweep.overrides', 'study.overrides', 'search.reduction',  # By models/plans/.
+    'search.args',  # By lib/search/bayes.py.
     # By tools/study.py, as parts of the config of a training.
     'study.recipes[].model', 'study.recipes[].optimizer', 'study.recipes[].anneal'}
 # Keys of a reduction: by models/plans/, beside the model that it is for.
