@@ -224,7 +224,7 @@ def spy(monkeypatch):
 
 def attention_last(name, value):
   """A signal with its slots in axis 1."""
-  return np.asarray(jnp.swapaxes(value, 1, 2) if AXES[name] == ('B', 'H', 'N') else value)
+  return np.asarray(jnp.swapaxes(value, 1, 2) if AXES.get(name) == ('B', 'H', 'N') else value)
 
 
 @pytest.mark.long
