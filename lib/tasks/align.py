@@ -81,7 +81,7 @@ def _cosines(tokens: Array, table: Array) -> Array:
 
   Two words of SmolLM2's table have a cosine of 0.45 on average.
   """
-  shared = table.mean(axis=0)
+  shared = table.mean(axis=0, keepdims=True)
   vectors = (x - shared for x in (tokens.mean(axis=1), table))
   mean, table = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in vectors)
   return mean @ table.T
