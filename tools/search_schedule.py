@@ -6,8 +6,8 @@
 By G-Search: the fewest tokens of each layer with which accuracy falls by no more than
 `config.search.loss`. Then by P-Sigmoid: the best schedule with as many tokens on average, or with
 the share `config.search.mean`; and the numbers that a method takes (`config.search.args`, the
-bounds of each), as VFlowOpt's, by the same optimisation. Every schedule is a program of its own, so
-that compiling takes most of the time. Rows go to search.jsonl in the workdir and are not measured
+bounds of each), as VFlowOpt's, by the same optimisation. Every schedule is a program of its own,
+and compiled anew. Rows go to search.jsonl in the workdir and are not measured
 again; the schedules found are printed as configs take them.
 """
 

@@ -158,7 +158,7 @@ class QASweepSettings(Sweep):
 
 
 class Search(TypedDict):
-  """What tools/search_schedule.py searches for.
+  """Says what tools/search_schedule.py searches for.
 
   Tokens are those before the first of the layers; counts are multiples of `step`; accuracy may fall
   by `loss`; `mean` is the share of tokens over all layers, 0 for that of the first search; `args`

@@ -50,7 +50,7 @@ def windows(frames: Frames, runs: Array) -> tuple[Array, Array]:
   back = jnp.arange(number, dtype=jnp.int32)
 
   def extend(saved: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
-    """What the frames up to this one save at most, and how far back its window then begins."""
+    """Finds what the frames up to this one save at most, and how far back its window begins."""
     end, gain = item
     before = jnp.where((back <= end)[None], saved[:, jnp.maximum(end - back, 0)] + gain, -1)
     return saved.at[:, end + 1].set(jnp.max(before, axis=1)), jnp.argmax(before, axis=1)
@@ -59,7 +59,7 @@ def windows(frames: Frames, runs: Array) -> tuple[Array, Array]:
   saved, lengths = jax.lax.scan(extend, saved, (back, (still * back[None, None]).swapaxes(0, 1)))
 
   def mark(end: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The end of the window that is read now, and where it begins, F for frames within it."""
+    """Finds the end of the window read now, and where it begins, F for frames within it."""
     frame, length = item
     begin = jnp.where(frame == end, frame - length, number)
     return jnp.where(frame == end, begin - 1, end), begin
