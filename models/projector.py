@@ -204,18 +204,11 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
     raise ValueError(f'the reduction at the projector was made for {event.slots_in} visual tokens '
                      f'and gets {slots}: make it anew with with_projector_reduction(..., '
                      'slots=...)')
-  tokens, from_tower = _pools(visual, special, slots)
-  if 'grids' in event.reduction.method.needs:
-    # Rows and columns are the last of a position's axes, counted from the image's first token.
-    ends = jnp.where(tokens.real[:, :, None], tokens.stats['axes'][:, :, -2:], 0)
-    from_tower['grids'] = jnp.max(ends, axis=1) + 1
-  of_rows = {name: jnp.repeat(value, images // together, axis=0)
-             for name, value in (text or {}).items()}
   if reduction.needs & CROP_SIGNALS and together > 1:
     raise ValueError(f'{reduction.plan.name} goes by the crops or frames of one image: set '
                      "across='image', or choose another method")
-  if tiling is not None:
-    of_rows['tiling'] = tiling.reshape(-1, 2)
+  tokens, from_tower = _pools(visual, special, slots)
+  of_rows = _of_rows(reduction, tokens, images // together, text, tiling)
   lead, signals = tokens.protected, Signals().replace(**from_tower, **of_rows, project=project)
   event = dataclasses.replace(event, slots_in=lead + slots, slots_out=lead + event.slots_out)
   place = Place(reduction.depth, reduction.grid, mesh=mesh, crop_grid=reduction.crop_grid,
@@ -251,15 +244,44 @@ def reduce_visual(reduction: ProjectorReduction, visual: Visual, special: Visual
   image = stats.pop('image')
   if together == 1:
     return visual.replace(x=x, valid=valid, stats=stats), None, outcome
-  # Every image gets all slots of the pool, and holds those that are its own.
+  pooled = visual.replace(x=x, valid=valid, stats=stats)
+  return _spread_pool(pooled, image, images), reduced.slots, outcome
+
+
+def _of_rows(reduction: ProjectorReduction, tokens: TokenSet, pools: int,
+             text: Mapping[str, Array] | None, tiling: Array | None) -> dict[str, Array]:
+  """Returns the signals that tell of whole rows of tokens, by name.
+
+  Args:
+    reduction, text, tiling: as of `reduce_visual`.
+    tokens: a row a pool.
+    pools: of each row of the batch.
+  """
+  rows = {name: jnp.repeat(value, pools, axis=0) for name, value in (text or {}).items()}
+  if 'grids' in reduction.needs:
+    # Rows and columns are the last of a position's axes, counted from the image's first token.
+    ends = jnp.where(tokens.real[:, :, None], tokens.stats['axes'][:, :, -2:], 0)
+    rows['grids'] = jnp.max(ends, axis=1) + 1
+  if tiling is not None:
+    rows['tiling'] = tiling.reshape(-1, 2)
+  return rows
+
+
+def _spread_pool(pooled: Visual, image: Array, images: int) -> Visual:
+  """Gives every image all slots of its row's pool, of which it holds its own.
+
+  Args:
+    pooled: x float[B, 1, M, D].
+    image: int32[B, 1, M], the image of each slot.
+    images: I.
+  """
   own = image == jnp.arange(images, dtype=jnp.int32)[None, :, None]
-  own = own if valid is None else own & valid
+  own = own if pooled.valid is None else own & pooled.valid
 
   def spread(values: Array) -> Array:
-    return jnp.broadcast_to(values, (batch, images, *values.shape[2:]))
+    return jnp.broadcast_to(values, (len(values), images, *values.shape[2:]))
 
-  spread_visual = visual.replace(x=spread(x), valid=own, stats=jax.tree.map(spread, stats))
-  return spread_visual, reduced.slots, outcome
+  return pooled.replace(x=spread(pooled.x), valid=own, stats=jax.tree.map(spread, pooled.stats))
 
 
 def _pools(visual: Visual, special: Visual | None,
