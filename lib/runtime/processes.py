@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from lib.runtime import cli
 
-FAILED = 2
+FAILED, STDERR = 2, 2
 # A connection that breaks at the same time as a computation is noticed within this time.
 GRACE_SECONDS = 2.0
 PINGS_A_TIMEOUT = 6
@@ -157,7 +157,12 @@ class _Peers:
   def _lost(self, text: str) -> NoReturn:
     """Ends this process, and all others through process 0, because of another one."""
     with self._ending:
-      print(f'error: {text}', file=sys.stderr)
+      # The last line of all: JAX, which notices at the same time, writes there from its threads.
+      sys.stderr.flush()
+      seen = os.dup(STDERR)
+      with open(os.devnull, 'w') as nowhere:
+        os.dup2(nowhere.fileno(), STDERR)
+      os.write(seen, f'error: {text}\n'.encode())
       self._end(text)
 
   def _end(self, text: str) -> NoReturn:

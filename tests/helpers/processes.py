@@ -74,10 +74,17 @@ class Process:
     file = self._texts[stream].fileno()
     return os.pread(file, os.fstat(file).st_size, 0).decode()
 
+  def end(self):
+    """Ends it if it runs, and closes what holds its output."""
+    if self.poll() is None:
+      self.kill()
+    self.communicate()
+
   def communicate(self, timeout=600):
     """Returns what it printed, and its errors: None where both are together."""
     self.wait(timeout)
-    texts = [self.text(stream) for stream in range(len(self._texts))]
+    texts = [None if file.closed else self.text(stream)
+             for stream, file in enumerate(self._texts)]
     for file in self._texts:
       file.close()
     return *texts, *[None] * (2 - len(texts))

@@ -144,8 +144,21 @@ def lines_of(text):
   return [line for line in lines if not line.startswith('[Gloo]')]
 
 
-def started(*parts):
-  """Two processes that have joined and do what their parts say."""
+@pytest.fixture
+def started():
+  """Starts two processes that have joined and do what their parts say; none outlives a test."""
+  all_started = []
+
+  def start(*parts):
+    all_started.extend(both := joined(*parts))
+    return both
+
+  yield start
+  for process in all_started:
+    process.end()
+
+
+def joined(*parts):
   port = free_port()
   both = [Process('-c', SCRIPT, index, port, textwrap.dedent(part))
           for index, part in enumerate(parts)]
@@ -167,18 +180,17 @@ def ended(process, since, within):
 
 @pytest.mark.long
 @pytest.mark.parametrize('victim', [0, 1])
-def test_a_process_that_is_killed_ends_the_other(victim):
+def test_a_process_that_is_killed_ends_the_other(started, victim):
   both = started(WORK, WORK)
   both[victim].kill()
   code, line = ended(both[1 - victim], time.monotonic(), 5.0)
   assert code == 2
   assert re.fullmatch(f'error: process {victim} of 2 is gone .*; the same command goes on .*', line)
-  both[victim].communicate()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('victim', [0, 1])
-def test_a_silent_process_ends_the_other_and_then_itself(victim):
+def test_a_silent_process_ends_the_other_and_then_itself(started, victim):
   both = started(WORK, WORK)
   both[victim].send_signal(signal.SIGSTOP)
   code, line = ended(both[1 - victim], time.monotonic(), 10.0)
@@ -190,7 +202,7 @@ def test_a_silent_process_ends_the_other_and_then_itself(victim):
 
 @pytest.mark.long
 @pytest.mark.parametrize('failing', [0, 1])
-def test_an_error_in_one_process_is_said_by_both(failing):
+def test_an_error_in_one_process_is_said_by_both(started, failing):
   parts = [WORK, WORK]
   parts[failing] = "raise ValueError('the disk of this one is full')"
   both, since = started(*parts), time.monotonic()
@@ -202,7 +214,7 @@ def test_an_error_in_one_process_is_said_by_both(failing):
 
 
 @pytest.mark.long
-def test_one_that_is_through_first_leaves_the_other_alone():
+def test_one_that_is_through_first_leaves_the_other_alone(started):
   both, since = started('pass', 'time.sleep(8)'), time.monotonic()
   assert [ended(process, since, 25.0)[0] for process in both] == [0, 0]
 
@@ -243,7 +255,7 @@ def saved(tmp_path_factory):
   return folder
 
 
-def restored(folders, damaged):
+def restored(started, folders, damaged):
   """Returns what two processes print once they have joined, and their exit codes."""
   both = started(*[RESTORE.replace('FOLDER', repr(str(folder))).replace('DAMAGED', str(each))
                    for folder, each in zip(folders, damaged, strict=True)])
@@ -253,9 +265,9 @@ def restored(folders, damaged):
 
 
 @pytest.mark.long
-def test_damage_that_one_process_sees_is_passed_over_by_both(saved, tmp_path):
+def test_damage_that_one_process_sees_is_passed_over_by_both(started, saved, tmp_path):
   folder = shutil.copytree(saved, tmp_path / 'checkpoints')
-  done = restored([folder, folder], [False, True])
+  done = restored(started, [folder, folder], [False, True])
   for text, errors, code in done:
     assert (text, code) == (['2 16.0'], 0), errors
   assert 'in process 1, 3 is damaged: renamed the checkpoint' in done[0][1]
@@ -267,12 +279,12 @@ def test_damage_that_one_process_sees_is_passed_over_by_both(saved, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize('lacks', [True, False])
-def test_storage_that_is_not_shared_is_an_error_in_both(saved, tmp_path, lacks):
+def test_storage_that_is_not_shared_is_an_error_in_both(started, saved, tmp_path, lacks):
   # As if one name meant a folder on each machine.
   folders = [shutil.copytree(saved, tmp_path / name) for name in ('of_0', 'of_1')]
   if lacks:
     shutil.rmtree(folders[1] / '3')
-  for _, errors, code in restored(folders, [False, False]):
+  for _, errors, code in restored(started, folders, [False, False]):
     assert code == 2
     assert 'is not the same for all processes' in errors
     assert ('[[2, 3], [2]]' if lacks else 'process 1 does not see') in errors
