@@ -1,20 +1,25 @@
-"""Products of activations and weights where XLA's own are slow.
+"""Products where XLA's own are slow on CPUs.
 
-On CPUs that multiply bfloat16, XLA uses these instructions for products that give float32, and
+On those that multiply bfloat16, XLA uses these instructions for products that give float32, and
 converts both factors of one that gives bfloat16: several times slower.
+
+Axes: B batch, A and C vectors compared, D features.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 Array = jax.Array
+T = TypeVar('T')
+# Features of a row's two factors from which it is multiplied by itself.
+LARGE = 2 ** 20
 
 
 def dot_general(dtype: DTypeLike) -> Callable[..., Array] | None:
@@ -23,7 +28,7 @@ def dot_general(dtype: DTypeLike) -> Callable[..., Array] | None:
   return _of_bfloat16 if on_cpu and jnp.dtype(dtype) == jnp.bfloat16 else None
 
 
-def by_row(function: Callable[..., Array], *rows: Any) -> Array:
+def by_row(function: Callable[..., T], *rows: Any) -> T:
   """Returns what a function of one row makes of each: a CPU takes one row after another.
 
   What a row is compared with then stays in its cache: greedy selections of a batch of 16 images
@@ -34,8 +39,21 @@ def by_row(function: Callable[..., Array], *rows: Any) -> Array:
     *rows: its arrays [B, ...], or trees of them.
   """
   if jax.default_backend() == 'cpu':
-    return jax.lax.map(lambda row: function(*row), rows)
-  return jax.vmap(function)(*rows)
+    return cast(T, jax.lax.map(lambda row: function(*row), rows))
+  return cast(T, jax.vmap(function)(*rows))
+
+
+def pairs(one: Array, other: Array) -> Array:
+  """Multiplies each vector with each other: [B, A, D], [B, C, D] -> float32[B, A, C].
+
+  The precision is the highest. A CPU takes large rows one after another: 577 vectors of 4,096
+  features with each other take 27 ms so, and 48 ms in a batch.
+  """
+  one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+  if (one.shape[1] + other.shape[1]) * one.shape[2] < LARGE:
+    return jnp.einsum('bad,bcd->bac', one, other, precision='highest')
+  return by_row(lambda one, other: jnp.einsum('ad,cd->ac', one, other, precision='highest'),
+                one, other)
 
 
 def _of_bfloat16(x: Array, kernel: Array, dimensions: Any, precision: Any = None,
