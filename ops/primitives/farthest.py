@@ -12,8 +12,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import by_row
 from ops.primitives.match import l2_normalize
-from ops.primitives.products import by_row
 
 Array = jax.Array
 

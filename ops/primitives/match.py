@@ -33,7 +33,7 @@ def cosine(a: Array, b: Array) -> Array:
   """float[B, A, D], float[B, C, D] -> float32[B, A, C]; highest precision, so that the best match
   does not depend on the device."""
   chex.assert_rank((a, b), 3)
-  return pairs(l2_normalize(a), l2_normalize(b))
+  return pairs(a, b, l2_normalize)
 
 
 def parity_order(tokens: TokenSet) -> Array:

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops import attention
-from ops.assignments import take
-from ops.primitives.products import by_row
+from ops.assignments import by_row, take
 from ops.rope import sequence_index
 from ops.signals import Signals, latest
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet, count, key_bias
@@ -81,9 +80,10 @@ def latest_but(tokens: TokenSet, back: int, values: Array) -> Array:
   return take(values, take(order, at))[:, 0]
 
 
-def shared_neurons(active: Array, theirs: Array) -> Array:
-  """Counts the active neurons bool[B, N, F] that are also in bool[B, F]: int32[B, N]."""
-  shared = jnp.einsum('bf,bnf->bn', theirs.astype(jnp.float32), active.astype(jnp.float32))
+def shared_neurons(hidden: Array, theirs: Array) -> Array:
+  """Counts the neurons above 0, of [B, N, F], that are also in bool[B, F]: int32[B, N]."""
+  shared = by_row(lambda hidden, theirs: (hidden > 0).astype(jnp.float32) @ theirs.astype(
+      jnp.float32), hidden, theirs)
   return shared.astype(jnp.int32)
 
 

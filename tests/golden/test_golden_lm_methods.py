@@ -263,7 +263,8 @@ def test_aim_walks(hidden):
     logits = np.where(raw['already_pruned_mask'], logits, -1e30)
   ends = jax.jit(lambda logits: aim.ends_of(
       jax.nn.softmax(logits / 0.1, axis=3), jnp.ones((1, 40), bool)))(logits)
-  close(jnp.sqrt(jnp.mean(ends * ends, axis=1)), raw['importance_with_pruned_cols_masked' if hidden else 'importance'])
+  close(jnp.sqrt(jnp.mean(ends * ends, axis=1)),
+        raw['importance_with_pruned_cols_masked' if hidden else 'importance'])
 
 
 @pytest.mark.long

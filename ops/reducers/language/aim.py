@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ops import attention, choices
-from ops.assignments import Assignment
+from ops.assignments import Assignment, by_row
 from ops.attention import HIDDEN_LOGIT
-from ops.primitives.products import by_row
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.rope import sequence_index
