@@ -141,13 +141,13 @@ def by_row(function: Callable[..., T], *rows: Any) -> T:
   """
   if jax.default_backend() == 'cpu':
     return cast(T, jax.lax.map(lambda row: function(*row), rows))
-  return cast(T, jax.vmap(function)(*rows))
+  return jax.vmap(function)(*rows)
 
 
 def by_large_row(function: Callable[..., T], *rows: Any) -> T:
   """Returns what `by_row` does; rows of few numbers are taken together on CPUs too."""
   numbers = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(rows))
-  return by_row(function, *rows) if numbers >= LARGE else cast(T, jax.vmap(function)(*rows))
+  return by_row(function, *rows) if numbers >= LARGE else jax.vmap(function)(*rows)
 
 
 def expand_like(mask: Array, like: Array) -> Array:

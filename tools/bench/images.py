@@ -102,9 +102,8 @@ def measure(head: Row) -> Row:
   alone = timing.compile_seconds(jax.jit(one).lower(*several[0]))
   batch = timing.ready(function, args)
   in_turn = itertools.cycle(several)
-  clock = time.process_time if timing.machine()['cores'] == 1 else time.perf_counter
   times = timing.interleave({'alone': lambda: alone.run(*next(in_turn)), 'batch': batch.call},
-                            rounds=rounds, warmup=1, clock=clock)
+                            rounds=rounds, warmup=1, clock=clock())
   each = timing.Timing.of([run / images for run in times['batch'].runs])
   ratio = each.median_ms / times['alone'].median_ms
   fields = {f'{name}_{key}': round(value, 4) for name, found in
@@ -137,7 +136,12 @@ def floor_of(function: Callable[..., Any], args: tuple[Any, ...], *, merges: boo
 @functools.cache
 def speed() -> tuple[float, float]:
   """Measures FLOPs and bytes a second, once."""
-  return timing.device_speed(timing.usual_dtype())
+  return timing.device_speed(timing.usual_dtype(), clock=clock())
+
+
+def clock() -> timing.Clock:
+  """Returns what times are taken by."""
+  return time.process_time if timing.machine()['cores'] == 1 else time.perf_counter
 
 
 def _row(args: tuple[Any, ...], number: int, images: int) -> tuple[Any, ...]:
