@@ -2,7 +2,7 @@
 
 A system is covered by a test in tests/golden that names one of its methods: against outputs of its
 authors' code, or of a claim that its paper makes; or by a test elsewhere that is listed. Not here
-yet are DC2's divided images, compression by explanations, and token merging for models of code.
+yet are compression by explanations, and token merging for models of code.
 """
 
 import ast
@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).parent
 SYSTEMS = {
     'AdaToken-3D': ('adatoken_3d',), 'AIM': ('aim', 'aim_merge'), 'CATP': ('catp', 'catp_images'),
     'CenterCLIP': ('centerclip',), 'CoreMatching': ('corematching', 'corematching_cache'),
-    'CrossGET': ('crossget',), 'DivPrune': ('divprune',), 'DToP': ('dtop',),
+    'CrossGET': ('crossget',), 'DC2': ('dc2',), 'DivPrune': ('divprune',), 'DToP': ('dtop',),
     'DUET-VLM': ('duet_vlm', 'duet_zip'), 'DyMU': ('dymu',), 'DyVTE': ('dyvte',),
     'Expediting ViT': ('expedit',), 'FasterVLM': ('fastervlm',), 'FlashVLM': ('flashvlm',),
     'FlowCut': ('flowcut',), 'FoPru': ('fopru',), 'gamma-MoD': ('gamma_mod',),

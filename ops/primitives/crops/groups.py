@@ -37,6 +37,14 @@ def merge_flagged(tokens: TokenSet, stays: Array, partner: Array, weight: Array,
                wanted=kept.wanted)
 
 
+def average_flagged(tokens: TokenSet, stays: Array, partner: Array, *, num_slots: int) -> Merge:
+  """Averages tokens, by their sizes, into those that are named, as `merge_flagged`."""
+  sizes = tokens.sizes
+  total = take(joined(sizes, partner), jnp.minimum(partner, tokens.slots - 1))
+  return merge_flagged(tokens, stays, partner, sizes / jnp.where(total > 0, total, 1.0),
+                       num_slots=num_slots)
+
+
 class Groups(struct.PyTreeNode):
   """Holds what a clustering of tokens by group found.
 
