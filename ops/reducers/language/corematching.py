@@ -4,25 +4,25 @@ Axes: B batch, N slots now, F MLP width.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.queries import latest_but, shared_neurons
 from ops.primitives.select import above_elbow, keep_top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
-from ops.values import Count, Share
+from ops.values import Count, OneOf, Share
 
 Array = jax.Array
 VARIANTS = ('release', 'paper')
 
 
 @dataclasses.dataclass(frozen=True)
-class CoreMatching(Reducer):
+class CoreMatching(Checked, Reducer):
   """Keeps the tokens that share more MLP neurons with the text than those at the elbow.
 
   CoreMatching (Wang et al., 2025), arXiv:2505.19235. Shared neurons are counted and sorted; the
@@ -40,7 +40,7 @@ class CoreMatching(Reducer):
     own, common: of the paper's variant.
   """
 
-  variant: str = 'release'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   back: Count = 5
   own: Share = 0.4
   common: Share = 0.4
@@ -50,9 +50,6 @@ class CoreMatching(Reducer):
   drops = 'pruning drops tokens'
   adaptive = 'the elbow decides how many stay'
   can_empty = True
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = self.shared(tokens, signals)
