@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import contract
+from helpers.length import mostly_long
 
 from models.backbones.vit import ViT
 from models.compressors import COMPRESSORS
@@ -105,8 +106,8 @@ def test_methods_with_a_fallback():
   assert {'topk', 'evit', 'ats', 'ats_spatial', 'flowcut'} <= set(WITH_FALLBACK)
 
 
-@pytest.mark.parametrize('name', sorted(
-    set(WITH_FALLBACK) - {'flowcut', 'hiprune', 'fopru'}))
+@pytest.mark.parametrize('name', mostly_long(sorted(
+    set(WITH_FALLBACK) - {'flowcut', 'hiprune', 'fopru'}), short=4))
 def test_the_fallback_reads_received_attention_as_it_would_cls_attention(name):
   case, keep = contract.random_case(), contract.budget(name, contract.SLOTS, 9)
   received = methods()[name](by='received_attention')

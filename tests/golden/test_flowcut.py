@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import invariants, recorded
 from helpers.golden_vit import arrays
+from helpers.length import mostly_long
 
 from models.backbones.vit import OFFERS, Block
 from models.plan import Host, make_plan
@@ -204,9 +205,9 @@ class Received(FlowCut):
 
 
 @pytest.mark.parametrize('form', [Adaptive, Received], ids=lambda form: form.__name__)
-@pytest.mark.parametrize('invariant', [
+@pytest.mark.parametrize('invariant', mostly_long([
     pytest.param(name, marks=pytest.mark.long if name == 'budgets' else [])
-    for name in invariants.INVARIANTS])
+    for name in invariants.INVARIANTS], short=6))
 def test_other_forms_keep_the_contract(form, invariant, monkeypatch):
   monkeypatch.setitem(REDUCERS, f'flowcut_{form.__name__}', form)
   invariants.INVARIANTS[invariant](f'flowcut_{form.__name__}')
