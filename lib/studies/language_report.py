@@ -29,7 +29,7 @@ from lib.report.tables import markdown_lines
 # {(name, share): {sample: value}}; a sample is a text, or a key that is asked for.
 Values = Mapping[tuple[str, float], Mapping[tuple[Any, ...], float]]
 CONFIDENCE = 0.95
-FULL, BASE, CHANCES = ('full', 1.0), 'chance', ('chance', 'even', 'random')
+FULL, BASE = ('full', 1.0), 'chance'
 BEST = 3  # Of each share and place, named in the plot.
 INSIDE, BEHIND = ('pass_key', 'two_keys'), ('several',)
 BETTER, WORSE = '▼', '▲'
@@ -108,21 +108,27 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     if values is loss:
       axes.set_yscale('symlog', linthresh=0.02)
     _panel(axes, _lines(values, costs), _best(rows, values, worst_first=values is told),
-           statistics.fmean(values[FULL].values()) if FULL in values else None)
+           _by_chance(rows), statistics.fmean(values[FULL].values()) if FULL in values else None)
     axes.set_title(title, loc='left', fontsize=13, fontweight='bold')
     axes.set_xlabel(label)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path)
 
 
+def _by_chance(rows: Sequence[Row]) -> set[str]:
+  """Names of rows that no method ranks, and of those that methods in the model compare with."""
+  return {row['name'] for row in rows if row['ranking'] != 'own'} | {
+      row['versus'] for row in rows if row['where'] == 'model'}
+
+
 def _best(rows: Sequence[Row], values: Values, *, worst_first: bool) -> list[str]:
   """Names the best of each share and place, in order."""
   ranked = collections.defaultdict(list)
   places = {(row['name'], row['share']): row['where'] for row in rows}
-  kept = _costs(rows, 'kept')
+  kept, chance = _costs(rows, 'kept'), _by_chance(rows)
   for key, own in values.items():
     # What keeps more than it was told to is not compared.
-    if places[key] and kept.get(key, key[1]) < key[1] + NEAR and not key[0].startswith(CHANCES):
+    if places[key] and kept.get(key, key[1]) < key[1] + NEAR and key[0] not in chance:
       ranked[key[1], places[key]].append((statistics.fmean(own.values()), key[0]))
   best = [name for _, own in sorted(ranked.items(), reverse=True)
           for _, name in sorted(own, reverse=worst_first)[:BEST]]
@@ -295,13 +301,13 @@ def _lines(values: Values, costs: Mapping[tuple[str, float], float],
 
 
 def _panel(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]],
-           best: Sequence[str], full: float | None) -> None:
+           best: Sequence[str], chance: set[str], full: float | None) -> None:
   """Draws a line a name; the best and those by chance are named at their cheapest points."""
   styles = {name: (COLOURS[i % len(COLOURS)], list(MARKERS)[i // len(COLOURS) % len(MARKERS)])
             for i, name in enumerate(best)}
   named = []
   for name, points in lines.items():
-    by_chance = name.startswith(CHANCES)
+    by_chance = name in chance
     if name == FULL[0]:
       continue
     if not by_chance and name not in styles:

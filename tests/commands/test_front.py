@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assistants, contract, parity
-from helpers.length import mostly_long
+from helpers import assistants, contract, mostly_long, parity
 from PIL import Image
 
 import winnow

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
-from helpers.length import mostly_long
+from helpers import golden_vit, mostly_long
 
 from models.plan import make_plan
 from tools import speed

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import contract
-from helpers.length import mostly_long
+from helpers import contract, mostly_long
 
 from models.backbones.vit import ViT
 from models.compressors import COMPRESSORS

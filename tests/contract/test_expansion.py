@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import contract
-from helpers.length import mostly_long
+from helpers import contract, mostly_long
 from helpers.processes import COLLECTIVE, on_devices
 from helpers.tiny_lm import TINY, variables
 

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit, tiny_lm
-from helpers.length import mostly_long
+from helpers import golden_vit, mostly_long, tiny_lm
 from helpers.processes import COLLECTIVE, on_devices
 from helpers.watcher import Watcher
 

@@ -12,8 +12,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import golden_vit
-from helpers.length import mostly_long
+from helpers import golden_vit, mostly_long
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from lib.cost import jaxpr as jaxpr_cost

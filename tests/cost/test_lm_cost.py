@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.length import mostly_long
+from helpers import mostly_long
 from helpers.tiny_lm import PROMPT, ROOM, TINY, VISUALS, planned, variables, with_cache
 
 from lib.cost import explain

@@ -5,8 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import parity_vlm
-from helpers.length import mostly_long
+from helpers import mostly_long, parity_vlm
 
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vlm as vlm_cost

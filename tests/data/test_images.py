@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from helpers.length import mostly_long
+from helpers import mostly_long
 from PIL import Image
 from sklearn.datasets import load_digits
 

@@ -9,7 +9,7 @@ import re
 import ml_collections
 import numpy as np
 import pytest
-from helpers.length import mostly_long
+from helpers import mostly_long
 
 from lib.data import qa as qa_data
 from lib.data.datasets import digit_scenes, digits, stdlib_needle

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_lm
-from helpers.length import mostly_long
+from helpers import mostly_long, tiny_lm
 from helpers.tiny_lm import TINY, unstacked
 
 from models.checkpoints.lm_config import make_lm

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 from helpers import parity_vlm as parity
-from helpers.length import mostly_long
 
 from lib.data.pictures import batch_pictures
 from models.decoding.generator import Generator

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import recorded
-from helpers.length import mostly_long
+from helpers import mostly_long, recorded
 
 from models import checkpoints
 from models.backbones.bert import Bert

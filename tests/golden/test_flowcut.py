@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import invariants, recorded
+from helpers import invariants, mostly_long, recorded
 from helpers.golden_vit import arrays
-from helpers.length import mostly_long
 
 from models.backbones.vit import OFFERS, Block
 from models.plan import Host, make_plan

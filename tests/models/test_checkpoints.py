@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import parity
-from helpers.length import mostly_long
+from helpers import mostly_long, parity
 from helpers.parity import CASES, FOLDER, build
 from safetensors.numpy import load_file, save_file
 

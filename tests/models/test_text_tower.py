@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.length import mostly_long
+from helpers import mostly_long
 
 from models.backbones.clip import Clip, make_clip
 from models.backbones.text_tower import Text

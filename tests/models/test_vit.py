@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
-from helpers.length import mostly_long
+from helpers import golden_vit, mostly_long
 
 from models.backbones.clip import make_clip
 from models.backbones.vit import make_vit, sincos

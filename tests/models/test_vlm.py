@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.length import mostly_long
+from helpers import mostly_long
 
 from lib.cost.vlm import macs_of
 from lib.data.pictures import Picture, batch_pictures

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
-from helpers.length import mostly_long
+from helpers import golden_vit, mostly_long
 from jax.experimental.pallas import tpu as pltpu
 
 from ops import attention, attention_kernels

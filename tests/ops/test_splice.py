@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.length import mostly_long
+from helpers import mostly_long
 
 from ops.splice import Visual, check, collapse, next_positions, splice
 from ops.tokens import SPECIAL, TEXT, VISUAL

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from helpers import assistants, parity_vlm, processes
-from helpers.length import mostly_long
+from helpers import assistants, mostly_long, parity_vlm, processes
 from helpers.parity_vlm import FAMILIES
 from helpers.qa import small as small_config
 from PIL import Image

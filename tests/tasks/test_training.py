@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.length import mostly_long
+from helpers import mostly_long
 from helpers.parity import FOLDER, case
 
 import train
