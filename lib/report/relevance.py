@@ -26,28 +26,21 @@ from models.blocks import ReducibleBlock, add
 from models.storage import Params, layer_of
 from ops import attention
 from ops.primitives.kv_select import latest
-from ops.primitives.sparse_attention import Attend
+from ops.primitives.sparse_attention import Attend, Pattern
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
 Array = jax.Array
 
 
-class Gated(struct.PyTreeNode):
+class Gated(Pattern, struct.PyTreeNode):
   """Multiplies an attention map by gates: at ones, their gradient is the map times its own.
 
   Attributes:
     gates: float32[B, H, N, N].
-    wanted: as in `ops.primitives.sparse_attention.Pattern`.
   """
 
   gates: Array
-  wanted: Array | None = None
-
-  def values(self, v: Array, heads: int) -> Array:
-    """Returns the values as they are."""
-    del heads
-    return v
 
   def attend(self, attend: Attend, q: Array, k: Array, v: Array, bias: Array | None,
              positions: Array | None, *, causal: bool, window: int | None = None) -> Array:
