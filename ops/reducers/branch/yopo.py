@@ -29,7 +29,8 @@ class YOPO(Checked, BranchReducer):
   count in the softmax; in dropped layers nobody does in any head. Give one config for each group of
   layers with the same heads, in a language model with token_kinds='visual'. The release masks a
   whole map; here no map of all tokens is formed, and fused kernels are not used in these layers.
-  Its smaller MLPs for patches are not here.
+  Its smaller MLPs for patches are not here: a branch leaves tokens out of an MLP, where these leave
+  out neurons, and masks alone would save nothing.
 
   Attributes:
     window: side of the square, an odd number.

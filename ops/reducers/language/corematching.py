@@ -29,7 +29,8 @@ class CoreMatching(Checked, Reducer):
   elbow is the token farthest from the line between the first and the last. Where more tokens are
   above it than the budget lets stay, the best stay; where all share as many, all count as above.
   What goes is gone, here as in the paper; what the release does instead is `corematching_cache`.
-  Its other half, to leave out neurons while a model decodes, is not here: weights are read whole.
+  Its other half, to leave out neurons while a model decodes, is not here: weights are read whole,
+  and columns picked for each row would be copied in every step.
 
   Attributes:
     variant: whose neurons are shared. 'release': all that are positive, of the token that is `back`
