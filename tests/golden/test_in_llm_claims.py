@@ -317,6 +317,18 @@ def test_what_is_relevant_is_enough_at_the_input():
     jax.eval_shape(read, params, tokens)
 
 
+def test_a_language_model_holds_the_network_that_foresees_relevance():
+  tokens = tiny_lm.image_and_text()
+  lm = tiny_lm.planned(method='explained', layers=0, keep=3)
+  variables = jax.eval_shape(lm.init, jax.random.key(0), tokens)
+  assert variables['params']['stack']['reducer_00']['conv1']['kernel'].shape == (3, 4, 32)
+  tokens = tokens.replace(stats={'relevance': jnp.ones(tokens.kind.shape)})
+  logits, out = jax.eval_shape(
+      functools.partial(lm.apply, rngs={'dropout': jax.random.key(0)}), variables, tokens)
+  assert logits.shape == (3, 9, 29)
+  assert out['losses']['relevance_00'].shape == (3,)
+
+
 @pytest.mark.long
 def test_a_small_network_foresees_relevance_in_longer_images():
   """It learns from 16 tokens which head tells, and that neighbours do, and finds it in 64."""

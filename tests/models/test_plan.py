@@ -62,7 +62,8 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
                      'zoo_prune': ['project', 'vision_features'],
                      'gemfilter': [],  # It runs the model again, which only a language model can.
                      'holitom_merge': ['last_attention'],
-                     'explained': ['next_row_attention'], 'relevance_rank': ['rope'], **of_crops}
+                     'explained': ['next_row_attention'], 'relevance_rank': ['rope'],
+                     'subtoken_merge': ['rope'], **of_crops}
   every = [*methods(), *branch_methods(), *CACHE_REDUCERS, *INSERTS]
   assert len(set(every)) == len(every), 'names are unique'
   assert {name: method.site for name, method in CACHE_REDUCERS.items()} == dict.fromkeys(

@@ -33,6 +33,8 @@ class SubtokenMerge(Reducer):
   0 to merge embeddings; merged tokens take the place of their last.
   """
 
+  # Units are of text, which a host without a rope has none of, or cannot tell about.
+  needs = frozenset({'rope'})
   site = 'before'
   positions = 'keep'
   adaptive = 'a unit of several tokens fills one slot'
