@@ -224,15 +224,18 @@ def test_subtokens_of_a_unit_become_their_mean():
   """Units that meet again are others; of too many, neighbours merge, the most alike first."""
   tokens = text('abb.bcccab')
   x = np.asarray(tokens.x[0])
-  merge = jax.jit(SubtokenMerge(), static_argnames='num_slots')
-  answer = merge(tokens, Signals(), num_slots=9)
-  reduced = tk.reduce(tokens, answer)
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(tokens, num_slots):
+    answer = SubtokenMerge()(tokens, Signals(), num_slots=num_slots)
+    return answer, tk.reduce(tokens, answer)
+
+  answer, reduced = run(tokens, 9)
   units = [[0], [1, 2, 4], [5, 6, 7], [8], [9]]
   assert int(answer.wanted[0]) == int(reduced.real.sum()) == len(units)
   for unit_, found in zip(units, np.asarray(reduced.x[0]), strict=False):
     np.testing.assert_allclose(found, x[unit_].mean(axis=0), atol=1e-6)
   tokens = tokens.replace(x=tokens.x.at[0, 9].set(tokens.x[0, 8]))
-  few = tk.reduce(tokens, merge(tokens, Signals(), num_slots=4))
+  _, few = run(tokens, 4)
   np.testing.assert_array_equal(few.owner[0], [0, 1, 1, -1, 1, 2, 2, 2, 3, 3])
 
 
@@ -317,6 +320,7 @@ def test_what_is_relevant_is_enough_at_the_input():
     jax.eval_shape(read, params, tokens)
 
 
+@pytest.mark.long
 def test_a_language_model_holds_the_network_that_foresees_relevance():
   tokens = tiny_lm.image_and_text()
   lm = tiny_lm.planned(method='explained', layers=0, keep=3)

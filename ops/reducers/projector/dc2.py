@@ -89,25 +89,22 @@ class DC2(Reducer):
       number = 2 * digits[..., 0] + digits[..., 1]
       quarter = 4 * image.key(corner) + number
 
-      def at(other: Array) -> Array:
-        """The slot at the same place of another quarter, by its number."""
-        return image.slot(corner + jnp.stack([other // 2, other % 2], axis=2) * size + local)
-
-      def compare(other: Array) -> Array:
-        slot = at(jnp.full(number.shape, other))
+      def compare(other: Array) -> tuple[Array, Array]:
+        """The slot at the same place of another quarter, and how alike the two quarters are."""
+        slot = image.slot(corner + jnp.stack([other // 2, other % 2])[None, None] * size + local)
         pair = patch & (other < number) & (slot < slots)
         cosine = jnp.sum(unit * take(unit, jnp.minimum(slot, slots - 1)), axis=2)
         # Only some have a counterpart: the others count in no mean.
-        own = jnp.where(pair, quarter, -1)
-        total, count = (sums(values, own, 4 * image.slots.shape[1])
-                        for values in (cosine, jnp.ones_like(cosine)))
-        return jnp.where(count > 0, total / jnp.maximum(count, 1), -jnp.inf)
+        totals = sums(jnp.stack([cosine, jnp.ones_like(cosine)], axis=2),
+                      jnp.where(pair, quarter, -1), 4 * image.slots.shape[1])
+        total, count = totals[..., 0], totals[..., 1]
+        return slot, jnp.where(count > 0, total / jnp.maximum(count, 1), -jnp.inf)
 
       # One after another: gathered features of three quarters would be the largest buffer.
-      similar = jnp.stack([*jax.lax.map(compare, jnp.arange(3))], axis=2)
+      there, similar = jax.lax.map(compare, jnp.arange(3))
       height, join = (take(values.reshape(batch, -1), jnp.where(patch, quarter, 0))
-                      for values in average_linkage(similar.reshape(-1, 4, 3)))
-      slot = at(join)
+                      for values in average_linkage(jnp.moveaxis(similar, 0, 2).reshape(-1, 4, 3)))
+      slot = jnp.take_along_axis(there, join[None], axis=0)[0]
       sooner = patch & (slot < slots) & (height > alike)
       return (jnp.where(sooner, height, alike), jnp.where(sooner, slot, partner), size,
               corner + digits * size, local)
