@@ -353,7 +353,8 @@ def test_crops_of_several_images_share_no_budget():
 
 @pytest.mark.long
 @pytest.mark.parametrize(('name', 'images_of'), [
-    *((name, crops) for name in ('hired', 'globalcom2')), *((name, clips) for name in FRAMEWISE)])
+    *((name, crops) for name in ('hired', 'globalcom2', 'dc2')),
+    *((name, clips) for name in FRAMEWISE)])
 def test_crops_have_budgets_whatever_else_is_in_the_batch(name, images_of):
   vlm, images = made('cls', 'llava_next'), images_of()
   params, slots = random_params(vlm, images_of), images.index.shape[2]

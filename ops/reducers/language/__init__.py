@@ -16,7 +16,9 @@ from ops.reducers.language.lvlm_csp import LVLMCSP
 from ops.reducers.language.mustdrop import MustDrop
 from ops.reducers.language.pact import PACT
 from ops.reducers.language.pyramiddrop import PyramidDrop
+from ops.reducers.language.relevance_rank import RelevanceRank
 from ops.reducers.language.sparsevlm import SparseVLM
+from ops.reducers.language.subtoken_merge import SubtokenMerge
 from ops.reducers.language.todre_exit import ToDREExit
 from ops.reducers.language.transprune import TransPrune
 from ops.reducers.language.visiondrop import VisionDrop
@@ -45,4 +47,6 @@ LANGUAGE: dict[str, type[Method]] = {
     'adatoken_3d': AdaToken3D,
     'mustdrop': MustDrop,
     'pact': PACT,
+    'subtoken_merge': SubtokenMerge,
+    'relevance_rank': RelevanceRank,
 }

@@ -7,9 +7,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, take
+from ops.assignments import Assignment
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best
-from ops.primitives.crops.groups import joined, merge_flagged
+from ops.primitives.crops.groups import average_flagged
 from ops.primitives.crops.regions import ranks_within
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -43,7 +43,4 @@ class FrameFusion(Reducer):
     partner = jnp.where(frames.there, start, own)
     stays = best(tokens, ~merges, jnp.where(frames.there, -own.astype(jnp.float32), 1.0),
                  num_slots=num_slots)
-    sizes = tokens.sizes
-    total = take(joined(sizes, partner), jnp.minimum(partner, slots - 1))
-    return merge_flagged(tokens, stays, partner, sizes / jnp.where(total > 0, total, 1.0),
-                         num_slots=num_slots)
+    return average_flagged(tokens, stays, partner, num_slots=num_slots)
