@@ -1,4 +1,4 @@
-"""KVzip: rows of a batch against themselves alone, and what it refuses."""
+"""KVzip: rows of a batch against themselves alone, what a generator makes of it, and refusals."""
 
 import functools
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.tiny_lm import TINY, ids, unstacked, with_cache
 
+from models.decoding.generator import Generator
 from models.decoding.kvzip import KVzip
 
 SMALL = KVzip(0.5, (1, 2), (3, 4, 5), (6,), sinks=1, piece=5, behind=2)
@@ -64,6 +65,25 @@ def test_what_cannot_be_repeated_fails_in_a_line(lm, method, message):
   with pytest.raises(ValueError, match=message) as caught:
     method(lm, {}, np.asarray(ids()[:, :12]), room=3)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.long
+def test_a_generator_decodes_behind_what_is_left():
+  lm, params = TINY.clone(depth=2), unstacked(2)['params']
+  prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9]]
+  half = Generator(lm, params, buckets=(8,), kvzip=SMALL)
+  found = half(prompts, new_tokens=4)
+  # The last token is picked, and never read.
+  logits, _ = answers(SMALL, np.asarray(prompts[1:]), None, np.asarray([found[1][:-1]]))
+  assert logits[0].argmax(axis=1).tolist() == found[1]
+  scores = half.score(prompts, found)
+  assert all(score.greedy for score in scores)
+  assert all(score.log_likelihood < 0 for score in scores)
+
+
+def test_models_that_see_repeat_nothing():
+  with pytest.raises(ValueError, match='KVzip has a model repeat text, and this one sees images'):
+    Generator(None, {}, kvzip=SMALL)
 
 
 def test_a_request_has_words():
