@@ -5,6 +5,7 @@ Axes: B batch, N slots now, H heads.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
@@ -14,6 +15,8 @@ from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import VISUAL, TokenSet
 
+Array = jax.Array
+
 
 @dataclasses.dataclass(frozen=True)
 class FitPrune(Reducer):
@@ -22,8 +25,8 @@ class FitPrune(Reducer):
   FitPrune (Ye et al., 2024), arXiv:2409.10197, as released: of each row the largest over heads
   counts, and rows are added up; where no text follows, the image alone counts. Tokens leave behind
   the attention of a layer, which still reads them, and before its MLP. How many leave in which
-  layer is fitted to what hundreds of images lose of the two sums; the release has lists of them for
-  LLaVA-1.5 (`remove`, one a layer), and the fit is not here.
+  layer is fitted to what hundreds of images lose of the two sums (lib/search/fits.py, tools/fit);
+  the release has lists of them for LLaVA-1.5 (`remove`, one a layer).
   """
 
   needs = frozenset({'queries', 'keys', 'rope'})
@@ -33,7 +36,22 @@ class FitPrune(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     after = text_after_images(tokens)
-    image, text = sum_rows(tokens, signals, jnp.stack([
-        tokens.real & (tokens.kind == VISUAL), after]), jnp.max)
+    image, text = received(tokens, signals, after)
     text = jnp.where(after.any(axis=1, keepdims=True), text, 1.0)
     return keep_top(tokens, image * text, num_slots=num_slots)
+
+
+def received(tokens: TokenSet, signals: Signals, after: Array) -> tuple[Array, Array]:
+  """Adds up the attention that each token gets, the largest over heads: float32[B, N] twice.
+
+  Args:
+    tokens: N slots.
+    signals: with `queries` and `keys`.
+    after: bool[B, N], the text behind the images.
+
+  Returns:
+    That of image tokens, and that of this text.
+  """
+  image, text = sum_rows(tokens, signals, jnp.stack([
+      tokens.real & (tokens.kind == VISUAL), after]), jnp.max)
+  return image, text
