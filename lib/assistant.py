@@ -47,6 +47,7 @@ IMAGE_PLACEHOLDER = '<image>'
 # As KVzip asks.
 REPEAT = 'Repeat the previous context exactly'
 REPEAT_PART = '\n\nRepeat the part of the previous context exactly, starting with'
+NO_TEMPLATE = '\n'
 # A Qwen tower's grid grows by so many patches: images of similar sizes share a program.
 GRID_STEP = 8
 
@@ -123,7 +124,7 @@ class Assistant:
     Raises:
       ValueError: as `KVzip`.
     """
-    behind = '\n'
+    behind = NO_TEMPLATE
     if self.chat is not None:
       _, _, behind = self.chat([{'role': 'user', 'content': REPEAT}]).rpartition(REPEAT)
     encode = functools.partial(self.tokens.encode, special=False)

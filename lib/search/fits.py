@@ -218,9 +218,9 @@ def _lowest(values: Array, among: Array, least: Array) -> Array:
   return among & (jnp.argsort(order, axis=1) < number)
 
 
-def prune_counts(model: LayerByLayer, samples: Sequence[TokenSet], *,
-                 flops_ratio: float) -> Counts:
-  """Fits how many visual tokens FitPrune lets go in each layer, int[L].
+def prune_schedule(model: LayerByLayer, samples: Sequence[TokenSet], *,
+                   flops_ratio: float) -> dict[str, tuple[int, ...]]:
+  """Fits how many visual tokens FitPrune leaves in which layer.
 
   FitPrune (Ye et al., 2024), arXiv:2409.10197, as released: the least share is searched for of the
   attention that a layer may lose, of images and of text each, with which a budget is met; a layer
@@ -231,7 +231,10 @@ def prune_counts(model: LayerByLayer, samples: Sequence[TokenSet], *,
   Args:
     model: to be fitted to.
     samples: prompts with images, each of B rows.
-    flops_ratio: the language model's cost with those counts, over that without them.
+    flops_ratio: the language model's cost with that schedule, over that without it.
+
+  Returns:
+    'layers' and 'keep', as a config has them.
 
   Raises:
     ValueError: no samples, or no images in them; a budget that no share meets.
@@ -245,17 +248,23 @@ def prune_counts(model: LayerByLayer, samples: Sequence[TokenSet], *,
 
   @functools.cache
   def cost(removed: Counts) -> float:
-    layers = [layer for layer, count in enumerate(removed) if count]
-    reduce = {'method': 'fitprune', 'token_kinds': 'visual', 'layers': tuple(layers),
-              'remove': tuple(removed[layer] for layer in layers)}
-    plan = make_plan(reduce, host) if layers else None
+    schedule = _schedule(removed, most)
+    reduce = {'method': 'fitprune', 'token_kinds': 'visual', **schedule}
+    plan = make_plan(reduce, host) if schedule['layers'] else None
     return lm_cost.of(model.lm.clone(plan=plan), slots).macs
 
   def removed(share: float) -> Counts:
     gone = [model.prune(each, own, share)[1] for each, own in zip(samples, whole, strict=True)]
     return tuple(np.concatenate(gone, axis=1).mean(axis=1).astype(int).tolist())
 
-  return fit_within(removed, cost, most=flops_ratio * cost((0,) * model.lm.depth))
+  least = flops_ratio * cost((0,) * model.lm.depth)
+  return _schedule(fit_within(removed, cost, most=least), most)
+
+
+def _schedule(removed: Counts, tokens: int) -> dict[str, tuple[int, ...]]:
+  """The layers that let tokens leave, and how many are left of so many."""
+  layers = tuple(layer for layer, count in enumerate(removed) if count)
+  return {'layers': layers, 'keep': tuple(tokens - sum(removed[:layer + 1]) for layer in layers)}
 
 
 def withdrawal_layer(model: LayerByLayer, samples: Sequence[TokenSet], *, divergence: float,

@@ -34,7 +34,7 @@ from lib.data import images as image_data
 from lib.data import qa as qa_data
 from lib.data.image_files import read_image
 from lib.runtime import cli, sharding
-from lib.search.fits import LayerByLayer, merge_thresholds, prune_counts, withdrawal_layer
+from lib.search.fits import LayerByLayer, merge_thresholds, prune_schedule, withdrawal_layer
 from lib.tasks import image_sweep
 from lib.tasks import qa as qa_task
 from models.backbones.vlm import VLM
@@ -45,7 +45,9 @@ from ops.tokens import TokenSet
 
 METHODS = ('dymu', 'fitprune', 'vtw')
 
-MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a checkpoint.")
+# May override: a process of tests imports several commands.
+MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a checkpoint.",
+                            allow_override=True)
 METHOD = flags.DEFINE_enum('method', None, METHODS, 'What to fit.')
 BATCHES = flags.DEFINE_integer('batches', 4, 'Batches to fit to.', lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Samples of a batch.', lower_bound=1)
@@ -59,8 +61,10 @@ DIVERGENCE = flags.DEFINE_float('divergence', 0.003, 'Of vtw: what the distribut
                                 'token may differ by, as a Kullback-Leibler divergence.')
 FIRST = flags.DEFINE_integer('first', 1, 'Of vtw: the first layer to try; 5 in its release.',
                              lower_bound=1)
-DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.")
-DATA_DIR = flags.DEFINE_string('data_dir', '', "Where a run's set is, if not where the run had it.")
+DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.",
+                            allow_override=True)
+DATA_DIR = flags.DEFINE_string('data_dir', '', "Where a run's set is, if not where the run had it.",
+                               allow_override=True)
 
 Inputs = tuple[Any, ...]
 
@@ -101,9 +105,8 @@ def language(model: Assistant, samples: Iterator[Inputs]) -> dict[str, dict[str,
     layer, mean = withdrawal_layer(layers, prompts, divergence=DIVERGENCE.value, first=FIRST.value)
     print('divergence by layer:', ' '.join(f'{each:.3g}' for each in mean))
     return {'language': {**reduce, 'layers': layer, 'keep': 0}}
-  counts = prune_counts(layers, prompts, flops_ratio=FLOPS_RATIO.value)
-  acts = tuple(layer for layer, count in enumerate(counts) if count)
-  return {'language': {**reduce, 'layers': acts, 'remove': tuple(counts[each] for each in acts)}}
+  return {'language': {**reduce, **prune_schedule(layers, prompts,
+                                                  flops_ratio=FLOPS_RATIO.value)}}
 
 
 def read(model: Assistant) -> Iterator[Inputs]:

@@ -25,8 +25,8 @@ class FitPrune(Reducer):
   FitPrune (Ye et al., 2024), arXiv:2409.10197, as released: of each row the largest over heads
   counts, and rows are added up; where no text follows, the image alone counts. Tokens leave behind
   the attention of a layer, which still reads them, and before its MLP. How many leave in which
-  layer is fitted to what hundreds of images lose of the two sums (lib/search/fits.py, tools/fit);
-  the release has lists of them for LLaVA-1.5 (`remove`, one a layer).
+  layer is fitted to what hundreds of images lose of the two sums (`python -m tools.fit`, which says
+  what a config's `layers` and `keep` are); the release has lists of them for LLaVA-1.5.
   """
 
   needs = frozenset({'queries', 'keys', 'rope'})
