@@ -17,7 +17,6 @@ import numpy as np
 from lib.cost import lm as lm_cost
 from lib.search.schedules import Counts, fit_within
 from models.backbones.lm import LM, last_real
-from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import depth_of
 from models.blocks import add
@@ -59,7 +58,7 @@ def _threshold(layer: int) -> str:
   return f'threshold_{layer}'
 
 
-def merge_thresholds(tower: ViT | QwenVision, params: Any, batches: Iterable[Any], *,
+def merge_thresholds(tower: ViT, params: Any, batches: Iterable[Any], *,
                      merge: int) -> tuple[float, ...]:
   """Finds the cosines above which a tower's tokens merge, so that as many go in each layer.
 
@@ -76,10 +75,11 @@ def merge_thresholds(tower: ViT | QwenVision, params: Any, batches: Iterable[Any
     float[L], for `DyMU.threshold`; 1 for layers that do not run.
 
   Raises:
-    ValueError: no batch; a tower with a plan, or too few tokens for so many layers.
+    ValueError: no batch; another tower or one with a plan; too few tokens for so many layers.
   """
-  if tower.plan is not None:
-    raise ValueError('thresholds are found in a tower without reductions: leave its plan out')
+  if not isinstance(tower, ViT) or tower.plan is not None:
+    raise ValueError('thresholds are found in a ViT without reductions: leave its plan out, or '
+                     'give a model with another tower')
   layers = range(depth_of(tower))
   made = make_plan({'method': 'dymu', 'layers': tuple(layers), 'remove': 1}, tower.host)
   chosen = dataclasses.replace(made.only, method=_OfBatch(merge=merge), watch=tuple(layers))

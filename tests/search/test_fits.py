@@ -64,9 +64,9 @@ def test_what_may_go_is_what_the_release_lets_go():
   share = np.array([[0.1], [0.5], [0.9], [0.4], [0.0], [-1.0]], np.float32)
   least = (1 - share) * values.sum(axis=1, keepdims=True)
   found = np.asarray(jax.jit(_lowest)(values, among, least))
-  for row, flags in enumerate(found):
+  for row, gone in enumerate(found):
     wanted = released(values[row][among[row]], least[row, 0])
-    assert set(np.flatnonzero(flags).tolist()) == wanted
+    assert set(np.flatnonzero(gone).tolist()) == wanted
   assert found.any(axis=1).tolist() == [True] * 4 + [False] * 2
 
 
@@ -111,7 +111,7 @@ def test_models_with_plans_are_not_fitted_to():
   with pytest.raises(ValueError, match='fits to a language model are for one without reductions'):
     LayerByLayer(tiny_lm.planned(), {})
   vit = golden_vit.model(plan=make_plan({'method': 'tome', 'remove': 4}, golden_vit.model().host))
-  with pytest.raises(ValueError, match='in a tower without reductions'):
+  with pytest.raises(ValueError, match='in a ViT without reductions'):
     merge_thresholds(vit, {}, [], merge=2)
 
 
@@ -144,4 +144,4 @@ def test_the_command_fits_a_checkpoint_to_questions(tmp_path, capsys):
   asked.write_text('{"image": "photo.png"}\n')
   with flagsaver.flagsaver(questions=str(asked)), pytest.raises(
       ValueError, match='must have an object a line'):
-    list(command.read(assistant.load(folder)))
+    command.read(assistant.load(folder))

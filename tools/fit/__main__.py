@@ -37,9 +37,9 @@ from lib.runtime import cli, sharding
 from lib.search.fits import LayerByLayer, merge_thresholds, prune_schedule, withdrawal_layer
 from lib.tasks import image_sweep
 from lib.tasks import qa as qa_task
-from models.backbones.vlm import VLM
+from models.backbones.vlm import VLM, Images
 from models.build import build
-from models.checkpoints.json_files import read_json, read_text
+from models.checkpoints.json_files import naming, read_json, read_text
 from models.decoding.sampling import padded
 from ops.tokens import TokenSet
 
@@ -49,8 +49,8 @@ METHODS = ('dymu', 'fitprune', 'vtw')
 MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a checkpoint.",
                             allow_override=True)
 METHOD = flags.DEFINE_enum('method', None, METHODS, 'What to fit.')
-BATCHES = flags.DEFINE_integer('batches', 4, 'Batches to fit to.', lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Samples of a batch.', lower_bound=1)
+SAMPLES = flags.DEFINE_integer('samples', 64, 'Images or questions to fit to.', lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Those that run at a time.', lower_bound=1)
 QUESTIONS = flags.DEFINE_string('questions', None, 'What to ask a checkpoint: a file of JSON '
                                 'lines.')
 MERGE = flags.DEFINE_integer('merge', 8, 'Of dymu: tokens of an image that merge in each layer, on '
@@ -80,17 +80,22 @@ def main(argv: Sequence[str]) -> None:
     if not isinstance(model.model, VLM):
       raise ValueError(f'{METHOD.value} is fitted to what visual tokens do, and this model sees no '
                        'images: give one that does')
-    samples = itertools.islice(read(model), BATCHES.value)
+    model, rows = read(model)
+    samples = itertools.islice(rows, batches())
     if METHOD.value != 'dymu':
       for place, reduce in language(model, samples).items():
         print(f'config.reduce.{place} = {reduce}')
       return
-    pixels = (each[2].pixels.reshape(-1, *each[2].pixels.shape[2:]) for each in samples)
-    thresholds = merge_thresholds(model.model.tower, model.params['tower'], pixels,
-                                  merge=MERGE.value)
+    thresholds = merge_thresholds(model.model.tower, model.params['tower'],
+                                  (crops(images) for _, _, images in samples), merge=MERGE.value)
   found = tuple(round(each, 4) for each in thresholds)
   print('config.reduce.vision =', {'method': 'dymu', 'layers': 'all', 'remove': 1,
                                    'args': {'threshold': found}})
+
+
+def batches() -> int:
+  """Returns how many batches are read at most."""
+  return -(-SAMPLES.value // BATCH_SIZE.value)
 
 
 def language(model: Assistant, samples: Iterator[Inputs]) -> dict[str, dict[str, Any]]:
@@ -109,36 +114,47 @@ def language(model: Assistant, samples: Iterator[Inputs]) -> dict[str, dict[str,
                                                   flops_ratio=FLOPS_RATIO.value)}}
 
 
-def read(model: Assistant) -> Iterator[Inputs]:
-  """Yields batches as a vision-language model takes them: ids, mask and images first."""
+def crops(images: Images) -> np.ndarray:
+  """Returns the crops of all rows, without those that only fill a batch up."""
+  pixels = np.asarray(images.pixels).reshape(-1, *images.pixels.shape[2:])
+  return pixels[pixels.any(axis=(1, 2, 3))]
+
+
+def read(model: Assistant) -> tuple[Assistant, Iterator[Inputs]]:
+  """Returns batches as a vision-language model takes them, and the model that they fit into."""
   if QUESTIONS.value:
-    yield from _asked(model, pathlib.Path(QUESTIONS.value))
-    return
+    return _asked(model, pathlib.Path(QUESTIONS.value))
   if model.data is None:
     raise ValueError('a checkpoint has no questions of its own: give --questions')
+  return model, _of_run(model)
+
+
+def _of_run(model: Assistant) -> Iterator[Inputs]:
+  """Questions that a run learned from, without the answers."""
   data = ml_collections.ConfigDict(model.data.to_dict())
   data.update(batch_size=BATCH_SIZE.value, turns=1)
-  batches = qa_data.train_iterator(data, seed=0)
+  rows = qa_data.train_iterator(data, seed=0)
   try:
-    for batch in batches:
+    for batch in rows:
       yield qa_task.inputs(model.model, {**batch, 'valid': batch['valid'] & ~batch['answer']})[:3]
   finally:
-    batches.close()
+    rows.close()
 
 
-def _asked(model: Assistant, path: pathlib.Path) -> Iterator[Inputs]:
-  """Batches of the questions of a file, all padded to the longest."""
-  lines = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+def _asked(model: Assistant, path: pathlib.Path) -> tuple[Assistant, Iterator[Inputs]]:
+  """Questions of a file, all padded to the longest."""
+  with naming(path):
+    lines = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
   if not all(isinstance(line, dict) and {'image', 'text'} <= line.keys() for line in lines):
     raise ValueError(f'{path} must have an object a line, with "image" and "text"')
   pictures = [read_image(path.parent / line['image']) for line in lines]
-  model = model.with_grid_for(pictures)
+  fits = model.with_grid_for(pictures)
   prompts = [model.prompt(line['text'], images=1) for line in lines]
   slots = max(map(len, prompts), default=0)
-  for start in range(0, len(lines), BATCH_SIZE.value):
-    rows = slice(start, start + BATCH_SIZE.value)
-    ids, valid = padded(prompts[rows], slots, side='right')
-    yield ids, valid, model.encode_images([[each] for each in pictures[rows]])
+  parts = (slice(start, start + BATCH_SIZE.value)
+           for start in range(0, len(lines), BATCH_SIZE.value))
+  return fits, ((*padded(prompts[part], slots, side='right'),
+                 fits.encode_images([[each] for each in pictures[part]])) for part in parts)
 
 
 def _of_images(folder: pathlib.Path) -> bool:
@@ -154,13 +170,13 @@ def _of_image_run(folder: pathlib.Path) -> tuple[float, ...]:
   config.data.batch_size = BATCH_SIZE.value
   _, params = image_sweep.load(config, folder, sharding.make_mesh({}, jax.devices()[:1]))
   vit = build(config.model, task=config.get('task'))
-  batches = image_data.train_iterator(config.data, seed=0)
+  read = image_data.train_iterator(config.data, seed=0)
   try:
     pixels = (jnp.asarray(np.asarray(each['image']))
-              for each in itertools.islice(batches, BATCHES.value))
+              for each in itertools.islice(read, batches()))
     return merge_thresholds(vit, params, pixels, merge=MERGE.value)
   finally:
-    batches.close()
+    read.close()
 
 
 if __name__ == '__main__':
