@@ -12,16 +12,16 @@ from PIL import Image
 
 from lib import assistant
 from lib.cost import lm as lm_cost
-from lib.search.fits import (
+from lib.search.schedules import fit_within
+from models.plan import make_plan
+from tools.fit import __main__ as command
+from tools.fit.fits import (
   LayerByLayer,
   _lowest,
   merge_thresholds,
   prune_schedule,
   withdrawal_layer,
 )
-from lib.search.schedules import fit_within
-from models.plan import make_plan
-from tools.fit import __main__ as command
 
 LM = TINY.clone(depth=2)
 

@@ -34,7 +34,6 @@ from lib.data import images as image_data
 from lib.data import qa as qa_data
 from lib.data.image_files import read_image
 from lib.runtime import cli, sharding
-from lib.search.fits import LayerByLayer, merge_thresholds, prune_schedule, withdrawal_layer
 from lib.tasks import image_sweep
 from lib.tasks import qa as qa_task
 from models.backbones.vlm import VLM, Images
@@ -42,6 +41,7 @@ from models.build import build
 from models.checkpoints.json_files import naming, read_json, read_text
 from models.decoding.sampling import padded
 from ops.tokens import TokenSet
+from tools.fit.fits import LayerByLayer, merge_thresholds, prune_schedule, withdrawal_layer
 
 METHODS = ('dymu', 'fitprune', 'vtw')
 

@@ -5,17 +5,14 @@ Axes: B batch, N slots now, H heads.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.queries import sum_rows, text_after_images
+from ops.primitives.queries import sums_of_image_and_text, text_after_images
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import VISUAL, TokenSet
-
-Array = jax.Array
+from ops.tokens import TokenSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +33,6 @@ class FitPrune(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     after = text_after_images(tokens)
-    image, text = received(tokens, signals, after)
+    image, text = sums_of_image_and_text(tokens, signals, after)
     text = jnp.where(after.any(axis=1, keepdims=True), text, 1.0)
     return keep_top(tokens, image * text, num_slots=num_slots)
-
-
-def received(tokens: TokenSet, signals: Signals, after: Array) -> tuple[Array, Array]:
-  """Adds up the attention that each token gets, the largest over heads: float32[B, N] twice.
-
-  Args:
-    tokens: N slots.
-    signals: with `queries` and `keys`.
-    after: bool[B, N], the text behind the images.
-
-  Returns:
-    That of image tokens, and that of this text.
-  """
-  image, text = sum_rows(tokens, signals, jnp.stack([
-      tokens.real & (tokens.kind == VISUAL), after]), jnp.max)
-  return image, text

@@ -24,13 +24,14 @@ from models.plan import make_plan
 from models.plans.events import Plan
 from models.storage import layer_of
 from ops.assignments import Assignment, take
-from ops.primitives.queries import text_after_images
-from ops.reducers.language.fitprune import received
-from ops.reducers.vision.dymu import DyMU, find_threshold
+from ops.primitives.match import find_threshold
+from ops.primitives.queries import sums_of_image_and_text, text_after_images
+from ops.reducers.vision import VISION
 from ops.signals import Signals
 from ops.tokens import VISUAL, TokenSet
 
 Array = jax.Array
+DyMU: Any = VISION['dymu']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class _OfBatch(DyMU):
     return {_threshold(signals.layer): jnp.broadcast_to(found, tokens.kind.shape)}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    found = cast(Any, tokens.stats[_threshold(signals.layer)][:, :1])
+    found = tokens.stats[_threshold(signals.layer)][:, :1]
     return DyMU(threshold=found)(tokens, signals, num_slots=num_slots)
 
 
@@ -194,7 +195,8 @@ class LayerByLayer:
     # Means over the queries, of which there are fewer images from layer to layer.
     image, text = (
         jnp.where(visual, each, 0.0) / jnp.maximum(jnp.sum(of, axis=1, keepdims=True), 1)
-        for each, of in zip(received(tokens, signals, after), (visual, after), strict=True))
+        for each, of in zip(sums_of_image_and_text(tokens, signals, after), (visual, after),
+                            strict=True))
     sums = jnp.stack([jnp.sum(image, axis=1), jnp.sum(text, axis=1)], axis=1)
     least = whole * (1 - share)
     gone = _lowest(image, visual, least[:, :1]) & _lowest(text, visual, least[:, 1:])
