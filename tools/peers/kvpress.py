@@ -74,6 +74,7 @@ PRESSES: dict[str, dict[str, Any]] = {
     'criticaladakv_snapkv': {'method': 'criticaladakv', 'args': {'inner': SNAPKV}},
     'adakv_expected_attention': {'method': 'adakv', 'args': {'inner': EXPECTED}},
     'simlayerkv': {'method': 'simlayerkv', 'args': {'recent': 64}},
+    # Both of these draw a sketch, each side its own.
     'compactor': {'method': 'compactor'},
     'leverage': {'method': 'compactor', 'args': {'by': 'leverage', **WHOLE}},
     'non_causal_attention': {'method': 'compactor', 'args': {'by': 'attention', **WHOLE}},
