@@ -35,7 +35,7 @@ from models.build import DTYPES
 from models.checkpoints import files, gguf, lm_config, vlm_config
 from models.checkpoints.json_files import naming, read_json_if_there, value_of
 from models.decoding.generator import Generator
-from models.decoding.kvzip import KVzip
+from models.decoding.kvzip import KVzip, check_text_alone
 from models.families import LM_FAMILIES
 from models.plan import reduction_settings
 from models.reduce_config import Reductions, check_components, with_plans, without_plans
@@ -122,8 +122,9 @@ class Assistant:
         what a chat template has behind a message, or a new line.
 
     Raises:
-      ValueError: as `KVzip`.
+      ValueError: as `KVzip`, or a model that sees images.
     """
+    check_text_alone(self.model)
     behind = NO_TEMPLATE
     if self.chat is not None:
       _, _, behind = self.chat([{'role': 'user', 'content': REPEAT}]).rpartition(REPEAT)

@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
-from models.decoding.kvzip import KVzip
+from models.decoding.kvzip import KVzip, check_text_alone
 from models.decoding.sampling import SIDES, Sampling, padded, sample
 from models.reduce_config import Layout, ModelWithPlans, with_plans
 from models.storage import Params
@@ -97,8 +97,8 @@ class Generator:
     Raises:
       ValueError: for no bucket or an unknown side, or KVzip with a model that sees images.
     """
-    if kvzip is not None and not isinstance(lm, LM):
-      raise ValueError('KVzip has a model repeat text, and this one sees images too: leave it out')
+    if kvzip is not None:
+      check_text_alone(lm)
     if not buckets or side not in SIDES:
       raise ValueError(f'buckets={tuple(buckets)} and side={side!r} are impossible: give at least '
                        f'one length, and one of {", ".join(SIDES)}')

@@ -177,6 +177,12 @@ class KVzip:
     return by_kv_head(best, keys.shape[2]).max(axis=2)
 
 
+def check_text_alone(model: object) -> None:
+  """Raises a ValueError for a model that reads more than text."""
+  if not isinstance(model, LM):
+    raise ValueError('KVzip has a model repeat text, and this one sees images too: leave it out')
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _read(lm: LM, variables: Variables, ids: Array, valid: Array) -> tuple[Array, Cache]:
   return cast(tuple[Array, Cache], lm.apply(variables, ids, valid, room=0, method='prefill'))
