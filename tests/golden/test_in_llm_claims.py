@@ -25,6 +25,7 @@ from ops.reducers.cache.still import STILL
 from ops.reducers.language.adatoken_3d import AdaToken3D
 from ops.reducers.language.catp import CATP
 from ops.reducers.language.catp_images import CATPImages
+from ops.reducers.language.framefusion_prune import FrameFusionPrune
 from ops.reducers.language.lvlm_csp import LVLMCSP
 from ops.reducers.language.subtoken_merge import SubtokenMerge
 from ops.reducers.language.todre_exit import ToDREExit
@@ -116,6 +117,18 @@ def test_todre_lets_everything_leave_that_words_do_without(seen):
 
 def test_todre_asks_at_seven_eighths():
   assert list(ToDREExit().default_shares(32)) == [27]
+
+
+def test_framefusion_prunes_by_the_attention_of_all_queries():
+  """As its release has it: the mean of a map over heads and queries, the best of the image."""
+  tokens = prompt('ttvvvvvvtt')
+  maps = np.random.default_rng(5).random((1, 3, 10, 10)).astype(np.float32) * np.tri(10)
+  maps /= maps.sum(axis=3, keepdims=True)
+  scores, ratio = maps.mean(axis=(1, 2))[0, 2:8], 0.4
+  best = 2 + np.argsort(-scores)[:round(6 * (1 - ratio))]
+  told = Signals(received_attention=jnp.asarray(maps.mean(axis=2)))
+  stays = left(FrameFusionPrune(), tokens, told, keep=4)
+  np.testing.assert_array_equal(stays, np.sort([0, 1, *best, 8, 9]))
 
 
 def test_lvlm_csp_keeps_one_of_each_cluster():

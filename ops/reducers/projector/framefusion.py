@@ -25,8 +25,8 @@ class FrameFusion(Reducer):
   asks for merge, the most alike first; a place that does so over several frames becomes one token
   in its first one, the mean of all. The release merges what is above a threshold in the first
   layers of the language model, and so many in the last of these alone; what its budget lacks then
-  is pruned by attention, neither of which is here. No budget takes the first frame's places apart:
-  one that is less than a frame drops the last of them. Newlines stay. Tokens keep their order.
+  is pruned by attention (`framefusion_prune`). No budget takes the first frame's places apart: one
+  that is less than a frame drops the last of them. Newlines stay. Tokens keep their order.
   """
 
   needs = FRAME_SIGNALS
