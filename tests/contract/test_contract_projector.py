@@ -43,6 +43,8 @@ QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': 30,
                           'fullatt_block_indexes': [0, 1]}}
 TOWERS = {'cls': {}, 'registers': {'registers': 2},
           'no_cls': {'class_token': False, 'pool': 'mean'}}
+# Settings of those that go by crops.
+CROPWISE = {'hired': {}, 'globalcom2': {}, 'dc2': {}, 'vflowopt': {'over': 'crops', 'cell': 2.5}}
 # Those that go by frames.
 FRAMEWISE = ('evs', 'vidcom2', 'dycoke', 'fastvid', 'holitom', 'prunevid', 'framefusion')
 # Those that read the attention of a whole sequence.
@@ -149,8 +151,9 @@ def check(name, tower, **args):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(('tower', 'name'), [(tower, name) for tower in ('cls', 'no_cls')
-                                             for name in names(tower)])
+@pytest.mark.parametrize(('tower', 'name'), [
+    *(('cls', name) for name in names('cls')),
+    *(('no_cls', name) for name in ('crossget', 'tome', 'divprune', 'hiprune', 'vflowopt'))])
 def test_every_method_keeps_what_the_same_cut_in_the_tower_keeps(tower, name):
   if (tower, name) == ('no_cls', 'crossget'):
     with pytest.raises(ValueError, match='a special token, of which this host has none'):
@@ -352,14 +355,15 @@ def test_crops_of_several_images_share_no_budget():
 
 @pytest.mark.long
 @pytest.mark.parametrize(('name', 'images_of'), [
-    *((name, crops) for name in ('hired', 'globalcom2')), *((name, clips) for name in FRAMEWISE)])
+    *((name, crops) for name in CROPWISE), *((name, clips) for name in FRAMEWISE)])
 def test_crops_have_budgets_whatever_else_is_in_the_batch(name, images_of):
   vlm, images = made('cls', 'llava_next'), images_of()
   params, slots = random_params(vlm, images_of), images.index.shape[2]
 
   @jax.jit
   def run(images):
-    return behind(vlm, images, params, {'method': name, 'keep_ratio': 0.5}, slots)
+    return behind(vlm, images, params, {'method': name, 'keep_ratio': 0.5,
+                                        'args': CROPWISE.get(name, {})}, slots)
 
   both = run(images)
   for row in range(2):
@@ -518,6 +522,7 @@ def test_keys_of_a_tower_with_rotary_positions_are_told_as_they_were():
   assert 'plain_keys' in reduced.tower.plan.only.method.watch_needs
 
 
+@pytest.mark.long
 def test_visionzip_hands_cls_on():
   """As one of the tokens kept, in front; a row that loses nothing has none."""
   vlm, images = made('registers'), squares()
