@@ -17,7 +17,7 @@ def small(monkeypatch):
   monkeypatch.setattr(images, 'speed', lambda: (1e11, 1e10))
 
 
-@pytest.mark.parametrize('site', images.PLACES)
+@pytest.mark.parametrize('site', SITES)
 def test_every_signal_has_a_shape(site):
   known = {*SITES[site].sizes, 'B', 'N', '2'}
   missing = {name: axes for name, method in SITES[site].methods.items()
