@@ -309,7 +309,9 @@ def heat_maps(values: Mapping[str, tuple[Sequence[str], Sequence[str], np.ndarra
   across = min(len(values), 6)
   down = math.ceil(len(values) / across)
   widest = max(len(names) for _, names, _ in values.values())
-  figure = Figure(figsize=((1.2 + 0.62 * widest) * across + 0.8, 3.4 * down + 0.7), dpi=160,
+  tallest = max(len(names) for names, _, _ in values.values())
+  figure = Figure(figsize=((1.2 + 0.62 * widest) * across + 0.8,
+                           max(3.4, 1 + 0.2 * tallest) * down + 0.7), dpi=160,
                   layout='constrained')
   FigureCanvasAgg(figure)
   grid = figure.subplots(down, across, squeeze=False)
