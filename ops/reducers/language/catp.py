@@ -43,6 +43,7 @@ class CATP(Reducer):
 
   part: str = 'context'
   likeness: NotNegative = 0.6
+  reconstructed = "the paper's text"
   watch_needs = frozenset({'last_attention'})
   site = 'after'
   positions = 'keep'
