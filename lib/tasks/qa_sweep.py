@@ -89,7 +89,7 @@ class QASweep(Sweep):
         for budget in budgets(candidate, self.config.sweep):
           yield {**shared, 'method': candidate['name'], 'place': candidate['place'],
                  'settings': settings_of(candidate), 'budget': budget,
-                 'made_of': made_of | ({'behind': behind} if behind else {})}
+                 'made_of': {**made_of, 'behind': behind} if behind else made_of}
 
   def measure(self, row: Row) -> Row:
     """Returns accuracy in all and by group, tokens, cost and latency, as `Sweep.measure`."""
@@ -265,13 +265,14 @@ class QASweep(Sweep):
     """Returns the tokens of each layer and their mean; MACs and cache of a prompt."""
     context, room = self._sets[name].context, 1 + self._info[name].answer_length
     if isinstance(model, LM):
-      lm = whole = lm_cost.of(model, context, room=room)
+      cost = lm_cost.of(model, context, room=room)
+      macs = cost.macs
     else:
       whole = vlm_cost.of(model, context, qa_task.LAYOUT, room=room)
-      lm = whole.lm
-    tokens = [layer.cached for layer in lm.layers]
+      cost, macs = whole.lm, whole.macs
+    tokens = [layer.cached for layer in cost.layers]
     return {'tokens': tokens, 'kept_mean': sum(tokens) / len(tokens),
-            'gmacs': whole.macs / 1e9, 'kv_mb': lm.kv_bytes / 1e6}
+            'gmacs': macs / 1e9, 'kv_mb': cost.kv_bytes / 1e6}
 
 
 def settings_of(candidate: Mapping[str, Any]) -> str:
@@ -373,9 +374,9 @@ def compared(rows: Sequence[Row], versus: Mapping[str, str]) -> list[Row]:
   of_name = {(key[0], key[1], key[3]): parts for key, parts in draws.items()}
   pairs = {key: of_name[other] for key in draws
            if (other := (key[0], versus.get(key[1], ''), key[3])) in of_name}
-  joined = []
+  joined: list[Row] = []
   for key, group in groups.items():
-    row = {**group[0]}
+    row = dict(group[0])
     if key in draws and draws[key].shape[1] > 1:
       parts = draws[key]
       row |= {'accuracy': float(np.mean([each['accuracy'] for each in group])),
