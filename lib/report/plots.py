@@ -22,6 +22,7 @@ from ops import choices
 # every kind of sight.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00')
 MARKERS = {'o': 7, 's': 7, '^': 8, 'D': 6.5, 'v': 8, 'P': 9, 'X': 9}  # marker: size in points
+STYLES = len(COLOURS) * len(MARKERS)
 GREYS = ('#555555', '#777777', '#909090')
 COSTS = {'gmacs': 'GMACs per image', 'median_ms': 'latency, ms (bars: quartiles)',
          'kept_mean': 'tokens that a layer keeps, on average'}

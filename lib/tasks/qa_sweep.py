@@ -113,8 +113,8 @@ class QASweep(Sweep):
   def show(self, rows: Sequence[Row], workdir: pathlib.Path) -> None:
     """Prints a table, and writes it as sweep.md; draws what it says, and what was kept.
 
-    Accuracy against tokens is drawn place by place, and the kinds of questions as maps; or recall,
-    where sets differ in length.
+    Accuracy is drawn against tokens, and by kind of question as maps; or recall, where sets differ
+    in length.
     """
     sweep = self.config.sweep
     versus = {each['name']: each.get('versus', '') for each in sweep.candidates}
@@ -130,18 +130,15 @@ class QASweep(Sweep):
     for name in self._sets:
       of_set, stem = [row for row in measured if row['set'] == name], name.replace('/', '_')
       whole = next(row for row in of_set if row['method'] == 'none')
-      for place in dict.fromkeys(row['place'] for row in of_set if row['place']):
-        # Low resolution is compared with what acts on the tokens of a whole image.
-        drawn = [row for row in of_set if row['place'] in (place, 'image')]
-        if place != 'image':
-          print(plots.plot_accuracy_cost(
-              [whole, *drawn], workdir / f'accuracy_{stem}_{place}.png', cost='kept_mean',
-              title=f'{sweep.title}: {place}', baselines=tuple(sweep.baselines),
-              reference='none'))
-          if self._info[name].kinds:
-            print(plots.heat_maps(
-                accuracy_by_kind(drawn), workdir / f'kinds_{stem}_{place}.png', rows='',
-                columns='kind of question', title=f'{sweep.title}: {place}'))
+      for place, drawn in by_place(of_set).items():
+        title = f'{sweep.title}{": " * bool(place)}{place}'
+        end = f'{stem}{"_" * bool(place)}{place}.png'
+        print(plots.plot_accuracy_cost(
+            [whole, *drawn], workdir / f'accuracy_{end}', cost='kept_mean', title=title,
+            baselines=tuple(sweep.baselines), reference='none'))
+        if self._info[name].kinds:
+          print(plots.heat_maps(accuracy_by_kind(drawn), workdir / f'kinds_{end}', rows='',
+                                columns='kind of question', title=title))
     if not all(info.kinds for info in self._info.values()):
       print(plots.heat_maps(recall(measured), workdir / 'recall.png', title=sweep.title))
     self._draw(workdir)
@@ -390,6 +387,18 @@ def compared(rows: Sequence[Row], versus: Mapping[str, str]) -> list[Row]:
         row |= {'difference': difference.mean, 'difference_low': low, 'difference_high': high}
     joined.append(row)
   return joined
+
+
+def by_place(rows: Sequence[Row]) -> dict[str, list[Row]]:
+  """Returns the rows of each picture by what it shows: '' for all, or place by place if many.
+
+  Low resolution is in every picture. The unreduced model is in none.
+  """
+  reduced = [row for row in rows if row['place']]
+  if len({row['method'] for row in reduced}) <= plots.STYLES:
+    return {'': reduced} if reduced else {}
+  return {place: [row for row in reduced if row['place'] in (place, 'image')]
+          for place in dict.fromkeys(row['place'] for row in reduced) if place != 'image'}
 
 
 def accuracy_by_kind(

@@ -165,6 +165,14 @@ def test_draws_are_joined_and_compared_batch_by_batch():
   assert other == rows[-1]
 
 
+def test_more_lines_than_styles_are_drawn_place_by_place():
+  few = [{'method': 'none', 'place': ''}, {'method': 'low', 'place': 'image'},
+         {'method': 'a', 'place': 'cache'}]
+  assert qa_sweep.by_place(few) == {'': few[1:]}
+  many = [{'method': str(number), 'place': 'language'} for number in range(plots.STYLES)]
+  assert qa_sweep.by_place(few + many) == {'cache': few[1:], 'language': [few[1], *many]}
+
+
 @pytest.mark.long
 def test_what_is_behind_the_prompt_is_decoded():
   """Unreduced the answers stay what they are; a cut of the cache then counts."""
@@ -246,12 +254,9 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
   sweep.show(rows, tmp_path)
   drawn = sorted(path.name for path in tmp_path.glob('*.png'))
   assert ('recall.png' in drawn) == (name == 'needle')
-  places = {each['place'] for each in chosen} - {'image'}
-  wanted = {f'{kind}_{{}}_{place}.png' for place in places
-            for kind in (('accuracy', 'kinds') if info.kinds else ('accuracy',))}
   stem = config.data.name.replace('/', '_')
-  assert set(drawn) == {each.format(stem) for each in wanted} | (
-      {'kept.png'} if info.kinds else {'recall.png'})
+  assert set(drawn) == {f'accuracy_{stem}.png'} | (
+      {f'kinds_{stem}.png', 'kept.png'} if info.kinds else {'recall.png'})
   assert (tmp_path / 'sweep.md').read_text().count('\n') == 2 + len(rows)
   assert 'accuracy %' in capsys.readouterr().out
 
