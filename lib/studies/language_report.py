@@ -30,6 +30,7 @@ from lib.report.tables import markdown_lines
 Values = Mapping[tuple[str, float], Mapping[tuple[Any, ...], float]]
 CONFIDENCE = 0.95
 FULL, BASE = ('full', 1.0), 'chance'
+BEST = 3  # Of each share and place, named in the plot.
 INSIDE, BEHIND = ('pass_key', 'two_keys'), ('several',)
 BETTER, WORSE = '▼', '▲'
 TINY = 1e-6
@@ -85,6 +86,8 @@ def report(rows: Sequence[Row]) -> str:
 def draw(rows: Sequence[Row], path: Path) -> None:
   """Draws loss and keys told against what is kept, and loss against latency.
 
+  The best of each share and place are named, and those by chance.
+
   Raises:
     ValueError: nothing to draw.
   """
@@ -97,20 +100,39 @@ def draw(rows: Sequence[Row], path: Path) -> None:
   if any(row['measure'] == 'latency' for row in rows):
     panels.append(('loss behind a cut prefix, nats', loss, 'later_share',
                    'time of a later token, share of the unreduced'))
-  names = dict.fromkeys(name for name, _ in (*loss, *told))
-  styles = {name: (COLOURS[i % len(COLOURS)], list(MARKERS)[i // len(COLOURS) % len(MARKERS)])
-            for i, name in enumerate(names)}
-  figure = Figure(figsize=(9 * len(panels), 12), dpi=110, layout='constrained')
+  figure = Figure(figsize=(7.5 * len(panels), 7), dpi=110, layout='constrained')
   FigureCanvasAgg(figure)
   for axes, (title, values, cost, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
                                                 panels, strict=True):
-    _panel(axes, _lines(values, _costs(rows, cost)), styles)
-    axes.set_title(title, loc='left', fontsize=13, fontweight='bold')
-    axes.set_xlabel(label)
+    costs = _costs(rows, cost)
     if values is loss:
       axes.set_yscale('symlog', linthresh=0.02)
+    _panel(axes, _lines(values, costs), _best(rows, values, worst_first=values is told),
+           _by_chance(rows), statistics.fmean(values[FULL].values()) if FULL in values else None)
+    axes.set_title(title, loc='left', fontsize=13, fontweight='bold')
+    axes.set_xlabel(label)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path)
+
+
+def _by_chance(rows: Sequence[Row]) -> set[str]:
+  """Names of rows that no method ranks, and of those that methods in the model compare with."""
+  return {row['name'] for row in rows if row['ranking'] != 'own'} | {
+      row['versus'] for row in rows if row['where'] == 'model'}
+
+
+def _best(rows: Sequence[Row], values: Values, *, worst_first: bool) -> list[str]:
+  """Names the best of each share and place, in order."""
+  ranked = collections.defaultdict(list)
+  places = {(row['name'], row['share']): row['where'] for row in rows}
+  kept, chance = _costs(rows, 'kept'), _by_chance(rows)
+  for key, own in values.items():
+    # What keeps more than it was told to is not compared.
+    if places[key] and kept.get(key, key[1]) < key[1] + NEAR and key[0] not in chance:
+      ranked[key[1], places[key]].append((statistics.fmean(own.values()), key[0]))
+  best = [name for _, own in sorted(ranked.items(), reverse=True)
+          for _, name in sorted(own, reverse=worst_first)[:BEST]]
+  return list(dict.fromkeys(best))
 
 
 def _of_texts(rows: Sequence[Row], name: str) -> Values:
@@ -279,18 +301,36 @@ def _lines(values: Values, costs: Mapping[tuple[str, float], float],
 
 
 def _panel(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]],
-           styles: Mapping[str, tuple[str, str]]) -> None:
-  """Draws lines, each named in the margin at the height of its cheapest point's rank."""
-  order = sorted(lines, key=lambda name: lines[name][0][1])
-  heights = spread([i / max(len(order) - 1, 1) for i in range(len(order))], 1 / 48, 0.0, 1.0)
-  for name, height in zip(order, heights, strict=True):
-    plain, (colour, marker) = name == FULL[0] or name.startswith((BASE, 'even')), styles[name]
-    colour = GREYS[0] if plain else colour
-    axes.plot(*zip(*lines[name], strict=True), color=colour, marker=marker, markersize=5,
-              linestyle='--' if plain else '-', linewidth=1.1, alpha=0.85)
-    axes.annotate(name, lines[name][0], xytext=(-0.06, height), textcoords='axes fraction',
-                  ha='right', va='center', fontsize=8, color=colour, annotation_clip=False,
-                  arrowprops={'arrowstyle': '-', 'color': colour, 'linewidth': 0.4, 'alpha': 0.5})
+           best: Sequence[str], chance: set[str], full: float | None) -> None:
+  """Draws a line a name; the best and those by chance are named at their cheapest points."""
+  styles = {name: (COLOURS[i % len(COLOURS)], list(MARKERS)[i // len(COLOURS) % len(MARKERS)])
+            for i, name in enumerate(best)}
+  named = []
+  for name, points in lines.items():
+    by_chance = name in chance
+    if name == FULL[0]:
+      continue
+    if not by_chance and name not in styles:
+      axes.plot(*zip(*points, strict=True), color=GREYS[1], marker='.', markersize=3,
+                linewidth=0.5, alpha=0.6)
+      continue
+    colour, marker = ('black', 'x') if by_chance else styles[name]
+    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=6,
+              linestyle='--' if by_chance else '-', linewidth=1.3)
+    named.append((name, points[0], colour))
+  if full is not None:
+    axes.axhline(full, color='black', linewidth=1, linestyle=(0, (1, 2)))
+    axes.annotate('unreduced', (1, full), xycoords=('axes fraction', 'data'), ha='right',
+                  va='bottom', fontsize=9)
+  lowest = min((y for points in lines.values() for _, y in points), default=0.0)
+  axes.set_ylim(bottom=min(lowest, 0.0) - 0.001)
+  named.sort(key=lambda each: each[1][1])
+  inside = axes.transData + axes.transAxes.inverted()
+  heights = spread([inside.transform(point)[1] for _, point, _ in named], 1 / 28, 0.0, 1.0)
+  for (name, point, colour), height in zip(named, heights, strict=True):
+    axes.annotate(name, point, xytext=(-0.04, height), textcoords='axes fraction',
+                  ha='right', va='center', fontsize=9, color=colour, annotation_clip=False,
+                  arrowprops={'arrowstyle': '-', 'color': colour, 'linewidth': 0.5, 'alpha': 0.5})
   axes.grid(color='#e6e6e6', linewidth=0.8)
   axes.yaxis.tick_right()
   axes.spines[['top', 'left']].set_visible(False)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import contract
+from helpers import contract, mostly_long
 from helpers.processes import COLLECTIVE, on_devices
 from helpers.tiny_lm import TINY, variables
 
@@ -32,7 +32,7 @@ def run(config, vit=VIT):
   return out['hidden'], out, vit.plan
 
 
-@pytest.mark.parametrize('name', ['topk', 'tome'])
+@pytest.mark.parametrize('name', mostly_long(['topk', 'tome']))
 def test_layers_that_change_nothing_give_every_token_back(name):
   """Picked or joined, kept in their slots or not: exactly what there was."""
   case = contract.random_case()
@@ -46,6 +46,7 @@ def test_layers_that_change_nothing_give_every_token_back(name):
     np.testing.assert_allclose(tk.expand(before, later), before.x + went_on[:, :, None], atol=1e-6)
 
 
+@pytest.mark.long
 def test_one_layer_on_fewer_tokens_is_a_branch():
   branch = {'method': 'stride', 'site': 'branch', 'parts': 'both', 'layers': 1, 'keep': 6}
   hidden, out, _ = run(CUT | {'expand': 1})
@@ -144,10 +145,10 @@ def test_nothing_is_cut_so_nothing_comes_back():
   assert not make_plan(CUT | {'keep': 16}, VIT.host).events
 
 
-@pytest.mark.parametrize(('config', 'message'), [
+@pytest.mark.parametrize(('config', 'message'), mostly_long([
     ({'method': 'tome', 'layers': 1, 'remove': 2, 'expand': 2}, 'tome joins tokens in layer 1'),
     ({'method': 'stride', 'layers': 1, 'keep': 4, 'expand': 2, 'positions': 'compact'},
-     "numbers what is left anew .positions='compact'.")])
+     "numbers what is left anew .positions='compact'.")]))
 def test_what_causal_attention_forbids(config, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(TINY.clone(plan=make_plan(config, TINY.host(8))).apply, variables(),

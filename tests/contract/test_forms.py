@@ -19,7 +19,7 @@ FORMS = {
     'visionzip': [{'share': 0.3, 'variant': 'paper'}],
 }
 # What rows owe each other, and what a form may leave.
-INVARIANTS = ('padding', 'budgets', 'finite', 'filled')
+INVARIANTS = ('padding', 'budgets', 'filled')
 CASES = [(name, args) for name, forms in FORMS.items() for args in forms]
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit, tiny_lm
+from helpers import golden_vit, mostly_long, tiny_lm
 from helpers.processes import COLLECTIVE, on_devices
 from helpers.watcher import Watcher
 
@@ -104,8 +104,8 @@ def test_a_watch_cannot_see_what_only_a_cut_can(name, monkeypatch):
 # -- the run ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('site', 'layers'), [
-    ('before', (1, 2)), ('between', (1, 2)), ('after', (2,)), ('inside', ())])
+@pytest.mark.parametrize(('site', 'layers'), mostly_long([
+    ('before', (1, 2)), ('between', (1, 2)), ('after', (2,)), ('inside', ())]))
 def test_stats_are_those_of_the_layers_watched(site, layers):
   """A sum over layers is the sum of what each layer tells alone, and decides the cut."""
   model, params, images = golden_vit.model(), golden_vit.params(), golden_vit.images()

@@ -12,7 +12,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, mostly_long
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from lib.cost import jaxpr as jaxpr_cost
@@ -80,8 +80,8 @@ def test_unreduced_macs_equal_the_trace(settings):
 @pytest.mark.parametrize('settings', [
     {}, {'causal': False, 'pool': 'last', 'projection_bias': True}, {'projection': 0},
     {'activation': 'swiglu'}], ids=str)
-@pytest.mark.parametrize('reduction', [None, {'method': 'tome', 'remove': 3},
-                                       {'method': 'random', **TWO_LAYERS}], ids=str)
+@pytest.mark.parametrize('reduction', mostly_long([None, {'method': 'tome', 'remove': 3},
+                                       {'method': 'random', **TWO_LAYERS}], short=2), ids=str)
 def test_text_towers_equal_the_trace(settings, reduction):
   text = TEXT.clone(**settings)
   agree(planned(text, **reduction) if reduction else text)
@@ -105,10 +105,9 @@ def test_mean_pooling_adds_one_product():
   agree(vit, extra=vit.plan.events[-1].slots_out * vit.width)
 
 
-@pytest.mark.parametrize('name', sorted(methods(TINY.host).keys() - {'none'}))
-@pytest.mark.parametrize(('site', 'budget'), [
-    (None, {'remove': 3, 'layers': (1, 2)}),
-    pytest.param('inside', TWO_LAYERS, marks=pytest.mark.long)])
+@pytest.mark.parametrize('name', mostly_long(sorted(methods(TINY.host).keys() - {'none'}), short=8))
+@pytest.mark.parametrize(('site', 'budget'), mostly_long([
+    (None, {'remove': 3, 'layers': (1, 2)}), ('inside', TWO_LAYERS)]))
 def test_every_method_equals_the_trace(name, site, budget):
   """At its own site and inside attention, where joining and picking slots cost differently."""
   # As few as these slots allow.
@@ -121,9 +120,9 @@ def test_every_method_equals_the_trace(name, site, budget):
 
 @pytest.mark.parametrize('name', ['tome', 'random'])
 @pytest.mark.parametrize('site', ['before', 'inside', 'between', 'after'])
-@pytest.mark.parametrize('budget', [
+@pytest.mark.parametrize('budget', mostly_long([
     ALL_LAYERS | {'layers': (1, 2)}, {'remove': (4, -1.0), 'layers': (1, 2)},
-    {'keep': 14, 'layers': 2}], ids=str)
+    {'keep': 14, 'layers': 2}]), ids=str)
 def test_every_site_equals_the_trace(name, site, budget):
   agree(planned(TINY, method=name, site=site, **budget))
 
@@ -175,9 +174,9 @@ def test_masking_saves_nothing():
   assert agree(vit).macs[''] == vit_cost.of(TINY).macs
 
 
-@pytest.mark.parametrize('reduction', [None, {'method': 'tome', 'remove': 3},
+@pytest.mark.parametrize('reduction', mostly_long([None, {'method': 'tome', 'remove': 3},
                                        {'method': 'topk', **TWO_LAYERS},
-                                       {'method': 'mctf', 'remove': 3, 'layers': (1, 2)}], ids=str)
+                                       {'method': 'mctf', 'remove': 3, 'layers': (1, 2)}]), ids=str)
 def test_training_takes_three_times_the_products_but_for_the_images_gradient(reduction):
   vit = planned(TINY, **reduction) if reduction else TINY
   images = jax.ShapeDtypeStruct((1, 20, 20, 2), jnp.float32)
@@ -445,6 +444,7 @@ def test_pitome_counts_as_its_release():
   assert vit_cost.pitome_repo(vit_cost.of(vit)) == 12824448
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('remove', 'share', 'ours'), [
     (8, 0.80, 0.783), (12, 0.69, 0.676), (16, 0.58, 0.572)])
 def test_crossget_on_clip_comes_out_once_the_matching_is_counted(remove, share, ours):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 from helpers.tiny_lm import PROMPT, ROOM, TINY, VISUALS, planned, variables, with_cache
 
 from lib.cost import explain
@@ -220,8 +221,9 @@ LONG = {'apart', 'exit inside', 'late', 'v2pe', 'mutual', 'exit', 'attention', '
         'yopo', 'gamma_mod', 'skip_decode', 'branch and cut'}
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in MODELS])
+@pytest.mark.parametrize('name', mostly_long([
+    pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in MODELS],
+    short=3))
 def test_counts_equal_the_traced_program_and_the_arrays(name):
   lm = MODELS[name]()
   weights = jax.eval_shape(lm.clone(cache_plan=None).init, jax.random.key(0), image_and_text())

@@ -9,6 +9,7 @@ import re
 import ml_collections
 import numpy as np
 import pytest
+from helpers import mostly_long
 
 from lib.data import qa as qa_data
 from lib.data.datasets import digit_scenes, digits, stdlib_needle
@@ -90,7 +91,7 @@ def test_answers_follow_from_the_labels_and_need_the_evidence_alone(config, sour
     assert answers == {'yes', 'no'} if kind.startswith('present') else len(answers) >= 4
 
 
-@pytest.mark.parametrize('split', ['train', 'test'])
+@pytest.mark.parametrize('split', mostly_long(['train', 'test']))
 def test_pictures_show_what_the_labels_say(split, sources):
   source = sources[split]
   known = {image.tobytes(): label for image, label
@@ -148,7 +149,7 @@ def texts():
 LINE = r'# Remember: (\w+) (\w+ \w+ \w+)\.\n'
 
 
-@pytest.mark.parametrize('config', NEEDLES, ids=lambda config: config.name)
+@pytest.mark.parametrize('config', mostly_long(NEEDLES, short=2), ids=lambda config: config.name)
 def test_the_answers_are_there_once_at_the_stated_depths(config, texts):
   _, real, tokens = texts
   lines = stdlib_needle.Text(real, tokens)

@@ -44,6 +44,7 @@ def full(**changes):
   return np.asarray(logits), np.asarray(out['cuts'][1].real.sum(axis=1))
 
 
+@pytest.mark.long
 def test_every_capacity_gives_the_logits_of_the_full_one():
   expected, counts = full(**TWO)
   assert len(set(counts.tolist())) > 1

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_lm
+from helpers import mostly_long, tiny_lm
 from helpers.tiny_lm import TINY, unstacked
 
 from models.checkpoints.lm_config import make_lm
@@ -44,7 +44,7 @@ def greedy(prompt, new_tokens=6):
   return tokens[len(prompt):]
 
 
-@pytest.mark.parametrize('side', ['left', 'right'])
+@pytest.mark.parametrize('side', mostly_long(['left', 'right']))
 def test_greedy_answers_are_those_of_whole_forward_passes(side):
   found = generator(side=side)(PROMPTS, new_tokens=6)
   assert found == [greedy(tuple(prompt)) for prompt in PROMPTS]
@@ -177,6 +177,7 @@ def test_a_share_of_a_prompt_beyond_the_last_bucket_is_its_own():
   assert int(cache.layers[0].valid[0, 0, :cache.layers[0].filled].sum()) == 50
 
 
+@pytest.mark.long
 def test_pruned_caches_answer_whatever_the_bucket():
   cache = {'method': 'streaming_llm', 'keep': 4, 'args': {'sinks': 1}}
   made = generator(plans=with_plans(LM, cache=cache))
@@ -193,6 +194,7 @@ def test_pruned_caches_answer_whatever_the_bucket():
   assert made(PROMPTS, new_tokens=6) == [greedy(tuple(prompt)) for prompt in PROMPTS]
 
 
+@pytest.mark.long
 def test_scores_are_those_of_whole_forward_passes_token_by_token_or_not():
   answers = ([3, 1], greedy(tuple(PROMPTS[1]), 3), [7])
   whole = shared().score(PROMPTS, answers)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 from helpers import parity_vlm as parity
 
 from lib.data.pictures import batch_pictures
@@ -118,8 +119,8 @@ def test_greedy_answers_are_those_of_whole_forward_passes():
   assert shared('llava')(*given('llava'), new_tokens=NEW) == plain('llava')
 
 
-@pytest.mark.parametrize(('family', 'side'), [
-    ('llava', 'left'), ('llava_next', 'right'), ('qwen2_5_vl', 'left')])
+@pytest.mark.parametrize(('family', 'side'), mostly_long([
+    ('llava', 'left'), ('llava_next', 'right'), ('qwen2_5_vl', 'left')]))
 def test_greedy_answers_are_those_of_the_reference(family, side):
   made = shared(family) if side == 'left' else generator(family, side=side)
   found = np.asarray(made(*given(family), new_tokens=NEW))
@@ -170,7 +171,7 @@ class Told(Reducer):
     return Gather(order, tokens.slots, valid=take(stays, order))
 
 
-@pytest.mark.parametrize('method', LANGUAGE)
+@pytest.mark.parametrize('method', mostly_long(LANGUAGE))
 def test_cuts_in_the_language_model_answer_as_hiding_the_same_tokens(method):
   vlm, params = model('llava')
   found = generator('llava', language=LANGUAGE[method])(*given('llava'), new_tokens=NEW)
@@ -198,6 +199,7 @@ def test_cuts_in_the_language_model_answer_as_hiding_the_same_tokens(method):
   assert found[1] == plain('llava')[1]
 
 
+@pytest.mark.long
 def test_a_cut_at_the_door_answers_as_a_prompt_of_what_is_left():
   vlm, params = model('llava')
   prompts, images = given('llava')
@@ -217,7 +219,7 @@ def test_a_cut_at_the_door_answers_as_a_prompt_of_what_is_left():
   assert found != plain('llava')
 
 
-@pytest.mark.parametrize(('family', 'reduce', 'visual'), [
+@pytest.mark.parametrize(('family', 'reduce', 'visual'), mostly_long([
     # An image may take all crops of its row: eight patches of each of two.
     ('llava', {'vision': {'method': 'tome', 'layers': (0, 1), 'remove': 4}}, 2 * 16),
     ('llava', {'projector': {'method': 'stride', 'keep': 3}, 'language': {
@@ -228,7 +230,7 @@ def test_a_cut_at_the_door_answers_as_a_prompt_of_what_is_left():
                     'language': LANGUAGE['fastv']}, 6),
     ('llava', {'cache': {'method': 'snapkv', 'keep': 20, 'args': {'window': 4}},
                'language': LANGUAGE['fastv']}, 2 * 16),
-], ids=['tower', 'projector', 'crops', 'prompt', 'cache'])
+]), ids=['tower', 'projector', 'crops', 'prompt', 'cache'])
 def test_plans_fit_the_slots_that_images_take(family, reduce, visual):
   vlm, params = model(family)
   prompts, images = given(family)

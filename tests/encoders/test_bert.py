@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import recorded
+from helpers import mostly_long, recorded
 
 from models import checkpoints
 from models.backbones.bert import Bert
@@ -79,12 +79,12 @@ def planned(config, length=12):
   return model().clone(plan=make_plan(config, model().host(length)))
 
 
-@pytest.mark.parametrize('config', [
+@pytest.mark.parametrize('config', mostly_long([
     {'method': 'tome', 'layers': (0, 1), 'keep_ratio': 0.7},
     {'method': 'topk', 'layers': 1, 'keep_ratio': 0.6, 'site': 'before'},
     {'method': 'random', 'layers': 0, 'keep_ratio': 0.5, 'site': 'inside'},
     {'method': 'random', 'layers': 1, 'keep_ratio': 0.5, 'site': 'branch', 'parts': 'both'},
-    {'method': 'stride', 'layers': 0, 'keep_ratio': 0.5, 'site': 'before', 'expand': 0}],
+    {'method': 'stride', 'layers': 0, 'keep_ratio': 0.5, 'site': 'before', 'expand': 0}]),
     ids=['tome', 'topk', 'inside', 'branch', 'expand'])
 def test_a_row_of_a_batch_equals_the_row_alone(config):
   together, out = read(planned(config))
@@ -119,7 +119,8 @@ def test_the_mean_counts_every_token():
   np.testing.assert_allclose(pooled, plain, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', sorted(set(methods(model().host(12))) - {'none'}))
+@pytest.mark.parametrize('name', mostly_long(
+    sorted(set(methods(model().host(12))) - {'none'}), short=6))
 def test_every_method_that_it_hosts_runs(name):
   args = {'visionzip': {'contextual': 2}, 'duet_zip': {'contextual': 2, 'width': 2}}.get(name, {})
   bert = planned({'method': name, 'layers': 1, 'remove': 2, 'args': args})

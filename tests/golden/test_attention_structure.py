@@ -74,6 +74,7 @@ def test_a_layer_without_its_causal_mask_sees_everything():
   np.testing.assert_array_equal(after, np.broadcast_to(np.arange(12) < 9, (9, 12)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('stride', [
     64, *(pytest.param(stride, marks=pytest.mark.long) for stride in (1, 256))])
 def test_visual_tokens_take_less_room(stride):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import invariants, recorded
+from helpers import invariants, mostly_long, recorded
 from helpers.golden_vit import arrays
 
 from models.backbones.vit import OFFERS, Block
@@ -204,9 +204,9 @@ class Received(FlowCut):
 
 
 @pytest.mark.parametrize('form', [Adaptive, Received], ids=lambda form: form.__name__)
-@pytest.mark.parametrize('invariant', [
+@pytest.mark.parametrize('invariant', mostly_long([
     pytest.param(name, marks=pytest.mark.long if name == 'budgets' else [])
-    for name in invariants.INVARIANTS])
+    for name in invariants.INVARIANTS], short=6))
 def test_other_forms_keep_the_contract(form, invariant, monkeypatch):
   monkeypatch.setitem(REDUCERS, f'flowcut_{form.__name__}', form)
   invariants.INVARIANTS[invariant](f'flowcut_{form.__name__}')

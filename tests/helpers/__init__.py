@@ -1,0 +1,17 @@
+"""What tests share, and what a short run leaves to a long one."""
+
+from typing import Any
+
+import pytest
+
+CASE = type(pytest.param())
+
+
+def mostly_long(values: Any, *, short: int = 1) -> list[Any]:
+  """Marks all but the first few values of a parameter as long: one shows that it works at all."""
+  cases = [value if isinstance(value, CASE) else
+           pytest.param(*value) if isinstance(value, tuple) else pytest.param(value)
+           for value in values]
+  return cases[:short] + [
+      pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.long])
+      for case in cases[short:]]

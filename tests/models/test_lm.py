@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 from helpers.tiny_lm import (
   PROMPT,
   ROOM,
@@ -59,8 +60,8 @@ def answer(lm, tokens, following, valid=None, weights=None):
 # -- decoding ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('settings', [
-    {'window': 5, 'qkv_bias': True, 'qk_norm': True}, {'tied': True, 'kv_heads': 4}])
+@pytest.mark.parametrize('settings', mostly_long([
+    {'window': 5, 'qkv_bias': True, 'qk_norm': True}, {'tied': True, 'kv_heads': 4}]))
 def test_decoding_equals_the_whole_forward_pass(settings):
   lm = TINY.clone(depth=2, **settings)
   weights = jax.jit(lm.init)(jax.random.key(3), ids())
@@ -82,9 +83,9 @@ def test_padding_on_either_side_changes_nothing_and_rows_are_rows_alone():
   np.testing.assert_array_equal(found, answer(TINY, other, following, jnp.asarray(VALID)))
 
 
-@pytest.mark.parametrize(('method', 'site', 'positions'), [
+@pytest.mark.parametrize(('method', 'site', 'positions'), mostly_long([
     ('random', 'before', 'keep'), ('random', 'after', 'compact'), ('random', 'inside', 'keep'),
-    ('tome', 'between', 'keep')])
+    ('tome', 'between', 'keep')]))
 def test_decoding_after_a_cut_equals_one_longer_prompt(method, site, positions):
   # Text protects itself, so a prompt that has the answer already is cut in the same places.
   tokens = image_and_text()
@@ -269,7 +270,7 @@ def test_padding_of_no_length_changes_which_pairs_merge(padding):
 # -- causality -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('method', ['tome', 'pitome', 'dpcknn'])
+@pytest.mark.parametrize('method', mostly_long(['tome', 'pitome', 'dpcknn']))
 def test_nothing_later_is_seen_even_through_merging(method):
   lm = planned(method=method, token_kinds=('visual', 'text'), keep=(9, 7), site='between')
   x = image_and_text().x[:1]
@@ -492,9 +493,9 @@ def test_padding_at_the_end_needs_no_mask_in_a_kernel(padding, monkeypatch):
 
 
 # One row, and one head of keys, are what XLA strips in front of a product.
-@pytest.mark.parametrize(('reduced', 'rows', 'kv_heads'), [
+@pytest.mark.parametrize(('reduced', 'rows', 'kv_heads'), mostly_long([
     ('none', 2, 2), ('tokens', 2, 2), ('heads', 2, 2), ('none', 1, 2), ('none', 3, 1),
-    ('heads', 1, 1)])
+    ('heads', 1, 1)], short=2))
 def test_a_decode_step_copies_neither_cache_nor_weights(reduced, rows, kv_heads):
   lm = LM(vocabulary=64, width=32, depth=4, mlp=64, heads=4, kv_heads=kv_heads, head_width=16,
           context=4096, rope=Rope(16))
@@ -523,7 +524,7 @@ def test_a_decode_step_copies_neither_cache_nor_weights(reduced, rows, kv_heads)
   assert found.temp_size_in_bytes < 0.1 * held
 
 
-@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize('remat', mostly_long(['none', 'full']))
 def test_training_reads_the_stack_and_its_gradient_is_whole(remat):
   lm = planned(TINY.clone(depth=4, remat=remat), layers=(1,), keep=3)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 
 from models.backbones.clip import Clip, make_clip
 from models.backbones.text_tower import Text
@@ -99,7 +100,7 @@ def test_attention_by_positions_equals_attention_by_slots_when_they_are_in_order
                               rtol=1e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize('method', ['tome', 'pitome', 'random'])
+@pytest.mark.parametrize('method', mostly_long(['tome', 'pitome', 'random']))
 def test_reduced_causal_towers_see_nothing_later(method):
   text = planned(CAUSAL, method=method, site='between')
   # Every token has a row of the table of its own, so that the gradient tells which were seen.
@@ -128,7 +129,7 @@ def test_reduced_causal_towers_see_nothing_later(method):
 
 @pytest.mark.parametrize('method', ['tome', 'random', *(
     pytest.param(name, marks=pytest.mark.long) for name in ('pitome', 'kmedoids', 'mctf'))])
-@pytest.mark.parametrize('text', [CAUSAL, WHOLE], ids=['eot', 'last'])
+@pytest.mark.parametrize('text', mostly_long([CAUSAL, WHOLE]), ids=['eot', 'last'])
 def test_what_is_pooled_outlives_any_reduction(text, method):
   reduced = planned(text, method=method, site='between')
   features, out = run(reduced)

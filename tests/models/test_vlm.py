@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 
 from lib.cost.vlm import macs_of
 from lib.data.pictures import Picture, batch_pictures
@@ -465,7 +466,7 @@ def test_positions_survive_a_door_and_text_stays_where_it_was():
     assert last[0] > last[1]
 
 
-@pytest.mark.parametrize('window', [0, 4])
+@pytest.mark.parametrize('window', mostly_long([0, 4]))
 def test_patches_may_be_merged_inside_a_qwen_tower(window):
   vlm, params = qwen()
   tower = vlm.tower.clone(window=window, whole_layers=(1,) if window else ())

@@ -75,6 +75,7 @@ def decoded(kv, window=0, steps=2):
   return jnp.concatenate([jnp.stack(out, axis=1), chunk], axis=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('total', 'window', 'bias', 'padded'), [
     (7, 9, True, True), pytest.param(30, 0, False, False, marks=pytest.mark.long)])
 def test_entries_that_are_gone_read_as_those_that_are_hidden(total, window, bias, padded):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 
 from ops.splice import Visual, check, collapse, next_positions, splice
 from ops.tokens import SPECIAL, TEXT, VISUAL
@@ -52,7 +53,7 @@ def by_hand(row, x, real, table, axes=None, extent=None):
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
-@pytest.mark.parametrize('given', ['left', 'right'])
+@pytest.mark.parametrize('given', mostly_long(['left', 'right']))
 def test_rows_of_all_kinds(side, given):
   ids, valid, x, real, table = batch(given)
   run = jax.jit(lambda *args: splice(*args, side=side))

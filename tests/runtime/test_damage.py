@@ -109,6 +109,7 @@ def flipped(workdir, places):
     shutil.copytree(intact, newest)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('places', [30, pytest.param(120, marks=pytest.mark.long)])
 def test_no_turned_bit_is_loaded_in_silence(workdir, places):
   seen = list(flipped(workdir, places))

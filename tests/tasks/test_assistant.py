@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from helpers import assistants, parity_vlm, processes
+from helpers import assistants, mostly_long, parity_vlm, processes
 from helpers.parity_vlm import FAMILIES
 from helpers.qa import small as small_config
 from PIL import Image
@@ -73,6 +73,7 @@ def photo(seed=0, size=(37, 20)):
 # Loading.
 
 
+@pytest.mark.long
 def test_runs_answer_as_they_were_scored(scenes):
   """Greedy decoding gives what the likeliest tokens were when the run was evaluated."""
   folder, model, params = scenes
@@ -228,7 +229,7 @@ REDUCED = {
 }
 
 
-@pytest.mark.parametrize('case', REDUCED)
+@pytest.mark.parametrize('case', mostly_long(REDUCED))
 def test_patches_are_followed_to_the_last_cut(case):
   """Exactly the patches that are said to be left change the answer when they change."""
   family, reduce = REDUCED[case]

@@ -41,6 +41,7 @@ def case(request):
   return request.param, config, info, model, params, run
 
 
+@pytest.mark.long
 def test_a_step_is_taken_and_every_parameter_has_a_place(case):
   name, config, info, model, params, _ = case
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
@@ -86,6 +87,7 @@ def test_a_router_trains_with_the_model():
   assert jnp.any(grads['lm']['stack']['reducer_gamma_mod']['router']['kernel'] != 0)
 
 
+@pytest.mark.long
 def test_the_loss_is_that_of_the_answers_alone(case):
   *_, info, _, params, run = case
   batch = batch_of(info, 14)

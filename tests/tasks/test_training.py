@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import mostly_long
 from helpers.parity import FOLDER, case
 
 import train
@@ -60,7 +61,7 @@ def step(method, *, distil):
 
 
 @pytest.mark.parametrize('distil', [False, True], ids=['alone', 'distilled'])
-@pytest.mark.parametrize('method', sorted(COMPRESSORS.keys() & methods(HOST)))
+@pytest.mark.parametrize('method', mostly_long(sorted(COMPRESSORS.keys() & methods(HOST)), short=2))
 def test_a_learned_method_trains(method, distil):
   before, places, after, measured = step(method, distil=distil)
   assert 'reducer_01' in before.params['stack']
@@ -107,8 +108,8 @@ def learn(vit, settings, steps=3):
   return params, measured
 
 
-@pytest.mark.parametrize(('method', 'mode'), [
-    ('tome', 'gather'), ('dynamicvit', 'gather'), ('topk', 'mask')])
+@pytest.mark.parametrize(('method', 'mode'), mostly_long([
+    ('tome', 'gather'), ('dynamicvit', 'gather'), ('topk', 'mask')]))
 def test_a_few_steps_lower_the_loss(method, mode):
   """Tokens joined, dropped by sampled decisions, and masked."""
   _, measured = learn(tiny(method, mode=mode), digits.get_config().optimizer, steps=6)
