@@ -153,6 +153,6 @@ def get_config() -> ml_collections.ConfigDict:
       rounds=1,
       baselines=tuple(dict.fromkeys(each['name'] for each in chosen
                                     if each['name'].split()[0] in blind)),
-      pictured=('random at the projector', 'divprune', 'fastervlm', 'visionzip', 'cdpruner',
-                'fastv', 'sparsevlm', 'pyramiddrop, layers 1, 2, 3'))
+      pictured=('divprune', 'fastervlm', 'visionzip', 'cdpruner', 'fastv', 'sparsevlm',
+                'pyramiddrop'))
   return config

@@ -144,14 +144,18 @@ class QASweep(Sweep):
     self._draw(workdir)
 
   def _draw(self, workdir: pathlib.Path) -> None:
-    """Draws which patches of the first image `pictured` candidates leave, at the second budget."""
+    """Draws which patches of an image `pictured` candidates leave, at their second budget.
+
+    Of the first image, a row for each kind of question.
+    """
     sweep, name = self.config.sweep, next(iter(self._sets))
     drawn = {each['name']: each for each in sweep.candidates
              if each['name'] in sweep.get('pictured', ())}
     if not drawn:
       return
-    batch, data, groups = self._prepared_set(name)[0][0], self.config.data, {}
-    first = {key: value[:1] for key, value in batch.items()}
+    info, data, groups = self._info[name], self.config.data, {}
+    first = {key: value[:len(info.kinds) or 1]
+             for key, value in self._prepared_set(name)[0][0].items()}
     first['valid'] = first['valid'] & ~first['answer']
     for shown, each in drawn.items():
       model = self._reduced(name, {'place': each['place'], 'settings': settings_of(each),
@@ -162,15 +166,16 @@ class QASweep(Sweep):
         return {key: out.get(key) for key in ('tower_tokens', 'layout', 'projector', 'visual',
                                               'sequence', 'cuts')}
 
-      stages = provenance.stages(model, jax.jit(look)(self._params, first))
-      labels, merged = stages[-1].labels[0], stages[-1].merged[0]
-      groups[shown] = [overlay.Groups(labels, merged, len(np.unique(labels[labels >= 0])))]
+      out = jax.device_get(jax.jit(look)(self._params, first))
+      last = [provenance.stages(model, out, row)[-1] for row in range(len(first['ids']))]
+      groups[shown] = [overlay.Groups(stage.labels[0], stage.merged[0], int(stage.tokens[0]))
+                       for stage in last]
     mean, std = (np.asarray(values, np.float32) for values in (data.mean, data.std))
-    image = np.clip(np.asarray(first['image']) * std + mean, 0, 1)
-    words, asked = self._info[name].words, np.asarray(first['ids'][0])[
-        np.asarray(first['valid'][0])].tolist()
-    title = ' '.join(words[token] for token in asked[1:]) if words else sweep.title
-    print(overlay.stages(image, groups, workdir / 'kept.png', title=title))
+    images = np.clip(np.asarray(first['image']) * std + mean, 0, 1)
+    asked = [' '.join(info.words[token] for token in ids[valid].tolist()[1:]) if info.words else ''
+             for ids, valid in zip(*(np.asarray(first[key]) for key in ('ids', 'valid')),
+                                   strict=True)]
+    print(overlay.stages(images, groups, workdir / 'kept.png', names=asked, title=sweep.title))
 
   def _data(self, name: str, context: int) -> ConfigDict:
     """Returns the data config of one of the sets."""
@@ -406,7 +411,10 @@ def accuracy_by_kind(
   """Returns {budget: (methods, kinds of questions, accuracy float[methods, kinds])}."""
   methods, kinds = list(dict.fromkeys(row['method'] for row in rows)), list(rows[0]['by'])
   maps: dict[str, tuple[Sequence[str], Sequence[str], np.ndarray]] = {}
+  shares, others = [], []
   for budget in dict.fromkeys(row['budget'] for row in rows):
+    (others if not budget or budget.startswith(OF_MACS) else shares).append(budget)
+  for budget in (*sorted(shares, key=float, reverse=True), *others):
     of_method = {row['method']: row['by'] for row in rows if row['budget'] == budget}
     maps[budget or 'its own'] = (methods, kinds, np.array(
         [[of_method.get(name, {}).get(kind, np.nan) for kind in kinds] for name in methods]))

@@ -165,6 +165,17 @@ def test_draws_are_joined_and_compared_batch_by_batch():
   assert other == rows[-1]
 
 
+def test_maps_by_kind_go_from_budget_to_budget():
+  rows = [{'method': method, 'budget': budget, 'by': {'a': 0.5, 'b': value}}
+          for method, budget, value in (('x', '0.25', 0.1), ('x', 'MACs 0.8', 0.2),
+                                        ('y', '0.5', 0.3), ('y', '', 0.4))]
+  maps = qa_sweep.accuracy_by_kind(rows)
+  assert list(maps) == ['0.5', '0.25', 'MACs 0.8', 'its own']
+  names, kinds, shares = maps['0.25']
+  assert (names, kinds) == (['x', 'y'], ['a', 'b'])
+  np.testing.assert_array_equal(shares, [[0.5, 0.1], [np.nan, np.nan]])
+
+
 def test_more_lines_than_styles_are_drawn_place_by_place():
   few = [{'method': 'none', 'place': ''}, {'method': 'low', 'place': 'image'},
          {'method': 'a', 'place': 'cache'}]
