@@ -411,7 +411,8 @@ def accuracy_by_kind(
   """Returns {budget: (methods, kinds of questions, accuracy float[methods, kinds])}."""
   methods, kinds = list(dict.fromkeys(row['method'] for row in rows)), list(rows[0]['by'])
   maps: dict[str, tuple[Sequence[str], Sequence[str], np.ndarray]] = {}
-  shares, others = [], []
+  shares: list[str] = []
+  others: list[str] = []
   for budget in dict.fromkeys(row['budget'] for row in rows):
     (others if not budget or budget.startswith(OF_MACS) else shares).append(budget)
   for budget in (*sorted(shares, key=float, reverse=True), *others):
