@@ -69,6 +69,11 @@ class QASweep(Sweep):
     self._sets = {name: self._data(name, context) for name, context in (
         config.sweep.sets or ((config.data.name, config.data.context),))}
     self._info = {name: qa_data.info(data) for name, data in self._sets.items()}
+    behind = self._behind('cache')
+    for data in self._sets.values():
+      if data.context <= behind:
+        raise ValueError(f'config.sweep.behind={behind} leaves no token of a context of '
+                         f'{data.context} to be read at once: lower it')
     model = self._model(next(iter(self._sets)), {})
     width = (model if isinstance(model, LM) else model.lm).width
     for data in self._sets.values():

@@ -229,6 +229,8 @@ def test_rows_are_known_by_all_that_makes_them(monkeypatch, tmp_path):
       ({'model.dtype': 'bfloat16'}, 0), ({'model.lm.heads': 8}, 0), ({'sweep.budgets': (0.4,)}, 1),
       ({'sweep.rounds': 9}, 3), ({'data.turns': 1}, 3), ({'data.data_dir': '/elsewhere'}, 3)):
     assert len(before & identities(**settings)) == same, settings
+  with pytest.raises(ValueError, match='behind=12 leaves no token of a context of 12'):
+    identities(**{'sweep.behind': 12, 'data.context': 12})
   weights.append('other')
   assert not before & identities()
 
