@@ -35,6 +35,7 @@ LEFT_OUT = {
         'globalcom2': 'divides a budget among crops, and there is one'},
     'language': {
         **dict.fromkeys(('catp', 'catp_images'), 'reduces the images of examples'),
+        **dict.fromkeys(('relevance_rank', 'subtoken_merge'), 'reads stats that nobody gives'),
         'lvlm_csp': 'brings its tokens back'},
     'cache': {'periodic': 'evicts while an answer of many tokens is decoded'},
     'branch': {'skip_decode': 'lets decoded tokens skip layers',

@@ -29,9 +29,11 @@ ARGS = {
     'chunk': {'inner': {'method': 'tova'}, 'length': 128},
     'threshold': {'inner': SNAPKV, 'threshold': 1e-4, 'window': 32},
     'periodic': {'inner': {'method': 'tova'}}}
-# What evicts nothing; and what looks at images, or at words about them.
+# What evicts nothing; what looks at images, or at words about them; and what reads stats of tokens
+# that texts do not have.
 LEFT_OUT = ('quest', 'corematching_cache', 'sparsevlm', 'visiondrop', 'vtw', 'catp', 'catp_images',
-            'todre_exit', 'lvlm_csp', 'adatoken_3d', 'mustdrop', 'fopru', 'ppe')
+            'todre_exit', 'lvlm_csp', 'adatoken_3d', 'mustdrop', 'fopru', 'ppe', 'relevance_rank',
+            'subtoken_merge', 'framefusion_prune')
 # What a row is compared with, beside chance; those that hold another method, with that.
 VERSUS = {
     'streaming_llm': 'streaming_llm, no sinks', 'streaming_llm, turned': 'streaming_llm',

@@ -22,7 +22,7 @@ BUDGETS = {A_LAYER: {'layers': 'all', 'remove': 16},
            CUTS: {'layers': (3, 6, 9), 'keep_ratio': 0.5},
            LATE: {'layers': 8, 'keep_ratio': 0.25}}
 # Cosines at which 48 pictures of all three kinds lose 16 tokens a layer on average
-# (`ops.reducers.vision.dymu.find_threshold`, layer after layer); four of them go in any case.
+# (`tools.fit.fits.merge_thresholds` finds such); four of them go in any case.
 THRESHOLDS = (0.999, 0.9961, 0.9788, 0.9964, 0.9367, 0.9398, 0.9579, 0.9385, 0.9443, 0.9574,
               0.9387, 0.9837)
 OWN = {

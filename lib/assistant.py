@@ -35,6 +35,7 @@ from models.build import DTYPES
 from models.checkpoints import files, gguf, lm_config, vlm_config
 from models.checkpoints.json_files import naming, read_json_if_there, value_of
 from models.decoding.generator import Generator
+from models.decoding.kvzip import KVzip, check_text_alone
 from models.families import LM_FAMILIES
 from models.plan import reduction_settings
 from models.reduce_config import Reductions, check_components, with_plans, without_plans
@@ -43,6 +44,10 @@ from ops import choices
 from ops.attention import pick
 
 IMAGE_PLACEHOLDER = '<image>'
+# As KVzip asks.
+REPEAT = 'Repeat the previous context exactly'
+REPEAT_PART = '\n\nRepeat the part of the previous context exactly, starting with'
+NO_TEMPLATE = '\n'
 # A Qwen tower's grid grows by so many patches: images of similar sizes share a program.
 GRID_STEP = 8
 
@@ -107,6 +112,26 @@ class Assistant:
     check_components(reduce)
     return Generator(self.model, self.params, ends=self.ends,
                      plans=with_plans(self.model, **reduce, macs=macs_of), **settings)
+
+  def kvzip(self, keep_ratio: float, **settings: Any) -> KVzip:
+    """Makes what cuts the cache of a prompt by how the model repeats it, for `generator(kvzip=)`.
+
+    Args:
+      keep_ratio: the share of entries that stay.
+      **settings: other fields of KVzip. Requests are in English, as published; behind them stands
+        what a chat template has behind a message, or a new line.
+
+    Raises:
+      ValueError: as `KVzip`, or a model that sees images.
+    """
+    check_text_alone(self.model)
+    behind = NO_TEMPLATE
+    if self.chat is not None:
+      _, _, behind = self.chat([{'role': 'user', 'content': REPEAT}]).rpartition(REPEAT)
+    encode = functools.partial(self.tokens.encode, special=False)
+    asked = {'ask': tuple(encode(f'\n\n{REPEAT}.')), 'ask_part': tuple(encode(REPEAT_PART)),
+             'opening': tuple(encode(behind))}
+    return KVzip(keep_ratio, **{**asked, **settings})
 
   def prompt(self, text: str, *, images: int = 0, template: bool = True) -> list[int]:
     """Returns the ids of a user's message.

@@ -9,6 +9,8 @@
       --image=photo.png --prompt='What is on the table?' --reduce.projector.method=divprune \\
       --reduce.projector.keep=64
   python -m tools.generate --model=runs/needle --prompt_file=question.txt
+  python -m tools.generate --model=checkpoints/SmolLM2-135M-Instruct --prompt_file=question.txt \\
+      --kvzip=0.3
 
 A model is a run of configs/digit_scenes.py or configs/stdlib_needle.py, or a folder with a
 checkpoint: config.json, tokenizer.json, safetensors, and for images preprocessor_config.json. Of
@@ -67,6 +69,8 @@ SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.', lower_bound=0, upper_boun
 BUCKETS = flags.DEFINE_list('buckets', [str(size) for size in (16, 32, *LENGTHS)],
                             'Lengths that a prompt is padded to.')
 cli.check_counts('buckets')
+KVZIP = flags.DEFINE_float('kvzip', None, 'Share of the cache that stays once the model has '
+                           'repeated the prompt, as KVzip has it; of text, without reductions.')
 DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.")
 DATA_DIR = flags.DEFINE_string('data_dir', '', "Where a run's set is, if not where the run had it.")
 WARM = flags.DEFINE_bool('warm', False, 'Answer once before, unseen: times are then without '
@@ -106,7 +110,9 @@ def main(argv: Sequence[str]) -> None:
   if SHOW.value and not (question.images and set(DRAWN) & reduce.keys()):
     raise ValueError(f'--show={SHOW.value} has nothing to show: give an image, and a reduction of '
                      f'one of {", ".join(DRAWN)}')
-  generator = model.generator(reduce, buckets=[int(size) for size in BUCKETS.value])
+  generator = model.generator(
+      reduce, buckets=[int(size) for size in BUCKETS.value],
+      kvzip=None if KVZIP.value is None else model.kvzip(KVZIP.value))
   layout = None if images is None else images.layout
   visual = generator.plans.visual_slots(layout)
   room = model.model.context - visual - len(question.prompt)
@@ -136,6 +142,8 @@ def main(argv: Sequence[str]) -> None:
   own = generator.plans(len(question.prompt), layout)
   told = took(generator, own, question, images, times)
   told.insert(1, f'padded to {slots + visual} slots')
+  if KVZIP.value is not None:
+    told.insert(2, f'cache: kvzip keeps {KVZIP.value:.0%} of the entries')
   print('\n'.join(told), file=sys.stderr)
   if SHOW.value:
     show(reduced, model, padded([question.prompt], slots), question.images, images,

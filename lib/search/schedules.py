@@ -4,7 +4,8 @@ Accelerating Multimodal Large Language Models by Searching Optimal Vision Token 
 al., 2024), arXiv:2412.00556. Only the abstract was to be had: the searches are reconstructed from
 what it says of them, a greedy one from shallow layers to deep ones under the assumption that no
 layer needs more tokens than the one before, and a sigmoid whose parameters Bayesian optimisation
-finds. The formula of the sigmoid, and the search within a layer by halves, are ours.
+finds. The formula of the sigmoid, and the search within a layer by halves, are ours. The search of
+what layers may lose is FitPrune's (Ye et al., 2024), arXiv:2409.10197.
 
 Axes: L layers that a reduction acts in.
 """
@@ -110,3 +111,42 @@ def p_sigmoid(score: Callable[[Counts], float], *, layers: int, tokens: int, mea
   found = maximise(lambda point: known(counts(point)), bounds, calls=calls, seed=seed)
   best = max(range(len(found)), key=lambda number: found[number][1])
   return counts(found[best][0]), found
+
+
+def fit_within(removed: Callable[[float], Counts], cost: Callable[[Counts], float], *,
+               most: float, tolerance: float = 0.01) -> Counts:
+  """Finds the counts of the smallest loss that meets a budget, by halves.
+
+  Args:
+    removed: the share that each layer may lose, between 0 and 1 -> tokens that leave each, int[L].
+    cost: of such counts.
+    most: the cost that is allowed. Layers behind the one in which it is reached let none leave.
+    tolerance: of the share.
+
+  Returns:
+    int[L].
+
+  Raises:
+    ValueError: where no share meets the budget.
+  """
+  low, high, best = 0.0, 1.0, None
+  while high - low > tolerance:
+    share = (low + high) / 2
+    found = _until(removed(share), cost, most)
+    if found is None:
+      low = share
+    else:
+      high, best = share, found
+  if best is None:
+    raise ValueError(f'a cost of {most:.4g} is below what is left when almost all goes: allow '
+                     'more')
+  return best
+
+
+def _until(removed: Counts, cost: Callable[[Counts], float], most: float) -> Counts | None:
+  """The counts up to the layer in which a budget is reached; None where it is not."""
+  for layers in range(len(removed) + 1):
+    tried = (*removed[:layers], *[0] * (len(removed) - layers))
+    if cost(tried) <= most:
+      return tried
+  return None

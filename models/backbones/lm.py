@@ -405,7 +405,9 @@ class LM(nn.Module):
       raise ValueError(f'a prompt of {slots} slots with {counts or "text alone"} is impossible: '
                        f'the kinds must fit into the slots, and those into {self.context}')
     kinds = tuple(counts.items()) + ((('text', text),) if text else ())
-    apart = {} if self.unmerging == 'none' else {'sites': ('before', 'between', 'after')}
+    apart: dict[str, Any] = {}
+    if self.unmerging != 'none':
+      apart = {'sites': ('before', 'between', 'after')}
     positions = POSITIONS if self.unmerging == 'none' else ('keep',)
     return Host(self.depth, slots, 0, OFFERS, counts=kinds, positions=positions, holds='last',
                 **apart)

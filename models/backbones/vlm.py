@@ -227,7 +227,9 @@ class VLM(nn.Module):
       tiled = isinstance(self.tower, ViT) and self.side == 1
       offers |= CROP_SIGNALS if tiled else CROP_SIGNALS - {'tiling'}
     # A tower that ends in the language model's width has its projector inside.
-    return Host(1, slots, 0, offers | {'vision_features', 'project'} if self.projection else offers)
+    if self.projection:
+      offers |= {'vision_features', 'project'}
+    return Host(1, slots, 0, offers, watches=self.tower.host.offers)
 
   def each_image(self, layout: tuple[int, int, int]) -> int:
     """Returns the slots of an image behind the tower, before the projector's reduction.
@@ -623,17 +625,17 @@ def _reduced_layout(tokens: TokenSet, index: Array, weight: Array) -> tuple[Arra
     raise ValueError('these images are laid out by interpolating between patches, of which a '
                      'reduction in the tower leaves too few: reduce at the projector '
                      '(config.reduce.projector), or lay them out in full')
-  owner = tokens.owner.reshape(batch, -1)
-  total = owner.shape[1]
+  anchor = jnp.where(tokens.real, tokens.pos, patches)
+  number = jnp.arange(each, dtype=jnp.int32)
+  slot_of = jax.vmap(lambda at: jnp.full(patches, -1, jnp.int32).at[at].set(number, mode='drop'))(
+      anchor).reshape(batch, -1)
+  total = slot_of.shape[1]
   flat = index.reshape(batch, -1)
   patch = jnp.minimum(flat, total - 1)
-  slot = take(owner, patch)
+  slot = take(slot_of, patch)
   # The slot's number among those of all crops of the row.
   row_slot = patch // patches * each + jnp.maximum(slot, 0)
-  is_anchor = take(tokens.pos.reshape(batch, -1), row_slot) == patch % patches
-  real = (slot >= 0) & is_anchor & (flat < total)
-  if tokens.valid is not None:
-    real &= take(tokens.valid.reshape(batch, -1), row_slot)
+  real = (slot >= 0) & (flat < total)
   weight = jnp.where(real.reshape(weight.shape), weight, 0.0)
   limit = min(index.shape[2], total // patches * each)
   order = jnp.argsort(weight[..., 0] == 0, axis=2, stable=True)[:, :, :limit, None]

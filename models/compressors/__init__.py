@@ -5,6 +5,7 @@ from models.compressors.dtem import DTEM
 from models.compressors.dtop import DToP
 from models.compressors.dynamicvit import DynamicViT
 from models.compressors.dyvte import DyVTE
+from models.compressors.explained import Explained
 from models.compressors.gamma_mod import GammaMoD
 from models.compressors.patchmerger import PatchMerger
 from models.compressors.pmod import PMoD
@@ -22,6 +23,7 @@ COMPRESSORS: dict[str, type[Method]] = {
     'dtem': DTEM,
     'dtop': DToP,
     'dyvte': DyVTE,
+    'explained': Explained,
     'textmonkey_resampler': TextMonkeyResampler,
 }
 # Routers, which say what runs a branch.

@@ -32,6 +32,7 @@ from jax.typing import ArrayLike
 
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM, Images, image_counts
+from models.decoding.kvzip import KVzip, check_text_alone
 from models.decoding.sampling import SIDES, Sampling, padded, sample
 from models.reduce_config import Layout, ModelWithPlans, with_plans
 from models.storage import Params
@@ -78,7 +79,7 @@ class Generator:
 
   def __init__(self, lm: LM | VLM, params: Params, *, ends: Sequence[int] = (),
                buckets: Sequence[int] = BUCKETS, side: str = 'left',
-               plans: ModelWithPlans | None = None):
+               plans: ModelWithPlans | None = None, kvzip: KVzip | None = None):
     """Prepares functions; nothing is compiled yet.
 
     Args:
@@ -90,16 +91,20 @@ class Generator:
       side: where padding goes, a name in `SIDES`; in a VLM of the ids alone, see its `pad_side`.
       plans: the model with its plans for prompts of any number of slots
         (`models.reduce_config.with_plans`), None for `lm` as it is.
+      kvzip: cuts the cache of a prompt of text, where there are no plans. It compiles for each
+        length of prompts, and its programs are not counted.
 
     Raises:
-      ValueError: for no bucket or an unknown side.
+      ValueError: for no bucket or an unknown side, or KVzip with a model that sees images.
     """
+    if kvzip is not None:
+      check_text_alone(lm)
     if not buckets or side not in SIDES:
       raise ValueError(f'buckets={tuple(buckets)} and side={side!r} are impossible: give at least '
                        f'one length, and one of {", ".join(SIDES)}')
     self.compilations: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
     self._lm, self._params, self._ends = lm, params, np.asarray(ends, np.int32)
-    self._buckets, self._side = sorted(buckets), side
+    self._buckets, self._side, self._kvzip = sorted(buckets), side, kvzip
     self.plans = plans or with_plans(lm)
     self._prefill = functools.cache(self._make_prefill)
     self._first = jax.jit(lambda logits, keys, sampling: sample(logits, _folded(keys, 0), sampling),
@@ -127,7 +132,8 @@ class Generator:
                        'most; shorten the prompt, or ask for fewer')
     room = max(MIN_ROOM, 1 << (new_tokens - 1).bit_length()) if new_tokens else 0
     room = min(room, context - longest)
-    return min(padded_length(longest, self._buckets), context - room), room
+    behind = max(room, self._kvzip.slots(longest)) if self._kvzip else room
+    return min(padded_length(longest, self._buckets), max(context - behind, longest)), room
 
   def stream(self, prompts: Sequence[Sequence[int]], images: Images | None = None, *,
              new_tokens: int, sampling: Sampling | None = None,
@@ -200,7 +206,7 @@ class Generator:
     if len(answers) != len(prompts) or not all(map(len, answers)):
       raise ValueError(f'answers of {list(map(len, answers))} tokens do not fit {len(prompts)} '
                        'prompts: give one a prompt, none of them empty')
-    plain = self.plans.plain and self._lm.is_causal
+    plain = self.plans.plain and self._lm.is_causal and self._kvzip is None
     score = self._score_in_one_pass if plain else self._score_by_decoding
     likely, best = score(prompts, answers, images)
     return [Score(float(np.sum(row[:len(answer)], dtype=np.float64)),
@@ -291,7 +297,10 @@ class Generator:
 
   def _make_prefill(self, slots: int, room: int,
                     layout: Layout | None) -> Callable[..., tuple[Array, Cache]]:
-    lm = self.plans(slots, layout)
+    lm, kvzip = self.plans(slots, layout), self._kvzip
+    if kvzip is not None:
+      return lambda params, ids, valid: kvzip(cast(LM, lm), {'params': params}, ids, valid,
+                                              room=room)
 
     def prefill(params: Params, ids: Array, valid: Array,
                 *images: Images | None) -> tuple[Array, Cache]:

@@ -4,6 +4,7 @@
                 ask_part=ids_of('Repeat the part of the previous context, starting with'))
   logits, cache = kvzip(lm, {'params': params}, ids, valid, room=64)
   logits, cache = lm.apply({'params': params}, question, cache, method='extend')
+  generator = Generator(lm, params, kvzip=kvzip)     # models/decoding/generator.py
 
 It stands beside the methods of ops/reducers/cache, which see a prompt once and layer by layer: here
 the context is read, then repeated behind its whole cache, and cut when all layers have been seen.
@@ -108,8 +109,8 @@ class KVzip:
     if lm.plan or lm.cache_plan:
       raise ValueError('KVzip cuts a whole cache: give a model without plans')
     valid = np.ones(ids.shape, bool) if valid is None else np.asarray(valid)
-    length = min(self.piece, int(valid.sum(axis=1).max()))
-    slots = max(len(self.ask), len(self.ask_part) + self.behind) + len(self.opening) + length
+    longest = int(valid.sum(axis=1).max())
+    length, slots = min(self.piece, longest), self.slots(longest)
     if ids.shape[1] + max(slots, room) > lm.context:
       raise ValueError(f'{ids.shape[1]} tokens and {slots} that repeat some of them exceed the '
                        f'context of {lm.context}: shorten them, or set piece={self.piece} lower')
@@ -120,6 +121,11 @@ class KVzip:
       asked = padded([self._request(row, start, length) for row in rows], slots, side='right')
       scores.append(_repeat(self, lm, variables, cache, *asked, jnp.int32(start), length=length))
     return logits, _cut(self, lm, cache, tuple(scores), room=room)
+
+  def slots(self, longest: int) -> int:
+    """Returns the slots that repeating takes behind a context of so many tokens."""
+    asked = max(len(self.ask), len(self.ask_part) + self.behind)
+    return asked + len(self.opening) + min(self.piece, longest)
 
   def _request(self, row: Sequence[int], start: int, length: int) -> list[int]:
     """Returns a request to repeat a piece, and the piece."""
@@ -169,6 +175,12 @@ class KVzip:
     if self.weigh == 'output':
       best *= projected_norms(take(signals.values, piece), kernel, order=2)
     return by_kv_head(best, keys.shape[2]).max(axis=2)
+
+
+def check_text_alone(model: object) -> None:
+  """Raises a ValueError for a model that reads more than text."""
+  if not isinstance(model, LM):
+    raise ValueError('KVzip has a model repeat text, and this one sees images too: leave it out')
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -23,6 +23,7 @@ class Host:
     slots: tokens at the start, protected ones included.
     protected: tokens at the start of every row that are never touched.
     offers: names of the `Signals` fields that it can measure.
+    watches: those that a method may watch beside them, where the layers are another host's.
     sites: where in a layer it lets methods act.
     counts: (kind, slots) pairs where there are several kinds, of which `token_kinds` in a
       reduction's config names some. All slots of other kinds are then protected, padding included.
@@ -38,6 +39,7 @@ class Host:
   counts: tuple[tuple[str, int], ...] = ()
   positions: tuple[str, ...] = ('keep',)
   holds: str = 'none'
+  watches: frozenset[str] = frozenset()
 
 
 def reducible_kinds(of: str | Sequence[str] | None, host: Host) -> tuple[str, ...]:

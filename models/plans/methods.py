@@ -38,7 +38,7 @@ def methods(host: Host | None = None) -> dict[str, type[Method]]:
     return every
   instances = {name: method() for name, method in every.items()}
   return {name: every[name] for name, method in instances.items()
-          if method.needs | method.watch_needs <= host.offers
+          if method.needs | (method.watch_needs - host.watches) <= host.offers
           and method.positions in ('', *host.positions)}
 
 

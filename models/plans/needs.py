@@ -21,7 +21,7 @@ ONLY_CUTS = NEXT_LAYER | {'attention'}
 
 def check_needs(name: str, method: Method, host: Host, site: str, parts: str = '') -> None:
   """Raises if a method asks for a signal that its host, or its site, cannot give."""
-  missing = sorted((method.needs | method.watch_needs) - host.offers)
+  missing = sorted((method.needs | (method.watch_needs - host.watches)) - host.offers)
   if missing:
     hint = '; choose a method that reads one of these'
     if [getattr(method, 'by', None)] == missing and 'received_attention' in host.offers:

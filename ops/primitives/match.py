@@ -1,6 +1,7 @@
 """Matching tokens into pairs and groups, for the methods that merge.
 
-Axes: B batch, N slots now, M slots after, A and C the two sides of a matching, D features.
+Axes: B batch, N slots now, M slots after, A and C the two sides of a matching, D features, H heads,
+d features of one.
 """
 
 from __future__ import annotations
@@ -147,6 +148,44 @@ def join(tokens: TokenSet, partner: Array, turn: Array, *, num_slots: int) -> Me
   dst = take(ranks(src, slots), partner)
   return Merge.mean(src, dst, jnp.where(tokens.real, tokens.sizes, 0.0),
                     valid=filled(tokens, num_slots))
+
+
+def even_matches(tokens: TokenSet, keys: Array) -> tuple[Array, Array, Array, Array]:
+  """Splits slots into even and odd ones, and finds the best match of each even one.
+
+  Args:
+    tokens: N slots.
+    keys: float[B, N, H, d], compared by the cosine of their mean over heads.
+
+  Returns:
+    int32[B, A] and [B, N - A], slots; float32[B, A], the best cosine, -inf where nothing may merge;
+    int32[B, A], the slot that has it.
+  """
+  order = parity_order(tokens)
+  a, b = order[:, ::2], order[:, 1::2]
+  metric = jax.lax.stop_gradient(keys).astype(jnp.float32).mean(axis=2)
+  return a, b, *nearest(metric, a, b, use_a=take(tokens.free, a), use_b=take(tokens.free, b))
+
+
+def find_threshold(tokens: TokenSet, keys: Array, *, remove: int) -> Array:
+  """Finds the threshold at which the images of a batch lose `remove` tokens each, on average.
+
+  It is the similarity of the best pair that stays apart when the most similar pairs of the whole
+  batch merge. Run over many batches, layer after layer with the thresholds found so far, and take
+  the mean of what each batch gives.
+
+  Args:
+    tokens: N slots.
+    keys: float[B, N, H, d].
+    remove: tokens; counts as half of the slots that are not protected where it is more.
+
+  Returns:
+    float32[], not negative.
+  """
+  best = even_matches(tokens, keys)[2].reshape(-1)
+  number = min(remove, (tokens.slots - tokens.protected) // 2) * len(tokens.x)
+  first_left = jnp.sort(best, descending=True)[min(number, best.size - 1)]
+  return jnp.maximum(first_left, 0.0)
 
 
 def _iota(tokens: TokenSet) -> Array:

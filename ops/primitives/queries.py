@@ -145,6 +145,22 @@ def sum_rows(tokens: TokenSet, signals: Signals, of: Array,
   return fold_rows(tokens, signals, of, jnp.zeros(of.shape), add)
 
 
+def sums_of_image_and_text(tokens: TokenSet, signals: Signals, after: Array) -> tuple[Array, Array]:
+  """Adds up the attention that each token gets, the largest over heads: float32[B, N] twice.
+
+  Args:
+    tokens: N slots.
+    signals: with `queries` and `keys`.
+    after: bool[B, N], the text behind the images.
+
+  Returns:
+    That of image tokens, and that of this text.
+  """
+  image, text = sum_rows(tokens, signals, jnp.stack([
+      tokens.real & (tokens.kind == VISUAL), after]), jnp.max)
+  return image, text
+
+
 def fold_rows(tokens: TokenSet, signals: Signals, of: Array, start: T,
               step: Callable[[T, Array, Array], T], *, most: int | None = None) -> T:
   """Goes over the rows of a causal attention map, some at a time.

@@ -25,16 +25,20 @@ Attend = Callable[[Array, Array, Array, Array | None, Array | None], Attended]
 
 
 class Pattern(Protocol):
-  """Says who attends to whom in one layer: the answer of a method on a branch of 'core'."""
+  """Says who attends to whom in one layer: the answer of a method on a branch of 'core'.
+
+  A class that inherits it has `wanted` None, and values as they are, unless it says otherwise.
+  """
 
   @property
   def wanted(self) -> Array | None:
     """int32[B], the tokens that an adaptive method would have picked, had it had room."""
-    ...
+    return None
 
   def values(self, v: Array, heads: int) -> Array:
     """Returns values float[B, N, K, d] of H `heads` as they are attended to, and cached."""
-    ...
+    del heads
+    return v
 
   def attend(self, attend: Attend, q: Array, k: Array, v: Array, bias: Array | None,
              positions: Array | None, *, causal: bool, window: int | None = None) -> Array:
@@ -51,7 +55,7 @@ class Pattern(Protocol):
     ...
 
 
-class HeadGather(struct.PyTreeNode):
+class HeadGather(Pattern, struct.PyTreeNode):
   """Lets some tokens attend to each other, in each group of heads others.
 
   Attributes:
@@ -63,11 +67,6 @@ class HeadGather(struct.PyTreeNode):
   src: Array
   valid: Array | None = None
   wanted: Array | None = None
-
-  def values(self, v: Array, heads: int) -> Array:
-    """Returns the values as they are."""
-    del heads
-    return v
 
   def attend(self, attend: Attend, q: Array, k: Array, v: Array, bias: Array | None,
              positions: Array | None, *, causal: bool, window: int | None = None) -> Array:
@@ -97,7 +96,7 @@ class HeadGather(struct.PyTreeNode):
     return jnp.swapaxes(read, 1, 2).reshape(batch, slots, heads, -1)
 
 
-class Neighbourhood(struct.PyTreeNode):
+class Neighbourhood(Pattern, struct.PyTreeNode):
   """Lets every patch of an image see its neighbours, and what stands before the images.
 
   All other tokens see what they saw. No buffer has N x N entries: the map of the other tokens is
@@ -111,7 +110,6 @@ class Neighbourhood(struct.PyTreeNode):
     window: W, an odd number. Static.
     heads: heads in which no patch reads anything, nor is read. Static.
     blind: more heads in which no patch is read, None for all. Static.
-    wanted: as in `Pattern`.
   """
 
   patches: Array
@@ -121,7 +119,6 @@ class Neighbourhood(struct.PyTreeNode):
   window: int = struct.field(pytree_node=False)
   heads: tuple[int, ...] = struct.field(pytree_node=False, default=())
   blind: tuple[int, ...] | None = struct.field(pytree_node=False, default=())
-  wanted: Array | None = None
 
   def values(self, v: Array, heads: int) -> Array:
     """Returns the values, zero for patches in heads in which none is read.

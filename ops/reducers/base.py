@@ -8,16 +8,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Annotated
 
 import jax
 
-from ops import choices
 from ops import tokens as tk
 from ops.signals import Signals
 from ops.tokens import TEXT, TokenSet, of_kept
+from ops.values import OneOf, check_fields
 
 Array = jax.Array
 ATTENTIONS = ('cls_attention', 'received_attention')
+
+
+class Checked:
+  """Checks the fields of a method as it is made, as those of a config are (ops/values.py)."""
+
+  def __post_init__(self) -> None:
+    check_fields(self)
 
 
 class Reducer:
@@ -242,7 +250,7 @@ class CacheReducer(Reducer):
 
 
 @dataclasses.dataclass(frozen=True)
-class ByAttention(Reducer):
+class ByAttention(Checked, Reducer):
   """Ranks tokens by the attention that they receive.
 
   Attributes:
@@ -250,10 +258,7 @@ class ByAttention(Reducer):
       'received_attention', the mean over all tokens, for backbones without a [CLS] token.
   """
 
-  by: str = 'cls_attention'
-
-  def __post_init__(self) -> None:
-    choices.check('by=', self.by, ATTENTIONS)
+  by: Annotated[str, OneOf(ATTENTIONS)] = 'cls_attention'
 
   @property
   def needs(self) -> frozenset[str]:

@@ -28,7 +28,7 @@ from ops.reducers.vision.tome import ToMe
 LONG, SHORT = ('budgets', 'finite'), ('topk', 'tome', 'token_transforming')
 # Of methods that take long to compile, so are those that look at further shapes, but for padding.
 FURTHER = ('kinds', 'short', 'alone', 'compose')
-DEAR = ('sparsevlm', 'pact', 'catp_images', 'dart', 'mustdrop', 'fitprune', 'visiondrop')
+DEAR = ('sparsevlm', 'pact', 'catp_images', 'dart', 'mustdrop', 'fitprune', 'visiondrop', 'dc2')
 
 
 def is_long(invariant, name):

@@ -43,6 +43,8 @@ QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': 30,
                           'fullatt_block_indexes': [0, 1]}}
 TOWERS = {'cls': {}, 'registers': {'registers': 2},
           'no_cls': {'class_token': False, 'pool': 'mean'}}
+# Settings of those that go by crops.
+CROPWISE = {'hired': {}, 'globalcom2': {}, 'dc2': {}, 'vflowopt': {'over': 'crops', 'cell': 2.5}}
 # Those that go by frames.
 FRAMEWISE = ('evs', 'vidcom2', 'dycoke', 'fastvid', 'holitom', 'prunevid', 'framefusion')
 # Those that read the attention of a whole sequence.
@@ -353,14 +355,15 @@ def test_crops_of_several_images_share_no_budget():
 
 @pytest.mark.long
 @pytest.mark.parametrize(('name', 'images_of'), [
-    *((name, crops) for name in ('hired', 'globalcom2')), *((name, clips) for name in FRAMEWISE)])
+    *((name, crops) for name in CROPWISE), *((name, clips) for name in FRAMEWISE)])
 def test_crops_have_budgets_whatever_else_is_in_the_batch(name, images_of):
   vlm, images = made('cls', 'llava_next'), images_of()
   params, slots = random_params(vlm, images_of), images.index.shape[2]
 
   @jax.jit
   def run(images):
-    return behind(vlm, images, params, {'method': name, 'keep_ratio': 0.5}, slots)
+    return behind(vlm, images, params, {'method': name, 'keep_ratio': 0.5,
+                                        'args': CROPWISE.get(name, {})}, slots)
 
   both = run(images)
   for row in range(2):

@@ -1,4 +1,4 @@
-"""KVzip: rows of a batch against themselves alone, and what it refuses."""
+"""KVzip: rows of a batch against themselves alone, what a generator makes of it, and refusals."""
 
 import functools
 
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from helpers.tiny_lm import TINY, ids, unstacked, with_cache
 
+from models.decoding.generator import MIN_ROOM, Generator
 from models.decoding.kvzip import KVzip
+from models.decoding.sampling import padded
 
 SMALL = KVzip(0.5, (1, 2), (3, 4, 5), (6,), sinks=1, piece=5, behind=2)
 
@@ -17,9 +19,9 @@ def decoder(lm):
   return jax.jit(functools.partial(lm.apply, method='decode'))
 
 
-def answers(method, tokens, valid, later):
+def answers(method, tokens, valid, later, room=3):
   lm = TINY.clone(depth=2)
-  logits, cache = method(lm, unstacked(2), tokens, valid, room=3)
+  logits, cache = method(lm, unstacked(2), tokens, valid, room=room)
   found = [logits]
   for column in later.T:
     logits, cache = decoder(lm)(unstacked(2), column, cache)
@@ -64,6 +66,25 @@ def test_what_cannot_be_repeated_fails_in_a_line(lm, method, message):
   with pytest.raises(ValueError, match=message) as caught:
     method(lm, {}, np.asarray(ids()[:, :12]), room=3)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.long
+def test_a_generator_decodes_behind_what_is_left():
+  lm, params = TINY.clone(depth=2), unstacked(2)['params']
+  prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9]]
+  half = Generator(lm, params, buckets=(8,), kvzip=SMALL)
+  found = half(prompts, new_tokens=4)
+  # The last token is picked, and never read.
+  logits, _ = answers(SMALL, *padded(prompts, 8), np.asarray(found)[:, :-1], room=MIN_ROOM)
+  assert logits.argmax(axis=2).tolist() == found
+  scores = half.score(prompts, found)
+  assert all(score.greedy for score in scores)
+  assert all(score.log_likelihood < 0 for score in scores)
+
+
+def test_models_that_see_repeat_nothing():
+  with pytest.raises(ValueError, match='KVzip has a model repeat text, and this one sees images'):
+    Generator(None, {}, kvzip=SMALL)
 
 
 def test_a_request_has_words():

@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.cluster import hierarchy
 
 from ops import tokens as tk
+from ops.primitives.crops.quarters import average_linkage
+from ops.reducers.projector.dc2 import DC2
 from ops.reducers.projector.fastervlm import FasterVLM
 from ops.reducers.projector.fopru import FoPru
 from ops.reducers.projector.todre import ToDRE
@@ -134,3 +137,61 @@ def test_token_corr_keeps_more_of_a_dense_image_than_of_a_plain_one():
   assert method.watched((22,)) == (11,)
   np.testing.assert_allclose(
       method.watch(TokenSet.create(jnp.asarray(x)), told)['local'], scores, atol=1e-6)
+
+
+def test_quarters_are_clustered_as_scipy_clusters_them():
+  """The release's cut of average linkage by cosine, at every height."""
+  rng = np.random.default_rng(5)
+  parts = rng.normal(size=(6, 4, 3)) + 1
+  unit = parts / np.linalg.norm(parts, axis=2, keepdims=True)
+  heights, joins = jax.jit(average_linkage)(
+      (unit @ unit.swapaxes(1, 2))[..., :3].astype(np.float32))
+  for row in range(6):
+    tree = hierarchy.linkage(parts[row], method='average', metric='cosine')
+    np.testing.assert_allclose(np.sort(1 - heights[row, 1:]), tree[:, 2], atol=1e-6)
+    for cut in (*(tree[:2, 2] + tree[1:, 2]) / 2, 2.0):
+      label, first = hierarchy.fcluster(tree, cut, criterion='distance'), np.arange(4)
+      for part in range(1, 4):
+        if 1 - heights[row, part] <= cut:
+          first[part] = first[joins[row, part]]
+      np.testing.assert_array_equal(first, [np.argmax(label == own) for own in label])
+
+
+def crops_of(tiling, side, num_crops):
+  """Signals of an image in small, and of its crops, in raster order."""
+  number = np.arange(num_crops * side * side, dtype=np.int32)[None].repeat(2, 0)
+  return Signals(crop=number // side ** 2, patch=number % side ** 2, crop_grid=(side, side),
+                 tiling=np.array([tiling] * 2, np.int32), num_crops=num_crops)
+
+
+@pytest.mark.long
+def test_dc2_merges_crops_that_are_alike_place_by_place():
+  """Of four crops two show the same: they become one, each token with that at its place."""
+  rng = np.random.default_rng(6)
+  x = rng.normal(size=(2, 5, 4, 8)).astype(np.float32)
+  x[:, 4] = x[:, 1] + rng.normal(0, 0.1, (2, 4, 8))
+  flat = x.reshape(2, 20, 8)
+  answer, reduced = reduce(DC2(least=2), flat, crops_of((2, 2), 2, 5), num_slots=16)
+  np.testing.assert_array_equal(answer.src, np.arange(16)[None].repeat(2, 0))
+  np.testing.assert_array_equal(answer.dst[:, 16:], np.arange(4, 8)[None].repeat(2, 0))
+  np.testing.assert_allclose(reduced.x[:, 4:8], (x[:, 1] + x[:, 4]) / 2, atol=1e-6)
+  # By the release's threshold it is the image that decides: the second row's crops are other ones.
+  flat = flat.copy()
+  flat[1, 16:] = rng.normal(size=(4, 8))
+  answer, reduced = reduce(DC2(least=2, threshold=0.9), flat, crops_of((2, 2), 2, 5), num_slots=19)
+  np.testing.assert_array_equal(answer.valid.sum(axis=1), [16, 19])
+  assert (np.asarray(reduced.owner) >= 0).all()
+
+
+@pytest.mark.long
+def test_dc2_divides_plain_parts_least():
+  """A quarter of sky becomes one token before any token of the rest merges."""
+  rng = np.random.default_rng(7)
+  x = rng.normal(size=(2, 4, 4, 8)).astype(np.float32)
+  x[:, :2, 2:] = x[:, :1, 2:3] + rng.normal(0, 0.02, (2, 2, 2, 8))
+  answer, reduced = reduce(DC2(), x.reshape(2, 16, 8), crops_of((0, 0), 4, 1), num_slots=13)
+  sky = [2, 3, 6, 7]
+  for row in range(2):
+    np.testing.assert_array_equal(answer.src[row], np.setdiff1d(np.arange(16), sky[1:]))
+    np.testing.assert_array_equal(answer.dst[row, sky], 2)
+    np.testing.assert_allclose(reduced.x[row, 2], x[row, :2, 2:].mean(axis=(0, 1)), atol=1e-6)

@@ -1,8 +1,7 @@
 """Which systems of the field are here, and what holds each of them to its paper.
 
 A system is covered by a test in tests/golden that names one of its methods: against outputs of its
-authors' code, or of a claim that its paper makes; or by a test elsewhere that is listed. Not here
-yet are DC2's divided images, compression by explanations, and token merging for models of code.
+authors' code, or of a claim that its paper makes; or by a test elsewhere that is listed.
 """
 
 import ast
@@ -22,10 +21,11 @@ HERE = pathlib.Path(__file__).parent
 SYSTEMS = {
     'AdaToken-3D': ('adatoken_3d',), 'AIM': ('aim', 'aim_merge'), 'CATP': ('catp', 'catp_images'),
     'CenterCLIP': ('centerclip',), 'CoreMatching': ('corematching', 'corematching_cache'),
-    'CrossGET': ('crossget',), 'DivPrune': ('divprune',), 'DToP': ('dtop',),
+    'CrossGET': ('crossget',), 'DC2': ('dc2',), 'DivPrune': ('divprune',), 'DToP': ('dtop',),
     'DUET-VLM': ('duet_vlm', 'duet_zip'), 'DyMU': ('dymu',), 'DyVTE': ('dyvte',),
-    'Expediting ViT': ('expedit',), 'FasterVLM': ('fastervlm',), 'FlashVLM': ('flashvlm',),
-    'FlowCut': ('flowcut',), 'FoPru': ('fopru',), 'gamma-MoD': ('gamma_mod',),
+    'Expediting ViT': ('expedit',), 'Explainability': ('relevance_rank', 'explained'),
+    'FasterVLM': ('fastervlm',), 'FlashVLM': ('flashvlm',), 'FlowCut': ('flowcut',),
+    'FoPru': ('fopru',), 'gamma-MoD': ('gamma_mod',),
     'GemFilter': ('gemfilter',), 'GlobalCom2': ('globalcom2',),
     'HiDrop': ('hidrop', 'late_injection'), 'HiPrune': ('hiprune',), 'HiRED': ('hired',),
     'HoloV': ('holov',), 'LeMo': ('lemo',), 'LVLM_CSP': ('lvlm_csp',), 'MCTF': ('mctf',),
@@ -33,6 +33,7 @@ SYSTEMS = {
     'Recoverable Compression': ('recoverable',), 'SkipDecode': ('skip_decode',),
     'STILL': ('still',), 'TextMonkey': ('textmonkey',), 'ToDRE': ('todre', 'todre_exit'),
     'Token Sparse Attention': ('token_sparse_attention',),
+    'Token merging for models of code': ('subtoken_merge',),
     'Token Transforming': ('token_transforming',), 'TokenCorr': ('token_corr',),
     'TransPrune': ('transprune',), 'VFlowOpt': ('vflowopt',), 'VisionDrop': ('visiondrop',),
     'VMTC and CMAI': ('vmtc', 'cmai'), 'VTC-CLS': ('vtc_cls',), 'YOPO': ('yopo',),

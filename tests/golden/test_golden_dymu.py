@@ -10,7 +10,8 @@ from helpers import golden_vit, recorded
 
 from ops import attention, unmerge
 from ops import tokens as tk
-from ops.reducers.vision.dymu import DyMU, find_threshold
+from ops.primitives.match import find_threshold
+from ops.reducers.vision.dymu import DyMU
 from ops.signals import Signals
 from ops.tokens import SPECIAL, VISUAL, TokenSet
 

@@ -81,6 +81,37 @@ def test_recycled_cells():
   np.testing.assert_array_equal(np.asarray(reduced.owner) >= 0, True)
 
 
+def test_crops_share_a_budget():
+  """The same by the crops that tokens are of, beside an image of one crop."""
+  raw, side = load('anyres_case0'), 27
+  width, height = raw['local_grid_wh']
+  row, column = np.indices((height, width)).reshape(2, -1)
+  place = row % side * side + column % side
+  crop = np.concatenate([np.zeros(side * side, int), 1 + row // side * 2 + column // side])
+  patch = np.concatenate([np.arange(side * side), place])
+  slots, few = len(crop), 60
+  valid = np.arange(slots)[None] < np.array([[slots], [side * side]])
+  told = Signals(crop=np.stack([crop, 0 * crop]), patch=np.stack([patch] * 2),
+                 tiling=np.array([[2, 2], [0, 0]], np.int32), crop_grid=(side, side), num_crops=5)
+  method = VFlowOpt(cell=float(raw['grid_cell']), over='crops')
+
+  @jax.jit
+  def run(x, importance, valid, budget, told):
+    tokens = TokenSet.create(x, valid=valid, budget=budget, stats={'importance': importance})
+    return tk.reduce(tokens, method(tokens, told, num_slots=len(raw['out_tokens'])))
+
+  left = run(np.stack([raw['features']] * 2), np.stack([raw['importance']] * 2), valid,
+             np.array([len(raw['out_tokens']), few], np.int32), told)
+  np.testing.assert_array_equal(left.pos[0], np.flatnonzero(raw['keep_mask']))
+  close(left.x[0], raw['out_tokens'])
+  order = np.argsort(-raw['importance'][:side * side], kind='stable')
+  cell = (order // side // 17.4).astype(int) * 2 + (order % side // 17.4).astype(int)
+  anchors = [order[few - 4:][cell[few - 4:] == each][0] for each in range(4)]
+  assert np.asarray(left.real)[1].sum() == few
+  np.testing.assert_array_equal(np.asarray(left.pos)[1, :few],
+                                np.sort([*order[:few - 4], *anchors]))
+
+
 def test_entropy_counts_by_alpha():
   x = np.random.default_rng(0).normal(size=(1, 16, 2)).astype(np.float32)
   told = Signals(received_attention=np.full((1, 1, 16), 1 / 16, np.float32), grid=(4, 4))

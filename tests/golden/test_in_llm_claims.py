@@ -8,9 +8,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import tiny_lm
 
+from lib.cost import lm as lm_cost
+from lib.report.relevance import relevance
+from models.backbones.lm import rms_norm
+from models.compressors.explained import Explained
 from ops import attention
 from ops import tokens as tk
 from ops.primitives.queries import sample_of
@@ -20,7 +25,9 @@ from ops.reducers.cache.still import STILL
 from ops.reducers.language.adatoken_3d import AdaToken3D
 from ops.reducers.language.catp import CATP
 from ops.reducers.language.catp_images import CATPImages
+from ops.reducers.language.framefusion_prune import FrameFusionPrune
 from ops.reducers.language.lvlm_csp import LVLMCSP
+from ops.reducers.language.subtoken_merge import SubtokenMerge
 from ops.reducers.language.todre_exit import ToDREExit
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet
@@ -110,6 +117,18 @@ def test_todre_lets_everything_leave_that_words_do_without(seen):
 
 def test_todre_asks_at_seven_eighths():
   assert list(ToDREExit().default_shares(32)) == [27]
+
+
+def test_framefusion_prunes_by_the_attention_of_all_queries():
+  """As its release has it: the mean of a map over heads and queries, the best of the image."""
+  tokens = prompt('ttvvvvvvtt')
+  maps = np.random.default_rng(5).random((1, 3, 10, 10)).astype(np.float32) * np.tri(10)
+  maps /= maps.sum(axis=3, keepdims=True)
+  scores, ratio = maps.mean(axis=(1, 2))[0, 2:8], 0.4
+  best = 2 + np.argsort(-scores)[:round(6 * (1 - ratio))]
+  told = Signals(received_attention=jnp.asarray(maps.mean(axis=2)))
+  stays = left(FrameFusionPrune(), tokens, told, keep=4)
+  np.testing.assert_array_equal(stays, np.sort([0, 1, *best, 8, 9]))
 
 
 def test_lvlm_csp_keeps_one_of_each_cluster():
@@ -205,3 +224,177 @@ def test_corematching_blanks_entries_of_a_models_caches():
   assert [each.any() for each in blank] == [False, True, True]
   assert not np.any(np.stack(blank)[:, np.asarray(tokens.kind) == TEXT])
   assert all(np.asarray(layer.valid)[..., :tiny_lm.PROMPT].all() for layer in cache.layers)
+
+
+def text(units, seed=0):
+  """One row of text, a letter a token: those with the same letter in a row are a unit; '.' none."""
+  tokens = prompt(['t' if letter != '.' else '.' for letter in units], seed)
+  return tokens.replace(of=(TEXT,), protected=0, stats={'unit': jnp.asarray(
+      [[ord(letter) for letter in units]])})
+
+
+def test_subtokens_of_a_unit_become_their_mean():
+  """Units that meet again are others; of too many, neighbours merge, the most alike first."""
+  tokens = text('abb.bcccab')
+  x = np.asarray(tokens.x[0])
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(tokens, num_slots):
+    answer = SubtokenMerge()(tokens, Signals(), num_slots=num_slots)
+    return answer, tk.reduce(tokens, answer)
+
+  answer, reduced = run(tokens, 9)
+  units = [[0], [1, 2, 4], [5, 6, 7], [8], [9]]
+  assert int(answer.wanted[0]) == int(reduced.real.sum()) == len(units)
+  for unit_, found in zip(units, np.asarray(reduced.x[0]), strict=False):
+    np.testing.assert_allclose(found, x[unit_].mean(axis=0), atol=1e-6)
+  tokens = tokens.replace(x=tokens.x.at[0, 9].set(tokens.x[0, 8]))
+  _, few = run(tokens, 4)
+  np.testing.assert_array_equal(few.owner[0], [0, 1, 1, -1, 1, 2, 2, 2, 3, 3])
+
+
+def test_merging_subtokens_saves_what_the_paper_measures():
+  """Between 1 and 19 % of the operations, where 1 to 18 % of 512 tokens are in a unit before."""
+  lm = tiny_lm.TINY.clone(width=768, depth=12, mlp=2048, heads=12, kv_heads=12, head_width=64,
+                          rope=tiny_lm.Rope(64), context=512)
+  whole = lm_cost.of(lm, 512).macs
+  for share, saved in ((0.01, 0.01), (0.18, 0.19)):
+    merged = tiny_lm.planned(lm, 512, 0, method='subtoken_merge', token_kinds='text', layers=0,
+                             keep=512 - round(512 * share))
+    assert 1 - lm_cost.of(merged, 512).macs / whole == pytest.approx(saved, abs=0.01)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def explained_by_hand(lm, params, x, last):
+  """Products of the maps of all layers, each with its gradient, as the formula is written."""
+  blocks, norm = params['stack']['blocks'], rms_norm(lm.norm_eps)
+  pos = jnp.arange(x.shape[1])[None]
+
+  def logit(gates):
+    maps, y = [], x
+    for layer in range(lm.depth):
+      own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks)
+      h = norm.apply({'params': own['norm1']}, y)
+      q, k, v = (jnp.einsum('bnd,dhe->bnhe', h, own[name]['kernel']) for name in 'qkv')
+      q, k = (lm.rope.rotate(part, pos) for part in (q, k))
+      k, v = (jnp.repeat(part, lm.heads // lm.kv_heads, axis=2) for part in (k, v))
+      logits = jnp.einsum('bnhe,bmhe->bhnm', q, k) / np.sqrt(lm.head_width)
+      seen = jnp.tril(jnp.ones(logits.shape[2:], bool))[None, None]
+      maps.append(jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=3))
+      read = jnp.einsum('bhnm,bmhe->bnhe', maps[-1] + gates[layer], v)
+      y = y + jnp.einsum('bnhe,hed->bnd', read, own['out']['kernel'])
+      h = norm.apply({'params': own['norm2']}, y)
+      y = y + (jax.nn.silu(h @ own['gate']['kernel']) * (h @ own['up']['kernel'])
+               ) @ own['down']['kernel']
+    scores = norm.apply({'params': params['norm']}, y[:, last]) @ params['head']['kernel']
+    return jnp.sum(scores.max(axis=1)), maps
+
+  zeros = [jnp.zeros((len(x), lm.heads, x.shape[1], x.shape[1]))] * lm.depth
+  grads, maps = jax.grad(logit, has_aux=True)(zeros)
+  product = jnp.eye(x.shape[1])[None].repeat(len(x), 0)
+  for gradient, own in zip(grads, maps, strict=True):
+    product = product + jnp.maximum(own * gradient, 0).mean(axis=1) @ product
+  return product[:, last]
+
+
+def with_padding(tokens):
+  """As many slots of padding behind the tokens."""
+  blank = tokens.replace(valid=jnp.zeros(tokens.kind.shape, bool))
+  return tk.join(tokens, blank).replace(padding='last')
+
+
+@pytest.mark.long
+def test_relevance_is_the_product_of_maps_times_gradients():
+  lm, params = tiny_lm.TINY, tiny_lm.variables()['params']
+  tokens = tiny_lm.image_and_text()
+  wanted = explained_by_hand(lm, params, tokens.x, tiny_lm.PROMPT - 1)
+  # Padding changes nothing, and has none.
+  found = relevance(lm, {'params': params}, with_padding(tokens))
+  np.testing.assert_allclose(found[:, :tiny_lm.PROMPT], wanted, rtol=1e-4)
+  assert (np.asarray(found)[:, tiny_lm.PROMPT:] == 0).all()
+
+
+@pytest.mark.long
+def test_what_is_relevant_is_enough_at_the_input():
+  """Without half of the visual tokens, before the first layer, the answer's logit stays nearer."""
+  tokens = tiny_lm.image_and_text()
+  params = tiny_lm.variables()
+  scores = relevance(tiny_lm.TINY, params, with_padding(tokens))[:, :tiny_lm.PROMPT]
+  lm = tiny_lm.planned(method='relevance_rank', layers=0, keep=3)
+  read = jax.jit(lambda params, tokens: lm.apply(params, tokens)[0][:, -1])
+  whole = jax.jit(lambda params, tokens: tiny_lm.TINY.apply(params, tokens)[0][:, -1])(
+      params, tokens)
+  most, least = (read(params, tokens.replace(stats={'relevance': sign * scores}))
+                 for sign in (1, -1))
+  best = jnp.argmax(whole, axis=1)[:, None]
+  kept = [float(jnp.take_along_axis(logits, best, axis=1).mean())
+          for logits in (whole, most, least)]
+  assert kept[1] > kept[2]
+  with pytest.raises(ValueError, match="they lack: add"):
+    jax.eval_shape(read, params, tokens)
+
+
+@pytest.mark.long
+def test_a_language_model_holds_the_network_that_foresees_relevance():
+  tokens = tiny_lm.image_and_text()
+  lm = tiny_lm.planned(method='explained', layers=0, keep=3)
+  variables = jax.eval_shape(lm.init, jax.random.key(0), tokens)
+  assert variables['params']['stack']['reducer_00']['conv1']['kernel'].shape == (3, 4, 32)
+  tokens = tokens.replace(stats={'relevance': jnp.ones(tokens.kind.shape)})
+  logits, out = jax.eval_shape(
+      functools.partial(lm.apply, rngs={'dropout': jax.random.key(0)}), variables, tokens)
+  assert logits.shape == (3, 9, 29)
+  assert out['losses']['relevance_00'].shape == (3,)
+
+
+@pytest.mark.long
+def test_a_small_network_foresees_relevance_in_longer_images():
+  """It learns from 16 tokens which head tells, and that neighbours do, and finds it in 64."""
+  method, rng = Explained(width=8), np.random.default_rng(8)
+
+  def images(rows, length):
+    paid = rng.uniform(0, 1, (rows, 2, length)).astype(np.float32) ** 2
+    ends = np.pad(paid[:, 0], ((0, 0), (1, 1)))
+    wanted = ends[:, :-2] + ends[:, 1:-1] + ends[:, 2:]
+    tokens = TokenSet.create(jnp.zeros((rows, length, 1)), stats={'relevance': wanted})
+    return tokens, Signals(next_row_attention=paid / paid.sum(axis=2, keepdims=True)), wanted
+
+  tokens, told, _ = images(64, 16)
+  params = method.init(jax.random.key(0), tokens, told, num_slots=8)
+
+  def loss(params):
+    _, sown = method.apply(params, tokens, told, num_slots=8, mutable=['losses'],
+                           rngs={'dropout': jax.random.key(0)})
+    return sown['losses']['relevance'][0].mean()
+
+  rule = optax.adam(0.02)
+
+  @jax.jit
+  def learn(params):
+    def step(state, _):
+      params, slow = state
+      value, grads = jax.value_and_grad(loss)(params)
+      change, slow = rule.update(grads, slow)
+      return (optax.apply_updates(params, change), slow), value
+
+    (params, _), losses = jax.lax.scan(step, (params, rule.init(params)), None, 200)
+    return params, losses
+
+  learned, losses = learn(params)
+  assert losses[-1] < 0.2 * losses[0]
+  tokens, told, wanted = images(8, 64)
+  best = np.argsort(-wanted, axis=1)[:, :32]
+
+  pick = jax.jit(lambda params, tokens, told: method.apply(
+      params, tokens, told, num_slots=32).src)
+
+  def found(params):
+    src = np.asarray(pick(params, tokens, told))
+    return np.mean([len(np.intersect1d(*row)) / 32 for row in zip(src, best, strict=True)])
+
+  assert found(learned) > 0.9 > found(params) + 0.2
+  # Padding between tokens makes no other neighbours.
+  kept = pick(learned, tokens, told)
+  valid = jnp.tile(jnp.array([[True, False]]), (8, 64))
+  wider = TokenSet.create(jnp.zeros((8, 128, 1)), valid=valid)
+  told = Signals(next_row_attention=jnp.repeat(told.next_row_attention, 2, axis=2))
+  np.testing.assert_array_equal(pick(learned, wider, told), 2 * kept)

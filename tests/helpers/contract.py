@@ -89,7 +89,9 @@ class Case:
 
   def tokens(self, dtype: Any = np.float32) -> TokenSet:
     pos = self.pos.astype(np.int32)
-    stats = {'memo': pos.astype(np.float32), 'pair': np.stack([pos, -pos], axis=-1)}
+    stats = {'memo': pos.astype(np.float32), 'pair': np.stack([pos, -pos], axis=-1),
+             'unit': (self.x[:, :, 0] > 0).astype(np.int32),
+             'relevance': np.abs(self.x[:, :, 1])}
     return TokenSet(
         x=self.x.astype(dtype), pos=pos, kind=self.kind.astype(np.int8),
         owner=self.owner.astype(np.int32), valid=self.valid, size=self.size, stats=stats,
@@ -266,7 +268,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'holitom': {'threshold': 0.0, 'share': 0.3},
     'prunevid': {'threshold': -0.1, 'few': 1},
     'adatoken_3d': {'share': 0.5}, 'mustdrop': {'overall': 0.05, 'single': 0.3},
-    'gemfilter': {'kernel': 1}, 'pact': {'keep': 0.7, 'cutoff': 0.7, 'coefficient': 1.0},
+    'gemfilter': {'kernel': 1}, 'explained': {'kernel': 1},
+    'pact': {'keep': 0.7, 'cutoff': 0.7, 'coefficient': 1.0},
     'duet_zip': {'contextual': 2, 'width': 2}, 'holov': {'chunks': 4},
     'token_corr': {'threshold': 0.25, 'partners': 6}, 'vflowopt': {'cell': 2.5},
     'recoverable': {'variant': 'paper', 'peers': 3, 'neighbours': 4},

@@ -46,6 +46,7 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
   of_crops = dict.fromkeys(('evs', 'vidcom2', 'dycoke', 'framefusion'), frames)
   of_crops |= {name: [*crops, 'num_crops'] for name in ('fastvid', 'holitom', 'prunevid')}
   of_crops |= {name: [*crops, 'patch', 'tiling'] for name in ('hired', 'globalcom2')}
+  of_crops |= {'dc2': [*crops, 'num_crops', 'patch', 'tiling']}
   assert missing == {'fastv': ['last_attention'], 'pyramiddrop': ['next_last_attention'],
                      'duet_vlm': ['next_row_attention'], 'transprune': ['next_row_attention'],
                      'corematching': ['mlp_hidden'], 'vtw': ['rope'], 'fitprune': ['rope'],
@@ -60,7 +61,9 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
                      'mmtok': ['text', 'text_valid', 'vision_features'],
                      'zoo_prune': ['project', 'vision_features'],
                      'gemfilter': [],  # It runs the model again, which only a language model can.
-                     'holitom_merge': ['last_attention'], **of_crops}
+                     'holitom_merge': ['last_attention'],
+                     'explained': ['next_row_attention'], 'relevance_rank': ['rope'],
+                     'subtoken_merge': ['rope'], **of_crops}
   every = [*methods(), *branch_methods(), *CACHE_REDUCERS, *INSERTS]
   assert len(set(every)) == len(every), 'names are unique'
   assert {name: method.site for name, method in CACHE_REDUCERS.items()} == dict.fromkeys(

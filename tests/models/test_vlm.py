@@ -13,12 +13,13 @@ from lib.data.pictures import Picture, batch_pictures
 from lib.data.token_layout import anyres_layout, cell_layout
 from models import checkpoints
 from models.backbones.qwen_vision import QwenVision
-from models.backbones.vlm import Images
+from models.backbones.vlm import Images, _reduced_layout
 from models.checkpoints.vlm_config import from_config, make_vlm
 from models.plan import make_plan
 from models.reduce_config import with_plans, with_projector_reduction
+from ops.assignments import Mix
 from ops.temporal import TTF
-from ops.tokens import VISUAL
+from ops.tokens import VISUAL, TokenSet, reduce
 
 IMAGE, SIDE = 30, 4
 TEXT = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
@@ -202,6 +203,23 @@ def test_crops_lose_tokens_in_their_places_and_newlines_go():
   assert not {24, 33} & set(places)
   assert sum(place < 16 for place in places) == 7
   assert 7 < len(places) <= 3 * 7
+
+
+def test_what_a_tower_adds_to_a_crop_stands_where_most_of_it_was():
+  """A token made of dropped ones, which others also take in."""
+  weights = np.zeros((2, 3, 4), np.float32)
+  weights[:, [0, 1], [3, 1]] = 1.0
+  weights[0, 0, 2] = weights[0, 2, 2] = 0.4
+  weights[1, 2, 0] = 0.3
+  valid = np.array([[True, True, True], [True, False, True]])
+  x = np.arange(8, dtype=np.float32).reshape(2, 4, 1)
+  index = np.arange(8, dtype=np.int32).reshape(1, 1, 8, 1)
+  slots, weight = jax.jit(lambda x, weights, valid: _reduced_layout(
+      reduce(TokenSet.create(x), Mix(weights, valid=valid)), index,
+      np.ones(index.shape, np.float32)))(x, weights, valid)
+  real = weight[0, 0, :, 0] > 0
+  # Of the first crop patches 1, 2 and 3, of the second 0 and 3.
+  assert slots[0, 0, :, 0][real].tolist() == [1, 2, 0, 5, 3]
 
 
 def test_a_door_behind_crops_pools_patches_and_newlines():

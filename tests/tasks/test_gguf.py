@@ -220,6 +220,11 @@ def test_a_file_alone_is_a_model_that_answers(tmp_path):
   assert (ids[0], ids[-1], ids.count(1)) == (0, 1, 1)
   cut = {'cache': {'method': 'snapkv', 'keep_ratio': 0.5, 'args': {'window': 2}}}
   assert isinstance(model.generate('ab cd', new_tokens=3, reduce=cut), str)
+  kvzip = assistant.kvzip(0.5, piece=8)
+  assert (kvzip.keep_ratio, kvzip.piece) == (0.5, 8)
+  assert assistant.text(kvzip.ask) == '\n\nRepeat the previous context exactly.'
+  # A turn ends, and an answer begins.
+  assert kvzip.opening[0] == 1
 
 
 def test_pieces_with_scores_are_merged_best_first(tmp_path):

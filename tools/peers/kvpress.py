@@ -35,6 +35,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
+from lib.assistant import NO_TEMPLATE, REPEAT, REPEAT_PART
 from lib.data import gguf_tokenizer
 from lib.data.real.articles import articles
 from lib.report.rows import update_json
@@ -50,6 +51,8 @@ from tools.peers.reading import Reader
 
 SNAPKV = {'method': 'snapkv', 'args': {'window': 32}}
 EXPECTED = {'method': 'expected_attention'}
+# No entries stay in any case.
+WHOLE = {'sinks': 0, 'recent': 0}
 # What both have, under the names that tools/peers/theirs/kvpress_lm.py knows.
 PRESSES: dict[str, dict[str, Any]] = {
     'full': {},
@@ -71,6 +74,12 @@ PRESSES: dict[str, dict[str, Any]] = {
     'criticaladakv_snapkv': {'method': 'criticaladakv', 'args': {'inner': SNAPKV}},
     'adakv_expected_attention': {'method': 'adakv', 'args': {'inner': EXPECTED}},
     'simlayerkv': {'method': 'simlayerkv', 'args': {'recent': 64}},
+    # Both of these draw a sketch, each side its own.
+    'compactor': {'method': 'compactor'},
+    'leverage': {'method': 'compactor', 'args': {'by': 'leverage', **WHOLE}},
+    'non_causal_attention': {'method': 'compactor', 'args': {'by': 'attention', **WHOLE}},
+    'kvzip': {'method': 'kvzip'},
+    'kvzip_plus': {'method': 'kvzip', 'args': {'weigh': 'output'}},
 }
 # These have no budget: they keep what they keep.
 UNBUDGETED = ('full', 'simlayerkv')
@@ -113,10 +122,14 @@ def main(argv: Sequence[str]) -> None:
     made = {length: prompts(read, functools.partial(tokens.encode, special=False), length=length,
                             behind=BEHIND, count=PROMPTS.value) for length in lengths}
     with command.start('kvpress', 'kvpress', 'kvpress_lm') as peer:
-      reader = Reader(lm, checkpoints.load(lm, path), room=max(BEHIND, DECODED))
+      texts = {text: tokens.encode(text, special=False) for text in (
+          '', NO_TEMPLATE, f'\n\n{REPEAT}.', REPEAT_PART)}
+      _, opening, ask, ask_part = texts.values()
+      reader = Reader(lm, checkpoints.load(lm, path), room=max(BEHIND, DECODED),
+                      requests={'ask': ask, 'ask_part': ask_part, 'opening': opening})
       with tempfile.TemporaryDirectory() as scratch:
         reader.save(pathlib.Path(scratch), gguf.config(path))
-        peer.ask('load', folder=scratch, threads=command.THREADS.value)
+        peer.ask('load', folder=scratch, threads=command.THREADS.value, texts=texts)
       update_json(out, {'machine': {**command.about(peer), **floors(lm, lengths)}})
       for case in tqdm(missing):
         update_json(out, {case.name: measure(case, made[case.length], reader, peer,

@@ -18,6 +18,7 @@ import numpy as np
 
 from models import checkpoints
 from models.backbones.lm import LM
+from models.decoding.kvzip import KVzip
 from models.plan import make_cache_plan
 from models.storage import to_storage
 from ops.kv_cache import Cache, LayerCache
@@ -33,11 +34,14 @@ class Reader:
   Attributes:
     lm: without reductions.
     room: the most tokens that are read or picked behind a prompt.
+    requests: ids that KVzip asks with, by the names of its fields.
   """
 
-  def __init__(self, lm: LM, params: Any, *, room: int) -> None:
+  def __init__(self, lm: LM, params: Any, *, room: int,
+               requests: Mapping[str, Sequence[int]] | None = None) -> None:
     """Takes a model and its parameters, blocks stacked."""
     self.lm, self.room, self._stacked = lm, room, params
+    self.requests = {name: tuple(ids) for name, ids in (requests or {}).items()}
     self._params = {'params': jax.device_put(to_storage(params, 'unstacked'))}
     self._extend = jax.jit(functools.partial(lm.apply, logits='all', method='extend'))
     self._programs = functools.cache(self._program)
@@ -96,6 +100,14 @@ class Reader:
 
   def _program(self, reduce: str, slots: int) -> Callable[..., Any]:
     config = json.loads(reduce)
+    if config.get('method') == 'kvzip':
+      kvzip = KVzip(config['keep_ratio'], **self.requests, **config.get('args', {}))
+
+      def zipped(params: Any, ids: Array) -> tuple[Array, Array, Any]:
+        logits, cache = kvzip(self.lm, params, np.asarray(ids), room=self.room)
+        return jnp.argmax(logits, axis=1).astype(jnp.int32), logits, cache
+
+      return zipped
     lm = self.lm.clone(cache_plan=make_cache_plan(config, self.lm.host(slots)) if config else None)
 
     def run(params: Any, ids: Array) -> tuple[Array, Array, Any]:

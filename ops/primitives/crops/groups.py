@@ -11,6 +11,7 @@ from flax import struct
 
 from ops.assignments import Merge, expand_like, take
 from ops.primitives.cluster import distances, peaks
+from ops.primitives.crops.frames import Frames
 from ops.primitives.crops.regions import keep_flagged, ranks_within, sums
 from ops.primitives.select import ranks, top
 from ops.tokens import TokenSet
@@ -35,6 +36,14 @@ def merge_flagged(tokens: TokenSet, stays: Array, partner: Array, weight: Array,
   dst = take(jnp.pad(kept.dst, ((0, 0), (0, 1)), constant_values=num_slots), partner)
   return Merge(kept.src, dst, jnp.where(tokens.fixed, 1.0, weight), valid=kept.valid,
                wanted=kept.wanted)
+
+
+def average_flagged(tokens: TokenSet, stays: Array, partner: Array, *, num_slots: int) -> Merge:
+  """Averages tokens, by their sizes, into those that are named, as `merge_flagged`."""
+  sizes = tokens.sizes
+  total = take(joined(sizes, partner), jnp.minimum(partner, tokens.slots - 1))
+  return merge_flagged(tokens, stays, partner, sizes / jnp.where(total > 0, total, 1.0),
+                       num_slots=num_slots)
 
 
 class Groups(struct.PyTreeNode):
@@ -85,6 +94,30 @@ def cluster_groups(x: Array, group: Array, centres: Array, *, width: int, neighb
     return take(values, index)
 
   return Groups(back(jnp.where(among, scores, -jnp.inf), -jnp.inf), back(near, slots))
+
+
+def means_of_still(frames: Frames, x: Array, still: Array, first: Array,
+                   last: Array) -> tuple[Array, Array, Array, Array]:
+  """Averages places that stand still over frames, each in the first one.
+
+  Args:
+    frames: of N slots.
+    x: float[B, N, D].
+    still: bool[B, N], tokens of such places.
+    first, last: int32[B, N], the frames over which they do.
+
+  Returns:
+    int32[B, N], the slot of the place in that frame, a token's own where it moves; int32[B, N], how
+    many frames it is there, 1 where it moves; int32[B, N] below 2 F, groups to cluster: the moving
+    tokens of each frame, then the places that stand still from each frame on, -1 for all but their
+    first token; and float32[B, N, D], the tokens with these means.
+  """
+  own = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), still.shape)
+  anchor = jnp.where(still, frames.at(first), own)
+  length = jnp.where(still, last - first + 1, 1)
+  parts = jnp.where(still[..., None], x.astype(jnp.float32), 0) / length[..., None]
+  group = jnp.where(still, jnp.where(anchor == own, frames.number + first, -1), frames.frame)
+  return anchor, length, group, jnp.where(still[..., None], joined(parts, anchor), x)
 
 
 def joined(values: Array, partner: Array) -> Array:

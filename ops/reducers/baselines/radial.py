@@ -4,21 +4,22 @@ Axes: B batch, N slots now, M slots after.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.select import keep_top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import OneOf
 
 NORMS = ('l1', 'l2', 'linf')
 
 
 @dataclasses.dataclass(frozen=True)
-class Radial(Reducer):
+class Radial(Checked, Reducer):
   """Keeps the tokens nearest to the centre of the image, in slot order.
 
   The fixed patterns of Which Tokens to Use? (Haurum et al., 2023), arXiv:2308.04657. There a radius
@@ -29,13 +30,10 @@ class Radial(Reducer):
     norm: of the distance: 'l1', 'l2' or 'linf'.
   """
 
-  norm: str = 'l2'
+  norm: Annotated[str, OneOf(NORMS)] = 'l2'
   site = 'before'
   needs = frozenset({'grid'})
   drops = 'pruning drops tokens'
-
-  def __post_init__(self) -> None:
-    choices.check('norm=', self.norm, NORMS)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     height, width = signals.grid

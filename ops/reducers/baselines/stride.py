@@ -4,22 +4,23 @@ Axes: B batch, N slots now, M slots after.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.match import evenly_spaced
 from ops.primitives.select import keep_top, rank_of
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
+from ops.values import OneOf
 
 PHASES = ('first', 'middle')
 
 
 @dataclasses.dataclass(frozen=True)
-class Stride(Reducer):
+class Stride(Checked, Reducer):
   """Keeps evenly spaced tokens.
 
   Of n free tokens, those of rank floor(i n / m) stay, i from 0 to m - 1.
@@ -30,12 +31,9 @@ class Stride(Reducer):
       arXiv:2205.00823, is compared with.
   """
 
-  phase: str = 'first'
+  phase: Annotated[str, OneOf(PHASES)] = 'first'
   drops = 'pruning drops tokens'
   can_empty = True
-
-  def __post_init__(self) -> None:
-    choices.check('phase=', self.phase, PHASES)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals

@@ -16,7 +16,7 @@ from ops import attention
 from ops.assignments import Gather, take
 from ops.attention_kernels import LOWEST_BIAS
 from ops.primitives.kv_select import share_of
-from ops.primitives.sparse_attention import Attend
+from ops.primitives.sparse_attention import Attend, Pattern
 from ops.reducers.base import BranchReducer
 from ops.rope import sequence_index
 from ops.signals import Signals
@@ -26,23 +26,16 @@ from ops.values import Share
 Array = jax.Array
 
 
-class Inhibition(struct.PyTreeNode):
+class Inhibition(Pattern, struct.PyTreeNode):
   """Hides keys from some queries; all others attend as ever.
 
   Attributes:
     rows: int32[B, R], the queries.
     hidden: bool[B, R, N], keys that each of them does not see.
-    wanted: as in `ops.primitives.sparse_attention.Pattern`.
   """
 
   rows: Array
   hidden: Array
-  wanted: Array | None = None
-
-  def values(self, v: Array, heads: int) -> Array:
-    """Returns the values as they are."""
-    del heads
-    return v
 
   def attend(self, attend: Attend, q: Array, k: Array, v: Array, bias: Array | None,
              positions: Array | None, *, causal: bool, window: int | None = None) -> Array:

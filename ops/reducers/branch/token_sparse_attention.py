@@ -5,18 +5,18 @@ Axes: B batch, N slots, M slots that take part, G groups of heads, H heads, W la
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.primitives.kv_select import latest, pool_neighbours
 from ops.primitives.select import top
 from ops.primitives.sparse_attention import HeadGather
-from ops.reducers.base import BranchReducer
+from ops.reducers.base import BranchReducer, Checked
 from ops.signals import Signals
 from ops.tokens import TokenSet, num_left
-from ops.values import Count, CountOrZero, Share
+from ops.values import Count, CountOrZero, OneOf, Share
 
 Array = jax.Array
 SELECT = ('head', 'layer')
@@ -24,7 +24,7 @@ TINY = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenSparseAttention(BranchReducer):
+class TokenSparseAttention(Checked, BranchReducer):
   """Lets the tokens that the end of the prompt attends to most take part in attention.
 
   Token Sparse Attention (Jo et al., 2026), arXiv:2602.03216, as released. All tokens make queries,
@@ -49,13 +49,13 @@ class TokenSparseAttention(BranchReducer):
   kernel: Count = 7
   coverage: Share = 0.005
   least: CountOrZero = 1024
-  select: str = 'head'
+  select: Annotated[str, OneOf(SELECT)] = 'head'
   parts = 'core'
   positions = 'keep'
   needs = frozenset({'row_attention'})
 
   def __post_init__(self) -> None:
-    choices.check('select=', self.select, SELECT)
+    super().__post_init__()
     if self.kernel % 2 == 0:
       raise ValueError(f'kernel={self.kernel} must be odd')
 

@@ -6,21 +6,21 @@ Axes: B batch, N slots, V patches, R other slots.
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Annotated
 
 import jax.numpy as jnp
 
-from ops import choices
 from ops.primitives.sparse_attention import Neighbourhood
-from ops.reducers.base import BranchReducer
+from ops.reducers.base import BranchReducer, Checked
 from ops.signals import Signals
 from ops.tokens import TokenSet
-from ops.values import Count, CountOrZero
+from ops.values import Count, CountOrZero, OneOf
 
 UNSEEN = ('heads', 'all')
 
 
 @dataclasses.dataclass(frozen=True)
-class YOPO(BranchReducer):
+class YOPO(Checked, BranchReducer):
   """Lets patches attend to a square of patches around them, and to text before the image.
 
   Treat Visual Tokens as Text? But Your MLLM Only Needs Fewer Efforts to See (Zhang et al., 2024),
@@ -29,7 +29,8 @@ class YOPO(BranchReducer):
   count in the softmax; in dropped layers nobody does in any head. Give one config for each group of
   layers with the same heads, in a language model with token_kinds='visual'. The release masks a
   whole map; here no map of all tokens is formed, and fused kernels are not used in these layers.
-  Its smaller MLPs for patches are not here.
+  Its smaller MLPs for patches are not here: a branch leaves tokens out of an MLP, where these leave
+  out neurons, and masks alone would save nothing.
 
   Attributes:
     window: side of the square, an odd number.
@@ -42,13 +43,13 @@ class YOPO(BranchReducer):
   window: Count = 7
   grid: tuple[Count, Count] | None = None
   heads: tuple[CountOrZero, ...] = ()
-  unseen: str = 'heads'
+  unseen: Annotated[str, OneOf(UNSEEN)] = 'heads'
   parts = 'core'
   positions = 'keep'
   drops = ''
 
   def __post_init__(self) -> None:
-    choices.check('unseen=', self.unseen, UNSEEN)
+    super().__post_init__()
     if self.window % 2 == 0:
       raise ValueError(f'window={self.window} must be odd')
 

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
+from typing import Annotated
 
 import jax.numpy as jnp
 
-from ops import choices
 from ops.caches.blank import KVBlank
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import broadcast_to_heads, keep_best
 from ops.primitives.queries import latest_but, shared_neurons
 from ops.primitives.select import above_elbow
-from ops.reducers.base import CacheReducer
+from ops.reducers.base import CacheReducer, Checked
 from ops.signals import Signals
 from ops.tokens import VISUAL, TokenSet
-from ops.values import Count
+from ops.values import Count, OneOf
 
 VARIANTS = ('release', 'hidden')
 
 
 @dataclasses.dataclass(frozen=True)
-class CoreMatchingCache(CacheReducer):
+class CoreMatchingCache(Checked, CacheReducer):
   """Keeps the entries of text, and of image tokens that share many MLP neurons with it.
 
   CoreMatching (Wang et al., 2025), arXiv:2505.19235, as released: each layer chooses by itself
@@ -38,14 +38,11 @@ class CoreMatchingCache(CacheReducer):
     back: whose neurons are shared, from the end of the prompt.
   """
 
-  variant: str = 'release'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   back: Count = 5
   needs = frozenset({'keys', 'mlp_hidden'})
   adaptive = 'the elbow decides how many image tokens stay'
   allocates = True
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> KVGather | KVBlank:
     image = tokens.real & (tokens.kind == VISUAL)

@@ -5,24 +5,25 @@ features a head, F coming positions.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.attention import HIDDEN_LOGIT
 from ops.primitives.kv_select import by_kv_head, earliest
+from ops.reducers.base import Checked
 from ops.reducers.scoring import ScoringReducer
 from ops.rope import Rope, sequence_index
 from ops.signals import Signals
 from ops.tokens import TokenSet
-from ops.values import Count, CountOrZero, NotNegative
+from ops.values import Count, CountOrZero, NotNegative, OneOf
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpectedAttention(ScoringReducer):
+class ExpectedAttention(Checked, ScoringReducer):
   """Keeps the entries with the highest expected attention times value norm.
 
   Expected Attention (Devoto et al., 2025), arXiv:2510.00636, as in the kvpress library. Queries
@@ -40,14 +41,10 @@ class ExpectedAttention(ScoringReducer):
 
   future: Count = 512
   sinks: CountOrZero = 4
-  covariance: str = 'full'
+  covariance: Annotated[str, OneOf(('full', 'none'))] = 'full'
   epsilon: NotNegative = 0.0
-  weigh: str = 'value_norm'
+  weigh: Annotated[str, OneOf(('value_norm', 'none'))] = 'value_norm'
   needs = frozenset({'keys', 'values', 'plain_queries', 'rope'})
-
-  def __post_init__(self) -> None:
-    choices.check('covariance=', self.covariance, ('full', 'none'))
-    choices.check('weigh=', self.weigh, ('value_norm', 'none'))
 
   def forced(self, tokens: TokenSet, num_slots: int) -> Array:
     """Names the sinks."""

@@ -4,16 +4,18 @@ Axes: B batch, N entries now, M entries after, H heads, K kv heads, W last queri
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import by_kv_head, latest, pool_neighbours
+from ops.reducers.base import Checked
 from ops.reducers.scoring import ScoringReducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import OneOf
 
 Array = jax.Array
 POOLS = ('avg', 'max')
@@ -21,7 +23,7 @@ VARIANTS = ('release', 'kvpress')
 
 
 @dataclasses.dataclass(frozen=True)
-class SnapKV(ScoringReducer):
+class SnapKV(Checked, ScoringReducer):
   """Keeps the last entries and those with their highest attention, pooled over neighbours.
 
   SnapKV (Li et al., 2024), arXiv:2404.14469. The scores of heads that share a key are averaged;
@@ -37,13 +39,12 @@ class SnapKV(ScoringReducer):
 
   window: int = 64
   kernel: int = 5
-  pool: str = 'avg'
-  variant: str = 'release'
+  pool: Annotated[str, OneOf(POOLS)] = 'avg'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   needs = frozenset({'keys', 'window_attention'})
 
   def __post_init__(self) -> None:
-    for name, allowed in (('pool', POOLS), ('variant', VARIANTS)):
-      choices.check(f'{name}=', getattr(self, name), allowed)
+    super().__post_init__()
     if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
       raise ValueError(f'window={self.window} must be at least 1 and kernel={self.kernel} odd')
 

@@ -9,6 +9,7 @@ from ops.reducers.language.dart import DART
 from ops.reducers.language.duet_vlm import DUETVLM
 from ops.reducers.language.fastv import FastV
 from ops.reducers.language.fitprune import FitPrune
+from ops.reducers.language.framefusion_prune import FrameFusionPrune
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.hidrop import HiDrop
 from ops.reducers.language.holitom_merge import HoliTomMerge
@@ -16,7 +17,9 @@ from ops.reducers.language.lvlm_csp import LVLMCSP
 from ops.reducers.language.mustdrop import MustDrop
 from ops.reducers.language.pact import PACT
 from ops.reducers.language.pyramiddrop import PyramidDrop
+from ops.reducers.language.relevance_rank import RelevanceRank
 from ops.reducers.language.sparsevlm import SparseVLM
+from ops.reducers.language.subtoken_merge import SubtokenMerge
 from ops.reducers.language.todre_exit import ToDREExit
 from ops.reducers.language.transprune import TransPrune
 from ops.reducers.language.visiondrop import VisionDrop
@@ -45,4 +48,7 @@ LANGUAGE: dict[str, type[Method]] = {
     'adatoken_3d': AdaToken3D,
     'mustdrop': MustDrop,
     'pact': PACT,
+    'subtoken_merge': SubtokenMerge,
+    'relevance_rank': RelevanceRank,
+    'framefusion_prune': FrameFusionPrune,
 }

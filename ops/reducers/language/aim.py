@@ -4,18 +4,20 @@ Axes: B batch, N slots now, H heads.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import attention, choices
+from ops import attention
 from ops.assignments import Assignment
 from ops.attention import HIDDEN_LOGIT
 from ops.primitives.select import keep_top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.rope import sequence_index
 from ops.signals import Signals
 from ops.tokens import TokenSet, identity
+from ops.values import OneOf
 
 Array = jax.Array
 VARIANTS = ('paper', 'release')
@@ -24,7 +26,7 @@ TEMPERATURE, STEPS = 0.1, 5
 
 
 @dataclasses.dataclass(frozen=True)
-class AIM(Reducer):
+class AIM(Checked, Reducer):
   """Keeps the tokens where random walks over the attention of a layer end.
 
   AIM (Zhong et al., 2024), arXiv:2412.03248: walks begin anywhere, and take five steps from queries
@@ -40,16 +42,13 @@ class AIM(Reducer):
       runs and walks as a query (mode='mask', which saves nothing).
   """
 
-  variant: str = 'paper'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'paper'
   # The map is built anew, from rotated queries and keys in causal order: no other host has a rope.
   needs = frozenset({'queries', 'keys', 'rope'})
   site = 'after'
   positions = 'keep'
   drops = 'pruning drops tokens'
   can_empty = True
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   @property
   def mode(self) -> str:

@@ -4,26 +4,26 @@ Axes: B batch, N slots now, D features, H heads.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.match import cosine
 from ops.primitives.queries import sample_of
 from ops.primitives.select import keep_top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
-from ops.values import NotNegative
+from ops.values import NotNegative, OneOf
 
 Array = jax.Array
 PARTS = ('context', 'query')
 
 
 @dataclasses.dataclass(frozen=True)
-class CATP(Reducer):
+class CATP(Checked, Reducer):
   """Keeps tokens of the examples that the query turns to, or those of the query that are like them.
 
   The second stage of CATP (Li et al., 2025), arXiv:2508.07871, from the paper's text (no code is
@@ -41,7 +41,7 @@ class CATP(Reducer):
     likeness: weight of the cosine, of the first.
   """
 
-  part: str = 'context'
+  part: Annotated[str, OneOf(PARTS)] = 'context'
   likeness: NotNegative = 0.6
   reconstructed = "the paper's text"
   watch_needs = frozenset({'last_attention'})
@@ -49,9 +49,6 @@ class CATP(Reducer):
   positions = 'keep'
   drops = 'pruning drops tokens'
   can_empty = True
-
-  def __post_init__(self) -> None:
-    choices.check('part=', self.part, PARTS)
 
   @property
   def needs(self) -> frozenset[str]:

@@ -4,32 +4,33 @@ Axes: B batch, N slots now, F MLP width.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.queries import latest_but, shared_neurons
 from ops.primitives.select import above_elbow, keep_top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
-from ops.values import Count, Share
+from ops.values import Count, OneOf, Share
 
 Array = jax.Array
 VARIANTS = ('release', 'paper')
 
 
 @dataclasses.dataclass(frozen=True)
-class CoreMatching(Reducer):
+class CoreMatching(Checked, Reducer):
   """Keeps the tokens that share more MLP neurons with the text than those at the elbow.
 
   CoreMatching (Wang et al., 2025), arXiv:2505.19235. Shared neurons are counted and sorted; the
   elbow is the token farthest from the line between the first and the last. Where more tokens are
   above it than the budget lets stay, the best stay; where all share as many, all count as above.
   What goes is gone, here as in the paper; what the release does instead is `corematching_cache`.
-  Its other half, to leave out neurons while a model decodes, is not here: weights are read whole.
+  Its other half, to leave out neurons while a model decodes, is not here: weights are read whole,
+  and columns picked for each row would be copied in every step.
 
   Attributes:
     variant: whose neurons are shared. 'release': all that are positive, of the token that is `back`
@@ -40,7 +41,7 @@ class CoreMatching(Reducer):
     own, common: of the paper's variant.
   """
 
-  variant: str = 'release'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   back: Count = 5
   own: Share = 0.4
   common: Share = 0.4
@@ -50,9 +51,6 @@ class CoreMatching(Reducer):
   drops = 'pruning drops tokens'
   adaptive = 'the elbow decides how many stay'
   can_empty = True
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     scores = self.shared(tokens, signals)

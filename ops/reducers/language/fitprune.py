@@ -8,11 +8,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.queries import sum_rows, text_after_images
+from ops.primitives.queries import sums_of_image_and_text, text_after_images
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
-from ops.tokens import VISUAL, TokenSet
+from ops.tokens import TokenSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class FitPrune(Reducer):
   FitPrune (Ye et al., 2024), arXiv:2409.10197, as released: of each row the largest over heads
   counts, and rows are added up; where no text follows, the image alone counts. Tokens leave behind
   the attention of a layer, which still reads them, and before its MLP. How many leave in which
-  layer is fitted to what hundreds of images lose of the two sums; the release has lists of them for
-  LLaVA-1.5 (`remove`, one a layer), and the fit is not here.
+  layer is fitted to what hundreds of images lose of the two sums (`python -m tools.fit`, which says
+  what a config's `layers` and `keep` are); the release has lists of them for LLaVA-1.5.
   """
 
   needs = frozenset({'queries', 'keys', 'rope'})
@@ -33,7 +33,6 @@ class FitPrune(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     after = text_after_images(tokens)
-    image, text = sum_rows(tokens, signals, jnp.stack([
-        tokens.real & (tokens.kind == VISUAL), after]), jnp.max)
+    image, text = sums_of_image_and_text(tokens, signals, after)
     text = jnp.where(after.any(axis=1, keepdims=True), text, 1.0)
     return keep_top(tokens, image * text, num_slots=num_slots)

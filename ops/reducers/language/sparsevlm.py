@@ -5,27 +5,28 @@ rate.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import attention, choices
+from ops import attention
 from ops.assignments import Assignment, take
 from ops.attention import HIDDEN_LOGIT
 from ops.primitives.contextual import recycle
 from ops.primitives.queries import heads_in_turn, text_after_images
 from ops.primitives.select import keep_top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet, count
-from ops.values import Count, Share
+from ops.values import Count, OneOf, Share
 
 Array = jax.Array
 VARIANTS = ('release', 'plus', 'paper')
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseVLM(Reducer):
+class SparseVLM(Checked, Reducer):
   """Keeps the tokens that rating words attend to, and a few means of the best of the others.
 
   SparseVLM (Zhang et al., 2024), arXiv:2410.04417. Words rate that image tokens are more like than
@@ -47,16 +48,13 @@ class SparseVLM(Reducer):
     scale: of 'paper', whose own value is not known here.
   """
 
-  variant: str = 'release'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   heads: Count = 14
   scale: Share = 0.5
   watch_needs = frozenset({'hidden_in'})
   site = 'after'
   drops = 'pruned tokens that are not recycled are gone'
   can_empty = True
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   @property
   def needs(self) -> frozenset[str]:

@@ -4,18 +4,19 @@ Axes: B batch, N slots now, D features, H heads.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.attention import HIDDEN_LOGIT
 from ops.primitives.queries import text_after_images
 from ops.primitives.select import keep_top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import OneOf
 
 Array = jax.Array
 TINY = 1e-8
@@ -23,7 +24,7 @@ VARIANTS = ('release', 'paper')
 
 
 @dataclasses.dataclass(frozen=True)
-class TransPrune(Reducer):
+class TransPrune(Checked, Reducer):
   """Keeps the tokens with the largest change across layers plus attention from later text.
 
   TransPrune (Li et al., 2025), arXiv:2507.20630. How much a token changes is how long what
@@ -36,16 +37,13 @@ class TransPrune(Reducer):
     variant: 'release' takes the cosine with its sign, 'paper' its size.
   """
 
-  variant: str = 'release'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   needs = frozenset({'next_row_attention'})
   watch_needs = frozenset({'hidden', 'attention_out', 'mlp_in', 'mlp_out'})
   site = 'before'
   positions = 'compact'
   drops = 'pruning drops tokens'
   can_empty = True
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   def rows(self, tokens: TokenSet) -> Array:
     """bool[B, N], text after the last visual token."""

@@ -3,6 +3,7 @@
 from ops.reducers.method import Method
 from ops.reducers.projector.aim_merge import AIMMerge
 from ops.reducers.projector.cdpruner import CDPruner
+from ops.reducers.projector.dc2 import DC2
 from ops.reducers.projector.divprune import DivPrune
 from ops.reducers.projector.duet_zip import DUETZip
 from ops.reducers.projector.dycoke import DyCoke
@@ -73,4 +74,5 @@ PROJECTOR: dict[str, type[Method]] = {
     'prunevid': PruneVid,
     'framefusion': FrameFusion,
     'mustdrop_merge': MustDropMerge,
+    'dc2': DC2,
 }

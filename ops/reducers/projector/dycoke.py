@@ -4,22 +4,23 @@ Axes: B batch, N slots now, F frames.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, shares
 from ops.primitives.crops.regions import keep_flagged, ranks_within
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import OneOf
 
 VARIANTS = ('paper', 'release')
 
 
 @dataclasses.dataclass(frozen=True)
-class DyCoke(Reducer):
+class DyCoke(Checked, Reducer):
   """Keeps every fourth frame, and of the others what is least like the frame that they go by.
 
   The first stage of DyCoke (Tao et al., 2024), arXiv:2411.15024. Of each four frames the second and
@@ -33,13 +34,10 @@ class DyCoke(Reducer):
       whole too (if it has four), and a last frame without a pair is dropped.
   """
 
-  variant: str = 'paper'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'paper'
   needs = FRAME_SIGNALS
   site = 'after'
   drops = 'pruning drops tokens'
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     frames = Frames.of(tokens, signals)

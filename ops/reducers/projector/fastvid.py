@@ -4,27 +4,27 @@ Axes: B batch, N slots now, M slots after, H heads, F frames, D features.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment, Mix, take
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, asked, best, check_share
 from ops.primitives.crops.groups import cluster_groups
 from ops.primitives.crops.regions import keep_flagged, ranks_within, sums
 from ops.primitives.crops.segments import segments
 from ops.primitives.match import cosine, l2_normalize
-from ops.reducers.base import ATTENTIONS, Reducer
+from ops.reducers.base import ATTENTIONS, Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
-from ops.values import Count, Share
+from ops.values import Count, OneOf, Share
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class FastVID(Reducer):
+class FastVID(Checked, Reducer):
   """Keeps the most attended tokens of every frame, and merges the rest of a segment into anchors.
 
   FastVID (Shen et al., 2025), arXiv:2503.11187, as released for LLaVA-OneVision, but for frame
@@ -48,7 +48,7 @@ class FastVID(Reducer):
     share: of the tokens that stay, None for the budget's.
   """
 
-  by: str = 'received_attention'
+  by: Annotated[str, OneOf(ATTENTIONS)] = 'received_attention'
   segments: Count = 8
   threshold: float = 0.9
   context: Share = 0.4
@@ -59,7 +59,7 @@ class FastVID(Reducer):
   adaptive = "a segment's share is rounded down"
 
   def __post_init__(self) -> None:
-    choices.check('by=', self.by, ATTENTIONS)
+    super().__post_init__()
     check_share(self.share)
 
   @property

@@ -7,9 +7,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, take
+from ops.assignments import Assignment
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best
-from ops.primitives.crops.groups import joined, merge_flagged
+from ops.primitives.crops.groups import average_flagged
 from ops.primitives.crops.regions import ranks_within
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -25,8 +25,8 @@ class FrameFusion(Reducer):
   asks for merge, the most alike first; a place that does so over several frames becomes one token
   in its first one, the mean of all. The release merges what is above a threshold in the first
   layers of the language model, and so many in the last of these alone; what its budget lacks then
-  is pruned by attention, neither of which is here. No budget takes the first frame's places apart:
-  one that is less than a frame drops the last of them. Newlines stay. Tokens keep their order.
+  is pruned by attention (`framefusion_prune`). No budget takes the first frame's places apart: one
+  that is less than a frame drops the last of them. Newlines stay. Tokens keep their order.
   """
 
   needs = FRAME_SIGNALS
@@ -43,7 +43,4 @@ class FrameFusion(Reducer):
     partner = jnp.where(frames.there, start, own)
     stays = best(tokens, ~merges, jnp.where(frames.there, -own.astype(jnp.float32), 1.0),
                  num_slots=num_slots)
-    sizes = tokens.sizes
-    total = take(joined(sizes, partner), jnp.minimum(partner, slots - 1))
-    return merge_flagged(tokens, stays, partner, sizes / jnp.where(total > 0, total, 1.0),
-                         num_slots=num_slots)
+    return average_flagged(tokens, stays, partner, num_slots=num_slots)

@@ -9,7 +9,6 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment, take
 from ops.primitives.select import keep_flagged, keep_top, ranks, top
 from ops.reducers.base import ByAttention
@@ -51,13 +50,9 @@ class HiPrune(ByAttention):
   alpha: NotNegative = 0.1
   grid: Annotated[str, OneOf(GRIDS)] = 'same'
   patches: Count = 4
-  variant: str = 'paper'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'paper'
   site = 'after'
   drops = 'pruning drops tokens'
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    choices.check('variant=', self.variant, VARIANTS)
 
   @property
   def needs(self) -> frozenset[str]:

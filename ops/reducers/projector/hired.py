@@ -4,24 +4,24 @@ Axes: B batch, N slots now, H heads, G patches of a crop.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.crops.regions import keep_flagged, ranks_within, region, sums
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept, of_kept
-from ops.values import Share
+from ops.values import OneOf, Share
 
 Array = jax.Array
 VARIANTS = ('paper', 'release')
 
 
 @dataclasses.dataclass(frozen=True)
-class HiRED(Reducer):
+class HiRED(Checked, Reducer):
   """Keeps the tokens with the highest [CLS] attention of each crop, as many as its part is worth.
 
   HiRED (Arif et al., 2024), arXiv:2408.10945, as released for LLaVA-NeXT. A share of the budget is
@@ -39,15 +39,12 @@ class HiRED(Reducer):
 
   alpha: Share = 0.5
   early: int = 0
-  variant: str = 'paper'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'paper'
   needs = frozenset({'cls_attention', 'crop', 'patch', 'tiling', 'crop_grid'})
   watch_needs = frozenset({'cls_attention'})
   site = 'after'
   drops = 'pruning drops tokens'
   adaptive = "a crop's share is rounded down"
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
     return (self.early,) if cuts else ()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, check_share
-from ops.primitives.crops.groups import cluster_groups, joined, merge_flagged
+from ops.primitives.crops.groups import cluster_groups, joined, means_of_still, merge_flagged
 from ops.primitives.crops.regions import ranks_within, sums
 from ops.primitives.crops.segments import segments, windows
 from ops.reducers.base import Reducer
@@ -69,14 +69,11 @@ class HoliTom(Reducer):
     end = frames.at(last)
     still = (last > first) & (end < slots) & (take(runs, jnp.minimum(end, slots - 1))
                                               >= last - first)
-    anchor = jnp.where(still, frames.at(first), own)
-    length = jnp.where(still, last - first + 1, 1)
-    mean = joined(jnp.where(still[..., None], x.astype(jnp.float32), 0) / length[..., None], anchor)
+    anchor, length, group, x = means_of_still(frames, x, still, first, last)
 
     total = jnp.sum(frames.sizes, axis=1, keepdims=True)
     kept = frames.num_kept(tokens, num_slots) if self.share is None else self.share * total
     ratio = jnp.minimum(kept / jnp.maximum(total - saved, 1), 1.0)
-    group = jnp.where(still, jnp.where(anchor == own, frames.number + first, -1), frames.frame)
     asked = sums(group >= 0, group, 2 * frames.number) * ratio
     moving = jnp.ceil(asked[:, :frames.number] - 1e-4)
     dominant = jnp.round(moving * (1 - self.context) + 1e-5)
@@ -84,8 +81,8 @@ class HoliTom(Reducer):
     chosen = frames.there & ~still & (
         ranks_within(jnp.where(still, -1, group), attention) < frames.spread(dominant))
     centres = jnp.concatenate([moving - dominant, jnp.round(asked[:, frames.number:])], axis=1)
-    found = cluster_groups(jnp.where(still[..., None], mean, x), jnp.where(chosen, -1, group),
-                           centres.astype(jnp.int32), neighbours=self.neighbours, few=True,
+    found = cluster_groups(x, jnp.where(chosen, -1, group), centres.astype(jnp.int32),
+                           neighbours=self.neighbours, few=True,
                            width=signals.crop_grid[0] * signals.crop_grid[1])
 
     partner = jnp.where(chosen | ~frames.there, own, take(found.centre, anchor))

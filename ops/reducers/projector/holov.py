@@ -5,18 +5,18 @@ Axes: B batch, N slots now, M slots after, H heads, P chunks, C tokens compared 
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment, Gather, take
 from ops.primitives.products import by_row
 from ops.primitives.select import apportion, apportion_room, rank_of, ranks
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, filled, num_kept
-from ops.values import Count, NotNegative
+from ops.values import Count, NotNegative, OneOf
 
 Array = jax.Array
 EPS = 1e-6
@@ -47,13 +47,9 @@ class HoloV(ByAttention):
 
   chunks: Count | None = None
   power: NotNegative = 1.0
-  variant: str = 'release'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   site = 'after'
   drops = 'pruning drops tokens'
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    choices.check('variant=', self.variant, VARIANTS)
 
   @property
   def adaptive(self) -> str:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
 from ops.primitives.crops.frames import best
-from ops.primitives.crops.groups import joined, merge_flagged
+from ops.primitives.crops.groups import average_flagged
 from ops.primitives.crops.regions import sums
 from ops.primitives.match import l2_normalize
 from ops.reducers.base import Reducer
@@ -62,7 +62,4 @@ class MustDropMerge(Reducer):
     inside = jnp.maximum(window, 0)
     partner = jnp.where(take(merged, inside) & (window >= 0), take(last, inside), own)
     stays = best(tokens, partner == own, -own.astype(jnp.float32), num_slots=num_slots)
-    sizes = tokens.sizes
-    total = take(joined(sizes, partner), partner)
-    return merge_flagged(tokens, stays, partner, sizes / jnp.where(total > 0, total, 1.0),
-                         num_slots=num_slots)
+    return average_flagged(tokens, stays, partner, num_slots=num_slots)

@@ -34,7 +34,9 @@ class PruMerge(Reducer):
   attention; what is not kept also adds up to one token more, which stands last. Nothing is
   normalised again, as the paper has it. The release compares the last layer's queries and keys and
   reduces the features before that layer; here both are of the layer at hand. There outliers are
-  counted over a batch, and PruMerge+ takes a batch of one; here each row has its own.
+  counted over a batch, and PruMerge+ takes a batch of one; here each row has its own. In a tower
+  every crop of an image is a row, with its own outliers, and its last token in its place among the
+  patches: reduce there where images have several crops.
 
   Attributes:
     neighbours: how many tokens, by cosine of the keys, each one that is kept takes in.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, check_share, shares
-from ops.primitives.crops.groups import cluster_groups, joined, merge_flagged
+from ops.primitives.crops.groups import cluster_groups, joined, means_of_still, merge_flagged
 from ops.primitives.crops.regions import sums
 from ops.primitives.crops.segments import contiguous, segments
 from ops.primitives.match import l2_normalize
@@ -62,15 +62,11 @@ class PruneVid(Reducer):
     own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), frames.frame.shape)
     ends = segments(self._starts(frames, x), frames.counts)
     first, last = (frames.spread(frame) for frame in ends)
-    length, start = last - first + 1, frames.at(first)
-    still = frames.there & (mean_cosine(l2_normalize(x), start, length) > self.threshold)
-    anchor = jnp.where(still, start, own)
-    length = jnp.where(still, length, 1)
-    mean = joined(jnp.where(still[..., None], x.astype(jnp.float32), 0) / length[..., None], anchor)
-
-    group = jnp.where(still, jnp.where(anchor == own, frames.number + first, -1), frames.frame)
+    still = frames.there & (mean_cosine(l2_normalize(x), frames.at(first), last - first + 1)
+                            > self.threshold)
+    anchor, length, group, x = means_of_still(frames, x, still, first, last)
     sizes = sums(group >= 0, group, 2 * frames.number)
-    found = cluster_groups(jnp.where(still[..., None], mean, x), group,
+    found = cluster_groups(x, group,
                            self._centres(sizes, frames.num_kept(tokens, num_slots)),
                            neighbours=self.neighbours,
                            width=signals.crop_grid[0] * signals.crop_grid[1])

@@ -4,20 +4,20 @@ Axes: B batch, N slots now, M slots after, D features, T words, H heads, d featu
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment, Mix, take
 from ops.primitives.match import cosine, l2_normalize
 from ops.primitives.quantiles import local_outliers
 from ops.primitives.queries import whole_attention
 from ops.primitives.select import rank_of, ranks, top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import TEXT_SIGNALS, Signals
 from ops.tokens import TokenSet, count, num_left
-from ops.values import Count
+from ops.values import Count, OneOf
 
 Array = jax.Array
 VARIANTS = ('release', 'paper')
@@ -26,7 +26,7 @@ PROMPT_WEIGHT = 50.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Recoverable(Reducer):
+class Recoverable(Checked, Reducer):
   """Keeps as many tokens as stand out by [CLS] attention, and by the prompt, and merges others.
 
   Recoverable Compression (Chen et al., 2024), arXiv:2409.01179, as the first author released it.
@@ -45,7 +45,7 @@ class Recoverable(Reducer):
     neighbours: how many tokens each merged one takes in.
   """
 
-  variant: str = 'release'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   peers: Count = 20
   neighbours: Count = 32
   # The first is not read: a host that offers it has a [CLS].
@@ -54,9 +54,6 @@ class Recoverable(Reducer):
   extra_slots = 1
   merges = True
   adaptive = 'as many tokens stay as stand out'
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   @property
   def drops(self) -> str:

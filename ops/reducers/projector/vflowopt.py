@@ -1,6 +1,6 @@
 """VFlowOpt's stage behind the tower: keeps important tokens, and recycles the others by place.
 
-Axes: B batch, N slots now, M slots after, H heads, d features a head, C cells, P patches.
+Axes: B batch, N slots now, M slots after, H heads, d features a head, C cells at most, P patches.
 """
 
 import dataclasses
@@ -14,12 +14,13 @@ from ops import attention
 from ops.assignments import Assignment, Merge, take
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
-from ops.signals import Signals
+from ops.signals import CROP_SIGNALS, Signals
 from ops.tokens import TokenSet, count, key_bias, num_kept
-from ops.values import NotNegative, Range
+from ops.values import NotNegative, OneOf, Range
 
 Array = jax.Array
 TINY = 1e-20
+OVERS = ('grid', 'crops')
 # Of red, green and blue, in the grey that entropy is of.
 GREY = (0.333, 0.333, 0.334)
 
@@ -38,9 +39,15 @@ class VFlowOpt(Reducer):
   without tokens fills no slot. A cut that no watch comes before goes by the attention received.
   The release's next two cuts are in the language model.
 
+  With over='crops' an image has one budget for all its crops, as released for LLaVA-OneVision: each
+  crop has its own mean attention and threshold, and cells are those of the whole image in small and
+  those of its crops put together, without their padding. A newline is in the column behind its
+  row's last, and of no importance.
+
   Attributes:
     threshold: t. The release has 39.26, 34.76 and 28.68 where a tenth, a quarter and a half stay.
     cell: side of a cell in patches; 17.39, 15.58 and 11.76.
+    over: 'grid', one image a row, or 'crops'.
     alpha: what entropy counts: stats['entropy'] float32[B, N], of `patch_entropy`, after a softmax;
       0 in the release.
   """
@@ -48,10 +55,15 @@ class VFlowOpt(Reducer):
   threshold: NotNegative = 34.76
   cell: Annotated[float, Range(1)] = 15.58
   alpha: NotNegative = 0.0
-  needs = frozenset({'received_attention', 'grid'})
+  over: Annotated[str, OneOf(OVERS)] = 'grid'
   watch_needs = frozenset({'received_attention', 'queries', 'keys'})
   site = 'after'
   adaptive = 'a cell of which every token stays fills no slot'
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return CROP_SIGNALS | {'received_attention'} if self.over == 'crops' else frozenset({
+        'received_attention', 'grid'})
 
   def watched(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
     return cuts
@@ -76,16 +88,60 @@ class VFlowOpt(Reducer):
                          "give stats['entropy'] (patch_entropy), or alpha=0")
       entropy = jnp.where(tokens.free, tokens.stats['entropy'], -jnp.inf)
       importance += self.alpha * jax.nn.softmax(entropy, axis=1)
+    if self.over == 'crops':
+      cell, number, most = cells_of_crops(tokens, signals, self.cell)
+      return recycle(tokens, importance, cell, num_slots=num_slots, cells=most, number=number)
     rows, columns = signals.grid
     across = math.ceil(columns / self.cell)
-    row, column = (jnp.floor(place / self.cell).astype(jnp.int32)
+    row, column = (_cell(place, self.cell)
                    for place in (tokens.pos // columns, tokens.pos % columns))
     return recycle(tokens, importance, row * across + column, num_slots=num_slots,
                    cells=math.ceil(rows / self.cell) * across)
 
 
+def _cell(place: Array, side: float) -> Array:
+  """Returns which cell of a row or a column of cells a place is in."""
+  return jnp.floor(place / side).astype(jnp.int32)
+
+
+def cells_of_crops(tokens: TokenSet, signals: Signals, side: float) -> tuple[Array, Array, int]:
+  """Numbers the cells of the whole image in small, then those of its crops put together.
+
+  Args:
+    tokens: N slots, newlines behind the rows that they end.
+    signals: with `CROP_SIGNALS`.
+    side: of a cell, in patches.
+
+  Returns:
+    int32[B, N], the cell of each token; int32[B, 1], how many a row has; and C.
+  """
+  rows, columns = signals.crop_grid
+  own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), signals.crop.shape)
+  newline = signals.crop < 0
+  last = jnp.maximum(jax.lax.cummax(jnp.where(newline, -1, own), axis=1), 0)
+  crop, patch = take(signals.crop, last), take(signals.patch, last)
+  tiles, part = jnp.maximum(signals.tiling[:, 1:], 1), jnp.maximum(crop - 1, 0)
+  joint = tokens.free & (crop > 0)
+
+  def placed(place: Array, length: int) -> tuple[Array, Array]:
+    """Finds the cell along an axis, and how many there are of the joint crops, int32[B, 1]."""
+    low = jnp.min(jnp.where(joint, place, tokens.slots), axis=1, keepdims=True)
+    place = _cell(jnp.where(joint, place - low, jnp.minimum(place, length - 1)), side)
+    return place, 1 + jnp.max(jnp.where(joint, place, -1), axis=1, keepdims=True)
+
+  row, down = placed(part // tiles * rows + patch // columns, rows)
+  column, over = placed(part % tiles * columns + patch % columns + newline, columns)
+  small = math.ceil(columns / side)
+  whole = math.ceil(rows / side) * small
+  parts = signals.num_crops - 1
+  most = max((math.ceil(high * rows / side) * math.ceil((parts // high * columns + 1) / side)
+              for high in range(1, parts + 1)), default=0)
+  cell = jnp.where(joint, whole + row * over + column, row * small + column)
+  return cell, whole + down * over, whole + most
+
+
 def recycle(tokens: TokenSet, importance: Array, cell: Array, *, num_slots: int,
-            cells: int) -> Merge:
+            cells: int, number: Array | None = None) -> Merge:
   """Keeps the most important tokens, and of those of each cell that are left one average.
 
   Args:
@@ -94,10 +150,12 @@ def recycle(tokens: TokenSet, importance: Array, cell: Array, *, num_slots: int,
     cell: int32[B, N], each from 0 to C - 1.
     num_slots: M, slots left; where there are more cells than slots, the last ones are one.
     cells: C.
+    number: int32[B, 1], cells of each row; None for C.
   """
   slots, kept = tokens.slots, num_kept(tokens, num_slots)
   own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), cell.shape)
-  alone = jnp.where(kept < count(tokens.free), jnp.maximum(kept - cells, 0), kept)
+  apart = cells if number is None else number
+  alone = jnp.where(kept < count(tokens.free), jnp.maximum(kept - apart, 0), kept)
   high = tokens.free & (ranks(top(importance, slots, excluded=~tokens.free), slots) < alone)
   low = tokens.free & ~high
   cell = jnp.where(low, jnp.minimum(cell, jnp.maximum(kept - 1, 0)), cells)

@@ -6,21 +6,21 @@ features a head, E complement tokens.
 
 import dataclasses
 import itertools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import choices
 from ops.assignments import Assignment, Mix, take
 from ops.primitives.match import cosine, l2_normalize
 from ops.primitives.quantiles import by_each_others_variance, variance
 from ops.primitives.queries import received_from_others
 from ops.primitives.select import keep_top, ranks, top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import TEXT_SIGNALS, Signals
 from ops.tokens import TokenSet, count, num_left
-from ops.values import Count, Iterations
+from ops.values import Count, Iterations, OneOf
 
 Array = jax.Array
 VARIANTS = ('release', 'paper')
@@ -29,7 +29,7 @@ OF_POSITIONS, NEIGHBOURHOOD = 0.5, 9
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionTrim(Reducer):
+class VisionTrim(Checked, Reducer):
   """Keeps the tokens that [CLS] and the others attend to, or that are dominant near and far.
 
   VisionTrim (Yu et al., 2026), arXiv:2601.22674, before the language model. As released a token's
@@ -48,13 +48,10 @@ class VisionTrim(Reducer):
     rounds: of joining.
   """
 
-  variant: str = 'release'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   complement: Count = 10
   rounds: Iterations = 3
   site = 'after'
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   @property
   def needs(self) -> frozenset[str]:

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.contextual import zip_tokens
 from ops.primitives.select import rank_of, ranks, top
@@ -48,12 +47,11 @@ class VisionZip(ByAttention):
   share: Annotated[float, Range(above=0, below=1)] | None = None
   metric: Annotated[str, OneOf(METRICS)] = 'keys'
   cls: Annotated[str, OneOf(CLS)] = 'dropped'
-  variant: str = 'release'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'release'
   site = 'after'
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    choices.check('variant=', self.variant, VARIANTS)
     if self.contextual < 1:
       raise ValueError(f'contextual={self.contextual} must be at least 1')
 

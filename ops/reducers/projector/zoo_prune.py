@@ -5,27 +5,27 @@ Axes: B batch, N slots now, M slots after, D features, C features of the tower, 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment
 from ops.primitives.farthest import farthest_first
 from ops.primitives.match import l2_normalize
 from ops.primitives.quantiles import above_lowest
 from ops.primitives.select import keep_top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
-from ops.values import Count, Positive, Seed
+from ops.values import Count, OneOf, Positive, Seed
 
 Array = jax.Array
 VARIANTS = ('derivative', 'differences')
 
 
 @dataclasses.dataclass(frozen=True)
-class ZOOPrune(Reducer):
+class ZOOPrune(Checked, Reducer):
   """Keeps tokens that are far apart, and of which the projector makes much of a small change.
 
   ZOO-Prune (Kim et al., 2025), arXiv:2509.24837, as released. A token's sensitivity is the mean
@@ -43,16 +43,13 @@ class ZOOPrune(Reducer):
     seed: of the directions.
   """
 
-  variant: str = 'derivative'
+  variant: Annotated[str, OneOf(VARIANTS)] = 'derivative'
   directions: Count = 64
   step: Positive = 0.01
   seed: Seed = 0
   needs = frozenset({'vision_features', 'project'})
   site = 'after'
   drops = 'pruning drops tokens'
-
-  def __post_init__(self) -> None:
-    choices.check('variant=', self.variant, VARIANTS)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     features = jax.lax.stop_gradient(signals.vision_features.astype(jnp.float32))

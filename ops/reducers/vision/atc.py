@@ -5,17 +5,18 @@ Axes: B batch, N slots now, M slots after, H heads, d features a head.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.argmax import min_and_index
 from ops.assignments import Assignment, take
 from ops.primitives.match import join, pairwise_cosine
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
+from ops.values import OneOf
 
 Array = jax.Array
 
@@ -29,7 +30,7 @@ LINKAGES: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ATC(Reducer):
+class ATC(Checked, Reducer):
   """Averages clusters of tokens, built bottom up from the cosine distances of keys.
 
   Agglomerative Token Clustering (Haurum et al., 2024), Sec. 3, arXiv:2409.11923. The slots that a
@@ -43,12 +44,9 @@ class ATC(Reducer):
     proportional: whether attention counts a slot as often as it has tokens.
   """
 
-  linkage: str = 'average'
+  linkage: Annotated[str, OneOf(LINKAGES)] = 'average'
   proportional: bool = True
   needs = frozenset({'keys'})
-
-  def __post_init__(self) -> None:
-    choices.check('linkage=', self.linkage, LINKAGES)
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     keys = jax.lax.stop_gradient(signals.keys.astype(jnp.float32))

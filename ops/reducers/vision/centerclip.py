@@ -5,26 +5,25 @@ all rows (B S), K clusters of a segment.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops import tokens as tk
 from ops.assignments import Assignment, Merge, take
 from ops.primitives import cluster, kmedoids
 from ops.primitives.select import keep_top, ranks
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import OneOf
 
 Array = jax.Array
-FIELDS = {'by': ('medoids', 'spectral'), 'outputs': ('medoids', 'means'),
-          'distance': kmedoids.DISTANCES, 'graph': ('all', 'nearest')}
 
 
 @dataclasses.dataclass(frozen=True)
-class CenterCLIP(Reducer):
+class CenterCLIP(Checked, Reducer):
   """Clusters the tokens of each video segment and keeps the medoids.
 
   CenterCLIP (Zhao et al., 2022), Sec. 3, arXiv:2205.00823, as released: k-medoids++, whose first
@@ -49,18 +48,17 @@ class CenterCLIP(Reducer):
   """
 
   segments: int = 1
-  by: str = 'medoids'
-  outputs: str = 'medoids'
-  distance: str = 'euclidean'
-  graph: str = 'all'
+  by: Annotated[str, OneOf(('medoids', 'spectral'))] = 'medoids'
+  outputs: Annotated[str, OneOf(('medoids', 'means'))] = 'medoids'
+  distance: Annotated[str, OneOf(kmedoids.DISTANCES)] = 'euclidean'
+  graph: Annotated[str, OneOf(('all', 'nearest'))] = 'all'
   sigma: float = 2.0
   neighbours: int = 5
   iterations: int = 100
   site = 'before'
 
   def __post_init__(self) -> None:
-    for field, allowed in FIELDS.items():
-      choices.check(f'{field}=', getattr(self, field), allowed)
+    super().__post_init__()
     for field in ('segments', 'neighbours', 'iterations', 'sigma'):
       if getattr(self, field) <= 0:
         raise ValueError(f'{field}={getattr(self, field)} must be positive')

@@ -4,25 +4,26 @@ Axes: B batch, N slots now, M slots after, H heads, d features a head, F = H d.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import cosine, num_excess, pairwise_cosine
 from ops.primitives.select import ranks, top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import SPECIAL, TokenSet, filled
+from ops.values import OneOf
 
 Array = jax.Array
 FORMS = ('image', 'cross', 'text', 'attention')
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossGET(Reducer):
+class CrossGET(Checked, Reducer):
   """Merges tokens into their most similar tokens, weighted by importance.
 
   CrossGET (Shi et al., 2024), Sec. 3, arXiv:2305.17455, as released. Tokens are ranked by their
@@ -46,11 +47,8 @@ class CrossGET(Reducer):
     proportional: whether attention counts a slot as often as it has tokens.
   """
 
-  form: str = 'image'
+  form: Annotated[str, OneOf(FORMS)] = 'image'
   proportional: bool = True
-
-  def __post_init__(self) -> None:
-    choices.check('form=', self.form, FORMS)
 
   @property
   def needs(self) -> frozenset[str]:

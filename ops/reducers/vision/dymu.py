@@ -1,22 +1,19 @@
 """DyMU: merges more tokens in a plain image than in a rich one.
 
-Axes: B batch, N slots now, M slots after, A even slots, H heads, d features a head.
+Axes: B batch, N slots now, M slots after.
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from ops import tokens as tk
-from ops.assignments import Assignment, take
-from ops.primitives.match import join, nearest, num_excess, parity_order, scatter
+from ops.assignments import Assignment
+from ops.primitives.match import even_matches, join, num_excess, scatter
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +28,7 @@ class DyMU(Reducer):
 
   Attributes:
     threshold: cosine above which a pair merges, one for all layers or one for each layer of the
-      model. It belongs to a checkpoint and a budget: `find_threshold` measures it.
+      model. It belongs to a checkpoint and a budget: `python -m tools.fit` measures it.
     most: pairs that may merge at once by the threshold, None for as many as pass it.
   """
 
@@ -59,7 +56,7 @@ class DyMU(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     threshold = self.threshold_at(signals.layer, signals.depth)
-    a, b, best, match = candidates(tokens, signals.keys)
+    a, b, best, match = even_matches(tokens, signals.keys)
     half, crowd = tk.count(tokens.free) // 2, num_excess(tokens, num_slots)
     alike = jnp.sum(best > threshold, axis=1, keepdims=True)
     alike = jnp.minimum(alike, half if self.most is None else jnp.minimum(half, self.most))
@@ -73,41 +70,3 @@ class DyMU(Reducer):
     count = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
     left = count - jnp.sum(source, axis=1, keepdims=True, dtype=jnp.int32)
     return merge.replace(valid=jnp.arange(num_slots)[None] < left, wanted=(count - alike)[:, 0])
-
-
-def candidates(tokens: TokenSet, keys: Array) -> tuple[Array, Array, Array, Array]:
-  """Splits slots into even and odd ones, and finds the best match of each even one.
-
-  Args:
-    tokens: N slots.
-    keys: float[B, N, H, d], compared by the cosine of their mean over heads.
-
-  Returns:
-    int32[B, A] and [B, N - A], slots; float32[B, A], the best cosine, -inf where nothing may merge;
-    int32[B, A], the slot that has it.
-  """
-  order = parity_order(tokens)
-  a, b = order[:, ::2], order[:, 1::2]
-  metric = jax.lax.stop_gradient(keys).astype(jnp.float32).mean(axis=2)
-  return a, b, *nearest(metric, a, b, use_a=take(tokens.free, a), use_b=take(tokens.free, b))
-
-
-def find_threshold(tokens: TokenSet, keys: Array, *, remove: int) -> Array:
-  """Finds the threshold at which the images of a batch lose `remove` tokens each, on average.
-
-  It is the similarity of the best pair that stays apart when the most similar pairs of the whole
-  batch merge. Run over many batches, layer after layer with the thresholds found so far, and take
-  the mean of what each batch gives.
-
-  Args:
-    tokens: N slots.
-    keys: float[B, N, H, d].
-    remove: tokens; counts as half of the slots that are not protected where it is more.
-
-  Returns:
-    float32[], not negative.
-  """
-  best = candidates(tokens, keys)[2].reshape(-1)
-  count = min(remove, (tokens.slots - tokens.protected) // 2) * len(tokens.x)
-  first_left = jnp.sort(best, descending=True)[min(count, best.size - 1)]
-  return jnp.maximum(first_left, 0.0)

@@ -4,25 +4,25 @@ Axes: B batch, N slots now, M slots after, H heads.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment, Gather
 from ops.primitives import cluster
 from ops.primitives.select import top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, filled
-from ops.values import CountOrZero, Iterations
+from ops.values import CountOrZero, Iterations, OneOf
 
 Array = jax.Array
 WEIGHTS = ('attention', 'equal')
 
 
 @dataclasses.dataclass(frozen=True)
-class KMedoids(Reducer):
+class KMedoids(Checked, Reducer):
   """Keeps the medoids of clusters of tokens.
 
   The K-medoids baseline of Which Tokens to Use? (Haurum et al., 2023), Sec. 3, arXiv:2308.04657,
@@ -37,14 +37,11 @@ class KMedoids(Reducer):
     iterations: rounds of assigning tokens and moving centres.
   """
 
-  weights: str = 'attention'
+  weights: Annotated[str, OneOf(WEIGHTS)] = 'attention'
   start: CountOrZero = 0
   iterations: Iterations = 3
   site = 'before'
   drops = 'pruning drops tokens'
-
-  def __post_init__(self) -> None:
-    choices.check('weights=', self.weights, WEIGHTS)
 
   @property
   def needs(self) -> frozenset[str]:

@@ -4,28 +4,30 @@ Axes: B batch, N slots now, M slots after, A and C the even and the odd slots, H
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import cosine, join, num_excess, parity_order, scatter
 from ops.primitives.select import ranks, top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import OneOf
 
 Array = jax.Array
-FIELDS = {'direction': ('both', 'one'), 'pooling': ('attention', 'size', 'mean', 'max'),
-          'attention': ('received_attention', 'next_received_attention')}
+DIRECTIONS = ('both', 'one')
+POOLINGS = ('attention', 'size', 'mean', 'max')
+ATTENTIONS = ('received_attention', 'next_received_attention')
 # Stands for zero under a logarithm or in a weight; its square is still a float32.
 TINY = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class MCTF(Reducer):
+class MCTF(Checked, Reducer):
   """Merges pairs of even and odd tokens by similarity, information and size.
 
   Multi-criteria Token Fusion (Lee et al., 2024), Sec. 3, arXiv:2403.10030, as released. A pair
@@ -49,15 +51,14 @@ class MCTF(Reducer):
   tau_sim: float = 1.0
   tau_info: float = 20.0
   tau_size: float = 40.0
-  direction: str = 'both'
-  pooling: str = 'attention'
-  attention: str = 'received_attention'
+  direction: Annotated[str, OneOf(DIRECTIONS)] = 'both'
+  pooling: Annotated[str, OneOf(POOLINGS)] = 'attention'
+  attention: Annotated[str, OneOf(ATTENTIONS)] = 'received_attention'
   site = 'inside'
   proportional = True
 
   def __post_init__(self) -> None:
-    for field, allowed in FIELDS.items():
-      choices.check(f'{field}=', getattr(self, field), allowed)
+    super().__post_init__()
     for field in ('tau_sim', 'tau_info', 'tau_size'):
       if getattr(self, field) < 0:
         raise ValueError(f'{field}={getattr(self, field)} must be positive, or 0 for off')

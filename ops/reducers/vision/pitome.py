@@ -5,24 +5,25 @@ Axes: B batch, N slots now, M slots after, H heads, d features a head.
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from ops import choices
 from ops.assignments import Assignment, Merge, take
 from ops.primitives.match import bipartite, cosine, join, nearest, num_excess, scatter
 from ops.primitives.select import ranks, top
-from ops.reducers.base import Reducer
+from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet
+from ops.values import OneOf
 
 Array = jax.Array
 PAIRINGS = ('deit', 'mae', 'energy', 'bipartite', 'text')
 
 
 @dataclasses.dataclass(frozen=True)
-class PiToMe(Reducer):
+class PiToMe(Checked, Reducer):
   """Merges the tokens of highest energy (with the most similar tokens) by size-weighted mean.
 
   Accelerating Transformers with Spectrum-Preserving Token Merging (Tran et al., 2024), Sec. 3,
@@ -43,14 +44,11 @@ class PiToMe(Reducer):
     proportional: whether attention counts a slot as often as it has tokens.
   """
 
-  pairing: str = 'deit'
+  pairing: Annotated[str, OneOf(PAIRINGS)] = 'deit'
   margin: float = 0.75
   last_margin: float = 0.0
   proportional: bool = False
   needs = frozenset({'keys', 'layer', 'depth'})
-
-  def __post_init__(self) -> None:
-    choices.check('pairing=', self.pairing, PAIRINGS)
 
   def min_slots(self, slots: int, protected: int) -> int:
     return slots - (slots - protected) // 2

@@ -13,6 +13,7 @@ from typing import Any
 import kvpress
 import torch
 import transformers
+from kvpress.presses import kvzip_press
 from serving import peak_megabytes, serve
 
 
@@ -43,7 +44,31 @@ PRESSES = {
     'criticaladakv_snapkv': lambda ratio: kvpress.CriticalAdaKVPress(snapkv(ratio)),
     'adakv_expected_attention': lambda ratio: kvpress.AdaKVPress(
         kvpress.ExpectedAttentionPress(ratio)),
+    'compactor': kvpress.CompactorPress,
+    'leverage': kvpress.LeverageScorePress,
+    'non_causal_attention': kvpress.NonCausalAttnPress,
+    'kvzip': kvpress.KVzipPress,
+    'kvzip_plus': lambda ratio: kvpress.KVzipPress(ratio, kvzip_plus_normalization=True),
 }
+
+
+class Texts:
+  """Stands for a tokenizer without a template, of the few texts that KVzip asks with."""
+
+  chat_template = None
+
+  def __init__(self, texts: dict[str, list[int]]) -> None:
+    self.texts = texts
+
+  def from_pretrained(self, folder: str) -> Texts:
+    """Returns itself."""
+    del folder
+    return self
+
+  def encode(self, text: str, **settings: Any) -> torch.Tensor:
+    """Returns the ids of a text, int64[1, n]."""
+    del settings
+    return torch.tensor([self.texts[text]], dtype=torch.int64)
 
 
 class Model:
@@ -54,9 +79,10 @@ class Model:
     self.kv: list[tuple[torch.Tensor, torch.Tensor]] = []
     self.whole_of: list[int] = []
 
-  def load(self, folder: str, threads: int) -> None:
-    """Loads weights in float32."""
+  def load(self, folder: str, threads: int, texts: dict[str, list[int]]) -> None:
+    """Loads weights in float32; texts have ids."""
     torch.set_num_threads(threads)
+    kvzip_press.AutoTokenizer = Texts(texts)
     self.lm = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation='sdpa').eval()
 
