@@ -37,6 +37,7 @@ class CATPImages(Reducer):
   """
 
   relevance: NotNegative = 0.7
+  reconstructed = "the paper's text"
   site = 'before'
   positions = 'keep'
   drops = 'pruning drops tokens'
