@@ -302,6 +302,7 @@ def test_caches_stored_in_a_way_of_their_own_cost_their_bytes(method):
   assert cost.kv_bytes < lm_cost.of(TINY, PROMPT).kv_bytes
 
 
+@pytest.mark.long
 def test_the_table_shows_every_layer():
   lines = explain.lm_table(with_cache(keep=5, layers=(1, 2)), PROMPT, room=ROOM).splitlines()
   assert len(lines) == 3 + 3 + 1
