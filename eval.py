@@ -5,11 +5,11 @@
   python -m eval --config=configs/digit_scenes_sweep.py --workdir=runs/scenes
   python -m eval --config=configs/stdlib_needle_sweep.py --workdir=runs/needle
 
-Writes sweep.jsonl (a row a method and budget; those of the same weights, data, model and settings
-that are there are not made again, those that failed are), a table, plots of the score against cost
-and latency, differences from a baseline where config.sweep names one, and pictures of what was
-kept, merged and dropped. What is measured of a task is lib/tasks/image_sweep.py's or
-lib/tasks/qa_sweep.py's; what a sweep is, lib/tasks/sweep.py's.
+Writes sweep.jsonl (a row a method and budget, as soon as it is measured; those of the same weights,
+data, model and settings that are there are not made again, those that failed are), a table, plots
+of the score against cost and latency, differences from a baseline where config.sweep names one, and
+pictures of what was kept, merged and dropped. What is measured of a task is
+lib/tasks/image_sweep.py's or lib/tasks/qa_sweep.py's; what a sweep is, lib/tasks/sweep.py's.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Writes the tables of methods and of backbones into README.md, from the code they describe.
+"""Writes the tables of README.md and METHODS.md from the code that they describe.
 
   python -m tools.readme_table
 """
@@ -12,9 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models import families
-from models.catalogue import entries
+from models.backbones.bert import Bert
+from models.backbones.text_tower import Text
+from models.backbones.vit import make_vit
+from models.catalogue import entries, every_method, why_not
+from models.checkpoints.vlm_config import make_vlm
+from models.plans.hosts import Host
 
-README = pathlib.Path(__file__).parent.parent / 'README.md'
+ROOT = pathlib.Path(__file__).parent.parent
 PAPERS = 'https://arxiv.org/abs/'
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ def methods_table() -> str:
   """Returns one row a method, in alphabetical order, its file and its paper linked."""
   rows = ['| method | what it does | acts | reads | paper |', '|---|---|---|---|---|']
   for entry in entries().values():
-    learned = ' (learned)' if entry.learned else ''
+    learned = ' (learned)' * entry.learned + ' †' * bool(entry.reconstructed)
     needs = ', '.join(f'`{need}`' for need in entry.needs) or 'features'
     paper = f'[arXiv:{entry.paper}]({PAPERS}{entry.paper})' if entry.paper else 'baseline'
     rows.append(f'| [`{entry.name}`]({entry.file}){learned} | {entry.summary} | {entry.site} | '
@@ -100,19 +105,51 @@ def backbones_table() -> str:
   return '\n'.join(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {'methods': methods_table, 'backbones': backbones_table}
+def hosts() -> dict[str, tuple[Host, str]]:
+  """Returns {what METHODS.md calls it: (host, place)}, a host of each kind that offers its own."""
+  llava, siglip, qwen = (make_vlm(name) for name in (
+      'llava1.5_7b', 'llava_onevision_7b', 'qwen2_vl_2b'))
+  parts = {'width': 64, 'depth': 2, 'mlp': 64, 'heads': 1, 'vocabulary': 8, 'context': 32}
+  lm = llava.lm.host(600, visual=576)
+  return {
+      'ViT': (make_vit('S/16').host, 'layers'),
+      'ViT without [CLS]': (siglip.tower.host, 'layers'),
+      "Qwen's tower": (qwen.tower.host, 'layers'),
+      'BERT': (Bert(**parts).host(32), 'layers'),
+      'text tower': (Text(**parts, causal=True, pool='eot').host, 'layers'),
+      'projector': (llava.projector_host(576), 'projector'),
+      'projector, no [CLS]': (siglip.projector_host(729), 'projector'),
+      "projector, Qwen's tower": (qwen.projector_host(256), 'projector'),
+      'language model': (lm, 'layers'),
+      'cache': (lm, 'cache')}
 
 
-def updated(text: str) -> str:
-  """Returns README's text with fresh tables between their markers.
+def hosts_table() -> str:
+  """Returns one row a method: where it acts, and which hosts can have it, or what they lack."""
+  columns, listed = hosts(), entries()
+  rows = [f'| method | acts | {" | ".join(columns)} |', '|---' * (2 + len(columns)) + '|']
+  for name in every_method():
+    reasons = [why_not(name, host, place) for host, place in columns.values()]
+    cells = ['' if 'made for the cache' in reason else reason or 'yes' for reason in reasons]
+    rows.append(f'| `{name}` | {listed[name].site} | {" | ".join(cells)} |')
+  return '\n'.join(rows)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    'README.md': {'methods': methods_table, 'backbones': backbones_table},
+    'METHODS.md': {'hosts': hosts_table}}
+
+
+def updated(text: str, file: str = 'README.md') -> str:
+  """Returns a file's text with fresh tables between their markers.
 
   Raises:
     ValueError: a table's markers are not there once each.
   """
-  for name, table in TABLES.items():
+  for name, table in TABLES[file].items():
     begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-      raise ValueError(f'README.md has no place for its table of {name}: put {begin!r} and {end!r} '
+      raise ValueError(f'{file} has no place for its table of {name}: put {begin!r} and {end!r} '
                        'into it, once each and in this order')
     before, rest = text.split(begin)
     text = f'{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}'
@@ -120,4 +157,5 @@ def updated(text: str) -> str:
 
 
 if __name__ == '__main__':
-  README.write_text(updated(README.read_text()))
+  for file in TABLES:
+    (ROOT / file).write_text(updated((ROOT / file).read_text(), file))

@@ -369,3 +369,41 @@ _SPARSEVLM = tuple(
 )
 
 LM_TABLE: tuple[PublishedLM, ...] = _LM_FIGURES + _SPARSEVLM
+
+
+# -- visual tokens of an image -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedImage:
+  """Holds a published number of the visual tokens that an image becomes, cut into crops.
+
+  Attributes:
+    family: the model that reads them.
+    size: (height, width) in pixels that the crops make up; the whole in small is one crop more.
+    tile, patch: sides of a crop, and of its patches.
+    merge: patches each way that become one token.
+    value: the figure: patches alone, without the ends of lines that some models add.
+    source: where it is printed.
+  """
+
+  family: str
+  size: tuple[int, int]
+  tile: int
+  patch: int
+  merge: int
+  value: int
+  source: str
+
+  @property
+  def ours(self) -> int:
+    """Tokens of all crops."""
+    crops = 1 + self.size[0] // self.tile * (self.size[1] // self.tile)
+    return crops * (self.tile // self.patch // self.merge) ** 2
+
+
+IMAGE_TABLE: tuple[PublishedImage, ...] = (
+    PublishedImage('llava_next', (672, 672), 336, 14, 1, 2880, 'VScan, in its issues'),
+    PublishedImage('llava_next', (672, 336), 336, 14, 1, 1728, 'VScan, in its issues'),
+    PublishedImage('internvl3', (896, 896), 448, 14, 2, 1280, 'CDPruner, in its issues'),
+)

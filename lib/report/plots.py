@@ -22,6 +22,7 @@ from ops import choices
 # every kind of sight.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00')
 MARKERS = {'o': 7, 's': 7, '^': 8, 'D': 6.5, 'v': 8, 'P': 9, 'X': 9}  # marker: size in points
+STYLES = len(COLOURS) * len(MARKERS)
 GREYS = ('#555555', '#777777', '#909090')
 COSTS = {'gmacs': 'GMACs per image', 'median_ms': 'latency, ms (bars: quartiles)',
          'kept_mean': 'tokens that a layer keeps, on average'}
@@ -309,7 +310,9 @@ def heat_maps(values: Mapping[str, tuple[Sequence[str], Sequence[str], np.ndarra
   across = min(len(values), 6)
   down = math.ceil(len(values) / across)
   widest = max(len(names) for _, names, _ in values.values())
-  figure = Figure(figsize=((1.2 + 0.62 * widest) * across + 0.8, 3.4 * down + 0.7), dpi=160,
+  tallest = max(len(names) for names, _, _ in values.values())
+  figure = Figure(figsize=((1.2 + 0.62 * widest) * across + 0.8,
+                           max(3.4, 1 + 0.2 * tallest) * down + 0.7), dpi=160,
                   layout='constrained')
   FigureCanvasAgg(figure)
   grid = figure.subplots(down, across, squeeze=False)

@@ -69,6 +69,13 @@ def _difference(rows: Sequence[Row]) -> list[str]:
       *(row[key] for key in keys)) for row in rows]
 
 
+def _points(rows: Sequence[Row]) -> list[str]:
+  """Shows '+difference [low, high]' of accuracies, in points of a percent."""
+  keys = ('difference', 'difference_low', 'difference_high')
+  return ['' if row.get('difference') is None else '{:+.1f} [{:+.1f}, {:+.1f}]'.format(
+      *(100 * row[key] for key in keys)) for row in rows]
+
+
 def _tokens(rows: Sequence[Row]) -> list[str]:
   """Shows runs of equal counts, as '65x3 46x3'; of many runs the first two and the last two."""
   cells = []
@@ -86,6 +93,7 @@ COLUMNS = {
     'nll': Column('NLL', _fixed('nll', 3)),
     'nll_difference': Column('NLL - baseline', _difference),
     'verdict': Column('verdict', _text('verdict'), right=False),
+    'difference': Column('% above the baseline', _points),
     'miou': Column('mIoU %', _fixed('miou', 2, scale=100)),
     'tokens': Column('tokens by layer', _tokens, right=False),
     'kept_mean': Column('mean kept', _number('kept_mean')),

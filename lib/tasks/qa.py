@@ -332,13 +332,13 @@ def correct_and_total(logits: Array, out: Mapping[str, Any], batch: Mapping[str,
 
 
 def exact_match(model: LM | VLM, params: Any, batch: Mapping[str, Array], *,
-                longest: int) -> Array:
+                longest: int, behind: int = 0) -> Array:
   """Returns 1 where greedy decoding after the prompt gives the whole answer: float32[B], 0 or 1."""
-  return answers(model, params, batch, longest=longest)[1]
+  return answers(model, params, batch, longest=longest, behind=behind)[1]
 
 
 def answers(model: LM | VLM, params: Any, batch: Mapping[str, Array], *,
-            longest: int) -> tuple[Array, Array]:
+            longest: int, behind: int = 0) -> tuple[Array, Array]:
   """Answers by greedy decoding after the prompt.
 
   Each step reads the right token before it, which changes nothing: an answer that went wrong stays
@@ -348,18 +348,22 @@ def answers(model: LM | VLM, params: Any, batch: Mapping[str, Array], *,
     model, params: as of `apply`.
     batch: of lib/data/qa.py; a row's answer stands at the end of it.
     longest: A, tokens of the longest answer, its end token among them.
+    behind: tokens at the end of each question that are decoded as the answer is: what reductions
+      have left of the prompt before them answers.
 
   Returns:
-    float32[B, V], the logits of an answer's first token, and 1 where the whole answer is right, 0
-    elsewhere, float32[B].
+    float32[B, V], the logits behind what is read at once (of an answer's first token, where nothing
+    is behind), and 1 where the whole answer is right, 0 elsewhere, float32[B].
   """
   ids, in_answer = batch['ids'], batch['answer']
-  prompt = {**batch, 'valid': batch['valid'] & ~in_answer}
-  number = jnp.arange(longest)[None]
-  position = jnp.argmax(in_answer, axis=1)[:, None] + number
-  has_token = number < jnp.sum(in_answer, axis=1, keepdims=True)
-  answer = jnp.take_along_axis(ids, jnp.minimum(position, ids.shape[1] - 1), axis=1)
-  first, cache = model.apply({'params': params}, *inputs(model, prompt), room=longest,
+  start = jnp.argmax(in_answer, axis=1)[:, None] - behind
+  read = batch['valid'] & (jnp.arange(ids.shape[1])[None] < start)
+  prompt = {**batch, 'valid': read}
+  number = jnp.arange(behind + longest)[None]
+  has_token = (number >= behind) & (
+      number < behind + jnp.sum(in_answer, axis=1, keepdims=True))
+  answer = jnp.take_along_axis(ids, jnp.minimum(start + number, ids.shape[1] - 1), axis=1)
+  first, cache = model.apply({'params': params}, *inputs(model, prompt), room=behind + longest,
                              method='prefill')
 
   def step(cache: Any, tokens: Array) -> tuple[Any, Array]:

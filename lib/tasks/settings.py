@@ -146,7 +146,9 @@ REDUCTION = KEYS | Keys({'layers': _Layers, 'watch': _Layers,
                          'order': Annotated[str, OneOf(ORDERS)]})
 # Of a place: one, or several in one tower.
 REDUCTIONS = dataclasses.replace(REDUCTION, several=True)
-CANDIDATE = REDUCTION | Keys({'name': str, 'place': Component}, frozenset({'name', 'place'}))
+CANDIDATE = REDUCTION | Keys(
+    {'name': str, 'place': Annotated[str, OneOf((*COMPONENTS, 'image'))], 'versus': str,
+     'budgets': tuple[Ratio, ...]}, frozenset({'name', 'place'}))
 
 
 class QASweepSettings(Sweep):
@@ -155,6 +157,9 @@ class QASweepSettings(Sweep):
   sets: tuple[tuple[str, Count], ...]
   candidates: tuple[CANDIDATE, ...]  # type: ignore[valid-type]
   budgets: Annotated[tuple[Annotated[float, Range(high=1, above=0)], ...], NotEmpty()]
+  macs: NotRequired[tuple[Ratio, ...]]
+  behind: NotRequired[CountOrZero]
+  pictured: NotRequired[tuple[str, ...]]
 
 
 class Search(TypedDict):

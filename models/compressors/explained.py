@@ -43,6 +43,7 @@ class Explained(Reducer, nn.Module):
   kernel: Count = 3
   layers: Count = 3
   weight: NotNegative = 1.0
+  reconstructed = 'the abstract'
   needs = frozenset({'next_row_attention'})
   site = 'before'
   positions = 'keep'

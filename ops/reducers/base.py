@@ -44,6 +44,7 @@ class Reducer:
   tied: bool = False
   extra_slots: int = 0
   can_empty: bool = False
+  reconstructed: str = ''
 
   @property
   def positions(self) -> str:

@@ -81,6 +81,11 @@ class Method(Protocol):
     ...
 
   @property
+  def reconstructed(self) -> str:
+    """Says from what a method is made of whose authors no code is known; '' where there is some."""
+    ...
+
+  @property
   def mode(self) -> str:
     """The mode that it needs, 'gather' or 'mask' (models/plans/); '' for either."""
     ...

@@ -1,6 +1,7 @@
 """README.md holds the tables that its generator writes, links to files that exist, and examples
 and commands that work."""
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -9,6 +10,11 @@ import pytest
 from helpers import processes
 
 from models import families
+from models.catalogue import entries, every_method, why_not
+from models.plans.methods import make_method
+from models.plans.needs import check_needs
+from ops.reducers.cache import CACHE_REDUCERS
+from ops.signals import NEXT_LAYER
 from tools import readme_table
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -46,12 +52,48 @@ def shown_flags():
           *shlex.split(' '.join(flags))]
 
 
-def test_the_tables_equal_their_generators():
-  text = README.read_text()
-  assert readme_table.updated(text) == text
+@pytest.mark.parametrize('file', readme_table.TABLES)
+def test_the_tables_equal_their_generators(file):
+  text = (ROOT / file).read_text()
+  assert readme_table.updated(text, file) == text
 
 
-@pytest.mark.parametrize('name', ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md',
+def test_what_the_table_of_hosts_says_is_what_plans_say():
+  """Both ways: what may act there can be planned, and what may not cannot."""
+  for title, (host, place) in readme_table.hosts().items():
+    offers = host.offers - NEXT_LAYER - {'attention'} if place == 'cache' else host.offers
+    host = dataclasses.replace(host, offers=offers)
+    for name, method in every_method().items():
+      made = make_method(name, {}, {**CACHE_REDUCERS, name: method})
+      if (made.site == 'cache') != (place == 'cache') or made.kind == 'insert' or (
+          made.site == 'branch' and place == 'projector'):
+        assert why_not(name, host, place) or made.kind == 'insert'
+        continue
+      site = 'after' if place == 'projector' else made.site
+      try:
+        check_needs(name, made, host, site, made.parts if site == 'branch' else '')
+      except ValueError:
+        able = False
+      else:
+        able = True
+      assert able == (not why_not(name, host, place)), (title, name)
+
+
+# What a docstring says of a method that is not made from its authors' code.
+UNRELEASED = re.compile(r"no code|no release|abstract|from the paper's text|is not reproduced here")
+
+
+def test_methods_without_a_release_are_marked():
+  text, listed = README.read_text(), entries()
+  for name, method in every_method().items():
+    said = ' '.join(method.__doc__.split())
+    assert bool(listed[name].reconstructed) == bool(UNRELEASED.search(said)), name
+    row, = re.findall(rf'^\| \[`{name}`\]\(.*$', text, re.M)
+    assert (' † |' in row) == bool(listed[name].reconstructed), name
+  assert text.count('†') == 1 + sum(bool(entry.reconstructed) for entry in listed.values())
+
+
+@pytest.mark.parametrize('name', ['README.md', 'METHODS.md', 'CONTRIBUTING.md', 'CHANGELOG.md',
                                   'results/README.md'])
 def test_relative_links_lead_to_files(name):
   file = ROOT / name

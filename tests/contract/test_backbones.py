@@ -31,9 +31,10 @@ HOSTS = {
     'clip': {'pre_norm': True, 'patch_bias': False, 'activation': 'quick_gelu'},
     'windows': {'window': (4, 4), 'whole_layers': (2,)},
 }
-# Hosts that differ from the others in what stands beside the patches, which no method sees: whether
-# a plan can be made is asked of all methods, whole models are traced under one of each kind.
-ALIKE = ('distilled', 'registers', 'mean', 'map', 'clip')
+# Hosts that differ from the others in what no method sees: what stands beside the patches, and
+# which of them are a row. Whether a plan can be made is asked of all methods, whole models are
+# traced under one of each kind.
+ALIKE = ('distilled', 'registers', 'mean', 'map', 'clip', 'windows')
 KINDS = ('none', 'topk', 'tome', 'evit', 'ats', 'token_transforming', 'dynamicvit', 'dtop')
 IMAGES = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)
 FALLBACK = "; set args.by='received_attention'"

@@ -25,7 +25,7 @@ from ops.reducers.vision.tome import ToMe
 
 # Every length, and every gradient, is a program of its own: one method of each kind is enough for a
 # short run.
-LONG, SHORT = ('budgets', 'finite'), ('topk', 'tome', 'token_transforming')
+LONG, SHORT = ('budgets', 'finite', 'compose'), ('topk', 'tome', 'token_transforming')
 # Of methods that take long to compile, so are those that look at further shapes, but for padding.
 FURTHER = ('kinds', 'short', 'alone', 'compose')
 DEAR = ('sparsevlm', 'pact', 'catp_images', 'dart', 'mustdrop', 'fitprune', 'visiondrop', 'dc2')

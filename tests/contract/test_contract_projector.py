@@ -490,6 +490,7 @@ def test_signals_of_merged_patches_are_means_of_their_cells(spy):
         attention_last(name, getattr(signals, name))[0].reshape(slots, -1)[:12], cells, atol=1e-6)
 
 
+@pytest.mark.long
 def test_images_of_any_size_tell_their_own_grid(spy):
   vlm, images = image_of_cells()
   params, slots = random_params(vlm, lambda: images), images.index.shape[2]

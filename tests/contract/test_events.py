@@ -89,6 +89,7 @@ def test_several_reductions_equal_one_after_the_other():
   np.testing.assert_array_equal(out['tokens'].owner, told['tokens'].owner)
 
 
+@pytest.mark.long
 def test_the_order_of_events_is_that_of_layers_and_sites():
   one = {'method': 'topk', 'remove': 6, 'layers': 1, 'site': 'after'}
   other = {'method': 'tome', 'remove': 5, 'layers': 1, 'site': 'between'}

@@ -66,6 +66,7 @@ def test_what_was_dropped_comes_back_as_it_was():
   np.testing.assert_allclose(masked[2], hidden[2], atol=1e-5)
 
 
+@pytest.mark.long
 def test_cuts_inside_and_after():
   """An inner pair of events, and a cut of what is back."""
   inner = {'method': 'tome', 'layers': 1, 'remove': 2, 'expand': 2}
@@ -145,6 +146,7 @@ def test_nothing_is_cut_so_nothing_comes_back():
   assert not make_plan(CUT | {'keep': 16}, VIT.host).events
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('config', 'message'), mostly_long([
     ({'method': 'tome', 'layers': 1, 'remove': 2, 'expand': 2}, 'tome joins tokens in layer 1'),
     ({'method': 'stride', 'layers': 1, 'keep': 4, 'expand': 2, 'positions': 'compact'},
@@ -155,6 +157,7 @@ def test_what_causal_attention_forbids(config, message):
                    jnp.zeros((1, 8), jnp.int32))
 
 
+@pytest.mark.long
 def test_no_token_is_told_what_stands_behind_it():
   lm = TINY.clone(plan=make_plan(CUT | {'keep': 4, 'layers': 0, 'expand': 1}, TINY.host(8)))
   ids = jnp.arange(8)[None]

@@ -162,6 +162,7 @@ def test_batches_multiply_and_both_forms_of_the_weights_count_the_same():
   assert jaxpr_cost.count(unstacked, params, images).total == vit_cost.of(vit).macs
 
 
+@pytest.mark.long
 def test_a_mesh_changes_nothing():
   axes = ('data', 'fsdp', 'tensor', 'sequence')
   mesh = AbstractMesh((2, 2, 1, 1), axes, axis_types=(AxisType.Auto,) * 4)

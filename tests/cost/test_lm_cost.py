@@ -13,8 +13,10 @@ from lib.cost import explain
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import lm as lm_cost
 from lib.cost import published as papers
+from lib.data import anyres, token_layout
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import make_lm
+from models.families import PINPOINTS
 from models.plan import make_plan
 from models.plans.events import SITES
 from ops.rope import Rope
@@ -300,6 +302,7 @@ def test_caches_stored_in_a_way_of_their_own_cost_their_bytes(method):
   assert cost.kv_bytes < lm_cost.of(TINY, PROMPT).kv_bytes
 
 
+@pytest.mark.long
 def test_the_table_shows_every_layer():
   lines = explain.lm_table(with_cache(keep=5, layers=(1, 2)), PROMPT, room=ROOM).splitlines()
   assert len(lines) == 3 + 3 + 1
@@ -343,6 +346,18 @@ def test_published_figures_of_language_models(row):
   assert len(row.counts) == lm.depth
   distance = abs(row.ours(lm, row.counts) - row.value)
   assert (distance > row.tolerance) == bool(row.mismatch), distance
+
+
+@pytest.mark.parametrize('row', papers.IMAGE_TABLE, ids=lambda row: f'{row.family}-{row.value}')
+def test_published_numbers_of_visual_tokens(row):
+  assert row.ours == row.value
+  if row.family in PINPOINTS:
+    # Cut as our own processor does, whose line ends come on top: one for each row of patches.
+    assert anyres.best_resolution(row.size, PINPOINTS[row.family]) == row.size
+    index, _ = token_layout.anyres_layout(
+        row.size, row.size, tile=row.tile, side=row.tile // row.patch)
+    assert np.sum(index != token_layout.NEWLINE) == row.value
+    assert len(index) - row.value == row.size[0] // row.patch
 
 
 def test_find_gives_the_figures_of_these_tokens_only():

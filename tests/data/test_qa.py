@@ -91,6 +91,7 @@ def test_answers_follow_from_the_labels_and_need_the_evidence_alone(config, sour
     assert answers == {'yes', 'no'} if kind.startswith('present') else len(answers) >= 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('split', mostly_long(['train', 'test']))
 def test_pictures_show_what_the_labels_say(split, sources):
   source = sources[split]

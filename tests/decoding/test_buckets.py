@@ -76,6 +76,7 @@ def test_each_row_runs_in_the_smallest_bucket_that_holds_it():
   assert buckets.overflow == 0
 
 
+@pytest.mark.long
 def test_what_fits_in_no_bucket_runs_in_full_and_is_counted():
   expected, counts = full()
   size = int(counts.max()) - 1
@@ -86,6 +87,7 @@ def test_what_fits_in_no_bucket_runs_in_full_and_is_counted():
   assert buckets.overflow == (counts > size).sum() > 0
 
 
+@pytest.mark.long
 def test_tokens_beyond_the_method_s_own_capacity_are_counted():
   changes = {'args': {'points': 64}, 'keep': 24}
   vit = adaptive(**changes)
@@ -96,6 +98,7 @@ def test_tokens_beyond_the_method_s_own_capacity_are_counted():
   assert buckets.beyond == wanted > 0
 
 
+@pytest.mark.long
 def test_sorted_rows_come_back_in_the_order_of_the_images():
   expected, counts = full()
   buckets = Buckets(adaptive(), params(), sizes=sorted(set(counts.tolist())), rows=2)
@@ -116,6 +119,7 @@ def test_a_bucket_holds_more_than_the_next_cut_keeps():
   assert Buckets(vit, params()).sizes == (36, 40, 45, 49)
 
 
+@pytest.mark.long
 def test_warming_compiles_every_bucket():
   buckets = Buckets(adaptive(keep=20), params(), sizes=(9, 21), rows=2)
   buckets.warm(images())

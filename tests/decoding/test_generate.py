@@ -111,6 +111,7 @@ def test_stopping_midway_breaks_nothing():
     np.testing.assert_array_equal(other, wanted)
 
 
+@pytest.mark.long
 def test_prompts_of_many_lengths_share_a_few_programs(caplog):
   made = generator()
   with caplog.at_level('INFO', logger='absl'):
@@ -165,6 +166,7 @@ def test_the_last_bucket_is_not_the_context(name):
     Generator(lm, None).slots(100, lm.context)
 
 
+@pytest.mark.long
 def test_a_share_of_a_prompt_beyond_the_last_bucket_is_its_own():
   lm = LM.clone(context=4096, depth=1)
   plans = with_plans(lm, cache={'method': 'streaming_llm', 'keep_ratio': 0.25})

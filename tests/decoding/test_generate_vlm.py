@@ -171,6 +171,7 @@ class Told(Reducer):
     return Gather(order, tokens.slots, valid=take(stays, order))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('method', mostly_long(LANGUAGE))
 def test_cuts_in_the_language_model_answer_as_hiding_the_same_tokens(method):
   vlm, params = model('llava')
@@ -284,6 +285,7 @@ def test_leaving_midway_breaks_nothing_and_shapes_share_programs():
       ('prefill', 3, SLOTS, 16): 1, ('decode', 3, SLOTS + 2 * 16, 16): 1}
 
 
+@pytest.mark.long
 def test_scores_of_what_is_decoded_are_greedy():
   prompts, images = given('llava')
   # A row may end with its image.

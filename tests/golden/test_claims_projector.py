@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 from scipy.cluster import hierarchy
 
 from ops import tokens as tk
@@ -82,7 +83,7 @@ def test_todre_adds_what_is_least_like_those_before(selection):
         answer.src[row], greedy(x[row], int(np.argmax(scores[row])), 9, selection))
 
 
-@pytest.mark.parametrize('selection', ['max_sum', 'k_center'])
+@pytest.mark.parametrize('selection', mostly_long(['max_sum', 'k_center']))
 def test_todre_meets_every_part_of_an_image_where_attention_stays_in_one(selection):
   rng = np.random.default_rng(2)
   part = np.repeat(np.arange(4), (21, 3, 3, 3))
@@ -115,6 +116,7 @@ def test_vmtc_retains_primary_tokens_and_condenses_redundant_ones():
       np.testing.assert_allclose(reduced.x[row, output], x[row, members].mean(axis=0), atol=1e-5)
 
 
+@pytest.mark.long
 def test_token_corr_keeps_more_of_a_dense_image_than_of_a_plain_one():
   """A page with 10 patches of print among white ones, and one with 25: the count is theirs."""
   rng = np.random.default_rng(4)

@@ -49,6 +49,7 @@ def evaluate(model, params, images):
   return jax.jit(model.apply)({'params': params}, images)
 
 
+@pytest.mark.long
 def test_training_keeps_all_slots_with_sizes_zero_and_one():
   model, params = start((32, 16), (1, 2))
   _, out = train(model, params, golden_vit.images())
@@ -80,6 +81,7 @@ def test_decisions_are_exact_and_as_likely_as_predicted():
                                4 * np.sqrt(keep * (1 - keep) / 4000))
 
 
+@pytest.mark.long
 def test_rows_draw_noise_of_their_own():
   tokens = TokenSet.create(np.zeros((2, 64, 8), np.float32))
   call = jax.jit(functools.partial(DynamicViT().apply, num_slots=32))
@@ -88,6 +90,7 @@ def test_rows_draw_noise_of_their_own():
   assert np.any(policy[0] != policy[1])
 
 
+@pytest.mark.long
 def test_gradients_reach_the_predictor_through_attention():
   """Without the ratio loss, attention alone tells the predictors what a token is worth."""
   model, params = start((32, 16), (1, 2))

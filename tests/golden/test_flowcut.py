@@ -122,8 +122,8 @@ def encode(x, *, depth=DEPTH, **config):
   return arrays(run(Stack(block, depth, plan, capture=True), params, x))
 
 
-@pytest.mark.parametrize(('name', 'site'), [
-    ('encoder_B1', 'between'), ('encoder_B1', 'after'), ('encoder_B2', 'between')])
+@pytest.mark.parametrize(('name', 'site'), mostly_long([
+    ('encoder_B1', 'between'), ('encoder_B1', 'after'), ('encoder_B2', 'between')]))
 def test_encoder(name, site):
   """With the release's counts as the schedule, where a batch of it shares them."""
   raw = load(name)
@@ -136,6 +136,7 @@ def test_encoder(name, site):
   to_scale(out['hidden'][-2][:, 1:], raw['features'])
 
 
+@pytest.mark.long
 def test_encoder_finds_its_own_counts():
   """Alone in its batch a row is cut as the release cuts it; what is left over is padding."""
   raw = load('encoder_B1')
@@ -146,6 +147,7 @@ def test_encoder_finds_its_own_counts():
   to_scale(out['hidden'][-2][:, 1:17], raw['features'])
 
 
+@pytest.mark.long
 def test_rows_do_not_share_their_counts():
   """In a batch of the release they do: it takes the largest loss for all."""
   raw = load('encoder_B2')

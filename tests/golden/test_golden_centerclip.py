@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, mostly_long
 from helpers.golden_vit import arrays
 from helpers.invariants import INVARIANTS
 
@@ -26,7 +26,7 @@ carry_out = jax.jit(tk.reduce)
 CASES = {'a': 'euclidean', 'b': 'manhattan', 'c': 'cosine', 'd': 'chord'}
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', mostly_long(CASES))
 def test_medoids(case):
   """Distances, first centres, medoids and clusters.
 
@@ -166,7 +166,7 @@ class Means(CenterCLIP):
 
 
 @pytest.mark.parametrize('made', [Spectral, Means])
-@pytest.mark.parametrize('invariant', ['matrix', 'mass', 'padding', 'short'])
+@pytest.mark.parametrize('invariant', mostly_long(['matrix', 'mass', 'padding', 'short'], short=2))
 def test_contract_of_other_settings(made, invariant, monkeypatch):
   monkeypatch.setitem(REDUCERS, made.__name__, made)
   INVARIANTS[invariant](made.__name__)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import contract, golden_vit
+from helpers import contract, golden_vit, mostly_long
 
 from ops import assignments
 from ops import tokens as tk
@@ -122,7 +122,7 @@ def test_image_form_reads_the_first_special_token():
   np.testing.assert_array_equal(moved.weight, cross.weight)
 
 
-@pytest.mark.parametrize('form', ['cross', 'text', 'attention'])
+@pytest.mark.parametrize('form', mostly_long(['cross', 'text', 'attention']))
 def test_padding_changes_nothing_in_other_forms(form):
   method, case = CrossGET(form=form), contract.random_case()
   keep = max(contract.KEEP, method.min_slots(contract.SLOTS, contract.PROTECTED))

@@ -325,6 +325,7 @@ def test_prumerge_plus_lets_its_spaced_tokens_go_where_they_do_not_fit():
   np.testing.assert_array_equal(answer.src[0, 36:59] - 1, np.sort(best))
 
 
+@pytest.mark.long
 def test_outliers_of_each_row():
   """The release takes the quartiles of a whole batch."""
   raw = load('prumerge_iqr')

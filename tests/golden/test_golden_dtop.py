@@ -94,6 +94,7 @@ def test_stage(stage):
   np.testing.assert_array_equal(answer.wanted, (~raw['out_pruned']).sum(1))
 
 
+@pytest.mark.long
 def test_stages_in_a_row():
   """Tokens really removed: the canvas and the result equal those of the release."""
   tokens, canvas = None, jnp.zeros((2, TOKENS, CLASSES))

@@ -142,6 +142,7 @@ def encoder_parameters(raw):
           'norm': {'scale': np.ones(WIDTH), 'bias': np.zeros(WIDTH)}}
 
 
+@pytest.mark.long
 @jax.numpy_rank_promotion('allow')  # For the neck written out above, not for what is tested.
 def test_encoder_with_windows():
   """SAM's encoder, clustered window by window before layer 2 and reconstructed at the end."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import recorded
+from helpers import mostly_long, recorded
 
 from ops import attention
 from ops import tokens as tk
@@ -58,7 +58,7 @@ def test_fastv():
   np.testing.assert_array_equal(reduced.x[0], raw['hs_layer3_in_full'][raw['keep_index']])
 
 
-@pytest.mark.parametrize('stage', [0, 1])
+@pytest.mark.parametrize('stage', mostly_long([0, 1]))
 def test_pyramiddrop(stage):
   raw = load('pyramiddrop')
   visual, start, text = (int(x) for x in raw['V_PRE_TXT'])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, mostly_long
 
 from models.backbones.vit import Block
 from models.compressors.dynamicvit import Predictor
@@ -149,7 +149,8 @@ def test_dynamicvit_attention_in_training():
 
 
 @pytest.mark.parametrize('unstacked', [False, True])
-@pytest.mark.parametrize('method', ['patchmerger', 'sinkhorn', 'dynamicvit', 'sit'])
+@pytest.mark.parametrize('method', mostly_long(
+    ['patchmerger', 'sinkhorn', 'dynamicvit', 'sit'], short=2))
 def test_model(method, unstacked):
   raw, logits, out = run(method, unstacked=unstacked)
   for layer in range(golden_vit.DEPTH):

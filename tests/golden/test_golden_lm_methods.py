@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import recorded
+from helpers import mostly_long, recorded
 from helpers.golden_vit import arrays
 
 from models.backbones.lm import LM
@@ -99,10 +99,10 @@ def test_fastv():
   close(out['tokens'].x[0], raw['final_normed'])
 
 
-@pytest.mark.parametrize(('name', 'weights', 'method', 'layers'), [
+@pytest.mark.parametrize(('name', 'weights', 'method', 'layers'), mostly_long([
     ('pyramiddrop', 'pyramiddrop', 'pyramiddrop', 'layer_list'),
     ('duet_vlm_t2v_alltext', 'pyramiddrop', 'duet_vlm', 'layer_list'),
-    ('transprune', 'transprune', 'transprune', 'pruning_layer_list')])
+    ('transprune', 'transprune', 'transprune', 'pruning_layer_list')]))
 def test_cuts_between_layers(name, weights, method, layers):
   """Layers are numbered from 1 in the releases: a cut after layer 2 stands before our layer 2."""
   raw = load(name)
@@ -206,7 +206,7 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize('name', CACHES)
+@pytest.mark.parametrize('name', mostly_long(CACHES, short=2))
 def test_decoding_from_a_reduced_cache(name):
   raw, base = load(f'kvpress_{name}'), load('kvpress_base')
   lm, variables = model('kvpress_base', eps=1e-5)

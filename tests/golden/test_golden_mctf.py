@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, mostly_long
 
 from models.backbones.vit import Block
 from models.blocks import add
@@ -98,7 +98,7 @@ def loop(x, attention, groups, weight):
   return out, rows
 
 
-@pytest.mark.parametrize('pooling', ['attention', 'size', 'mean', 'max'])
+@pytest.mark.parametrize('pooling', mostly_long(['attention', 'size', 'mean', 'max']))
 def test_pooling(pooling):
   """Every pooling, of features and of the map, against a loop over the groups."""
   raw = golden_vit.load('mctf')
@@ -137,6 +137,7 @@ def test_criteria(off):
     assert set(same) == {2 * a, 2 * b + 1}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('case', 'config'), [
     ('r8', {}),
     ('noosa', {'site': 'after'}),
@@ -151,6 +152,7 @@ def test_model(case, config):
   np.testing.assert_array_equal(members(out['tokens'].owner, 41), raw[f'{case}_source'])
 
 
+@pytest.mark.long
 def test_precise_form():
   """Looking ahead merges what one-step-ahead attention merges, and then attends again."""
   raw = golden_vit.load('mctf_vit')

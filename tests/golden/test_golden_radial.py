@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, mostly_long
 
 from models.plan import make_plan
 from ops.reducers.baselines.radial import Radial
@@ -12,8 +12,8 @@ from ops.signals import Signals
 from ops.tokens import TokenSet
 
 
-@pytest.mark.parametrize(('case', 'norm'), [
-    ('stage_l1', 'l1'), ('stage_l2', 'l2'), ('stage_linf', 'linf'), ('contig_l2', 'l2')])
+@pytest.mark.parametrize(('case', 'norm'), mostly_long([
+    ('stage_l1', 'l1'), ('stage_l2', 'l2'), ('stage_linf', 'linf'), ('contig_l2', 'l2')]))
 def test_model(case, norm):
   """Removed here, masked there: what is left is the same."""
   raw, model = golden_vit.load('heuristic'), golden_vit.model()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, mostly_long
 
 from ops import assignments
 from ops import tokens as tk
@@ -160,7 +160,8 @@ def check_model(raw, case, logits, out):
   same(tokens.owner[:, None] == np.arange(tokens.slots)[None, :, None], raw[f'{case}_source'] > 0)
 
 
-@pytest.mark.parametrize(('case', 'args'), [('r8', ()), ('r8_noprop', (('proportional', False),))])
+@pytest.mark.parametrize(('case', 'args'), mostly_long(
+    [('r8', ()), ('r8_noprop', (('proportional', False),))]))
 def test_tome_vit(case, args):
   check_model(golden_vit.load('tome_vit'), case, *run('tome', args, remove=8))
 
@@ -208,6 +209,7 @@ def test_pitome(case):
   close(check_merges(raw, case, tokens, merge)['picked'], raw[f'{case}_out_prune'])
 
 
+@pytest.mark.long
 def test_pitome_vit():
   raw = golden_vit.load('pitome_vit')
   logits, out = run('pitome', layers='all', keep_ratio=0.9, rounding='ceil')
@@ -238,7 +240,7 @@ def test_pitome_leaves_at_least_half():
     run('pitome', layers=1, keep_ratio=0.4)
 
 
-@pytest.mark.parametrize('pairing', ['energy', 'bipartite', 'text'])
+@pytest.mark.parametrize('pairing', mostly_long(['energy', 'bipartite', 'text']))
 def test_pitome_padding(pairing):
   """Left or right padding full of 1e3 changes nothing, in a batch or alone."""
   rng = np.random.default_rng(2)
@@ -267,7 +269,7 @@ def test_pitome_padding(pairing):
   same(np.asarray(short.valid).sum(1), [slots, slots])
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('dtype', mostly_long([jnp.float32, jnp.bfloat16]))
 def test_pitome_finite(dtype):
   """Equal and all-zero tokens give finite features and gradients, however they are paired."""
 

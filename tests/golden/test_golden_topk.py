@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, mostly_long
 
 from models.backbones.vit import Block
 from models.blocks import add
@@ -127,7 +127,8 @@ def check_features(raw, case, logits, out, layers):
 
 
 @pytest.mark.parametrize(('case', 'layers', 'ratio'),
-                         [('f70', (1, 2), 0.7), ('n70', (1, 2), 0.7), ('f50', (1, 3), 0.5)])
+                         mostly_long(
+                             [('f70', (1, 2), 0.7), ('n70', (1, 2), 0.7), ('f50', (1, 3), 0.5)]))
 def test_evit_as_released(case, layers, ratio):
   """With the fused token, which counts as a patch from then on, and without: top-k."""
   raw = golden_vit.load('evit_official')

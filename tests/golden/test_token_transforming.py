@@ -65,6 +65,7 @@ def test_what_all_keys_have_in_common_does_not_count():
   np.testing.assert_allclose(*told, atol=1e-3)
 
 
+@pytest.mark.long
 def test_nothing_to_remove():
   """A row with as many tokens as there is room for keeps them, beside rows that are mixed."""
   case = contract.random_case()

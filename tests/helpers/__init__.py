@@ -9,9 +9,13 @@ CASE = type(pytest.param())
 
 def mostly_long(values: Any, *, short: int = 1) -> list[Any]:
   """Marks all but the first few values of a parameter as long: one shows that it works at all."""
-  cases = [value if isinstance(value, CASE) else
-           pytest.param(*value) if isinstance(value, tuple) else pytest.param(value)
-           for value in values]
-  return cases[:short] + [
-      pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.long])
-      for case in cases[short:]]
+  cases = []
+  for value in values:
+    case = value if isinstance(value, CASE) else pytest.param(
+        *(value if isinstance(value, tuple) else (value,)))
+    if pytest.mark.long not in case.marks and short:
+      short -= 1
+    elif pytest.mark.long not in case.marks:
+      case = pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.long])
+    cases.append(case)
+  return cases

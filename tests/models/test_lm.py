@@ -103,6 +103,7 @@ def test_decoding_after_a_cut_equals_one_longer_prompt(method, site, positions):
   assert pos[0, -1] == {'keep': PROMPT + ROOM - 1, 'compact': PROMPT + ROOM - 5}[positions]
 
 
+@pytest.mark.long
 def test_picking_inside_attention_equals_picking_behind_it():
   """The rows that stay have read the same keys; a cache holds what attention saw in both."""
   tokens = image_and_text(jnp.asarray(VALID))
@@ -114,6 +115,7 @@ def test_picking_inside_attention_equals_picking_behind_it():
     prefill(planned(site='inside', method='tome'), tokens)
 
 
+@pytest.mark.long
 def test_restarting_equals_a_prompt_of_what_is_left():
   lm = planned(visual=0, token_kinds='text', positions='restart', keep=7, layers=2, site='before')
   kept = jax.jit(lm.apply)(variables(), ids()[:, :PROMPT])[1]['cuts'][2]
@@ -123,7 +125,7 @@ def test_restarting_equals_a_prompt_of_what_is_left():
                              answer(TINY, shorter, ids()[:, PROMPT:]), atol=1e-6)
 
 
-@pytest.mark.parametrize('site', ['before', 'between'])
+@pytest.mark.parametrize('site', mostly_long(['before', 'between']))
 def test_pruned_caches_answer_as_masked_ones(site):
   tokens = image_and_text(jnp.asarray(VALID))
   pruned, masked = (planned(site=site, mode=mode) for mode in ('gather', 'mask'))
@@ -259,7 +261,7 @@ def merged_among(slots):
   return run(variables(), image_and_text())
 
 
-@pytest.mark.parametrize('padding', [1, 2, 3])
+@pytest.mark.parametrize('padding', mostly_long([1, 2, 3]))
 def test_padding_of_no_length_changes_which_pairs_merge(padding):
   owner, logits = merged_among(PROMPT)
   found, values = merged_among(PROMPT + padding)
@@ -328,6 +330,7 @@ def test_sections_turn_by_their_own_numbers():
     rope.rotate(x, pos[..., 0])
 
 
+@pytest.mark.long
 def test_decoding_with_sections_goes_on_after_the_largest_number():
   lm = TINY.clone(rope=Rope(8, sections=(2, 1, 1)))
   tokens = image_and_text()
@@ -468,7 +471,7 @@ def test_padding_of_other_kinds_keeps_its_place_and_is_no_text():
   np.testing.assert_array_equal(visual, 2)
 
 
-@pytest.mark.parametrize('padding', ['anywhere', 'last'])
+@pytest.mark.parametrize('padding', mostly_long(['anywhere', 'last']))
 def test_padding_at_the_end_needs_no_mask_in_a_kernel(padding, monkeypatch):
   valid = jnp.asarray(np.arange(PROMPT) < np.array([[12], [9], [7]]))
   tokens, lm = image_and_text(valid), planned(layers=(1,), keep=2)

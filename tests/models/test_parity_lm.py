@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 from helpers.parity_lm import CASES, FOLDER, config, expected, params
 
 from models.checkpoints.lm_config import from_config
@@ -92,9 +93,9 @@ def test_every_hidden_state_and_logit_equals_the_reference(name, form, record_pr
   assert max(errors.values()) <= TOLERANCE, errors
 
 
-@pytest.mark.parametrize(('name', 'form'), [
+@pytest.mark.parametrize(('name', 'form'), mostly_long([
     *((name, form) for name in CASES for form in ('left', 'right')),
-    ('llama3', 'alone'), ('mistral', 'alone')])
+    ('llama3', 'alone'), ('mistral', 'alone')], short=4))
 def test_decoded_tokens_equal_the_reference(name, form):
   logits, tokens = decoded(name, form)
   wanted = expected(name)

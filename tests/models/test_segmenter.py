@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, mostly_long
 from helpers.compiler import EMITTERS
 
 from models.backbones import segmenter as dense
@@ -156,6 +156,7 @@ def run(vit, params=None):
   return apply({'params': params or trained()}, golden_vit.images())
 
 
+@pytest.mark.long
 def test_without_reduction_every_way_is_the_plain_head():
   logits, out = run(segmenter())
   vit = golden_vit.model().clone(depth=2, num_classes=0, capture=False)
@@ -185,9 +186,9 @@ def test_one_prediction_a_pixel_is_not_resized():
 METHODS = {'evit': {}, 'tome': {}, 'ats': {}, 'dpcknn': {}, 'random': {'site': 'after'}}
 
 
-@pytest.mark.parametrize('name', [
+@pytest.mark.parametrize('name', mostly_long([
     pytest.param(name, marks=[] if name in ('tome', 'random') else pytest.mark.long)
-    for name in METHODS])
+    for name in METHODS]))
 def test_every_way_works_under_every_kind_of_method(name):
   plan = make_plan({'method': name, 'layers': (0, 1), 'keep': (48, 36), **METHODS[name]},
                    segmenter().host)
@@ -213,6 +214,7 @@ def test_every_way_works_under_every_kind_of_method(name):
       np.testing.assert_allclose(x[row, patch], normed, atol=1e-5)
 
 
+@pytest.mark.long
 def test_windows_and_a_convolution_fit_together():
   vit = segmenter(window=(4, 4), whole_layers=(0,), decoder='conv', cells=4)
   vit = vit.clone(plan=make_plan({'method': 'tome', 'layers': (1,), 'keep': 40}, vit.host))

@@ -60,7 +60,8 @@ def test_padding_after_the_end_changes_nothing():
   assert np.abs(run(WHOLE)[0] - run(WHOLE, padded)[0])[1:].max() > 1e-3
 
 
-@pytest.mark.parametrize('needs', [frozenset(), frozenset({'received_attention', 'cls_attention'})])
+@pytest.mark.parametrize('needs', mostly_long(
+    [frozenset(), frozenset({'received_attention', 'cls_attention'})]))
 def test_causality_follows_positions_not_slots(needs):
   block = Block(16, 2, 24, causal=True)
   x = jax.random.normal(jax.random.key(1), (2, 7, 16))
@@ -184,6 +185,7 @@ def test_wrong_settings_are_errors(setting, message):
     CAUSAL.clone(**setting)
 
 
+@pytest.mark.long
 def test_a_pair_scores_by_cosine_and_reduces_either_tower():
   vit = ViT(width=16, depth=2, mlp=24, heads=2, patch=4, image_size=16, num_classes=0,
             class_token=False, pool='map', projection=6)

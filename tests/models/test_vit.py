@@ -97,6 +97,7 @@ def test_logits_and_every_layer_equal_the_reference():
   assert len(out['hidden']) == golden_vit.DEPTH
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('method', [None, pytest.param('tome', marks=pytest.mark.long)])
 def test_both_forms_of_storage_and_remat_give_the_same(method):
   vit = golden_vit.model()
@@ -183,6 +184,7 @@ def test_mean_pool_counts_original_tokens():
   np.testing.assert_allclose(pooled, expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_attention_pooling_counts_tokens_as_the_blocks_do():
   vit = make_vit('Ti/8', width=32, heads=2, mlp=32, depth=2, image_size=16, num_classes=0,
                  class_token=False, pool='map')

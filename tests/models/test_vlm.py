@@ -90,7 +90,7 @@ def visual_of(out, row, image=0):
 # The projector.
 
 
-@pytest.mark.parametrize('by', ['cls_attention', 'received_attention'])
+@pytest.mark.parametrize('by', mostly_long(['cls_attention', 'received_attention']))
 def test_the_door_keeps_what_the_towers_last_layer_attends_to(by):
   vlm, params = llava()
   reduced = with_projector_reduction(vlm, {'method': 'topk', 'args': {'by': by}, 'keep': 5},
@@ -139,7 +139,7 @@ def test_a_door_that_keeps_everything_changes_nothing():
   assert with_projector_reduction(reduced, {'method': 'none'}, slots=16).projector_reduction is None
 
 
-@pytest.mark.parametrize('method', ['tome', 'pitome', 'stride'])
+@pytest.mark.parametrize('method', mostly_long(['tome', 'pitome', 'stride']))
 def test_methods_that_join_or_read_keys_act_at_the_door(method):
   vlm, params = llava()
   reduced = with_projector_reduction(vlm, {'method': method, 'keep': 10}, slots=16)
@@ -163,6 +163,7 @@ def test_a_prompts_words_choose_for_its_own_images():
   assert not np.allclose(visual_of(other, 0), visual_of(alone, 0), rtol=0.1)
 
 
+@pytest.mark.long
 def test_a_learned_method_at_the_door_has_parameters_that_train():
   vlm, params = llava()
   reduced = with_projector_reduction(vlm, {'method': 'patchmerger', 'keep': 4}, slots=16)
@@ -241,7 +242,7 @@ def test_a_door_behind_crops_pools_patches_and_newlines():
 # Sequences.
 
 
-@pytest.mark.parametrize('config', [LLAVA, QWEN], ids=['llava', 'qwen'])
+@pytest.mark.parametrize('config', mostly_long([LLAVA, QWEN]), ids=['llava', 'qwen'])
 def test_text_alone_needs_no_images(config):
   vlm, params = llava() if config is LLAVA else qwen()
   example = squares() if config is LLAVA else qwen_images()[0]
@@ -458,6 +459,7 @@ def test_an_images_grid_and_what_pads_it_do_not_matter():
     np.testing.assert_allclose(found.x, out.x, atol=2e-5)
 
 
+@pytest.mark.long
 def test_positions_survive_a_door_and_text_stays_where_it_was():
   vlm, params = qwen()
   images, _ = qwen_images()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit
+from helpers import golden_vit, mostly_long
 
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
@@ -91,7 +91,7 @@ def by_hand(windows, tokens, keys, method, num_slots):
            for window in range(windows.count)] for image in range(len(tokens.x))]
 
 
-@pytest.mark.parametrize('name', ['tome', 'topk', 'pool'])
+@pytest.mark.parametrize('name', mostly_long(['tome', 'topk', 'pool']))
 def test_a_reduction_acts_on_every_window_by_itself(name):
   windows, method = Windows(GRID, WINDOW, 1), methods()[name]()
   tokens = tokens_of(windows)
@@ -142,6 +142,7 @@ def run(vit, images=None):
   return jax.jit(vit.apply)({'params': params()}, images)
 
 
+@pytest.mark.long
 def test_one_window_of_the_whole_grid_changes_nothing():
   budget = {'method': 'tome', 'remove': 8, 'layers': (1, 2)}
   vit = model(plan=make_plan(budget, model().host))
@@ -172,7 +173,7 @@ def test_without_whole_layers_windows_do_not_see_each_other():
   assert np.abs(first['tokens'].x[:, 1:17] - second['tokens'].x[:, 1:17]).max() > 1e-3
 
 
-@pytest.mark.parametrize('name', ['tome', 'ats'])
+@pytest.mark.parametrize('name', mostly_long(['tome', 'ats']))
 def test_every_window_keeps_equally_many(name):
   vit = model()
   plan = make_plan({'method': name, 'layers': (1, 2), 'keep': (40, 28)}, vit.host)
@@ -203,8 +204,9 @@ def test_a_windowed_layer_with_a_cut_equals_the_block_on_each_window():
   np.testing.assert_allclose(out['tokens'].x.reshape(8, 10, -1), alone['tokens'].x, atol=1e-5)
 
 
-@pytest.mark.parametrize('budget', [None, {'method': 'tome', 'layers': (1, 2), 'keep': (48, 32)},
-                                    {'method': 'topk', 'site': 'before', 'layers': 1, 'keep': 16}],
+@pytest.mark.parametrize('budget', mostly_long(
+    [None, {'method': 'tome', 'layers': (1, 2), 'keep': (48, 32)},
+                                    {'method': 'topk', 'site': 'before', 'layers': 1, 'keep': 16}]),
                          ids=str)
 def test_the_cost_is_that_of_the_traced_program(budget):
   vit = model(window=(4, 4), whole_layers=(1,), registers=2)

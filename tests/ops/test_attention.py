@@ -122,7 +122,7 @@ def test_rows_may_bring_no_lse():
 
 
 @pytest.mark.parametrize('chunk', [1, 5, 12, 64])
-@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('causal', mostly_long([False, True], short=2))
 def test_received_is_the_mean_of_the_rows(chunk, causal):
   q, k, v = inputs(kv_heads=2)
   bias = make_bias('infinite', 2, 12)
@@ -274,6 +274,7 @@ def test_splash_shows_what_lies_beside_causal_attention():
   chex.assert_trees_all_close(got, run(q, k, v, 'xla'), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_splash_takes_the_batch_in_groups(monkeypatch):
   q, k, v = inputs(batch=3, length=4, heads=2)
   bias = make_bias('sizes', 3, 4)
@@ -358,10 +359,11 @@ def test_scores_hold_no_map(differentiate):
   assert largest(row) <= q.size
 
 
-@pytest.mark.parametrize(('kind', 'length'), [pytest.param('all', 96, marks=pytest.mark.long),
+@pytest.mark.parametrize(('kind', 'length'), mostly_long(
+    [pytest.param('all', 96, marks=pytest.mark.long),
                                               ('all', 90), ('causal', 90),
                                               ('window', 90), ('positions', 96),
-                                              pytest.param('mutual', 90, marks=pytest.mark.long)])
+                                              pytest.param('mutual', 90, marks=pytest.mark.long)]))
 def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
   chunk = 16
   q, k, v = inputs(length=length, heads=4, kv_heads=2, features=8)

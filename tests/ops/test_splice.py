@@ -80,6 +80,7 @@ def test_rows_of_all_kinds(side, given):
   assert (np.asarray(slot)[~valid] == slots).all()
 
 
+@pytest.mark.long
 def test_positions_along_axes():
   ids, valid, x, real, table = batch()
   random = np.random.default_rng(1)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_long
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -146,7 +147,7 @@ def test_a_maximum_is_no_matrix():
     make('merge', 9, 4, 0, op='max').matrix()
 
 
-@pytest.mark.parametrize('holes', [False, True])
+@pytest.mark.parametrize('holes', mostly_long([False, True]))
 @given(seed=SEEDS, kinds=st.tuples(st.sampled_from(HARD), st.sampled_from(HARD)))
 def test_owners_sizes_and_anchors_over_two_cuts(holes, seed, kinds):
   """Against a simulation with one Python set of original tokens a slot."""
@@ -239,6 +240,7 @@ def test_composition_is_the_product_of_matrices(seed, kinds):
     close(np.asarray(once.sizes)[real], np.asarray(twice.sizes)[real])
 
 
+@pytest.mark.long
 @given(seed=SEEDS, kinds=st.tuples(*[st.sampled_from(KINDS)] * 3))
 def test_composition_is_associative(seed, kinds):
   a, b, c = (make(kind, n, m, seed + n) for kind, n, m in zip(kinds, (9, 6, 4), (6, 4, 2),
@@ -266,7 +268,7 @@ def test_composition_carries_maxima_decisions_and_features_or_raises():
       tk.compose(first, second)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', mostly_long(KINDS))
 @given(seed=SEEDS, holes=st.booleans(), padded=st.booleans())
 def test_masking_leaves_the_real_tokens_of_reducing(kind, seed, holes, padded):
   rng = np.random.default_rng(seed)

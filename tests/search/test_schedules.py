@@ -54,6 +54,7 @@ def test_a_steep_sigmoid_is_one_step_down():
   assert counts == (100, 100, 100, *[1] * 7)
 
 
+@pytest.mark.long
 def test_the_search_of_sigmoids_comes_near_the_best():
   wanted = sigmoid_counts(12.0, 0.1, layers=8, tokens=64, mean=0.4)
 

@@ -229,6 +229,7 @@ REDUCED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('case', mostly_long(REDUCED))
 def test_patches_are_followed_to_the_last_cut(case):
   """Exactly the patches that are said to be left change the answer when they change."""
@@ -275,6 +276,7 @@ def test_patches_are_followed_to_the_last_cut(case):
   assert distance.max() < 1e-5
 
 
+@pytest.mark.long
 def test_pictures_show_every_crop(tmp_path):
   made = assistant.load(assistants.checkpoint(tmp_path / 'next', 'llava_next'))
   reduce = {'language': {'method': 'stride', 'token_kinds': 'visual', 'layers': 1,

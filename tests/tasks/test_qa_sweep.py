@@ -15,6 +15,12 @@ from lib.report import measuring, plots
 from lib.runtime import sharding
 from lib.tasks import qa as qa_task
 from lib.tasks import qa_sweep
+from models.backbones.vit import ViT
+from ops.reducers.branch import BRANCHES
+from ops.reducers.cache import CACHE_REDUCERS
+from ops.reducers.language import LANGUAGE
+from ops.reducers.projector import PROJECTOR
+from ops.reducers.vision import VISION
 
 CONFIGS = {'scenes': (digit_scenes, SCENES, digit_scenes_sweep),
            'needle': (stdlib_needle, NEEDLE, stdlib_needle_sweep)}
@@ -80,20 +86,126 @@ def test_a_budget_is_the_share_that_the_last_cut_leaves(row, ratio, left):
   assert (cuts[-1].slots_out - 12 if cuts else visual) == left
 
 
-def test_every_candidate_of_the_configs_is_a_model():
-  for _, info, config in CONFIGS.values():
-    config = config.get_config()
-    shortest = min(context for _, context in config.sweep.sets)
-    for candidate in config.sweep.candidates:
-      settings = {key: value for key, value in candidate.items() if key not in ('name', 'place')}
-      for budget in config.sweep.budgets:
-        reduce = qa_sweep.reduction({'place': candidate['place'], 'budget': str(budget),
-                                     'settings': json.dumps(settings)})
-        model = qa_task.build(config.model, reduce, info, context=shortest)
-        lm = model.lm if info.image_shape else model
-        tower = model.tower.plan if info.image_shape else None
-        assert any((tower, getattr(model, 'projector_reduction', None), lm.plan,
-                    lm.cache_plan)), candidate
+def built(name, task, info, config, every):
+  """Rows of a config's candidates with their models: of every budget, or of each one's last."""
+  sweep = bare(task, info, config)
+  for candidate in config.sweep.candidates:
+    chosen = qa_sweep.budgets(candidate, config.sweep)
+    tokens = [each for each in chosen if not each.startswith(qa_sweep.OF_MACS)]
+    for budget in chosen if every else tokens[-1:]:
+      row = {'method': candidate['name'], 'place': candidate['place'], 'budget': budget,
+             'settings': qa_sweep.settings_of(candidate)}
+      yield row, sweep, sweep._reduced('set', row)
+
+
+def bare(task, info, config):
+  """A sweep without a checkpoint."""
+  sweep = qa_sweep.QASweep.__new__(qa_sweep.QASweep)
+  sweep.config, sweep.mesh = config, sharding.make_mesh({'data': 1}, jax.devices()[:1])
+  data = config.data.copy_and_resolve_references()
+  data.context = min(context for _, context in config.sweep.sets)
+  sweep._sets, sweep._info = {'set': data}, {'set': info}
+  return sweep
+
+
+@pytest.mark.parametrize('every', [False, pytest.param(True, marks=pytest.mark.long)])
+def test_every_candidate_of_the_configs_is_a_model(every):
+  for name, (task, info, config) in CONFIGS.items():
+    for row, sweep, model in built(name, task, info, config.get_config(), every):
+      lm = model.lm if info.image_shape else model
+      tower = model.tower.plan if info.image_shape else None
+      smaller = row['place'] == 'image' and model.tower.image_size < info.image_shape[0]
+      assert any((tower, getattr(model, 'projector_reduction', None), lm.plan,
+                  lm.cache_plan, smaller)), row
+      if row['budget'].startswith(qa_sweep.OF_MACS):
+        base, share = sweep._model('set', {}), float(row['budget'].split()[1])
+        ratio = sweep._cost('set', model)['gmacs'] / sweep._cost('set', base)['gmacs']
+        assert share - 0.05 < ratio <= share, row
+
+
+def test_all_methods_are_candidates_or_left_out_for_a_reason():
+  named = {(each['place'], each.get('method')) for each in digit_scenes_sweep.get_config(
+      ).sweep.candidates}
+  left = {(place, name) for place, names in digit_scenes_sweep.LEFT_OUT.items() for name in names}
+  assert not named & left
+  for place, registry in (('vision', VISION), ('projector', PROJECTOR), ('language', LANGUAGE),
+                          ('cache', CACHE_REDUCERS)):
+    assert {name for at, name in named | left if at == place} >= set(registry), place
+  assert {name for _, name in named | left} >= set(BRANCHES)
+
+
+def test_a_share_of_the_macs_that_cannot_be_met_is_one_line():
+  config = digit_scenes_sweep.get_config()
+  row = {'method': 'fastv', 'place': 'language', 'budget': 'MACs 0.5', 'settings': json.dumps(
+      {'method': 'fastv', 'layers': [2], 'token_kinds': 'visual'})}
+  with pytest.raises(ValueError, match=r'fastv cannot get down to 0\.5 of the MACs'):
+    bare(digit_scenes, SCENES, config)._reduced('set', row)
+
+
+def test_draws_are_joined_and_compared_batch_by_batch():
+  shared = {'set': 's', 'place': 'p', 'note': ''}
+
+  def row(method, parts, budget='0.5', **more):
+    return {**shared, 'method': method, 'budget': budget, 'settings': str(parts),
+            'by_batch': parts, 'accuracy': float(np.mean(parts)),
+            'by': {'a': parts[0]}, **more}
+
+  rows = [row('none', [0.9, 0.9, 0.8], '1.0'), row('random', [0.2, 0.3, 0.4]),
+          row('random', [0.4, 0.5, 0.3]), row('mine', [0.75, 0.8, 0.8]),
+          row('mine', [0.2, 0.2, 0.3], '0.25'),
+          {**shared, 'method': 'other', 'budget': '0.5', 'settings': '', 'note': 'too few'}]
+  none, random, mine, alone, other = qa_sweep.compared(rows, {'mine': 'random'})
+  assert random['accuracy'] == pytest.approx(0.35)
+  assert random['by'] == {'a': pytest.approx(0.3)}
+  assert mine['difference'] == pytest.approx(np.mean([0.75, 0.8, 0.8]) - 0.35)
+  assert mine['difference_low'] < mine['difference'] < mine['difference_high']
+  assert none['accuracy_low'] < none['accuracy'] < none['accuracy_high']
+  assert 'difference' not in alone
+  assert 'difference' not in none
+  assert other == rows[-1]
+
+
+def test_maps_by_kind_go_from_budget_to_budget():
+  rows = [{'method': method, 'budget': budget, 'by': {'a': 0.5, 'b': value}}
+          for method, budget, value in (('x', '0.25', 0.1), ('x', 'MACs 0.8', 0.2),
+                                        ('y', '0.5', 0.3), ('y', '', 0.4))]
+  maps = qa_sweep.accuracy_by_kind(rows)
+  assert list(maps) == ['0.5', '0.25', 'MACs 0.8', 'its own']
+  names, kinds, shares = maps['0.25']
+  assert (names, kinds) == (['x', 'y'], ['a', 'b'])
+  np.testing.assert_array_equal(shares, [[0.5, 0.1], [np.nan, np.nan]])
+
+
+def test_more_lines_than_styles_are_drawn_place_by_place():
+  few = [{'method': 'none', 'place': ''}, {'method': 'low', 'place': 'image'},
+         {'method': 'a', 'place': 'cache'}]
+  assert qa_sweep.by_place(few) == {'': few[1:]}
+  many = [{'method': str(number), 'place': 'language'} for number in range(plots.STYLES)]
+  assert qa_sweep.by_place(few + many) == {'cache': few[1:], 'language': [few[1], *many]}
+
+
+@pytest.mark.long
+def test_what_is_behind_the_prompt_is_decoded():
+  """Unreduced the answers stay what they are; a cut of the cache then counts."""
+  _, info, model, params = model_of('scenes')
+  batch = says(model, params, batch_of(info, CONTEXT))
+  match = jax.jit(functools.partial(qa_task.exact_match, model, longest=2, behind=2))
+  np.testing.assert_array_equal(match(params, batch), 1)
+  first = jax.jit(lambda ids: qa_task.answers(model, params, {**batch, 'ids': ids}, longest=2,
+                                              behind=1)[0])
+  wrong = jnp.asarray(batch['ids']).at[0, 7].add(1)  # The last token of the first question.
+  np.testing.assert_array_equal(first(wrong), first(batch['ids']))
+
+
+def test_positions_of_smaller_images_are_resampled():
+  tower = ViT(width=4, depth=1, mlp=4, heads=1, patch=8, image_size=32, num_classes=0)
+  pos = np.random.default_rng(0).normal(size=(1, 65, 4)).astype(np.float32)
+  small = qa_sweep.for_smaller_images({'pos': pos, 'other': 1}, tower)
+  assert small['other'] == 1
+  assert small['pos'].shape == (1, 17, 4)
+  np.testing.assert_array_equal(small['pos'][0, 0], pos[0, 0])
+  level = qa_sweep.for_smaller_images({'pos': np.ones((1, 65, 4), np.float32)}, tower)
+  np.testing.assert_allclose(level['pos'], 1, rtol=1e-6)
 
 
 def test_rows_are_known_by_all_that_makes_them(monkeypatch, tmp_path):
@@ -101,7 +213,8 @@ def test_rows_are_known_by_all_that_makes_them(monkeypatch, tmp_path):
   weights = ['one']
   monkeypatch.setattr(qa_sweep.QASweep, '_load', lambda *_: (7, weights[-1], None))
   config = digit_scenes_sweep.get_config()
-  config.sweep.update(sets=(), candidates=config.sweep.candidates[:2], budgets=(0.5,))
+  chosen = [each for each in config.sweep.candidates if each['name'] in ('divprune', 'fastervlm')]
+  config.sweep.update(sets=(), candidates=tuple(chosen), budgets=(0.5,), macs=(), pictured=())
 
   def identities(**settings):
     other = config.copy_and_resolve_references()
@@ -116,6 +229,8 @@ def test_rows_are_known_by_all_that_makes_them(monkeypatch, tmp_path):
       ({'model.dtype': 'bfloat16'}, 0), ({'model.lm.heads': 8}, 0), ({'sweep.budgets': (0.4,)}, 1),
       ({'sweep.rounds': 9}, 3), ({'data.turns': 1}, 3), ({'data.data_dir': '/elsewhere'}, 3)):
     assert len(before & identities(**settings)) == same, settings
+  with pytest.raises(ValueError, match='behind=12 leaves no token of a context of 12'):
+    identities(**{'sweep.behind': 12, 'data.context': 12})
   weights.append('other')
   assert not before & identities()
 
@@ -130,13 +245,17 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
   monkeypatch.setattr(qa_sweep.pretrained, 'best', lambda *_, **__: (7, params))
   config = config.copy_and_resolve_references()
   config.data.batch_size = 4
-  chosen = CONFIGS[name][2].CANDIDATES[0], CONFIGS[name][2].CANDIDATES[-2]
+  scenes = [each for each in digit_scenes_sweep.get_config().sweep.candidates
+            if each['name'] in ('low resolution', 'divprune', 'snapkv')]
+  needle = [stdlib_needle_sweep.CANDIDATES[0], stdlib_needle_sweep.CANDIDATES[-2]]
+  chosen = tuple({**each, 'budgets': (0.5,)} for each in (scenes if info.kinds else needle))
   with config.unlocked():
     config.sweep = {'title': 'a title', 'sets': (), 'candidates': chosen, 'budgets': (0.5,),
-                    'rounds': 2, 'baselines': ()}
+                    'rounds': 2, 'baselines': (), 'behind': 1,
+                    'pictured': ('divprune',) if info.kinds else ()}
   sweep = qa_sweep.QASweep(config, tmp_path, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
   wanted = list(sweep.rows())
-  assert len({measuring.identity(row, tuple(wanted[0])) for row in wanted}) == 3
+  assert len({measuring.identity(row, tuple(wanted[0])) for row in wanted}) == 1 + len(chosen)
   rows = [row | sweep.measure(row) for row in wanted]
   for row in rows:
     assert row['questions'] == 4
@@ -148,7 +267,10 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
   sweep.show(rows, tmp_path)
   drawn = sorted(path.name for path in tmp_path.glob('*.png'))
   assert ('recall.png' in drawn) == (name == 'needle')
-  assert len(drawn) == (1 + len(info.kinds) if info.kinds else 2)
+  stem = config.data.name.replace('/', '_')
+  assert set(drawn) == {f'accuracy_{stem}.png'} | (
+      {f'kinds_{stem}.png', 'kept.png'} if info.kinds else {'recall.png'})
+  assert (tmp_path / 'sweep.md').read_text().count('\n') == 2 + len(rows)
   assert 'accuracy %' in capsys.readouterr().out
 
 

@@ -37,6 +37,7 @@ def config_of(place, **changes):
       'augment': {}} | changes)
 
 
+@pytest.mark.long
 def test_the_set_holds_what_it_says(place):
   config = config_of(place)
   info = image_data.info(config)

@@ -48,7 +48,7 @@ TEXTS = {
     'study.budgets[].budget',
     'study.lower[].budget', 'study.resolutions[][]', 'study.tuned', 'study.recipes[].name',
     'study.recipes[].budget', 'expected.source', 'expected.convention', 'expected.mismatch',
-    'needs', 'sweep.candidates[].name'}
+    'needs', 'sweep.candidates[].name', 'sweep.candidates[].versus', 'sweep.pictured[]'}
 
 
 def configs():

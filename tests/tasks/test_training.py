@@ -241,6 +241,7 @@ def test_consistency_loss_against_numpy():
   assert not theirs_grad.any()
 
 
+@pytest.mark.long
 def test_training_adds_the_loss_of_a_gentler_plan():
   """With one level, that is the unreduced model."""
   settings, vit = digits.get_config().optimizer, tiny('tome')

@@ -73,6 +73,7 @@ class CMAI(BranchReducer):
   """
 
   share: Share = 0.5
+  reconstructed = 'the abstract'
   parts = 'core'
   positions = 'keep'
   drops = ''

@@ -36,6 +36,7 @@ class LeMo(BranchReducer):
 
   block: Count = 64
   threshold: NotNegative = 0.0
+  reconstructed = 'the abstract'
   positions = 'keep'
   needs = frozenset({'next_received_attention'})
 

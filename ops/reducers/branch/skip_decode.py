@@ -37,6 +37,7 @@ class SkipDecode(BranchReducer):
   least: Count = 1
   most: Count | None = None
   warmup: CountOrZero = 1
+  reconstructed = "the paper's text"
   positions = 'keep'
 
   def __post_init__(self) -> None:

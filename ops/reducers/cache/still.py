@@ -38,6 +38,7 @@ class STILL(ScoringReducer):
 
   window: Count = 64
   epsilon: Positive = 1e-6
+  reconstructed = "the paper's text"
   needs = frozenset({'keys', 'queries'})
 
   def scores(self, tokens: TokenSet, signals: Signals) -> Array:

@@ -21,6 +21,7 @@ class LateInjection(Reducer):
   paper before layer 9 of 32 (15 of 32 in MobileLLaMA). What it prunes behind that is `hidrop`.
   """
 
+  reconstructed = "the paper's text"
   kind = 'insert'
   site = 'before'
   positions = 'keep'

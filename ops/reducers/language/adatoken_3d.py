@@ -34,6 +34,7 @@ class AdaToken3D(Reducer):
   """
 
   share: Share = 0.05
+  reconstructed = 'the abstract'
   needs = frozenset({'row_attention', 'projected_norms'})
   site = 'after'
   positions = 'keep'

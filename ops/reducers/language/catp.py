@@ -43,6 +43,7 @@ class CATP(Checked, Reducer):
 
   part: Annotated[str, OneOf(PARTS)] = 'context'
   likeness: NotNegative = 0.6
+  reconstructed = "the paper's text"
   watch_needs = frozenset({'last_attention'})
   site = 'after'
   positions = 'keep'

@@ -38,6 +38,7 @@ class CATPImages(Reducer):
   """
 
   relevance: NotNegative = 0.7
+  reconstructed = "the paper's text"
   site = 'before'
   positions = 'keep'
   drops = 'pruning drops tokens'

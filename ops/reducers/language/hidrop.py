@@ -24,6 +24,7 @@ class HiDrop(Reducer):
   not known here, only that the mean over all layers is 64 of 576.
   """
 
+  reconstructed = "the paper's text"
   needs = frozenset({'next_last_attention'})
   site = 'before'
   positions = 'keep'

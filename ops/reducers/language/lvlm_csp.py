@@ -29,6 +29,7 @@ class LVLMCSP(Reducer):
   """
 
   neighbours: Count = 5
+  reconstructed = 'the abstract'
   site = 'before'
   positions = 'keep'
   drops = 'pruning drops tokens'

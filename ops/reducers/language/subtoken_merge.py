@@ -35,6 +35,7 @@ class SubtokenMerge(Reducer):
 
   # Units are of text, which a host without a rope has none of, or cannot tell about.
   needs = frozenset({'rope'})
+  reconstructed = 'the abstract'
   site = 'before'
   positions = 'keep'
   adaptive = 'a unit of several tokens fills one slot'

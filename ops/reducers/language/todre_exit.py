@@ -32,6 +32,7 @@ class ToDREExit(Reducer):
   """
 
   threshold: Share = 0.1
+  reconstructed = "the paper's text"
   needs = frozenset({'queries', 'keys', 'rope'})
   site = 'after'
   mode = 'mask'

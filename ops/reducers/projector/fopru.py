@@ -35,6 +35,7 @@ class FoPru(ByAttention):
 
   by: str = 'received_attention'
   strategy: Annotated[str, OneOf(STRATEGIES)] = 'rank'
+  reconstructed = 'the abstract'
   site = 'after'
   drops = 'pruning drops tokens'
 

@@ -38,6 +38,7 @@ class ToDRE(ByAttention):
   """
 
   selection: Annotated[str, OneOf(SELECTIONS)] = 'max_sum'
+  reconstructed = "the paper's text"
   site = 'after'
   drops = 'pruning drops tokens'
 

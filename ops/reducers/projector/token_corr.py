@@ -41,6 +41,7 @@ class TokenCorr(ByAttention):
   threshold: float = 0.8
   partners: Count = 4
   middle: CountOrZero = 11
+  reconstructed = 'the abstract'
   site = 'after'
   drops = 'pruning drops tokens'
   adaptive = 'images of repeated patterns keep fewer tokens'

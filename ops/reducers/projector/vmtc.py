@@ -35,6 +35,7 @@ class VMTC(ByAttention):
 
   primary: Share = 0.75
   neighbours: Count = 5
+  reconstructed = 'the abstract'
   site = 'after'
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:

@@ -37,6 +37,7 @@ class TokenTransforming(ByAttention):
   """
 
   tau: float = 30.0
+  reconstructed = 'the abstract'
   proportional = True
 
   def __post_init__(self) -> None:
