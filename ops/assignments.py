@@ -5,7 +5,9 @@ Axes: B batch, N slots now, M slots after, D features, H heads, K keys of an att
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
 
 import chex
 import jax
@@ -15,6 +17,9 @@ from flax import struct
 from ops.argmax import max_and_index
 
 Array = jax.Array
+T = TypeVar('T')
+# Numbers in a row from which a CPU is faster at one row after another.
+LARGE = 2 ** 20
 
 
 class Extras(Protocol):
@@ -122,6 +127,27 @@ def take(values: Array, index: Array) -> Array:
   """Picks rows: values [B, N, ...], index int[B, M] -> [B, M, ...]."""
   index = index.reshape(index.shape + (1,) * (values.ndim - 2))
   return jnp.take_along_axis(values, index, axis=1)
+
+
+def by_row(function: Callable[..., T], *rows: Any) -> T:
+  """Returns what a function of one row makes of each: a CPU takes one row after another.
+
+  What a row is compared with then stays in its cache: greedy selections of a batch of 16 images
+  take 2 to 8 times as long otherwise.
+
+  Args:
+    function: of arrays [...], without control over other rows.
+    *rows: its arrays [B, ...], or trees of them.
+  """
+  if jax.default_backend() == 'cpu':
+    return cast(T, jax.lax.map(lambda row: function(*row), rows))
+  return jax.vmap(function)(*rows)
+
+
+def by_large_row(function: Callable[..., T], *rows: Any) -> T:
+  """Returns what `by_row` does; rows of few numbers are taken together on CPUs too."""
+  numbers = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(rows))
+  return by_row(function, *rows) if numbers >= LARGE else jax.vmap(function)(*rows)
 
 
 def expand_like(mask: Array, like: Array) -> Array:
@@ -273,9 +299,11 @@ class Merge(Extras, struct.PyTreeNode):
       merged = _hide(merged, self.totals(jnp.ones_like(self.weight)) > 0)
     else:
       # float32 sums: a group of hundreds of bf16 terms would lose its small members.
-      weighted = values.astype(jnp.float32) * expand_like(self.weight, values)
-      merged = jax.vmap(lambda v, d: jax.ops.segment_sum(v, d, num_segments=outputs))(
-          weighted, self.dst).astype(values.dtype)
+      def of_row(values: Array, dst: Array, weight: Array) -> Array:
+        weighted = values.astype(jnp.float32) * expand_like(weight, values)
+        return jax.ops.segment_sum(weighted, dst, num_segments=outputs)
+
+      merged = by_large_row(of_row, values, self.dst, self.weight).astype(values.dtype)
     return _hide(merged, self.valid)
 
   def matrix(self) -> Array:

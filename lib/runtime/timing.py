@@ -159,7 +159,7 @@ def ready(function: Callable[..., Any], args: Sequence[Any], *,
   return Ready(functools.partial(compiled.run, *args), compiled.seconds)
 
 
-def device_speed(dtype: Any) -> tuple[float, float]:
+def device_speed(dtype: Any, *, clock: Clock = time.perf_counter) -> tuple[float, float]:
   """Measures FLOPs a second of a large product, and bytes a second of the fastest copy, here.
 
   Copies of several sizes: what a small batch moves may never leave a processor's cache.
@@ -170,7 +170,7 @@ def device_speed(dtype: Any) -> tuple[float, float]:
   copy = jax.jit(lambda x: x + 1)
   runs = {f'copy {x.size}': functools.partial(copy, x) for x in arrays}
   runs['product'] = functools.partial(jax.jit(jnp.matmul), square, square)
-  times = interleave(runs, rounds=20)
+  times = interleave(runs, rounds=20, clock=clock)
   return (2e3 * side ** 3 / min(times['product'].runs),
           max(2e3 * x.nbytes / min(times[f'copy {x.size}'].runs) for x in arrays))
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ops.argmax import min_and_index
 from ops.assignments import Merge, take
+from ops.primitives.products import pairs
 from ops.primitives.select import rank_of, ranks, top
 from ops.tokens import TokenSet, filled
 
@@ -24,8 +25,8 @@ Array = jax.Array
 def distances(x: Array) -> Array:
   """Euclidean distances of all pairs: float[B, N, D] -> float32[B, N, N]."""
   chex.assert_rank(x, 3)
-  x = jax.lax.stop_gradient(x).astype(jnp.float32)
-  products = jnp.einsum('bnd,bmd->bnm', x, x, precision='highest')
+  x = jax.lax.stop_gradient(x)
+  products = pairs(x, x)
   # Squares from the same product, so that equal tokens come out at exactly zero.
   squares = jnp.diagonal(products, axis1=1, axis2=2)
   return jnp.sqrt(jnp.maximum(squares[:, :, None] + squares[:, None, :] - 2 * products, 0.0))

@@ -8,9 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Gather
+from ops.assignments import Gather, by_row
 from ops.primitives.match import cosine
-from ops.primitives.products import by_row
 from ops.primitives.select import keep_top, ranks, top
 from ops.tokens import TokenSet, num_kept, of_kept
 

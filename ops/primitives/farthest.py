@@ -12,8 +12,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ops.assignments import by_row
 from ops.primitives.match import l2_normalize
-from ops.primitives.products import by_row
 
 Array = jax.Array
 
@@ -41,11 +41,10 @@ def num_similar(vectors: Array, among: Array, *, threshold: float, chunk: int = 
     threshold: of the cosine.
     chunk: C, how many slots are compared with all others at once.
   """
-  def number(slot: Array, scores: Array) -> Array:
-    other = among & (jnp.arange(among.shape[1]) != slot)[None]
-    return jnp.sum(other & (scores > threshold), axis=1, dtype=jnp.int32)
+  def number(others: Array, cosines: Array) -> Array:
+    return jnp.sum(others & (cosines > threshold), axis=1, dtype=jnp.int32)
 
-  return _by_slot(vectors, number, chunk=chunk)
+  return _by_slot(vectors, among, jnp.not_equal, number, chunk=chunk)
 
 
 def largest_later_cosine(x: Array, among: Array, *, chunk: int = 64) -> Array:
@@ -133,20 +132,35 @@ def pick_greedily(look: Callable[..., tuple[Any, Array]], data: Any, among: Arra
 def _largest_cosine(vectors: Array, among: Array, counts: Callable[[Array, Array], Array], *,
                     chunk: int) -> Array:
   """Finds the largest cosine of each slot with those for which counts(their slot, its slot)."""
-  slots = jnp.arange(vectors.shape[1])
+  def largest(others: Array, cosines: Array) -> Array:
+    return jnp.max(jnp.where(others, cosines, -2.0), axis=1)
 
-  def largest(slot: Array, scores: Array) -> Array:
-    return jnp.max(jnp.where(among & counts(slots, slot)[None], scores, -2.0), axis=1)
-
-  return _by_slot(vectors, largest, chunk=chunk)
+  return _by_slot(vectors, among, counts, largest, chunk=chunk)
 
 
-def _by_slot(vectors: Array, reduce: Callable[[Array, Array], Array], *, chunk: int) -> Array:
-  """Reduces each slot's cosines float32[B, N] with all: reduce(slot, cosines) [B] -> [B, N]."""
-  def of(item: tuple[Array, Array]) -> Array:
-    slot, row = item
-    return reduce(slot, jnp.einsum('bd,bnd->bn', row, vectors, precision='highest'))
+def _by_slot(vectors: Array, among: Array, counts: Callable[[Array, Array], Array],
+             reduce: Callable[[Array, Array], Array], *, chunk: int) -> Array:
+  """Reduces each slot's cosines with all, C slots at a time: a product of two matrices each.
 
-  found = jax.lax.map(of, (jnp.arange(vectors.shape[1]), vectors.swapaxes(0, 1)),
-                      batch_size=min(chunk, vectors.shape[1]))
-  return found.swapaxes(0, 1)
+  Args:
+    vectors: float32[B, N, D].
+    among: bool[B, N], slots that count.
+    counts: (their slots [1, N], its slot [C, 1]) -> bool[C, N], whether they count for it.
+    reduce: (those that count bool[C, N], cosines float32[C, N]) -> [C].
+    chunk: C.
+
+  Returns:
+    [B, N].
+  """
+  slots = jnp.arange(vectors.shape[1], dtype=jnp.int32)
+  chunk = min(chunk, len(slots))
+  chunks = jnp.minimum(jnp.arange(-(-len(slots) // chunk) * chunk), len(slots) - 1)
+
+  def of_row(vectors: Array, among: Array) -> Array:
+    def of(at: Array) -> Array:
+      cosines = jnp.einsum('cd,nd->cn', vectors[at], vectors, precision='highest')
+      return reduce(among[None] & counts(slots[None], at[:, None]), cosines)
+
+    return jax.lax.map(of, chunks.reshape(-1, chunk)).reshape(-1)[:len(slots)]
+
+  return by_row(of_row, vectors, among)

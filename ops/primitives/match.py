@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ops.argmax import max_and_index
 from ops.assignments import Merge, take
+from ops.primitives.products import pairs
 from ops.primitives.select import ranks, top
 from ops.tokens import TokenSet, count, filled, num_kept
 
@@ -33,7 +34,7 @@ def cosine(a: Array, b: Array) -> Array:
   """float[B, A, D], float[B, C, D] -> float32[B, A, C]; highest precision, so that the best match
   does not depend on the device."""
   chex.assert_rank((a, b), 3)
-  return jnp.einsum('bad,bcd->bac', l2_normalize(a), l2_normalize(b), precision='highest')
+  return pairs(a, b, l2_normalize)
 
 
 def parity_order(tokens: TokenSet) -> Array:

@@ -7,15 +7,14 @@ that share one, d features a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ops import attention
-from ops.assignments import take
-from ops.primitives.products import by_row
+from ops.assignments import by_row, take
 from ops.rope import sequence_index
 from ops.signals import Signals, latest
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet, count, key_bias
@@ -81,9 +80,10 @@ def latest_but(tokens: TokenSet, back: int, values: Array) -> Array:
   return take(values, take(order, at))[:, 0]
 
 
-def shared_neurons(active: Array, theirs: Array) -> Array:
-  """Counts the active neurons bool[B, N, F] that are also in bool[B, F]: int32[B, N]."""
-  shared = jnp.einsum('bf,bnf->bn', theirs.astype(jnp.float32), active.astype(jnp.float32))
+def shared_neurons(hidden: Array, theirs: Array) -> Array:
+  """Counts the neurons above 0, of [B, N, F], that are also in bool[B, F]: int32[B, N]."""
+  shared = by_row(lambda hidden, theirs: (hidden > 0).astype(jnp.float32) @ theirs.astype(
+      jnp.float32), hidden, theirs)
   return shared.astype(jnp.int32)
 
 
@@ -139,10 +139,11 @@ def sum_rows(tokens: TokenSet, signals: Signals, of: Array,
     float32[S, B, N].
   """
   def add(total: Array, rows: Array, counts: Array) -> Array:
-    return total + jnp.einsum('sbc,bcn->sbn', counts.astype(jnp.float32), heads(rows, axis=1),
+    return total + jnp.einsum('sbc,bcn->bsn', counts.astype(jnp.float32), heads(rows, axis=1),
                               precision='highest')
 
-  return fold_rows(tokens, signals, of, jnp.zeros(of.shape), add)
+  batch, slots = tokens.kind.shape
+  return jnp.moveaxis(fold_rows(tokens, signals, of, jnp.zeros((batch, len(of), slots)), add), 1, 0)
 
 
 def sums_of_image_and_text(tokens: TokenSet, signals: Signals, after: Array) -> tuple[Array, Array]:
@@ -169,8 +170,9 @@ def fold_rows(tokens: TokenSet, signals: Signals, of: Array, start: T,
     tokens: N slots.
     signals: with `queries` and `keys`.
     of: bool[S, B, N], flags of the rows.
-    start: what the first step is given; a tree of arrays.
-    step: (what the last step returned, C rows float32[B, H, C, N], their flags bool[S, B, C]).
+    start: what the first step is given; a tree of arrays [B, ...].
+    step: (what the last step returned, C rows float32[B, H, C, N], their flags bool[S, B, C]), for
+      any B.
     most: how many rows have flags at most, None for N; the fewer, the less is computed.
 
   Returns:
@@ -182,12 +184,17 @@ def fold_rows(tokens: TokenSet, signals: Signals, of: Array, start: T,
   number = flagged.shape[1]
   chunks = np.arange(-(-number // ROWS) * ROWS).reshape(-1, ROWS)
 
-  def next_rows(state: T, chunk: Array) -> tuple[T, None]:
-    at = jnp.take(flagged, jnp.minimum(chunk, number - 1), axis=1)
-    rows = attention.rows(take(q, at), k, None, bias=bias, positions=place, last=take(place, at))
-    flags = jnp.take_along_axis(of, at[None], axis=2)
-    return step(state, rows, flags & (chunk < number)[None, None]), None
+  def of_row(*row: Any) -> T:
+    start, q, k, place, bias, flagged, of = jax.tree.map(lambda x: x[None], row)
 
-  # The zeros depend on k so that they vary over the same mesh axes inside a shard_map.
-  start = jax.tree.map(lambda x: x + 0.0 * jnp.sum(k[:0]), start)
-  return jax.lax.scan(next_rows, start, jnp.asarray(chunks))[0]
+    def next_rows(state: T, chunk: Array) -> tuple[T, None]:
+      at = jnp.take(flagged, jnp.minimum(chunk, number - 1), axis=1)
+      rows = attention.rows(take(q, at), k, None, bias=bias, positions=place, last=take(place, at))
+      flags = jnp.take_along_axis(of, at[:, None], axis=2) & (chunk < number)[None, None]
+      return step(state, rows, jnp.swapaxes(flags, 0, 1)), None
+
+    # The zeros depend on k so that they vary over the same mesh axes inside a shard_map.
+    start = jax.tree.map(lambda x: x + 0.0 * jnp.sum(k[:0]), start)
+    return jax.tree.map(lambda x: x[0], jax.lax.scan(next_rows, start, jnp.asarray(chunks))[0])
+
+  return by_row(of_row, start, q, k, place, bias, flagged, jnp.swapaxes(of, 0, 1))

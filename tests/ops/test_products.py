@@ -1,10 +1,11 @@
-"""Products of bfloat16 on CPUs are those of float32, rounded once."""
+"""Products on CPUs: those of bfloat16 are rounded once, and large rows are those of a batch."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ops import assignments
 from ops.primitives import products
 
 
@@ -26,3 +27,18 @@ def test_products_and_gradients_are_rounded_once():
 
 def test_other_dtypes_keep_their_product():
   assert products.dot_general(jnp.float32) is None
+
+
+@pytest.mark.parametrize('large', [1, 2 ** 20])
+def test_large_rows_one_after_another_are_those_of_a_batch(monkeypatch, large):
+  monkeypatch.setattr(assignments, 'LARGE', large)
+  random = np.random.default_rng(1)
+  x = random.normal(size=(3, 7, 4)).astype(np.float32)
+  dst = random.integers(0, 3, (3, 7)).astype(np.int32)
+  merge = assignments.Merge(dst[:, :2], dst, x[..., 0])
+  program = jax.make_jaxpr(lambda x: (products.pairs(x, x), merge.apply(x)))(x)
+  assert ('scan' in str(program)) == (large == 1 and jax.default_backend() == 'cpu')
+  alike, merged = jax.core.eval_jaxpr(program.jaxpr, program.consts, x)
+  np.testing.assert_allclose(alike, x @ x.swapaxes(1, 2), atol=1e-5)
+  one_hot = (dst[:, None] == np.arange(2)[:, None]) * x[:, None, :, 0]
+  np.testing.assert_allclose(merged, one_hot @ x, atol=1e-5)

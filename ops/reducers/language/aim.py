@@ -1,6 +1,6 @@
 """AIM: prunes visual tokens in a language model by a PageRank of its attention.
 
-Axes: B batch, N slots now, H heads.
+Axes: B batch, N slots now, H heads, K kv heads, G heads that share one, d features a head.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import attention
-from ops.assignments import Assignment
+from ops.assignments import Assignment, by_row
 from ops.attention import HIDDEN_LOGIT
 from ops.primitives.select import keep_top
 from ops.reducers.base import Checked, Reducer
@@ -35,7 +35,7 @@ class AIM(Checked, Reducer):
   layers 14 to 21, ratio_of='start', rounded down. The stage before the language model is
   `aim_merge`.
 
-  The walk needs the whole map of the layer that it acts in, in float32.
+  The walk needs the whole map of the layer that it acts in, in float32, of one kv head at a time.
 
   Attributes:
     variant: 'paper', what goes is gone; or 'release', where it is only hidden as a key, and still
@@ -62,28 +62,54 @@ class AIM(Checked, Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     shown = tokens.sizes > 0
-    walks = attention.eager(
-        signals.queries, signals.keys, scale=signals.keys.shape[3] ** -0.5 / TEMPERATURE,
-        bias=jnp.where(shown, 0.0, HIDDEN_LOGIT), positions=sequence_index(tokens.pos))
-    scores = jnp.where(shown, importance(walks, tokens.real), -1.0)
+    ends = by_row(ends_in_row, signals.queries, signals.keys, sequence_index(tokens.pos), shown,
+                  tokens.real)
+    scores = jnp.where(shown, jnp.sqrt(jnp.mean(ends * ends, axis=1)), -1.0)
     kept = keep_top(tokens, scores, num_slots=num_slots)
     if self.variant == 'paper':
       return kept
     return identity(tokens).replace(policy=(kept.dst < num_slots).astype(jnp.float32))
 
 
-def importance(walks: Array, real: Array) -> Array:
-  """Ranks tokens by where walks end.
+def ends_in_row(queries: Array, keys: Array, place: Array, shown: Array, real: Array) -> Array:
+  """Walks over the map of each head of one row.
+
+  Args:
+    queries: float[N, H, d].
+    keys: float[N, K, d].
+    place: int32[N], positions.
+    shown: bool[N], keys that may be stepped to.
+    real: bool[N], where walks begin.
+
+  Returns:
+    float32[H, N], as `ends_of`.
+  """
+  slots, heads, width = keys.shape
+  bias = jnp.where(shown, 0.0, HIDDEN_LOGIT)[None]
+
+  def of_head(item: tuple[Array, Array]) -> Array:
+    queries, keys = item
+    return ends_of(attention.eager(queries[None], keys[None, :, None], bias=bias,
+                                   scale=width ** -0.5 / TEMPERATURE, positions=place[None]),
+                   real[None])[0]
+
+  grouped = queries.reshape(slots, heads, -1, width)
+  return jax.lax.map(of_head, (jnp.moveaxis(grouped, 1, 0), jnp.moveaxis(keys, 1, 0))).reshape(
+      -1, slots)
+
+
+def ends_of(walks: Array, real: Array) -> Array:
+  """Finds where walks end, of which one begins at each real token.
 
   Args:
     walks: float32[B, H, N, N], the probability of a step from each query to each key.
-    real: bool[B, N], where walks begin.
+    real: bool[B, N].
 
   Returns:
-    float32[B, N].
+    float32[B, H, N], shares.
   """
   begin = real / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
   at = jnp.broadcast_to(begin[:, None], walks.shape[:3])
   for _ in range(STEPS):
     at = jnp.einsum('bhn,bhnm->bhm', at, walks, precision='highest')
-  return jnp.sqrt(jnp.mean(at * at, axis=1))
+  return at

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment, take
 from ops.primitives.match import l2_normalize
+from ops.primitives.products import pairs
 from ops.primitives.queries import sample_of
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
@@ -52,7 +53,7 @@ class CATPImages(Reducer):
                       sample), sample)
     near = _whole(self.relevance * (1 + jnp.sum(x * l2_normalize(text), axis=2)) / 2)
     quota = take(share(tokens, sample, num_kept(tokens, num_slots)), sample)
-    alike = _whole((1 + jnp.einsum('bnd,bmd->bnm', x, x, precision='highest')) / 2)
+    alike = _whole((1 + pairs(x, x)) / 2)
     together = (sample[:, :, None] == sample[:, None]) & free[:, :, None] & free[:, None]
     alike = jnp.where(together, jnp.minimum(alike, alike.swapaxes(1, 2)), 0)
     slot = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), sample.shape)

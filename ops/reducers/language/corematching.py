@@ -61,13 +61,14 @@ class CoreMatching(Checked, Reducer):
 
   def shared(self, tokens: TokenSet, signals: Signals) -> Array:
     """Counts the neurons that each token shares with the prompt, int32[B, N]."""
-    active = signals.mlp_hidden > 0
+    hidden = signals.mlp_hidden
     if self.variant == 'release':
-      return shared_neurons(active, latest_but(tokens, self.back, active))
-    inner = jnp.sort(jnp.where(active, -signals.mlp_hidden, 0), axis=2)
+      return shared_neurons(hidden, latest_but(tokens, self.back, hidden) > 0)
+    active = hidden > 0
+    inner = jnp.sort(jnp.where(active, -hidden, 0), axis=2)
     number = jnp.ceil(self.own * jnp.sum(active, axis=2, keepdims=True)).astype(jnp.int32)
     least = -jnp.take_along_axis(inner, jnp.maximum(number - 1, 0), axis=2)
-    active &= (signals.mlp_hidden >= least)
+    active &= hidden >= least
     votes = jnp.sum(active & tokens.real[:, :, None], axis=1)
     neurons = max(1, int(self.common * votes.shape[1]))
     return shared_neurons(active, votes >= jax.lax.top_k(votes, neurons)[0][:, -1:])

@@ -10,8 +10,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, Gather, take
-from ops.primitives.products import by_row
+from ops.assignments import Assignment, Gather, by_row, take
 from ops.primitives.select import apportion, apportion_room, rank_of, ranks
 from ops.reducers.base import ByAttention
 from ops.signals import Signals

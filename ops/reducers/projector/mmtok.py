@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ops.assignments import Assignment
 from ops.primitives.farthest import pick_greedily
 from ops.primitives.match import l2_normalize
-from ops.primitives.products import by_row
+from ops.primitives.products import pairs
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -65,9 +65,7 @@ def shares(wanted: Array, vectors: Array, real: Array, among: Array, temperature
     among: bool[B, N], slots that count.
     temperature: of the softmax over slots.
   """
-  cosines = by_row(lambda wanted, vectors: jnp.einsum('rd,nd->rn', wanted, vectors,
-                                                      precision='highest'), wanted, vectors)
-  share = jax.nn.softmax(cosines / temperature, axis=2, where=among[:, None])
+  share = jax.nn.softmax(pairs(wanted, vectors) / temperature, axis=2, where=among[:, None])
   return jnp.where(real[:, :, None], share, 0.0) / jnp.maximum(count(real), 1)[:, :, None]
 
 

@@ -4,11 +4,12 @@ Axes: B batch, N slots now, F frames, D features.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment
+from ops.assignments import Assignment, by_row
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, check_share
 from ops.primitives.crops.regions import keep_flagged, ranks_within
 from ops.primitives.match import l2_normalize
@@ -74,17 +75,21 @@ def likeness(frames: Frames, x: Array) -> tuple[Array, Array]:
     frames: of N slots.
     x: float[B, N, D].
   """
-  there = frames.there[..., None]
-  x = jnp.where(there, x.astype(jnp.float32), 0.0)
-  number = jnp.maximum(jnp.sum(there, axis=1, keepdims=True), 1)
-  mean = jnp.sum(x, axis=1, keepdims=True) / number
-  variance = jnp.sum(jnp.where(there, (x - mean) ** 2, 0.0), axis=1)
-  rank = jnp.argsort(jnp.argsort(variance, axis=1, stable=True), axis=1)
-  unit = l2_normalize(jnp.where((rank < x.shape[2] // 2)[:, None], x, 0.0))
-  centre = jnp.sum(unit, axis=1, keepdims=True) / number
+  def of_row(*row: Any) -> tuple[Array, Array]:
+    frames, x = jax.tree.map(lambda leaf: leaf[None], row)
+    there = frames.there[..., None]
+    x = jnp.where(there, x.astype(jnp.float32), 0.0)
+    number = jnp.maximum(jnp.sum(there, axis=1, keepdims=True), 1)
+    mean = jnp.sum(x, axis=1, keepdims=True) / number
+    variance = jnp.sum(jnp.where(there, (x - mean) ** 2, 0.0), axis=1)
+    rank = jnp.argsort(jnp.argsort(variance, axis=1, stable=True), axis=1)
+    unit = l2_normalize(jnp.where((rank < x.shape[2] // 2)[:, None], x, 0.0))
+    centre = jnp.sum(unit, axis=1, keepdims=True) / number
 
-  def gaussians(centre: Array) -> Array:
-    squares = jnp.sum((unit - centre) ** 2, axis=2)
-    return sum((jnp.exp(-squares / (2 * width)) for width in WIDTHS), jnp.zeros_like(squares))
+    def gaussians(centre: Array) -> Array:
+      squares = jnp.sum((unit - centre) ** 2, axis=2)
+      return sum((jnp.exp(-squares / (2 * width)) for width in WIDTHS), jnp.zeros_like(squares))
 
-  return gaussians(centre), gaussians(frames.spread(frames.means(unit)))
+    return gaussians(centre)[0], gaussians(frames.spread(frames.means(unit)))[0]
+
+  return by_row(of_row, frames, x)

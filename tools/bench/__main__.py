@@ -5,7 +5,7 @@
 
 What is compared runs interleaved, and compile time is apart. Floors say what the work costs at the
 device's own measured speed: FLOPs for products, bytes for moves. Whole models under every method:
-tools/speed.py.
+tools/speed.py. Methods of vision-language models, at the shapes of these: tools/bench/images.py.
 
 Axes: B batch, N slots, M slots after, D features.
 """
@@ -28,13 +28,9 @@ from tqdm import tqdm
 from lib.report import measuring, tables
 from lib.report.rows import Row
 from lib.runtime import cli, timing
-from models.backbones.vit import make_vit
-from models.compressors import COMPRESSORS
-from models.plan import methods
 from ops import assignments, attention, choices
-from ops import tokens as tk
 from ops.primitives import select
-from ops.signals import STATIC, Signals
+from tools.bench.sites import SITES
 
 ONLY = flags.DEFINE_multi_enum('only', ['primitives', 'reducers'], ['primitives', 'reducers'],
                                'What to time.')
@@ -201,45 +197,13 @@ def _with_received(fused: Fused, q: Array, k: Array, v: Array) -> tuple[Array, A
 
 def reducers(batch: int, dtype: Any, speed: tuple[float, float]) -> Iterator[Sequence[Candidate]]:
   """Yields every method alone, deciding and reducing 197 tokens of a ViT-S to 138."""
-  tokens, signals = layer_inputs(batch, dtype)
-  slots, width, keep = tokens.slots, tokens.x.shape[-1], 138
-  floor_ms = 1e3 * (slots + keep) * width * batch * tokens.x.dtype.itemsize / speed[1]
+  vit, visual, keep = SITES['vit'], 196, 138
+  slots, width = vit.slots(visual), vit.sizes['D']
+  floor_ms = 1e3 * (slots + keep) * width * batch * jnp.dtype(dtype).itemsize / speed[1]
   head = {'batch': batch, 'slots': slots, 'keep': keep, 'width': width}
-  yield [Candidate({'name': name, **head}, *reduction(name, tokens, signals, keep), floor_ms)
-         for name in chosen()]
-
-
-def reduction(name: str, tokens: tk.TokenSet, signals: Mapping[str, Any],
-              keep: int) -> tuple[Callable[..., Array], tuple[Any, ...]]:
-  """Returns a function that decides and reduces to `keep` slots, and its arguments."""
-  method = methods()[name]()
-  needed = Signals(**{key: signals[key] for key in method.needs | (STATIC & signals.keys())})
-  if name not in COMPRESSORS:
-    return lambda t, s: tk.reduce(t, method(t, s, num_slots=keep)).x, (tokens, needed)
-  params = method.init(jax.random.key(0), tokens, needed, num_slots=keep)
-  return (lambda p, t, s: tk.reduce(t, method.apply(p, t, s, num_slots=keep)).x,
-          (params, tokens, needed))
-
-
-def layer_inputs(batch: int, dtype: Any) -> tuple[tk.TokenSet, dict[str, Any]]:
-  """Returns random tokens of layer 3 of a ViT-S, and every signal that a ViT offers there."""
-  host = make_vit('S/16').host
-  slots, heads, width = host.slots, 6, 384
-  kind = jnp.broadcast_to(jnp.where(jnp.arange(slots) == 0, tk.SPECIAL, tk.VISUAL).astype(jnp.int8),
-                          (batch, slots))
-  pos = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32) - 1, (batch, slots))
-  normal = functools.partial(jax.random.normal, dtype=dtype)
-  tokens = tk.TokenSet.create(normal(jax.random.key(0), (batch, slots, width)), kind=kind, pos=pos,
-                              protected=1)
-  shape = (batch, slots, heads, width // heads)
-  q, k, v = (normal(jax.random.key(i), shape) for i in (1, 2, 3))
-  scores = attention.eager(q, k)
-  signals = {'keys': k, 'queries': q, 'values': v, 'cls_attention': scores[:, :, 0],
-             'received_attention': scores.mean(axis=2), 'attention': scores,
-             'next_received_attention': scores.mean(axis=2), 'hidden': tokens.x,
-             'grid': (14, 14), 'layer': 3, 'depth': 12, 'slots': slots}
-  assert signals.keys() == host.offers
-  return tokens, signals
+  yield [Candidate({'name': name, **head},
+                   *vit.work(name, batch=batch, visual=visual, keep=keep - 1, dtype=dtype),
+                   floor_ms) for name in chosen()]
 
 
 def chosen() -> list[str]:
@@ -248,7 +212,7 @@ def chosen() -> list[str]:
   Raises:
     ValueError: a name that a ViT knows no method of.
   """
-  offered = methods(make_vit('S/16').host)
+  offered = SITES['vit'].methods
   names = METHODS.value or sorted(set(offered) - {'none'})
   for name in names:
     choices.check('method ', name, offered)
