@@ -8,13 +8,19 @@ for the tower's neighbours.
 
 import ml_collections
 
+from ops import choices
+
 PICTURES = {'model': 44, 'other picture': 44, 'neighbours': 121, 'cls': 121}
 # Each with the ids of its longest question and answer.
 SETS = {'emoji_scenes/one': 22, 'emoji_scenes/grid': 25}
 
 
-def get_config() -> ml_collections.ConfigDict:
+SIZES = ('full',)
+
+
+def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   """A row a set and reader."""
+  choices.check('size ', size, SIZES)
   rows = tuple({'set': name, 'context': context, 'reader': reader, 'split': f'test[:{count}]',
                 'reduce': {}}
                for name, context in SETS.items() for reader, count in PICTURES.items()

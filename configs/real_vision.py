@@ -33,6 +33,7 @@ OWN = {
     ('expedit', A_LAYER): {'layers': 4, 'keep': 64, 'expand': 11},
     ('expedit', CUTS): {'layers': 3, 'keep': 64, 'expand': 11},
     ('expedit', LATE): {'layers': 8, 'keep_ratio': 0.25, 'expand': 11}}
+SIZES = ('full', 'quick')
 DRAWS = {'full': 3, 'quick': 2}  # Of chance.
 # What ranks by the attention of [CLS], is measured late in the tower too, beside some others.
 BY_CLS = ('topk', 'evit', 'ats', 'ats_spatial', 'fastervlm', 'token_transforming', 'radial')
@@ -53,7 +54,7 @@ def rows(budget, names, draws):
 def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   """Returns what to measure, and on how many pictures: 'full', or 'quick' for a first look."""
   full = {'name': 'full', 'budget': '', 'draw': 0, 'reduce': {}}
-  choices.check('size ', size, DRAWS)
+  choices.check('size ', size, SIZES)
   small = size == 'quick'
   chosen = {A_LAYER: QUICK} if small else {
       A_LAYER: METHODS, CUTS: METHODS,

@@ -30,7 +30,7 @@ def config_of(name):
     rows = ({'name': 'full', 'reduce': {}}, {'name': 'a', 'reduce': {'b': 1}})
     return ConfigDict({'study': name, 'folder': '', 'out': '', 'seed': int(size), 'rows': rows},
                       convert_dict=False)
-  return types.SimpleNamespace(get_config=get_config)
+  return types.SimpleNamespace(get_config=get_config, SIZES=('0', '1'))
 
 
 @pytest.fixture
@@ -78,3 +78,8 @@ def test_rows_of_other_settings_are_measured_anew(run):
   for size in ('0', '1', '0'):
     run('good', size=size)
   assert Subject.measured == 4
+
+
+def test_a_study_without_a_size_is_passed_over(run, tmp_path):
+  run('good', size='2')
+  assert not (tmp_path / 'out').exists()

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from configs import real_language, real_sentences, real_vision
+from configs import real_language, real_scenes_study, real_sentences, real_vision
 from lib.runtime import cli
 from tools.real import fetch, study, vit
 
-CONFIGS = {'language': real_language, 'sentences': real_sentences, 'vision': real_vision}
+CONFIGS = {'language': real_language, 'sentences': real_sentences, 'vision': real_vision,
+           'scenes': real_scenes_study}
 ONNX, TOWER = 'vit/vit_s_focus.onnx', 'vit/model.safetensors'
 
 
@@ -35,7 +36,7 @@ def prepare(folder: pathlib.Path) -> list[str]:
 
 
 def run(folder: pathlib.Path, out: pathlib.Path, size: str) -> None:
-  """Runs all studies, and tells where their tables are.
+  """Runs all studies that have a size, and tells where their tables are.
 
   Args:
     folder: of weights and data.
@@ -49,6 +50,8 @@ def run(folder: pathlib.Path, out: pathlib.Path, size: str) -> None:
     print(line, flush=True)
   failed = []
   for name, made in CONFIGS.items():
+    if size not in made.SIZES:
+      continue
     config = made.get_config(size)
     config.folder, config.out = str(folder), str(out / f'{name}.jsonl')
     print(f'{name}: {len(config.rows)} rows in {config.out}', flush=True)
