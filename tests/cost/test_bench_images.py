@@ -1,5 +1,7 @@
 """The benchmark of methods on one image and on a batch: what its rows say of a small run."""
 
+import types
+
 import pytest
 from absl import flags
 
@@ -13,6 +15,8 @@ HEAD = {'site': 'projector', 'method': 'fastervlm', 'visual': 196, 'kept': 20, '
 @pytest.fixture
 def small(monkeypatch):
   flags.FLAGS.mark_as_parsed()
+  # Other commands, which a worker may have imported, have a flag of that name.
+  monkeypatch.setattr(images, 'ROUNDS', types.SimpleNamespace(value=None))
   monkeypatch.setitem(images.SHAPES, 196, (20, 1))
   monkeypatch.setattr(images, 'speed', lambda: (1e11, 1e10))
 

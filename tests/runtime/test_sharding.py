@@ -104,6 +104,7 @@ READING = {'evit': 2 * 197 * 768 * 4, 'dtem': 2 * 197 * 768 * 4,
            'visionzip': 3 * 2 * 197 * 768 * 4, 'duet_zip': 3 * 2 * 197 * 768 * 4,
            'todre': 3 * 2 * 197 * 768 * 4, 'vmtc': 3 * 2 * 197 * 768 * 4,
            'dart': 2 * 2 * 197 * 768 * 4,  # Keys, and features of length one.
+           'framefusion_prune': 2 * 2 * 197 * 768 * 4,  # Queries and keys of the layer before.
            'holov': 4 * 2 * 197 * 768 * 4, 'dymu': 2 * 99 * 98 * 4}
 # From 0.11 on, XLA for CPU copies what a method reads of queries, keys and values out of their one
 # product before attention, and holds the copies beside the product; before, it read the product.
