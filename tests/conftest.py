@@ -30,7 +30,7 @@ hypothesis.settings.load_profile('here')
 # them was a quarter of the time.
 gc.set_threshold(50_000, 20, 50)
 
-MAPS, MANY_MAPS, MOST_MAPS = pathlib.Path('/proc/self/maps'), 15_000, 25_000
+MAPS, MANY_MAPS = pathlib.Path('/proc/self/maps'), 20_000
 
 
 def pytest_collection_finish():
@@ -39,27 +39,15 @@ def pytest_collection_finish():
   gc.freeze()
 
 
-def num_maps():
-  return MAPS.read_bytes().count(b'\n') if MAPS.exists() else 0
-
-
-@pytest.fixture(scope='session')
-def maps_left():
-  """The pieces of memory that stayed when programs were let go, in a list of one."""
-  return [0]
-
-
 @pytest.fixture(autouse=True, scope='module')
-def few_programs(maps_left):
+def few_programs():
   """Lets compiled programs go when they are many: Linux gives a process 65,530 pieces of memory.
 
-  A process that asks for more crashes; each program takes a few. What is held elsewhere stays, and
-  does not count as new: else nearly every module would compile all that it shares with others.
+  A process that asks for more crashes; each program takes a few.
   """
   yield
-  if num_maps() > min(maps_left[0] + MANY_MAPS, MOST_MAPS):
+  if MAPS.exists() and MAPS.read_bytes().count(b'\n') > MANY_MAPS:
     jax.clear_caches()
-    maps_left[0] = num_maps()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -319,18 +319,11 @@ def parameters(name: str, tokens: TokenSet, signals: Signals, *, num_slots: int,
   """Random parameters of a learned method ({} of others): none is zero, as after training."""
   if not learned(name):
     return {}
-  # Finding the shapes traces the method, and few inputs differ in theirs.
-  leaves, structure = jax.tree.flatten((tokens, signals))
-  kinds = tuple(jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves)
-  shapes = _shapes(name, structure, kinds, num_slots)
+  shapes = jax.eval_shape(functools.partial(method(name).init, num_slots=num_slots),
+                          jax.random.key(0),
+                          tokens, signals).get('params', {})
   rng = np.random.default_rng(7)
   return jax.tree.map(lambda s: (scale * rng.normal(size=s.shape)).astype(s.dtype), shapes)
-
-
-@functools.cache
-def _shapes(name: str, structure: Any, kinds: tuple[Any, ...], num_slots: int) -> Any:
-  return jax.eval_shape(functools.partial(method(name).init, num_slots=num_slots),
-                        jax.random.key(0), *structure.unflatten(kinds)).get('params', {})
 
 
 TRACES: dict[tuple[Any, ...], int] = {}
