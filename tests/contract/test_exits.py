@@ -57,7 +57,7 @@ PLANS = {
 
 
 def parameters(lm):
-  """Those of the tiny model, and those of learned methods, large enough that gates differ."""
+  """Returns the tiny model's, and those of learned methods, large enough that gates differ."""
   tokens = prompts('right')
   fresh = jax.eval_shape(lm.init, jax.random.key(0), tokens)['params']['stack']
   own = {name: jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(4), leaf.shape), tree)

@@ -133,7 +133,7 @@ def test_every_slot_is_filled_whatever_the_segments():
 
 
 def test_segments_do_not_touch():
-  """What one segment holds has no influence on another, and repeats of a token are not confused."""
+  """Changes one segment, which no other notices; repeats of a token are not confused."""
   x = np.random.default_rng(1).normal(size=(1, 12, 4)).astype(np.float32)
   other = x.copy()
   other[:, 6:] *= 3

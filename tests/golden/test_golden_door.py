@@ -113,7 +113,7 @@ def test_fastervlm_on_crops_stands_in_the_order_of_the_whole_image():
 
 
 def zipped(raw, hidden, attention, *, dominant, contextual):
-  """What VisionZip makes of tokens with [CLS] first."""
+  """Reduces tokens with [CLS] first by VisionZip."""
   told = Signals(cls_attention=attention, keys=raw['key_metric'][:, :, None])
   answer, reduced = operate(VisionZip(contextual=contextual), hidden, told, cls=True,
                             num_slots=dominant + contextual)
@@ -278,7 +278,7 @@ def test_attention_of_a_merged_token_is_that_of_its_patches():
 
 
 def prumerge(raw, method, *, num_slots):
-  """What PruMerge makes of tokens with [CLS] first; attention is compared on the way."""
+  """Reduces tokens with [CLS] first by PruMerge; attention is compared on the way."""
   batch, slots, _ = raw['hidden_states'].shape
   queries, keys = (raw[f'{name}_proj_out'] for name in 'qk')
   attention = jax.jit(lambda x, *args: whole_attention(tokens_of(x, cls=True), *args))(

@@ -344,7 +344,7 @@ def test_mustdrop(fits):
 
 
 def test_pact():
-  """What tokens matter, the centres among those that stay, and the means of what joins them."""
+  """Compares which tokens matter, the centres among them, and the means of what joins these."""
   raw = load('pact')
   start, visual, text = map(int, raw['v_start_n_text'])
   keep, cutoff, coefficient = raw['settings'].tolist()

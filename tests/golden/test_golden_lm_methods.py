@@ -232,7 +232,7 @@ AIM_SCHEDULE = {'layers': tuple(range(14, 22)), 'ratio_of': 'start', 'rounding':
 
 @pytest.mark.long
 def test_aim_as_released():
-  """What goes is hidden as a key, and walks on as a query; the last cut leaves text alone."""
+  """Hides what goes as a key, while it walks on as a query; the last cut leaves text alone."""
   raw = load('aim_pruning_model')
   lm, variables = model('aim_pruning_model', eps=1e-6, heads=2)
   params = variables['params']

@@ -213,7 +213,7 @@ def test_cmai_hides_from_words_what_they_do_not_focus_on():
 
 @pytest.mark.long
 def test_corematching_blanks_entries_of_a_models_caches():
-  """What a prompt says does not change; what is decoded reads zeros in the layers named."""
+  """Leaves what a prompt says as it is; what is decoded reads zeros in the layers named."""
   tokens = tiny_lm.image_and_text()
   plain = tiny_lm.prefill(tiny_lm.TINY, tokens)
   lm = tiny_lm.with_cache(method='corematching_cache', layers=(1, 2), visual=tiny_lm.VISUALS)

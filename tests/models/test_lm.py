@@ -397,7 +397,7 @@ def test_signals_are_what_they_say(implementation, monkeypatch):
 
   @jax.jit
   def run(variables, tokens):
-    """What the model tells, and what its second layer would read."""
+    """Returns what the model tells, and what its second layer would read."""
     _, out = lm.apply(variables, tokens)
     told = {name: value for name, value in method.told.items() if name != 'rope'}
     block, hidden = of_layer(variables, 2), out['before'][1].x

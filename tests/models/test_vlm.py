@@ -354,7 +354,7 @@ def test_a_joint_budget_of_projector_language_model_and_cache():
 
 @pytest.mark.long
 def test_features_of_the_tower_join_their_tokens_in_later_layers():
-  """Those that are left, whoever stands where; and rows do not depend on their padding."""
+  """Adds features to those that are left, wherever they stand, and whatever pads their row."""
   plain, params = llava()
   vlm = plain.clone(deepstack=((0, 1),), pad_side='left')
   host = vlm.lm.host(5 + 32, visual=32)
@@ -565,7 +565,7 @@ def test_an_unknown_name_lists_what_there_is():
 
 @pytest.mark.long
 def test_neighbouring_patches_become_one_token():
-  """Those of a tower that merges or drops some go back to their places first."""
+  """Brings patches of a tower that merges or drops some back to their places first."""
   vlm, _ = llava()
   vlm = vlm.clone(side=2)
   images = squares()

@@ -61,7 +61,7 @@ def unequal(kv, total):
 
 @functools.partial(jax.jit, static_argnames=('window', 'steps'))
 def decoded(kv, window=0, steps=2):
-  """What steps read, with a chunk of two tokens behind them: float32[B, steps + 2, H, d]."""
+  """Returns what steps read, and a chunk of two behind them: float32[B, steps + 2, H, d]."""
   out = []
   for step in range(steps):
     index = kv.start + step
