@@ -1,7 +1,7 @@
 """Fits what DyMU, FitPrune and VTW need to know of a model, on a few samples of what it reads.
 
   python -m tools.fit --model=runs/digits --method=dymu --merge=8
-  python -m tools.fit --model=results/digit_scenes --method=fitprune --flops_ratio=0.5
+  python -m tools.fit --model=results/digit_scenes --method=fitprune --flops_ratio=0.7
   python -m tools.fit --model=checkpoints/llava-1.5-7b-hf --dtype=bfloat16 --method=vtw \\
       --divergence=0.003 --questions=asked.jsonl
 
