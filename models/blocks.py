@@ -71,9 +71,10 @@ def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
 
 
 def dense(features: int | tuple[int, ...], dtype: DTypeLike, *, axis: int | tuple[int, ...] = -1,
-          name: str | None = None, spread: float | None = None) -> nn.DenseGeneral:
+          name: str | None = None, spread: float | None = None,
+          bias: bool = True) -> nn.DenseGeneral:
   """A product as the blocks have it; its kernel may begin with another spread than theirs."""
-  return nn.DenseGeneral(features, axis=axis, dtype=dtype, name=name,
+  return nn.DenseGeneral(features, axis=axis, dtype=dtype, name=name, use_bias=bias,
                          kernel_init=(nn.initializers.normal(spread) if spread else
                                       nn.initializers.xavier_uniform()),
                          dot_general=products.dot_general(dtype))
