@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lib.cost import lm as lm_cost
+from lib.cost import projector as projector_cost
 from lib.cost import vit as vit_cost
 from lib.cost.vlm import macs_of
 from lib.data import qa as qa_data
@@ -30,6 +31,7 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM, Images
 from models.build import DTYPES
 from models.plan import reduction_settings
+from models.projectors import make_projector
 from models.reduce_config import check_components, with_plans
 from ops import choices
 from ops.assignments import take
@@ -49,9 +51,10 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
   Args:
     model: `config.model`: `lm`, fields of LM except those that the set decides, and 'theta' of its
       rotations; for images also `tower`, fields of ViT, `projection`, an activation, `side`, how
-      many patches each way become one token, and `patch_labels`, number of labels that patches are
-      trained to predict (0 for none); and `dtype` by name. A pretrained `lm` or `tower` is the path
-      of its folder or file (lib/tasks/pretrained.py).
+      many patches each way become one token, `compressor`, what projects instead and leaves fewer
+      tokens ('name' and 'args', `models.projectors.make_projector`), and `patch_labels`,
+      number of labels that patches are trained to predict (0 for none); and `dtype` by name. A
+      pretrained `lm` or `tower` is the path of its folder or file (lib/tasks/pretrained.py).
     reduce: `config.reduce`: reductions in 'vision' (the tower), at the 'projector', in 'language',
       and of the 'cache' that decoding reads.
     info: of the set.
@@ -90,8 +93,9 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
   else:
     tower = ViT(**model['tower'], num_classes=0, image_size=info.image_shape[0], pool='mean',
                 last_norm='pooled', **shared)
-  vlm = VLM(tower, lm, cast(int, info.image), model['projection'], model.get('side') or 1,
-            patch_labels=model['patch_labels'])
+  compressor = make_projector(model.get('compressor'), width=lm.width, dtype=dtype)
+  vlm = VLM(tower, lm, cast(int, info.image), '' if compressor else model['projection'],
+            model.get('side') or 1, patch_labels=model['patch_labels'], compressor=compressor)
   return with_plans(vlm, **reduce, macs=macs_of)(context, LAYOUT)
 
 
@@ -109,7 +113,7 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
   info, context = qa_data.info(config.data), config.data.context
   model = build(config.model, config.reduce, info, context=context, mesh=mesh,
                 platform=mesh.devices.flat[0].platform)
-  slots = context + (model.tower.host.slots - model.tower.special if info.image_shape else 0)
+  slots = context + (model.passed_on[0] if info.image_shape else 0)
   width = (model.lm if info.image_shape else model).width
   memory.check_batch(config.data.batch_size, slots=slots, width=width, mesh=mesh)
   kinds = info.kinds or ('all',)
@@ -211,9 +215,12 @@ def training_macs(model: LM | VLM, *, context: int) -> float:
     # Every slot predicts, not the last one alone.
     return 3 * (cost.macs + (context - 1) * cost.head)
   tower = vit_cost.in_training(cast(ViT, model.tower))
-  through, width = tower.layers[-1].left - model.tower.special, model.lm.width
-  through, joined = through // model.side ** 2, model.tower.width * model.side ** 2
-  projector = through * (joined + width) * width if model.projection else 0
+  if model.compressor:
+    projector = projector_cost.of(model, context).macs
+  else:
+    through, width = tower.layers[-1].left - model.tower.special, model.lm.width
+    through, joined = through // model.side ** 2, model.tower.width * model.side ** 2
+    projector = through * (joined + width) * width if model.projection else 0
   return (tower.training_macs + 3 * projector
           + training_macs(model.lm, context=context + visual_tokens(model)))
 

@@ -45,13 +45,16 @@ from models.projector import (
   FROM_TOWER,
   PATCH,
   PER_TOKEN,
-  Projector,
   ProjectorReduction,
   Relevance,
   neighbours_as_one,
+  put_back,
   reduce_visual,
   without_special,
 )
+from models.projectors.base import LEVELS, QUESTION, Beside, Compressor
+from models.projectors.base import TEXT as PROMPT
+from models.projectors.mlp import Projector
 from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from ops.assignments import take
@@ -124,6 +127,8 @@ class VLM(nn.Module):
       attention of the tower's last layer, and saves nothing in the tower.
     patch_labels: number of labels of a patch, which a linear probe on the tower's features
       predicts, to train the tower beside the answers; 0 for none.
+    compressor: what stands in the place of the MLP and leaves fewer tokens of each crop; None for
+      `projection`. It reads patches that a tower merged or dropped where they were.
   """
 
   tower: ViT | QwenVision
@@ -137,15 +142,19 @@ class VLM(nn.Module):
   deepstack: tuple[tuple[CountOrZero, CountOrZero], ...] = ()
   frames: TTF | None = None
   patch_labels: CountOrZero = 0
+  compressor: Compressor | None = None
 
   def __post_init__(self) -> None:
     check_fields(self)
+    if self.compressor:
+      self._check_compressor(self.compressor)
     if self.frames:
       self.tower = _with_relevance(self.tower)
     if self.side > 1:
       self._check_side()
     if self.deepstack:
       self._check_deepstack()
+    if self.deepstack or self._reads(LEVELS):
       self.tower = self.tower.clone(capture=True)
     super().__post_init__()
 
@@ -192,9 +201,10 @@ class VLM(nn.Module):
     none.
     """
     tower = self.tower
-    if isinstance(tower, QwenVision) or self.newline or tower.window:
+    if isinstance(tower, QwenVision) or self.newline or tower.window or (
+        self.compressor and not self.compressor.grid_after(tower.grid)):
       return None
-    rows, columns = (length // self.side for length in tower.grid)
+    rows, columns = self.crop_grid
     return (rows, columns) if slots == rows * columns else None
 
   @property
@@ -202,8 +212,20 @@ class VLM(nn.Module):
     """Returns (rows, columns) of the patches of a crop, or of cells of those that are merged."""
     if isinstance(self.tower, QwenVision):
       return self.tower.cells
+    if self.compressor:
+      # Tokens that are no grid lie in one row.
+      left = self.compressor.grid_after(self.tower.grid)
+      rows, columns = left or (1, self.compressor.slots(self.tower.grid))
+      return rows, columns
     rows, columns = self.tower.grid
     return rows // self.side, columns // self.side
+
+  @property
+  def passed_on(self) -> tuple[int, int]:
+    """Returns the tokens of a crop behind the projector, without the tower's plan and with it."""
+    if self.compressor:
+      return (self.compressor.slots(self.tower.grid),) * 2
+    return passed_on(self.tower, self.side)
 
   def projector_host(self, slots: int) -> Host:
     """Returns what a plan of a reduction behind the projector needs to know of this model.
@@ -214,22 +236,26 @@ class VLM(nn.Module):
     Args:
       slots: V, tokens of an image, or of all images that share a pool.
     """
-    own = frozenset({'layer', 'depth', 'slots'})
+    own, of_patches = frozenset({'layer', 'depth', 'slots'}), frozenset(PER_TOKEN)
     if self.projector_grid(slots):
-      own |= {'grid', 'one_sequence', *(FROM_TOWER if self.side == 1 else ())}
-    offers = (own | {*PER_TOKEN}) & self.tower.host.offers | TEXT_SIGNALS
+      own |= {'grid', 'one_sequence'}
+      of_patches |= {*FROM_TOWER} if self.side == 1 else set()
+    # What a compressor makes is no patch of the tower's.
+    own |= frozenset() if self.compressor else of_patches
+    offers = own & self.tower.host.offers | TEXT_SIGNALS
     if isinstance(self.tower, QwenVision):
       offers |= {'grids'}
-    whole, left = passed_on(self.tower, self.side)
+    whole, left = self.passed_on
     # A cell that a reduced tower left empty would shift the places of those behind it.
     empties = isinstance(self.tower, QwenVision) and self.tower.plan and self.tower.plan.events
     if whole == left and not empties:
-      tiled = isinstance(self.tower, ViT) and self.side == 1
+      tiled = isinstance(self.tower, ViT) and self.side == 1 and not self.compressor
       offers |= CROP_SIGNALS if tiled else CROP_SIGNALS - {'tiling'}
     # A tower that ends in the language model's width has its projector inside.
     if self.projection:
       offers |= {'vision_features', 'project'}
-    return Host(1, slots, 0, offers, watches=self.tower.host.offers)
+    watches = frozenset() if self.compressor else self.tower.host.offers
+    return Host(1, slots, 0, offers, watches=watches)
 
   def each_image(self, layout: tuple[int, int, int]) -> int:
     """Returns the slots of an image behind the tower, before the projector's reduction.
@@ -238,7 +264,7 @@ class VLM(nn.Module):
       layout: (C, I, V) of `Images`.
     """
     crops, _, tokens = layout
-    whole, left = passed_on(self.tower, self.side)
+    whole, left = self.passed_on
     if not tokens:
       return left
     return min(tokens, crops * left) if left < whole else tokens
@@ -350,6 +376,29 @@ class VLM(nn.Module):
                        'divide both, and the tower be a ViT without windows, deepstack and '
                        'newline: change it')
 
+  def _check_compressor(self, compressor: Compressor) -> None:
+    """Raises unless the compressor can read what the tower gives."""
+    tower = self.tower
+    if not isinstance(tower, ViT) or tower.window or self.newline or self.deepstack or (
+        self.projection or self.side > 1 or self.frames or self.lm.unmerging != 'none'):
+      raise ValueError(f'{type(compressor).__name__} projects crops of a ViT without windows, and '
+                       "goes with no other projection: set projection='' and side=1, and leave "
+                       'newline, deepstack, frames and unmerging out')
+    compressor.slots(tower.grid)
+    if not self._reads(LEVELS):
+      return
+    levels: tuple[int, ...] = getattr(compressor, LEVELS)
+    if max(levels) >= self.tower_depth:
+      raise ValueError(f'{type(compressor).__name__} has levels={levels}, and the tower runs '
+                       f'layers 0 to {self.tower_depth - 1}: set compressor.args.levels')
+    if tower.plan and tower.plan.events:
+      raise ValueError(f'{type(compressor).__name__} reads layers of all patches, of which '
+                       f'{tower.plan.name} leaves fewer in the tower: choose one of the two')
+
+  def _reads(self, what: str) -> bool:
+    """Returns whether the compressor reads this beside the tower's last features."""
+    return self.compressor is not None and what in self.compressor.reads
+
   def _added(self, layer: int, ids: Array, valid: Array, images: Images, aux: Outputs) -> Array:
     """Returns what a layer of the tower adds to each slot of a sequence, float[B, N, D]."""
     tokens = aux['tower_tokens']
@@ -373,13 +422,34 @@ class VLM(nn.Module):
 
   def _text(self, ids: Array, valid: Array, embedded: Array,
             marks: Mapping[str, Array] | None) -> dict[str, Array] | None:
-    """Returns the signals of the prompt that the projector's reduction reads, None for none."""
+    """Returns what is read of the prompt before the language model runs, None for nothing.
+
+    By name: signals that the projector's reduction reads, and fields of `Beside`.
+    """
     reduction = self.projector_reduction
-    if reduction is None or not reduction.needs & TEXT_SIGNALS:
+    names = set(reduction.needs & TEXT_SIGNALS if reduction else ())
+    names |= {'text', 'text_valid'} if self._reads(PROMPT) else set()
+    if not names and not self._reads(QUESTION):
       return None
     asked = valid & (ids != self.image_token) & (marks or {}).get('question', True)
     text = {'text': jnp.where(asked[..., None], embedded, 0), 'text_valid': asked}
-    return {name: text[name] for name in reduction.needs & TEXT_SIGNALS}
+    text = {name: text[name] for name in names}
+    if self._reads(QUESTION):
+      text[QUESTION] = self._question(ids, asked)
+    return text
+
+  def _question(self, ids: Array, asked: Array) -> Array:
+    """What the language model makes of the last of the ids that ask, read alone: float[B, D]."""
+    if self.is_initializing():
+      return jnp.zeros((len(ids), self.lm.width))
+    # Text alone, so its plans, which count visual tokens, are not for it.
+    reader = self.lm.clone(parent=None, name=None, plan=None, cache_plan=None)
+    order = jnp.argsort(~asked, axis=1, stable=True)
+    alone = reader.apply(self.lm.variables, jnp.take_along_axis(ids, order, axis=1),
+                         jnp.take_along_axis(asked, order, axis=1), method='read')
+    last = jnp.maximum(asked.sum(axis=1) - 1, 0)
+    x = cast(tuple[TokenSet, Outputs], alone)[0].x
+    return jax.lax.stop_gradient(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
 
   def encode_images(self, images: Images, text: Mapping[str, Array] | None = None
                     ) -> tuple[Visual, int | None, Outputs]:
@@ -402,10 +472,11 @@ class VLM(nn.Module):
       ValueError: no text where the reduction reads some.
     """
     needs = self.projector_reduction.needs if self.projector_reduction else frozenset()
-    if needs & TEXT_SIGNALS and text is None:
-      raise ValueError(f'{cast(ProjectorReduction, self.projector_reduction).plan.name} at the '
-                       'projector reads the prompt, which is not here: encode images and ids '
-                       'together')
+    if text is None and (needs & TEXT_SIGNALS or self._reads(PROMPT) or self._reads(QUESTION)):
+      reader = (self.projector_reduction.plan.name if self.projector_reduction else
+                type(self.compressor).__name__)
+      raise ValueError(f'{reader} at the projector reads the prompt, which is not here: encode '
+                       'images and ids together')
     whole, tower_out = self._run_tower(images)
     if self.frames:
       stats = dict(whole.stats)
@@ -422,6 +493,8 @@ class VLM(nn.Module):
       tokens = tokens.replace(stats=tokens.stats | {FEATURES: tokens.x})
     if self.projection:
       tokens = tokens.replace(x=self.projector(tokens.x))
+    if self.compressor:
+      tokens = self._compressed(self.compressor, tokens, tower_out, text or {})
     aux['tower_tokens'] = tokens
     visual, aux['layout'] = self._arrange(tokens, images)
     tiling = None
@@ -438,7 +511,8 @@ class VLM(nn.Module):
       special = self._special_of(whole, images) if self.projector_reduction.special else None
       rng = self.make_rng('dropout') if self.has_rng('dropout') else None
       visual, slots, outcome = reduce_visual(
-          self.projector_reduction, visual, special, self.reducers, text=text, tiling=tiling,
+          self.projector_reduction, visual, special, self.reducers,
+          text={name: (text or {})[name] for name in needs & TEXT_SIGNALS}, tiling=tiling,
           num_crops=images.pixels.shape[1] if images.index is not None else 1,
           project=self._project() if 'project' in needs else None, rng=rng, mesh=self.lm.mesh)
       aux['projector'] = outcome and outcome.tokens
@@ -451,9 +525,20 @@ class VLM(nn.Module):
     stats.pop('cell', None)
     return visual.replace(stats=stats, axes=axes, extent=images.extent), slots, aux
 
+  def _compressed(self, compressor: Compressor, tokens: TokenSet, tower_out: Outputs,
+                  text: Mapping[str, Array]) -> TokenSet:
+    """The tokens of each crop that a compressor makes of all its patches."""
+    whole = TokenSet.create(put_back(tokens.x, tokens.owner))
+    levels: tuple[int, ...] = getattr(compressor, LEVELS) if self._reads(LEVELS) else ()
+    rows = {name: jnp.repeat(value, len(tokens.x) // len(value), axis=0)
+            for name, value in text.items()}
+    return compressor(whole, Beside(
+        self.tower.grid, tuple(tower_out['hidden'][level][:, self.special:] for level in levels),
+        rows.get('text'), rows.get('text_valid'), rows.get(QUESTION)))
+
   def _crops(self, images: Images) -> dict[str, Array]:
     """Returns the crop of its image that each visual token is of, and which patch of it."""
-    each = passed_on(self.tower, self.side)[0]
+    each = self.passed_on[0]
     shape = images.pixels.shape[:2]
     if images.index is None:
       own = jnp.broadcast_to(jnp.arange(each, dtype=jnp.int32), (*shape, each))

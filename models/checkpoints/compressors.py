@@ -1,6 +1,7 @@
-"""Parameters of released projectors (models/compressors/projector/), by their names in the release.
+"""Parameters of released projectors (models/projectors/), by their names in the release.
 
-Axes: B batch, N patches of a crop, W width of the tower, D width of the language model.
+Axes: B batch, N patches of a crop, W width of the tower, D width of the language model,
+T ids of a prompt.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.checkpoints.layout import Layout, Shape, flatten, leaves, nest
-from models.compressors.projector.base import Beside, Compressor
+from models.projectors.base import Beside, Compressor
 from ops.primitives.grids import Grid
 from ops.tokens import TokenSet
 
@@ -22,18 +23,20 @@ from ops.tokens import TokenSet
 PREFIXES = ('model.mm_projector.', 'mm_projector.', '')
 
 
-def example(compressor: Compressor, grid: Grid, width: int) -> tuple[TokenSet, Beside]:
+def example(compressor: Compressor, grid: Grid, width: int,
+            prompt: int = 1) -> tuple[TokenSet, Beside]:
   """Returns inputs of zeros that a compressor accepts, of one crop of a tower.
 
   Args:
     compressor: the module.
     grid: of the patches.
     width: W.
+    prompt: T.
   """
   x = jnp.zeros((1, math.prod(grid), width))
-  text = jnp.zeros((1, 1, compressor.width))
+  text = jnp.zeros((1, prompt, compressor.width))
   levels = (x,) * len(getattr(compressor, 'levels', ()))
-  return TokenSet.create(x), Beside(grid, levels, text, jnp.ones((1, 1), bool), text[:, 0])
+  return TokenSet.create(x), Beside(grid, levels, text, jnp.ones((1, prompt), bool), text[:, 0])
 
 
 def shapes_of(compressor: Compressor, grid: Grid, width: int) -> dict[str, Shape]:

@@ -1,14 +1,13 @@
 """Projectors that compress against the outputs of released code, through its parameters' names."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import recorded
 
 from models.checkpoints.compressors import from_release
-from models.compressors.projector.base import Beside
-from models.compressors.projector.tokenpacker import TokenPacker
+from models.projectors.base import Beside
+from models.projectors.tokenpacker import TokenPacker
 from ops.primitives import grids
 from ops.tokens import TokenSet
 

@@ -21,6 +21,8 @@ from ops.tokens import TokenSet
 from ops.values import Width, check_fields
 
 Array = jax.Array
+# From a module's path to its name in a release (`models.checkpoints.layout.Layout.names`).
+Names = Mapping[str, str | tuple[str, ...]]
 # What a compressor may read beside the tower's last features.
 LEVELS, TEXT, QUESTION = 'levels', 'text', 'question'
 
@@ -48,7 +50,8 @@ class Compressor(nn.Module):
   """Makes the patches of a crop into the tokens that a language model reads in their place.
 
   A subclass says what grid it leaves of one (`grid_after`) or how many tokens (`slots`), what it
-  `reads` beside the tower's last features, and what its parameters are called in the release.
+  `reads` beside the tower's last features, and what its parameters are called in the release
+  (`released`). One that reads LEVELS has a field of that name: the layers, from 0 on.
 
   Attributes:
     width: D.
@@ -58,8 +61,7 @@ class Compressor(nn.Module):
   width: Width
   dtype: DTypeLike = jnp.float32
   reads: ClassVar[frozenset[str]] = frozenset()
-  # From a module's path to its name in the release, as `models.checkpoints.layout.Layout.names`.
-  released: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+  released: ClassVar[Names] = {}
 
   def __post_init__(self) -> None:
     check_fields(self)

@@ -4,12 +4,21 @@ Axes: B batch, N patches, C cells, R patches of a cell, W width of the tower, D 
 language model.
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 
 from models.blocks import dense, layer_norm
-from models.compressors.attention import CrossAttention
-from models.compressors.projector.base import LEVELS, Array, Beside, Compressor, concatenated
-from models.projector import Projector
+from models.projectors.attention import CrossAttention
+from models.projectors.base import (
+  LEVELS,
+  Array,
+  Beside,
+  Compressor,
+  Names,
+  concatenated,
+)
+from models.projectors.mlp import Projector
 from ops.primitives import grids
 from ops.primitives.grids import Grid
 from ops.tokens import TokenSet
@@ -35,7 +44,7 @@ class TokenPacker(Compressor):
   heads: Count = 8
   levels: tuple[CountOrZero, ...] = (11, 15, 21, 22)
   reads = frozenset({LEVELS})
-  released = {
+  released: ClassVar[Names] = {
       'query': 'q_proj_1.*', 'norm_query': 'ln_q_1.*',
       'keys/fc1': 'k_proj_1.0.*', 'keys/fc2': 'k_proj_1.2.*', 'norm_keys': 'ln_k_1.*',
       'values/fc1': 'v_proj_1.0.*', 'values/fc2': 'v_proj_1.2.*', 'norm_values': 'ln_v_1.*',

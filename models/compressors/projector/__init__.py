@@ -1,8 +1,0 @@
-"""Projectors that leave fewer tokens than a tower has patches: the dict that names them."""
-
-from models.compressors.projector.base import Compressor
-from models.compressors.projector.tokenpacker import TokenPacker
-
-PROJECTORS: dict[str, type[Compressor]] = {
-    'tokenpacker': TokenPacker,
-}
