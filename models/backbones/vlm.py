@@ -59,6 +59,7 @@ from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
+from ops.primitives import grids
 from ops.signals import CROP_SIGNALS, TEXT_SIGNALS
 from ops.splice import Visual, splice, unmerged
 from ops.temporal import TTF, fuse_frames
@@ -463,7 +464,8 @@ class VLM(nn.Module):
     Returns:
       The visual tokens [B, I, M, D]; the slots that all images of a row take together where they
       are not I * M, else None; and a dict: 'tower' (the tower's own dict), 'tower_tokens' (the
-      TokenSet [B * C, n] that the tower passes on, projected), 'layout' (index and weight as in
+      TokenSet [B * C, n] that the tower passes on, projected; of a compressor that leaves a grid
+      the owner of a patch is its cell's token), 'layout' (index and weight as in
       `Images`, but of those tokens; None where each is one visual token), with a reduction at the
       projector 'projector' (the TokenSet behind it, None where it cuts nothing), and with
       `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet).
@@ -496,6 +498,10 @@ class VLM(nn.Module):
     if self.compressor:
       tokens = self._compressed(self.compressor, tokens, tower_out, text or {})
     aux['tower_tokens'] = tokens
+    if self.compressor and (after := self.compressor.grid_after(self.tower.grid)):
+      cell = jnp.asarray(grids.nearest_cell(self.tower.grid, after), jnp.int32)
+      aux['tower_tokens'] = tokens.replace(
+          owner=jnp.broadcast_to(cell[None], (len(tokens.x), len(cell))))
     visual, aux['layout'] = self._arrange(tokens, images)
     tiling = None
     if needs & CROP_SIGNALS:

@@ -63,6 +63,13 @@ def unwindow(x: Array, grid: Grid, side: Grid) -> Array:
   return x.reshape(len(x), math.prod(grid), *x.shape[2 * rank + 1:])
 
 
+def nearest_cell(grid: Grid, after: Grid) -> np.ndarray:
+  """Returns which cell of a coarser grid each patch lies in, int[N]."""
+  places = np.meshgrid(*(np.arange(old) * new // old for old, new in zip(grid, after, strict=True)),
+                       indexing='ij')
+  return np.ravel_multi_index([place.ravel() for place in places], after)
+
+
 def resample(x: Array, grid: Grid, after: Grid, method: str) -> Array:
   """Resamples patches on another grid: float[B, N, D] -> float[B, N', D].
 

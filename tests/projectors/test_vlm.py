@@ -9,6 +9,7 @@ import pytest
 
 from lib.cost import jaxpr
 from lib.cost import vlm as vlm_cost
+from lib.report import provenance
 from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config
 from models.projectors import make_projector
@@ -113,6 +114,16 @@ def test_levels_and_grids_that_a_tower_lacks_are_refused():
     made({'name': 'tokenpacker', 'args': {'sides': 3}})
   with pytest.raises(ValueError, match='tokenpacker'):
     made({'name': 'tokenpackers'})
+
+
+def test_patches_are_followed_to_their_cells():
+  vlm, params = packed()
+  out = run(vlm, params, squares())[1]
+  first, = provenance.stages(vlm, out, row=1)
+  cells = np.arange(4).reshape(2, 2).repeat(2, axis=0).repeat(2, axis=1)
+  assert (first.labels[0] == cells).all()
+  assert first.merged.all()
+  assert first.tokens.tolist() == [4, 4]
 
 
 def test_it_answers():
