@@ -78,8 +78,12 @@ def data(**settings: Any) -> ConfigDict:
 
 
 def compressor(name: str = 'none', **args: Any) -> ConfigDict:
-  """`config.model.compressor`: what projects visual tokens and leaves fewer, and its fields."""
-  return ConfigDict({'name': name, 'args': args})
+  """`config.model.compressor`: what projects visual tokens and leaves fewer, and its fields.
+
+  One whose parameters serve several counts of tokens trains under each of `turns`, fields that
+  differ: one a step, drawn anew, or with train='all' every one in every step.
+  """
+  return ConfigDict({'name': name, 'args': args, 'turns': (), 'train': 'draw'})
 
 
 def questions(**settings: Any) -> ConfigDict:

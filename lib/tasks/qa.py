@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -111,8 +111,15 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
     ValueError: where the config contradicts itself or its data.
   """
   info, context = qa_data.info(config.data), config.data.context
-  model = build(config.model, config.reduce, info, context=context, mesh=mesh,
-                platform=mesh.devices.flat[0].platform)
+
+  def built(settings: Mapping[str, Any]) -> LM | VLM:
+    return build(settings, config.reduce, info, context=context, mesh=mesh,
+                 platform=mesh.devices.flat[0].platform)
+
+  model = built(config.model)
+  turns = tuple(map(built, in_turns(config.model))) or (model,)
+  together = (config.model.get('compressor') or {}).get('train') == 'all'
+  steps = [turns] if together else [(each,) for each in turns]
   slots = context + (model.passed_on[0] if info.image_shape else 0)
   width = (model.lm if info.image_shape else model).width
   memory.check_batch(config.data.batch_size, slots=slots, width=width, mesh=mesh)
@@ -127,16 +134,24 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
   places, tested = ((config.data.turns * answer, answer)
                     if config.optimizer.text_weight is None else (None, None))
   return Task(
-      model=model, score='accuracy', phases=(anneal.Phase(0, model),),
+      model=model, score='accuracy', phases=tuple(anneal.Phase(0, each) for each in steps),
       init=functools.partial(init, model, info, context),
       pretrained=functools.partial(read_pretrained, config, model),
       unreduced=dict,
-      loss=lambda model: functools.partial(loss, model, config.optimizer, places=places),
+      loss=lambda models: functools.partial(mean_loss, models, config.optimizer, places=places),
       count=functools.partial(count, model, len(kinds), places=tested),
       scores=functools.partial(scores, kinds=kinds),
       train_iterator=qa_data.train_iterator, eval_batches=qa_data.eval_batches,
-      macs=functools.partial(training_macs, context=context), slots=slots,
+      macs=lambda models: sum(training_macs(each, context=context) for each in models), slots=slots,
+      turn=lambda done: int(np.random.default_rng((config.seed, done)).integers(len(steps))),
       summary=f'{size}, {info.num_train:,} questions\n')
+
+
+def in_turns(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Returns `config.model` under each of its compressor's `turns`, none where there are none."""
+  compressor = dict(model.get('compressor') or {})
+  return [{**model, 'compressor': {**compressor, 'args': {**compressor.get('args', {}), **turn}}}
+          for turn in compressor.get('turns', ())]
 
 
 def read_pretrained(config: ConfigDict, model: LM | VLM) -> dict[str, Any] | None:
@@ -223,6 +238,14 @@ def training_macs(model: LM | VLM, *, context: int) -> float:
     projector = through * (joined + width) * width if model.projection else 0
   return (tower.training_macs + 3 * projector
           + training_macs(model.lm, context=context + visual_tokens(model)))
+
+
+def mean_loss(models: Sequence[LM | VLM], *rest: Any, **settings: Any) -> tuple[
+    Array, dict[str, Array]]:
+  """Returns what `loss` does, means over models that share their parameters."""
+  parts = [loss(model, *rest, **settings) for model in models]
+  return cast(tuple[Array, dict[str, Array]], jax.tree.map(lambda *each: sum(each) / len(each),
+                                                           *parts))
 
 
 def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],

@@ -260,7 +260,8 @@ _TOWER = keys_of(ViT).without('num_classes', 'image_size', 'pool', 'last_norm', 
                               'implementation', 'mesh', 'capture', 'layers')
 _OF_VLM = {key: keys_of(VLM).kinds[key] for key in ('projection', 'side', 'patch_labels')} | {
     'compressor': Keys({'name': Annotated[str, OneOf(('none', *PROJECTORS))],
-                        'args': Mapping[str, Any]}, frozenset({'name'}))}
+                        'args': Mapping[str, Any], 'turns': tuple[Mapping[str, Any], ...],
+                        'train': Annotated[str, OneOf(('draw', 'all'))]}, frozenset({'name'}))}
 _QA_MODEL = Keys({'lm': dataclasses.replace(_LM, by_path=True),
                   'tower': dataclasses.replace(_TOWER, by_path=True), 'dtype': Dtype, **_OF_VLM},
                  frozenset({'lm', 'dtype'}))
