@@ -21,6 +21,8 @@ from ops.tokens import TokenSet
 from ops.values import Width, check_fields
 
 Array = jax.Array
+# From a module's path to its name in a release (`models.checkpoints.layout.Layout.names`).
+Names = Mapping[str, str | tuple[str, ...]]
 # What a compressor may read beside the tower's last features.
 LEVELS, TEXT, QUESTION = 'levels', 'text', 'question'
 
@@ -58,8 +60,7 @@ class Compressor(nn.Module):
   width: Width
   dtype: DTypeLike = jnp.float32
   reads: ClassVar[frozenset[str]] = frozenset()
-  # From a module's path to its name in the release, as `models.checkpoints.layout.Layout.names`.
-  released: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+  released: ClassVar[Names] = {}
 
   def __post_init__(self) -> None:
     check_fields(self)
@@ -103,5 +104,6 @@ def concatenated(levels: tuple[Array, ...], wanted: tuple[Any, ...]) -> Array:
     ValueError: another number of them than wanted.
   """
   if len(levels) != len(wanted):
-    raise ValueError(f'{len(wanted)} layers of the tower are read, and {len(levels)} are given')
+    raise ValueError(f'{len(wanted)} layers of the tower are read, and {len(levels)} are given: '
+                     f'give the features behind the layers {wanted}')
   return jnp.concatenate(levels, axis=-1)
