@@ -118,6 +118,13 @@ def test_matryoshka(count):
                              raw[f'out_{count}'], **CLOSE)
 
 
+def test_matryoshka_averages_behind_the_mlp_of_its_release():
+  raw = recorded.arrays('learned/m3_pool')
+  x, tensors = raw['x'][:, :36], prefixed('model.mm_projector.', with_mlp({}, '0', '2', 6, 5))
+  out, made = parts(matryoshka.Matryoshka(5, side=3), x, tensors, (6, 6))
+  np.testing.assert_allclose(out, matryoshka.means(made['mlp'][0], (6, 6), 3), **CLOSE)
+
+
 def test_slime():
   raw = recorded.arrays('learned/slime')
   tensors, x = weights(raw, 'w_gated/'), raw['gated_x']

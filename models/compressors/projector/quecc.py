@@ -12,15 +12,8 @@ from jax.typing import DTypeLike
 
 from models.blocks import dense, layer_norm
 from models.compressors.attention import CrossAttention
-from models.compressors.projector.base import (
-  LEVELS,
-  QUESTION,
-  Array,
-  Beside,
-  Compressor,
-  Names,
-  concatenated,
-)
+from models.compressors.projector import base
+from models.compressors.projector.base import Array, Beside, Compressor, concatenated
 from models.projector import Projector
 from ops.primitives import grids
 from ops.primitives.grids import Grid
@@ -49,8 +42,8 @@ class QueCC(Compressor):
   side: Count = 4
   heads: Count = 8
   levels: tuple[CountOrZero, ...] = (11, 15, 21, 22)
-  reads = frozenset({LEVELS, QUESTION})
-  released: ClassVar[Names] = {
+  reads = frozenset({base.LEVELS, base.QUESTION})
+  released: ClassVar[base.Names] = {
       'cells/question': '0.text_projection.0.*', 'cells/norm_question': '0.text_projection.1.*',
       **{f'cells/{own}/{layer}': f'0.{theirs}_proj.{place}.*'
          for own, theirs in (('query', 'q'), ('keys', 'k'), ('values', 'v'))

@@ -22,8 +22,8 @@ class TokenFLEX(Compressor):
 
   TokenFLEX (Hu et al., 2025), arXiv:2504.03154, of which no code is known. The paper names the
   parts, an adaptive average pooling to n x n and a SwiGLU. Reconstructed are their order (norm,
-  pooling, MLP), the norm's epsilon, and the MLP's width. Training draws 64, 144 or 256 tokens for
-  each step, in the ratio 2:3:5: the one that gives the 28 % fewer tokens that the paper counts.
+  pooling, MLP), the norm's epsilon, and the MLP's width. Its training draws 64, 144 or 256 tokens
+  for each step; in a ratio of 2:3:5 these are the 28 % fewer tokens that the paper counts.
 
   Attributes:
     side: tokens each way; 8, 12 and 16 leave 64, 144 and 256. It need not divide the grid.
