@@ -6,11 +6,22 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from models.projectors.base import Compressor
+from models.projectors.matryoshka import Matryoshka
+from models.projectors.mqt import MQT
+from models.projectors.quecc import QueCC
+from models.projectors.slime import SliME, SliMELocal
+from models.projectors.tokenflex import TokenFLEX
 from models.projectors.tokenpacker import TokenPacker
 from ops import choices
 from ops.values import check_keys, keys_of
 
 PROJECTORS: dict[str, type[Compressor]] = {
+    'matryoshka': Matryoshka,
+    'mqt': MQT,
+    'quecc': QueCC,
+    'slime': SliME,
+    'slime_local': SliMELocal,
+    'tokenflex': TokenFLEX,
     'tokenpacker': TokenPacker,
 }
 

@@ -30,8 +30,8 @@ class CrossAttention(nn.Module):
     """Attends.
 
     Args:
-      q: float[B, ..., M, D].
-      k, v: float[B, ..., R, D].
+      q: float[B, ..., M, D]; of queries that all rows share B may be 1.
+      k, v: float[B, ..., R, D]; of keys that all rows share B may be 1.
       seen: bool[B, ..., R], keys that may be read; None for all. Where there is none the result is
         finite and means nothing.
 
@@ -41,7 +41,7 @@ class CrossAttention(nn.Module):
     Raises:
       ValueError: heads that do not divide D.
     """
-    width, lead = q.shape[-1], q.shape[:-2]
+    width = q.shape[-1]
     check_heads(width, self.heads)
     project = Heads(self.heads, self.dtype, name='qkv')
 
@@ -58,4 +58,4 @@ class CrossAttention(nn.Module):
     mixed = jnp.einsum('...hmr,...rhd->...mhd', weights, v)
     out = dense(width, self.dtype, axis=(-2, -1), name='out')(
         mixed.reshape(-1, *mixed.shape[-3:]))
-    return out.reshape(*lead, -1, width)
+    return out.reshape(*mixed.shape[:-2], width)

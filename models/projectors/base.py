@@ -105,5 +105,6 @@ def concatenated(levels: tuple[Array, ...], wanted: tuple[Any, ...]) -> Array:
     ValueError: another number of them than wanted.
   """
   if len(levels) != len(wanted):
-    raise ValueError(f'{len(wanted)} layers of the tower are read, and {len(levels)} are given')
+    raise ValueError(f'{len(wanted)} layers of the tower are read, and {len(levels)} are given: '
+                     f'give the features behind the layers {wanted}')
   return jnp.concatenate(levels, axis=-1)

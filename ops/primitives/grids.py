@@ -1,4 +1,4 @@
-"""Grids of patches: windows of them, and resampling as a matrix an axis.
+"""Grids of patches: windows of them, positions, and resampling as a matrix an axis.
 
 Tokens of a grid lie in raster order on axis 1. A grid is (rows, columns), or (frames, rows,
 columns) for a video.
@@ -114,3 +114,20 @@ def matrix(old: int, new: int, method: str) -> np.ndarray:
       CUBIC * (x ** 3 - 5 * x ** 2 + 8 * x - 4))
   np.add.at(result, (index[:, None], np.clip(taps, 0, old - 1).astype(int)), weight)
   return result
+
+
+def sincos(grid: Grid, width: int) -> np.ndarray:
+  """Returns fixed positions of a grid, float32[rows * columns, width].
+
+  One half is of the columns, the other of the rows. Each holds sines, then cosines, at frequencies
+  10000^(-i / (width / 4)); MAE, arXiv:2111.06377, released code.
+
+  Raises:
+    ValueError: a width that 4 does not divide.
+  """
+  if width % 4:
+    raise ValueError(f'sin-cos positions need a width divisible by 4, got {width}')
+  frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+  rows, columns = (place.reshape(-1, 1) * frequencies for place in np.indices(grid))
+  return np.concatenate([wave(angles) for angles in (columns, rows) for wave in (np.sin, np.cos)],
+                        axis=1).astype(np.float32)

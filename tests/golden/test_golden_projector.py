@@ -1,12 +1,19 @@
 """Projectors that compress against the outputs of released code, through its parameters' names."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import recorded
+from helpers import mostly_long, recorded
 
 from models.checkpoints.compressors import from_release
+from models.projectors import matryoshka
 from models.projectors.base import Beside
+from models.projectors.mqt import MQT
+from models.projectors.quecc import QueCC
+from models.projectors.slime import SliME, SliMELocal
 from models.projectors.tokenpacker import TokenPacker
 from ops.primitives import grids
 from ops.tokens import TokenSet
@@ -22,9 +29,35 @@ def weights(raw, prefix='w/'):
 
 def compressed(module, x, tensors, grid, **beside):
   """What a module with released parameters makes of float[B, N, W]."""
+  return parts(module, x, tensors, grid, **beside)[0]
+
+
+def parts(module, x, tensors, grid, **beside):
+  """What a module with released parameters makes, and what each of its submodules does."""
   params = from_release(module, tensors, grid=grid, width=x.shape[-1])
-  return module.apply({'params': params}, TokenSet.create(jnp.asarray(x)),
-                      Beside(grid, **beside)).x
+  return run(module, params, jnp.asarray(x), Beside(grid, **beside))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(module, params, x, beside):
+  """What a module makes of float[B, N, W], and what each of its submodules does."""
+  out, state = module.apply({'params': params}, TokenSet.create(x), beside,
+                            capture_intermediates=lambda made, _: len(made.path) == 1)
+  return out.x, {name: found['__call__'] for name, found in state['intermediates'].items()
+                 if name != '__call__'}
+
+
+def prefixed(prefix, tensors):
+  return {prefix + name: value for name, value in tensors.items()}
+
+
+def with_mlp(tensors, first, second, inner, width):
+  """Tensors of a release beside those of an MLP, which its recording has not."""
+  rng = np.random.default_rng(0)
+  return tensors | {
+      f'{first}.weight': rng.normal(size=(width, inner)), f'{first}.bias': rng.normal(size=width),
+      f'{second}.weight': rng.normal(size=(width, width)),
+      f'{second}.bias': rng.normal(size=width)}
 
 
 @pytest.mark.parametrize('side', [2, 3, 4])
@@ -40,3 +73,75 @@ def test_pieces_of_tokenpacker():
   raw = recorded.arrays('learned/tokenpacker')
   np.testing.assert_allclose(grids.resample(jnp.asarray(raw['x']), (12, 12), (6, 6), 'linear'),
                              raw['point_query_s2'], atol=1e-6)
+
+
+@pytest.mark.parametrize('side', mostly_long([2, 4, 8]))
+def test_quecc(side):
+  raw = recorded.arrays('learned/quecc')
+  own = prefixed('0.', weights(raw, 'w_k2/') | weights(raw, f'w_k{side}/'))
+  # Keys and values were made of 40 features, which are no multiple of the tower's 32: the rest of
+  # two layers is zeros.
+  for name in ('0.k_proj.0.weight', '0.v_proj.0.weight'):
+    own[name] = np.pad(own[name], ((0, 0), (0, 24)))
+  fine = np.pad(raw['x_multi'], ((0, 0), (0, 0), (0, 24)))
+  out, made = parts(
+      QueCC(20, side=side, heads=8, levels=(0, 1)), raw['x'], with_mlp(own, '1', '3', 32, 20),
+      (8, 8), question=jnp.asarray(raw['text'][:, 0]),
+      levels=tuple(jnp.split(jnp.asarray(fine), 2, axis=-1)))
+  np.testing.assert_allclose(made['cells'][0], raw[f'out_k{side}'], **CLOSE)
+  np.testing.assert_array_equal(out, made['mlp'][0])
+
+
+@pytest.mark.parametrize('count', mostly_long([9, 1, 2, 4, 16]))
+def test_mqt(count):
+  raw = recorded.arrays('learned/mqt_resampler')
+  module = MQT(20, queries=16, count=count, heads=2)
+  out = compressed(module, raw['x'], weights(raw), (6, 6))
+  np.testing.assert_allclose(out, raw[f'out_{count}'], **CLOSE)
+
+
+def test_positions_of_mqt_and_slime():
+  raw, other = (recorded.arrays(f'learned/{name}') for name in ('mqt_resampler', 'slime'))
+  table = grids.sincos((4, 4), 16).astype(np.float16).astype(np.float32)
+  np.testing.assert_array_equal(table, raw['w/pos_embed'])
+  along = grids.matrix(4, 6, 'bicubic')
+  np.testing.assert_allclose(np.kron(along, along) @ table, raw['kv_pos_6x6_bicubic'], atol=1e-6)
+  np.testing.assert_allclose(grids.sincos((3, 3), 16), other['w_res/pos_embed'], atol=1e-6)
+  np.testing.assert_allclose(grids.sincos((6, 6), 16), other['w_gated/attn.pos_embed'], atol=1e-6)
+
+
+@pytest.mark.parametrize('count', mostly_long([36, 1, 9, 16, 64, 144, 576]))
+def test_matryoshka(count):
+  raw = recorded.arrays('learned/m3_pool')
+  side = 24 // int(count ** 0.5)
+  np.testing.assert_allclose(matryoshka.means(jnp.asarray(raw['x']), (24, 24), side),
+                             raw[f'out_{count}'], **CLOSE)
+
+
+def test_matryoshka_averages_behind_the_mlp_of_its_release():
+  raw = recorded.arrays('learned/m3_pool')
+  x, tensors = raw['x'][:, :36], prefixed('model.mm_projector.', with_mlp({}, '0', '2', 6, 5))
+  out, made = parts(matryoshka.Matryoshka(5, side=3), x, tensors, (6, 6))
+  np.testing.assert_allclose(out, matryoshka.means(made['mlp'][0], (6, 6), 3), **CLOSE)
+
+
+def test_slime():
+  raw = recorded.arrays('learned/slime')
+  tensors, x = weights(raw, 'w_gated/'), raw['gated_x']
+  out, made = parts(SliME(20, heads=2), x, tensors, (6, 6))
+  np.testing.assert_allclose(out, raw['gated_out'], **CLOSE)
+  np.testing.assert_allclose(made['gates'][0].reshape(-1, 2), raw['gated_gates'], **CLOSE)
+  for index in (0, 1):
+    np.testing.assert_allclose(made['mlp'][index], raw[f'gated_expert{index}'], **CLOSE)
+
+
+def test_slime_of_a_crop():
+  raw = recorded.arrays('learned/slime')
+  own = weights(raw, 'w_res/')
+  tensors = prefixed('model.sampler.post_qformer.', own) | prefixed(
+      'model.mm_projector.', weights(raw, 'w_gated/'))
+  _, made = parts(SliMELocal(20, side=3, heads=2, inner=16), raw['x'], tensors, (6, 6))
+  # The recording has a product of its own behind the queries, in place of the shared MLP.
+  found = np.asarray(made['resampler'][0])
+  np.testing.assert_allclose(found @ own['proj.weight'].T + own['proj.bias'],
+                             raw['resampler_out'], **CLOSE)
