@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.parts import VLM_SHARDING
 from lib.cost import jaxpr
 from lib.cost import vlm as vlm_cost
 from lib.report import provenance
+from lib.runtime import sharding
 from models.backbones.vlm import Images
 from models.checkpoints.vlm_config import from_config
-from models.projectors import make_projector
+from models.projectors import PROJECTORS, make_projector
 from models.reduce_config import with_projector_reduction
 
 IMAGE = 30
@@ -33,10 +35,10 @@ def squares(rows=slice(None)):
   return Images(pixels[rows])
 
 
-def run(vlm, params, images, rows=slice(None), **settings):
+def run(vlm, params, images, rows=slice(None), ids=IDS, **settings):
   """Results in numpy."""
   program = jax.jit(functools.partial(vlm.apply, **settings))
-  return jax.tree.map(np.asarray, program({'params': params}, IDS[rows], VALID[rows], images))
+  return jax.tree.map(np.asarray, program({'params': params}, ids[rows], VALID[rows], images))
 
 
 def look(vlm, params, rows=slice(None)):
@@ -50,14 +52,61 @@ def visual_of(out, row, image):
   return tokens.x[row][tokens.valid[row] & (tokens.stats['group'][row] == image)]
 
 
+def model(name, **args):
+  """LLaVA with another projector."""
+  vlm = from_config(LLAVA)
+  made = make_projector({'name': name, 'args': args}, width=vlm.lm.width, dtype=jnp.float32)
+  return vlm.clone(projection='', compressor=made)
+
+
 @functools.cache
 def packed(side=2):
-  vlm = from_config(LLAVA)
-  made = make_projector({'name': 'tokenpacker', 'args': {
-      'side': side, 'heads': 2, 'levels': LEVELS}}, width=vlm.lm.width, dtype=jnp.float32)
-  vlm = vlm.clone(projection='', compressor=made)
+  vlm = model('tokenpacker', side=side, heads=2, levels=LEVELS)
   params = jax.jit(vlm.init)(jax.random.key(0), IDS, VALID, squares())['params']
   return vlm, params
+
+
+# What each needs on a tower of two layers and 4 x 4 patches.
+ARGS = {
+    'tokenpacker': {'heads': 2, 'levels': LEVELS}, 'quecc': {'heads': 2, 'levels': LEVELS},
+    'mqt': {'queries': 4, 'count': 3, 'heads': 2}, 'tokenflex': {'side': 3},
+    'slime': {'heads': 2}, 'slime_local': {'side': 3, 'heads': 2}}
+
+
+@pytest.mark.parametrize('name', PROJECTORS)
+def test_every_projector_has_its_place(name):
+  vlm = model(name, **ARGS.get(name, {}))
+  inputs = IDS, VALID, squares()
+  params = jax.eval_shape(vlm.init, jax.random.key(0), *inputs)
+  _, out = jax.eval_shape(vlm.apply, params, *inputs)
+  assert out['sequence'].slots == IDS.shape[1] + vlm.visual_slots((2, 2, 0))
+  assert out['visual'].x.shape[2] == vlm.passed_on[0]
+  sharding.make_shardings(params['params'], VLM_SHARDING,
+                          sharding.make_mesh({'data': 1}, jax.devices()[:1]))
+
+
+@pytest.mark.long
+def test_a_projector_may_ask_what_the_question_is():
+  vlm = model('quecc', **ARGS['quecc'])
+  params = jax.jit(vlm.init)(jax.random.key(0), IDS, VALID, squares())['params']
+  out, other = look(vlm, params), run(vlm, params, squares(), ids=IDS[::-1], method='sequence')[1]
+  alone = look(vlm, params, slice(1, 2))
+  np.testing.assert_allclose(visual_of(out, 1, 0), visual_of(alone, 0, 0), atol=1e-5)
+  assert np.abs(out['visual'].x - other['visual'].x)[0].max() > 1e-4
+
+
+@pytest.mark.long
+def test_what_is_made_of_the_question_passes_no_gradient():
+  vlm = model('quecc', **ARGS['quecc'])
+  params = jax.jit(vlm.init)(jax.random.key(0), IDS, VALID, squares())['params']
+
+  def visual(params):
+    return vlm.apply({'params': params}, IDS, VALID, squares(), method='sequence')[1][
+        'visual'].x.sum()
+
+  found = jax.jit(jax.grad(visual))(params)
+  assert not any(leaf.any() for leaf in jax.tree.leaves(found['lm']))
+  assert found['compressor']['cells']['question']['kernel'].any()
 
 
 @pytest.mark.parametrize(('side', 'left'), [(2, 4), (4, 1)])
