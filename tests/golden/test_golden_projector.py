@@ -8,6 +8,8 @@ from helpers import recorded
 
 from models.checkpoints.compressors import from_release
 from models.compressors.projector.base import Beside
+from models.compressors.projector.hicom import HICom
+from models.compressors.projector.llava_sp import LLaVASP
 from models.compressors.projector.tokenpacker import TokenPacker
 from ops.primitives import grids
 from ops.tokens import TokenSet
@@ -24,8 +26,8 @@ def weights(raw, prefix='w/'):
 def compressed(module, x, tensors, grid, **beside):
   """What a module with released parameters makes of float[B, N, W]."""
   params = from_release(module, tensors, grid=grid, width=x.shape[-1])
-  return module.apply({'params': params}, TokenSet.create(jnp.asarray(x)),
-                      Beside(grid, **beside)).x
+  return jax.jit(module.apply)({'params': params}, TokenSet.create(jnp.asarray(x)),
+                               Beside(grid, **beside)).x
 
 
 @pytest.mark.parametrize('side', [2, 3, 4])
@@ -41,3 +43,59 @@ def test_pieces_of_tokenpacker():
   raw = recorded.arrays('learned/tokenpacker')
   np.testing.assert_allclose(grids.resample(jnp.asarray(raw['x']), (12, 12), (6, 6), 'linear'),
                              raw['point_query_s2'], atol=1e-6)
+
+
+# Of the recorded compressor of windows: how what is asked enters, and what is adapted.
+HICOM = {'direct': ('key', 'value', 'guide'), 'coarse': ('key', 'value'), 'fine': (),
+         'none': ('query', 'key', 'value')}
+
+
+@pytest.mark.parametrize(('guide', 'clip', 'out'), [
+    ('direct', '', 'direct'), ('direct', '_odd', 'direct_odd'),
+    ('direct', '_image', 'direct_image'), ('coarse', '', 'coarse'), ('fine', '', 'fine'),
+    ('none', '', 'noguide')])
+def test_windows_of_hicom(guide, clip, out):
+  raw = recorded.arrays('learned/hicom_local')
+  source = '' if clip == '_image' else clip
+  feat, embed = (raw[name + source][None] for name in ('feat', 'embed'))
+  if clip == '_image':
+    feat, embed = feat[:, 0], embed[:, 0]
+  grid, width = feat.shape[1:-1], feat.shape[-1]
+  module = HICom(20, guide=guide, adapted=HICOM[guide], queries=0, heads=4)
+  tensors = {f'local_compressor.{name}': value for name, value in weights(
+      raw, f'w_local_{"noguide" if guide == "none" else guide}/').items()}
+  # Without a question the recorded compressor had no embeddings either.
+  beside = {} if guide == 'none' else {
+      'embed': embed.reshape(1, -1, width), 'guide': raw['guide'][None],
+      'guide_tokens': raw['guide_seq'][None]}
+  got = compressed(module, feat.reshape(1, -1, width), tensors, grid, **beside)
+  want = raw[f'out_local_{out}'].reshape(1, -1, 20)
+  assert module.grid_after(grid) == raw[f'out_local_{out}'].shape[3 - len(grid):3]
+  np.testing.assert_allclose(got, want, **CLOSE)
+
+
+def test_pieces_of_hicom():
+  raw = recorded.arrays('learned/hicom_local')
+  for length, side in ((7, 4), (10, 3)):
+    index = grids.balanced((length,), (side,))
+    np.testing.assert_array_equal(index.T, raw[f'unit_balance_{length}_{side}'][..., 0])
+  np.testing.assert_array_equal(grids.balanced((7, 10, 10), (4, 3, 3)),
+                                raw['unit_divide_odd'][..., 0])
+  np.testing.assert_allclose(grids.sincos((3, 4, 5), 12).reshape(3, 4, 5, 12), raw['unit_pos3d'],
+                             atol=1e-6)
+
+
+def test_llava_sp():
+  raw = recorded.arrays('learned/llavasp_pool')
+  x = raw['x'].reshape(2, -1, 8)
+  module = LLaVASP(10, inner=4, patches='linear')
+  out = compressed(module, x, weights(raw, 'w_pool/'), (24, 24))
+  np.testing.assert_allclose(out, raw['pool_out'], **CLOSE)
+
+
+@pytest.mark.parametrize('side', [4, 8, 12, 16, 20])
+def test_pieces_of_llava_sp(side):
+  raw = recorded.arrays('learned/llavasp_pool')
+  pooled = grids.resample(jnp.asarray(raw['x'].reshape(2, -1, 8)), (24, 24), (side, side), 'area')
+  np.testing.assert_allclose(pooled.reshape(2, side, side, 8), raw[f'adaptive_avg_{side}'],
+                             atol=1e-6)
