@@ -51,9 +51,9 @@ HICOM = {'direct': ('key', 'value', 'guide'), 'coarse': ('key', 'value'), 'fine'
 
 
 @pytest.mark.parametrize(('guide', 'clip', 'out'), [
-    ('direct', '', 'direct'), ('direct', '_odd', 'direct_odd'),
-    ('direct', '_image', 'direct_image'), ('coarse', '', 'coarse'), ('fine', '', 'fine'),
-    ('none', '', 'noguide')])
+    pytest.param('direct', '', 'direct', marks=pytest.mark.long), ('direct', '_odd', 'direct_odd'),
+    pytest.param('direct', '_image', 'direct_image', marks=pytest.mark.long),
+    ('coarse', '', 'coarse'), ('fine', '', 'fine'), ('none', '', 'noguide')])
 def test_windows_of_hicom(guide, clip, out):
   raw = recorded.arrays('learned/hicom_local')
   source = '' if clip == '_image' else clip
