@@ -11,6 +11,7 @@ from models.compressors.projector.base import Beside
 from models.compressors.projector.hicom import HICom
 from models.compressors.projector.llava_sp import LLaVASP
 from models.compressors.projector.tokenpacker import TokenPacker
+from models.compressors.projector.vlora import KINDS, VLoRA, add_low_rank
 from ops.primitives import grids
 from ops.tokens import TokenSet
 
@@ -99,3 +100,25 @@ def test_pieces_of_llava_sp(side):
   pooled = grids.resample(jnp.asarray(raw['x'].reshape(2, -1, 8)), (24, 24), (side, side), 'area')
   np.testing.assert_allclose(pooled.reshape(2, side, side, 8), raw[f'adaptive_avg_{side}'],
                              atol=1e-6)
+
+
+@pytest.mark.long
+def test_vlora():
+  raw = recorded.arrays('learned/vlora')
+  module = VLoRA(10, layers=4, every=2, rank=3, alpha=3, inner=16, depth=2, heads=4, mlp=32)
+  params = from_release(module, weights(raw), grid=(3, 3), width=12)
+  change = jax.jit(module.apply)({'params': params}, TokenSet.create(jnp.asarray(raw['img'])),
+                                 Beside((3, 3)))
+  hidden, found = raw['hidden'], {}
+  for layer in range(4):
+    for kind in KINDS:
+      factors = change.of(kind, layer)
+      if factors is None:
+        assert add_low_rank(hidden, hidden, factors) is hidden
+        continue
+      at = f'l{layer}_{kind}'
+      found |= {f'A_{at}': factors[0], f'B_{at}': factors[1],
+                f'delta_{at}': add_low_rank(jnp.zeros_like(hidden), hidden, factors)}
+  assert found.keys() == {name for name in raw if name[:2] in ('A_', 'B_', 'de')}
+  for name, value in found.items():
+    np.testing.assert_allclose(value, raw[name], **CLOSE)
