@@ -52,7 +52,7 @@ from models.projector import (
   reduce_visual,
   without_special,
 )
-from models.projectors.base import LEVELS, QUESTION, Beside, Compressor
+from models.projectors.base import GUIDE, LEVELS, QUESTION, Beside, Compressor
 from models.projectors.base import TEXT as PROMPT
 from models.projectors.mlp import Projector
 from models.reduction import ReducerParameters, Reduction
@@ -386,6 +386,10 @@ class VLM(nn.Module):
                        "goes with no other projection: set projection='' and side=1, and leave "
                        'newline, deepstack, frames and unmerging out')
     compressor.slots(tower.grid)
+    if self._reads(GUIDE):
+      raise ValueError(f'{type(compressor).__name__} reads what is asked from a text tower beside '
+                       'the vision tower, which this model does not have: set '
+                       "compressor.args.guide='none'")
     if not self._reads(LEVELS):
       return
     levels: tuple[int, ...] = getattr(compressor, LEVELS)

@@ -20,7 +20,7 @@ from ops.primitives.grids import Grid
 from ops.tokens import TokenSet
 
 # What stands in front of the names, as LLaVA and what is built on it save them.
-PREFIXES = ('model.mm_projector.', 'mm_projector.', '')
+PREFIXES = ('model.mm_projector.', 'mm_projector.', 'model.', '')
 
 
 def example(compressor: Compressor, grid: Grid, width: int,
@@ -36,7 +36,9 @@ def example(compressor: Compressor, grid: Grid, width: int,
   x = jnp.zeros((1, math.prod(grid), width))
   text = jnp.zeros((1, prompt, compressor.width))
   levels = (x,) * len(getattr(compressor, 'levels', ()))
-  return TokenSet.create(x), Beside(grid, levels, text, jnp.ones((1, prompt), bool), text[:, 0])
+  return TokenSet.create(x), Beside(
+      grid, levels, text, jnp.ones((1, prompt), bool), text[:, 0], embed=x, guide=x[:, 0],
+      guide_tokens=x[:, :1])
 
 
 def shapes_of(compressor: Compressor, grid: Grid, width: int) -> dict[str, Shape]:

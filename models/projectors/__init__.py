@@ -6,6 +6,8 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from models.projectors.base import Compressor
+from models.projectors.hicom import HICom
+from models.projectors.llava_sp import LLaVASP
 from models.projectors.matryoshka import Matryoshka
 from models.projectors.mqt import MQT
 from models.projectors.quecc import QueCC
@@ -16,6 +18,8 @@ from ops import choices
 from ops.values import check_keys, keys_of
 
 PROJECTORS: dict[str, type[Compressor]] = {
+    'hicom': HICom,
+    'llava_sp': LLaVASP,
     'matryoshka': Matryoshka,
     'mqt': MQT,
     'quecc': QueCC,

@@ -1,6 +1,7 @@
-"""Attention between two sets of features, as torch's MultiheadAttention.
+"""Attention between two sets of features, as torch's MultiheadAttention, and without products.
 
-Axes: B batch, ... others, M queries, R keys, D features, H heads, d features a head.
+Axes: B batch, ... others, M queries, R keys, D features, W features of values, H heads, d features
+a head.
 """
 
 import flax.linen as nn
@@ -12,6 +13,22 @@ from models.blocks import Heads, check_heads, dense
 from ops.attention import HIDDEN_LOGIT
 
 Array = jax.Array
+
+
+def attend(q: Array, k: Array, v: Array) -> Array:
+  """Returns what queries read of keys in one head, without any product in front or behind.
+
+  Args:
+    q: float[..., M, D].
+    k: float[..., R, D].
+    v: float[..., R, W].
+
+  Returns:
+    float[..., M, W].
+  """
+  scores = jnp.einsum('...md,...rd->...mr', q, k, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+  return jnp.einsum('...mr,...rw->...mw', weights, v)
 
 
 class CrossAttention(nn.Module):

@@ -1,7 +1,7 @@
 """What stands between a vision tower and a language model in place of an MLP.
 
 Axes: B batch, N patches of a crop, M tokens that are left of it, W width of the tower, D width of
-the language model, T ids of a prompt.
+the language model, T ids of a prompt, E width of an embedding of images and text, G tokens of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = jax.Array
 # From a module's path to its name in a release (`models.checkpoints.layout.Layout.names`).
 Names = Mapping[str, str | tuple[str, ...]]
 # What a compressor may read beside the tower's last features.
-LEVELS, TEXT, QUESTION = 'levels', 'text', 'question'
+LEVELS, TEXT, QUESTION, EMBED, GUIDE = 'levels', 'text', 'question', 'embed', 'guide'
 
 
 class Beside(struct.PyTreeNode):
@@ -37,6 +37,10 @@ class Beside(struct.PyTreeNode):
     text_valid: bool[B, T], those that there are.
     question: float[B, D], what the language model makes of the question's last token when it reads
       the question alone; no gradient flows through it.
+    embed: float[B, N, E], each patch as the tower's head takes it to the space of its text tower.
+    guide: float[B, E], what is asked, in that space.
+    guide_tokens: float[B, G, E], the same token by token.
+    guide_valid: bool[B, G], tokens that there are; None for all.
   """
 
   grid: Grid = struct.field(pytree_node=False)
@@ -44,6 +48,10 @@ class Beside(struct.PyTreeNode):
   text: Array | None = None
   text_valid: Array | None = None
   question: Array | None = None
+  embed: Array | None = None
+  guide: Array | None = None
+  guide_tokens: Array | None = None
+  guide_valid: Array | None = None
 
 
 class Compressor(nn.Module):
@@ -60,12 +68,16 @@ class Compressor(nn.Module):
 
   width: Width
   dtype: DTypeLike = jnp.float32
-  reads: ClassVar[frozenset[str]] = frozenset()
   released: ClassVar[Names] = {}
 
   def __post_init__(self) -> None:
     check_fields(self)
     super().__post_init__()
+
+  @property
+  def reads(self) -> frozenset[str]:
+    """Names what it reads beside the tower's last features."""
+    return frozenset()
 
   def grid_after(self, grid: Grid) -> Grid | None:
     """Returns the grid that is left of a crop's, None where tokens are no grid.

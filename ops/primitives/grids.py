@@ -22,6 +22,9 @@ Grid = tuple[int, ...]
 # The parameter of cubic convolution (Keys, 1981, IEEE Trans. ASSP 29(6)) that torch has.
 CUBIC = -0.75
 RESAMPLINGS = ('area', 'bicubic', 'linear', 'nearest')
+AXES = ('frames', 'rows', 'columns')
+# The wavelengths of `sincos` are 2 pi to so many times 2 pi.
+LONGEST = 10000.0
 
 
 def cells(grid: Grid, side: Grid) -> Grid:
@@ -68,6 +71,79 @@ def nearest_cell(grid: Grid, after: Grid) -> np.ndarray:
   places = np.meshgrid(*(np.arange(old) * new // old for old, new in zip(grid, after, strict=True)),
                        indexing='ij')
   return np.ravel_multi_index([place.ravel() for place in places], after)
+
+
+def balanced_cells(grid: Grid, side: Grid) -> Grid:
+  """Counts the windows along each axis of a grid, where those that must overlap by one.
+
+  Args:
+    grid: of patches.
+    side: patches of a window along each axis; all of an axis that has fewer.
+
+  Raises:
+    ValueError: an axis that no windows of this length cover so.
+  """
+  if len(grid) != len(side):
+    raise ValueError(f'windows of {side} patches do not divide a grid of {grid}: give one side for '
+                     'each of its axes')
+  return tuple(len(_balanced(*axis)) for axis in zip(grid, side, AXES[-len(grid):], strict=True))
+
+
+def balanced_windows(x: Array, grid: Grid, side: Grid) -> Array:
+  """Divides patches into windows: [B, N, ...] -> [B, C, R, ...], both in raster order.
+
+  Where a side does not divide its axis, the last windows begin where the ones before them end.
+
+  Raises:
+    ValueError: as `balanced_cells`.
+  """
+  side = tuple(min(pair) for pair in zip(side, grid, strict=True))
+  if not any(length % part for length, part in zip(grid, side, strict=True)):
+    return windows(x, grid, side)
+  return x[:, balanced(grid, side)]
+
+
+@functools.cache
+def balanced(grid: Grid, side: Grid) -> np.ndarray:
+  """Returns the patches of the windows that `balanced_cells` counts, int[C, R]."""
+  index = np.zeros((1, 1), int)
+  for length, part, axis in zip(grid, side, AXES[-len(grid):], strict=True):
+    own = _balanced(length, part, axis)
+    index = (index[:, None, :, None] * length + own[:, None]).reshape(
+        len(index) * len(own), index.shape[1] * own.shape[1])
+  return index
+
+
+def _balanced(length: int, side: int, axis: str) -> np.ndarray:
+  """Places of each window along an axis, int[windows, side]."""
+  side = min(side, length)
+  number = -(-length // side)
+  whole = length % number or number  # So many windows come first that share no place.
+  first = np.arange(number) * side - np.maximum(np.arange(number) - whole + 1, 0)
+  if first[-1] + side != length:
+    raise ValueError(f'windows of {side} cannot cover {length} {axis} and overlap by one at most: '
+                     f'give {number * (side - 1) + 1} to {number * side} {axis}, or choose another '
+                     'side')
+  return first[:, None] + np.arange(side)
+
+
+@functools.cache
+def summed_sincos(grid: Grid, width: int) -> np.ndarray:
+  """Returns sines and cosines of the place on each axis, added up, float32[N, D].
+
+  Feature i has the sine (i even) or cosine (i odd) of the place over 10000^(2 floor(i / 2) / D), as
+  the positions of the transformer (Vaswani et al., 2017), Sec. 3.5, arXiv:1706.03762.
+
+  Args:
+    grid: of patches.
+    width: D.
+  """
+  index, result = np.arange(width), np.zeros((*grid, width))
+  for axis, length in enumerate(grid):
+    angles = np.arange(length)[:, None] / LONGEST ** (2 * (index // 2) / width)
+    table = np.where(index % 2, np.cos(angles), np.sin(angles))
+    result += table.reshape(length, *(1,) * (len(grid) - 1 - axis), width)
+  return result.reshape(-1, width).astype(np.float32)
 
 
 def resample(x: Array, grid: Grid, after: Grid, method: str) -> Array:

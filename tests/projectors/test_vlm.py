@@ -52,9 +52,9 @@ def visual_of(out, row, image):
   return tokens.x[row][tokens.valid[row] & (tokens.stats['group'][row] == image)]
 
 
-def model(name, **args):
+def model(name, size=16, **args):
   """LLaVA with another projector."""
-  vlm = from_config(LLAVA)
+  vlm = from_config(LLAVA | {'vision_config': CLIP | {'image_size': size}})
   made = make_projector({'name': name, 'args': args}, width=vlm.lm.width, dtype=jnp.float32)
   return vlm.clone(projection='', compressor=made)
 
@@ -70,13 +70,16 @@ def packed(side=2):
 ARGS = {
     'tokenpacker': {'heads': 2, 'levels': LEVELS}, 'quecc': {'heads': 2, 'levels': LEVELS},
     'mqt': {'queries': 4, 'count': 3, 'heads': 2}, 'tokenflex': {'side': 3},
-    'slime': {'heads': 2}, 'slime_local': {'side': 3, 'heads': 2}}
+    'slime': {'heads': 2}, 'slime_local': {'side': 3, 'heads': 2},
+    'hicom': {'guide': 'none', 'side': 2, 'queries': 2, 'heads': 2}}
 
 
 @pytest.mark.parametrize('name', PROJECTORS)
 def test_every_projector_has_its_place(name):
-  vlm = model(name, **ARGS.get(name, {}))
-  inputs = IDS, VALID, squares()
+  # Sixths of an image are whole patches.
+  size = 24 if name == 'llava_sp' else 16
+  vlm = model(name, size, **ARGS.get(name, {}))
+  inputs = IDS, VALID, Images(jnp.zeros((3, 2, size, size, 3)))
   params = jax.eval_shape(vlm.init, jax.random.key(0), *inputs)
   _, out = jax.eval_shape(vlm.apply, params, *inputs)
   assert out['sequence'].slots == IDS.shape[1] + vlm.visual_slots((2, 2, 0))
@@ -159,6 +162,8 @@ def test_levels_and_grids_that_a_tower_lacks_are_refused():
   with pytest.raises(ValueError, match='newline'):
     from_config(LLAVA | {'model_type': 'llava_next'}).clone(
         projection='', compressor=made({'name': 'tokenpacker'}))
+  with pytest.raises(ValueError, match="guide='none'"):
+    vlm.clone(projection='', compressor=made({'name': 'hicom', 'args': {'side': 2}}))
   with pytest.raises(ValueError, match='sides'):
     made({'name': 'tokenpacker', 'args': {'sides': 3}})
   with pytest.raises(ValueError, match='tokenpacker'):
