@@ -29,8 +29,9 @@ from lib.data.preprocess import Preprocess
 from lib.data.tokenizers import BY_HAND, Chat, HubTokenizer, WordTokenizer, has_template
 from lib.tasks.trained import TrainedModel, load_run
 from models import checkpoints
+from models.backbones.images import Images
 from models.backbones.lm import LM
-from models.backbones.vlm import VLM, Images
+from models.backbones.vlm import VLM
 from models.build import DTYPES
 from models.checkpoints import files, gguf, lm_config, vlm_config
 from models.checkpoints.json_files import naming, read_json_if_there, value_of

@@ -1,6 +1,6 @@
 """The cost of a vision-language model, without running anything: tower, projector, language model.
 
-Axes: C crops of a row, I images of a row, V tokens of an image (`models.backbones.vlm.Images`),
+Axes: C crops of a row, I images of a row, V tokens of an image (`models.backbones.images.Images`),
 W width of the tower, D width of the language model.
 """
 
@@ -102,7 +102,7 @@ def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
     vlm: with its plans, those of its language model for prompts of `prompt` ids and these images.
     prompt: ids of a row. Counted as they run, with placeholders and padding, all is what the
       program costs; without them, what the row's own tokens cost.
-    layout: (C, I, V) of the images, as `models.backbones.vlm.Images.layout`.
+    layout: (C, I, V) of the images, as `models.backbones.images.Images.layout`.
     room: tokens that may be decoded after the prompt.
 
   Raises:

@@ -26,9 +26,10 @@ from lib.data.qa import Info
 from lib.runtime import memory
 from lib.tasks import anneal, pretrained
 from lib.tasks.base import Task
+from models.backbones.images import Images
 from models.backbones.lm import LM
 from models.backbones.vit import ViT
-from models.backbones.vlm import VLM, Images
+from models.backbones.vlm import VLM
 from models.build import DTYPES
 from models.plan import reduction_settings
 from models.projectors import make_projector
@@ -40,7 +41,7 @@ from ops.rope import Rope
 from ops.tokens import TokenSet
 
 Array = jax.Array
-# An image of a set is one crop in raster order (`models.backbones.vlm.Images.layout`).
+# An image of a set is one crop in raster order (`models.backbones.images.Images.layout`).
 LAYOUT = (1, 1, 0)
 
 

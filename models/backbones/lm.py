@@ -40,13 +40,13 @@ INTERFACE
   next_hidden of the next layer on the current tokens; hidden, hidden_in, attention_out, mlp_in,
   mlp_out, mlp_hidden; rope, layer, depth, slots. Methods name them in `needs`, and in `watch_needs`
   for `watch`.
-* Methods between layers return an Assignment as anywhere; `positions` ('keep', 'compact',
-  'restart') is an attribute of the method, or of the config. Methods on the cache (site = 'cache',
-  ops/reducers/cache) are called as method(tokens, signals, num_slots=M) once a layer, after its
-  attention, and return an ops.kv_cache.KVAnswer, as KVGather(src int32[B, K, M], valid=None): M
-  slots a kv head, padding last; ops/caches has others, of heads that keep different numbers. `keep`
-  counts slots of the layer's own; `rounding` is 'floor' by default. With `capacity` the
-  method also makes room while the model decodes (ops/reducers/method.py, `EvictingMethod`), and
+* Methods between layers return an Assignment as anywhere; `positions` ('keep', 'anchor',
+  'compact', 'restart') is an attribute of the method, or of the config. Methods on the cache (site
+  = 'cache', ops/reducers/cache) are called as method(tokens, signals, num_slots=M) once a layer,
+  after its attention, and return an ops.kv_cache.KVAnswer, as KVGather(src int32[B, K, M],
+  valid=None): M slots a kv head, padding last; ops/caches has others, of heads that keep different
+  numbers. `keep` counts slots of the layer's own; `rounding` is 'floor' by default. With `capacity`
+  the method also makes room while the model decodes (ops/reducers/method.py, `EvictingMethod`), and
   `room` is of no account in the layers that it keeps.
 
 Axes: B batch, N slots now, T original tokens, D width, H heads, K kv heads, d width of a head, V

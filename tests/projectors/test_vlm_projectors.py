@@ -12,7 +12,7 @@ from lib.cost import jaxpr
 from lib.cost import vlm as vlm_cost
 from lib.report import provenance
 from lib.runtime import sharding
-from models.backbones.vlm import Images
+from models.backbones.images import Images
 from models.checkpoints.vlm_config import from_config
 from models.projectors import PROJECTORS, make_projector
 from models.reduce_config import with_projector_reduction
