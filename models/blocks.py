@@ -146,7 +146,7 @@ class ReducibleBlock(nn.Module):
 
   def order(self, tokens: TokenSet) -> dict[str, Any]:
     """Returns what a token sees: `positions` that make attention causal, or None; `window` and
-    `mutual` of `ops.attention.attend`, where a family has them."""
+    `pairs` of `ops.attention.attend`, where a family has them."""
     del tokens
     return {'positions': None}
 
@@ -190,7 +190,7 @@ class ReducibleBlock(nn.Module):
     read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
                              query_valid=tokens.valid, **order, **query_rows)
     mix = functools.partial(sharded_attention.attend, causal=self.is_causal, mesh=self.mesh,
-                            window=order.get('window'), mutual=order.get('mutual'),
+                            window=order.get('window'), pairs=order.get('pairs'),
                             implementation=self.implementation)
     if choose is not None:
       signals = read(q=q, k=k, lse=None)

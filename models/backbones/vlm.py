@@ -59,6 +59,7 @@ from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
+from ops.masks import SUMMARY
 from ops.primitives import grids
 from ops.signals import CROP_SIGNALS, TEXT_SIGNALS
 from ops.splice import Visual, splice, unmerged
@@ -311,6 +312,8 @@ class VLM(nn.Module):
                           slots=slots, axes=axes)
     if self.lm.unmerging != 'none' and images is not None:
       tokens = self._unmerged(tokens, slot, ids, valid, images, aux['tower_tokens'])
+    if self.lm.mask == 'summary':
+      marks = {SUMMARY: ids == jnp.asarray(self.lm.summary_token), **(marks or {})}
     for name, marked in (marks or {}).items():
       spread = jax.vmap(lambda s, i, m: s.at[i].set(m, mode='drop'))
       stat = spread(jnp.zeros(tokens.kind.shape, bool), slot, marked & valid)

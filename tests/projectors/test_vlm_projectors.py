@@ -14,6 +14,7 @@ from lib.report import provenance
 from lib.runtime import sharding
 from models.backbones.images import Images
 from models.checkpoints.vlm_config import from_config
+from models.plan import make_cache_plan
 from models.projectors import PROJECTORS, make_projector
 from models.reduce_config import with_projector_reduction
 
@@ -168,6 +169,25 @@ def test_levels_and_grids_that_a_tower_lacks_are_refused():
     made({'name': 'tokenpacker', 'args': {'sides': 3}})
   with pytest.raises(ValueError, match='tokenpacker'):
     made({'name': 'tokenpackers'})
+
+
+@pytest.mark.long
+def test_of_an_image_the_tokens_that_sum_it_up_are_left():
+  """VoCo-LLaMA: decoding over these alone is that over the whole cache."""
+  vlm = from_config(LLAVA)
+  vlm = vlm.clone(lm=vlm.lm.clone(mask='summary', summary_token=9))
+  params = jax.jit(vlm.init)(jax.random.key(0), IDS, VALID, squares())['params']
+  # The second row's images stand before its two tokens, the third has neither.
+  ids = np.array([[1, IMAGE, 9, 2, 0], [IMAGE, IMAGE, 9, 9, 6], [7, 8, 0, 0, 0]])
+  told = {}
+  for name, lm in (('whole', vlm.lm), ('left', vlm.lm.clone(cache_plan=make_cache_plan(
+      {'method': 'voco', 'keep': 5}, vlm.lm.host(5 + 32, visual=32))))):
+    logits, cache = run(vlm.clone(lm=lm), params, squares(), ids=ids, method='prefill', room=1)
+    after, _ = jax.jit(functools.partial(vlm.apply, method='decode'))(
+        {'params': params}, np.array([3, 4, 5]), cache)
+    told[name] = np.stack([logits, after]), cache.layers[0].k.shape[2]
+  assert (told['whole'][1], told['left'][1]) == (5 + 32 + 1, 5 + 1)
+  np.testing.assert_allclose(told['left'][0], told['whole'][0], atol=1e-5)
 
 
 def test_patches_are_followed_to_their_cells():
