@@ -37,7 +37,8 @@ SYSTEMS = {
     'Token merging for models of code': ('subtoken_merge',),
     'Token Transforming': ('token_transforming',), 'TokenCorr': ('token_corr',),
     'TransPrune': ('transprune',), 'VFlowOpt': ('vflowopt',), 'VisionDrop': ('visiondrop',),
-    'VoCo-LLaMA': ('voco',), 'VMTC and CMAI': ('vmtc', 'cmai'), 'VTC-CLS': ('vtc_cls',), 'YOPO': ('yopo',),
+    'VoCo-LLaMA': ('voco',),
+    'VMTC and CMAI': ('vmtc', 'cmai'), 'VTC-CLS': ('vtc_cls',), 'YOPO': ('yopo',),
     'ZOO-Prune': ('zoo_prune',)}
 # Of methods that no test in this folder names, where they are tested.
 ELSEWHERE = {
