@@ -38,7 +38,7 @@ from lib.runtime import (
     sharding,
 )
 from lib.runtime.meter import Meter
-from lib.tasks import anneal, pretrained, registry
+from lib.tasks import pretrained, registry
 from lib.tasks.base import Task, sum_counts
 from lib.tasks.settings import TRAINING, check_config, check_sources
 from models import checkpoints as weights
@@ -70,8 +70,8 @@ class Setup:
     optimizer: of optax.
     init: key -> TrainState.
     shardings: of a TrainState's arrays on the mesh.
-    train_steps: first step of each phase -> (TrainState, batch, key, teacher, frozen parameters) ->
-      (TrainState, scalars), compiled when first called.
+    train_steps: of each phase, (TrainState, batch, key, teacher, frozen parameters) -> (TrainState,
+      scalars), compiled when first called.
     count_batch: (parameters, batch, frozen parameters) -> what the batch adds to the scores,
       compiled likewise.
   """
@@ -80,12 +80,12 @@ class Setup:
   optimizer: optax.GradientTransformation
   init: Callable[[jax.Array], TrainState]
   shardings: TrainState
-  train_steps: dict[int, Callable[..., tuple[TrainState, dict]]]
+  train_steps: list[Callable[..., tuple[TrainState, dict]]]
   count_batch: Callable[..., jax.Array]
 
   def train_step(self, done: int) -> Callable[..., tuple[TrainState, dict]]:
     """The training step after so many are done."""
-    return self.train_steps[anneal.at(self.task.phases, done).start_step]
+    return self.train_steps[self.task.phase(done)]
 
 
 def main(argv):
@@ -118,13 +118,13 @@ def make_setup(config, mesh):
   memory.check_state(shapes, mesh)
   shardings = sharding.make_shardings(shapes, config.sharding, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  train_steps = {
-      phase.start_step: jax.jit(
+  train_steps = [
+      jax.jit(
           functools.partial(update, task.loss(phase.model), optimizer, config.optimizer,
                             schedule),
           in_shardings=(shardings, rows, whole, None, None), out_shardings=(shardings, whole),
           donate_argnums=0)
-      for phase in task.phases}
+      for phase in task.phases]
 
   def count(params, batch, fixed):
     return task.count(pretrained.join(params, fixed), batch)
@@ -203,7 +203,7 @@ def train(config, workdir, *, first, on_purpose):
       print(f'from step {start} on: {change}', flush=True)
   stop = launch.Stop()
   writer = metrics.Writer(workdir, total_steps=config.total_steps, start=start, active=writes)
-  macs = {phase.start_step: task.macs(phase.model) for phase in task.phases}
+  macs = [task.macs(phase.model) for phase in task.phases]
   meter = Meter(task.slots, batch_size=config.data.batch_size,
                 device=mesh.devices.flat[0], devices=mesh.size)
   scores, stopping = {}, False
@@ -214,7 +214,7 @@ def train(config, workdir, *, first, on_purpose):
     scores = evaluate(setup, state.ema, frozen, config.data, mesh)
   for step in range(start + 1, config.total_steps + 1):
     batch = sharding.put(next(iterator), mesh)
-    phase = anneal.at(task.phases, step - 1).start_step
+    phase = task.phase(step - 1)
     state, measured = setup.train_steps[phase](state, batch, key, teacher, frozen)
     writer.advance(step)
     stopping = stop.should_stop(step)

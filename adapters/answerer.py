@@ -22,7 +22,7 @@ from PIL import Image
 from lib import assistant
 from lib.assistant import Assistant
 from lib.data.pictures import row_of
-from models.backbones.vlm import Images
+from models.backbones.images import Images
 from models.checkpoints.json_files import read_json, shown
 from models.decoding.generator import BUCKETS, ENDED, Generator, Score
 from models.decoding.sampling import Sampling

@@ -25,7 +25,7 @@ test questions after 1,500 steps, and fewer from then on.
 
 import ml_collections
 
-from configs.parts import VLM_SHARDING, mesh, questions, reduction
+from configs.parts import VLM_SHARDING, compressor, mesh, questions, reduction
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = dict(
       tower=dict(width=96, depth=4, heads=3, mlp=192, patch=8, positions='learned', dropout=0.1),
       lm=dict(width=128, depth=4, mlp=256, heads=4, kv_heads=2, head_width=32, context=128),
-      projection='gelu', dtype='float32',
+      projection='gelu', compressor=compressor(), dtype='float32',
       # 12 labels of a cell: nothing, ten digits, a distractor.
       patch_labels=12)
   config.reduce = dict(vision=reduction(),

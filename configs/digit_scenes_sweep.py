@@ -37,7 +37,8 @@ LEFT_OUT = {
         **dict.fromkeys(('catp', 'catp_images'), 'reduces the images of examples'),
         **dict.fromkeys(('relevance_rank', 'subtoken_merge'), 'reads stats that nobody gives'),
         'lvlm_csp': 'brings its tokens back'},
-    'cache': {'periodic': 'evicts while an answer of many tokens is decoded'},
+    'cache': {'periodic': 'evicts while an answer of many tokens is decoded',
+              'voco': 'goes by tokens that this model never learned'},
     'branch': {'skip_decode': 'lets decoded tokens skip layers',
                'lemo': 'saves memory in training'}}
 # Beyond these, a method gets what its own defaults are.

@@ -40,7 +40,8 @@ LM_SHARDING = (
 )
 # Both together, with what joins them. The language model's come first: what is named alike in both,
 # head and table, is large there.
-VLM_SHARDING = (*LM_SHARDING, *VIT_SHARDING, (r'(^|/)(newline|probe/(kernel|bias))$', ()))
+VLM_SHARDING = (*LM_SHARDING, *VIT_SHARDING, (r'(^|/)(newline|probe/(kernel|bias))$', ()),
+                (r'(^|/)compressor/', ()))
 # What may be said of how any set is read, of images or of questions and answers.
 READING = {'threads': 2, 'prefetch_batches': 4}
 IMAGES = {'augment': {}, 'data_dir': '', 'test_crop': 1.0, 'filter': 'bilinear',
@@ -74,6 +75,15 @@ def image_model(variant: str, **settings: Any) -> ConfigDict:
 def data(**settings: Any) -> ConfigDict:
   """`config.data` of images (lib/data/images.py)."""
   return _declared((), {**IMAGES, **settings})
+
+
+def compressor(name: str = 'none', **args: Any) -> ConfigDict:
+  """`config.model.compressor`: what projects visual tokens and leaves fewer, and its fields.
+
+  One whose parameters serve several counts of tokens trains under each of `turns`, fields that
+  differ: one a step, drawn anew, or with train='all' every one in every step.
+  """
+  return ConfigDict({'name': name, 'args': args, 'turns': (), 'train': 'draw'})
 
 
 def questions(**settings: Any) -> ConfigDict:

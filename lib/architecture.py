@@ -62,7 +62,7 @@ class Source:
   checkpoint: Mapping[str, Any] | None = None
 
   def layout(self, images: int = 1, size: Size | None = None) -> Layout | None:
-    """Returns the layout of the images of a row (`models.backbones.vlm.Images.layout`).
+    """Returns the layout of the images of a row (`models.backbones.images.Images.layout`).
 
     Args:
       images: how many.

@@ -29,8 +29,9 @@ from lib.data.preprocess import Preprocess
 from lib.data.tokenizers import BY_HAND, Chat, HubTokenizer, WordTokenizer, has_template
 from lib.tasks.trained import TrainedModel, load_run
 from models import checkpoints
+from models.backbones.images import Images
 from models.backbones.lm import LM
-from models.backbones.vlm import VLM, Images, passed_on
+from models.backbones.vlm import VLM
 from models.build import DTYPES
 from models.checkpoints import files, gguf, lm_config, vlm_config
 from models.checkpoints.json_files import naming, read_json_if_there, value_of
@@ -219,7 +220,7 @@ class Assistant:
                        'vision-language model')
     prepared = [[each if isinstance(each, Picture) else self.look(each) for each in row]
                 for row in rows]
-    patches, _ = passed_on(self.model.tower, self.model.side)
+    patches, _ = self.model.passed_on
     return batch_pictures(prepared, patches=patches, **fixed)
 
   def with_grid_for(self, images: Sequence[Image.Image]) -> Assistant:
@@ -293,7 +294,7 @@ def of_run(trained: TrainedModel) -> Assistant:
   side = info.image_shape[0]
   steps = Preprocess((side, side), Image.Resampling.BICUBIC.value, None, 1 / 255,
                      tuple(config.data.mean), tuple(config.data.std))
-  return make(without_plans(model), look=Square(steps, model.tower.grid[0] // model.side))
+  return make(without_plans(model), look=Square(steps, model.passed_on[0]))
 
 
 def build(config: Mapping[str, Any], **settings: Any) -> LM | VLM:

@@ -71,9 +71,10 @@ def layer_norm(eps: float, name: str | None = None) -> nn.LayerNorm:
 
 
 def dense(features: int | tuple[int, ...], dtype: DTypeLike, *, axis: int | tuple[int, ...] = -1,
-          name: str | None = None, spread: float | None = None) -> nn.DenseGeneral:
+          name: str | None = None, spread: float | None = None,
+          bias: bool = True) -> nn.DenseGeneral:
   """A product as the blocks have it; its kernel may begin with another spread than theirs."""
-  return nn.DenseGeneral(features, axis=axis, dtype=dtype, name=name,
+  return nn.DenseGeneral(features, axis=axis, dtype=dtype, name=name, use_bias=bias,
                          kernel_init=(nn.initializers.normal(spread) if spread else
                                       nn.initializers.xavier_uniform()),
                          dot_general=products.dot_general(dtype))
@@ -145,7 +146,7 @@ class ReducibleBlock(nn.Module):
 
   def order(self, tokens: TokenSet) -> dict[str, Any]:
     """Returns what a token sees: `positions` that make attention causal, or None; `window` and
-    `mutual` of `ops.attention.attend`, where a family has them."""
+    `pairs` of `ops.attention.attend`, where a family has them."""
     del tokens
     return {'positions': None}
 
@@ -189,7 +190,7 @@ class ReducibleBlock(nn.Module):
     read = functools.partial(measure, needs, v=v, bias=bias, hidden=hidden,
                              query_valid=tokens.valid, **order, **query_rows)
     mix = functools.partial(sharded_attention.attend, causal=self.is_causal, mesh=self.mesh,
-                            window=order.get('window'), mutual=order.get('mutual'),
+                            window=order.get('window'), pairs=order.get('pairs'),
                             implementation=self.implementation)
     if choose is not None:
       signals = read(q=q, k=k, lse=None)

@@ -11,6 +11,7 @@ import flax.linen as nn
 
 from models.plans.hosts import Host
 from models.plans.methods import branch_methods, make_method, methods
+from models.projectors import PROJECTORS
 from ops.reducers import join
 from ops.reducers.cache import CACHE_REDUCERS
 from ops.reducers.insert import INSERTS
@@ -53,6 +54,13 @@ def every_method() -> dict[str, type[Method]]:
   return dict(sorted(join(methods(), branch_methods(), INSERTS, CACHE_REDUCERS).items()))
 
 
+def projectors() -> dict[str, Entry]:
+  """Returns every projector that compresses by name; `needs` is what it reads beside features."""
+  return {name: _described(name, made, site='projector',
+                           needs=made(width=8).reads)
+          for name, made in sorted(PROJECTORS.items())}
+
+
 def why_not(name: str, host: Host, place: str) -> str:
   """Returns why a method cannot act in a host, '' where it can.
 
@@ -81,13 +89,18 @@ def why_not(name: str, host: Host, place: str) -> str:
 
 
 def _entry(name: str, method: type[Method]) -> Entry:
-  text = inspect.cleandoc(method.__doc__ or '')
-  paper = re.search(r'arXiv:(\d{4}\.\d{5})', text)
   # A property where it follows from an argument: then that of the default.
   needs = (method.needs if isinstance(method.needs, frozenset)
            else make_method(name, {}, {**CACHE_REDUCERS, name: method}).needs)
+  return _described(name, method, site=cast(str, method.site), needs=needs,
+                    reconstructed=cast(str, method.reconstructed))
+
+
+def _described(name: str, made: type, *, site: str, needs: frozenset[str],
+               reconstructed: str = '') -> Entry:
+  text = inspect.cleandoc(made.__doc__ or '')
+  paper = re.search(r'arXiv:(\d{4}\.\d{5})', text)
   return Entry(
       name=name, summary=' '.join(text.split('\n\n')[0].split()), paper=paper[1] if paper else '',
-      site=cast(str, method.site), needs=tuple(sorted(needs)),
-      learned=issubclass(method, nn.Module), reconstructed=cast(str, method.reconstructed),
-      file=method.__module__.replace('.', '/') + '.py')
+      site=site, needs=tuple(sorted(needs)), learned=issubclass(made, nn.Module),
+      reconstructed=reconstructed, file=made.__module__.replace('.', '/') + '.py')

@@ -1,4 +1,4 @@
-"""The projector between a vision tower and a language model, and the reduction of its tokens.
+"""The reduction of visual tokens behind the projector (models/projectors/).
 
 models/reduce_config.py resolves `config.reduce.projector`, and `reduce_visual` applies it.
 
@@ -13,19 +13,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
-from models.blocks import ACTIVATIONS, dense, layer_norm
 from models.plans.events import Plan
 from models.plans.row_budgets import row_budgets
 from models.reduction import Place, Reduced, ReducerParameters, reduce
 from ops import assignments
 from ops import tokens as tk
 from ops.assignments import take
+from ops.primitives.grids import windows
 from ops.reducers.base import Reducer
 from ops.reducers.method import WatchingMethod
 from ops.rope import member_positions
@@ -43,35 +41,8 @@ FROM_TOWER = (*PER_TOKEN, 'queries')
 # They travel as stats of the visual tokens, under these names.
 _PREFIX = 'tower_'
 FEATURES, CROP, PATCH = (f'{_PREFIX}{name}' for name in ('vision_features', 'crop', 'patch'))
-NORM_EPS = 1e-5
 ACROSS = ('image', 'prompt')
 ORDERS = ('raster', 'method')
-
-
-class Projector(nn.Module):
-  """Two products with an activation between them (arXiv:2310.03744, Sec. 3.2).
-
-  Attributes:
-    width: D.
-    activation: a name in `ACTIVATIONS`.
-    dtype: of the products.
-    norm: whether features are normed first (InternVL 1.5, arXiv:2404.16821, as released).
-  """
-
-  width: int
-  activation: str
-  dtype: DTypeLike
-  norm: bool = False
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Projects features: float[..., W] -> float[..., D]."""
-    if self.norm:
-      x = layer_norm(NORM_EPS, name='norm')(x)
-    x = dense(self.width, self.dtype, name='fc1')(x)
-    # Longer than a language model's embeddings, tokens would pass through it almost unchanged.
-    spread = 0.01 if self.norm else None
-    return dense(self.width, self.dtype, name='fc2', spread=spread)(ACTIVATIONS[self.activation](x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,19 +329,27 @@ def neighbours_as_one(tokens: TokenSet, grid: tuple[int, int], side: int) -> Tok
   Returns:
     x float[B, V, side * side * W], V = rows * columns / side^2; of each stat the mean.
   """
-  rows, columns = (length // side for length in grid)
-  owner = tokens.owner
 
   def grouped(values: Array) -> Array:
-    there = (owner >= 0).reshape(*owner.shape, *(1,) * (values.ndim - 2))
-    whole = jnp.where(there, take(values, jnp.maximum(owner, 0)), 0)
-    cells = whole.reshape(-1, rows, side, columns, side, *values.shape[2:])
-    return jnp.swapaxes(cells, 2, 3).reshape(
-        len(owner), rows * columns, side * side, *values.shape[2:])
+    return windows(put_back(values, tokens.owner), grid, (side, side))
 
-  x = grouped(tokens.x).reshape(len(owner), rows * columns, -1)
+  x = grouped(tokens.x)
+  x = x.reshape(*x.shape[:2], -1)
   return TokenSet.create(x, stats={name: grouped(value).mean(axis=2)
                                    for name, value in tokens.stats.items()})
+
+
+def put_back(values: Array, owner: Array) -> Array:
+  """Gives every patch what its token has: [B, n, ...] -> [B, N, ...].
+
+  A patch that was merged has what its group has, and one that was dropped has zeros.
+
+  Args:
+    values: of tokens.
+    owner: int32[B, N], the token that holds each patch, -1 for none.
+  """
+  there = (owner >= 0).reshape(*owner.shape, *(1,) * (values.ndim - 2))
+  return jnp.where(there, take(values, jnp.maximum(owner, 0)), 0)
 
 
 def _swap_attention(name: str, value: Array) -> Array:

@@ -33,7 +33,7 @@ from ops import choices
 
 # Parts of a model that `config.reduce` has a reduction for.
 COMPONENTS = ('vision', 'projector', 'language', 'cache')
-Layout = tuple[int, int, int]  # `models.backbones.vlm.Images.layout`.
+Layout = tuple[int, int, int]  # `models.backbones.images.Images.layout`.
 Macs = Callable[[Sequence[Event]], float]
 # A model with its plans, ids of a prompt and the layout of its images -> MACs of reading them.
 TotalMacs = Callable[[LM | VLM, int, Layout | None], float]
@@ -181,7 +181,7 @@ class ModelWithPlans:
 
     Args:
       slots: N, of ids.
-      layout: of the images (`models.backbones.vlm.Images`), None for text alone: reductions of
+      layout: of the images (`models.backbones.images.Images`), None for text alone: reductions of
         visual tokens then do nothing.
 
     Raises:

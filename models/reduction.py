@@ -184,8 +184,9 @@ class Place:
     rope: how positions become rotations, or None.
     mesh: the devices; with it, methods run on the rows of each device by themselves.
     causal: whether a token sees only those before it; then a slot takes the latest position of the
-      tokens merged into it, so that no token sees a later one through a group, and slots stand in
-      the order of their positions, padding last (in mode 'mask' they stay where they are).
+      tokens merged into it, or one behind all others before that, so that no token sees a later one
+      through a group, and slots stand in the order of their positions, padding last (in mode 'mask'
+      they stay where they are).
     one_sequence, crop_grid, num_crops: as in `Signals`.
   """
 
@@ -572,14 +573,16 @@ def _own(rng: Array | None, place: Place) -> Array | None:
 
 def _order_causally(reduction: Reduction, tokens: TokenSet, reduced: TokenSet,
                     assignment: Assignment) -> tuple[TokenSet, Assignment]:
-  """Reduced tokens in the order of their positions, each at the latest of its group."""
+  """Reduced tokens in the order of the latest position in each group, and there or at anchors."""
   if isinstance(assignment, Mix) or assignment.features is not None:
     raise ValueError(f'{reduction.name} mixes all tokens into each, so causal attention would '
                      'see later ones: choose a method that picks or joins tokens')
-  reduced = reduced.replace(pos=_latest_position(tokens, reduced))
+  anchors, reduced = reduced.pos, reduced.replace(pos=_latest_position(tokens, reduced))
   if assignment.behind is not None and reduction.positions == 'compact':
     reduced = reduced.replace(pos=_behind(tokens, reduced, assignment))
   order = _position_order(reduced)
+  if reduction.positions == 'anchor':
+    reduced = reduced.replace(pos=_at_anchors(anchors, order))
   if reduction.mode == 'gather':
     sort = Gather(order, reduced.slots)
     reduced, assignment = tk.reduce(reduced, sort), tk.compose(assignment, sort)
@@ -594,6 +597,18 @@ def _position_order(tokens: TokenSet) -> Array:
   """int32[B, N]: slots in the order of their positions, padding last."""
   position = jnp.where(tokens.real, sequence_index(tokens.pos), jnp.iinfo(jnp.int32).max)
   return jnp.argsort(position, axis=1, stable=True).astype(jnp.int32)
+
+
+def _at_anchors(anchors: Array, order: Array) -> Array:
+  """int32[B, M(, P)]: positions of anchors, each behind those of the slots before it in an order.
+
+  Nothing stands between most anchors and the latest token of their groups; then they stay.
+  """
+  place = jnp.broadcast_to(jnp.arange(order.shape[1], dtype=jnp.int32)[None], order.shape)
+  # The least growing sequence of whole numbers that is nowhere below.
+  growing = jax.lax.cummax(assignments.take(sequence_index(anchors), order) - place, axis=1) + place
+  own = assignments.take(growing, ranks(order, order.shape[1]))
+  return own if anchors.ndim == 2 else anchors.at[:, :, 0].set(own)
 
 
 def _behind(tokens: TokenSet, reduced: TokenSet, assignment: Assignment) -> Array:

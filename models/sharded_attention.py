@@ -17,7 +17,7 @@ Array = jax.Array
 
 
 def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | None, *,
-           mesh: Mesh | None, implementation: str, mutual: attention.Mutual | None = None,
+           mesh: Mesh | None, implementation: str, pairs: attention.Pairs | None = None,
            **settings: Any) -> attention.Attended:
   """Attends with rows divided over the batch axes of a mesh, and heads over its axis 'tensor'.
 
@@ -27,19 +27,19 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | 
     bias: float32[B, S] or None.
     positions: int32[B, N] or None.
     mesh: of the devices, or None.
-    mutual: as `ops.attention.attend` takes it.
+    pairs: as `ops.attention.attend` takes it.
     implementation: of `ops.attention`; XLA's own is divided by the compiler.
     **settings: other arguments of `ops.attention.attend`.
   """
 
   def local(q: Array, k: Array, v: Array, bias: Array | None,
-            positions: Array | None, mutual: attention.Mutual | None) -> attention.Attended:
-    return attention.attend(q, k, v, bias=bias, positions=positions, mutual=mutual,
+            positions: Array | None, pairs: attention.Pairs | None) -> attention.Attended:
+    return attention.attend(q, k, v, bias=bias, positions=positions, pairs=pairs,
                             implementation=implementation, **settings)
 
   if mesh is None or implementation == 'xla':
-    return local(q, k, v, bias, positions, mutual)
+    return local(q, k, v, bias, positions, pairs)
   heads, rows = PartitionSpec(BATCH_AXES, None, 'tensor'), PartitionSpec(BATCH_AXES)
   divided = jax.shard_map(local, mesh=mesh, check_vma=False, out_specs=heads,
                           in_specs=(heads, heads, heads, rows, rows, rows))
-  return divided(q, k, v, bias, positions, mutual)
+  return divided(q, k, v, bias, positions, pairs)

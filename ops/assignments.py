@@ -139,9 +139,10 @@ def by_row(function: Callable[..., T], *rows: Any) -> T:
     function: of arrays [...], without control over other rows.
     *rows: its arrays [B, ...], or trees of them.
   """
-  if jax.default_backend() == 'cpu':
-    return cast(T, jax.lax.map(lambda row: function(*row), rows))
-  return jax.vmap(function)(*rows)
+  # Asked for when it is compiled, which may be for other devices than this process has.
+  return cast(T, jax.lax.platform_dependent(
+      *rows, cpu=lambda *rows: jax.lax.map(lambda row: function(*row), rows),
+      default=jax.vmap(function)))
 
 
 def by_large_row(function: Callable[..., T], *rows: Any) -> T:

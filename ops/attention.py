@@ -54,18 +54,21 @@ class Attended(struct.PyTreeNode):
   lse: Array
 
 
-class Mutual(struct.PyTreeNode):
-  """Names what is seen beside the keys that causal attention shows.
+class Pairs(struct.PyTreeNode):
+  """Names queries and keys between which attention is not as causal attention has it.
 
   Attributes:
-    queries: bool[B, N], the queries that see more.
-    keys: bool[B, S], the keys that all of these see, wherever they stand; none of them a query.
+    queries: bool[B, N].
+    keys: bool[B, S]; none of them is one of the queries.
+    shown: whether all of these queries see all of these keys, wherever they stand, or none sees
+      any. Static.
   """
 
   queries: Array
   keys: Array
+  shown: bool = struct.field(pytree_node=False, default=True)
 
-  def of(self, index: Array) -> Mutual:
+  def of(self, index: Array) -> Pairs:
     """Returns the same of the queries int[B, R]."""
     return self.replace(queries=jnp.take_along_axis(self.queries, index, axis=1))
 
@@ -84,7 +87,7 @@ def pick(platform: str, dtype: DTypeLike) -> str:
 
 def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: bool = False,
            positions: Array | None = None, last: Array | None = None, window: int | None = None,
-           mutual: Mutual | None = None, scale: float | None = None,
+           pairs: Pairs | None = None, scale: float | None = None,
            implementation: str = 'xla') -> Attended:
   """Softmax attention with the log-sum-exp of its rows.
 
@@ -102,8 +105,9 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
       the keys alone. Only 'xla' has it.
     window: with causal attention, how many positions back from its own a query sees, its own among
       them; None for all. Only 'xla' has it.
-    mutual: with causal attention, what some queries see beside that. A fused kernel runs twice:
-      once forwards, and once backwards over these keys alone; the log-sum-exps join the two.
+    pairs: with causal attention, what some queries see beside that, or do not see of it. A fused
+      kernel runs twice. For what is shown once forwards, and once backwards over these keys alone;
+      the log-sum-exps join the two. For what is hidden once over all keys, and once without these.
     scale: of the logits, a Python number; d ** -0.5 when None.
     implementation: one of `IMPLEMENTATIONS`; see `pick`. 'cudnn' needs a GPU and half precision,
       'splash' a TPU. Over several TPU chips 'splash' must run inside `jax.shard_map`. It scales the
@@ -127,9 +131,9 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
   if implementation == 'xla':
     if last is None:
       last = jnp.arange(q.shape[1])[None] if causal and positions is None else positions
-    return Attended(*_xla(q, k, v, bias, scale, last, positions, window, mutual))
-  if mutual is not None:
-    return _attend_mutually(q, k, v, bias, positions, mutual, scale, implementation)
+    return Attended(*_xla(q, k, v, bias, scale, last, positions, window, pairs))
+  if pairs is not None:
+    return _attend_pairs(q, k, v, bias, positions, pairs, scale, implementation)
   fused = _FUSED[implementation]
   if positions is None:
     return Attended(*fused(causal, scale, q, k, v, bias))
@@ -144,7 +148,7 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
 def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
          scale: float | None = None, last: Array | None = None,
          positions: Array | None = None, window: int | None = None,
-         mutual: Mutual | None = None) -> Array:
+         pairs: Pairs | None = None) -> Array:
   """Exact rows of the attention map, float32[B, H, R, S], for the named queries only.
 
   Args:
@@ -156,12 +160,12 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
     last: int32[R] or [B, R], the last key each row sees in causal attention; None when it sees all.
     positions: int32[B, S], the positions of the keys that `last` speaks of; None for their slots.
     window: how many positions back from its last one a row sees, None for all.
-    mutual: what `attend` had, of the named queries.
+    pairs: what `attend` had, of the named queries.
   """
   chex.assert_rank((q, k), 4)
   if lse is not None:
     chex.assert_shape(lse, q.shape[:3])
-  logits = _logits(q, k, bias, scale, last, positions, window, mutual)
+  logits = _logits(q, k, bias, scale, last, positions, window, pairs)
   if lse is None:
     return jax.nn.softmax(logits, axis=-1)
   return jnp.exp(logits - jnp.swapaxes(lse, 1, 2)[..., None])
@@ -170,7 +174,7 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
 def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
              query_valid: Array | None = None, scale: float | None = None, causal: bool = False,
              positions: Array | None = None, last: Array | None = None,
-             window: int | None = None, mutual: Mutual | None = None, chunk: int = 32) -> Array:
+             window: int | None = None, pairs: Pairs | None = None, chunk: int = 32) -> Array:
   """Mean over queries of the attention each key receives, float32[B, H, S].
 
   Queries are taken `chunk` at a time, forwards and backwards, so the largest buffer is
@@ -180,7 +184,7 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
     q: float[B, N, H, d].
     k: float[B, S, K, d].
     lse: float32[B, N, H] from `attend`, or None as in `rows`.
-    bias, scale, causal, positions, window, mutual: what `attend` had, `mutual` of these queries.
+    bias, scale, causal, positions, window, pairs: what `attend` had, `pairs` of these queries.
     last: int32[B, N], the positions of the queries where these are not all the tokens.
     query_valid: bool[B, N], the queries that count; all when None. A row without any gives zeros.
     chunk: queries at a time.
@@ -196,12 +200,12 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
     if causal and last is None:
       last = index * chunk + jnp.arange(chunk)
     part = rows(q, k, lse, bias=bias, scale=scale, last=last, positions=positions, window=window,
-                mutual=mutual and mutual.replace(queries=more))
+                pairs=pairs and pairs.replace(queries=more))
     return total + jnp.sum(jnp.where(counts[:, None, :, None], part, 0.0), axis=2), None
 
   last = positions if last is None else last
   chunks = jax.tree.map(lambda x: _cut(x, chunk),
-                        (q, lse, counts, last, mutual and mutual.queries))
+                        (q, lse, counts, last, pairs and pairs.queries))
   # The zeros depend on q so that they vary over the same mesh axes inside a shard_map.
   start = jnp.zeros((batch, heads, k.shape[1]), jnp.float32) + 0.0 * jnp.sum(q[:0])
   total, _ = jax.lax.scan(step, start, (jnp.arange(-(-length // chunk)), *chunks))
@@ -210,13 +214,13 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
 
 def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None = None,
           causal: bool = False, positions: Array | None = None,
-          window: int | None = None, mutual: Mutual | None = None) -> Array:
+          window: int | None = None, pairs: Pairs | None = None) -> Array:
   """The whole attention map, float32[B, H, N, S], for methods that act inside attention."""
   last = positions
   if causal and last is None:
     last = jnp.arange(q.shape[1])
   return rows(q, k, None, bias=bias, scale=scale, last=last, positions=positions, window=window,
-              mutual=mutual)
+              pairs=pairs)
 
 
 def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = None,
@@ -329,9 +333,9 @@ def _check(q: Array, k: Array, v: Array, bias: Array | None) -> None:
 
 def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
             last: Array | None, positions: Array | None = None,
-            window: int | None = None, mutual: Mutual | None = None) -> Array:
+            window: int | None = None, pairs: Pairs | None = None) -> Array:
   """float32[B, H, N, S]; keys after `last`, or `window` or more before it, are hidden, but for
-  those of `mutual`."""
+  what `pairs` says."""
   batch, length, heads, features = q.shape
   kv_heads = k.shape[2]
   grouped, order = q.reshape(batch, length, kv_heads, heads // kv_heads, features), 'bnkgd'
@@ -352,25 +356,31 @@ def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
     seen = keys[:, None, None] <= last
     if window is not None:
       seen &= keys[:, None, None] > last - window
-    if mutual is not None:
-      seen |= mutual.queries[:, None, :, None] & mutual.keys[:, None, None]
+    if pairs is not None:
+      named = pairs.queries[:, None, :, None] & pairs.keys[:, None, None]
+      seen = seen | named if pairs.shown else seen & ~named
     logits = jnp.where(seen, logits, -jnp.inf)
   return logits
 
 
-def _attend_mutually(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | None,
-                     mutual: Mutual, scale: float, implementation: str) -> Attended:
-  """`attend` with `mutual` by a kernel that masks causally alone."""
+def _attend_pairs(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | None,
+                     pairs: Pairs, scale: float, implementation: str) -> Attended:
+  """`attend` with `pairs` by a kernel that masks causally alone."""
   run = functools.partial(attend, causal=True, scale=scale, implementation=implementation)
   seen = run(q, k, v, bias=bias, positions=positions)
+  if not pairs.shown:
+    others = jnp.where(pairs.keys, HIDDEN_LOGIT, 0.0 if bias is None else bias)
+    without, own = run(q, k, v, bias=others, positions=positions), pairs.queries[..., None]
+    return Attended(jnp.where(own[..., None], without.out, seen.out),
+                    jnp.where(own, without.lse, seen.lse))
   # Keys behind a query are those before it in the reversed order.
-  only = jnp.where(mutual.keys, 0.0 if bias is None else bias, HIDDEN_LOGIT)
+  only = jnp.where(pairs.keys, 0.0 if bias is None else bias, HIDDEN_LOGIT)
   if positions is None:
     behind = run(q[:, ::-1], k[:, ::-1], v[:, ::-1], bias=only[:, ::-1])
     behind = jax.tree.map(lambda x: x[:, ::-1], behind)
   else:
     behind = run(q, k, v, bias=only, positions=-positions)
-  logit = jnp.where(mutual.queries[..., None], behind.lse, HIDDEN_LOGIT)
+  logit = jnp.where(pairs.queries[..., None], behind.lse, HIDDEN_LOGIT)
   return _mix_in(seen, logit, behind.out.astype(jnp.float32))
 
 
@@ -413,18 +423,18 @@ def _highest(q: Array, k: Array, bias: Array | None, scale: float | None,
 
 def _xla(q: Array, k: Array, v: Array, bias: Array | None, scale: float, last: Array | None,
          positions: Array | None, window: int | None,
-         mutual: Mutual | None) -> tuple[Array, Array]:
+         pairs: Pairs | None) -> tuple[Array, Array]:
   """out and lse, of a large map in parts of some queries each; the arguments are `_logits`'."""
   # Not jax.nn.dot_product_attention: it rounds the log-sum-exp to the dtype of the keys, which puts
   # bfloat16 rows wrong by percents, and cuts its gradient.
 
   def some(item: tuple[Array, Array | None, Array | None]) -> tuple[Array, Array]:
     q, last, more = item
-    own = mutual and mutual.replace(queries=more)
+    own = pairs and pairs.replace(queries=more)
     return _weigh(_logits(q, k, bias, scale, last, positions, window, own), q, v)
 
   length, keys = q.shape[1], k.shape[1]
-  every = (q, last, None if mutual is None else mutual.queries)
+  every = (q, last, None if pairs is None else pairs.queries)
   if length * keys <= _WHOLE:
     return some(every)
   # Without the checkpoint the gradient would store the rows of all chunks: the map itself.

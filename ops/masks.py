@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+# A stat of tokens, bool[B, N]: those that stand for what came before them.
+SUMMARY = 'summary'
 
 
 def modality_mutual_mask(image: Array, question: Array, *, valid: Array | None = None) -> Array:
@@ -47,3 +49,23 @@ def local_2d_mask(grid: tuple[int, int], *, window: int) -> Array:
   row, column = place // columns, place % columns
   apart = jnp.maximum(jnp.abs(row[:, None] - row[None]), jnp.abs(column[:, None] - column[None]))
   return apart <= window // 2
+
+
+def around_summaries(place: Array, marked: Array) -> tuple[Array, Array]:
+  """Divides a sequence at the tokens that stand for what came before them.
+
+  VoCo-LLaMA (Ye et al., 2024), Sec. 3, arXiv:2406.12275, as released: with causal attention, what
+  stands behind the last of them sees nothing before the first one.
+
+  Args:
+    place: int32[B, N], the order of the tokens.
+    marked: bool[B, N], those tokens.
+
+  Returns:
+    bool[B, N] both: tokens before the first marked one, and behind the last. None of either in a
+    row without.
+  """
+  some = jnp.any(marked, axis=1, keepdims=True)
+  first = jnp.min(jnp.where(marked, place, jnp.iinfo(place.dtype).max), axis=1, keepdims=True)
+  last = jnp.max(jnp.where(marked, place, -1), axis=1, keepdims=True)
+  return some & (place < first), some & (place > last)

@@ -172,7 +172,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
             bias: Array | None = None, hidden: Array | None = None,
             query_valid: Array | None = None, cls_slot: int = 0,
             positions: Array | None = None, last: Array | None = None, window: int | None = None,
-            mutual: attention.Mutual | None = None, rows: Array | None = None,
+            pairs: attention.Pairs | None = None, rows: Array | None = None,
             max_rows: int | None = None, span: int = 0) -> Signals:
   """Computes the named signals of one attention layer, beside fused attention.
 
@@ -189,7 +189,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
       None.
     last: int32[B, N], the positions of the queries, where those in `positions` int32[B, S] are of
       S keys, of which the N queries are some.
-    window, mutual: of causal attention, as `attention.attend` has them.
+    window, pairs: of causal attention, as `attention.attend` has them.
     rows: bool[B, N], the queries of row_attention.
     max_rows: how many there are at most, None for N.
     span: W, rows of window_attention and window_queries.
@@ -209,13 +209,13 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
   if 'received_attention' in needs:
     measured['received_attention'] = attention.received(
         q, k, lse, bias=bias, positions=positions, last=last, query_valid=query_valid,
-        window=window, mutual=mutual)
+        window=window, pairs=pairs)
 
   def attention_rows(index: Array) -> Array:
     """Attention rows of the queries at int[B, R], float32[B, H, R, N]."""
     return attention.rows(take(q, index), k, _take(lse, index), bias=bias,
                           last=_take(last, index), positions=positions, window=window,
-                          mutual=mutual and mutual.of(index))
+                          pairs=pairs and pairs.of(index))
 
   if needs & {'last_attention', 'window_attention', 'window_queries'}:
     by_position = latest(last, query_valid, q.shape[:2])
@@ -237,7 +237,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     measured['row_attention'] = attention.received(
         take(q, index), k, _take(lse, index), bias=bias, query_valid=take(rows, index),
         last=_take(last, index), positions=positions, window=window,
-        mutual=mutual and mutual.of(index))
+        pairs=pairs and pairs.of(index))
   return Signals(**measured)
 
 

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import pathlib
 
 import jaxlib.version
 
@@ -18,6 +17,8 @@ import hypothesis
 import jax
 import pytest
 
+from lib import programs
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Lowering is quicker without the stack of every operation.
 jax.config.update('jax_include_full_tracebacks_in_locations', False)
@@ -30,8 +31,6 @@ hypothesis.settings.load_profile('here')
 # them was a quarter of the time.
 gc.set_threshold(50_000, 20, 50)
 
-MAPS, MANY_MAPS = pathlib.Path('/proc/self/maps'), 20_000
-
 
 def pytest_collection_finish():
   """Lets the collector pass over modules and tests, which stay to the end."""
@@ -41,13 +40,9 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope='module')
 def few_programs():
-  """Lets compiled programs go when they are many: Linux gives a process 65,530 pieces of memory.
-
-  A process that asks for more crashes; each program takes a few.
-  """
+  """Lets compiled programs go when they are many, module by module."""
   yield
-  if MAPS.exists() and MAPS.read_bytes().count(b'\n') > MANY_MAPS:
-    jax.clear_caches()
+  programs.let_go(0.3)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -40,8 +40,8 @@ from lib.report.rows import Row
 from lib.runtime import cli, timing
 from lib.runtime.meter import floor_seconds
 from lib.tasks import qa as qa_task
+from models.backbones.images import Images
 from models.backbones.lm import LM
-from models.backbones.vlm import Images
 from models.reduce_config import with_plans
 from models.storage import to_storage
 from ops import choices

@@ -41,8 +41,9 @@ from lib.data.pictures import Picture, row_of
 from lib.data.token_layout import raster_layout
 from lib.report import overlay, provenance
 from lib.runtime import cli, config_flag
+from models.backbones.images import Images, image_counts
 from models.backbones.lm import LM
-from models.backbones.vlm import VLM, Images, image_counts
+from models.backbones.vlm import VLM
 from models.checkpoints.json_files import read_text
 from models.decoding.generator import BUCKETS as LENGTHS
 from models.decoding.generator import Generator

@@ -15,9 +15,10 @@ from models import families
 from models.backbones.bert import Bert
 from models.backbones.text_tower import Text
 from models.backbones.vit import make_vit
-from models.catalogue import entries, every_method, why_not
+from models.catalogue import entries, every_method, projectors, why_not
 from models.checkpoints.vlm_config import make_vlm
 from models.plans.hosts import Host
+from models.projectors import PROJECTORS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAPERS = 'https://arxiv.org/abs/'
@@ -83,6 +84,18 @@ def methods_table() -> str:
   return '\n'.join(rows)
 
 
+def projectors_table() -> str:
+  """Returns one row a projector that compresses: its file, what it reads and leaves, its paper."""
+  rows = ['| projector | what it does | reads beside features | of 24 x 24 patches | paper |',
+          '|---|---|---|---|---|']
+  for entry in projectors().values():
+    left = PROJECTORS[entry.name](width=8).slots((24, 24))
+    needs = ', '.join(f'`{need}`' for need in entry.needs)
+    rows.append(f'| [`{entry.name}`]({entry.file}) | {entry.summary} | {needs} | {left} | '
+                f'[arXiv:{entry.paper}]({PAPERS}{entry.paper}) |')
+  return '\n'.join(rows)
+
+
 def backbones_table() -> str:
   """Returns one row a family: its file, its names, what loads, and the greatest error allowed.
 
@@ -136,7 +149,8 @@ def hosts_table() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    'README.md': {'methods': methods_table, 'backbones': backbones_table},
+    'README.md': {'methods': methods_table, 'projectors': projectors_table,
+                  'backbones': backbones_table},
     'METHODS.md': {'hosts': hosts_table}}
 
 

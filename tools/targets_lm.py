@@ -48,7 +48,8 @@ from lib.report import measuring, tables
 from lib.report.rows import Row, update_json
 from lib.runtime import cli, sharding, timing
 from lib.tasks import qa as qa_task
-from models.backbones.vlm import VLM, Images
+from models.backbones.images import Images
+from models.backbones.vlm import VLM
 from models.checkpoints.vlm_config import make_vlm
 from models.plan import make_plan
 from models.storage import to_storage

@@ -56,8 +56,8 @@ def describe(model: nn.Module, *, reduce: Reduce | None = None, prompt: int | No
       the model are for, else 1,024, or 64 beside images. An image's placeholder, and padding to
       the length of a program, count only where they are counted here.
     new_tokens: of an LM or a VLM, tokens that may be decoded; by default 64, or what fits.
-    layout: of a VLM, (C, I, V) of its images (`models.backbones.vlm.Images.layout`); by default one
-      image of one crop.
+    layout: of a VLM, (C, I, V) of its images (`models.backbones.images.Images.layout`); by default
+      one image of one crop.
     trace: of a tower, whether to count the products of the method itself, from the traced program,
       which takes seconds for deep models.
 

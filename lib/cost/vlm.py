@@ -1,6 +1,6 @@
 """The cost of a vision-language model, without running anything: tower, projector, language model.
 
-Axes: C crops of a row, I images of a row, V tokens of an image (`models.backbones.vlm.Images`),
+Axes: C crops of a row, I images of a row, V tokens of an image (`models.backbones.images.Images`),
 W width of the tower, D width of the language model.
 """
 
@@ -11,9 +11,10 @@ import dataclasses
 import jax.numpy as jnp
 
 from lib.cost import lm as lm_cost
+from lib.cost import projector as projector_cost
 from lib.cost import vit as vit_cost
 from models.backbones.lm import LM
-from models.backbones.vlm import VLM, passed_on
+from models.backbones.vlm import VLM
 
 Layout = tuple[int, int, int]
 
@@ -30,6 +31,7 @@ class VLMCost:
     visual: visual slots that the language model reads.
     tower: the cost of one crop, its parameters in the dtype of the language model's, as checkpoints
       are loaded.
+    projector: the cost of what stands between both, for all crops.
     lm: the cost of the language model, visual slots included.
   """
 
@@ -39,6 +41,7 @@ class VLMCost:
   visual_in: int
   visual: int
   tower: vit_cost.Cost
+  projector: projector_cost.ProjectorCost
   lm: lm_cost.LMCost
 
   @property
@@ -48,22 +51,15 @@ class VLMCost:
 
   @property
   def projector_macs(self) -> int:
-    """MACs of the projector's two products, on every token that the tower passes on, once more for
-    each of its layers that are added later."""
-    if not self.vlm.projection:
-      return 0
-    width, times = self.vlm.lm.width, 1 + len(self.vlm.deepstack)
-    joined = self.vlm.side ** 2 * self.vlm.tower.width
-    return times * self.crops * self.passed * (joined + width) * width
+    """MACs of the projector over all crops."""
+    return self.projector.macs
 
   @property
   def projector_parameters(self) -> int:
     """Numbers between tower and language model: projector, newline, and the patches' probe."""
-    vlm, wide = self.vlm, self.vlm.lm.width
-    narrow = vlm.side ** 2 * vlm.tower.width
-    products = (narrow + 1) * wide + (wide + 1) * wide if vlm.projection else 0
-    products += 2 * narrow if vlm.side > 1 else 0
-    return products + vlm.newline * wide + vlm.patch_labels * (vlm.tower.width + 1)
+    vlm = self.vlm
+    return (self.projector.parameters + vlm.newline * vlm.lm.width
+            + vlm.patch_labels * (vlm.tower.width + 1))
 
   @property
   def macs(self) -> int:
@@ -79,10 +75,7 @@ class VLMCost:
   @property
   def projector_activation_bytes(self) -> int:
     """Bytes that the projector's products read and write."""
-    if not self.vlm.projection:
-      return 0
-    moved = (1 + len(self.vlm.deepstack)) * (self.vlm.tower.width + 3 * self.vlm.lm.width)
-    return self.crops * self.passed * moved * jnp.dtype(self.vlm.lm.dtype).itemsize
+    return self.projector.activation_bytes
 
   @property
   def activation_bytes(self) -> int:
@@ -109,7 +102,7 @@ def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
     vlm: with its plans, those of its language model for prompts of `prompt` ids and these images.
     prompt: ids of a row. Counted as they run, with placeholders and padding, all is what the
       program costs; without them, what the row's own tokens cost.
-    layout: (C, I, V) of the images, as `models.backbones.vlm.Images.layout`.
+    layout: (C, I, V) of the images, as `models.backbones.images.Images.layout`.
     room: tokens that may be decoded after the prompt.
 
   Raises:
@@ -118,7 +111,8 @@ def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
   arch = dataclasses.replace(vit_cost.architecture(vlm.tower),
                              parameter_bytes=jnp.dtype(vlm.lm.dtype).itemsize)
   visual, visual_in = vlm.visual_slots(layout), layout[1] * vlm.each_image(layout)
-  whole, left = passed_on(vlm.tower, vlm.side)
+  whole, left = vlm.passed_on
   return VLMCost(
       vlm, layout[0], left, visual_in, visual, vit_cost.of(vlm.tower, arch),
+      projector_cost.of(vlm, prompt, layout[0]),
       lm_cost.of(vlm.lm, prompt + visual, room=room, originals=prompt + layout[1] * whole))

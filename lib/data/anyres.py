@@ -48,14 +48,14 @@ class Square:
 
   Attributes:
     steps: resize, crop and normalise.
-    side: n.
+    tokens: that the model makes of a crop.
     background: colour, of channels in 0 to 1, that it is padded with; () where it is cut.
     used: side in pixels of the upper left part of a crop that the tower reads; 0 for all of it.
     newline: whether a NEWLINE ends its tokens.
   """
 
   steps: Preprocess
-  side: int
+  tokens: int
   background: tuple[float, ...] = ()
   used: int = 0
   newline: bool = False
@@ -69,7 +69,7 @@ class Square:
     image = rgb(image)
     if self.background:
       image = padded_square(image, self.background)
-    index, weight = raster_layout(self.side ** 2, newline=self.newline)
+    index, weight = raster_layout(self.tokens, newline=self.newline)
     return Picture(_cut(self.steps(image)[None], self.used), index, weight)
 
 
@@ -299,7 +299,7 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
   background = tuple(value_of(steps, 'image_mean', Colour) or CLIP_MEAN)
   if kind == 'llava':
     pad = value_of(steps, 'do_pad', bool)
-    return Square(crop_steps, side, background if pad else (), used)
+    return Square(crop_steps, side ** 2, background if pad else (), used)
   max_crops, base_view = 0, None
   if kind == 'llava_onevision':
     ratio = config.get('vision_aspect_ratio', 'anyres_max_9')
@@ -308,7 +308,7 @@ def from_config(steps: Mapping[str, Any], config: Mapping[str, Any], *,
                        'anyres_max_9')
     max_crops = int(ratio.removeprefix('anyres_max_'))
     # Only an image by itself is divided into crops; among others it is one padded square.
-    base_view = Square(crop_steps, side, background, used, newline=True)
+    base_view = Square(crop_steps, side ** 2, background, used, newline=True)
   pinpoints = (value_of(steps, 'image_grid_pinpoints', Points)
                or value_of(config, 'image_grid_pinpoints', Points) or PINPOINTS[kind])
   for pair in pinpoints:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lib.data.token_layout import NEWLINE
-from models.backbones.vlm import Images
+from models.backbones.images import Images
 
 
 @dataclasses.dataclass(frozen=True)

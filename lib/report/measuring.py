@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lib import programs
 from lib.report.rows import Row, append_jsonl, plain, read_jsonl
 
 # What a wrong setting, or a method that cannot do what is asked of it, raises.
@@ -56,6 +57,7 @@ def measure_rows(heads: Iterable[Row], measure: Callable[[Row], Row], *,
       row = plain({**head, **(about or {}), **_measured(head, measure, failures)})
       if path is not None and write and not _same_failure(row, before):
         append_jsonl(path, row)
+      programs.let_go()
       if row.get('failed') and essential(head):
         raise ValueError(row['note'])
       rows.append(row)

@@ -50,7 +50,13 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
     vlm: the model with its reductions.
     out: the auxiliary outputs of a prompt (`VLM.__call__`).
     row: of the batch.
+
+  Raises:
+    ValueError: a projector whose tokens are no grid, so that each stands for all patches.
   """
+  if vlm.compressor and not vlm.compressor.grid_after(vlm.tower.grid):
+    raise ValueError(f'each token of {type(vlm.compressor).__name__} stands for all patches of its '
+                     'crop: there is no picture of which went where')
   seen, visual, projected = out['tower_tokens'], out['visual'], out.get('projector')
   batch, images = visual.x.shape[:2]
   crops, each = len(seen.x) // batch, seen.slots
@@ -78,7 +84,8 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
     shape = (crops, *grid(vlm))
     return Stage(name, labels.reshape(shape), merged.reshape(shape), np.asarray(tokens))
 
-  traced = [stage('vision', now)] if vlm.tower.plan and vlm.tower.plan.events else []
+  reduced = vlm.compressor or (vlm.tower.plan and vlm.tower.plan.events)
+  traced = [stage('vision', now)] if reduced else []
   pooled = projected is not None and len(projected.owner) == batch and images > 1
   if projected is not None:
     across = len(projected.owner) // batch

@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 from lib.data import qa as qa_data
 from lib.tasks import qa
 from lib.tasks.base import Task
-from models.backbones.vlm import VLM, Images
+from models.backbones.images import Images
+from models.backbones.vlm import VLM
 
 Array = jax.Array
 # Of the cosines' softmax.

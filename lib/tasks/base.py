@@ -25,7 +25,8 @@ class Task:
   Attributes:
     model: under its plans, as it is evaluated.
     score: the name in `scores` that decides which checkpoint is best.
-    phases: models under the plans that train, in order.
+    phases: models that train the same parameters, in order.
+    turn: steps done -> which of the phases the next step trains; None for one after another.
     init: key -> parameters.
     pretrained: () -> parameters to start from, or None; they need not be complete.
     unreduced: parameters -> those that the model has without its plans, for a teacher.
@@ -53,6 +54,13 @@ class Task:
   macs: Callable[[Any], float]
   slots: int
   summary: str
+  turn: Callable[[int], int] | None = None
+
+  def phase(self, done: int) -> int:
+    """Returns which of the phases trains in the step after `done` steps."""
+    if self.turn:
+      return self.turn(done)
+    return self.phases.index(anneal.at(self.phases, done))
 
 
 def task_name(config: Mapping[str, Any]) -> str:

@@ -25,7 +25,8 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import files, gguf, lm_config, vit_config
 from models.checkpoints.layout import flatten, nest
-from models.projector import NORM_EPS, neighbours_as_one, without_special
+from models.projector import neighbours_as_one, without_special
+from models.projectors.mlp import NORM_EPS
 from models.storage import to_storage
 
 LEARNED = 'reducer_'

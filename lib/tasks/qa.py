@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lib.cost import lm as lm_cost
+from lib.cost import projector as projector_cost
 from lib.cost import vit as vit_cost
 from lib.cost.vlm import macs_of
 from lib.data import qa as qa_data
@@ -25,11 +26,13 @@ from lib.data.qa import Info
 from lib.runtime import memory
 from lib.tasks import anneal, pretrained
 from lib.tasks.base import Task
+from models.backbones.images import Images
 from models.backbones.lm import LM
 from models.backbones.vit import ViT
-from models.backbones.vlm import VLM, Images
+from models.backbones.vlm import VLM
 from models.build import DTYPES
 from models.plan import reduction_settings
+from models.projectors import make_projector
 from models.reduce_config import check_components, with_plans
 from ops import choices
 from ops.assignments import take
@@ -38,7 +41,7 @@ from ops.rope import Rope
 from ops.tokens import TokenSet
 
 Array = jax.Array
-# An image of a set is one crop in raster order (`models.backbones.vlm.Images.layout`).
+# An image of a set is one crop in raster order (`models.backbones.images.Images.layout`).
 LAYOUT = (1, 1, 0)
 
 
@@ -49,9 +52,10 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
   Args:
     model: `config.model`: `lm`, fields of LM except those that the set decides, and 'theta' of its
       rotations; for images also `tower`, fields of ViT, `projection`, an activation, `side`, how
-      many patches each way become one token, and `patch_labels`, number of labels that patches are
-      trained to predict (0 for none); and `dtype` by name. A pretrained `lm` or `tower` is the path
-      of its folder or file (lib/tasks/pretrained.py).
+      many patches each way become one token, `compressor`, what projects instead and leaves fewer
+      tokens ('name' and 'args', `models.projectors.make_projector`), and `patch_labels`,
+      number of labels that patches are trained to predict (0 for none); and `dtype` by name. A
+      pretrained `lm` or `tower` is the path of its folder or file (lib/tasks/pretrained.py).
     reduce: `config.reduce`: reductions in 'vision' (the tower), at the 'projector', in 'language',
       and of the 'cache' that decoding reads.
     info: of the set.
@@ -90,8 +94,9 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
   else:
     tower = ViT(**model['tower'], num_classes=0, image_size=info.image_shape[0], pool='mean',
                 last_norm='pooled', **shared)
-  vlm = VLM(tower, lm, cast(int, info.image), model['projection'], model.get('side') or 1,
-            patch_labels=model['patch_labels'])
+  compressor = make_projector(model.get('compressor'), width=lm.width, dtype=dtype)
+  vlm = VLM(tower, lm, cast(int, info.image), '' if compressor else model['projection'],
+            model.get('side') or 1, patch_labels=model['patch_labels'], compressor=compressor)
   return with_plans(vlm, **reduce, macs=macs_of)(context, LAYOUT)
 
 
@@ -107,9 +112,16 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
     ValueError: where the config contradicts itself or its data.
   """
   info, context = qa_data.info(config.data), config.data.context
-  model = build(config.model, config.reduce, info, context=context, mesh=mesh,
-                platform=mesh.devices.flat[0].platform)
-  slots = context + (model.tower.host.slots - model.tower.special if info.image_shape else 0)
+
+  def built(settings: Mapping[str, Any]) -> LM | VLM:
+    return build(settings, config.reduce, info, context=context, mesh=mesh,
+                 platform=mesh.devices.flat[0].platform)
+
+  model = built(config.model)
+  turns = tuple(map(built, in_turns(config.model))) or (model,)
+  together = (config.model.get('compressor') or {}).get('train') == 'all'
+  steps = [turns] if together else [(each,) for each in turns]
+  slots = context + (model.passed_on[0] if info.image_shape else 0)
   width = (model.lm if info.image_shape else model).width
   memory.check_batch(config.data.batch_size, slots=slots, width=width, mesh=mesh)
   kinds = info.kinds or ('all',)
@@ -123,16 +135,24 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
   places, tested = ((config.data.turns * answer, answer)
                     if config.optimizer.text_weight is None else (None, None))
   return Task(
-      model=model, score='accuracy', phases=(anneal.Phase(0, model),),
+      model=model, score='accuracy', phases=tuple(anneal.Phase(0, each) for each in steps),
       init=functools.partial(init, model, info, context),
       pretrained=functools.partial(read_pretrained, config, model),
       unreduced=dict,
-      loss=lambda model: functools.partial(loss, model, config.optimizer, places=places),
+      loss=lambda models: functools.partial(mean_loss, models, config.optimizer, places=places),
       count=functools.partial(count, model, len(kinds), places=tested),
       scores=functools.partial(scores, kinds=kinds),
       train_iterator=qa_data.train_iterator, eval_batches=qa_data.eval_batches,
-      macs=functools.partial(training_macs, context=context), slots=slots,
+      macs=lambda models: sum(training_macs(each, context=context) for each in models), slots=slots,
+      turn=lambda done: int(np.random.default_rng((config.seed, done)).integers(len(steps))),
       summary=f'{size}, {info.num_train:,} questions\n')
+
+
+def in_turns(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Returns `config.model` under each of its compressor's `turns`, none where there are none."""
+  compressor = dict(model.get('compressor') or {})
+  return [{**model, 'compressor': {**compressor, 'args': {**compressor.get('args', {}), **turn}}}
+          for turn in compressor.get('turns', ())]
 
 
 def read_pretrained(config: ConfigDict, model: LM | VLM) -> dict[str, Any] | None:
@@ -211,11 +231,22 @@ def training_macs(model: LM | VLM, *, context: int) -> float:
     # Every slot predicts, not the last one alone.
     return 3 * (cost.macs + (context - 1) * cost.head)
   tower = vit_cost.in_training(cast(ViT, model.tower))
-  through, width = tower.layers[-1].left - model.tower.special, model.lm.width
-  through, joined = through // model.side ** 2, model.tower.width * model.side ** 2
-  projector = through * (joined + width) * width if model.projection else 0
+  if model.compressor:
+    projector = projector_cost.of(model, context).macs
+  else:
+    through, width = tower.layers[-1].left - model.tower.special, model.lm.width
+    through, joined = through // model.side ** 2, model.tower.width * model.side ** 2
+    projector = through * (joined + width) * width if model.projection else 0
   return (tower.training_macs + 3 * projector
           + training_macs(model.lm, context=context + visual_tokens(model)))
+
+
+def mean_loss(models: Sequence[LM | VLM], *rest: Any, **settings: Any) -> tuple[
+    Array, dict[str, Array]]:
+  """Returns what `loss` does, means over models that share their parameters."""
+  parts = [loss(model, *rest, **settings) for model in models]
+  return cast(tuple[Array, dict[str, Array]], jax.tree.map(lambda *each: sum(each) / len(each),
+                                                           *parts))
 
 
 def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],

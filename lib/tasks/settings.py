@@ -25,6 +25,7 @@ from models.backbones.vlm import VLM
 from models.build import IMAGE_MODEL, Dtype
 from models.plan import KEYS, methods
 from models.projector import ACROSS, ORDERS
+from models.projectors import PROJECTORS
 from models.reduce_config import COMPONENTS
 from ops import choices
 from ops.budgets import BUDGETS
@@ -257,7 +258,10 @@ _LM = keys_of(LM).without('vocabulary', 'rope', 'dtype', 'implementation', 'plan
                           'mesh', 'capture') | Keys({'theta': Positive})
 _TOWER = keys_of(ViT).without('num_classes', 'image_size', 'pool', 'last_norm', 'dtype', 'plan',
                               'implementation', 'mesh', 'capture', 'layers')
-_OF_VLM = {key: keys_of(VLM).kinds[key] for key in ('projection', 'side', 'patch_labels')}
+_OF_VLM = {key: keys_of(VLM).kinds[key] for key in ('projection', 'side', 'patch_labels')} | {
+    'compressor': Keys({'name': Annotated[str, OneOf(('none', *PROJECTORS))],
+                        'args': Mapping[str, Any], 'turns': tuple[Mapping[str, Any], ...],
+                        'train': Annotated[str, OneOf(('draw', 'all'))]}, frozenset({'name'}))}
 _QA_MODEL = Keys({'lm': dataclasses.replace(_LM, by_path=True),
                   'tower': dataclasses.replace(_TOWER, by_path=True), 'dtype': Dtype, **_OF_VLM},
                  frozenset({'lm', 'dtype'}))

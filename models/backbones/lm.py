@@ -40,13 +40,13 @@ INTERFACE
   next_hidden of the next layer on the current tokens; hidden, hidden_in, attention_out, mlp_in,
   mlp_out, mlp_hidden; rope, layer, depth, slots. Methods name them in `needs`, and in `watch_needs`
   for `watch`.
-* Methods between layers return an Assignment as anywhere; `positions` ('keep', 'compact',
-  'restart') is an attribute of the method, or of the config. Methods on the cache (site = 'cache',
-  ops/reducers/cache) are called as method(tokens, signals, num_slots=M) once a layer, after its
-  attention, and return an ops.kv_cache.KVAnswer, as KVGather(src int32[B, K, M], valid=None): M
-  slots a kv head, padding last; ops/caches has others, of heads that keep different numbers. `keep`
-  counts slots of the layer's own; `rounding` is 'floor' by default. With `capacity` the
-  method also makes room while the model decodes (ops/reducers/method.py, `EvictingMethod`), and
+* Methods between layers return an Assignment as anywhere; `positions` ('keep', 'anchor',
+  'compact', 'restart') is an attribute of the method, or of the config. Methods on the cache (site
+  = 'cache', ops/reducers/cache) are called as method(tokens, signals, num_slots=M) once a layer,
+  after its attention, and return an ops.kv_cache.KVAnswer, as KVGather(src int32[B, K, M],
+  valid=None): M slots a kv head, padding last; ops/caches has others, of heads that keep different
+  numbers. `keep` counts slots of the layer's own; `rounding` is 'floor' by default. With `capacity`
+  the method also makes room while the model decodes (ops/reducers/method.py, `EvictingMethod`), and
   `room` is of no account in the layers that it keeps.
 
 Axes: B batch, N slots now, T original tokens, D width, H heads, K kv heads, d width of a head, V
@@ -83,6 +83,7 @@ from ops import attention, choices, unmerge
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache, KVAnswer, LayerCache, with_upkeep
+from ops.masks import SUMMARY, around_summaries
 from ops.primitives import products
 from ops.primitives.queries import text_after_images
 from ops.rope import V2PE_STEPS, Rope, sequence_index, v2pe_steps
@@ -102,7 +103,7 @@ OFFERS = frozenset({
 # What the last chunk of a prompt tells of all its tokens.
 LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention', 'window_queries'})
 # What a token of a prompt sees (`LM.mask`).
-MASKS = ('causal', 'mutual', 'full')
+MASKS = ('causal', 'mutual', 'summary', 'full')
 UNMERGINGS = ('none', 'virtual')
 
 
@@ -187,8 +188,10 @@ class Block(ReducibleBlock):
     """Returns the positions by which attention is causal, the window, and what is seen beside."""
     if not self.is_causal:
       return {'positions': None}
-    mutual = {'mutual': _mutual(tokens)} if self.mask == 'mutual' else {}
-    return mutual | {'positions': sequence_index(tokens.pos), 'window': self._window(tokens)}
+    pairs = {'pairs': _mutual(tokens)} if self.mask == 'mutual' else {}
+    if self.mask == 'summary':
+      pairs = {'pairs': _apart_by_summaries(tokens)}
+    return pairs | {'positions': sequence_index(tokens.pos), 'window': self._window(tokens)}
 
   def kernel_order(self, tokens: TokenSet, bias: Array | None,
                    proportional: bool) -> tuple[Array | None, Array | None]:
@@ -317,12 +320,14 @@ class LM(nn.Module):
     mask: what a token of the prompt sees: 'causal'; 'mutual', where visual tokens also see the
       question that follows them (AKI, arXiv:2503.02597): the bool stat 'question' of the tokens, by
       default all text after the last image, so that a sequence that holds an answer must name it;
-      or 'full', all tokens. What is decoded sees all that came before, and is seen by no earlier
-      token.
+      'summary', where tokens behind the last `summary_token` see nothing before the first one, nor
+      does what is decoded (VoCo-LLaMA, arXiv:2406.12275); or 'full', all tokens. What is decoded
+      sees all else that came before, and is seen by no earlier token.
     full_layers: layers whose causal mask is removed (Dukic and Snajder, 2024, arXiv:2401.14556).
     unmerging: 'virtual', where attention runs among the original tokens of merged ones, each at its
       own position, and its answers are averaged (DyMU, arXiv:2504.17040); caches hold as many
       entries as there were tokens. 'none': a slot is one token.
+    summary_token: id of the tokens that stand for what came before them, under mask='summary'.
     visual_stride: by how many 1/256 of a position a visual token moves on, 1 to 256 (V2PE,
       arXiv:2412.09616, where it is a power of two); 0 for a whole one, as text. Positions are then
       int32[B, N, 2], the place in the sequence and 256ths.
@@ -350,6 +355,7 @@ class LM(nn.Module):
   norm_eps: NotNegative = 1e-5
   mask: Annotated[str, OneOf(MASKS)] = 'causal'
   full_layers: tuple[CountOrZero, ...] = ()
+  summary_token: CountOrZero | None = None
   visual_stride: CountOrZero = 0
   unmerging: Annotated[str, OneOf(UNMERGINGS)] = 'none'
   dtype: DTypeLike = jnp.float32
@@ -381,9 +387,14 @@ class LM(nn.Module):
     if self.unmerging != 'none' and odd:
       raise ValueError(f'unmerging={self.unmerging!r} is for causal attention by one position a '
                        f"token and whole caches: leave {odd[0]} out, or set unmerging='none'")
-    if self.mask == 'mutual' and self.plan and any(e.parts == 'core' for e in self.plan.events):
+    if self.mask in ('mutual', 'summary') and self.plan and any(
+        event.parts == 'core' for event in self.plan.events):
       raise ValueError(f'{self.plan.name} chooses who attends to whom by itself, and so does '
-                       "mask='mutual': leave one of them out")
+                       f'mask={self.mask!r}: leave one of them out')
+    if (self.mask == 'summary') != (self.summary_token is not None):
+      raise ValueError(f'mask={self.mask!r} and summary_token={self.summary_token} do not go '
+                       "together: set mask='summary' and the id of the token that sums up, or "
+                       'neither')
     beyond = [layer for layer in self.full_layers if layer >= self.depth]
     if beyond:
       raise ValueError(f'full_layers names layer {beyond[0]}, and the model has layers 0 to '
@@ -463,8 +474,9 @@ class LM(nn.Module):
       # Text alone has its index on every axis.
       pos = jnp.broadcast_to(pos[..., None], (*pos.shape, 1 + len(self.rope.sections)))
     kind = jnp.full(ids.shape, TEXT, jnp.int8)
+    stats = {SUMMARY: ids == self.summary_token} if self.mask == 'summary' else {}
     return TokenSet.create(self._embedded(ids), pos=pos, kind=kind, valid=valid,
-                           of=(TEXT,))
+                           of=(TEXT,), stats=stats)
 
   def __call__(self, tokens: Array | TokenSet,
                valid: Array | None = None) -> tuple[Array, Outputs]:
@@ -543,8 +555,11 @@ class LM(nn.Module):
     k, v = (jnp.swapaxes(x, 1, 2) for x in (signals.keys, signals.values))
     bias = log_weight(tokens.size) if proportional and tokens.size is not None else None
     compact = plan is not None and plan.positions == 'compact'
-    kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=tokens.real, filled=tokens.slots,
-                   bias=bias, start=self._next_position(tokens) if compact else start)
+    seen = tokens.real
+    if self.mask == 'summary':
+      seen &= ~_apart_by_summaries(tokens).keys
+    kv = KV.create(k, v, pos=sequence_index(tokens.pos), valid=seen, filled=tokens.slots, bias=bias,
+                   start=self._next_position(tokens) if compact else start)
     return self._reduce_cache(kv, layer, tokens, signals).with_room(room)
 
   def _reduce_cache(self, kv: KV, layer: int, tokens: TokenSet, signals: Signals) -> LayerCache:
@@ -756,6 +771,9 @@ class LM(nn.Module):
     if self.plan and self.plan.holds == 'last':
       tokens = tokens.replace(held=last_real(tokens))
     tokens = tokens.replace(x=tokens.x.astype(self.dtype))
+    if self.mask == 'summary' and SUMMARY not in tokens.stats:
+      raise ValueError("mask='summary' goes by the stat 'summary' of the tokens, which these do "
+                       'not have: give ids, or the stat')
     if self.mask == 'mutual' and 'question' not in tokens.stats:
       tokens = tokens.replace(stats=tokens.stats | {'question': text_after_images(tokens)})
     if self.unmerging != 'none' and tokens.places is None:
@@ -874,9 +892,16 @@ def _unmerged(rope: Rope, tokens: TokenSet, signals: Signals) -> tuple[TokenSet,
   return whole, Signals(keys=keys, values=values)
 
 
-def _mutual(tokens: TokenSet) -> attention.Mutual:
+def _apart_by_summaries(tokens: TokenSet) -> attention.Pairs:
+  """What stands behind the summary tokens of a row, and what it does not see."""
+  before, behind = around_summaries(sequence_index(tokens.pos),
+                                    tokens.real & tokens.stats[SUMMARY])
+  return attention.Pairs(behind, before, shown=False)
+
+
+def _mutual(tokens: TokenSet) -> attention.Pairs:
   """Visual tokens, and the question that all of them see."""
-  return attention.Mutual(tokens.real & (tokens.kind == VISUAL),
+  return attention.Pairs(tokens.real & (tokens.kind == VISUAL),
                           tokens.real & tokens.stats['question'])
 
 

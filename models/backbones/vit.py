@@ -35,6 +35,7 @@ from models.plans.events import Plan
 from models.plans.hosts import Host
 from models.stack import REMAT, Outputs, Stack
 from ops import attention, choices, values
+from ops.primitives.grids import sincos
 from ops.primitives.select import keep_top
 from ops.tokens import SPECIAL, VISUAL, TokenSet, key_bias, reduce
 
@@ -414,23 +415,6 @@ def _mean(tokens: TokenSet) -> Array:
   weight = jnp.where(tokens.real & (tokens.kind == VISUAL), tokens.sizes, 0.0)
   total = jnp.einsum('bn,bnd->bd', weight, tokens.x)
   return total / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1e-6)
-
-
-def sincos(grid: tuple[int, int], width: int) -> np.ndarray:
-  """Fixed 2-D positions float32[rows * columns, width]: half for columns, half for rows.
-
-  Each half holds sines, then cosines, at frequencies 10000^(-i / (width / 4)); MAE,
-  arXiv:2111.06377, released code.
-  """
-  if width % 4:
-    raise ValueError(f'sin-cos positions need a width divisible by 4, got {width}')
-  frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
-  rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing='ij')
-  parts = []
-  for axis in (columns, rows):
-    angles = axis.reshape(-1, 1) * frequencies
-    parts += [np.sin(angles), np.cos(angles)]
-  return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 def make_vit(variant: str, **overrides: Any) -> ViT:

@@ -3,7 +3,8 @@
 LLaVA-1.5 (Liu et al., 2023), arXiv:2310.03744; LLaVA-NeXT, its crops and newlines as released;
 LLaVA-OneVision (Li et al., 2024), arXiv:2408.03326; Qwen2-VL, arXiv:2409.12191; Qwen2.5-VL,
 arXiv:2502.13923. What an image becomes before the tower is lib/data/preprocess.py's; where each
-feature stands in the sequence is data (`Images`), made on the host by lib/data/pictures.py.
+feature stands in the sequence is data (models/backbones/images.py), made on the host by
+lib/data/pictures.py.
 
 INTERFACE
   vlm = make_vlm('llava1.5_7b')        # models/checkpoints/vlm_config.py; or from_config(json)
@@ -30,9 +31,8 @@ from typing import Annotated, Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import struct
 
+from models.backbones.images import Images, arrange, tiling_of
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
@@ -45,17 +45,22 @@ from models.projector import (
   FROM_TOWER,
   PATCH,
   PER_TOKEN,
-  Projector,
   ProjectorReduction,
   Relevance,
   neighbours_as_one,
+  put_back,
   reduce_visual,
   without_special,
 )
+from models.projectors.base import GUIDE, LEVELS, QUESTION, Beside, Compressor
+from models.projectors.base import TEXT as PROMPT
+from models.projectors.mlp import Projector
 from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
+from ops.masks import SUMMARY
+from ops.primitives import grids
 from ops.signals import CROP_SIGNALS, TEXT_SIGNALS
 from ops.splice import Visual, splice, unmerged
 from ops.temporal import TTF, fuse_frames
@@ -63,40 +68,6 @@ from ops.tokens import TEXT, TokenSet
 from ops.values import Count, CountOrZero, OneOf, check_fields
 
 Array = jax.Array
-
-
-@struct.dataclass
-class Images:
-  """The images of a batch.
-
-  Attributes:
-    pixels: float[B, C, S, S, 3], or patches float[B, C, R, C', P] for
-      models/backbones/qwen_vision.py.
-    sizes: int[B, C, 2], for patches alone.
-    index: int32[B, I, V, K] or None: token v of image i is made of these features of the row,
-      `c * n + p` for patch (or cell) p of crop c, n of which a crop has, and C * n for the newline.
-      None for one image a crop, in raster order.
-    weight: float32[B, I, V, K], the share of each, all zero where there is no token.
-    axes, extent: positions, as in `ops.splice.Visual`; None where they have one axis.
-    tiling: int32[B, I, 2] or None, rows and columns of the crops that an image is cut into beside
-      its first one; 0 for none. Methods that give each crop a budget read it.
-  """
-
-  pixels: Array
-  sizes: Array | None = None
-  index: Array | None = None
-  weight: Array | None = None
-  axes: Array | None = None
-  extent: Array | None = None
-  tiling: Array | None = None
-
-  @property
-  def layout(self) -> tuple[int, int, int]:
-    """Returns (C, I, V), which decide all shapes behind the tower; V is 0 for one image a crop."""
-    crops = self.pixels.shape[1]
-    if self.index is None:
-      return crops, crops, 0
-    return crops, self.index.shape[1], self.index.shape[2]
 
 
 class VLM(nn.Module):
@@ -124,6 +95,8 @@ class VLM(nn.Module):
       attention of the tower's last layer, and saves nothing in the tower.
     patch_labels: number of labels of a patch, which a linear probe on the tower's features
       predicts, to train the tower beside the answers; 0 for none.
+    compressor: what stands in the place of the MLP and leaves fewer tokens of each crop; None for
+      `projection`. It reads patches that a tower merged or dropped where they were.
   """
 
   tower: ViT | QwenVision
@@ -137,15 +110,19 @@ class VLM(nn.Module):
   deepstack: tuple[tuple[CountOrZero, CountOrZero], ...] = ()
   frames: TTF | None = None
   patch_labels: CountOrZero = 0
+  compressor: Compressor | None = None
 
   def __post_init__(self) -> None:
     check_fields(self)
+    if self.compressor:
+      self._check_compressor(self.compressor)
     if self.frames:
       self.tower = _with_relevance(self.tower)
     if self.side > 1:
       self._check_side()
     if self.deepstack:
       self._check_deepstack()
+    if self.deepstack or self._reads(LEVELS):
       self.tower = self.tower.clone(capture=True)
     super().__post_init__()
 
@@ -192,9 +169,10 @@ class VLM(nn.Module):
     none.
     """
     tower = self.tower
-    if isinstance(tower, QwenVision) or self.newline or tower.window:
+    if isinstance(tower, QwenVision) or self.newline or tower.window or (
+        self.compressor and not self.compressor.grid_after(tower.grid)):
       return None
-    rows, columns = (length // self.side for length in tower.grid)
+    rows, columns = self.crop_grid
     return (rows, columns) if slots == rows * columns else None
 
   @property
@@ -202,8 +180,20 @@ class VLM(nn.Module):
     """Returns (rows, columns) of the patches of a crop, or of cells of those that are merged."""
     if isinstance(self.tower, QwenVision):
       return self.tower.cells
+    if self.compressor:
+      # Tokens that are no grid lie in one row.
+      left = self.compressor.grid_after(self.tower.grid)
+      rows, columns = left or (1, self.compressor.slots(self.tower.grid))
+      return rows, columns
     rows, columns = self.tower.grid
     return rows // self.side, columns // self.side
+
+  @property
+  def passed_on(self) -> tuple[int, int]:
+    """Returns the tokens of a crop behind the projector, without the tower's plan and with it."""
+    if self.compressor:
+      return (self.compressor.slots(self.tower.grid),) * 2
+    return passed_on(self.tower, self.side)
 
   def projector_host(self, slots: int) -> Host:
     """Returns what a plan of a reduction behind the projector needs to know of this model.
@@ -214,22 +204,26 @@ class VLM(nn.Module):
     Args:
       slots: V, tokens of an image, or of all images that share a pool.
     """
-    own = frozenset({'layer', 'depth', 'slots'})
+    own, of_patches = frozenset({'layer', 'depth', 'slots'}), frozenset(PER_TOKEN)
     if self.projector_grid(slots):
-      own |= {'grid', 'one_sequence', *(FROM_TOWER if self.side == 1 else ())}
-    offers = (own | {*PER_TOKEN}) & self.tower.host.offers | TEXT_SIGNALS
+      own |= {'grid', 'one_sequence'}
+      of_patches |= {*FROM_TOWER} if self.side == 1 else set()
+    # What a compressor makes is no patch of the tower's.
+    own |= frozenset() if self.compressor else of_patches
+    offers = own & self.tower.host.offers | TEXT_SIGNALS
     if isinstance(self.tower, QwenVision):
       offers |= {'grids'}
-    whole, left = passed_on(self.tower, self.side)
+    whole, left = self.passed_on
     # A cell that a reduced tower left empty would shift the places of those behind it.
     empties = isinstance(self.tower, QwenVision) and self.tower.plan and self.tower.plan.events
     if whole == left and not empties:
-      tiled = isinstance(self.tower, ViT) and self.side == 1
+      tiled = isinstance(self.tower, ViT) and self.side == 1 and not self.compressor
       offers |= CROP_SIGNALS if tiled else CROP_SIGNALS - {'tiling'}
     # A tower that ends in the language model's width has its projector inside.
     if self.projection:
       offers |= {'vision_features', 'project'}
-    return Host(1, slots, 0, offers, watches=self.tower.host.offers)
+    watches = frozenset() if self.compressor else self.tower.host.offers
+    return Host(1, slots, 0, offers, watches=watches)
 
   def each_image(self, layout: tuple[int, int, int]) -> int:
     """Returns the slots of an image behind the tower, before the projector's reduction.
@@ -238,7 +232,7 @@ class VLM(nn.Module):
       layout: (C, I, V) of `Images`.
     """
     crops, _, tokens = layout
-    whole, left = passed_on(self.tower, self.side)
+    whole, left = self.passed_on
     if not tokens:
       return left
     return min(tokens, crops * left) if left < whole else tokens
@@ -318,6 +312,8 @@ class VLM(nn.Module):
                           slots=slots, axes=axes)
     if self.lm.unmerging != 'none' and images is not None:
       tokens = self._unmerged(tokens, slot, ids, valid, images, aux['tower_tokens'])
+    if self.lm.mask == 'summary':
+      marks = {SUMMARY: ids == jnp.asarray(self.lm.summary_token), **(marks or {})}
     for name, marked in (marks or {}).items():
       spread = jax.vmap(lambda s, i, m: s.at[i].set(m, mode='drop'))
       stat = spread(jnp.zeros(tokens.kind.shape, bool), slot, marked & valid)
@@ -350,11 +346,39 @@ class VLM(nn.Module):
                        'divide both, and the tower be a ViT without windows, deepstack and '
                        'newline: change it')
 
+  def _check_compressor(self, compressor: Compressor) -> None:
+    """Raises unless the compressor can read what the tower gives."""
+    tower = self.tower
+    if not isinstance(tower, ViT) or tower.window or self.newline or self.deepstack or (
+        self.projection or self.side > 1 or self.frames or self.lm.unmerging != 'none'):
+      raise ValueError(f'{type(compressor).__name__} projects crops of a ViT without windows, and '
+                       "goes with no other projection: set projection='' and side=1, and leave "
+                       'newline, deepstack, frames and unmerging out')
+    compressor.slots(tower.grid)
+    if self._reads(GUIDE):
+      raise ValueError(f'{type(compressor).__name__} reads what is asked from a text tower beside '
+                       'the vision tower, which this model does not have: set '
+                       "compressor.args.guide='none'")
+    if not self._reads(LEVELS):
+      return
+    levels: tuple[int, ...] = getattr(compressor, LEVELS)
+    if max(levels) >= self.tower_depth:
+      raise ValueError(f'{type(compressor).__name__} has levels={levels}, and the tower runs '
+                       f'layers 0 to {self.tower_depth - 1}: set compressor.args.levels')
+    if tower.plan and tower.plan.events:
+      raise ValueError(f'{type(compressor).__name__} reads layers of all patches, of which '
+                       f'{tower.plan.name} leaves fewer in the tower: choose one of the two')
+
+  def _reads(self, what: str) -> bool:
+    """Returns whether the compressor reads this beside the tower's last features."""
+    return self.compressor is not None and what in self.compressor.reads
+
   def _added(self, layer: int, ids: Array, valid: Array, images: Images, aux: Outputs) -> Array:
     """Returns what a layer of the tower adds to each slot of a sequence, float[B, N, D]."""
     tokens = aux['tower_tokens']
     x = aux['tower']['hidden'][layer][:, self.special:]
-    deep, _ = self._arrange(tokens.replace(x=self.projector(x) if self.projection else x), images)
+    deep, _ = arrange(tokens.replace(x=self.projector(x) if self.projection else x), images,
+                      self.end if self.newline else None)
     blank = jnp.zeros((*ids.shape, self.lm.width), deep.x.dtype)
     kept = Visual(deep.x, deep.valid)
     return splice(blank, valid, ids == self.image_token, kept, side=self.pad_side)[0].x
@@ -373,13 +397,34 @@ class VLM(nn.Module):
 
   def _text(self, ids: Array, valid: Array, embedded: Array,
             marks: Mapping[str, Array] | None) -> dict[str, Array] | None:
-    """Returns the signals of the prompt that the projector's reduction reads, None for none."""
+    """Returns what is read of the prompt before the language model runs, None for nothing.
+
+    By name: signals that the projector's reduction reads, and fields of `Beside`.
+    """
     reduction = self.projector_reduction
-    if reduction is None or not reduction.needs & TEXT_SIGNALS:
+    names = set(reduction.needs & TEXT_SIGNALS if reduction else ())
+    names |= {'text', 'text_valid'} if self._reads(PROMPT) else set()
+    if not names and not self._reads(QUESTION):
       return None
     asked = valid & (ids != self.image_token) & (marks or {}).get('question', True)
     text = {'text': jnp.where(asked[..., None], embedded, 0), 'text_valid': asked}
-    return {name: text[name] for name in reduction.needs & TEXT_SIGNALS}
+    text = {name: text[name] for name in names}
+    if self._reads(QUESTION):
+      text[QUESTION] = self._question(ids, asked)
+    return text
+
+  def _question(self, ids: Array, asked: Array) -> Array:
+    """What the language model makes of the last of the ids that ask, read alone: float[B, D]."""
+    if self.is_initializing():
+      return jnp.zeros((len(ids), self.lm.width))
+    # Text alone, so its plans, which count visual tokens, are not for it.
+    reader = self.lm.clone(parent=None, name=None, plan=None, cache_plan=None)
+    order = jnp.argsort(~asked, axis=1, stable=True)
+    alone = reader.apply(self.lm.variables, jnp.take_along_axis(ids, order, axis=1),
+                         jnp.take_along_axis(asked, order, axis=1), method='read')
+    last = jnp.maximum(asked.sum(axis=1) - 1, 0)
+    x = cast(tuple[TokenSet, Outputs], alone)[0].x
+    return jax.lax.stop_gradient(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
 
   def encode_images(self, images: Images, text: Mapping[str, Array] | None = None
                     ) -> tuple[Visual, int | None, Outputs]:
@@ -393,7 +438,8 @@ class VLM(nn.Module):
     Returns:
       The visual tokens [B, I, M, D]; the slots that all images of a row take together where they
       are not I * M, else None; and a dict: 'tower' (the tower's own dict), 'tower_tokens' (the
-      TokenSet [B * C, n] that the tower passes on, projected), 'layout' (index and weight as in
+      TokenSet [B * C, n] that the tower passes on, projected; of a compressor that leaves a grid
+      the owner of a patch is its cell's token), 'layout' (index and weight as in
       `Images`, but of those tokens; None where each is one visual token), with a reduction at the
       projector 'projector' (the TokenSet behind it, None where it cuts nothing), and with
       `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet).
@@ -402,10 +448,11 @@ class VLM(nn.Module):
       ValueError: no text where the reduction reads some.
     """
     needs = self.projector_reduction.needs if self.projector_reduction else frozenset()
-    if needs & TEXT_SIGNALS and text is None:
-      raise ValueError(f'{cast(ProjectorReduction, self.projector_reduction).plan.name} at the '
-                       'projector reads the prompt, which is not here: encode images and ids '
-                       'together')
+    if text is None and (needs & TEXT_SIGNALS or self._reads(PROMPT) or self._reads(QUESTION)):
+      reader = (self.projector_reduction.plan.name if self.projector_reduction else
+                type(self.compressor).__name__)
+      raise ValueError(f'{reader} at the projector reads the prompt, which is not here: encode '
+                       'images and ids together')
     whole, tower_out = self._run_tower(images)
     if self.frames:
       stats = dict(whole.stats)
@@ -422,12 +469,18 @@ class VLM(nn.Module):
       tokens = tokens.replace(stats=tokens.stats | {FEATURES: tokens.x})
     if self.projection:
       tokens = tokens.replace(x=self.projector(tokens.x))
+    if self.compressor:
+      tokens = self._compressed(self.compressor, tokens, tower_out, text or {})
     aux['tower_tokens'] = tokens
-    visual, aux['layout'] = self._arrange(tokens, images)
+    if self.compressor and (after := self.compressor.grid_after(self.tower.grid)):
+      cell = jnp.asarray(grids.nearest_cell(self.tower.grid, after), jnp.int32)
+      aux['tower_tokens'] = tokens.replace(
+          owner=jnp.broadcast_to(cell[None], (len(tokens.x), len(cell))))
+    visual, aux['layout'] = arrange(tokens, images, self.end if self.newline else None)
     tiling = None
     if needs & CROP_SIGNALS:
       visual = visual.replace(stats=visual.stats | self._crops(images))
-      tiling = _tiling(images) if 'tiling' in needs else None
+      tiling = tiling_of(images) if 'tiling' in needs else None
     if images.axes is not None:
       # A section in several parts turns each of them with a position of its own.
       parts = max(len(self.lm.rope.sections) // images.axes.shape[-1], 1)
@@ -438,7 +491,8 @@ class VLM(nn.Module):
       special = self._special_of(whole, images) if self.projector_reduction.special else None
       rng = self.make_rng('dropout') if self.has_rng('dropout') else None
       visual, slots, outcome = reduce_visual(
-          self.projector_reduction, visual, special, self.reducers, text=text, tiling=tiling,
+          self.projector_reduction, visual, special, self.reducers,
+          text={name: (text or {})[name] for name in needs & TEXT_SIGNALS}, tiling=tiling,
           num_crops=images.pixels.shape[1] if images.index is not None else 1,
           project=self._project() if 'project' in needs else None, rng=rng, mesh=self.lm.mesh)
       aux['projector'] = outcome and outcome.tokens
@@ -451,9 +505,20 @@ class VLM(nn.Module):
     stats.pop('cell', None)
     return visual.replace(stats=stats, axes=axes, extent=images.extent), slots, aux
 
+  def _compressed(self, compressor: Compressor, tokens: TokenSet, tower_out: Outputs,
+                  text: Mapping[str, Array]) -> TokenSet:
+    """The tokens of each crop that a compressor makes of all its patches."""
+    whole = TokenSet.create(put_back(tokens.x, tokens.owner))
+    levels: tuple[int, ...] = getattr(compressor, LEVELS) if self._reads(LEVELS) else ()
+    rows = {name: jnp.repeat(value, len(tokens.x) // len(value), axis=0)
+            for name, value in text.items()}
+    return compressor(whole, Beside(
+        self.tower.grid, tuple(tower_out['hidden'][level][:, self.special:] for level in levels),
+        rows.get('text'), rows.get('text_valid'), rows.get(QUESTION)))
+
   def _crops(self, images: Images) -> dict[str, Array]:
     """Returns the crop of its image that each visual token is of, and which patch of it."""
-    each = passed_on(self.tower, self.side)[0]
+    each = self.passed_on[0]
     shape = images.pixels.shape[:2]
     if images.index is None:
       own = jnp.broadcast_to(jnp.arange(each, dtype=jnp.int32), (*shape, each))
@@ -499,44 +564,6 @@ class VLM(nn.Module):
       stats = {name: pick(value) for name, value in tokens.stats.items()} | {FEATURES: x}
       return Visual(self.projector(x) if self.projection else x, stats=stats)
 
-  def _arrange(self, tokens: TokenSet,
-               images: Images) -> tuple[Visual, tuple[Array, Array] | None]:
-    """Puts the tower's tokens in the order in which they are read.
-
-    Returns:
-      The visual tokens, and index and weight as in `Images`, but of the tokens that the tower
-      passed on; None where each is one visual token.
-    """
-    (batch, crops), each = images.pixels.shape[:2], tokens.slots
-    stats = {name: value.reshape(batch, crops, each, *value.shape[2:])
-             for name, value in tokens.stats.items()}
-    x = tokens.x.reshape(batch, crops, each, -1)
-    valid = None if tokens.valid is None else tokens.valid.reshape(batch, crops, each)
-    if images.index is None:
-      stats['cell'] = tokens.pos.reshape(batch, crops, each)
-      return Visual(x, valid, stats=stats), None
-    assert images.weight is not None
-    index, weight = images.index, images.weight
-    if each < tokens.owner.shape[1]:
-      index, weight = _reduced_layout(tokens, index, weight)
-    newline = self.end if self.newline else jnp.zeros(x.shape[-1:])
-    newline = jnp.broadcast_to(newline.astype(x.dtype), (batch, 1, x.shape[-1]))
-
-    def mix(values: Array, last: Array) -> Array:
-      flat = jnp.concatenate([values.reshape(batch, crops * each, *values.shape[3:]), last], axis=1)
-      parts = take(flat, index.reshape(batch, -1)).reshape(*index.shape, *flat.shape[2:])
-      weights = weight.reshape(weight.shape + (1,) * (flat.ndim - 2))
-      return jnp.sum(parts * weights, axis=3).astype(values.dtype)
-
-    # The newline is like no patch: it was attended by none.
-    stats = {name: mix(value, jnp.zeros((batch, 1, *value.shape[3:]), value.dtype))
-             for name, value in stats.items()}
-    stats['cell'] = jnp.broadcast_to(jnp.arange(index.shape[2], dtype=jnp.int32), index.shape[:3])
-    real = (weight > 0).any(axis=-1)
-    if valid is not None:
-      real &= mix(valid.astype(jnp.float32), jnp.ones((batch, 1))) > 0
-    return Visual(mix(x, newline), real, stats=stats), (index, weight)
-
 
 def _with_relevance(tower: ViT | QwenVision) -> ViT:
   """A tower that tells how relevant each token is to its last layer.
@@ -555,31 +582,6 @@ def _with_relevance(tower: ViT | QwenVision) -> ViT:
   # It watches alone: without events nothing calls it.
   record = Reduction('relevance', Relevance(by, last), watch=(last,))  # type: ignore[arg-type]
   return tower.clone(plan=Plan((), (*plan.reductions, record)))
-
-
-def _tiling(images: Images) -> Array:
-  """Rows and columns of the crops of each image, int32[B, I, 2].
-
-  Raises:
-    ValueError: a layout that does not say.
-  """
-  if images.tiling is not None:
-    return images.tiling
-  if images.index is None:
-    return jnp.zeros((*images.pixels.shape[:2], 2), jnp.int32)
-  raise ValueError('the reduction at the projector goes by crops, and these images do not say how '
-                   'they are cut: give Images their tiling (lib/data/pictures.py does)')
-
-
-def image_counts(images: Images) -> np.ndarray:
-  """Returns int[B, I], tokens of each image before any reduction, -1 where there is none.
-
-  It runs on the host, for ops.splice.check. Without an index every crop is an image.
-  """
-  if images.index is None:
-    return np.ones(images.pixels.shape[:2], np.int64)
-  counts = (np.asarray(images.weight) > 0).any(axis=-1).sum(axis=-1)
-  return np.where(counts == 0, -1, counts)
 
 
 def depth_of(tower: ViT | QwenVision) -> int:
@@ -603,41 +605,3 @@ def passed_on(tower: ViT | QwenVision, side: int = 1) -> tuple[int, int]:
     return ((slots - special) // side ** 2,) * 2
   left = tower.plan.profile(tower.depth, slots)[depth_of(tower) - 1].left if tower.plan else slots
   return slots - special, left - special
-
-
-def _reduced_layout(tokens: TokenSet, index: Array, weight: Array) -> tuple[Array, Array]:
-  """A layout of all patches as a layout of the slots that a reduced tower left of them.
-
-  A group stands where its anchor stood; newlines go, for their rows are no longer whole.
-
-  Args:
-    tokens: [B * C, n], whose owner is int32[B * C, P], P patches of a crop.
-    index, weight: [B, I, V, 1] of `Images`.
-
-  Returns:
-    Index and weight [B, I, min(V, C * n), 1], real tokens first.
-
-  Raises:
-    ValueError: a layout that interpolates between patches.
-  """
-  each, patches, batch = tokens.slots, tokens.owner.shape[1], len(index)
-  if index.shape[-1] > 1:
-    raise ValueError('these images are laid out by interpolating between patches, of which a '
-                     'reduction in the tower leaves too few: reduce at the projector '
-                     '(config.reduce.projector), or lay them out in full')
-  anchor = jnp.where(tokens.real, tokens.pos, patches)
-  number = jnp.arange(each, dtype=jnp.int32)
-  slot_of = jax.vmap(lambda at: jnp.full(patches, -1, jnp.int32).at[at].set(number, mode='drop'))(
-      anchor).reshape(batch, -1)
-  total = slot_of.shape[1]
-  flat = index.reshape(batch, -1)
-  patch = jnp.minimum(flat, total - 1)
-  slot = take(slot_of, patch)
-  # The slot's number among those of all crops of the row.
-  row_slot = patch // patches * each + jnp.maximum(slot, 0)
-  real = (slot >= 0) & (flat < total)
-  weight = jnp.where(real.reshape(weight.shape), weight, 0.0)
-  limit = min(index.shape[2], total // patches * each)
-  order = jnp.argsort(weight[..., 0] == 0, axis=2, stable=True)[:, :, :limit, None]
-  return (jnp.take_along_axis(row_slot.reshape(index.shape), order, axis=2),
-          jnp.take_along_axis(weight, order, axis=2))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-A = -0.75
+from ops.primitives.grids import matrix
 
 
 def bicubic(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -21,7 +21,8 @@ def bicubic(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
   Places beyond an edge have the edge's values. As DeiT, MAE and DINOv2 without registers do, and
   CLIP and SigLIP in the transformers library.
   """
-  rows, columns = (_matrix(old, new) for old, new in zip(table.shape, grid, strict=False))
+  rows, columns = (matrix(old, new, 'bicubic')
+                   for old, new in zip(table.shape, grid, strict=False))
   return np.einsum('ir,jc,rcd->ijd', rows, columns, table).astype(np.float32)
 
 
@@ -45,18 +46,6 @@ def _antialiased(table: np.ndarray, grid: tuple[int, int], method: str) -> np.nd
   shape = (*grid, table.shape[-1])
   return np.asarray(jax.image.resize(jnp.asarray(table), shape, method, antialias=True,
                                      precision='highest'))
-
-
-def _matrix(old: int, new: int) -> np.ndarray:
-  """float64[new, old]: what each new place takes of the old ones along one axis."""
-  place = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
-  taps = np.floor(place) + np.arange(-1, 3)
-  x = np.abs(place - taps)
-  weight = np.where(x <= 1, (A + 2) * x ** 3 - (A + 3) * x ** 2 + 1,
-                    A * (x ** 3 - 5 * x ** 2 + 8 * x - 4))
-  matrix = np.zeros((new, old))
-  np.add.at(matrix, (np.arange(new)[:, None], np.clip(taps, 0, old - 1).astype(int)), weight)
-  return matrix
 
 
 RESAMPLINGS = {'bicubic': bicubic, 'bicubic_antialiased': bicubic_antialiased,

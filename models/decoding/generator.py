@@ -7,7 +7,7 @@
 
   plans = with_plans(vlm, projector=config.reduce.projector, language=config.reduce.language)
   generator = Generator(vlm, params, plans=plans)
-  for tokens in generator.stream(prompts, images, new_tokens=64):  # models.backbones.vlm.Images
+  for tokens in generator.stream(prompts, images, new_tokens=64):  # models.backbones.images.Images
     ...
 
 A prompt of a vision-language model has one placeholder an image; its slots are those of its ids,
@@ -30,8 +30,9 @@ import numpy as np
 from absl import logging
 from jax.typing import ArrayLike
 
+from models.backbones.images import Images, image_counts
 from models.backbones.lm import LM
-from models.backbones.vlm import VLM, Images, image_counts
+from models.backbones.vlm import VLM
 from models.decoding.kvzip import KVzip, check_text_alone
 from models.decoding.sampling import SIDES, Sampling, padded, sample
 from models.reduce_config import Layout, ModelWithPlans, with_plans

@@ -17,10 +17,12 @@ SITES = ('before', 'branch', 'inside', 'between', 'after')
 # What may run on fewer tokens as a branch: a layer, its attention, its MLP; or attention alone
 # between queries, keys and values that all tokens make.
 PARTS = ('both', 'attention', 'mlp', 'core')
-# How tokens are numbered after a cut, decoded ones included. 'keep': by their own positions.
-# 'compact': by their rank among the tokens that are left. 'restart': the kept tokens become a new
-# prompt, numbered from 0, and the model runs again on it.
-POSITIONS = ('keep', 'compact', 'restart')
+# How tokens are numbered after a cut, decoded ones included. 'keep': by their own positions, one
+# that stands for several by the latest. 'anchor': that one by its anchor's, as far as causal order
+# lets it: behind all tokens before the latest that it stands for. 'compact': by their rank among
+# the tokens that are left. 'restart': the kept tokens become a new prompt, numbered from 0, and the
+# model runs again on it.
+POSITIONS = ('keep', 'anchor', 'compact', 'restart')
 # Whether the last real token of a causal prompt, which predicts the next one, may go.
 HOLDS = ('last', 'none')
 

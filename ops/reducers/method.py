@@ -107,7 +107,8 @@ class Method(Protocol):
 
   @property
   def positions(self) -> str:
-    """Positions of the tokens left in a language model: 'keep', 'compact' or 'restart'.
+    """Positions of the tokens left in a language model: 'keep', 'anchor', 'compact' or
+    'restart'.
 
     models/plans/events.py explains them; '' leaves the choice to the host.
     """

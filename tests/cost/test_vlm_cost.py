@@ -10,7 +10,7 @@ from helpers import mostly_long, parity_vlm
 from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vlm as vlm_cost
 from models import checkpoints
-from models.backbones.vlm import Images
+from models.backbones.images import Images
 from models.checkpoints.vlm_config import from_config
 from models.reduce_config import with_plans
 

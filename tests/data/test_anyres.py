@@ -9,7 +9,7 @@ from PIL import Image
 
 from lib.data import anyres, token_layout
 from lib.data.pictures import batch_pictures, row_of
-from models.backbones.vlm import image_counts
+from models.backbones.images import image_counts
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity_vlm'
 IMAGES = ('wide', 'tall', 'small', 'long')

@@ -28,7 +28,8 @@ SYSTEMS = {
     'FoPru': ('fopru',), 'gamma-MoD': ('gamma_mod',),
     'GemFilter': ('gemfilter',), 'GlobalCom2': ('globalcom2',),
     'HiDrop': ('hidrop', 'late_injection'), 'HiPrune': ('hiprune',), 'HiRED': ('hired',),
-    'HoloV': ('holov',), 'LeMo': ('lemo',), 'LVLM_CSP': ('lvlm_csp',), 'MCTF': ('mctf',),
+    'HoloV': ('holov',), 'LeMo': ('lemo',), 'LLaVolta': ('llavolta',),
+    'LVLM_CSP': ('lvlm_csp',), 'MCTF': ('mctf',),
     'MMTok': ('mmtok',), 'p-MoD': ('pmod',), 'PiToMe': ('pitome',), 'PPE': ('ppe',),
     'Recoverable Compression': ('recoverable',), 'SkipDecode': ('skip_decode',),
     'STILL': ('still',), 'TextMonkey': ('textmonkey',), 'ToDRE': ('todre', 'todre_exit'),
@@ -36,6 +37,7 @@ SYSTEMS = {
     'Token merging for models of code': ('subtoken_merge',),
     'Token Transforming': ('token_transforming',), 'TokenCorr': ('token_corr',),
     'TransPrune': ('transprune',), 'VFlowOpt': ('vflowopt',), 'VisionDrop': ('visiondrop',),
+    'VoCo-LLaMA': ('voco',),
     'VMTC and CMAI': ('vmtc', 'cmai'), 'VTC-CLS': ('vtc_cls',), 'YOPO': ('yopo',),
     'ZOO-Prune': ('zoo_prune',)}
 # Of methods that no test in this folder names, where they are tested.
@@ -44,10 +46,14 @@ ELSEWHERE = {
     'hidrop': 'cost/test_lm_cost.py', 'late_injection': 'contract/test_exits.py',
     'quest': 'ops/test_best_pages.py', 'rkv': 'contract/test_living_cache.py',
     'skip_decode': 'contract/test_branches.py', 'think': 'ops/test_wrappers.py',
-    'two_stage': 'ops/test_wrappers.py', 'vtw': 'contract/test_exits.py'}
+    'two_stage': 'ops/test_wrappers.py', 'voco': 'decoding/test_summaries.py',
+    'vtw': 'contract/test_exits.py'}
 # Systems that are no method: where they are.
 OTHERWISE = {'TTF-VLA': 'ops/test_temporal.py',
-             'G-Search and P-Sigmoid': 'search/test_schedules.py'}
+             'G-Search and P-Sigmoid': 'search/test_schedules.py',
+             **dict.fromkeys(('TokenPacker', 'QueCC', 'MQT', 'M3', 'SliME', 'HICom', 'LLaVA-SP',
+                              'VLoRA'), 'golden/test_golden_projector.py'),
+             'TokenFLEX': 'projectors/test_projectors.py'}
 BASELINES = {'none', 'random', 'stride', 'pool', 'radial'}
 
 

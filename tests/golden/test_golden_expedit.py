@@ -13,7 +13,7 @@ from models.backbones.vit import ViT
 from models.plan import make_plan
 from ops import assignments
 from ops import tokens as tk
-from ops.primitives import superpixels as sp
+from ops.primitives.crops import superpixels as sp
 from ops.reducers.vision.expedit import Expedit
 from ops.signals import Signals
 from ops.tokens import TokenSet

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import mostly_long, recorded
 
+from models.reduction import Event, Place, Reduction, reduce
 from ops import attention
 from ops import tokens as tk
 from ops.kv_cache import KV
@@ -25,6 +26,7 @@ from ops.reducers.language.dart import DART
 from ops.reducers.language.fastv import FastV
 from ops.reducers.language.fitprune import FitPrune
 from ops.reducers.language.gemfilter import GemFilter
+from ops.reducers.language.llavolta import LLaVolta
 from ops.reducers.language.mustdrop import MustDrop
 from ops.reducers.language.pact import PACT
 from ops.reducers.language.pyramiddrop import PyramidDrop
@@ -44,6 +46,37 @@ def prompt(x, start, visual):
   kind = np.where((slots >= start) & (slots < start + visual), VISUAL, TEXT).astype(np.int8)
   return TokenSet.create(jnp.asarray(x)[None], kind=jnp.asarray(kind)[None],
                          protected=len(x) - visual)
+
+
+@functools.partial(jax.jit, static_argnames='slots')
+def averaged(tokens, slots):
+  """Tokens behind LLaVolta's cut in a language model."""
+  method = LLaVolta()
+  event = Event(2, 'before', tokens.slots, slots, Reduction('llavolta', method,
+                                                            positions=method.positions))
+  return reduce(event, tokens, Signals(), Place(depth=4, causal=True)).tokens
+
+
+@pytest.mark.parametrize('stride', mostly_long([8, 2, 4]))
+def test_llavolta(stride):
+  raw, visual = recorded.arrays('learned/llavolta_pool'), 24
+  slots, start = np.arange(40)[None], raw['image_start'][:, None]
+  kind = np.where((slots >= start) & (slots < start + visual), VISUAL, TEXT).astype(np.int8)
+  tokens = TokenSet.create(jnp.asarray(raw['hidden']), kind=jnp.asarray(kind),
+                           pos=jnp.asarray(raw['position_ids'], jnp.int32), protected=40 - visual)
+  reduced = averaged(tokens, 40 - visual + visual // stride)
+  np.testing.assert_allclose(reduced.x, raw[f'hidden_stride{stride}'], atol=1e-5, rtol=0)
+  np.testing.assert_array_equal(reduced.pos, raw[f'pos_stride{stride}'])
+
+
+@pytest.mark.long
+def test_a_run_of_llavolta_with_text_inside_stands_behind_it():
+  # Its middle token stands at 2, between two of text that must not see its last ones.
+  kind = jnp.asarray([[VISUAL, TEXT, VISUAL, TEXT, VISUAL, VISUAL, TEXT]], jnp.int8)
+  pos = jnp.asarray([[[place, 10 * place] for place in range(7)]])  # As M-RoPE has it.
+  reduced = averaged(TokenSet.create(jnp.eye(7)[None], kind=kind, pos=pos, protected=3), 4)
+  np.testing.assert_array_equal(reduced.pos[0], [[1, 10], [3, 30], [4, 20], [6, 60]])
+  np.testing.assert_allclose(reduced.x[0, 2], np.where(kind[0] == VISUAL, 0.25, 0.0), atol=1e-6)
 
 
 def test_fastv():

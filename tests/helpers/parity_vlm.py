@@ -10,7 +10,7 @@ from lib.data import anyres
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.token_layout import anyres_layout, cell_layout, raster_layout
 from models import checkpoints
-from models.backbones.vlm import image_counts
+from models.backbones.images import image_counts
 from models.checkpoints.vlm_config import from_config
 from ops.splice import check, collapse
 

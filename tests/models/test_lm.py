@@ -627,7 +627,7 @@ def test_plans_for_other_prompts_are_worded_errors():
     ({'token_kinds': 'audio'},
      "token_kinds='audio' names no tokens of this host: it has visual .6., text .6."),
     ({'token_kinds': 'special'}, "token_kinds='special' names no tokens"),
-    ({'positions': 'gone'}, "positions='gone' is unknown here: choose one of keep, compact, rest"),
+    ({'positions': 'gone'}, "positions='gone' is unknown here: choose one of keep, anchor, comp"),
     ({'method': 'evit'}, 'evit needs cls_attention, which this host does not offer'),
     ({'keep': -1}, 'keep=-1 in layer 1 is impossible: 6 tokens are there'),
 ])

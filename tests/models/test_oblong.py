@@ -12,8 +12,9 @@ from lib.cost import jaxpr as jaxpr_cost
 from lib.cost import vit as vit_cost
 from lib.data import augment
 from models import checkpoints
-from models.backbones.vit import ViT, sincos
+from models.backbones.vit import ViT
 from models.build import build
+from ops.primitives.grids import sincos
 
 MODEL = {'variant': 'Ti/4', 'width': 16, 'depth': 2, 'heads': 2, 'mlp': 24, 'num_classes': 5,
          'image_size': [16, 24]}

@@ -61,6 +61,7 @@ def test_methods_of_a_host_are_those_that_it_has_signals_for():
                      'mmtok': ['text', 'text_valid', 'vision_features'],
                      'zoo_prune': ['project', 'vision_features'],
                      'gemfilter': [],  # It runs the model again, which only a language model can.
+                     'llavolta': [],  # Its means stand where they would be numbered there alone.
                      'holitom_merge': ['last_attention'],
                      'explained': ['next_row_attention'], 'relevance_rank': ['rope'],
                      'subtoken_merge': ['rope'], **of_crops}

@@ -10,10 +10,11 @@ import pytest
 from helpers import golden_vit, mostly_long
 
 from models.backbones.clip import make_clip
-from models.backbones.vit import make_vit, sincos
+from models.backbones.vit import make_vit
 from models.families import NAMED, PAIRS, SIZES
 from models.plan import make_plan
 from models.storage import fastest_storage, restack, unstack
+from ops.primitives.grids import sincos
 
 # Published counts: torchvision and timm model cards, DeiT (arXiv:2012.12877, Table 1 exact forms);
 # of later families what timm 1.0.31 counts.

@@ -12,8 +12,8 @@ from lib.cost.vlm import macs_of
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.token_layout import anyres_layout, cell_layout
 from models import checkpoints
+from models.backbones.images import Images, reduced_layout
 from models.backbones.qwen_vision import QwenVision
-from models.backbones.vlm import Images, _reduced_layout
 from models.checkpoints.vlm_config import from_config, make_vlm
 from models.plan import make_plan
 from models.reduce_config import with_plans, with_projector_reduction
@@ -215,7 +215,7 @@ def test_what_a_tower_adds_to_a_crop_stands_where_most_of_it_was():
   valid = np.array([[True, True, True], [True, False, True]])
   x = np.arange(8, dtype=np.float32).reshape(2, 4, 1)
   index = np.arange(8, dtype=np.int32).reshape(1, 1, 8, 1)
-  slots, weight = jax.jit(lambda x, weights, valid: _reduced_layout(
+  slots, weight = jax.jit(lambda x, weights, valid: reduced_layout(
       reduce(TokenSet.create(x), Mix(weights, valid=valid)), index,
       np.ones(index.shape, np.float32)))(x, weights, valid)
   real = weight[0, 0, :, 0] > 0

@@ -253,11 +253,12 @@ def test_splash_equals_xla(dtype, tolerance, causal):
 def mutual(rows, length):
   """A third of the queries, and a fifth of the keys, anywhere."""
   drawn = np.random.default_rng(3).random((rows, length))
-  return attention.Mutual(drawn < 0.3, drawn > 0.8)
+  return attention.Pairs(drawn < 0.3, drawn > 0.8)
 
 
 @pytest.mark.long
-def test_splash_shows_what_lies_beside_causal_attention():
+@pytest.mark.parametrize('shown', [True, False])
+def test_splash_shows_or_hides_what_causal_attention_does_not(shown):
   """Results and gradients, by positions."""
   q, k, v = inputs(length=130, heads=2, kv_heads=1, features=24)
   positions = np.random.default_rng(4).permutation(130).astype(np.int32)[None].repeat(2, 0)
@@ -265,7 +266,8 @@ def test_splash_shows_what_lies_beside_causal_attention():
 
   def loss(q, k, v, implementation):
     got = attention.attend(q, k, v, bias=bias, causal=True, positions=positions,
-                           mutual=mutual(2, 130), implementation=implementation)
+                           pairs=mutual(2, 130).replace(shown=shown),
+                           implementation=implementation)
     return jnp.sum(got.out ** 2) + jnp.sum(jnp.sin(got.lse)), got
 
   run = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
@@ -372,7 +374,7 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
                         for seed in range(2)]).astype(np.int32)
   arguments = {'all': {}, 'causal': {'causal': True}, 'window': {'causal': True, 'window': 20},
                'positions': {'positions': positions},
-               'mutual': {'causal': True, 'mutual': mutual(2, length)}}[kind]
+               'mutual': {'causal': True, 'pairs': mutual(2, length)}}[kind]
 
   def found():
     """Gradients and results, and the size of the largest buffer; a function traced anew."""
@@ -395,10 +397,10 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
 
 
 @pytest.mark.parametrize('more', [
-    {}, {'causal': True, 'mutual': 1}, {'mutual': 1, 'positions': 1}], ids=str)
+    {}, {'causal': True, 'pairs': 1}, {'pairs': 1, 'positions': 1}], ids=str)
 def test_fused_attention_is_given_no_map(more):
   length = 640
-  makers = {'mutual': mutual, 'positions': lambda rows, length: np.arange(length)[None]}
+  makers = {'pairs': mutual, 'positions': lambda rows, length: np.arange(length)[None]}
   more = {name: makers[name](1, length) if name in makers else value
           for name, value in more.items()}
   q, k, v = inputs(batch=1, length=length, heads=1, features=8)

@@ -30,7 +30,7 @@ PUBLISHED = 'lib.cost.published'
 # Names of methods that configs use otherwise too: nothing, and how a ViT pools its features.
 OTHER_WORDS = {'none', 'pool'}
 # One file a method, or an experiment: as many as there are.
-UNBOUNDED = ('ops/reducers/', 'models/compressors', 'tests/golden', 'configs')
+UNBOUNDED = ('ops/reducers/', 'models/compressors', 'models/projectors', 'tests/golden', 'configs')
 MOST_FILES = 15
 SAYS_NOTHING = {'util', 'utils', 'helper', 'helpers', 'misc', 'common'}
 

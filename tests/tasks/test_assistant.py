@@ -28,7 +28,7 @@ from lib.data.prepare import prepare
 from lib.data.token_layout import raster_layout
 from lib.report import overlay, provenance
 from lib.tasks import qa as qa_task
-from models.backbones.vlm import image_counts
+from models.backbones.images import image_counts
 from models.decoding.sampling import padded
 from models.reduce_config import with_plans
 from tools import generate as generate_command

@@ -68,6 +68,35 @@ def test_a_step_is_taken_and_every_parameter_has_a_place(case):
 
 
 @pytest.mark.long
+def test_a_compressor_trains_with_the_model():
+  config = small(scenes_config)
+  config.data.context = 14
+  with config.unlocked():
+    config.model.compressor = {'name': 'tokenpacker', 'args': {
+        'heads': 2, 'levels': (0,) * 4}}
+    model, params = made(config, SCENES)
+  sharding.make_shardings(params, config.sharding, sharding.make_mesh({'data': 1},
+                                                                      jax.devices()[:1]))
+  assert 'projector' not in params
+  assert qa_task.training_macs(model, context=14) > 0
+  loss = functools.partial(qa_task.loss, model, config.optimizer, teacher=None)
+  _, grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+      params, batch_of(SCENES, 14), key=jax.random.key(0))
+  assert all(jnp.any(grad != 0) for grad in jax.tree.leaves(grads['compressor']['mlp']))
+
+
+def test_one_of_several_counts_trains_in_each_step_or_all_of_them():
+  config = small(scenes_config)
+  with config.unlocked():
+    config.model.compressor = {
+        'name': 'tokenpacker', 'args': {'heads': 2, 'levels': (0,) * 4}, 'train': 'draw',
+        'turns': ({'side': 1}, {'side': 2}, {'side': 4})}
+  found = [qa_task.build(each, config.reduce, SCENES, context=14).passed_on[0]
+           for each in qa_task.in_turns(config.model)]
+  assert found == [16, 4, 1]
+
+
+@pytest.mark.long
 def test_a_router_trains_with_the_model():
   """By its own loss too; all its layers share one."""
   config = small(scenes_config)

@@ -30,6 +30,7 @@ OPEN = {
     'data.augment',  # By lib/data/augment.py.
     'sweep.overrides', 'study.overrides', 'search.reduction',  # By models/plans/.
     'search.args',  # By lib/search/bayes.py.
+    'model.compressor.args', 'model.compressor.turns[]',  # By models/projectors/.
     # By tools/study.py, as parts of the config of a training.
     'study.recipes[].model', 'study.recipes[].optimizer', 'study.recipes[].anneal'}
 # Keys of a reduction: by models/plans/, beside the model that it is for.

@@ -36,7 +36,8 @@ from lib.data.image_files import read_image
 from lib.runtime import cli, sharding
 from lib.tasks import image_sweep
 from lib.tasks import qa as qa_task
-from models.backbones.vlm import VLM, Images
+from models.backbones.images import Images
+from models.backbones.vlm import VLM
 from models.build import build
 from models.checkpoints.json_files import naming, read_json, read_text
 from models.decoding.sampling import padded

@@ -35,6 +35,7 @@ from ops.reducers.cache.think import ThinK
 from ops.reducers.cache.threshold import Threshold
 from ops.reducers.cache.tova import TOVA
 from ops.reducers.cache.two_stage import TwoStage
+from ops.reducers.cache.voco import VoCo
 
 CACHE_REDUCERS: dict[str, type] = {
     'streaming_llm': StreamingLLM,
@@ -66,4 +67,5 @@ CACHE_REDUCERS: dict[str, type] = {
     'threshold': Threshold,
     'corematching_cache': CoreMatchingCache,
     'still': STILL,
+    'voco': VoCo,
 }

@@ -13,6 +13,7 @@ from ops.reducers.language.framefusion_prune import FrameFusionPrune
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.hidrop import HiDrop
 from ops.reducers.language.holitom_merge import HoliTomMerge
+from ops.reducers.language.llavolta import LLaVolta
 from ops.reducers.language.lvlm_csp import LVLMCSP
 from ops.reducers.language.mustdrop import MustDrop
 from ops.reducers.language.pact import PACT
@@ -51,4 +52,5 @@ LANGUAGE: dict[str, type[Method]] = {
     'subtoken_merge': SubtokenMerge,
     'relevance_rank': RelevanceRank,
     'framefusion_prune': FrameFusionPrune,
+    'llavolta': LLaVolta,
 }

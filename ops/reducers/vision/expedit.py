@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from ops import tokens as tk
 from ops.assignments import Assignment
-from ops.primitives.mixing import mix_where_too_many
-from ops.primitives.superpixels import (
+from ops.primitives.crops.superpixels import (
   cell_masks,
   cells,
   reconstruct,
   soft_clusters,
   square_bands,
 )
+from ops.primitives.mixing import mix_where_too_many
 from ops.reducers.base import Reducer
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept, of_kept
