@@ -179,7 +179,7 @@ def example(model: Assistant) -> Question:
   print(model.tokens.decode(prompt))
   images = []
   if 'image' in row:
-    images.append(Picture(row['image'][None], *raster_layout(model.look.side ** 2)))
+    images.append(Picture(row['image'][None], *raster_layout(model.look.tokens)))
   return Question(images, prompt, model.text(row['ids'][row['answer']].tolist()))
 
 

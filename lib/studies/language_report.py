@@ -243,7 +243,7 @@ def _by(values: Values, place: int, share: float) -> str:
 def _pairs(rows: Sequence[Row], divergence: Values, keys: Values) -> str:
   """Paired ratios of rows to those that they name."""
   asked = dict.fromkeys((row['name'], row['versus'], row['share']) for row in rows
-                        if row['versus'])
+                        if row['versus'] not in ('', row['name']))
   confidence = 1 - (1 - CONFIDENCE) / max(2 * len(asked), 1)
   lines = []
   for one, other, share in asked:

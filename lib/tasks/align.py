@@ -43,8 +43,9 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
     raise ValueError(f"task.name='align' is for questions about images, and {config.data.name} has "
                      "none: set it to 'answers'")
   kinds = len(qa_data.info(config.data).kinds or ('all',))
-  return dataclasses.replace(task, loss=lambda model: functools.partial(loss, model),
-                             count=functools.partial(count, task.model, kinds))
+  return dataclasses.replace(
+      task, count=functools.partial(count, task.model, kinds),
+      loss=lambda models: qa.mean_of([functools.partial(loss, each) for each in models]))
 
 
 def loss(model: VLM, params: Mapping[str, Any], batch: Mapping[str, Array], key: Array,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -41,6 +41,8 @@ from ops.rope import Rope
 from ops.tokens import TokenSet
 
 Array = jax.Array
+# (parameters, batch, key, teacher) -> what to lower, {name: scalar}.
+Loss = Callable[..., tuple[Array, dict[str, Array]]]
 # An image of a set is one crop in raster order (`models.backbones.images.Images.layout`).
 LAYOUT = (1, 1, 0)
 
@@ -139,7 +141,8 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
       init=functools.partial(init, model, info, context),
       pretrained=functools.partial(read_pretrained, config, model),
       unreduced=dict,
-      loss=lambda models: functools.partial(mean_loss, models, config.optimizer, places=places),
+      loss=lambda models: mean_of([functools.partial(loss, each, config.optimizer, places=places)
+                                   for each in models]),
       count=functools.partial(count, model, len(kinds), places=tested),
       scores=functools.partial(scores, kinds=kinds),
       train_iterator=qa_data.train_iterator, eval_batches=qa_data.eval_batches,
@@ -241,12 +244,15 @@ def training_macs(model: LM | VLM, *, context: int) -> float:
           + training_macs(model.lm, context=context + visual_tokens(model)))
 
 
-def mean_loss(models: Sequence[LM | VLM], *rest: Any, **settings: Any) -> tuple[
-    Array, dict[str, Array]]:
-  """Returns what `loss` does, means over models that share their parameters."""
-  parts = [loss(model, *rest, **settings) for model in models]
-  return cast(tuple[Array, dict[str, Array]], jax.tree.map(lambda *each: sum(each) / len(each),
-                                                           *parts))
+def mean_of(losses: Sequence[Loss]) -> Loss:
+  """Returns what lowers the losses of several models that share their parameters: their mean."""
+
+  def mean(*args: Any) -> tuple[Array, dict[str, Array]]:
+    parts = [each(*args) for each in losses]
+    return cast(tuple[Array, dict[str, Array]],
+                jax.tree.map(lambda *each: sum(each) / len(each), *parts))
+
+  return mean
 
 
 def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],

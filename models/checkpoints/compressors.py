@@ -7,13 +7,15 @@ T ids of a prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.checkpoints import files
 from models.checkpoints.layout import Layout, Shape, flatten, leaves, nest
 from models.projectors.base import Beside, Compressor
 from ops.primitives.grids import Grid
@@ -47,6 +49,41 @@ def shapes_of(compressor: Compressor, grid: Grid, width: int) -> dict[str, Shape
   return {path: tuple(leaf.shape) for path, leaf in flatten(tree.get('params', {})).items()}
 
 
+class _Stored(Mapping[str, np.ndarray]):
+  """Tensors of open files by name, each read when it is asked for."""
+
+  def __init__(self, tensors: files.Tensors) -> None:
+    self._tensors = tensors
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return np.asarray(self._tensors.read(name), np.float32)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._tensors.shapes
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._tensors.shapes)
+
+  def __len__(self) -> int:
+    return len(self._tensors.shapes)
+
+
+def load_release(compressor: Compressor, source: str | pathlib.Path, *, grid: Grid,
+                 width: int) -> dict[str, Any]:
+  """Reads a compressor's parameters from the files of its release, in float32.
+
+  Args:
+    compressor: the module.
+    source: a .safetensors file, or a folder with such files; those of the whole model do.
+    grid, width: as of `example`.
+
+  Raises:
+    ValueError: as `from_release`, or files that cannot be read.
+  """
+  with files.reading(files.tensor_files(files.locate(source))) as tensors:
+    return from_release(compressor, _Stored(tensors), grid=grid, width=width)
+
+
 def from_release(compressor: Compressor, tensors: Mapping[str, np.ndarray], *, grid: Grid,
                  width: int) -> dict[str, Any]:
   """Returns a compressor's parameters from the tensors of its release.
@@ -57,8 +94,12 @@ def from_release(compressor: Compressor, tensors: Mapping[str, np.ndarray], *, g
     grid, width: as of `example`.
 
   Raises:
-    ValueError: a tensor that is missing or of another shape; one line that names it.
+    ValueError: a tensor that is missing or of another shape, or a compressor of which no release is
+      known; one line that names it.
   """
+  if not compressor.released:
+    raise ValueError(f'no release of {type(compressor).__name__} is known: train it, or choose '
+                     'another compressor')
   layout = Layout(type(compressor).__name__, compressor.released, PREFIXES)
   wanted = shapes_of(compressor, grid, width)
   prefix = max(PREFIXES, key=lambda start: sum(

@@ -35,7 +35,8 @@ def make_projector(settings: Mapping[str, Any] | None, *, width: int,
   """Makes the projector of `config.model.compressor`.
 
   Args:
-    settings: 'name', one of `PROJECTORS` or 'none', and 'args', its fields; or None.
+    settings: 'name', one of `PROJECTORS` or 'none', 'args', its fields, and what lib/tasks/qa.py
+      reads of it; or None.
     width: of the language model.
     dtype: of the products.
 
@@ -43,9 +44,14 @@ def make_projector(settings: Mapping[str, Any] | None, *, width: int,
     The module, None for none: an MLP then projects, and leaves every token.
 
   Raises:
-    ValueError: an unknown name or field, or a value that cannot be; one line that names it.
+    ValueError: an unknown name or field, something set beside 'none', or a value that cannot be;
+      one line that names it.
   """
   if settings is None or settings['name'] == 'none':
+    given = [key for key in ('args', 'turns') if settings and settings.get(key)]
+    if given:
+      raise ValueError(f"model.compressor.{given[0]} is set and model.compressor.name is 'none': "
+                       f'name a compressor, or leave it out')
     return None
   choices.check('model.compressor.name=', settings['name'], PROJECTORS)
   made, args = PROJECTORS[settings['name']], dict(settings.get('args') or {})

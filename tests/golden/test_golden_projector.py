@@ -2,13 +2,15 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import mostly_long, recorded
+from safetensors.numpy import save_file
 
-from models.checkpoints.compressors import from_release
+from models.checkpoints.compressors import from_release, load_release
 from models.projectors import matryoshka
 from models.projectors.base import Beside
 from models.projectors.hicom import HICom
@@ -16,6 +18,7 @@ from models.projectors.llava_sp import LLaVASP
 from models.projectors.mqt import MQT
 from models.projectors.quecc import QueCC
 from models.projectors.slime import SliME, SliMELocal
+from models.projectors.tokenflex import TokenFLEX
 from models.projectors.tokenpacker import TokenPacker
 from models.projectors.vlora import KINDS, VLoRA, add_low_rank
 from ops.primitives import grids
@@ -70,6 +73,23 @@ def test_tokenpacker(side):
   levels = tuple(jnp.split(jnp.asarray(raw['x_multi']), 4, axis=-1))
   out = compressed(module, raw['x'], weights(raw), (12, 12), levels=levels)
   np.testing.assert_allclose(out, raw[f'out_s{side}'], **CLOSE)
+
+
+def test_a_release_is_read_from_its_file(tmp_path):
+  raw = recorded.arrays('learned/tokenpacker')
+  own = {f'model.mm_projector.{name}': value for name, value in weights(raw).items()}
+  save_file(own | {'model.norm.weight': np.ones(3)}, tmp_path / 'model.safetensors')
+  module, shape = TokenPacker(24, heads=4), {'grid': (12, 12), 'width': 16}
+  chex.assert_trees_all_equal(load_release(module, tmp_path, **shape),
+                              from_release(module, weights(raw), **shape))
+  for change, said in (({'width': 20}, 'has shape .*give it the sizes of the release'),
+                       ({}, 'no release of TokenFLEX is known')):
+    with pytest.raises(ValueError, match=said):
+      load_release(module if change else TokenFLEX(24), tmp_path, **{**shape, **change})
+  del own['model.mm_projector.mlp.0.bias']
+  save_file(own, tmp_path / 'model.safetensors')
+  with pytest.raises(ValueError, match='bias, and these tensors do not'):
+    load_release(module, tmp_path, **shape)
 
 
 def test_pieces_of_tokenpacker():

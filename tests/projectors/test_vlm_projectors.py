@@ -165,6 +165,8 @@ def test_levels_and_grids_that_a_tower_lacks_are_refused():
         projection='', compressor=made({'name': 'tokenpacker'}))
   with pytest.raises(ValueError, match="guide='none'"):
     vlm.clone(projection='', compressor=made({'name': 'hicom', 'args': {'side': 2}}))
+  with pytest.raises(ValueError, match='turns is set and'):
+    made({'name': 'none', 'args': {}, 'turns': ({'side': 2},)})
   with pytest.raises(ValueError, match='sides'):
     made({'name': 'tokenpacker', 'args': {'sides': 3}})
   with pytest.raises(ValueError, match='tokenpacker'):

@@ -205,8 +205,8 @@ def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
   template = sharding.shapes(jax.eval_shape(made.init, jax.random.key(0)), made.shardings).ema
   _, ended = checkpoint.best(tmp_path / 'whole', template, metric='accuracy')
   begun, run = [], made.train_steps[0]
-  monkeypatch.setitem(made.train_steps, 0, lambda state, *rest: (
-      begun.append(jax.device_get((state.params, state.ema))), run(state, *rest))[1])
+  made.train_steps[0] = lambda state, *rest: (
+      begun.append(jax.device_get((state.params, state.ema))), run(state, *rest))[1]
   with config.unlocked():
     config.start = str(tmp_path / 'whole')
   assert train.run(config, tmp_path / 'more', first=True)
