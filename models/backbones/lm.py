@@ -893,7 +893,7 @@ def _unmerged(rope: Rope, tokens: TokenSet, signals: Signals) -> tuple[TokenSet,
 
 
 def _apart_by_summaries(tokens: TokenSet) -> attention.Pairs:
-  """What stands behind the summary tokens of a row, and what it does not see."""
+  """Names what stands behind the summary tokens of a row, and what it does not see."""
   before, behind = around_summaries(sequence_index(tokens.pos),
                                     tokens.real & tokens.stats[SUMMARY])
   return attention.Pairs(behind, before, shown=False)

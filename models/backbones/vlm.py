@@ -414,7 +414,7 @@ class VLM(nn.Module):
     return text
 
   def _question(self, ids: Array, asked: Array) -> Array:
-    """What the language model makes of the last of the ids that ask, read alone: float[B, D]."""
+    """Returns what the language model makes of a question's last id, read alone: float[B, D]."""
     if self.is_initializing():
       return jnp.zeros((len(ids), self.lm.width))
     # Text alone, so its plans, which count visual tokens, are not for it.
@@ -507,7 +507,7 @@ class VLM(nn.Module):
 
   def _compressed(self, compressor: Compressor, tokens: TokenSet, tower_out: Outputs,
                   text: Mapping[str, Array]) -> TokenSet:
-    """The tokens of each crop that a compressor makes of all its patches."""
+    """Returns the tokens of each crop that a compressor makes of all its patches."""
     whole = TokenSet.create(put_back(tokens.x, tokens.owner))
     levels: tuple[int, ...] = getattr(compressor, LEVELS) if self._reads(LEVELS) else ()
     rows = {name: jnp.repeat(value, len(tokens.x) // len(value), axis=0)

@@ -133,7 +133,7 @@ class HICom(Compressor):
     return TokenSet.create(jnp.concatenate(parts, axis=1))
 
   def _asked(self, beside: Beside, kind: str) -> tuple[Array | None, Array | None]:
-    """What is asked, float[B, G, E], and which of it there is; G is 1 for a vector."""
+    """Returns what is asked, float[B, G, E], and which of it there is; G is 1 for a vector."""
     if kind == 'none':
       return None, None
     asked = beside.guide_tokens if kind == 'fine' else beside.guide

@@ -34,19 +34,19 @@ def weights(raw, prefix='w/'):
 
 
 def compressed(module, x, tensors, grid, **beside):
-  """What a module with released parameters makes of float[B, N, W]."""
+  """Returns what a module with released parameters makes of float[B, N, W]."""
   return parts(module, x, tensors, grid, **beside)[0]
 
 
 def parts(module, x, tensors, grid, **beside):
-  """What a module with released parameters makes, and what each of its submodules does."""
+  """Returns what a module with released parameters makes, and what its submodules do."""
   params = from_release(module, tensors, grid=grid, width=x.shape[-1])
   return run(module, params, jnp.asarray(x), Beside(grid, **beside))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(module, params, x, beside):
-  """What a module makes of float[B, N, W], and what each of its submodules does."""
+  """Returns what a module makes of float[B, N, W], and what its submodules do."""
   out, state = module.apply({'params': params}, TokenSet.create(x), beside,
                             capture_intermediates=lambda made, _: len(made.path) == 1)
   return out.x, {name: found['__call__'] for name, found in state['intermediates'].items()
