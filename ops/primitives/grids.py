@@ -23,7 +23,7 @@ Grid = tuple[int, ...]
 CUBIC = -0.75
 RESAMPLINGS = ('area', 'bicubic', 'linear', 'nearest')
 AXES = ('frames', 'rows', 'columns')
-# The wavelengths of `sincos` are 2 pi to so many times 2 pi.
+# The wavelengths of `sincos` and `summed_sincos` are 2 pi to so many times 2 pi.
 LONGEST = 10000.0
 
 
@@ -203,7 +203,7 @@ def sincos(grid: Grid, width: int) -> np.ndarray:
   """
   if width % 4:
     raise ValueError(f'sin-cos positions need a width divisible by 4, got {width}')
-  frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+  frequencies = LONGEST ** (-np.arange(width // 4) / (width // 4))
   rows, columns = (place.reshape(-1, 1) * frequencies for place in np.indices(grid))
   return np.concatenate([wave(angles) for angles in (columns, rows) for wave in (np.sin, np.cos)],
                         axis=1).astype(np.float32)

@@ -213,7 +213,7 @@ def crops():
 
 
 def heaviest(weights, top_p, capacity):
-  """What of one row's weights stays, token by token."""
+  """Tells what of one row's weights stays, token by token."""
   chosen, total = [], 0.0
   for slot in sorted(range(len(weights)), key=lambda slot: -weights[slot]):
     if chosen and total > top_p:

@@ -205,7 +205,7 @@ def test_hicom_refuses_a_grid_that_it_cannot_divide(grid, says):
 
 
 def refused(module, grid, **fields):
-  """What a module says where something else stands beside the features."""
+  """Returns what a module says where something else stands beside the features."""
   tokens, beside = inputs(grid)
   return errors.said(jax.eval_shape, module.init, jax.random.key(0), tokens,
                      beside.replace(**fields))
