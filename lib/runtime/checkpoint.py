@@ -128,7 +128,7 @@ class Checkpoints:
     return max(scores, key=lambda step: (scores[step], step), default=max(steps, default=None))
 
   def read(self, step: int, part: str, template: Any) -> Any:
-    """Reads one part of a checkpoint, without reading the others.
+    """Reads one part of a checkpoint, without reading the others; template None for as it is.
 
     Raises:
       ValueError, OSError: it is damaged, has other shapes, or cannot be read, with what differs.
@@ -219,6 +219,10 @@ class Checkpoints:
   def _read_part(self, step: int, part: str, template: Any, listed: bool) -> Any:
     handler = ocp.StandardCheckpointHandler()
     tree = self._decode(step, listed, lambda folder: handler.metadata(folder / part).tree)
+    if template is None:
+      here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      template = jax.tree.map(
+          lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
     try:
       check_shapes(template, tree)
     except ValueError as fault:
@@ -257,7 +261,8 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
 
   Args:
     workdir: of the run, or a folder that `pack` wrote.
-    template: the parameters as ShapeDtypeStructs with the shardings to restore into.
+    template: the parameters as ShapeDtypeStructs with the shardings to restore into; None for those
+      that are there, as they are.
     metric: which score decided, as in `Checkpoints`.
 
   Raises:
@@ -268,9 +273,11 @@ def best(workdir: str | pathlib.Path, template: Any, *, metric: str) -> tuple[in
     check_packed(workdir, [PACKED])
     with safe_open(packed, framework='numpy') as file:
       step = int(file.metadata()['step'])
-      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    check_shapes(template, nest(arrays))
-    return step, merge_params(template, nest(arrays))
+      arrays = nest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    if template is None:
+      return step, arrays
+    check_shapes(template, arrays)
+    return step, merge_params(template, arrays)
   checkpoints = Checkpoints(folder, metric=metric)
   try:
     best_step = checkpoints.best()

@@ -4,6 +4,10 @@
 ('tower', 'lm'). They have no gradient, no state of the optimizer and no average, and no checkpoint
 holds them: they are read from their files again. What a learned reduction adds inside of such a
 group is not pretrained, and trains.
+
+A part may also come from a run that learned to answer questions: `config.model.tower` or `.lm` is
+then that run's workdir, or what tools/pack.py made of it. It is taken without the dropout and the
+reductions that it was trained with.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from models.backbones.lm import LM
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import files, gguf, lm_config, vit_config
+from models.checkpoints.json_files import read_json
 from models.checkpoints.layout import flatten, nest
 from models.projector import neighbours_as_one, without_special
 from models.projectors.mlp import NORM_EPS
@@ -57,6 +62,18 @@ def tower(source: str, **fields: Any) -> ViT:
   return vit.clone(num_classes=0, **fields)
 
 
+def with_runs(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns `config.model` with the fields of parts that are of runs in place of their folders."""
+  found: dict[str, Any] = {}
+  for part, fields in (('tower', {'dropout': 0.0}), ('lm', {})):
+    source = config.get(part)
+    while _is_run(source):
+      # Where that one began from files, they say what it is.
+      source = read_json(pathlib.Path(source) / 'config.json')['model'].get(part)
+      found[part] = {**source, **fields} if hasattr(source, 'keys') else source
+  return {**config, **found}
+
+
 def load(config: Mapping[str, Any], model: LM | VLM) -> Params | None:
   """Reads the parts of a model that its config names by their files: {'tower': ..., 'lm': ...}.
 
@@ -70,11 +87,12 @@ def load(config: Mapping[str, Any], model: LM | VLM) -> Params | None:
   Raises:
     ValueError: as `models.checkpoints.load`.
   """
-  loaded: Params = {}
-  if isinstance(config['lm'], str):
+  loaded: Params = {part: _params_of_run(config[part], part) for part in ('tower', 'lm')
+                    if _is_run(config.get(part))}
+  if isinstance(config['lm'], str) and 'lm' not in loaded:
     lm = model.lm if isinstance(model, VLM) else model
     loaded['lm'] = checkpoints.load(lm.clone(plan=None, cache_plan=None), config['lm'])
-  if isinstance(model, VLM) and isinstance(config['tower'], str):
+  if isinstance(model, VLM) and isinstance(config['tower'], str) and 'tower' not in loaded:
     vit = tower(config['tower'])
     params = checkpoints.load(vit, config['tower'])
     loaded['tower'] = checkpoints.resize_positions(params, vit, image_size=model.tower.image_size)
@@ -109,6 +127,24 @@ def _located(source: str, key: str) -> pathlib.Path:
     raise ValueError(f'config.model.{key}={source} is not there: `python -m tools.real.fetch` '
                      'fetches pretrained parts, or name another')
   return path
+
+
+def _is_run(source: Any) -> bool:
+  """Whether a part of a model is of a run, and not of a checkpoint's folder."""
+  file = pathlib.Path(source, 'config.json') if isinstance(source, str) else None
+  return file is not None and file.exists() and 'model' in read_json(file)
+
+
+def _params_of_run(source: str, part: str) -> Params:
+  """Averaged parameters of a part, of a run's best checkpoint."""
+  best = checkpoint.best(source, None, metric='accuracy')
+  if best is None:
+    raise ValueError(f'config.model.{part}={source} has no checkpoint: name the workdir of a run '
+                     'that has one')
+  if part not in best[1]:
+    raise ValueError(f'config.model.{part}={source} is a run that did not train its {part}: name '
+                     'what its own config.json names')
+  return best[1][part]
 
 
 def names(config: ConfigDict) -> tuple[str, ...]:

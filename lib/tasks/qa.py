@@ -57,7 +57,8 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
       many patches each way become one token, `compressor`, what projects instead and leaves fewer
       tokens ('name' and 'args', `models.projectors.make_projector`), and `patch_labels`,
       number of labels that patches are trained to predict (0 for none); and `dtype` by name. A
-      pretrained `lm` or `tower` is the path of its folder or file (lib/tasks/pretrained.py).
+      pretrained `lm` or `tower` is the path of its folder or file, or of a run
+      (lib/tasks/pretrained.py).
     reduce: `config.reduce`: reductions in 'vision' (the tower), at the 'projector', in 'language',
       and of the 'cache' that decoding reads.
     info: of the set.
@@ -69,6 +70,7 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
     ValueError: as models/plans/ and the models do; a reduction of a component that it lacks.
   """
   check_components(reduce)
+  model = pretrained.with_runs(model)
   choices.check('dtype ', model['dtype'], DTYPES)
   dtype = DTYPES[model['dtype']]
   shared = {'dtype': dtype, 'mesh': mesh, 'implementation': pick(platform, dtype)}

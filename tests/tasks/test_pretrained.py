@@ -130,6 +130,14 @@ def test_all_of_a_pretrained_model_may_train(parts, tmp_path):
   moved = flatten(jax.tree.map(lambda new, old: float(np.abs(new - old).max()),
                                run.params['lm'], begun))
   assert 0 < max(moved.values()) < 0.1
+  # As a part of another, it is what it has become, and no file's.
+  again = config_of(parts, tower=str(tmp_path), lm=str(tmp_path)).model
+  model = qa.build(again, {}, run.info, context=config.data.context)
+  loaded = pretrained.load(again, model)
+  stacked = jax.jit(lambda key: qa.init(model, run.info, 88, key))(jax.random.key(0))
+  theirs = checkpoints.merge_params(stacked, loaded)
+  assert model.lm.clone(dtype=run.model.lm.dtype) == run.model.lm
+  chex.assert_trees_all_equal(flatten(theirs['lm']), flatten(run.params['lm']))
 
 
 @pytest.mark.long
@@ -175,3 +183,58 @@ def test_a_set_of_another_vocabulary_ends_in_one_line(parts):
   info = qa.Info(300, 0, 1, 2, (), 6, 6, (64, 64, 3), (), 1)
   with pytest.raises(ValueError, match='token ids, and the set was made for 300'):
     qa.build(config_of(parts).model, {}, info, context=14)
+
+
+@pytest.fixture
+def trained(parts, tmp_path):
+  """The folder of a packed run, its config and its parameters."""
+  config = scenes_config.get_config()
+  config.data.data_dir = str(parts)
+  config.model.tower.update(width=16, depth=1, heads=2, mlp=16, patch=16)
+  config.model.lm.update(width=16, depth=2, heads=2, kv_heads=1, head_width=8, mlp=16)
+  info = qa.qa_data.info(config.data)
+  model = qa.build(config.model, {}, info, context=config.data.context)
+  params = jax.jit(lambda key: qa.init(model, info, config.data.context, key))(jax.random.key(0))
+  folder = tmp_path / 'run'
+  checkpoint.pack(params, 7, folder)
+  (folder / 'config.json').write_text(config.to_json())
+  return folder, config, params
+
+
+def test_parts_come_from_a_run(parts, trained):
+  folder, theirs, params = trained
+  config = config_of(parts, tower=str(folder), lm=str(folder), side=1)
+  info = qa.qa_data.info(config.data)
+  model = qa.build(config.model, {}, info, context=config.data.context)
+  assert (model.tower.depth, model.tower.dropout) == (1, 0.0)
+  assert (model.lm.depth, model.lm.width) == (2, 16)
+  assert theirs.model.tower.dropout == 0.1
+  loaded = pretrained.load(config.model, model)
+  chex.assert_trees_all_equal(loaded, {name: params[name] for name in ('tower', 'lm')})
+
+  def init(key):
+    return qa.init(model, info, config.data.context, key)
+
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  frozen = pretrained.read_frozen(init, lambda: loaded, config, mesh)
+  assert set(frozen) == {'tower', 'lm'}
+  assert set(pretrained.split(jax.eval_shape(init, jax.random.key(0)),
+                              config.optimizer.frozen)[0]) == {'projector'}
+
+
+def test_a_part_that_a_run_did_not_train_ends_in_one_line(parts, trained):
+  folder, config, params = trained
+  checkpoint.pack({'projector': params['projector']}, 7, folder)
+  model = qa.build(config_of(parts, tower=str(folder), lm=str(folder), side=1).model, {},
+                   qa.qa_data.info(config.data), context=config.data.context)
+  with pytest.raises(ValueError, match=r'model\.lm=.*run is a run that did not train its lm'):
+    pretrained.load({'tower': str(parts / 'vit'), 'lm': str(folder)}, model)
+
+
+def test_a_run_without_a_checkpoint_ends_in_one_line(parts, trained):
+  folder, config, _ = trained
+  (folder / checkpoint.PACKED).unlink()
+  model = qa.build(config_of(parts, tower=str(folder), lm=str(folder), side=1).model, {},
+                   qa.qa_data.info(config.data), context=config.data.context)
+  with pytest.raises(ValueError, match=r'config\.model\.tower=.*run has no checkpoint'):
+    pretrained.load({'tower': str(folder), 'lm': str(folder)}, model)
