@@ -173,7 +173,7 @@ def train(config, workdir, *, first, on_purpose):
   template = sharding.shapes(jax.eval_shape(setup.init, key), setup.shardings)
   teacher = None
   if 'distill' in config.optimizer and config.optimizer.distill.teacher:
-    # The teacher is unreduced: it has no parameters of a learned method.
+    # It has no parameters of a learned method, or is another model altogether.
     teacher = parameters_of('optimizer.distill.teacher', config.optimizer.distill.teacher,
                             task.unreduced(template.ema), task.score)
 

@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.task = dict(name='answers')
   config.optimizer = dict(peak_lr=2e-3, warmup_steps=200, weight_decay=0.05, clip_norm=1.0,
                           ema_decay=0.99, accumulate=1, patch_weight=1.0, text_weight=0.0,
-                          frozen=())
+                          frozen=(), distill=dict(teacher='', logit_weight=1.0))
   config.mesh = mesh()
   config.sharding = VLM_SHARDING
   return config

@@ -2,13 +2,16 @@
 
   python -m tools.targets_lm                     (results/targets_lm.json and a table)
   python -m tools.targets_lm --targets=h100:8 --steps=train
+  python -m tools.targets_lm --targets=h100:8,v5e:4x4 --plans=none,tokenpacker,quecc_16,quecc_1 \\
+      --out=results/targets_compressors.json
 
 For each target, in bfloat16: reading a prompt of 640 slots, 576 of them visual, unreduced, with one
 cut and with three; decoding over the caches that these leave; and a step of training, AdamW on
-float32 parameters, unreduced and with one cut. Nothing is allocated: a program is compiled from
-shapes. Parameters are divided over 'tensor' alone to read and decode, where they would otherwise be
-gathered for every token; to train they, their moments and their average are sliced over 'fsdp' too,
-and the blocks are computed again in the backward pass.
+float32 parameters, unreduced and with one cut. Asked for by --plans: the same with a learned
+compressor between tower and language model, which leaves 144, 16 or 1 visual tokens. Nothing is
+allocated: a program is compiled from shapes. Parameters are divided over 'tensor' alone to read and
+decode, where they would otherwise be gathered for every token; to train they, their moments and
+their average are sliced over 'fsdp' too, and the blocks are computed again in the backward pass.
 
 Prints bytes a device and collectives, counted as often as they run, with what they carry:
 
@@ -22,8 +25,8 @@ Prints bytes a device and collectives, counted as often as they run, with what t
   others
 
 and fails where a program does not fit; where it gathers stacked parameters, or the rows of other
-devices; where a cut adds collectives, or bytes to them (scores apart); or where it saves fewer
-bytes than what it cuts away holds (`saved`).
+devices; where a cut adds collectives, or bytes to them (scores apart; a compressor may add those of
+its own parameters); or where it saves fewer bytes than what it cuts away holds (`saved`).
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ from models.backbones.images import Images
 from models.backbones.vlm import VLM
 from models.checkpoints.vlm_config import make_vlm
 from models.plan import make_plan
+from models.projectors import make_projector
 from models.storage import to_storage
 from ops import choices
 from ops.attention import pick
@@ -59,16 +63,21 @@ from train import TrainState, decayed
 
 STEPS = ('prefill', 'decode', 'train')
 # How each target is divided, (data, fsdp, tensor), and the rows of a batch that each device, or the
-# devices of one 'tensor' axis together, have. v5e is for serving: 16 GB a chip.
+# devices of one 'tensor' axis together, have.
 SERVING = {'v5e:4x4': ((4, 1, 4), 8), 'v5p:4x4x4': ((16, 1, 4), 16),
            'v5p:8x8x8': ((128, 1, 4), 16), 'h100:8': ((2, 1, 4), 16)}
-TRAINING = {'v5p:4x4x4': ((1, 16, 4), 8), 'v5p:8x8x8': ((8, 64, 1), 4), 'h100:8': ((1, 8, 1), 8)}
+TRAINING = {'v5e:4x4': ((1, 16, 1), 2), 'v5p:4x4x4': ((1, 16, 4), 8),
+            'v5p:8x8x8': ((8, 64, 1), 4), 'h100:8': ((1, 8, 1), 8)}
 PLANS = {'none': None,
          'fastv': {'method': 'fastv', 'token_kinds': 'visual', 'layers': 2, 'keep_ratio': 0.5},
          'pyramiddrop': {'method': 'pyramiddrop', 'token_kinds': 'visual', 'layers': (8, 16, 24),
                          'keep_ratio': 0.5}}
+COMPRESSORS = {'tokenpacker': {'name': 'tokenpacker', 'args': {'side': 2}},
+               'quecc_16': {'name': 'quecc', 'args': {'side': 6}},
+               'quecc_1': {'name': 'quecc', 'args': {'side': 24}}}
 WANTED = (('prefill', 'none'), ('prefill', 'fastv'), ('prefill', 'pyramiddrop'),
-          ('decode', 'none'), ('decode', 'pyramiddrop'), ('train', 'none'), ('train', 'fastv'))
+          ('decode', 'none'), ('decode', 'pyramiddrop'), ('train', 'none'), ('train', 'fastv'),
+          *((step, name) for name in COMPRESSORS for step in ('prefill', 'train')))
 # XLA for GPUs merges the products for q, k and v where these are small, and puts the weights of all
 # layers side by side for it, as copies: what a cut makes small would need more memory.
 UNMERGED = {'xla_gpu_dot_merger_threshold_mb': 0}
@@ -80,6 +89,8 @@ COLUMNS = ('target', 'step', 'plan', 'mesh', 'rows', 'peak_mb', 'argument_mb', '
 # Tests import several tools at once, whose flags share their names.
 TARGETS = flags.DEFINE_list('targets', list(SERVING), 'Which devices.', allow_override=True)
 STEPS_WANTED = flags.DEFINE_list('steps', list(STEPS), 'Which steps.')
+PLANS_WANTED = flags.DEFINE_list('plans', list(PLANS), 'What reduces, among cuts and compressors; '
+                                 '`none` to compare with.')
 OUT = flags.DEFINE_string('out', 'results/targets_lm.json', 'Where the rows go.',
                           allow_override=True)
 
@@ -120,6 +131,8 @@ def main(argv: Sequence[str]) -> None:
   del argv
   for step in STEPS_WANTED.value:
     choices.check('step ', step, STEPS)
+  for plan in PLANS_WANTED.value:
+    choices.check('plan ', plan, [*PLANS, *COMPRESSORS])
   for target in TARGETS.value:
     reason = missing(target)
     if reason:
@@ -128,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
   for target in TARGETS.value:
     own = measuring.measure_rows(
         [{'target': target, 'step': step, 'plan': plan} for step, plan in WANTED
-         if step in STEPS_WANTED.value and (step != 'train' or target in TRAINING)],
+         if step in STEPS_WANTED.value and plan in PLANS_WANTED.value],
         Compiler().measure)
     update_json(OUT.value, {target: {
         'machine': timing.machine(), 'model': 'LLaVA-1.5-7B, bfloat16', 'slots': SLOTS,
@@ -162,13 +175,15 @@ def traffic_faults(row: Row, full: Row) -> list[str]:
       wrong.append('gathers what are no parameters')
     if name.endswith('of scores'):
       continue
+    if row['plan'] in COMPRESSORS and name.endswith(('of parameters', 'of gradients', 'of slices')):
+      continue  # It has parameters of its own.
     before = full['collectives'].get(name, (0, 0))
     # Layers that run alone gather in an order of their own: of hundreds, a few more or less.
     if times > before[0] * (1.01 if row['step'] == 'train' else 1):
       wrong.append(f'adds {name}: {times} for {before[0]}')
   sent, before_mb = (sum(mb for name, (_, mb) in one['collectives'].items()
                          if not name.endswith('of scores')) for one in (row, full))
-  if sent > before_mb * 1.001:
+  if sent > before_mb * 1.001 and row['plan'] not in COMPRESSORS:
     wrong.append(f'sends {sent:.0f} MB for {before_mb:.0f}')
   return wrong
 
@@ -183,10 +198,13 @@ def compiled(target: str, step: str, plan: str) -> dict[str, Any]:
             'implementation': pick(platform, jnp.bfloat16),
             'remat': 'full' if step == 'train' else 'none'}
   vlm = make_vlm('llava1.5_7b', tower=shared, lm=shared)
-  reduction = PLANS[plan]
+  reduction = PLANS.get(plan)
   if reduction:
     reduced = make_plan(reduction, vlm.lm.host(SLOTS, visual=VISUAL))
     vlm = vlm.clone(lm=vlm.lm.clone(plan=reduced))
+  if plan in COMPRESSORS:
+    made = make_projector(COMPRESSORS[plan], width=vlm.lm.width, dtype=jnp.bfloat16)
+    vlm = vlm.clone(projection='', compressor=made)
   make_step = {'prefill': reading, 'decode': decoding, 'train': training}[step]
   run, arguments, weights = make_step(vlm, mesh, rows * axes[0] * axes[1])
   options: dict[str, Any] = hlo.OPTIONS[platform] | (UNMERGED if platform != 'tpu' else {})
@@ -216,7 +234,8 @@ def saved(vlm: VLM, step: str, rows: int, tensor: int) -> dict[str, float]:
   Keys and values of the slots that are gone, where a cache is read or written; in training, the
   features before each half of each block, which the backward pass starts from.
   """
-  full, lm = lm_cost.of(vlm.lm.clone(plan=None), SLOTS), lm_cost.of(vlm.lm, SLOTS)
+  full, lm = (lm_cost.of(vlm.lm.clone(plan=None), SLOTS),
+              lm_cost.of(vlm.lm, IDS + vlm.visual_slots((1, 1, 0))))
   gone = rows * (full.kv_bytes - lm.kv_bytes) / tensor
   if step == 'decode':
     return {'argument': gone, 'peak': gone}

@@ -31,6 +31,7 @@ from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.plan import make_plan
 from models.plans.events import Plan
+from models.projectors import name_of
 from models.reduce_config import check_components, with_plans, without_plans
 from models.reduction import Event
 
@@ -300,7 +301,7 @@ def _describe_language(model: LM | VLM, reduce: Reduce | None, prompt: int | Non
       vlm_summary(seen), tower_table(model.tower), _projector(seen),
       lm_table(model.lm, prompt + seen.visual, room=new_tokens),
       _compared('one prompt and its images', _vlm_totals(seen, whole)),
-      language_papers(seen.lm, seen.visual)])
+      language_papers(seen.lm, seen.visual, name_of(seen.vlm.compressor))])
 
 
 def _visual(model: VLM, reduce: Reduce | None, layout: Layout) -> int:
@@ -440,14 +441,15 @@ def _conventions(ours: LMCost, full: LMCost, visual: int, full_visual: int = 0) 
   return totals
 
 
-def language_papers(cost: LMCost, visual: int) -> str:
+def language_papers(cost: LMCost, visual: int, projector: str = 'none') -> str:
   """Returns the published figures for this language model and these tokens a layer, beside ours.
 
   Args:
     cost: of the language model.
     visual: visual slots of its prompt.
+    projector: as of `published.find_lm`.
   """
-  rows: Sequence[tuple[published.PublishedLM, float]] = published.find_lm(cost, visual)
+  rows: Sequence[tuple[published.PublishedLM, float]] = published.find_lm(cost, visual, projector)
   if not rows:
     return NOTHING_PUBLISHED
   lines = ['published']

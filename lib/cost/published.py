@@ -204,7 +204,8 @@ class PublishedLM:
 
   Attributes:
     family: the language model, a name of `models.families.LMS`; its vocabulary plays no part.
-    method: the reduction in the language model, 'none' for no reduction.
+    method: the reduction in the language model, or what projects and leaves fewer tokens; 'none'
+      for neither.
     runs: (visual tokens, layers) pairs, in the order of the layers.
     quantity: 'tmacs' (10^12, whatever the paper calls them), 'share' of the unreduced model's,
       'gmacs_layer' (10^9, of the first layer), or 'tokens', visual ones of a layer on average.
@@ -213,6 +214,7 @@ class PublishedLM:
     source: where it is printed.
     convention: which of `lm_cost.CONVENTIONS` the source counts by.
     text: tokens beside the visual ones that the source counts.
+    whole: visual tokens of the unreduced model where the first layer already reads fewer.
     mismatch: why ours lies outside the tolerance; empty where it does not.
   """
 
@@ -225,6 +227,7 @@ class PublishedLM:
   source: str
   convention: str = 'mac3'
   text: int = 0
+  whole: int = 0
   mismatch: str = ''
 
   @property
@@ -241,7 +244,8 @@ class PublishedLM:
     if self.quantity == 'gmacs_layer':
       return convention(lm, read[:1]) / 1e9
     if self.quantity == 'share':
-      return convention(lm, read) / convention(lm, read[:1] * len(read))
+      whole = self.whole + self.text if self.whole else read[0]
+      return convention(lm, read) / convention(lm, [whole] * len(read))
     return convention(lm, read) / 1e12
 
 
@@ -267,15 +271,17 @@ def visual_counts(cost: LMCost, visual: int) -> list[int] | None:
   return [count - (cost.slots - visual) for count in counts]
 
 
-def find_lm(cost: LMCost, visual: int) -> list[tuple[PublishedLM, float]]:
+def find_lm(cost: LMCost, visual: int,
+            projector: str = 'none') -> list[tuple[PublishedLM, float]]:
   """Returns the figures published for exactly these visual tokens a layer, each with ours.
 
   Args:
     cost: of the language model.
     visual: visual slots of its prompt.
+    projector: a name of `models.projectors.PROJECTORS`, 'none' for an MLP.
   """
   counts, plan, rows = visual_counts(cost, visual), cost.lm.plan, []
-  name = plan.name if plan and plan.events else 'none'
+  name = plan.name if plan and plan.events else projector
   for row in LM_TABLE:
     if counts is None or (row.method, row.counts) != (name, tuple(counts)):
       continue
@@ -352,6 +358,11 @@ _LM_FIGURES = (
     PublishedLM('vicuna_7b', 'pmod', ((576, 8), *((count, 1) for count in _PMOD), (86, 8)), 'share',
                 0.556, 0.005, 'p-MoD (arXiv:2412.04449)',
                 mismatch='0.534 of 576 tokens, 0.564 with 40 words; what it counts is not said'),
+    # How long the text is that they count with is not said: these lengths fit.
+    PublishedLM('vicuna_7b', 'voco', ((1, 32),), 'share', 0.052, 0.0005,
+                'VoCo-LLaMA, abstract (arXiv:2406.12275)', text=31, whole=576),
+    PublishedLM('vicuna_7b', 'mqt', ((16, 32),), 'share', 0.125, 0.0005,
+                'MQT-LLaVA, abstract (arXiv:2405.19315)', text=66, whole=576),
 )
 
 _SPARSEVLM = tuple(

@@ -29,7 +29,8 @@ class Task:
     turn: steps done -> which of the phases the next step trains; None for one after another.
     init: key -> parameters.
     pretrained: () -> parameters to start from, or None; they need not be complete.
-    unreduced: parameters -> those that the model has without its plans, for a teacher.
+    unreduced: parameters -> those of a teacher: what the model has without its plans, or another
+      model's, as shapes.
     loss: model -> (parameters, batch, key, teacher) -> (scalar to lower, {name: scalar}). The
       teacher is the parameters of an unreduced model, or None. 'kept_tokens' is among the scalars.
     count: (parameters, batch) -> the batch's addition to the counts; rows of mask 0 add nothing.

@@ -2,7 +2,8 @@
 
 Axes: B batch, T original tokens, D features, C classes.
 
-All are one number a row, float32[B], and send no gradient to the model with more tokens.
+All are one number a row, float32[B] (`logit_loss` also one a token), and send no gradient to the
+model with more tokens.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ def distill(logits: Array, tokens: TokenSet, teacher_logits: Array, teacher_toke
 
 
 def logit_loss(logits: Array, teacher: Array) -> Array:
-  """KL divergence of the student's classes from the teacher's, float32[B].
+  """Computes the KL divergence of the student's classes from the teacher's, float32[...].
 
   Args:
-    logits: float[B, C], the student's.
-    teacher: float[B, C].
+    logits: float[..., C], the student's.
+    teacher: float[..., C].
   """
   ours = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
   theirs = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32), axis=-1)

@@ -66,7 +66,7 @@ def with_runs(config: Mapping[str, Any]) -> Mapping[str, Any]:
   """Returns `config.model` with the fields of parts that are of runs in place of their folders."""
   found: dict[str, Any] = {}
   for part, fields in (('tower', {'dropout': 0.0}), ('lm', {})):
-    source = config.get(part)
+    source: Any = config.get(part)
     while _is_run(source):
       # Where that one began from files, they say what it is.
       source = read_json(pathlib.Path(source) / 'config.json')['model'].get(part)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -23,14 +24,15 @@ from lib.cost import vit as vit_cost
 from lib.cost.vlm import macs_of
 from lib.data import qa as qa_data
 from lib.data.qa import Info
-from lib.runtime import memory
-from lib.tasks import anneal, pretrained
+from lib.runtime import memory, sharding
+from lib.tasks import anneal, distill, pretrained
 from lib.tasks.base import Task
 from models.backbones.images import Images
 from models.backbones.lm import LM
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.build import DTYPES
+from models.checkpoints.json_files import read_json
 from models.plan import reduction_settings
 from models.projectors import make_projector
 from models.reduce_config import check_components, with_plans
@@ -125,6 +127,10 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
   turns = tuple(map(built, in_turns(config.model))) or (model,)
   together = (config.model.get('compressor') or {}).get('train') == 'all'
   steps = [turns] if together else [(each,) for each in turns]
+  phases = stages(config, lambda reduce: build(
+      config.model, reduce, info, context=context, mesh=mesh,
+      platform=mesh.devices.flat[0].platform))
+  teacher = teacher_of(config, info, mesh)
   slots = context + (model.passed_on[0] if info.image_shape else 0)
   width = (model.lm if info.image_shape else model).width
   memory.check_batch(config.data.batch_size, slots=slots, width=width, mesh=mesh)
@@ -139,18 +145,73 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
   places, tested = ((config.data.turns * answer, answer)
                     if config.optimizer.text_weight is None else (None, None))
   return Task(
-      model=model, score='accuracy', phases=tuple(anneal.Phase(0, each) for each in steps),
+      model=model, score='accuracy',
+      phases=phases or tuple(anneal.Phase(0, each) for each in steps),
       init=functools.partial(init, model, info, context),
       pretrained=functools.partial(read_pretrained, config, model),
-      unreduced=dict,
-      loss=lambda models: mean_of([functools.partial(loss, each, config.optimizer, places=places)
-                                   for each in models]),
+      unreduced=lambda _: shapes_of(cast(LM | VLM, teacher), info, config, mesh),
+      loss=lambda models: mean_of([functools.partial(
+          loss, each, config.optimizer, places=places, taught_by=teacher) for each in models]),
       count=functools.partial(count, model, len(kinds), places=tested),
       scores=functools.partial(scores, kinds=kinds),
       train_iterator=qa_data.train_iterator, eval_batches=qa_data.eval_batches,
       macs=lambda models: sum(training_macs(each, context=context) for each in models), slots=slots,
-      turn=lambda done: int(np.random.default_rng((config.seed, done)).integers(len(steps))),
+      turn=None if phases else lambda done: int(
+          np.random.default_rng((config.seed, done)).integers(len(steps))),
       summary=f'{size}, {info.num_train:,} questions\n')
+
+
+def stages(config: ConfigDict,
+           built: Callable[[Mapping[str, Any]], LM | VLM]) -> tuple[anneal.Phase, ...]:
+  """Returns the phases of `config.stages`, () for none; what is evaluated is config.reduce alone.
+
+  LLaVolta (Chen et al., 2024), arXiv:2406.20092, trains with heavy compression first, later with
+  less of it and in a later layer, and ends without.
+
+  Args:
+    config: of a training. A stage has `start_step` and `reduce`, as `config.reduce`.
+    built: `config.reduce` -> model.
+
+  Raises:
+    ValueError: stages that do not begin with step 0 and go on from there, that the training ends
+      before, or beside `model.compressor.turns`.
+  """
+  wanted = config.get('stages') or ()
+  if not wanted:
+    return ()
+  if (config.model.get('compressor') or {}).get('turns'):
+    raise ValueError('config.stages and model.compressor.turns both say what a step trains: leave '
+                     'one of them out')
+  starts = [stage['start_step'] for stage in wanted]
+  if starts[0] or sorted(set(starts)) != starts or starts[-1] >= config.total_steps:
+    raise ValueError(f'config.stages start at the steps {starts}: begin with 0, let each start '
+                     f'after the one before, and all before total_steps={config.total_steps}')
+  return tuple(anneal.Phase(stage['start_step'], (built(stage['reduce']),)) for stage in wanted)
+
+
+def teacher_of(config: ConfigDict, info: Info, mesh: Mesh) -> LM | VLM | None:
+  """Returns the model of the run that `optimizer.distill` names, unreduced; None for none.
+
+  Raises:
+    ValueError: a run that learned something else.
+  """
+  workdir = (config.optimizer.get('distill') or {}).get('teacher')
+  if not workdir:
+    return None
+  theirs = read_json(pathlib.Path(workdir) / 'config.json')
+  if 'lm' not in theirs['model'] or ('tower' in theirs['model']) != (info.image_shape is not None):
+    raise ValueError(f'optimizer.distill.teacher={workdir} did not learn what this run is to: name '
+                     'a run on such a set')
+  return build(theirs['model'], {}, info, context=config.data.context, mesh=mesh,
+               platform=mesh.devices.flat[0].platform)
+
+
+def shapes_of(model: LM | VLM, info: Info, config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+  """Returns shapes of a model's parameters, placed on a mesh as `config.sharding` says."""
+  shapes = jax.eval_shape(functools.partial(init, model, info, config.data.context),
+                          jax.random.key(0))
+  return cast(dict[str, Any],
+              sharding.shapes(shapes, sharding.make_shardings(shapes, config.sharding, mesh)))
 
 
 def in_turns(model: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -259,8 +320,8 @@ def mean_of(losses: Sequence[Loss]) -> Loss:
 
 def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],
          batch: Mapping[str, Array], key: Array,
-         teacher: Mapping[str, Any] | None, *,
-         places: int | None = None) -> tuple[Array, dict[str, Array]]:
+         teacher: Mapping[str, Any] | None, *, places: int | None = None,
+         taught_by: LM | VLM | None = None) -> tuple[Array, dict[str, Array]]:
   """Returns the scalar to lower, and scalars to watch.
 
   Losses of learned methods are added as they are, those of all layers.
@@ -271,19 +332,34 @@ def loss(model: LM | VLM, settings: ConfigDict, params: Mapping[str, Any],
     params: of the model.
     batch: of lib/data/qa.py.
     key: of this step.
-    teacher: None: there is no distillation of answers.
+    teacher: parameters of `taught_by`, or None: answers are then learned from their tokens alone.
     places: as of `apply`.
+    taught_by: the model whose distribution of the next token is learned from too, wherever an
+      answer's is predicted.
   """
-  if teacher is not None:
-    raise ValueError('optimizer.distill.teacher is set, but answers are learned from their own '
-                     'tokens alone: leave it out')
   logits, out = apply(model, params, batch, places=places, rngs={'dropout': key})
   scalars = losses(logits, out, batch)
   total = (scalars['loss'] + (settings.text_weight or 0.0) * scalars.get('text_loss', 0.0)
            + settings.patch_weight * scalars.get('patch_loss', 0.0))
   of_methods = {name: value.mean() for name, value in out['losses'].items()}
+  if teacher is not None:
+    theirs = apply(cast(LM | VLM, taught_by), teacher, batch, places=places)
+    of_methods['distill_logits'] = settings.distill.logit_weight * divergence(
+        (logits, out), theirs, batch)
   kept = out['tokens'].real.sum(axis=1).mean()
   return sum(of_methods.values(), total), scalars | of_methods | {'kept_tokens': kept}
+
+
+def divergence(ours: tuple[Array, Mapping[str, Any]], theirs: tuple[Array, Mapping[str, Any]],
+               batch: Mapping[str, Array]) -> Array:
+  """Returns the KL divergence of a model's answers from another's, a mean over their tokens.
+
+  Args:
+    ours, theirs: what `apply` returned of each; no gradient flows to the second.
+    batch: of lib/data/qa.py.
+  """
+  logits, _, answer = _predicted(*ours, batch)
+  return _mean(distill.logit_loss(logits, _predicted(*theirs, batch)[0]), answer)
 
 
 def count(model: LM | VLM, kinds: int, params: Mapping[str, Any],

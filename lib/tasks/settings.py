@@ -91,9 +91,17 @@ class ImageOptimizer(Optimizer):
   consistency: NotRequired[Consistency]
 
 
+class AnswersDistill(TypedDict):
+  """A model whose answers are learned from: the workdir of its run, '' for none."""
+
+  teacher: str
+  logit_weight: Weight
+
+
 class QAOptimizer(Optimizer):
   """Adds weights of the tower's and the text's own losses, for questions and answers."""
 
+  distill: NotRequired[AnswersDistill]
   patch_weight: Weight
   # None: the other text is not scored, and has no logits.
   text_weight: NotRequired[Weight | None]
@@ -147,6 +155,13 @@ REDUCTION = KEYS | Keys({'layers': _Layers, 'watch': _Layers,
                          'order': Annotated[str, OneOf(ORDERS)]})
 # Of a place: one, or several in one tower.
 REDUCTIONS = dataclasses.replace(REDUCTION, several=True)
+class Stage(TypedDict):
+  """A stretch of training under reductions of its own, from a step on (`lib.tasks.qa.stages`)."""
+
+  start_step: CountOrZero
+  reduce: Keys(dict.fromkeys(COMPONENTS, REDUCTIONS))  # type: ignore[valid-type]
+
+
 CANDIDATE = REDUCTION | Keys(
     {'name': str, 'place': Annotated[str, OneOf((*COMPONENTS, 'image'))], 'versus': str,
      'budgets': tuple[Ratio, ...]}, frozenset({'name', 'place'}))
@@ -272,7 +287,7 @@ TABLES: dict[str, dict[str, Any]] = {
         *keys_of(ViT).kinds)},
     'answers': _KEYS | {
         'data': keys_of(QASettings), 'model': _QA_MODEL, 'optimizer': QAOptimizer,
-        'sweep': QASweepSettings, 'search': Search,
+        'sweep': QASweepSettings, 'search': Search, 'stages': tuple[Stage, ...],
         'reduce': Keys(dict.fromkeys(COMPONENTS, REDUCTIONS)),
         'task': Keys({'name': str})},
 }

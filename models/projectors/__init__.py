@@ -60,3 +60,8 @@ def make_projector(settings: Mapping[str, Any] | None, *, width: int,
   fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
                             for key, value in args.items()}
   return made(width=width, dtype=dtype, **fields)
+
+
+def name_of(projector: Compressor | None) -> str:
+  """Returns the name of a projector in `PROJECTORS`, 'none' where there is an MLP."""
+  return next((name for name, made in PROJECTORS.items() if type(projector) is made), 'none')

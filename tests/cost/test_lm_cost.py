@@ -377,3 +377,11 @@ def test_find_gives_the_figures_of_these_tokens_only():
   assert values(**(fastv | {'method': 'random'}), site='before', keep_ratio=0.5) == []
   assert values(**(fastv | {'token_kinds': ('visual', 'text')}), keep_ratio=0.5) == []
   assert values(visual=577) == values(**fastv, keep_ratio=0.4) == []
+
+
+def test_find_gives_the_figures_of_what_projects():
+  cost = lm_cost.of(LLAVA, 16 + 20)
+  (row, ours), = papers.find_lm(cost, 16, 'mqt')
+  assert row.value == 0.125
+  assert ours == pytest.approx((16 + 66) / (576 + 66), rel=0.03)  # Attention is little of it.
+  assert papers.find_lm(cost, 16, 'tokenpacker') == papers.find_lm(cost, 16) == []

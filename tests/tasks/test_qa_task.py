@@ -211,3 +211,87 @@ def test_a_run_trains_scores_and_goes_on(tmp_path):
   assert last['step'] == 3
   assert 0 <= last['accuracy'] <= 1
   assert dataclasses.asdict(NEEDLE)['vocabulary'] == 258
+
+
+def test_answers_are_learned_from_a_teacher_too(tmp_path):
+  config = small(scenes_config)
+  config.data.context = 14
+  config.optimizer.distill.update(teacher=str(tmp_path), logit_weight=0.5)
+  (tmp_path / 'config.json').write_text(config.to_json())
+  mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
+  taught_by = qa_task.teacher_of(config, SCENES, mesh)
+  with config.unlocked():
+    config.model.compressor.update(name='tokenflex', args={'side': 2})
+    model, params = made(config, SCENES)
+  theirs = qa_task.init(taught_by, SCENES, 14, jax.random.key(1))
+  # Of another structure than the model's own.
+  shapes = qa_task.shapes_of(taught_by, SCENES, config, mesh)
+  chex.assert_trees_all_equal_shapes_and_dtypes(shapes, theirs)
+  assert 'projector' in theirs
+  assert 'compressor' in params
+  batch, key = batch_of(SCENES, 14), jax.random.key(2)
+  found = []
+  for places in (None, 2):
+    run = jax.jit(functools.partial(qa_task.loss, model, config.optimizer, places=places,
+                                    taught_by=taught_by))
+    found.append(run(params, batch, key, theirs)[1]['distill_logits'])
+  alone = jax.jit(functools.partial(qa_task.loss, model, config.optimizer))(
+      params, batch, key, None)[1]
+  assert 'distill_logits' not in alone
+  # Slot by slot in numpy: an answer's token is predicted by what stands before it.
+  logits = [qa_task.predictions(*qa_task.apply(each, own, batch, rngs=rngs))
+            for each, own, rngs in ((model, params, {'dropout': key}), (taught_by, theirs, None))]
+  ours, wanted = (np.asarray(x, np.float64) for x in logits)
+  ours, wanted = (x - np.log(np.exp(x).sum(axis=2, keepdims=True)) for x in (ours, wanted))
+  each = (np.exp(wanted) * (wanted - ours)).sum(axis=2)[batch['answer']]
+  np.testing.assert_allclose(found, 0.5 * each.mean(), rtol=1e-5)
+  # Nothing flows into the teacher.
+  grads = jax.grad(lambda own: qa_task.loss(model, config.optimizer, params, batch, key, own,
+                                            taught_by=taught_by)[0])(theirs)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_a_teacher_of_something_else_ends_in_one_line(tmp_path):
+  config = small(scenes_config)
+  config.optimizer.distill.teacher = str(tmp_path)
+  (tmp_path / 'config.json').write_text(small(needle_config).to_json())
+  with pytest.raises(ValueError, match=r'distill\.teacher=.* did not learn what this run is to'):
+    qa_task.teacher_of(config, SCENES, None)
+
+
+HALF = {'method': 'llavolta', 'layers': (1,), 'token_kinds': 'visual', 'keep_ratio': 0.5}
+
+
+def staged(*starts, total=8):
+  config = small(scenes_config)
+  config.total_steps = total
+  reduces = ({'language': HALF | {'keep_ratio': 0.25}}, {'language': HALF}, {})
+  with config.unlocked():
+    config.stages = tuple({'start_step': start, 'reduce': reduce}
+                          for start, reduce in zip(starts, reduces, strict=False))
+  return config
+
+
+def test_stages_train_under_reductions_of_their_own():
+  config = staged(0, 3, 5)
+  found = qa_task.stages(config, lambda reduce: qa_task.build(
+      config.model, reduce, SCENES, context=14))
+  assert [phase.start_step for phase in found] == [0, 3, 5]
+  left = [[event.slots_out for event in model.lm.plan.events] if model.lm.plan else []
+          for (model,) in (phase.model for phase in found)]
+  assert left == [[14 + 4], [14 + 8], []]
+  assert qa_task.stages(small(scenes_config), None) == ()
+
+
+@pytest.mark.parametrize('starts', [(1, 3), (0, 3, 3), (0, 5, 3), (0, 8)])
+def test_stages_that_cannot_follow_each_other(starts):
+  with pytest.raises(ValueError, match=r'config\.stages start at .*: begin with 0'):
+    qa_task.stages(staged(*starts), lambda reduce: None)
+
+
+def test_stages_and_turns_exclude_each_other():
+  config = staged(0, 3)
+  with config.unlocked():
+    config.model.compressor.turns = ({'side': 2},)
+  with pytest.raises(ValueError, match='both say what a step trains'):
+    qa_task.stages(config, lambda reduce: None)

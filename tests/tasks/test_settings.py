@@ -35,7 +35,8 @@ OPEN = {
     'study.recipes[].model', 'study.recipes[].optimizer', 'study.recipes[].anneal'}
 # Keys of a reduction: by models/plans/, beside the model that it is for.
 OF_REDUCTIONS = {f'{place}.{key}' for key in KEYS.kinds
-                 for place in (*(f'reduce.{each}' for each in COMPONENTS), 'sweep.candidates[]')}
+                 for place in (*(f'{part}reduce.{each}' for part in ('', 'stages[].')
+                                 for each in COMPONENTS), 'sweep.candidates[]')}
 # Numbers of any size: pixels' means, what a layer's scale starts from, and sizes of a mesh, which
 # lib/runtime/sharding.py holds against the devices.
 UNBOUNDED = {'data.mean[]', 'model.layer_scale', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
@@ -195,7 +196,8 @@ def test_values_that_cannot_be(path, value, message):
     ('model.projection', 'relu', 'config.model.projection='),
     ('data.context', 0, 'from 1 to 16777216 tokens'), ('data.pad_side', 'up', 'left, right'),
     ('optimizer.patch_weight', -1, 'config.optimizer.patch_weight=-1 must be at least 0'),
-    ('optimizer.distill', {'teacher': 'a'}, "config.optimizer has no key 'distill'"),
+    ('optimizer.distill', {'teacher': 'a'}, 'config.optimizer.distill lacks logit_weight'),
+    ('stages', ({'start_step': 0},), 'config.stages[0] lacks reduce'),
     ('sweep.sets', (('digit_scenes/64',),), 'config.sweep.sets[0]'),
     ('sweep.budgets', (1.5,), 'config.sweep.budgets[0]=1.5 must be above 0 and at most 1'),
     ('reduce.tower', {}, "config.reduce has no key 'tower'")], ids=str)
