@@ -7,7 +7,8 @@ All take tower and language model from results/digit_scenes. By `recipe`: 'untra
 acts on that model as it is; 'joint', both parts stay as they are and what joins them is trained
 from nothing; 'all', everything is trained. `counts` are tokens and the settings that leave so many:
 of the compressor, of the reduction, or the size of the image. What is nested trains all counts in
-one run, one a step, drawn anew.
+one run, one a step, drawn anew; LLaVolta trains in stages, the last of them uncompressed, and is
+measured under what it may then be asked for. What is distilled learns from the unreduced model too.
 """
 
 import ml_collections
@@ -38,7 +39,24 @@ def compressor(name, counts, recipe='joint', *, nested=False, **args):
           'compressor': {'name': name, 'args': args}}
 
 
-def entries():
+def volta(layer, ratio):
+  """Returns `config.reduce` with visual tokens pooled before a layer of the language model."""
+  return {'language': {'method': 'llavolta', 'token_kinds': 'visual', 'layers': (layer,),
+                       'keep_ratio': ratio}}
+
+
+def llavolta(steps):
+  """Returns the entry of LLaVolta's four stages, its layers 2 and 16 of 32 as 1 and 2 of 4."""
+  reduces = (volta(1, 1 / 8), volta(1, 1 / 2), volta(2, 1 / 2), {})
+  return {'name': 'llavolta, all', 'recipe': 'all', 'versus': 'pool, all', 'nested': True,
+          'counts': {tokens: {'keep_ratio': int(tokens) / 64} for tokens in SIDES},
+          'reduce': {place: {key: value for key, value in settings.items() if key != 'keep_ratio'}
+                     for place, settings in volta(1, 1).items()},
+          'stages': tuple({'start_step': number * steps // 4, 'reduce': reduce}
+                          for number, reduce in enumerate(reduces))}
+
+
+def entries(steps):
   """Returns what is compared."""
   yield {'name': 'none', 'recipe': 'untrained', 'counts': {'64': {}}}
   yield {'name': 'low resolution, untrained', 'recipe': 'untrained',
@@ -53,6 +71,10 @@ def entries():
     yield compressor('matryoshka', SIDES, recipe, nested=True)
     yield compressor('mqt', QUERIES, recipe, nested=True, queries=64, heads=4)
     yield compressor('tokenflex', GRIDS, recipe, nested=True)
+  yield llavolta(steps)
+  yield {**compressor('tokenpacker', SIDES, 'all', levels=LEVELS, heads=4),
+         'name': 'tokenpacker, distilled', 'versus': 'tokenpacker, all',
+         'distill': {'teacher': digit_scenes_compressors.SOURCE, 'logit_weight': 1.0}}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -66,4 +88,4 @@ def get_config() -> ml_collections.ConfigDict:
       'recipes': {'joint': {'frozen': ('tower', 'lm'), 'peak_lr': 2e-3},
                   'all': {'frozen': (), 'peak_lr': 1e-3}},
       'test_split': 'test[:20%]', 'batch': 100, 'out': 'results/compressors.jsonl',
-      'entries': tuple(entries()), 'baselines': ('none',)}, convert_dict=False)
+      'entries': tuple(entries(training.total_steps)), 'baselines': ('none',)}, convert_dict=False)

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 import train
 from lib.cost import vlm as vlm_cost
+from lib.cost.lm import LMCost
 from lib.data import qa as qa_data
 from lib.report import plots, tables
 from lib.report.measuring import measure_rows, measured
@@ -46,6 +47,8 @@ from models.storage import to_storage
 
 # The recipe of what is measured as it is; the others are those of the config.
 UNTRAINED = 'untrained'
+# What an entry is made of, beside its recipe and its counts.
+OF_ENTRY = ('compressor', 'reduce', 'stages', 'distill')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,8 +87,8 @@ def heads(config: ConfigDict) -> list[Row]:
   made_of = {recipe: digest([config.training.to_dict(), settings, config.source, config.test_split])
              for recipe, settings in {UNTRAINED: {}, **config.recipes}.items()}
   return [{'method': entry['name'], 'budget': tokens, 'recipe': entry['recipe'], 'seed': seed,
-           'settings': json.dumps([entry.get('compressor'), entry.get('reduce'), own],
-                                  sort_keys=True), 'made_of': made_of[entry['recipe']]}
+           'settings': json.dumps([entry.get(key) for key in OF_ENTRY] + [own], sort_keys=True),
+           'made_of': made_of[entry['recipe']]}
           for seed in config.seeds for entry in config.entries
           if entry['recipe'] != UNTRAINED or seed == config.seeds[0]
           for tokens, own in entry['counts'].items()]
@@ -105,6 +108,8 @@ def training_of(config: ConfigDict, entry: Mapping[str, Any], tokens: str,
                                'args': args}
     for place, settings in entry.get('reduce', {}).items():
       made.reduce[place] = {**settings, **entry['counts'][tokens]}
+    made.stages = entry.get('stages', ())
+    made.optimizer.distill.update(entry.get('distill', {}))
   return made
 
 
@@ -146,9 +151,9 @@ class Subject:
             'by_batch': (counts[..., 0].sum(axis=1) / counts[..., 1].sum(axis=1)).tolist(),
             'by': dict(zip(self.info.kinds, (correct / np.maximum(total, 1)).tolist(),
                            strict=True)),
-            'questions': int(total.sum()), 'visual': cost.visual, 'gmacs': cost.macs / 1e9,
-            'lm_gmacs': cost.lm.macs / 1e9, 'trained': trained, 'train_seconds': seconds,
-            'nested': bool(entry.get('nested'))}
+            'questions': int(total.sum()), 'visual': self._visual(cost.lm),
+            'gmacs': cost.macs / 1e9, 'lm_gmacs': cost.lm.macs / 1e9, 'trained': trained,
+            'train_seconds': seconds, 'nested': bool(entry.get('nested'))}
 
   def _source_model(self, entry: Mapping[str, Any], own: Mapping[str, Any]) -> VLM:
     """The model of the source under an entry's reduction, or for smaller images."""
@@ -157,6 +162,10 @@ class Subject:
     info = dataclasses.replace(self.info, image_shape=(side, side, channels))
     reduce = {place: {**settings, **own} for place, settings in entry.get('reduce', {}).items()}
     return qa_task.build(self.source.config.model, reduce, info, context=self.context)
+
+  def _visual(self, cost: LMCost) -> float:
+    """Visual tokens that a layer of the language model reads, on average."""
+    return sum(layer.attention for layer in cost.layers) / len(cost.layers) - self.context
 
   def _build(self, training: ConfigDict) -> VLM:
     """The model of a training."""
@@ -244,6 +253,7 @@ def _cells(row: Row, versus: str, kinds: Sequence[str]) -> dict[str, str]:
                        ('difference', 'difference_low', 'difference_high'))
     apart = f'{mean} [{low}, {high}] {versus}'
   return {'method': row['method'] + ' (nested)' * row['nested'],
+          'visual tokens': f'{row["visual"]:g}',
           'accuracy, %': f'{percent[0]} [{percent[1]}, {percent[2]}]', 'difference from': apart,
           **{kind: f'{100 * row["by"][kind]:.0f}' for kind in kinds},
           'MMACs': f'{1e3 * row["gmacs"]:.1f}', 'of the LM': f'{1e3 * row["lm_gmacs"]:.1f}',

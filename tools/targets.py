@@ -40,6 +40,7 @@ from models.build import build
 from models.plan import make_method, methods
 from models.storage import fastest_storage, to_storage
 from ops import choices
+from ops.primitives import products
 
 # Tests import several tools at once, whose flags share their names.
 TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.', allow_override=True)
@@ -174,9 +175,10 @@ def compiled(target: str, step: str, method: str) -> dict[str, Any]:
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32, sharding=rows)
   run: Any
-  run, arguments = (training if step == 'train' else evaluation)(vit, mesh, images, rows, whole)
-  program, seconds = timing.compile_seconds(run.lower(*arguments),
-                                            options=hlo.OPTIONS[platform])
+  with products.made_for(platform):
+    run, arguments = (training if step == 'train' else evaluation)(vit, mesh, images, rows, whole)
+    program, seconds = timing.compile_seconds(run.lower(*arguments),
+                                              options=hlo.OPTIONS[platform])
   counts = hlo.operations(program.as_text())
   return {**hlo.memory(program),
           'collectives': ' '.join(f'{name} {count}' for name, count in sorted(counts.items()))

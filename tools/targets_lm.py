@@ -59,6 +59,7 @@ from models.projectors import make_projector
 from models.storage import to_storage
 from ops import choices
 from ops.attention import pick
+from ops.primitives import products
 from train import TrainState, decayed
 
 STEPS = ('prefill', 'decode', 'train')
@@ -206,9 +207,10 @@ def compiled(target: str, step: str, plan: str) -> dict[str, Any]:
     made = make_projector(COMPRESSORS[plan], width=vlm.lm.width, dtype=jnp.bfloat16)
     vlm = vlm.clone(projection='', compressor=made)
   make_step = {'prefill': reading, 'decode': decoding, 'train': training}[step]
-  run, arguments, weights = make_step(vlm, mesh, rows * axes[0] * axes[1])
   options: dict[str, Any] = hlo.OPTIONS[platform] | (UNMERGED if platform != 'tpu' else {})
-  program, seconds = timing.compile_seconds(run.lower(*arguments), options=options)
+  with products.made_for(platform):
+    run, arguments, weights = make_step(vlm, mesh, rows * axes[0] * axes[1])
+    program, seconds = timing.compile_seconds(run.lower(*arguments), options=options)
   return {'mesh': 'data {} fsdp {} tensor {}'.format(*axes), 'rows': rows,
           **hlo.memory(program),
           'expected_mb': {name: round(size / 2 ** 20, 1)

@@ -420,8 +420,10 @@ class VLM(nn.Module):
     # Text alone, so its plans, which count visual tokens, are not for it.
     reader = self.lm.clone(parent=None, name=None, plan=None, cache_plan=None)
     order = jnp.argsort(~asked, axis=1, stable=True)
-    alone = reader.apply(self.lm.variables, jnp.take_along_axis(ids, order, axis=1),
-                         jnp.take_along_axis(asked, order, axis=1), method='read')
+    question = reader.apply(self.lm.variables, jnp.take_along_axis(ids, order, axis=1),
+                            jnp.take_along_axis(asked, order, axis=1), method='embed')
+    alone = reader.apply(self.lm.variables,
+                         cast(TokenSet, question).replace(padding='last'), method='read')
     last = jnp.maximum(asked.sum(axis=1) - 1, 0)
     x = cast(tuple[TokenSet, Outputs], alone)[0].x
     return jax.lax.stop_gradient(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])

@@ -25,8 +25,11 @@ def test_products_and_gradients_are_rounded_once():
     np.testing.assert_allclose(found.astype(jnp.float32), reference, rtol=2 ** -8, atol=1e-3)
 
 
-def test_other_dtypes_keep_their_product():
+def test_other_dtypes_and_platforms_keep_their_product():
   assert products.dot_general(jnp.float32) is None
+  with products.made_for('gpu'):
+    assert products.dot_general(jnp.bfloat16) is None
+  assert (products.dot_general(jnp.bfloat16) is None) == (jax.default_backend() != 'cpu')
 
 
 @pytest.mark.parametrize('large', [1, 2 ** 20])

@@ -14,6 +14,7 @@ from lib.data.datasets import digit_scenes as scenes
 from lib.report.rows import read_jsonl
 from lib.runtime import checkpoint
 from lib.tasks import qa
+from lib.tasks.settings import TRAINING, check_config
 from tools import compressors
 
 
@@ -105,6 +106,7 @@ def test_every_entry_is_a_training_that_there_can_be():
     for tokens in entry['counts']:
       training = compressors.training_of(config, entry, tokens, 2)
       assert training.seed == 2
+      check_config(training, *TRAINING)
       if entry.get('compressor'):
         model = qa.build(training.model, {}, INFO, context=60)
         assert np.prod(model.crop_grid) == int(tokens)
