@@ -257,7 +257,8 @@ def latency(subject: Subject, length: int, draw: int) -> Callable[[Row], Row]:
     prefill = functools.partial(jax.jit(functools.partial(
         subject.lm.clone(cache_plan=plan).apply, room=config.greedy, method='prefill')),
                                 subject.stacked, ids)
-    logits, cache = prefill()
+    # What is still being computed would count as the first candidate's time.
+    logits, cache = jax.block_until_ready(prefill())
     sizes[key] = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     first[key] = prefill
     later[key] = functools.partial(subject.go_on, subject.weights,
