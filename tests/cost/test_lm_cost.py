@@ -222,8 +222,8 @@ MODELS = {
 }
 LATE = {'method': 'late_injection', 'layers': 1}
 # Whatever else is short; in `make test-all` these too.
-LONG = {'apart', 'composite inside', 'frames', 'exit inside', 'late', 'v2pe', 'mutual', 'exit', 'attention', 'mlp', 'core',
-        'yopo', 'gamma_mod', 'skip_decode', 'branch and cut'}
+LONG = {'apart', 'composite inside', 'frames', 'exit inside', 'late', 'v2pe', 'mutual', 'exit',
+        'attention', 'mlp', 'core', 'yopo', 'gamma_mod', 'skip_decode', 'branch and cut'}
 
 
 @pytest.mark.parametrize('name', mostly_long([
