@@ -20,7 +20,7 @@ from models.backbones.images import Images
 from models.backbones.lm import LM, Block
 from models.checkpoints.compressors import from_release
 from models.checkpoints.vlm_config import from_config
-from models.projectors.aim_icl import AIM, Demonstrations
+from models.demonstrations import AIM, Demonstrations
 from models.projectors.base import Beside
 from models.projectors.docvlm import DocVLM
 from models.projectors.timesuite import TimeSuite
