@@ -17,7 +17,7 @@ Array = jax.Array
 
 
 def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | None, *,
-           mesh: Mesh | None, implementation: str, pairs: attention.Pairs | None = None,
+           mesh: Mesh | None, implementation: str, pairs: attention.Exceptions | None = None,
            **settings: Any) -> attention.Attended:
   """Attends with rows divided over the batch axes of a mesh, and heads over its axis 'tensor'.
 
@@ -33,7 +33,7 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | 
   """
 
   def local(q: Array, k: Array, v: Array, bias: Array | None,
-            positions: Array | None, pairs: attention.Pairs | None) -> attention.Attended:
+            positions: Array | None, pairs: attention.Exceptions | None) -> attention.Attended:
     return attention.attend(q, k, v, bias=bias, positions=positions, pairs=pairs,
                             implementation=implementation, **settings)
 

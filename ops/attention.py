@@ -72,6 +72,62 @@ class Pairs(struct.PyTreeNode):
     """Returns the same of the queries int[B, R]."""
     return self.replace(queries=jnp.take_along_axis(self.queries, index, axis=1))
 
+  def seen(self, causal: Array, keys: Array, last: Array) -> Array:
+    """Returns which keys are seen, bool[B, 1, R, S].
+
+    Args:
+      causal: bool[B, 1, R, S], those that causal attention sees.
+      keys: int32[B, 1, 1, S], their positions.
+      last: int32[B, 1, R, 1], the queries' positions.
+    """
+    del keys, last
+    named = self.queries[:, None, :, None] & self.keys[:, None, None]
+    return causal | named if self.shown else causal & ~named
+
+
+class Alone(struct.PyTreeNode):
+  """Names queries that see themselves alone: the keys of their own positions.
+
+  Attributes:
+    queries: bool[B, N].
+  """
+
+  queries: Array
+
+  def of(self, index: Array) -> Alone:
+    """Returns the same of the queries int[B, R]."""
+    return self.replace(queries=jnp.take_along_axis(self.queries, index, axis=1))
+
+  def seen(self, causal: Array, keys: Array, last: Array) -> Array:
+    """Returns which keys are seen, as `Pairs.seen`."""
+    return causal & (~self.queries[:, None, :, None] | (keys == last))
+
+
+class Blocks(struct.PyTreeNode):
+  """Numbers the blocks of a sequence in which every query sees every key, wherever it stands.
+
+  Attributes:
+    queries: int32[B, N], -1 for none.
+    keys: int32[B, S].
+  """
+
+  queries: Array
+  keys: Array
+
+  def of(self, index: Array) -> Blocks:
+    """Returns the same of the queries int[B, R]."""
+    return self.replace(queries=jnp.take_along_axis(self.queries, index, axis=1))
+
+  def seen(self, causal: Array, keys: Array, last: Array) -> Array:
+    """Returns which keys are seen, as `Pairs.seen`."""
+    del keys, last
+    own = self.queries[:, None, :, None]
+    return causal | ((own >= 0) & (own == self.keys[:, None, None]))
+
+
+# What causal attention may be changed by.
+Exceptions = Pairs | Alone | Blocks
+
 
 def pick(platform: str, dtype: DTypeLike) -> str:
   """The implementation for a platform ('cpu', 'gpu', 'cuda', 'tpu', ...) and a dtype.
@@ -87,7 +143,7 @@ def pick(platform: str, dtype: DTypeLike) -> str:
 
 def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: bool = False,
            positions: Array | None = None, last: Array | None = None, window: int | None = None,
-           pairs: Pairs | None = None, scale: float | None = None,
+           pairs: Exceptions | None = None, scale: float | None = None,
            implementation: str = 'xla') -> Attended:
   """Softmax attention with the log-sum-exp of its rows.
 
@@ -105,9 +161,10 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
       the keys alone. Only 'xla' has it.
     window: with causal attention, how many positions back from its own a query sees, its own among
       them; None for all. Only 'xla' has it.
-    pairs: with causal attention, what some queries see beside that, or do not see of it. A fused
-      kernel runs twice. For what is shown once forwards, and once backwards over these keys alone;
-      the log-sum-exps join the two. For what is hidden once over all keys, and once without these.
+    pairs: with causal attention, what some queries see beside that, or do not see of it. For
+      `Pairs` a fused kernel runs twice. For what is shown once forwards, and once backwards over
+      these keys alone; the log-sum-exps join the two. For what is hidden once over all keys, and
+      once without these. For `Alone` it runs once. Only 'xla' has `Blocks`.
     scale: of the logits, a Python number; d ** -0.5 when None.
     implementation: one of `IMPLEMENTATIONS`; see `pick`. 'cudnn' needs a GPU and half precision,
       'splash' a TPU. Over several TPU chips 'splash' must run inside `jax.shard_map`. It scales the
@@ -148,7 +205,7 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
 def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
          scale: float | None = None, last: Array | None = None,
          positions: Array | None = None, window: int | None = None,
-         pairs: Pairs | None = None) -> Array:
+         pairs: Exceptions | None = None) -> Array:
   """Exact rows of the attention map, float32[B, H, R, S], for the named queries only.
 
   Args:
@@ -174,7 +231,7 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
 def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
              query_valid: Array | None = None, scale: float | None = None, causal: bool = False,
              positions: Array | None = None, last: Array | None = None,
-             window: int | None = None, pairs: Pairs | None = None, chunk: int = 32) -> Array:
+             window: int | None = None, pairs: Exceptions | None = None, chunk: int = 32) -> Array:
   """Mean over queries of the attention each key receives, float32[B, H, S].
 
   Queries are taken `chunk` at a time, forwards and backwards, so the largest buffer is
@@ -214,7 +271,7 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
 
 def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None = None,
           causal: bool = False, positions: Array | None = None,
-          window: int | None = None, pairs: Pairs | None = None) -> Array:
+          window: int | None = None, pairs: Exceptions | None = None) -> Array:
   """The whole attention map, float32[B, H, N, S], for methods that act inside attention."""
   last = positions
   if causal and last is None:
@@ -297,13 +354,8 @@ def self_term(attended: Attended, q: Array, k: Array, v: Array, policy: Array, *
   if q.shape[1] != k.shape[1]:
     raise ValueError(f'a query sees itself only where queries and keys are the same tokens, got '
                      f'{q.shape[1]} queries and {k.shape[1]} keys')
-  group = q.shape[2] // k.shape[2]
-  own_key = jnp.repeat(k, group, axis=2).astype(jnp.float32)
-  own_value = jnp.repeat(v, group, axis=2).astype(jnp.float32)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  logit = jnp.sum(q.astype(jnp.float32) * own_key, axis=-1) * scale
-  if bias is not None:
-    logit = logit + jnp.maximum(bias, LOWEST_BIAS)[..., None]
+  logit, own_value = _own(q, k, v, bias, scale)
   missing = log_weight(1.0 - policy.astype(jnp.float32))[..., None]
   return _mix_in(attended, logit + missing, own_value)
 
@@ -333,7 +385,7 @@ def _check(q: Array, k: Array, v: Array, bias: Array | None) -> None:
 
 def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
             last: Array | None, positions: Array | None = None,
-            window: int | None = None, pairs: Pairs | None = None) -> Array:
+            window: int | None = None, pairs: Exceptions | None = None) -> Array:
   """float32[B, H, N, S]; keys after `last`, or `window` or more before it, are hidden, but for
   what `pairs` says."""
   batch, length, heads, features = q.shape
@@ -357,17 +409,24 @@ def _logits(q: Array, k: Array, bias: Array | None, scale: float | None,
     if window is not None:
       seen &= keys[:, None, None] > last - window
     if pairs is not None:
-      named = pairs.queries[:, None, :, None] & pairs.keys[:, None, None]
-      seen = seen | named if pairs.shown else seen & ~named
+      seen = pairs.seen(seen, keys[:, None, None], last)
     logits = jnp.where(seen, logits, -jnp.inf)
   return logits
 
 
 def _attend_pairs(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | None,
-                     pairs: Pairs, scale: float, implementation: str) -> Attended:
+                  pairs: Exceptions, scale: float, implementation: str) -> Attended:
   """`attend` with `pairs` by a kernel that masks causally alone."""
+  if isinstance(pairs, Blocks):
+    raise ValueError(f'implementation {implementation!r} has no blocks that are seen both ways: '
+                     "use implementation='xla'")
   run = functools.partial(attend, causal=True, scale=scale, implementation=implementation)
   seen = run(q, k, v, bias=bias, positions=positions)
+  if isinstance(pairs, Alone):
+    logit, value = _own(q, k, v, bias, scale)
+    alone = pairs.queries[..., None]
+    return Attended(jnp.where(alone[..., None], value.astype(seen.out.dtype), seen.out),
+                    jnp.where(alone, logit, seen.lse))
   if not pairs.shown:
     others = jnp.where(pairs.keys, HIDDEN_LOGIT, 0.0 if bias is None else bias)
     without, own = run(q, k, v, bias=others, positions=positions), pairs.queries[..., None]
@@ -382,6 +441,17 @@ def _attend_pairs(q: Array, k: Array, v: Array, bias: Array | None, positions: A
     behind = run(q, k, v, bias=only, positions=-positions)
   logit = jnp.where(pairs.queries[..., None], behind.lse, HIDDEN_LOGIT)
   return _mix_in(seen, logit, behind.out.astype(jnp.float32))
+
+
+def _own(q: Array, k: Array, v: Array, bias: Array | None,
+         scale: float) -> tuple[Array, Array]:
+  """The logit of every query on its own key, float32[B, N, H], and its value [B, N, H, d]."""
+  own_key, own_value = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2).astype(jnp.float32)
+                        for x in (k, v))
+  logit = jnp.sum(q.astype(jnp.float32) * own_key, axis=-1) * scale
+  if bias is not None:
+    logit = logit + jnp.maximum(bias, LOWEST_BIAS)[..., None]
+  return logit, own_value
 
 
 def _rearranged(x: Array, order: Array) -> Array:
@@ -423,7 +493,7 @@ def _highest(q: Array, k: Array, bias: Array | None, scale: float | None,
 
 def _xla(q: Array, k: Array, v: Array, bias: Array | None, scale: float, last: Array | None,
          positions: Array | None, window: int | None,
-         pairs: Pairs | None) -> tuple[Array, Array]:
+         pairs: Exceptions | None) -> tuple[Array, Array]:
   """out and lse, of a large map in parts of some queries each; the arguments are `_logits`'."""
   # Not jax.nn.dot_product_attention: it rounds the log-sum-exp to the dtype of the keys, which puts
   # bfloat16 rows wrong by percents, and cuts its gradient.

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 Array = jax.Array
 # A stat of tokens, bool[B, N]: those that stand for what came before them.
 SUMMARY = 'summary'
+# A stat of tokens, int32[B, N]: the frame of a video that each is of, -1 for none.
+FRAME = 'frame'
 
 
 def modality_mutual_mask(image: Array, question: Array, *, valid: Array | None = None) -> Array:
@@ -69,3 +71,17 @@ def around_summaries(place: Array, marked: Array) -> tuple[Array, Array]:
   first = jnp.min(jnp.where(marked, place, jnp.iinfo(place.dtype).max), axis=1, keepdims=True)
   last = jnp.max(jnp.where(marked, place, -1), axis=1, keepdims=True)
   return some & (place < first), some & (place > last)
+
+
+def frames_begun(frame: Array) -> Array:
+  """Counts the frames of a video that have begun at each token, its own among them.
+
+  Args:
+    frame: int32[B, N], the number of each token's frame, -1 for none; numbers ascend.
+
+  Returns:
+    int32[B, N].
+  """
+  latest = jax.lax.cummax(frame, axis=1)
+  before = jnp.pad(latest, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  return jnp.cumsum(frame > before, axis=1, dtype=jnp.int32)

@@ -172,7 +172,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
             bias: Array | None = None, hidden: Array | None = None,
             query_valid: Array | None = None, cls_slot: int = 0,
             positions: Array | None = None, last: Array | None = None, window: int | None = None,
-            pairs: attention.Pairs | None = None, rows: Array | None = None,
+            pairs: attention.Exceptions | None = None, rows: Array | None = None,
             max_rows: int | None = None, span: int = 0) -> Signals:
   """Computes the named signals of one attention layer, beside fused attention.
 

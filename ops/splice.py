@@ -114,7 +114,7 @@ def splice(embedded: Array, valid: Array, is_image: Array, visual: Visual | None
   stats = {'group': jnp.where(source.image, source.number, -1),
            **{name: source.visual_alone(values) for name, values in visual.stats.items()}}
   tokens = TokenSet.create(source.hidden(source.mixed(embedded, visual.x)), pos=pos, kind=kind,
-                           valid=source.real, stats=stats,
+                           valid=source.real, stats=stats, texts=length,
                            padding='last' if side == 'right' else 'anywhere')
   return tokens, jnp.where(count > 0, starts + shift, total)
 

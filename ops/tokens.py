@@ -50,6 +50,7 @@ class TokenSet(struct.PyTreeNode):
       those it has; None for as many as fit. Reductions fill no more slots than that in any row.
     of: the kinds that the reduction at hand may touch. Static.
     protected: slots in every row that may not be touched (the [CLS] token and its like). Static.
+    texts: slots of kind TEXT that a row has at most, where that is known; else None. Static.
     padding: where padding slots may be: 'anywhere', or 'last', behind all real ones of the row, so
       that causal attention by slot hides them without a mask. Static.
   """
@@ -67,6 +68,7 @@ class TokenSet(struct.PyTreeNode):
   added: dict[int, Array] = struct.field(default_factory=dict)
   of: tuple[int, ...] = struct.field(pytree_node=False, default=(VISUAL,))
   protected: int = struct.field(pytree_node=False, default=0)
+  texts: int | None = struct.field(pytree_node=False, default=None)
   padding: str = struct.field(pytree_node=False, default='anywhere')
 
   @classmethod

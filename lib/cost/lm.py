@@ -174,7 +174,8 @@ def parameters(lm: LM) -> int:
   return tables + lm.depth * layer_parameters(lm) + lm.width
 
 
-def of(lm: LM, slots: int, *, room: int = 0, originals: int | None = None) -> LMCost:
+def of(lm: LM, slots: int, *, room: int = 0, originals: int | None = None,
+       texts: int | None = None) -> LMCost:
   """Returns the cost of a model under its plans.
 
   Under positions='restart' the whole model runs again on what is left, and only that is cached; the
@@ -186,6 +187,8 @@ def of(lm: LM, slots: int, *, room: int = 0, originals: int | None = None) -> LM
     room: tokens that may be decoded after it.
     originals: tokens that attention and caches hold under virtual unmerging, where some were merged
       before the model; None for `slots`.
+    texts: slots of text, which alone make queries under mask='composite', but for what methods
+      read of others; None for all.
 
   Raises:
     ValueError: for plans that are about other prompts.
@@ -196,11 +199,11 @@ def of(lm: LM, slots: int, *, room: int = 0, originals: int | None = None) -> LM
                      'lm.host(slots)')
   if plan and plan.events and plan.positions == 'restart':
     last = plan.events[-1]
-    again = of(lm.clone(plan=None), last.slots_out, room=room)
+    again = of(lm.clone(plan=None), last.slots_out, room=room, texts=texts)
     passed = plan.profile(lm.depth, slots)
     through = last.layer + (last.site != 'before')
     return dataclasses.replace(again, slots=slots, layers=tuple(
-        _both_runs(layer, _layer(lm, layer.index, tokens, 0, 0))
+        _both_runs(layer, _layer(lm, layer.index, tokens, 0, 0, texts=texts))
         if layer.index < through else layer
         for layer, tokens in zip(again.layers, passed, strict=True)))
   layers = []
@@ -210,7 +213,7 @@ def of(lm: LM, slots: int, *, room: int = 0, originals: int | None = None) -> LM
     held = cached[-1].slots_out if cached else tokens.queries
     if lm.unmerging != 'none':
       held, bias = slots if originals is None else originals, 0
-    layer = _layer(lm, index, tokens, held, room,
+    layer = _layer(lm, index, tokens, held, room, texts=texts,
                    own=(SHARED_BYTES + bias) * (lm.kv_heads if cached else 1))
     if cached:
       layer = _stored(lm, layer, cast(CacheReducer, cached[-1].method), room, bias)
@@ -253,11 +256,17 @@ def _both_runs(layer: Layer, first: Layer) -> Layer:
 
 
 def _layer(lm: LM, index: int, tokens: Tokens, cached: int, room: int, *,
-           own: int = SHARED_BYTES) -> Layer:
+           own: int = SHARED_BYTES, texts: int | None = None) -> Layer:
   queries, values, attended, mlp = tokens.queries, tokens.values, tokens.attended, tokens.mlp
   inner, shared = lm.heads * lm.head_width, lm.kv_heads * lm.head_width
-  projected = inner * (queries + attended) + shared * (queries + values)
-  seen = tokens.logits + tokens.weights if lm.unmerging == 'none' else 2 * cached ** 2
+  asking, seen = queries, tokens.logits + tokens.weights
+  if lm.unmerging != 'none':
+    seen = 2 * cached ** 2
+  if lm.mask == 'composite' and texts is not None and not (
+      tokens.map_seen or index in lm.full_layers):
+    asking = min(texts, queries)
+    seen = 2 * asking * queries
+  projected = inner * (asking + attended) + shared * (queries + values)
   macs = lm.width * projected + inner * seen
   macs += 3 * mlp * lm.width * lm.mlp
   slot, size = kv_slot_bytes(lm), jnp.dtype(lm.dtype).itemsize

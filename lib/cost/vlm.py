@@ -115,4 +115,5 @@ def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
   return VLMCost(
       vlm, layout[0], left, visual_in, visual, vit_cost.of(vlm.tower, arch),
       projector_cost.of(vlm, prompt, layout[0]),
-      lm_cost.of(vlm.lm, prompt + visual, room=room, originals=prompt + layout[1] * whole))
+      lm_cost.of(vlm.lm, prompt + visual, room=room, originals=prompt + layout[1] * whole,
+                 texts=prompt))

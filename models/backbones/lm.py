@@ -57,6 +57,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Annotated, Any, cast
 
 import flax.linen as nn
@@ -83,7 +84,7 @@ from ops import attention, choices, unmerge
 from ops.assignments import take
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache, KVAnswer, LayerCache, with_upkeep
-from ops.masks import SUMMARY, around_summaries
+from ops.masks import FRAME, SUMMARY, around_summaries, frames_begun
 from ops.primitives import products
 from ops.primitives.queries import text_after_images
 from ops.rope import V2PE_STEPS, Rope, sequence_index, v2pe_steps
@@ -103,7 +104,7 @@ OFFERS = frozenset({
 # What the last chunk of a prompt tells of all its tokens.
 LAST_CHUNK = frozenset({'keys', 'values', 'last_attention', 'window_attention', 'window_queries'})
 # What a token of a prompt sees (`LM.mask`).
-MASKS = ('causal', 'mutual', 'summary', 'full')
+MASKS = ('causal', 'mutual', 'summary', 'composite', 'frames', 'full')
 UNMERGINGS = ('none', 'virtual')
 
 
@@ -188,9 +189,8 @@ class Block(ReducibleBlock):
     """Returns the positions by which attention is causal, the window, and what is seen beside."""
     if not self.is_causal:
       return {'positions': None}
-    pairs = {'pairs': _mutual(tokens)} if self.mask == 'mutual' else {}
-    if self.mask == 'summary':
-      pairs = {'pairs': _apart_by_summaries(tokens)}
+    beside = EXCEPTIONS.get(self.mask)
+    pairs = {'pairs': beside(tokens)} if beside else {}
     return pairs | {'positions': sequence_index(tokens.pos), 'window': self._window(tokens)}
 
   def kernel_order(self, tokens: TokenSet, bias: Array | None,
@@ -212,6 +212,8 @@ class Block(ReducibleBlock):
 
     Signals are then those of the slots, as if each were a single token.
     """
+    if self.mask == 'composite' and tokens.texts is not None:
+      return self._attend_by_text(tokens, needs=needs, proportional=proportional, **query_rows)
     if self.unmerging == 'none':
       return super().attend(tokens, needs=needs, proportional=proportional, **query_rows)
     hidden = self.norm1(tokens.x)
@@ -223,6 +225,33 @@ class Block(ReducibleBlock):
                             window=self._window(tokens), implementation=self.implementation)
     mixed = unmerge.attend(q, k, v, _owner(tokens), functools.partial(_apart, self.rope, tokens),
                            mix=mix)
+    change = self.residual(tokens.x, self.out(mixed), 0)
+    more = {'plain_queries': plain, 'attention_out': change}
+    return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
+
+  def _attend_by_text(self, tokens: TokenSet, *, needs: frozenset[str], proportional: bool,
+                      **query_rows: Any) -> tuple[Array, Signals]:
+    """Returns the same as `attend` where visual tokens see themselves alone.
+
+    Queries are made of at most `tokens.texts` slots, and as many rows of the map. No kernel masks
+    such a part of it, so XLA forms it.
+    """
+    hidden, order = self.norm1(tokens.x), self.order(tokens)
+    q, k, plain, v = self.project(hidden, tokens)
+    bias = key_bias(tokens, proportional=proportional)
+    # Queries of all slots run only where a signal reads them.
+    signals = measure(needs, q=q, k=k, v=v, lse=None, bias=bias, hidden=hidden,
+                      query_valid=tokens.valid, **order, **query_rows)
+    k, signals = jax.lax.optimization_barrier((k, signals))
+    text = tokens.real & (tokens.kind == TEXT)
+    rows = jnp.argsort(~text, axis=1, stable=True)[:, :tokens.texts]
+    asking = self._queries_and_keys(take(hidden, rows), take(tokens.pos, rows))[0]
+    mixed = sharded_attention.attend(
+        asking, k, v, bias, order['positions'], mesh=self.mesh, implementation='xla', causal=True,
+        last=take(order['positions'], rows), window=order['window'],
+        pairs=order['pairs'].of(rows)).out
+    own = jnp.repeat(v, self.heads // self.kv_heads, axis=2)
+    mixed = jax.vmap(lambda own, row, new: own.at[row].set(new))(own, rows, mixed)
     change = self.residual(tokens.x, self.out(mixed), 0)
     more = {'plain_queries': plain, 'attention_out': change}
     return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
@@ -321,8 +350,15 @@ class LM(nn.Module):
       question that follows them (AKI, arXiv:2503.02597): the bool stat 'question' of the tokens, by
       default all text after the last image, so that a sequence that holds an answer must name it;
       'summary', where tokens behind the last `summary_token` see nothing before the first one, nor
-      does what is decoded (VoCo-LLaMA, arXiv:2406.12275); or 'full', all tokens. What is decoded
-      sees all else that came before, and is seen by no earlier token.
+      does what is decoded (VoCo-LLaMA, arXiv:2406.12275); 'composite', where a token that is no
+      text sees itself alone, so that a layer aligns it by its values, output product and MLP
+      (EE-MLLM, arXiv:2408.11795, after its abstract; no code was released): where a sequence says
+      how many slots of text it has (`TokenSet.texts`) no other slot makes a query; 'frames', where
+      tokens of a frame also see those behind them in it (the frame-wise block causal mask of
+      TC-LLaVA, arXiv:2409.03206), by the stat 'frame' int32[B, N] of the tokens, -1 for none, by
+      default 'group', a frame an image, else one frame of all visual tokens; its attention is
+      XLA's; or 'full', all tokens. What is decoded sees all else that came before, and is seen by
+      no earlier token.
     full_layers: layers whose causal mask is removed (Dukic and Snajder, 2024, arXiv:2401.14556).
     unmerging: 'virtual', where attention runs among the original tokens of merged ones, each at its
       own position, and its answers are averaged (DyMU, arXiv:2504.17040); caches hold as many
@@ -331,6 +367,13 @@ class LM(nn.Module):
     visual_stride: by how many 1/256 of a position a visual token moves on, 1 to 256 (V2PE,
       arXiv:2412.09616, where it is a power of two); 0 for a whole one, as text. Positions are then
       int32[B, N, 2], the place in the sequence and 256ths.
+    frame_stride: by how many positions a frame moves itself and all behind it on, beside the
+      tokens' own places, 0 for none: rotations by the place and by the frame's number, one after
+      the other, are one by place + frame_stride * frames that have begun (the temporal-aware dual
+      RoPE of TC-LLaVA, arXiv:2409.03206; its abstract alone is known here, so the number of a
+      frame, that text has the last one's, and the factor are ours). Frames are those of
+      mask='frames', whose numbers must ascend in a sequence. Positions are int32[B, N, 2], the
+      place and what is turned by.
     dtype: of the products; norms, softmax and logits are float32. Give parameters of this dtype to
       prefill and decode, which would otherwise convert them in every call.
     plan: how to reduce tokens between layers, or None.
@@ -357,6 +400,7 @@ class LM(nn.Module):
   full_layers: tuple[CountOrZero, ...] = ()
   summary_token: CountOrZero | None = None
   visual_stride: CountOrZero = 0
+  frame_stride: CountOrZero = 0
   unmerging: Annotated[str, OneOf(UNMERGINGS)] = 'none'
   dtype: DTypeLike = jnp.float32
   implementation: str = 'xla'
@@ -380,14 +424,18 @@ class LM(nn.Module):
     if self.visual_stride and self.rope.sections:
       raise ValueError(f'visual_stride={self.visual_stride} is for one position a token, and this '
                        f'model has M-RoPE with sections={self.rope.sections}: set it to 0')
+    if self.frame_stride and (self.visual_stride or self.rope.sections):
+      raise ValueError(f'frame_stride={self.frame_stride} is for one whole position a token: set '
+                       'it to 0, or leave visual_stride and rope.sections out')
     odd = [f'{name}={value!r}' for name, value, usual in (
         ('mask', self.mask, 'causal'), ('full_layers', self.full_layers, ()),
-        ('visual_stride', self.visual_stride, 0), ('rope.sections', self.rope.sections, ()),
-        ('cache_plan', self.cache_plan, None)) if value != usual]
+        ('visual_stride', self.visual_stride, 0), ('frame_stride', self.frame_stride, 0),
+        ('rope.sections', self.rope.sections, ()), ('cache_plan', self.cache_plan, None))
+           if value != usual]
     if self.unmerging != 'none' and odd:
       raise ValueError(f'unmerging={self.unmerging!r} is for causal attention by one position a '
                        f"token and whole caches: leave {odd[0]} out, or set unmerging='none'")
-    if self.mask in ('mutual', 'summary') and self.plan and any(
+    if self.mask in EXCEPTIONS and self.plan and any(
         event.parts == 'core' for event in self.plan.events):
       raise ValueError(f'{self.plan.name} chooses who attends to whom by itself, and so does '
                        f'mask={self.mask!r}: leave one of them out')
@@ -427,9 +475,10 @@ class LM(nn.Module):
     """Makes embeddings, blocks, the last norm and the head."""
     self.table = self.param('table', nn.initializers.normal(0.02), (self.vocabulary, self.width))
     slots = 'any' if self.plan and self.plan.masked else 'ordered'
+    implementation = 'xla' if self.mask == 'frames' else self.implementation
     block = Block(self.width, self.heads, self.kv_heads, self.head_width, self.mlp, self.rotation,
                   self.window, self.qkv_bias, self.qk_norm, self.norm_eps, self.dtype,
-                  self.implementation, self.mesh, slots, self.mask, self.unmerging, parent=None)
+                  implementation, self.mesh, slots, self.mask, self.unmerging, parent=None)
     full = (block.clone(mask='full', parent=None), self.full_layers) if self.full_layers else None
     self.stack = Stack(block, self.depth, self.plan, None, self.remat, self.mesh, self.capture,
                        causal=True, rope=self.rotation, others=full)
@@ -447,9 +496,10 @@ class LM(nn.Module):
   @property
   def rotation(self) -> Rope:
     """Returns how positions become rotations as the tokens carry them."""
-    if not self.visual_stride:
+    if not self.visual_stride and not self.frame_stride:
       return self.rope
-    return dataclasses.replace(self.rope, sections=(self.rope.width // 2,), steps=V2PE_STEPS)
+    return dataclasses.replace(self.rope, sections=(self.rope.width // 2,),
+                               steps=V2PE_STEPS if self.visual_stride else 1)
 
   def embed(self, ids: Array, valid: Array | None = None) -> TokenSet:
     """Looks up the embeddings of token ids.
@@ -677,8 +727,8 @@ class LM(nn.Module):
     choices.check('logits=', logits, ('last', 'all'))
     odd = [f'{name}={value!r}' for name, value, usual in (
         ('mask', self.mask, 'causal'), ('full_layers', self.full_layers, ()),
-        ('visual_stride', self.visual_stride, 0), ('unmerging', self.unmerging, 'none'))
-           if value != usual]
+        ('visual_stride', self.visual_stride, 0), ('frame_stride', self.frame_stride, 0),
+        ('unmerging', self.unmerging, 'none')) if value != usual]
     if odd:
       raise ValueError(f'a model with {odd[0]} reads no chunks: give prefill the whole prompt')
     tokens = self._enter(tokens, valid, planned=False)
@@ -776,10 +826,16 @@ class LM(nn.Module):
                        'not have: give ids, or the stat')
     if self.mask == 'mutual' and 'question' not in tokens.stats:
       tokens = tokens.replace(stats=tokens.stats | {'question': text_after_images(tokens)})
+    if (self.mask == 'frames' or self.frame_stride) and FRAME not in tokens.stats:
+      frame = tokens.stats.get('group', jnp.where(tokens.kind == VISUAL, 0, -1))
+      tokens = tokens.replace(stats=tokens.stats | {FRAME: frame})
     if self.unmerging != 'none' and tokens.places is None:
       tokens = tokens.replace(places=tokens.pos)
     if self.visual_stride and tokens.pos.ndim == 2:
       turned = v2pe_steps(tokens.kind == VISUAL, stride=self.visual_stride, valid=tokens.valid)
+      tokens = tokens.replace(pos=jnp.stack([tokens.pos, turned], axis=2))
+    if self.frame_stride and tokens.pos.ndim == 2:
+      turned = tokens.pos + self.frame_stride * frames_begun(tokens.stats[FRAME])
       tokens = tokens.replace(pos=jnp.stack([tokens.pos, turned], axis=2))
     return tokens
 
@@ -817,8 +873,10 @@ class LM(nn.Module):
     index = jnp.argsort(position, axis=1, stable=True)[:, :count]
     pos = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), index.shape)
     valid = None if tokens.valid is None else take(left, index)
+    stats = {name: take(tokens.stats[name], index) for name in (FRAME,) if name in tokens.stats}
     return TokenSet.create(take(tokens.x, index), pos=pos, kind=take(tokens.kind, index),
-                           valid=valid, of=tokens.of, padding='last')
+                           valid=valid, stats=stats, of=tokens.of, texts=tokens.texts,
+                           padding='last')
 
   def logits(self, x: Array) -> Array:
     """Returns float32[..., V] of features that `read` gave, or any that are normed."""
@@ -903,6 +961,21 @@ def _mutual(tokens: TokenSet) -> attention.Pairs:
   """Visual tokens, and the question that all of them see."""
   return attention.Pairs(tokens.real & (tokens.kind == VISUAL),
                           tokens.real & tokens.stats['question'])
+
+
+def _alone(tokens: TokenSet) -> attention.Alone:
+  """All tokens but text, which see themselves alone."""
+  return attention.Alone(tokens.real & (tokens.kind != TEXT))
+
+
+def _frames(tokens: TokenSet) -> attention.Blocks:
+  """The frames of a video, whose tokens see each other."""
+  return attention.Blocks(tokens.stats[FRAME], tokens.stats[FRAME])
+
+
+# By mask: what a token sees beside those before it, or does not see of them.
+EXCEPTIONS: dict[str, Callable[[TokenSet], attention.Exceptions]] = {
+    'mutual': _mutual, 'summary': _apart_by_summaries, 'composite': _alone, 'frames': _frames}
 
 
 def _last(tokens: TokenSet, x: Array) -> Array:

@@ -59,7 +59,7 @@ from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from ops.assignments import take
 from ops.kv_cache import Cache
-from ops.masks import SUMMARY
+from ops.masks import FRAME, SUMMARY
 from ops.primitives import grids
 from ops.signals import CROP_SIGNALS, TEXT_SIGNALS
 from ops.splice import Visual, splice, unmerged
@@ -312,6 +312,10 @@ class VLM(nn.Module):
                           slots=slots, axes=axes)
     if self.lm.unmerging != 'none' and images is not None:
       tokens = self._unmerged(tokens, slot, ids, valid, images, aux['tower_tokens'])
+    if images is not None and FRAME in tokens.stats:
+      group = tokens.stats['group']
+      frame = group * images.pixels.shape[1] + tokens.stats[FRAME]
+      tokens = tokens.replace(stats=tokens.stats | {FRAME: jnp.where(group >= 0, frame, -1)})
     if self.lm.mask == 'summary':
       marks = {SUMMARY: ids == jnp.asarray(self.lm.summary_token), **(marks or {})}
     for name, marked in (marks or {}).items():
@@ -488,6 +492,10 @@ class VLM(nn.Module):
       parts = max(len(self.lm.rope.sections) // images.axes.shape[-1], 1)
       places = jnp.repeat(images.axes, parts, axis=-1) if parts > 1 else images.axes
       visual = visual.replace(stats=visual.stats | {'axes': places})
+    if (self.lm.mask == 'frames' or self.lm.frame_stride) and images.index is not None:
+      # What ends a row is of the frame before it.
+      frame = jax.lax.cummax(self._crops(images)[CROP], axis=2)
+      visual = visual.replace(stats=visual.stats | {FRAME: frame})
     slots = None
     if self.projector_reduction:
       special = self._special_of(whole, images) if self.projector_reduction.special else None

@@ -12,6 +12,7 @@ from models.projectors.matryoshka import Matryoshka
 from models.projectors.mqt import MQT
 from models.projectors.quecc import QueCC
 from models.projectors.slime import SliME, SliMELocal
+from models.projectors.timesuite import TimeSuite
 from models.projectors.tokenflex import TokenFLEX
 from models.projectors.tokenpacker import TokenPacker
 from ops import choices
@@ -25,6 +26,7 @@ PROJECTORS: dict[str, type[Compressor]] = {
     'quecc': QueCC,
     'slime': SliME,
     'slime_local': SliMELocal,
+    'timesuite': TimeSuite,
     'tokenflex': TokenFLEX,
     'tokenpacker': TokenPacker,
 }

@@ -110,6 +110,12 @@ class Compressor(nn.Module):
     raise NotImplementedError
 
 
+def identity(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+  """Returns the product that changes nothing, as an initializer of a kernel [D, D]."""
+  del key
+  return jnp.eye(shape[0], shape[1], dtype=dtype)
+
+
 def concatenated(levels: tuple[Array, ...], wanted: tuple[Any, ...]) -> Array:
   """Joins the features of several layers: float[B, N, K W].
 

@@ -54,7 +54,8 @@ def parameters(family):
                            for name, shape in flat.items()})
 
 
-CASES = [(family, 'none') for family in LAYOUTS] + [
+CASES = [(family, 'none') for family in LAYOUTS] + [('llava', 'composite'), (
+    'llava_next', 'composite')] + [
     ('llava', name) for name in REDUCTIONS if name != 'none'] + [
         ('qwen2_5_vl', 'language and cache')]
 
@@ -62,7 +63,10 @@ CASES = [(family, 'none') for family in LAYOUTS] + [
 @pytest.mark.parametrize(('family', 'name'), mostly_long(CASES, short=2))
 def test_counts_equal_the_traced_program(family, name):
   layout = LAYOUTS[family]
-  vlm = with_plans(model(family), **REDUCTIONS[name])(PROMPT, layout)
+  vlm = model(family)
+  if name == 'composite':
+    vlm = vlm.clone(lm=vlm.lm.clone(mask='composite'))
+  vlm = with_plans(vlm, **REDUCTIONS.get(name, {}))(PROMPT, layout)
   cost = vlm_cost.of(vlm, PROMPT, layout, room=ROOM)
   run = functools.partial(vlm.apply, room=ROOM, method='prefill')
   ids = jax.ShapeDtypeStruct((1, PROMPT), jnp.int32), jax.ShapeDtypeStruct((1, PROMPT), jnp.bool_)

@@ -53,7 +53,9 @@ OTHERWISE = {'TTF-VLA': 'ops/test_temporal.py',
              'G-Search and P-Sigmoid': 'search/test_schedules.py',
              **dict.fromkeys(('TokenPacker', 'QueCC', 'MQT', 'M3', 'SliME', 'HICom', 'LLaVA-SP',
                               'VLoRA'), 'golden/test_golden_projector.py'),
-             'TokenFLEX': 'projectors/test_projectors.py'}
+             'TokenFLEX': 'projectors/test_projectors.py',
+             **dict.fromkeys(('TimeSuite', 'DocVLM', 'AIM-ICL'), 'projectors/test_neighbours.py'),
+             **dict.fromkeys(('EE-MLLM', 'TC-LLaVA'), 'decoding/test_visual_masks.py')}
 BASELINES = {'none', 'random', 'stride', 'pool', 'radial'}
 
 

@@ -256,9 +256,62 @@ def mutual(rows, length):
   return attention.Pairs(drawn < 0.3, drawn > 0.8)
 
 
+def exception(kind, rows, length):
+  """What changes causal attention, by name."""
+  drawn = np.random.default_rng(6)
+  if kind == 'alone':
+    return attention.Alone(drawn.random((rows, length)) < 0.3)
+  if kind == 'blocks':
+    number = drawn.integers(-1, 4, (rows, length))
+    return attention.Blocks(number, number)
+  return mutual(rows, length).replace(shown=kind == 'shown')
+
+
+@pytest.mark.parametrize('kind', ['alone', 'blocks', 'shown', 'hidden'])
+def test_what_changes_causal_attention_by_loops(kind):
+  """The map, the named rows and what keys receive, by positions in any order."""
+  q, k, v = inputs(length=7, heads=2, kv_heads=1, features=8)
+  positions = np.stack([np.random.default_rng(seed).permutation(7) for seed in (1, 2)])
+  pairs = exception(kind, 2, 7)
+  got = attend(q, k, v, causal=True, positions=positions, pairs=pairs)
+  seen = np.zeros((2, 7, 7), bool)
+  for row, i, j in np.ndindex(2, 7, 7):
+    seen[row, i, j] = positions[row, j] <= positions[row, i]
+    own = pairs.queries[row, i]
+    if kind == 'alone':
+      seen[row, i, j] &= not own or i == j
+    elif kind == 'blocks':
+      seen[row, i, j] |= own >= 0 and own == pairs.keys[row, j]
+    elif own and pairs.keys[row, j]:
+      seen[row, i, j] = kind == 'shown'
+  logits = np.einsum('bnhd,bsd->bhns', q.astype(np.float64), k[:, :, 0]) / np.sqrt(8)
+  weights = np.exp(logits) * seen[:, None]
+  total = weights.sum(axis=3, keepdims=True)
+  # A query that sees nothing has no row that means anything.
+  some = np.broadcast_to(seen.any(axis=2)[..., None], got.lse.shape)
+  close(got.lse[some], np.moveaxis(np.log(np.maximum(total[..., 0], 1e-30)), 1, 2)[some], 1e-5)
+  weights /= np.maximum(total, 1e-30)
+  close(got.out[some], np.einsum('bhns,bsd->bnhd', weights, v[:, :, 0])[some], 1e-5)
+  index = np.array([[3, 0], [6, 2]])
+  named = rows(np.take_along_axis(q, index[..., None, None], axis=1), k, None, positions=positions,
+               last=np.take_along_axis(positions, index, axis=1), pairs=pairs.of(index))
+  want = np.take_along_axis(weights, index[:, None, :, None], axis=2)
+  real = np.take_along_axis(seen.any(axis=2), index, axis=1)
+  close(np.moveaxis(named, 2, 1)[real], np.moveaxis(want, 2, 1)[real], 1e-5)
+  if seen.any(axis=2).all():
+    close(received(q, k, None, causal=True, positions=positions, pairs=pairs, chunk=3),
+          weights.mean(axis=2), 1e-5)
+
+
+def test_no_kernel_has_blocks():
+  q, k, v = inputs(length=5)
+  with pytest.raises(ValueError, match="no blocks that are seen both ways: use implementation="):
+    attend(q, k, v, causal=True, pairs=exception('blocks', 2, 5), implementation='splash')
+
+
 @pytest.mark.long
-@pytest.mark.parametrize('shown', [True, False])
-def test_splash_shows_or_hides_what_causal_attention_does_not(shown):
+@pytest.mark.parametrize('kind', ['shown', 'hidden', 'alone'])
+def test_splash_shows_or_hides_what_causal_attention_does_not(kind):
   """Results and gradients, by positions."""
   q, k, v = inputs(length=130, heads=2, kv_heads=1, features=24)
   positions = np.random.default_rng(4).permutation(130).astype(np.int32)[None].repeat(2, 0)
@@ -266,7 +319,7 @@ def test_splash_shows_or_hides_what_causal_attention_does_not(shown):
 
   def loss(q, k, v, implementation):
     got = attention.attend(q, k, v, bias=bias, causal=True, positions=positions,
-                           pairs=mutual(2, 130).replace(shown=shown),
+                           pairs=exception(kind, 2, 130),
                            implementation=implementation)
     return jnp.sum(got.out ** 2) + jnp.sum(jnp.sin(got.lse)), got
 
@@ -365,7 +418,8 @@ def test_scores_hold_no_map(differentiate):
     [pytest.param('all', 96, marks=pytest.mark.long),
                                               ('all', 90), ('causal', 90),
                                               ('window', 90), ('positions', 96),
-                                              pytest.param('mutual', 90, marks=pytest.mark.long)]))
+                                              *(pytest.param(kind, 90, marks=pytest.mark.long)
+                                                for kind in ('mutual', 'alone', 'blocks'))]))
 def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
   chunk = 16
   q, k, v = inputs(length=length, heads=4, kv_heads=2, features=8)
@@ -374,6 +428,8 @@ def test_a_large_map_is_formed_in_parts(kind, length, monkeypatch):
                         for seed in range(2)]).astype(np.int32)
   arguments = {'all': {}, 'causal': {'causal': True}, 'window': {'causal': True, 'window': 20},
                'positions': {'positions': positions},
+               **{name: {'causal': True, 'pairs': exception(name, 2, length)}
+                  for name in ('alone', 'blocks')},
                'mutual': {'causal': True, 'pairs': mutual(2, length)}}[kind]
 
   def found():
