@@ -155,6 +155,16 @@ class Reader(nn.Module):
   layers: tuple[CountOrZero, ...]
   site: ClassVar[str]
 
+  def __call__(self, memory: Any, tokens: TokenSet) -> tuple[States, States, tuple[Array, ...]]:
+    """Returns states, what of them is kept, and what each layer would add to tokens of a prompt.
+
+    It makes the parameters.
+    """
+    states = self.states(memory)
+    changes = () if self.site == 'products' else tuple(
+        self.read(layer, tokens, state) for layer, state in states.items())
+    return states, self.kept(states), changes
+
   def states(self, memory: Any) -> States:
     """Returns what each layer reads of a prompt's memory, projected."""
     raise NotImplementedError
