@@ -60,7 +60,8 @@ class Compressor(nn.Module):
 
   A subclass says what grid it leaves of one (`grid_after`) or how many tokens (`slots`), what it
   `reads` beside the tower's last features, and what its parameters are called in the release
-  (`released`). One that reads LEVELS has a field of that name: the layers, from 0 on.
+  (`released`). One that reads LEVELS has a field of that name: the layers, from 0 on. One that
+  leaves a memory beside tokens says what layers of the language model read it with (`reader`).
 
   Attributes:
     width: D.

@@ -34,11 +34,12 @@ class CrossLMM(Compressor):
   self-attention of every K-th layer, from visual tokens (V2V) and from text (T2V) to the projected
   patches, and their gates. Reconstructed are the gates' tanh of a scalar that begins at 0, heads as
   the language model has them, features that enter without a norm, as in the paper's formula, that
-  text in front of an image reads it too, and K.
+  text in front of an image reads it too, K, and where it begins: what visual tokens read in the
+  last layer, nobody would see.
 
   Attributes:
     side: tokens each way; 1, 3 and 4 leave 1, 9 and 16. It need not divide the grid.
-    every: K; of so many layers the last one reads.
+    every: K; of so many layers the first one reads.
   """
 
   side: Count = 3
@@ -57,7 +58,7 @@ class CrossLMM(Compressor):
 
   def reader(self, sizes: Sizes) -> DualAttention:
     """Returns the two attentions of every K-th layer."""
-    layers = tuple(range(self.every - 1, sizes.depth, self.every))
+    layers = tuple(range(0, sizes.depth, self.every))
     return DualAttention(layers, sizes.width, sizes.heads, sizes.kv_heads, sizes.head_width,
                          self.dtype, parent=None)
 
