@@ -2,8 +2,8 @@
 
 `config.optimizer.frozen` names groups of parameters by the beginnings of their paths, as
 ('tower', 'lm'). They have no gradient, no state of the optimizer and no average, and no checkpoint
-holds them: they are read from their files again. What a learned reduction adds inside of such a
-group is not pretrained, and trains.
+holds them: they are read from their files again. What a learned reduction, or the reader of a
+memory, adds inside of such a group is not pretrained, and trains.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from models.projector import neighbours_as_one, without_special
 from models.projectors.mlp import NORM_EPS
 from models.storage import to_storage
 
-LEARNED = 'reducer_'
+# What begins so in a pretrained part is not of it: a learned reduction's, a memory's reader's.
+LEARNED = ('reducer_', 'reader/')
 Params = dict[str, Any]
 
 
@@ -138,8 +139,8 @@ def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
 
 
 def _within(path: str, groups: Sequence[str]) -> bool:
-  """Whether a path is in one of the groups, and not of a learned reduction."""
-  learned = f'/{LEARNED}' in f'/{path}'
+  """Whether a path is in one of the groups, and not of a learned reduction or a reader."""
+  learned = any(f'/{start}' in f'/{path}' for start in LEARNED)
   return not learned and any(f'{path}/'.startswith(f'{name}/') for name in groups)
 
 
