@@ -2,8 +2,8 @@
 
 `config.optimizer.frozen` names groups of parameters by the beginnings of their paths, as
 ('tower', 'lm'). They have no gradient, no state of the optimizer and no average, and no checkpoint
-holds them: they are read from their files again. What a learned reduction, or the reader of a
-memory, adds inside of such a group is not pretrained, and trains.
+holds them: they are read from their files again. What a learned reduction adds inside of such a
+group is not pretrained, and trains.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from models.projector import neighbours_as_one, without_special
 from models.projectors.mlp import NORM_EPS
 from models.storage import to_storage
 
-# What begins so in a pretrained part is not of it: a learned reduction's, a memory's reader's.
+# Parameters of learned reductions, and of what reads a compressor's memory.
 LEARNED = ('reducer_', 'reader/')
 Params = dict[str, Any]
 
