@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import reduction
 from models.blocks import ReducibleBlock, add
+from models.memory import Recall
 from models.plans.events import Plan
 from models.plans.row_budgets import row_budgets
 from models.reduction import BATCH_AXES, Event, Place, Reduced, Reduction
@@ -97,12 +98,14 @@ class Stack(nn.Module):
   others: tuple[ReducibleBlock, tuple[int, ...]] | None = None
 
   @nn.compact
-  def __call__(self, tokens: TokenSet, tap: Tap | None = None) -> tuple[TokenSet, Outputs]:
+  def __call__(self, tokens: TokenSet, tap: Tap | None = None,
+               recall: Recall | None = None) -> tuple[TokenSet, Outputs]:
     """Runs all layers.
 
     Args:
       tokens: as the blocks take them.
       tap: reads something out of every layer, or None.
+      recall: lets some layers read a memory, or None.
 
     Returns:
       The final tokens, and a dict: 'before' and 'cuts' {layer: TokenSet before, and after, the
@@ -128,7 +131,8 @@ class Stack(nn.Module):
     waiting = {}
     for event in self.plan.inserts if self.plan else ():
       tokens, waiting[event] = self.place.by_rows(functools.partial(_part, event))(tokens, signals)
-    for start, stop in self._stages(weights, (*(tap.starts if tap else ()), *added)):
+    begins = (*(tap.starts if tap else ()), *added, *(recall.begins if recall else ()))
+    for start, stop in self._stages(weights, begins):
       for event in self._events(start, 'before'):
         if event in waiting:
           tokens, signals = reduction.insert(tokens, waiting[event], self.place), Signals()
@@ -145,15 +149,18 @@ class Stack(nn.Module):
       if key is None:
         # Else a compiler may slice and convert this layer's weights early, and hold them meanwhile.
         tokens, weights = jax.lax.optimization_barrier((tokens, weights))
-      tokens, signals = self._run_alone(tokens, signals, weights, start, key, tap, out)
+      tokens, signals = self._run_alone(tokens, signals, weights, start, key, tap, out, recall)
       out['hidden'] += [tokens.x] if self.capture else []
     return tokens, out
 
   def _run_alone(self, tokens: TokenSet, signals: Signals, weights: Weights, index: int,
-                 key: Array | None, tap: Tap | None,
-                 out: Outputs) -> tuple[TokenSet, Signals]:
+                 key: Array | None, tap: Tap | None, out: Outputs,
+                 recall: Recall | None) -> tuple[TokenSet, Signals]:
     """One layer with its cut, but for a cut before it."""
     layer = functools.partial(self._layer, layer_of(weights, index), index, key)
+    if recall:
+      tokens = recall.at('before', index, tokens)
+      layer = functools.partial(layer, beside=recall.variables(index))
     needs = self._needs(index) | (tap.needs if tap else frozenset())
     mlp_needs = needs & MLP_SIGNALS
     inside = self._events(index, 'inside')
@@ -183,6 +190,7 @@ class Stack(nn.Module):
       tokens, signals = self._attend(index, attend, tokens, needs, tap, asking)
       if not mlp_needs:
         tokens = self._watch(index, tokens, signals)
+      tokens = recall.at('between', index, tokens) if recall else tokens
       attended, seen = tokens, signals
     for event in self._events(index, 'between'):
       tokens, signals = self._reduce(tokens, signals, event, weights, key, out)
@@ -238,7 +246,7 @@ class Stack(nn.Module):
     return self.param('blocks', init)
 
   def step(self, carry: Any, states: tuple[Any, ...], method: str = 'step',
-           **settings: Any) -> tuple[Any, tuple[Any, ...]]:
+           recall: Recall | None = None, **settings: Any) -> tuple[Any, tuple[Any, ...]]:
     """Runs the blocks' own `step`, for decoding, or another method that goes by states.
 
     It runs layer by layer, so that no state is copied into a loop. Give weights as a tuple
@@ -249,6 +257,7 @@ class Stack(nn.Module):
         and bool[B], rows that have a token, or None for all.
       states: one a layer.
       method: of the blocks, (carry, state, **settings) -> (carry, state).
+      recall: lets some layers read a memory, or None.
       **settings: of all of them.
 
     Returns:
@@ -257,8 +266,11 @@ class Stack(nn.Module):
     weights, new_states = self._weights(carry), []
     for layer, state in enumerate(states):
       event = self._decoding(layer) if method == 'step' else None
-      step = functools.partial(self.block.apply, {'params': layer_of(weights, layer)},
-                               **settings)
+      variables = {'params': layer_of(weights, layer)}
+      if recall:
+        variables |= recall.variables(layer)
+        settings['between'] = recall.between(layer)
+      step = functools.partial(self.block.apply, variables, **settings)
       if event is None:
         carry, state = step(carry, state, method=method)
       else:
@@ -363,8 +375,9 @@ class Stack(nn.Module):
 
   def _layer(self, params: Params | LayerSlice, index: int | Array, key: Array | None,
              method: str, tokens: TokenSet, *args: Any, block: ReducibleBlock | None = None,
-             **kwargs: Any) -> Any:
-    """Calls one method of the block with one layer's parameters and random key."""
+             beside: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+    """Calls one method of the block with one layer's parameters and random key, and with variables
+    beside the parameters."""
     block = block or self._block(index)
     if method != 'feed_forward':
       kwargs['proportional'] = bool(self.plan and self.plan.proportional)
@@ -373,7 +386,8 @@ class Stack(nn.Module):
     def call(params: Params | LayerSlice, tokens: TokenSet) -> Any:
       # Here, so that the backward pass reads them anew instead of keeping them.
       params = params.read() if isinstance(params, LayerSlice) else params
-      return block.apply({'params': params}, tokens, *args, method=method, rngs=rngs, **kwargs)
+      return block.apply({'params': params, **(beside or {})}, tokens, *args, method=method,
+                         rngs=rngs, **kwargs)
 
     decides = method == 'attend_and_cut' or 'choose' in kwargs
     if self.remat != 'none' and not decides:  # A decision must be taken once.

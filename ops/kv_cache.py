@@ -456,10 +456,13 @@ class Cache(struct.PyTreeNode):
   Attributes:
     layers: one cache a layer, each of its own length.
     steps: int32[], tokens decoded so far, at most the room.
+    memory: what layers read beside the tokens of the prompt, with a `take` as `Cache` has it; None
+      for nothing.
   """
 
   layers: tuple[LayerCache, ...]
   steps: Array
+  memory: Any = None
 
   @property
   def room(self) -> int:
@@ -468,7 +471,8 @@ class Cache(struct.PyTreeNode):
 
   def take(self, rows: Array) -> Cache:
     """Returns the cache of rows int[R] of the batch, which may repeat: one context, R questions."""
-    return self.replace(layers=tuple(kv.take(rows) for kv in self.layers))
+    return self.replace(layers=tuple(kv.take(rows) for kv in self.layers),
+                        memory=self.memory and self.memory.take(rows))
 
   def check_room(self, tokens: int) -> None:
     """Raises a ValueError if so many more tokens do not fit; while traced, if they never do."""

@@ -298,7 +298,7 @@ def _describe_language(model: LM | VLM, reduce: Reduce | None, prompt: int | Non
   assert isinstance(plain, VLM)
   seen, whole = (vlm_cost.of(each, prompt, layout, room=new_tokens) for each in (model, plain))
   return '\n\n'.join([
-      vlm_summary(seen), tower_table(model.tower), _projector(seen),
+      vlm_summary(seen), tower_table(model.tower), _projector(seen), *_memory(seen),
       lm_table(model.lm, prompt + seen.visual, room=new_tokens),
       _compared('one prompt and its images', _vlm_totals(seen, whole)),
       language_papers(seen.lm, seen.visual, name_of(seen.vlm.compressor))])
@@ -394,6 +394,20 @@ def _projector(cost: VLMCost) -> str:
           f'{prefix}MACs, '
           f'weights {cost.projector_parameters * size / 1e6:.2f} MB, activations '
           f'{cost.projector_activation_bytes / 1e6:.2f} MB')
+
+
+def _memory(cost: VLMCost) -> list[str]:
+  """Says what layers read of a memory, nothing where there is none."""
+  reader, memory = cost.vlm.lm.reader, cost.memory
+  if reader is None:
+    return []
+  size = cost.lm.weight_bytes / lm_cost.parameters(cost.vlm.lm)
+  (prefix, scale), (own, step) = unit(memory.macs), unit(memory.decode_macs)
+  layers = ', '.join(map(str, reader.layers))
+  return [f'memory, beside the language model: layers {layers} read it, '
+          f'{memory.macs / scale:.3f} {prefix}MACs of the prompt, {memory.decode_macs / step:.3f} '
+          f'{own}MACs of a decode step, weights {memory.parameters * size / 1e6:.2f} MB, in the '
+          f'cache {memory.kept_bytes / 1e6:.2f} MB']
 
 
 def _lm_totals(ours: LMCost, full: LMCost) -> list[Total]:

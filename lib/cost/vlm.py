@@ -1,5 +1,7 @@
 """The cost of a vision-language model, without running anything: tower, projector, language model.
 
+Where a compressor leaves a memory, what layers of the language model read of it is counted apart.
+
 Axes: C crops of a row, I images of a row, V tokens of an image (`models.backbones.images.Images`),
 W width of the tower, D width of the language model.
 """
@@ -11,6 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from lib.cost import lm as lm_cost
+from lib.cost import memory as memory_cost
 from lib.cost import projector as projector_cost
 from lib.cost import vit as vit_cost
 from models.backbones.lm import LM
@@ -33,6 +36,7 @@ class VLMCost:
       are loaded.
     projector: the cost of what stands between both, for all crops.
     lm: the cost of the language model, visual slots included.
+    memory: what its layers read beside them.
   """
 
   vlm: VLM
@@ -43,6 +47,7 @@ class VLMCost:
   tower: vit_cost.Cost
   projector: projector_cost.ProjectorCost
   lm: lm_cost.LMCost
+  memory: memory_cost.MemoryCost
 
   @property
   def tower_macs(self) -> int:
@@ -64,13 +69,14 @@ class VLMCost:
   @property
   def macs(self) -> int:
     """MACs of reading the images and the prompt."""
-    return self.tower_macs + self.projector_macs + self.lm.macs
+    return self.tower_macs + self.projector_macs + self.lm.macs + self.memory.macs
 
   @property
   def weight_bytes(self) -> int:
     """Bytes of all parameters."""
     size = jnp.dtype(self.vlm.lm.dtype).itemsize
-    return self.tower.weight_bytes + size * self.projector_parameters + self.lm.weight_bytes
+    between = self.projector_parameters + self.memory.parameters
+    return self.tower.weight_bytes + size * between + self.lm.weight_bytes
 
   @property
   def projector_activation_bytes(self) -> int:
@@ -116,4 +122,5 @@ def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
       vlm, layout[0], left, visual_in, visual, vit_cost.of(vlm.tower, arch),
       projector_cost.of(vlm, prompt, layout[0]),
       lm_cost.of(vlm.lm, prompt + visual, room=room, originals=prompt + layout[1] * whole,
-                 texts=prompt))
+                 texts=prompt),
+      memory_cost.of(vlm, prompt, layout[0]))

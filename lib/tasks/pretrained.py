@@ -34,7 +34,8 @@ from models.projector import neighbours_as_one, without_special
 from models.projectors.mlp import NORM_EPS
 from models.storage import to_storage
 
-LEARNED = 'reducer_'
+# Parameters of learned reductions, and of what reads a compressor's memory.
+LEARNED = ('reducer_', 'reader/')
 Params = dict[str, Any]
 
 
@@ -174,8 +175,8 @@ def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
 
 
 def _within(path: str, groups: Sequence[str]) -> bool:
-  """Whether a path is in one of the groups, and not of a learned reduction."""
-  learned = f'/{LEARNED}' in f'/{path}'
+  """Whether a path is in one of the groups, and not of a learned reduction or a reader."""
+  learned = any(f'/{start}' in f'/{path}' for start in LEARNED)
   return not learned and any(f'{path}/'.startswith(f'{name}/') for name in groups)
 
 

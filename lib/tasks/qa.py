@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lib.cost import lm as lm_cost
+from lib.cost import memory as memory_cost
 from lib.cost import projector as projector_cost
 from lib.cost import vit as vit_cost
 from lib.cost.vlm import macs_of
@@ -303,7 +304,7 @@ def training_macs(model: LM | VLM, *, context: int) -> float:
     through, width = tower.layers[-1].left - model.tower.special, model.lm.width
     through, joined = through // model.side ** 2, model.tower.width * model.side ** 2
     projector = through * (joined + width) * width if model.projection else 0
-  return (tower.training_macs + 3 * projector
+  return (tower.training_macs + 3 * (projector + memory_cost.of(model, context).macs)
           + training_macs(model.lm, context=context + visual_tokens(model)))
 
 

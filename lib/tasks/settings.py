@@ -270,7 +270,7 @@ _IMAGE = _KEYS | {
     'anneal': Anneal, 'sweep': ImageSweepSettings,
     'reduce': Keys({'vision': REDUCTIONS}), 'task': Keys({'name': str})}
 _LM = keys_of(LM).without('vocabulary', 'rope', 'dtype', 'implementation', 'plan', 'cache_plan',
-                          'mesh', 'capture') | Keys({'theta': Positive})
+                          'mesh', 'capture', 'reader') | Keys({'theta': Positive})
 _TOWER = keys_of(ViT).without('num_classes', 'image_size', 'pool', 'last_norm', 'dtype', 'plan',
                               'implementation', 'mesh', 'capture', 'layers')
 _OF_VLM = {key: keys_of(VLM).kinds[key] for key in ('projection', 'side', 'patch_labels')} | {

@@ -69,7 +69,7 @@ def arrange(tokens: TokenSet, images: Images,
   (batch, crops), each = images.pixels.shape[:2], tokens.slots
   stats = {name: value.reshape(batch, crops, each, *value.shape[2:])
            for name, value in tokens.stats.items()}
-  x = tokens.x.reshape(batch, crops, each, -1)
+  x = tokens.x.reshape(batch, crops, each, tokens.x.shape[-1])
   valid = None if tokens.valid is None else tokens.valid.reshape(batch, crops, each)
   if images.index is None:
     stats['cell'] = tokens.pos.reshape(batch, crops, each)

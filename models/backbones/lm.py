@@ -68,6 +68,7 @@ from jax.typing import DTypeLike
 
 from models import sharded_attention
 from models.blocks import ReducibleBlock
+from models.memory import COLLECTION, MLP, Memory, Product, Reader, Recall, changed, check_reader
 from models.plans.events import POSITIONS, Plan
 from models.plans.hosts import Host
 from models.plans.row_budgets import entry_budget
@@ -114,11 +115,11 @@ def rms_norm(eps: float) -> nn.RMSNorm:
 
 
 def product(features: int | tuple[int, ...], dtype: DTypeLike, *, bias: bool = False,
-            axis: int | tuple[int, ...] = -1) -> nn.DenseGeneral:
+            axis: int | tuple[int, ...] = -1) -> Product:
   """Returns a matrix product with the initialisation of the blocks."""
-  return nn.DenseGeneral(features, axis=axis, dtype=dtype, use_bias=bias,
-                         kernel_init=nn.initializers.normal(0.02),
-                         dot_general=products.dot_general(dtype))
+  return Product(features, axis=axis, dtype=dtype, use_bias=bias,
+                 kernel_init=nn.initializers.normal(0.02),
+                 dot_general=products.dot_general(dtype))
 
 
 class Block(ReducibleBlock):
@@ -256,6 +257,12 @@ class Block(ReducibleBlock):
     more = {'plain_queries': plain, 'attention_out': change}
     return change, signals.replace(**{name: x for name, x in more.items() if name in needs})
 
+  def residual(self, x: Array, made: Array, branch: int) -> Array:
+    """Returns what attention or the MLP made, the latter with what a memory changes."""
+    if branch and self.has_variable(COLLECTION, MLP):
+      return changed(self, MLP, made, self.entering(x, 1))
+    return made
+
   def inner(self, hidden: Array) -> Array:
     """Returns the MLP's inner activations, float[B, N, F]."""
     return nn.silu(self.gate(hidden)) * self.up(hidden)
@@ -266,6 +273,7 @@ class Block(ReducibleBlock):
 
   def step(self, carry: tuple[Array, Array, Array | None], kv: LayerCache, *,
            gates: tuple[Array | None, Array | None] = (None, None),
+           between: Callable[[Array], Array] | None = None,
            ) -> tuple[tuple[Array, Array, Array | None], tuple[LayerCache, Signals]]:
     """Runs one token a row through the block, over its cache.
 
@@ -274,6 +282,7 @@ class Block(ReducibleBlock):
         None for all.
       kv: the cache of this layer.
       gates: float[B] or None, what the changes of attention and of the MLP are multiplied with.
+      between: what the features become between the two, or None.
 
     Returns:
       The carry, the cache, and the token's `queries` and `last_attention`.
@@ -286,12 +295,14 @@ class Block(ReducibleBlock):
     kv = kv.append(k, self.v(hidden), index, step, valid)
     mixed, weights = kv.attend(q, index, self.window)
     x = x + _gated(self.out(mixed).astype(x.dtype), gates[0])
-    change = self.outer(self.inner(self.norm2(x))).astype(x.dtype)
+    x = between(x) if between else x
+    change = self.residual(x, self.outer(self.inner(self.norm2(x))), 1).astype(x.dtype)
     signals = Signals(queries=q[:, None], last_attention=cast(Array, weights))
     return (x + _gated(change, gates[1]), step, valid), (kv, signals)
 
   def extend(self, carry: tuple[Array, TokenSet, Array], kv: LayerCache, *,
              needs: frozenset[str], span: int,
+             between: Callable[[Array], Array] | None = None,
              ) -> tuple[tuple[Array, TokenSet, Array], tuple[LayerCache, Signals]]:
     """Runs a chunk of tokens through the block, over its cache and itself.
 
@@ -301,6 +312,7 @@ class Block(ReducibleBlock):
       kv: the cache of this layer.
       needs: names of `Signals` fields, of S keys and the chunk's queries.
       span: as in `ops.signals.measure`.
+      between: as of `step`.
 
     Returns:
       The carry, the cache, and the signals.
@@ -317,7 +329,8 @@ class Block(ReducibleBlock):
                         lse=None, bias=kv.visible_bias, hidden=hidden, query_valid=chunk.valid,
                         positions=kv.pos, last=index, window=self.window or None, span=span)
     x = x + self.out(kv.attend_chunk(q, index, self.window)).astype(x.dtype)
-    change = self.outer(self.inner(self.norm2(x)))
+    x = between(x) if between else x
+    change = self.residual(x, self.outer(self.inner(self.norm2(x))), 1)
     return (x + change.astype(x.dtype), chunk, step), (kv, signals)
 
   def _queries_and_keys(self, hidden: Array, pos: Array) -> tuple[Array, Array, Array]:
@@ -380,6 +393,7 @@ class LM(nn.Module):
     cache_plan: which entries of the cache to keep after the prompt, or None.
     implementation: of attention over a prompt: 'xla', 'cudnn' or 'splash' (ops/attention.py picks).
     mesh, remat, capture: see models/stack.py.
+    reader: lets some layers read a memory (models/memory.py), or None; a compressor brings it.
   """
 
   vocabulary: Count
@@ -409,9 +423,12 @@ class LM(nn.Module):
   mesh: Mesh | None = None
   remat: Annotated[str, OneOf(REMAT)] = 'none'
   capture: bool = False
+  reader: Reader | None = None
 
   def __post_init__(self) -> None:
     check_fields(self)
+    if self.reader:
+      check_reader(self.reader, self.plan, depth=self.depth)
     if self.heads % self.kv_heads:
       raise ValueError(f'kv_heads={self.kv_heads} does not divide heads={self.heads}: each is '
                        'shared by as many queries as every other; change one of them')
@@ -546,26 +563,37 @@ class LM(nn.Module):
     read, out = self.read(tokens, valid)
     return self.logits(read.x), out
 
-  def read(self, tokens: Array | TokenSet,
-           valid: Array | None = None) -> tuple[TokenSet, Outputs]:
-    """Returns what `__call__` makes logits of, and its dict."""
+  def read(self, tokens: Array | TokenSet, valid: Array | None = None,
+           memory: Memory | None = None) -> tuple[TokenSet, Outputs]:
+    """Returns what `__call__` makes logits of, and its dict; `memory` is what the reader reads."""
     tokens = self._enter(tokens, valid)
     embedded = tokens.x
-    tokens, out = self.stack(tokens)
+    tokens, out = self.stack(tokens, None, self._recall(memory))
     tokens = tokens.replace(x=self.norm(tokens.x))
     out['tokens'] = tokens
     if self.capture:
       out['embedded'] = embedded
     return tokens, out
 
+  def _recall(self, memory: Memory | None) -> Recall | None:
+    """What layers read of a prompt's memory."""
+    if memory is None or self.reader is None:
+      return None
+    return Recall(self.reader, self.reader.states(memory))
+
+  def _recall_kept(self, kvs: Cache) -> Recall | None:
+    """What layers read of a memory that a cache carries."""
+    return Recall(self.reader, kvs.memory.layers) if kvs.memory and self.reader else None
+
   def prefill(self, tokens: Array | TokenSet, valid: Array | None = None, *,
-              room: int) -> tuple[Array, Cache]:
+              room: int, memory: Memory | None = None) -> tuple[Array, Cache]:
     """Reads a prompt.
 
     Args:
       tokens, valid: as in `__call__`. The plan must leave the latest real token of every row,
         whose logits are returned.
       room: number of tokens that may be decoded after the prompt.
+      memory: what the reader reads, or None.
 
     Returns:
       Logits float32[B, V] after the last real token, and the cache.
@@ -585,8 +613,9 @@ class LM(nn.Module):
       needs |= cache_needs(cache_plan.only)
     tap = Tap(needs, functools.partial(self._store, self._next_position(tokens), room),
               _starts(cache_plan), cache_plan.only if cache_plan else None)
-    tokens, out = self.stack(tokens, tap)
-    cache = Cache(tuple(out['taps']), jnp.zeros((), jnp.int32))
+    recall = self._recall(memory)
+    tokens, out = self.stack(tokens, tap, recall)
+    cache = Cache(tuple(out['taps']), jnp.zeros((), jnp.int32), recall and recall.kept)
     return self.logits(self.norm(_last(tokens, tokens.x))), cache
 
   def _store(self, start: Array, room: int, layer: int, tokens: TokenSet,
@@ -654,7 +683,8 @@ class LM(nn.Module):
 
   def _decode(self, x: Array, kvs: Cache, valid: Array | None = None) -> tuple[Array, Cache]:
     """Features float[B, D] after one more token a row, of those that have one, and the cache."""
-    (x, step, _), layers = self.stack.step((x, kvs.steps, valid), kvs.layers)
+    (x, step, _), layers = self.stack.step((x, kvs.steps, valid), kvs.layers,
+                                           recall=self._recall_kept(kvs))
     place = self.stack.place
     kept = (kv if kv.upkeep is None else keep_up(kv, signals, valid, layer, place)
             for layer, (kv, signals) in enumerate(layers))
@@ -662,11 +692,12 @@ class LM(nn.Module):
       # A row without a token goes on from the same position.
       kept = (kv.with_start(kv.start - ~valid.reshape(-1, *(1,) * (kv.start.ndim - 1)))
               for kv in kept)
-    return x, Cache(tuple(kept), step + 1)
+    return x, kvs.replace(layers=tuple(kept), steps=step + 1)
 
   def _read_one_by_one(self, tokens: TokenSet, kvs: Cache) -> tuple[Array, Cache]:
     """Features float[B, C, D] of a chunk, and the cache, which makes room after every token."""
-    lm, params = self.clone(parent=None), {'params': self.variables['params']}
+    reader = self.reader and self.reader.clone(parent=None, name=None)
+    lm, params = self.clone(parent=None, reader=reader), {'params': self.variables['params']}
 
     def read(kvs: Cache, item: tuple[Array, Array]) -> tuple[Cache, Array]:
       x, kvs = cast(tuple[Array, Cache], lm.apply(params, item[0], kvs, item[1], method='_decode'))
@@ -740,13 +771,14 @@ class LM(nn.Module):
     if room is not None:
       needs, span = self._check_last(tokens, kvs, room)
     (x, _, _), layers = self.stack.step((tokens.x, tokens, kvs.steps), kvs.layers, method='extend',
-                                        needs=needs, span=span)
+                                        recall=self._recall_kept(kvs), needs=needs, span=span)
     after, read = self._next_position(tokens), kvs.steps + tokens.slots
-    kvs = Cache(tuple(kv.with_start(kv.start + after - tokens.slots) for kv, _ in layers), read)
+    kvs = kvs.replace(steps=read, layers=tuple(
+        kv.with_start(kv.start + after - tokens.slots) for kv, _ in layers))
     if room is not None:
       ended = [self._end_prompt(layer, cast(KV, kv), signals, read, room)
                for layer, (kv, (_, signals)) in enumerate(zip(kvs.layers, layers, strict=True))]
-      kvs = Cache(tuple(ended), jnp.zeros((), jnp.int32))
+      kvs = kvs.replace(layers=tuple(ended), steps=jnp.zeros((), jnp.int32))
     x = _last(tokens, x) if logits == 'last' else x
     return self.logits(self.norm(x)), kvs
 
@@ -764,7 +796,7 @@ class LM(nn.Module):
     tokens = self._enter(ids, valid, planned=False)
     kvs.check_room(tokens.slots)
     _, layers = self.stack.step((tokens.x, tokens, kvs.steps), kvs.layers, method='extend',
-                                needs=needs, span=0)
+                                recall=self._recall_kept(kvs), needs=needs, span=0)
     return layers
 
   def _check_last(self, tokens: TokenSet, kvs: Cache, room: int) -> tuple[frozenset[str], int]:

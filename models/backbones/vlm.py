@@ -37,6 +37,7 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.blocks import ACTIVATIONS, dense
+from models.memory import Memory
 from models.plans.events import Plan
 from models.plans.hosts import Host
 from models.projector import (
@@ -96,7 +97,8 @@ class VLM(nn.Module):
     patch_labels: number of labels of a patch, which a linear probe on the tower's features
       predicts, to train the tower beside the answers; 0 for none.
     compressor: what stands in the place of the MLP and leaves fewer tokens of each crop; None for
-      `projection`. It reads patches that a tower merged or dropped where they were.
+      `projection`. It reads patches that a tower merged or dropped where they were. The language
+      model has the `reader` of what it leaves beside tokens.
   """
 
   tower: ViT | QwenVision
@@ -116,6 +118,9 @@ class VLM(nn.Module):
     check_fields(self)
     if self.compressor:
       self._check_compressor(self.compressor)
+    reader = self.compressor.reader(self.lm) if self.compressor else None
+    if reader != self.lm.reader:
+      self.lm = self.lm.clone(reader=reader)
     if self.frames:
       self.tower = _with_relevance(self.tower)
     if self.side > 1:
@@ -273,7 +278,7 @@ class VLM(nn.Module):
            marks: Mapping[str, Array] | None = None) -> tuple[TokenSet, Outputs]:
     """Returns what `__call__` makes logits of, and its dict."""
     tokens, aux = self.sequence(ids, valid, images, marks)
-    read, out = self.lm.read(tokens)
+    read, out = self.lm.read(tokens, memory=aux.pop('memory'))
     for name in ('losses', 'overflow'):
       out[name] = out[name] | aux.pop(name, {})
     return read, out | aux
@@ -286,7 +291,8 @@ class VLM(nn.Module):
               marks: Mapping[str, Array] | None = None, *, room: int) -> tuple[Array, Cache]:
     """Reads a prompt as LM does: logits float32[B, vocabulary] after its last token, and the cache.
     """
-    return self.lm.prefill(self.sequence(ids, valid, images, marks)[0], room=room)
+    tokens, aux = self.sequence(ids, valid, images, marks)
+    return self.lm.prefill(tokens, room=room, memory=aux['memory'])
 
   def decode(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
     """Reads one more token a row, as LM does."""
@@ -294,7 +300,14 @@ class VLM(nn.Module):
 
   def extend(self, ids: Array, cache: Cache, valid: Array, images: Images | None = None, *,
              room: int | None = None) -> tuple[Array, Cache]:
-    """Reads a chunk of text, or of text and images, into a cache as LM does."""
+    """Reads a chunk of text, or of text and images, into a cache as LM does.
+
+    Raises:
+      ValueError: as LM does; or images of which layers read a memory.
+    """
+    if images is not None and self.lm.reader:
+      raise ValueError(f'{type(self.compressor).__name__} leaves a memory beside tokens, which all '
+                       'chunks of a prompt read: give images to prefill')
     return self.lm.extend(self.sequence(ids, valid, images)[0], cache, room=room)
 
   def sequence(self, ids: Array, valid: Array, images: Images | None,
@@ -302,13 +315,15 @@ class VLM(nn.Module):
     """Returns the tokens that the language model reads, and auxiliary outputs (`__call__`)."""
     embedded = self.lm.embed(ids).x
     aux: Outputs = {}
-    visual, slots = None, None
+    visual, slots, memory = None, None, None
     if images is not None:
       visual, visual_slots, aux = self.encode_images(
           images, self._text(ids, valid, embedded, marks))
+      memory = self._of_rows(aux.pop('memory', None), (ids == self.image_token) & valid, images)
       slots = None if visual_slots is None else ids.shape[1] + visual_slots
     axes = len(self.lm.rope.sections)
-    tokens, slot = splice(embedded, valid, ids == self.image_token, visual, side=self.pad_side,
+    spliced = visual if visual and visual.x.shape[2] else None
+    tokens, slot = splice(embedded, valid, ids == self.image_token, spliced, side=self.pad_side,
                           slots=slots, axes=axes)
     if self.lm.unmerging != 'none' and images is not None:
       tokens = self._unmerged(tokens, slot, ids, valid, images, aux['tower_tokens'])
@@ -322,11 +337,25 @@ class VLM(nn.Module):
       spread = jax.vmap(lambda s, i, m: s.at[i].set(m, mode='drop'))
       stat = spread(jnp.zeros(tokens.kind.shape, bool), slot, marked & valid)
       tokens = tokens.replace(stats=tokens.stats | {name: stat & (tokens.kind == TEXT)})
-    told = {**aux, 'sequence': tokens, 'slot': slot, 'visual': visual}
+    told = {**aux, 'sequence': tokens, 'slot': slot, 'visual': visual, 'memory': memory}
     if images is not None and self.deepstack:
       tokens = tokens.replace(added={read: self._added(seen, ids, valid, images, aux)
                                      for seen, read in self.deepstack})
     return tokens, told
+
+  def _of_rows(self, memory: Memory | None, placeholders: Array, images: Images) -> Memory | None:
+    """Returns what rows have of a memory of crops, of which those without a placeholder tell none.
+
+    Raises:
+      ValueError: images of several crops, or laid out otherwise than in raster order.
+    """
+    if memory is None:
+      return None
+    if images.index is not None:
+      raise ValueError(f'{type(self.compressor).__name__} leaves a memory of images of one crop '
+                       'each in raster order: leave index and weight out of Images')
+    there = jnp.arange(images.pixels.shape[1])[None] < placeholders.sum(axis=1, keepdims=True)
+    return memory.of_rows(there, self.visual_slots(images.layout))
 
   def _check_deepstack(self) -> None:
     """Raises unless the tower's layers can be added to the language model's."""
@@ -363,6 +392,9 @@ class VLM(nn.Module):
       raise ValueError(f'{type(compressor).__name__} reads what is asked from a text tower beside '
                        'the vision tower, which this model does not have: set '
                        "compressor.args.guide='none'")
+    if self.projector_reduction and compressor.reader(self.lm):
+      raise ValueError(f'{type(compressor).__name__} leaves a memory that goes with all of its '
+                       'tokens: leave reduce.projector out')
     if not self._reads(LEVELS):
       return
     levels: tuple[int, ...] = getattr(compressor, LEVELS)
@@ -448,7 +480,8 @@ class VLM(nn.Module):
       the owner of a patch is its cell's token), 'layout' (index and weight as in
       `Images`, but of those tokens; None where each is one visual token), with a reduction at the
       projector 'projector' (the TokenSet behind it, None where it cuts nothing), and with
-      `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet).
+      `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet), and
+      'memory', what a compressor leaves of each crop beside tokens.
 
     Raises:
       ValueError: no text where the reduction reads some.
@@ -476,7 +509,11 @@ class VLM(nn.Module):
     if self.projection:
       tokens = tokens.replace(x=self.projector(tokens.x))
     if self.compressor:
-      tokens = self._compressed(self.compressor, tokens, tower_out, text or {})
+      made = self._compressed(self.compressor, tokens, tower_out, text or {})
+      if isinstance(made, Memory):
+        assert made.tokens is not None
+        aux['memory'], made = made.replace(tokens=None), made.tokens
+      tokens = made
     aux['tower_tokens'] = tokens
     if self.compressor and (after := self.compressor.grid_after(self.tower.grid)):
       cell = jnp.asarray(grids.nearest_cell(self.tower.grid, after), jnp.int32)
@@ -516,7 +553,7 @@ class VLM(nn.Module):
     return visual.replace(stats=stats, axes=axes, extent=images.extent), slots, aux
 
   def _compressed(self, compressor: Compressor, tokens: TokenSet, tower_out: Outputs,
-                  text: Mapping[str, Array]) -> TokenSet:
+                  text: Mapping[str, Array]) -> TokenSet | Memory:
     """Returns the tokens of each crop that a compressor makes of all its patches."""
     whole = TokenSet.create(put_back(tokens.x, tokens.owner))
     levels: tuple[int, ...] = getattr(compressor, LEVELS) if self._reads(LEVELS) else ()

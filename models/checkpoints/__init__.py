@@ -34,7 +34,7 @@ from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
 from models.checkpoints import files, gguf, timm, transformers, transformers_vlm
-from models.checkpoints.compressors import shapes_of
+from models.checkpoints.compressors import reader_shapes, shapes_of
 from models.checkpoints.layout import BLOCKS, Layout, Leaf, Shape, flatten, leaves, nest
 from models.checkpoints.positions import RESAMPLINGS
 from models.storage import STORAGES
@@ -331,6 +331,9 @@ def _shapes_of_vlm(model: VLM) -> dict[str, Shape]:
   if model.compressor:
     own = shapes_of(model.compressor, model.tower.grid, model.tower.width)
     shapes |= {f'compressor/{path}': shape for path, shape in own.items()}
+  if model.compressor and model.lm.reader:
+    own = reader_shapes(model.compressor, model.lm.reader, model.tower.grid, model.tower.width)
+    shapes |= {f'lm/reader/{path}': shape for path, shape in own.items()}
   if model.projection:
     shapes |= {'projector/fc1/kernel': (narrow, wide), 'projector/fc1/bias': (wide,),
               'projector/fc2/kernel': (wide, wide), 'projector/fc2/bias': (wide,)}

@@ -17,9 +17,10 @@ import numpy as np
 
 from models.checkpoints import files
 from models.checkpoints.layout import Layout, Shape, flatten, leaves, nest
+from models.memory import Memory, Reader
 from models.projectors.base import Beside, Compressor
 from ops.primitives.grids import Grid
-from ops.tokens import TokenSet
+from ops.tokens import TEXT, VISUAL, TokenSet
 
 # What stands in front of the names, as LLaVA and what is built on it save them.
 PREFIXES = ('model.mm_projector.', 'mm_projector.', 'model.', '')
@@ -46,6 +47,38 @@ def example(compressor: Compressor, grid: Grid, width: int,
 def shapes_of(compressor: Compressor, grid: Grid, width: int) -> dict[str, Shape]:
   """Returns the shapes of a compressor's parameters by path; arguments as of `example`."""
   tree = jax.eval_shape(compressor.init, jax.random.key(0), *example(compressor, grid, width))
+  return {path: tuple(leaf.shape) for path, leaf in flatten(tree.get('params', {})).items()}
+
+
+def reader_example(compressor: Compressor, grid: Grid, width: int, prompt: int = 1,
+                   crops: int = 1) -> tuple[Memory, TokenSet]:
+  """Returns what the reader of a compressor's memory accepts, of one row.
+
+  Args:
+    compressor, grid, width: as of `example`.
+    prompt: ids of the row beside placeholders.
+    crops: of the row.
+  """
+  inputs = jax.tree.map(lambda leaf: jnp.repeat(leaf, crops, axis=0),
+                        example(compressor, grid, width))
+  memory, _ = compressor.init_with_output(jax.random.key(0), *inputs)
+  visual = crops * compressor.slots(grid)
+  kind = np.asarray([[VISUAL] * visual + [TEXT] * prompt], np.int8)
+  tokens = TokenSet.create(jnp.zeros((*kind.shape, compressor.width), compressor.dtype),
+                           kind=jnp.asarray(kind))
+  return memory.replace(tokens=None).of_rows(jnp.ones((1, crops), bool), visual), tokens
+
+
+def reader_shapes(compressor: Compressor, reader: Reader, grid: Grid,
+                  width: int) -> dict[str, Shape]:
+  """Returns the shapes of the parameters of what reads a compressor's memory, by path.
+
+  Args:
+    compressor, grid, width: as of `example`.
+    reader: in the language model.
+  """
+  tree = jax.eval_shape(lambda: reader.init(
+      jax.random.key(0), *reader_example(compressor, grid, width)))
   return {path: tuple(leaf.shape) for path, leaf in flatten(tree.get('params', {})).items()}
 
 

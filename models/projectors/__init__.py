@@ -6,6 +6,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from models.projectors.base import Compressor
+from models.projectors.crosslmm import CrossLMM
 from models.projectors.hicom import HICom
 from models.projectors.llava_sp import LLaVASP
 from models.projectors.matryoshka import Matryoshka
@@ -15,10 +16,13 @@ from models.projectors.slime import SliME, SliMELocal
 from models.projectors.timesuite import TimeSuite
 from models.projectors.tokenflex import TokenFLEX
 from models.projectors.tokenpacker import TokenPacker
+from models.projectors.vision_remember import VisionRemember
+from models.projectors.vlora import VLoRA
 from ops import choices
 from ops.values import check_keys, keys_of
 
 PROJECTORS: dict[str, type[Compressor]] = {
+    'crosslmm': CrossLMM,
     'hicom': HICom,
     'llava_sp': LLaVASP,
     'matryoshka': Matryoshka,
@@ -29,6 +33,8 @@ PROJECTORS: dict[str, type[Compressor]] = {
     'timesuite': TimeSuite,
     'tokenflex': TokenFLEX,
     'tokenpacker': TokenPacker,
+    'vision_remember': VisionRemember,
+    'vlora': VLoRA,
 }
 
 

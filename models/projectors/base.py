@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
+from models.memory import Memory, Reader, Sizes
 from ops.primitives.grids import Grid
 from ops.tokens import TokenSet
 from ops.values import Width, check_fields
@@ -59,7 +60,8 @@ class Compressor(nn.Module):
 
   A subclass says what grid it leaves of one (`grid_after`) or how many tokens (`slots`), what it
   `reads` beside the tower's last features, and what its parameters are called in the release
-  (`released`). One that reads LEVELS has a field of that name: the layers, from 0 on.
+  (`released`). One that reads LEVELS has a field of that name: the layers, from 0 on. One that
+  leaves a memory beside tokens says what layers of the language model read it with (`reader`).
 
   Attributes:
     width: D.
@@ -97,7 +99,16 @@ class Compressor(nn.Module):
     assert after is not None, 'a compressor without a grid says how many tokens it leaves'
     return math.prod(after)
 
-  def __call__(self, tokens: TokenSet, beside: Beside) -> TokenSet:
+  def reader(self, sizes: Sizes) -> Reader | None:
+    """Returns what reads, in a language model, the memory that it leaves; None for no memory.
+
+    Raises:
+      ValueError: a language model that cannot.
+    """
+    del sizes
+    return None
+
+  def __call__(self, tokens: TokenSet, beside: Beside) -> TokenSet | Memory:
     """Compresses.
 
     Args:
@@ -105,7 +116,7 @@ class Compressor(nn.Module):
       beside: what else there is.
 
     Returns:
-      x float[B, M, D].
+      x float[B, M, D]; or these as the `tokens` of a memory.
     """
     raise NotImplementedError
 

@@ -1,12 +1,12 @@
 """VLoRA: an image becomes weights of a language model, in place of tokens.
 
 Axes: B batch, N patches, K kinds of products, S layers that get weights, Q queries (one a layer),
-W width of the tower, F features of a query, D width of the language model, R rank, T tokens.
+W width of the tower, F features of a query, D width of the language model, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,17 +14,20 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from models.blocks import ACTIVATIONS, dense, layer_norm
+from models.memory import MLP, Changes, Factors, Memory, Reader, Sizes, States
 from models.projectors.attention import CrossAttention
-from models.projectors.base import Array, Beside
+from models.projectors.base import Array, Beside, Compressor, Names
+from ops.primitives.grids import Grid
 from ops.tokens import TokenSet
-from ops.values import Count, Positive, Width, check_fields
+from ops.values import Count, Positive, Width
 
 EPS = 1e-5
-# Products of queries, keys, values, of what attention reads, and a whole MLP.
-KINDS = 'qkvom'
+# Products of queries, keys, values, of what attention reads, and a whole MLP; by their names.
+NAMES = {'q': 'q', 'k': 'k', 'v': 'v', 'o': 'out', 'm': MLP}
+KINDS = ''.join(NAMES)
 
 
-class LowRank(struct.PyTreeNode):
+class LowRank(Memory):
   """Holds changes of low rank to the products of a language model.
 
   Attributes:
@@ -50,34 +53,44 @@ class LowRank(struct.PyTreeNode):
     return self.a[:, *place], self.b[:, *place]
 
 
-def add_low_rank(made: Array, x: Array, factors: tuple[Array, Array] | None) -> Array:
-  """Adds what a change of low rank makes of a product's input to what the product makes.
-
-  Args:
-    made: float[B, T, D], of the product; of kind 'm' what the MLP makes.
-    x: float[B, T, D], that it was made of.
-    factors: as `LowRank.of` returns them.
-
-  Returns:
-    float[B, T, D], made + (x A) B^T.
-  """
-  if factors is None:
-    return made
-  a, b = (factor.astype(x.dtype) for factor in factors)
-  b = jnp.broadcast_to(b, a.shape)
-  return made + jnp.einsum('btr,bdr->btd', jnp.einsum('btd,bdr->btr', x, a), b).astype(made.dtype)
+  def of_rows(self, there: Array, slots: int) -> LowRank:
+    """Returns the changes of each row's one image, none where it has none, as `Memory`."""
+    del slots
+    if there.shape[1] > 1:
+      raise ValueError(f'VLoRA makes weights of one image a row, and rows have {there.shape[1]}: '
+                       'give one, or choose another compressor')
+    shape = len(there), *(1,) * (self.a.ndim - 1)
+    return self.replace(tokens=None, a=jnp.where(there.reshape(shape), self.a, 0))
 
 
-class VLoRA(nn.Module):
+class LowRankReader(Reader):
+  """Changes the products of some layers by what was made of an image."""
+
+  site: ClassVar[str] = 'products'
+
+  def states(self, memory: LowRank) -> States:
+    """Returns both factors of each product, as `Reader`."""
+
+    def changes(layer: int) -> Changes:
+      made = {name: memory.of(kind, layer) for kind, name in NAMES.items()}
+      return Changes({name: Factors(each[0], each[1].astype(each[0].dtype))
+                      for name, each in made.items() if each})
+
+    return {layer: changes(layer) for layer in self.layers}
+
+  def kept(self, states: Any) -> States:
+    """Returns all: what is decoded goes through the same products."""
+    return states
+
+
+class VLoRA(Compressor):
   """Makes a change of low rank to the products of some layers out of an image's patches.
 
   VLoRA (Ma et al., 2024), arXiv:2405.20339, as released. For each kind of products one query a
   layer goes through blocks that attend among the queries and to the patches, and becomes the first
-  factor; the second one is learned, the same for all images, and 0 at first. It leaves no tokens;
-  nothing wires it into a language model here (`add_low_rank` is what a layer would do).
+  factor; the second one is learned, the same for all images, and 0 at first. It leaves no tokens.
 
   Attributes:
-    width: D.
     layers: of the language model.
     every: of so many layers the last one gets a change.
     rank: R.
@@ -86,10 +99,8 @@ class VLoRA(nn.Module):
     depth: blocks.
     heads: of their attention.
     mlp: width inside of their MLP.
-    dtype: of the products.
   """
 
-  width: Width
   layers: Count = 32
   every: Count = 4
   rank: Count = 64
@@ -98,17 +109,15 @@ class VLoRA(nn.Module):
   depth: Count = 8
   heads: Count = 16
   mlp: Width = 2048
-  dtype: DTypeLike = jnp.float32
 
   def __post_init__(self) -> None:
-    check_fields(self)
+    super().__post_init__()
     if self.layers % self.every:
       raise ValueError(f'every={self.every} does not divide layers={self.layers}: choose one that '
                        'does')
-    super().__post_init__()
 
   @property
-  def released(self) -> Mapping[str, str | tuple[str, ...]]:
+  def released(self) -> Names:  # type: ignore[override]
     """Returns names in the release, as `Compressor.released`."""
     names = {'patches': 'visual_proj.*', 'places': 'pos_embed', 'shared': 'Bs'}
     for i, kind in enumerate(KINDS):
@@ -123,6 +132,29 @@ class VLoRA(nn.Module):
           names |= {f'{ours}/{own}/qkv': f'{theirs}.{other}.in_proj_*',
                     f'{ours}/{own}/out': f'{theirs}.{other}.out_proj.*'}
     return names
+
+  def grid_after(self, grid: Grid) -> None:
+    """Returns None: no tokens are left."""
+
+  def slots(self, grid: Grid) -> int:
+    """Returns 0, whatever the grid."""
+    return 0
+
+  def reader(self, sizes: Sizes) -> LowRankReader:
+    """Returns what changes the products of every so many layers.
+
+    Raises:
+      ValueError: a language model of another depth, or of products that are not of D to D features.
+    """
+    if sizes.depth != self.layers:
+      raise ValueError(f'VLoRA makes weights for layers={self.layers}, and the language model has '
+                       f'{sizes.depth}: set compressor.args.layers={sizes.depth}')
+    if {sizes.heads * sizes.head_width, sizes.kv_heads * sizes.head_width} != {sizes.width}:
+      raise ValueError(f'VLoRA makes weights of width x width={sizes.width}, and this language '
+                       f'model has heads={sizes.heads}, kv_heads={sizes.kv_heads} and head_width='
+                       f'{sizes.head_width}: choose one whose heads, kv heads too, make up the '
+                       'width')
+    return LowRankReader(tuple(range(self.every - 1, self.layers, self.every)), parent=None)
 
   @nn.compact
   def __call__(self, tokens: TokenSet, beside: Beside) -> LowRank:
@@ -147,7 +179,8 @@ class VLoRA(nn.Module):
           layer_norm(EPS, name=f'norm_{kind}')(query)))
     shared = self.param('shared', nn.initializers.zeros, (1, len(KINDS) * number, features))
     shape = (-1, len(KINDS), number, self.width, self.rank)
-    return LowRank(jnp.stack(made, axis=1).reshape(shape),
+    none = TokenSet.create(jnp.zeros((len(x), 0, self.width), x.dtype))
+    return LowRank(none, jnp.stack(made, axis=1).reshape(shape),
                    (self.alpha / self.rank * shared).reshape(shape), self.every)
 
 

@@ -11,6 +11,7 @@ from helpers import mostly_long, recorded
 from safetensors.numpy import save_file
 
 from models.checkpoints.compressors import from_release, load_release
+from models.memory import add_low_rank
 from models.projectors import matryoshka
 from models.projectors.base import Beside
 from models.projectors.hicom import HICom
@@ -20,7 +21,7 @@ from models.projectors.quecc import QueCC
 from models.projectors.slime import SliME, SliMELocal
 from models.projectors.tokenflex import TokenFLEX
 from models.projectors.tokenpacker import TokenPacker
-from models.projectors.vlora import KINDS, VLoRA, add_low_rank
+from models.projectors.vlora import KINDS, VLoRA
 from ops.primitives import grids
 from ops.tokens import TokenSet
 

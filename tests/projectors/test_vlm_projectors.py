@@ -72,18 +72,21 @@ ARGS = {
     'tokenpacker': {'heads': 2, 'levels': LEVELS}, 'quecc': {'heads': 2, 'levels': LEVELS},
     'mqt': {'queries': 4, 'count': 3, 'heads': 2}, 'tokenflex': {'side': 3},
     'slime': {'heads': 2}, 'slime_local': {'side': 3, 'heads': 2},
-    'hicom': {'guide': 'none', 'side': 2, 'queries': 2, 'heads': 2}}
+    'hicom': {'guide': 'none', 'side': 2, 'queries': 2, 'heads': 2},
+    'crosslmm': {'side': 3, 'every': 1},
+    'vision_remember': {'every': 1, 'heads': 2, 'levels': (0, 1)},
+    'vlora': {'layers': 2, 'every': 2, 'rank': 2, 'inner': 8, 'depth': 1, 'heads': 2, 'mlp': 8}}
 
 
 @pytest.mark.parametrize('name', PROJECTORS)
 def test_every_projector_has_its_place(name):
   # Sixths of an image are whole patches.
-  size = 24 if name == 'llava_sp' else 16
+  size, crops = 24 if name == 'llava_sp' else 16, 1 if name == 'vlora' else 2
   vlm = model(name, size, **ARGS.get(name, {}))
-  inputs = IDS, VALID, Images(jnp.zeros((3, 2, size, size, 3)))
+  inputs = IDS, VALID, Images(jnp.zeros((3, crops, size, size, 3)))
   params = jax.eval_shape(vlm.init, jax.random.key(0), *inputs)
   _, out = jax.eval_shape(vlm.apply, params, *inputs)
-  assert out['sequence'].slots == IDS.shape[1] + vlm.visual_slots((2, 2, 0))
+  assert out['sequence'].slots == IDS.shape[1] + vlm.visual_slots((crops, crops, 0))
   assert out['visual'].x.shape[2] == vlm.passed_on[0]
   sharding.make_shardings(params['params'], VLM_SHARDING,
                           sharding.make_mesh({'data': 1}, jax.devices()[:1]))

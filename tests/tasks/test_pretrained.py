@@ -171,11 +171,12 @@ def test_a_wrong_group_ends_in_one_line(parts, tmp_path, frozen, message):
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
-def test_what_a_learned_reduction_adds_is_not_frozen():
-  params = {'lm': {'stack': 1, 'reducer_dtem': {'kernel': 2}}, 'projector': 3}
+def test_what_a_learned_reduction_or_a_reader_adds_is_not_frozen():
+  added = {'reducer_dtem': {'kernel': 2}, 'reader': {'gate': 4}}
+  params = {'lm': {'stack': 1, **added}, 'projector': 3}
   trained, frozen = pretrained.split(params, ('lm',))
   assert frozen == {'lm': {'stack': 1}}
-  assert trained == {'lm': {'reducer_dtem': {'kernel': 2}}, 'projector': 3}
+  assert trained == {'lm': added, 'projector': 3}
   assert pretrained.join(trained, frozen) == params
 
 

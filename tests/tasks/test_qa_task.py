@@ -85,6 +85,40 @@ def test_a_compressor_trains_with_the_model():
   assert all(jnp.any(grad != 0) for grad in jax.tree.leaves(grads['compressor']['mlp']))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(('name', 'args'), [
+    ('crosslmm', {'side': 2, 'every': 1}),
+    ('vision_remember', {'every': 1, 'heads': 2, 'inner': 8, 'levels': (0, 1)}),
+    ('vlora', {'layers': 2, 'every': 1, 'rank': 2, 'inner': 8, 'depth': 1, 'heads': 2, 'mlp': 8})])
+def test_layers_that_read_a_memory_train(name, args):
+  config = small(scenes_config)
+  config.data.context = 14
+  with config.unlocked():
+    config.model.lm.kv_heads = 2
+    config.model.compressor = {'name': name, 'args': args}
+    model, params = made(config, SCENES)
+  mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
+  optimizer = optax.adam(1e-2)
+  state = train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+  sharding.make_shardings(state, config.sharding, mesh)
+  assert qa_task.training_macs(model, context=14) > 0
+  step = jax.jit(functools.partial(
+      train.update, functools.partial(qa_task.loss, model, config.optimizer), optimizer,
+      config.optimizer, optax.constant_schedule(1e-2)))
+  losses = []
+  for _ in range(4):
+    state, measured = step(state, batch_of(SCENES, 14), jax.random.key(0), None)
+    losses.append(float(measured['loss']))
+  assert losses[-1] < losses[0]
+  own = [part.get(each, {}) for tree in (params, state.params)
+         for part, each in ((tree['lm'], 'reader'), (tree, 'compressor'))]
+  still = jax.tree.map(lambda new, old: bool((new == old).all()), own[2:], own[:2])
+  paths = ['/'.join(str(key.key) for key in path[1:]) for path, stays in
+           jax.tree_util.tree_flatten_with_path(still)[0] if stays]
+  # What visual tokens read in the last layer, no answer knows.
+  assert not [path for path in paths if not path.startswith('visual_1/')], paths
+
+
 def test_one_of_several_counts_trains_in_each_step_or_all_of_them():
   config = small(scenes_config)
   with config.unlocked():
