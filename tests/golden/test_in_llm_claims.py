@@ -14,7 +14,7 @@ from helpers import tiny_lm
 
 from lib.cost import lm as lm_cost
 from lib.report.relevance import relevance
-from models.backbones.lm import rms_norm
+from models.backbones.lm_block import rms_norm
 from models.compressors.explained import Explained
 from ops import attention
 from ops import tokens as tk

@@ -17,7 +17,8 @@ from helpers import errors, mostly_long
 from lib.cost import jaxpr
 from lib.cost import projector as projector_cost
 from models.backbones.images import Images
-from models.backbones.lm import LM, Block
+from models.backbones.lm import LM
+from models.backbones.lm_block import Block
 from models.checkpoints.compressors import from_release
 from models.checkpoints.vlm_config import from_config
 from models.demonstrations import AIM, Demonstrations
