@@ -34,6 +34,7 @@ from models.build import DTYPES, build
 from models.checkpoints.json_files import read_json
 from models.checkpoints.vlm_config import tower_config
 from models.families import LMS, NAMED, PAIRS, SIZES, VLMS
+from models.projectors import make_projector
 from ops import choices
 
 Model = ViT | Clip | LM | VLM
@@ -90,10 +91,28 @@ class Source:
       whole = (_CROPS * tower_config(self.checkpoint)['image_size'],) * 2
     read = anyres.from_config(steps, self.checkpoint, grid=tower.grid)
     if isinstance(read, anyres.Square):
-      return images, images, tower.grid[0] * tower.grid[1]
+      return images, images, 0 if self.model.compressor else tower.grid[0] * tower.grid[1]
     height, width = size or whole
     pictures = row_of([read(Image.new('RGB', (width, height)))] * images)
     return sum(len(each.pixels) for each in pictures), images, len(pictures[0].index)
+
+
+def with_compressor(source: Source, settings: Mapping[str, Any]) -> Source:
+  """Returns a source whose vision-language model has a compressor in place of its MLP.
+
+  Args:
+    source: of a vision-language model.
+    settings: as `models.projectors.make_projector` takes them.
+
+  Raises:
+    ValueError: another model, or as `make_projector` and VLM.
+  """
+  vlm = source.model
+  if not isinstance(vlm, VLM):
+    raise ValueError(f'a compressor joins a tower and a language model, and {type(vlm).__name__} '
+                     'is not both: explain a vision-language model, as llava1.5_7b')
+  made = make_projector(settings, width=vlm.lm.width, dtype=vlm.lm.dtype)
+  return dataclasses.replace(source, model=vlm.clone(projection='', compressor=made))
 
 
 def find(name: str, *, dtype: str = 'bfloat16') -> Source:

@@ -9,6 +9,8 @@
       --reduce.cache.method=snapkv --reduce.cache.keep=1024
   python -m tools.explain --model=results/digit_scenes --reduce.vision.method=tome \\
       --reduce.vision.remove=8
+  python -m tools.explain --model=llava1.5_7b --compressor.name=tokenpacker \\
+      --compressor.args="{'side': 3}"
 
 Prints tokens, MACs and bytes of every layer; of language models also the cache, as it is kept and
 as it is allocated, and a decode step; totals under the conventions of different papers, beside the
@@ -27,7 +29,7 @@ from typing import Any
 
 from absl import flags
 
-from configs.parts import reductions
+from configs.parts import compressor, reductions
 from lib import architecture
 from lib.architecture import Source
 from lib.cost.explain import describe
@@ -59,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
                      '--config=configs/vit_s16_tome.py, or --model=llava1.5_7b')
   source = (architecture.find(MODEL.value, dtype=DTYPE.value) if config is None
             else architecture.of_config(config))
+  if flags.FLAGS.compressor.name:
+    source = architecture.with_compressor(source, flags.FLAGS.compressor)
   print(explain(source, flags.FLAGS.reduce))
 
 
@@ -102,4 +106,5 @@ def chosen(source: Source, overrides: Mapping[str, Any]) -> dict[str, dict[str, 
 if __name__ == '__main__':
   config_flag.define('What to explain, a file of configs/.')
   config_flag.define_dict('reduce', reductions(), 'Reductions, by place.')
+  config_flag.define_dict('compressor', compressor(''), 'What projects in place of the MLP.')
   cli.run(main)

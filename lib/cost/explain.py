@@ -279,7 +279,7 @@ def _describe_language(model: LM | VLM, reduce: Reduce | None, prompt: int | Non
     layout = None
   elif layout is None:
     layout = (1, 1, 0)
-  plain = without_plans(model)
+  plain = _unreduced(model)
   visual = 0 if isinstance(model, LM) or layout is None else _visual(model, reduce, layout)
   if prompt is None:
     prompt = _default_prompt(model, reduce, visual)
@@ -453,6 +453,14 @@ def _conventions(ours: LMCost, full: LMCost, visual: int, full_visual: int = 0) 
         totals.append((f'{name}{of_which} ({prefix})', convention(ours.lm, reduced) / scale,
                        whole_count / scale))
   return totals
+
+
+def _unreduced(model: LM | VLM) -> LM | VLM:
+  """The model without reductions, and with an MLP where a compressor is."""
+  plain = without_plans(model)
+  if isinstance(plain, VLM) and plain.compressor:
+    plain = plain.clone(projection='gelu', compressor=None, lm=plain.lm.clone(reader=None))
+  return plain
 
 
 def language_papers(cost: LMCost, visual: int, projector: str = 'none') -> str:

@@ -249,3 +249,29 @@ def test_mistakes_on_the_command_line_are_one_line(args, message):
   assert done.returncode == 2
   assert len(done.stderr.splitlines()) == 1
   assert message in done.stderr
+
+
+def test_a_compressor_is_beside_the_mlp_that_it_replaces():
+  source = architecture.find('llava1.5_7b')
+  text = explain.describe(**_described(source, 'mqt', count=16), prompt=66, trace=False)
+  assert '12% of the unreduced (mac3, 66 tokens beside the image), here 12.5%: agrees' in text
+  slots, = (line.split()[-4:-2] for line in text.splitlines() if line.startswith('slots into'))
+  assert [float(each) for each in slots] == [66 + 16, 66 + 576]
+  # The unreduced model is the one that has no compressor, whatever else this one has.
+  inside = explain.describe(**_described(source, 'crosslmm'), prompt=66, trace=False)
+  plain = explain.describe(source.model, layout=source.layout(), prompt=66, trace=False)
+  whole, = (line.split()[-3] for line in inside.splitlines() if line.startswith('all, prompt'))
+  assert [line.split()[-3] for line in plain.splitlines()
+          if line.startswith('all, prompt')] == [whole]
+
+
+def _described(source, name, **args):
+  made = architecture.with_compressor(source, {'name': name, 'args': args})
+  return {'model': made.model, 'layout': made.layout()}
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('llama2_7b', 'LM is not both'), ('llava1.6_vicuna_7b', 'leave newline, ')])
+def test_a_compressor_where_none_can_be_ends_in_one_line(name, message):
+  with pytest.raises(ValueError, match=message):
+    _described(architecture.find(name), 'mqt')
