@@ -38,10 +38,10 @@ LM_SHARDING = (
     (r'(^|/)head/kernel$', (None, 'tensor')),
     (r'(norm\d?|[qk]_norm)/scale$', ()),
 )
-# Both together, with what joins them. The language model's come first: what is named alike in both,
-# head and table, is large there.
-VLM_SHARDING = (*LM_SHARDING, *VIT_SHARDING, (r'(^|/)(newline|probe/(kernel|bias))$', ()),
-                (r'(^|/)(compressor|reader)/', ()))
+# Both together, with what joins them. A compressor is small, and whole on each device of 'tensor';
+# then the language model's come first: what is named alike in both, head and table, is large there.
+VLM_SHARDING = ((r'(^|/)compressor/', ()), *LM_SHARDING, *VIT_SHARDING,
+                (r'(^|/)(newline|probe/(kernel|bias))$', ()), (r'(^|/)reader/', ()))
 # What may be said of how any set is read, of images or of questions and answers.
 READING = {'threads': 2, 'prefetch_batches': 4}
 IMAGES = {'augment': {}, 'data_dir': '', 'test_crop': 1.0, 'filter': 'bilinear',

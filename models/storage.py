@@ -1,16 +1,19 @@
-"""Storage of a stack's blocks: one stacked tree [L, ...], or a tuple of one tree a layer.
+"""Storage of a stack's blocks, one stacked tree [L, ...] or a tuple of one tree a layer; and of
+parameters over devices.
 
 Axes: L layers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.plans.events import Plan
 from ops import choices
@@ -117,3 +120,24 @@ def _with_gradient_of(value: Array, own: Array) -> Array:
 @_with_gradient_of.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
   return _with_gradient_of(*primals), tangents[1]
+
+
+def gathered(weights: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:
+  """Returns parameters divided along these axes of a mesh alone, for a product with rows.
+
+  Where they are sliced over the axes that divide the batch, the partitioner would otherwise gather
+  the batch of all devices. Their gradient is not constrained.
+  """
+  if mesh is None:
+    return weights
+  return _constrain_forward(weights, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _constrain_forward(x: Array, sharding: NamedSharding) -> Array:
+  """A sharding constraint on the forward pass alone."""
+  return jax.lax.with_sharding_constraint(x, sharding)
+
+
+_constrain_forward.defvjp(lambda x, sharding: (_constrain_forward(x, sharding), None),
+                          lambda sharding, _, grad: (grad,))

@@ -45,6 +45,7 @@ class Layer:
     cached: slots that stay in the cache after the prompt.
     macs: multiply-accumulates of its products over the prompt; causal attention counts whole, as
       it runs.
+    weight_macs: of them those with parameters, which a layer that is frozen has no gradient of.
     kv_bytes: keys and values of the slots that are cached: what papers call the KV cache.
     allocated_bytes: all that is set aside: room for what is decoded, positions and masks too.
     weight_bytes: of all parameters that the layer reads.
@@ -57,6 +58,7 @@ class Layer:
   mlp: int
   cached: int
   macs: int
+  weight_macs: int
   kv_bytes: int
   allocated_bytes: int
   weight_bytes: int
@@ -252,6 +254,7 @@ def _evicting(lm: LM, layer: Layer, reduction: Reduction, bias: int) -> Layer:
 def _both_runs(layer: Layer, first: Layer) -> Layer:
   """A layer that runs on the whole prompt first, and then again on what is left."""
   return dataclasses.replace(layer, macs=layer.macs + first.macs,
+                             weight_macs=layer.weight_macs + first.weight_macs,
                              activation_bytes=layer.activation_bytes + first.activation_bytes)
 
 
@@ -267,13 +270,12 @@ def _layer(lm: LM, index: int, tokens: Tokens, cached: int, room: int, *,
     asking = min(texts, queries)
     seen = 2 * asking * queries
   projected = inner * (asking + attended) + shared * (queries + values)
-  macs = lm.width * projected + inner * seen
-  macs += 3 * mlp * lm.width * lm.mlp
+  weighted = lm.width * projected + 3 * mlp * lm.width * lm.mlp
   slot, size = kv_slot_bytes(lm), jnp.dtype(lm.dtype).itemsize
   # Projections write what attention reads; both read or write the width, the MLP twice.
   moved = lm.width * (queries + attended) + 2 * projected + mlp * (2 * lm.width + 3 * lm.mlp)
   moved += tokens.map_seen * 2 * lm.heads * (tokens.logits + tokens.weights) * MAP_BYTES // size
-  return Layer(index, queries, mlp, cached, macs, cached * slot,
+  return Layer(index, queries, mlp, cached, weighted + inner * seen, weighted, cached * slot,
                (cached + room) * (slot + own) + START_BYTES * (1 + len(lm.rotation.sections)),
                layer_parameters(lm) * size, moved * size)
 

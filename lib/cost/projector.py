@@ -32,11 +32,19 @@ class ProjectorCost:
     parameters: numbers.
     activation_bytes: that its products read and write; of a compressor, of what goes in and comes
       out alone.
+    question_macs: of the MACs, those of reading the question alone, through which no gradient
+      flows.
   """
 
   macs: int
   parameters: int
   activation_bytes: int
+  question_macs: int = 0
+
+  @property
+  def training_macs(self) -> int:
+    """MACs of a forward and a backward pass."""
+    return 3 * self.macs - 2 * self.question_macs
 
 
 def of(vlm: VLM, prompt: int, crops: int = 1) -> ProjectorCost:
@@ -50,13 +58,14 @@ def of(vlm: VLM, prompt: int, crops: int = 1) -> ProjectorCost:
   wide, size = vlm.lm.width, jnp.dtype(vlm.lm.dtype).itemsize
   if vlm.compressor:
     grid, width = vlm.tower.grid, vlm.tower.width
-    macs = crops * traced_macs(vlm.compressor, grid, width, prompt)
+    macs, asked = crops * traced_macs(vlm.compressor, grid, width, prompt), 0
     if QUESTION in vlm.compressor.reads:
       alone = lm_cost.of(vlm.lm.clone(plan=None, cache_plan=None), prompt)
-      macs += alone.macs - alone.head
+      asked = alone.macs - alone.head
     shapes = shapes_of(vlm.compressor, grid, width)
     moved = math.prod(grid) * width + vlm.compressor.slots(grid) * wide
-    return ProjectorCost(macs, sum(map(math.prod, shapes.values())), crops * moved * size)
+    return ProjectorCost(macs + asked, sum(map(math.prod, shapes.values())), crops * moved * size,
+                         asked)
   if not vlm.projection:
     return ProjectorCost(0, 0, 0)
   narrow = vlm.side ** 2 * vlm.tower.width

@@ -156,7 +156,8 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
       count=functools.partial(count, model, len(kinds), places=tested),
       scores=functools.partial(scores, kinds=kinds),
       train_iterator=qa_data.train_iterator, eval_batches=qa_data.eval_batches,
-      macs=lambda models: sum(training_macs(each, context=context) for each in models), slots=slots,
+      macs=lambda models: sum(training_macs(
+          each, context=context, frozen=pretrained.names(config)) for each in models), slots=slots,
       turn=None if phases else lambda done: int(
           np.random.default_rng((config.seed, done)).integers(len(steps))),
       summary=f'{size}, {info.num_train:,} questions\n')
@@ -288,24 +289,35 @@ def apply(model: LM | VLM, params: Any, batch: Mapping[str, Array],
   return cast(Array, logits), out | {'predicts': predicts}
 
 
-def training_macs(model: LM | VLM, *, context: int) -> float:
+def training_macs(model: LM | VLM, *, context: int, frozen: Sequence[str] = ()) -> float:
   """Counts the multiply-accumulates of a row of T ids, forward and backward.
 
-  The backward pass multiplies twice for every product of the forward pass (lib/cost/vit.py).
+  The backward pass multiplies twice for every product of the forward pass (lib/cost/vit.py), once
+  where its factor is a parameter that is frozen, and not at all in a tower that is: nothing that
+  trains is in front of it.
+
+  Args:
+    model: with its plans.
+    context: T.
+    frozen: of `config.optimizer`; what counts is 'tower' and 'lm', whole.
   """
   if isinstance(model, LM):
     cost = lm_cost.of(model, context)
     # Every slot predicts, not the last one alone.
-    return 3 * (cost.macs + (context - 1) * cost.head)
+    heads = context * cost.head
+    whole = 3 * (sum(layer.macs for layer in cost.layers) + heads)
+    fixed = sum(layer.weight_macs for layer in cost.layers) + heads if 'lm' in frozen else 0
+    return whole - fixed
   tower = vit_cost.in_training(cast(ViT, model.tower))
   if model.compressor:
-    projector = projector_cost.of(model, context).macs
+    projector = projector_cost.of(model, context).training_macs
   else:
     through, width = tower.layers[-1].left - model.tower.special, model.lm.width
     through, joined = through // model.side ** 2, model.tower.width * model.side ** 2
-    projector = through * (joined + width) * width if model.projection else 0
-  return (tower.training_macs + 3 * (projector + memory_cost.of(model, context).macs)
-          + training_macs(model.lm, context=context + visual_tokens(model)))
+    projector = 3 * through * (joined + width) * width if model.projection else 0
+  return ((tower.macs if 'tower' in frozen else tower.training_macs)
+          + projector + 3 * memory_cost.of(model, context).macs
+          + training_macs(model.lm, context=context + visual_tokens(model), frozen=frozen))
 
 
 def mean_of(losses: Sequence[Loss]) -> Loss:

@@ -80,6 +80,7 @@ from models.reduction import (
   start_upkeep,
 )
 from models.stack import REMAT, Outputs, Stack, Tap
+from models.storage import gathered
 from ops import choices
 from ops.assignments import take
 from ops.attention import log_weight
@@ -686,24 +687,8 @@ class LM(nn.Module):
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
   def _gather_weights(self, weights: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """Parameters divided along these axes of the mesh alone, for a product with rows or a lookup.
-
-    Where they are sliced over the axes that divide the batch, the partitioner would otherwise
-    gather the batch of all devices. Their gradient is not constrained.
-    """
-    if self.mesh is None:
-      return weights
-    return _constrain_forward(weights, NamedSharding(self.mesh, PartitionSpec(*axes)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _constrain_forward(x: Array, sharding: NamedSharding) -> Array:
-  """A sharding constraint on the forward pass alone."""
-  return jax.lax.with_sharding_constraint(x, sharding)
-
-
-_constrain_forward.defvjp(lambda x, sharding: (_constrain_forward(x, sharding), None),
-                          lambda sharding, _, grad: (grad,))
+    """Parameters divided along these axes alone, for a product with rows or a lookup."""
+    return gathered(weights, self.mesh, *axes)
 
 
 def _last(tokens: TokenSet, x: Array) -> Array:

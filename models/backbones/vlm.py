@@ -25,7 +25,8 @@ H heads, n tokens of a crop that the tower passes on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, cast
 
 import flax.linen as nn
@@ -58,6 +59,7 @@ from models.projectors.base import TEXT as PROMPT
 from models.projectors.mlp import Projector
 from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
+from models.storage import gathered
 from ops.assignments import take
 from ops.kv_cache import Cache
 from ops.masks import FRAME, SUMMARY
@@ -559,9 +561,20 @@ class VLM(nn.Module):
     levels: tuple[int, ...] = getattr(compressor, LEVELS) if self._reads(LEVELS) else ()
     rows = {name: jnp.repeat(value, len(tokens.x) // len(value), axis=0)
             for name, value in text.items()}
-    return compressor(whole, Beside(
+    return self._gathered(compressor)(whole, Beside(
         self.tower.grid, tuple(tower_out['hidden'][level][:, self.special:] for level in levels),
         rows.get('text'), rows.get('text_valid'), rows.get(QUESTION)))
+
+  def _gathered(self, compressor: Compressor) -> Callable[..., TokenSet | Memory]:
+    """A compressor whose parameters each device has whole while it multiplies rows of its own."""
+    mesh = self.lm.mesh
+    if mesh is None or self.is_initializing():
+      return compressor
+    weights = jax.tree.map(lambda leaf: gathered(leaf, mesh), compressor.variables['params'])
+    rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {}
+    alone = compressor.clone(parent=None, name=None)
+    return cast(Callable[..., TokenSet | Memory],
+                functools.partial(alone.apply, {'params': weights}, rngs=rngs))
 
   def _crops(self, images: Images) -> dict[str, Array]:
     """Returns the crop of its image that each visual token is of, and which patch of it."""

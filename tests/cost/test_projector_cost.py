@@ -1,8 +1,14 @@
 """Costs of projectors that compress, at the shapes of LLaVA-1.5: published counts, and by hand."""
 
+import jax
 import pytest
+from helpers.qa import SCENES, batch_of, small
 
+from configs import digit_scenes as scenes_config
+from lib.cost import jaxpr
 from lib.cost import projector as projector_cost
+from lib.tasks import pretrained
+from lib.tasks import qa as qa_task
 from models.checkpoints.vlm_config import make_vlm
 from models.projectors import make_projector
 
@@ -46,3 +52,40 @@ def test_a_question_that_is_read_alone_counts():
   read = projector_cost.of(long, 30).macs - projector_cost.traced_macs(long.compressor, GRID, 1024)
   assert 30 * 6e9 < read < 30 * 7e9
   assert projector_cost.of(short, 30).macs == projector_cost.of(short, 60).macs
+
+
+def counted(model, frozen):
+  """MACs of the traced gradient of a row's loss, for what is not frozen."""
+  settings = small(scenes_config).optimizer
+  settings.update(patch_weight=0.0)
+  params = jax.eval_shape(lambda key: qa_task.init(model, SCENES, 14, key), jax.random.key(0))
+  trained, fixed = pretrained.split(params, frozen)
+  row = jax.tree.map(lambda x: x[:1], batch_of(SCENES, 14))
+
+  def loss(trained, fixed, row):
+    whole = pretrained.join(trained, fixed)
+    return qa_task.loss(model, settings, whole, row, jax.random.key(0), None)[0]
+
+  return jaxpr.count(jax.grad(loss), trained, fixed, row).macs['']
+
+
+@pytest.mark.parametrize('name', ['none', 'tokenflex', 'quecc'])
+@pytest.mark.parametrize('frozen', [(), ('tower', 'lm')], ids=['all trains', 'frozen'])
+def test_training_is_the_traced_gradient(name, frozen):
+  config = small(scenes_config)
+  args = {'tokenflex': {'side': 2}, 'quecc': {'side': 2, 'levels': (0, 1, 1, 1), 'heads': 2}}
+  with config.unlocked():
+    config.model.compressor.update(name=name, args=args.get(name, {}))
+    config.model.tower.dropout = 0.0
+    config.model.patch_labels = 0
+  model = qa_task.build(config.model, {}, SCENES, context=14)
+  ours = qa_task.training_macs(model, context=14, frozen=frozen)
+  found = counted(model, frozen)
+  # Ours has a gradient of what a projector reads, which nothing asks for behind a frozen tower.
+  reads = projector_cost.of(model, 14)
+  if not frozen:
+    assert ours == found
+  elif name == 'none':
+    assert ours - found == 16 * model.tower.width * model.lm.width
+  else:
+    assert 0 < ours - found < reads.macs - reads.question_macs
