@@ -20,7 +20,9 @@ TOLERANCE = 1e-5
 
 
 def close(a, b):
-  np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+  """Compares to 1e-5 of the largest value, since a sum is rounded as its largest terms are."""
+  largest = np.abs(b).max(initial=1.0)
+  np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * largest)
 
 
 def same(a, b):

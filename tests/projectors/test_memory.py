@@ -336,6 +336,7 @@ def test_costs_equal_the_traced_program(name):
   assert f'layers {", ".join(map(str, READS[name]))} read it' in told
 
 
+@pytest.mark.long
 def test_costs_at_the_size_of_llava_by_hand():
   vlm, wide, patches, prompt = make_vlm('llava1.5_7b'), 4096, 576, 40
   made = functools.partial(make_projector, width=wide, dtype=jnp.float32)

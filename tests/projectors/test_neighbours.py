@@ -301,6 +301,7 @@ def program(module, **settings):
   return jax.jit(functools.partial(module.apply, **settings))
 
 
+@pytest.mark.long
 def test_demonstrations_are_what_the_model_makes_of_their_text():
   module, params, inputs = aim()
   params = jax.tree.map(lambda leaf: leaf, params)
