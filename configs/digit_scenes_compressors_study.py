@@ -61,7 +61,7 @@ def entries(steps):
   yield {'name': 'none', 'recipe': 'untrained', 'counts': {'64': {}}}
   yield {'name': 'low resolution, untrained', 'recipe': 'untrained',
          'counts': {'16': {'image_size': 32}, '4': {'image_size': 16}, '1': {'image_size': 8}}}
-  for method in ('pool', 'random', 'divprune', 'fastervlm', 'tome'):
+  for method in ('pool', 'random', 'divprune', 'fastervlm', 'tome_kth'):
     yield at_projector(method, 'untrained')
   for recipe in ('all', 'joint'):
     yield at_projector('pool', recipe)
