@@ -118,7 +118,7 @@ class AIM(nn.Module):
     return splice(embedded, valid, ids == self.vlm.image_token, visual, side=self.vlm.pad_side)[0]
 
   def _read(self, tokens: TokenSet) -> Array:
-    """What the first layers make of sequences, normed: float[B, N, D]."""
+    """Returns what the first layers make of sequences, normed: float[B, N, D]."""
     lm = self.vlm.lm
     if self.is_initializing():
       return tokens.x

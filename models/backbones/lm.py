@@ -331,13 +331,13 @@ class LM(nn.Module):
     return tokens, out
 
   def _recall(self, memory: Memory | None) -> Recall | None:
-    """What layers read of a prompt's memory."""
+    """Returns what layers read of a prompt's memory."""
     if memory is None or self.reader is None:
       return None
     return Recall(self.reader, self.reader.states(memory))
 
   def _recall_kept(self, kvs: Cache) -> Recall | None:
-    """What layers read of a memory that a cache carries."""
+    """Returns what layers read of a memory that a cache carries."""
     return Recall(self.reader, kvs.memory.layers) if kvs.memory and self.reader else None
 
   def prefill(self, tokens: Array | TokenSet, valid: Array | None = None, *,

@@ -198,7 +198,7 @@ def test_a_kernel_lets_tokens_see_themselves_alone(implementation):
 @pytest.mark.parametrize('method', mostly_long(['tome', 'random'], short=1))
 @pytest.mark.parametrize('way', mostly_long(['frames', 'by text'], short=1))
 def test_a_cut_leaves_the_mask_of_what_is_left(way, method):
-  """What the layers behind a cut make is what a map by loops makes of the tokens that are left."""
+  """Compares the layers behind a cut with a map by loops over the tokens that are left."""
   lm = planned(model(way, capture=True), method=method, site='before', layers=1, keep=4)
   tokens = prompt(**WAYS[way])
   logits, out = program(lm)(strong(), tokens)

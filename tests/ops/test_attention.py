@@ -257,7 +257,7 @@ def mutual(rows, length):
 
 
 def exception(kind, rows, length):
-  """What changes causal attention, by name."""
+  """Returns what changes causal attention, by name."""
   drawn = np.random.default_rng(6)
   if kind == 'alone':
     return attention.Alone(drawn.random((rows, length)) < 0.3)

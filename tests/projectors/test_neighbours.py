@@ -89,7 +89,7 @@ def convolved(x, weight, bias, stride):
 
 
 def added_by_loops(x, w, join):
-  """What the release's adapter adds to the tokens of one row [N, W]."""
+  """Returns what the release's adapter adds to the tokens of one row [N, W]."""
   def of(name, part):
     return w[f'temp_adap.{name}.{part}'].astype(np.float64)
 
