@@ -2,7 +2,7 @@
 
   python -m eval --config=configs/real_scenes_sweep.py --workdir=results/real_scenes
 
-On 44 pictures, as configs/real_scenes_study.py; a row takes about a minute and a half of one core.
+On 44 pictures, as configs/real_scenes_study.py.
 The tower restores the grid of patches behind its own reductions, so they save nothing in the
 language model.
 """
