@@ -24,11 +24,11 @@ KEEP = {tokens: {'keep': int(tokens)} for tokens in ('16', '4', '1')}
 REDUCTION = {'across': 'image', 'order': 'raster'}
 
 
-def at_projector(method, recipe, shown='', versus='', **args):
+def at_projector(method, recipe, versus=''):
   """Returns the entry of a training-free method behind an MLP."""
   name = f'{method}, {recipe}' if recipe != 'joint' else method
-  return {'name': shown or name, 'recipe': recipe, 'versus': versus, 'counts': KEEP,
-          'reduce': {'projector': {'method': method, 'args': args, **REDUCTION}}}
+  return {'name': name, 'recipe': recipe, 'versus': versus, 'counts': KEEP,
+          'reduce': {'projector': {'method': method, 'args': {}, **REDUCTION}}}
 
 
 def compressor(name, counts, recipe='joint', *, nested=False, **args):

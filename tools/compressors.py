@@ -224,6 +224,7 @@ def report(rows: Sequence[Row], config: ConfigDict) -> str:
   good, machine = summaries(rows, config), rows[0]
   kinds = list(good[0]['by'])
   steps = config.training.total_steps
+  versus = {entry['name']: entry.get('versus', '') for entry in config.entries}
   lines = [f'# {config.title}', '', f'{steps} steps of {config.training.data.batch_size} images '
            f'with {config.training.data.turns} questions each, seeds '
            f'{", ".join(map(str, config.seeds))}: another initialisation and another order of the '
@@ -234,7 +235,6 @@ def report(rows: Sequence[Row], config: ConfigDict) -> str:
            f'{machine["cpu"]}, jax {machine["jax"]}, float32, {machine["date"]}.', '']
   for tokens in dict.fromkeys(row['budget'] for row in good):
     own = sorted((row for row in good if row['budget'] == tokens), key=lambda r: -r['accuracy'])
-    versus = {entry['name']: entry.get('versus', '') for entry in config.entries}
     cells = [_cells(row, versus[row['method']], kinds) for row in own]
     lines += [f'## {tokens} tokens', '', tables.markdown(cells, list(cells[0])), '']
   failed = [row for row in rows if row.get('failed')]
