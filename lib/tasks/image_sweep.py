@@ -136,12 +136,12 @@ class ImageSweep(Sweep):
       print(tables.table(rows, columns))
     # Each method ran beside the unreduced model, at another time than the other methods: its
     # speed-up is free of the machine's drift, its milliseconds are not.
-    full = rows[0]['median_ms']
+    full = rows[0].get('median_ms')
     ready = [row for row in rows if not row['note']]
     steady = [{**row, 'median_ms': full / row['speedup'], 'low_ms': full / row['speedup_high'],
-               'high_ms': full / row['speedup_low']} for row in ready]
+               'high_ms': full / row['speedup_low']} for row in ready if full]
     for axis, drawn, file in (('gmacs', ready, f'{score}_cost.png'),
-                              ('median_ms', steady, f'{score}_latency.png')):
+                              *[('median_ms', steady, f'{score}_latency.png')] * bool(full)):
       print(plots.plot_accuracy_cost(
           drawn, workdir / file, title=sweep.title, cost=axis, score=score,
           baselines=tuple(sweep.baselines), reference='none'))

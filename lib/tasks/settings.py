@@ -125,10 +125,10 @@ class MeshSizes(TypedDict, total=False):
 
 
 class Sweep(TypedDict):
-  """Holds what sweeps over all tasks have: timed rounds, and names shown as baselines."""
+  """Holds what sweeps over all tasks have: timed rounds, 0 for none, and names of baselines."""
 
   title: str
-  rounds: Annotated[int, Range(1, 10_000)]
+  rounds: Annotated[int, Range(0, 10_000)]
   baselines: tuple[str, ...]
 
 

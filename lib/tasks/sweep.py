@@ -116,7 +116,10 @@ class Sweep(abc.ABC):
 
     Returns:
       median_ms, low_ms, high_ms of the candidate; speedup, speedup_low, speedup_high over the base.
+      Nothing where the config asks for no rounds.
     """
+    if not self.config.sweep.rounds:
+      return {}
     times = timing.interleave({'base': base, 'candidate': candidate},
                               rounds=self.config.sweep.rounds)
     speedup = timing.speedup(times['base'], times['candidate'])

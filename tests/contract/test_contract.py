@@ -23,16 +23,14 @@ from ops.reducers.vision.tome import ToMe
 # The invariants.
 
 
-# Every length, and every gradient, is a program of its own: one method of each kind is enough for a
-# short run.
-LONG, SHORT = ('budgets', 'finite', 'compose'), ('topk', 'tome', 'token_transforming')
-# Of methods that take long to compile, so are those that look at further shapes, but for padding.
-FURTHER = ('kinds', 'short', 'alone', 'compose')
-DEAR = ('sparsevlm', 'pact', 'catp_images', 'dart', 'mustdrop', 'fitprune', 'visiondrop', 'dc2')
+# Every length, and every gradient, is a program of its own: some methods of each kind are enough
+# for a short run, which looks at padding for all.
+LONG = ('budgets', 'finite', 'compose', 'kinds', 'short', 'alone')
+SHORT = ('topk', 'tome', 'token_transforming', 'random', 'divprune', 'fastv')
 
 
 def is_long(invariant, name):
-  return (invariant in LONG and name not in SHORT) or (invariant in FURTHER and name in DEAR)
+  return invariant in LONG and name not in SHORT
 
 
 # A method's invariants follow each other, so that one worker compiles them once.

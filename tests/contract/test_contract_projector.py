@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import contract
+from helpers.invariants import close
 
 from lib.data.pictures import Picture, batch_pictures
 from lib.data.token_layout import anyres_layout, cell_layout, raster_layout, video_layout
@@ -369,7 +370,7 @@ def test_crops_have_budgets_whatever_else_is_in_the_batch(name, images_of):
   for row in range(2):
     alone = run(jax.tree.map(lambda leaf, row=row: leaf[row:row + 1], images))
     for found, wanted in zip(left(alone, 0), left(both, row), strict=True):
-      np.testing.assert_allclose(found, wanted, atol=1e-5)
+      close(found, wanted)
     assert (1 if row else 4) < len(left(alone, 0)[0]) <= (slots + 1) // 2
 
 

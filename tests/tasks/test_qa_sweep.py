@@ -251,7 +251,7 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
   chosen = tuple({**each, 'budgets': (0.5,)} for each in (scenes if info.kinds else needle))
   with config.unlocked():
     config.sweep = {'title': 'a title', 'sets': (), 'candidates': chosen, 'budgets': (0.5,),
-                    'rounds': 2, 'baselines': (), 'behind': 1,
+                    'rounds': 2 * bool(info.kinds), 'baselines': (), 'behind': 1,
                     'pictured': ('divprune',) if info.kinds else ()}
   sweep = qa_sweep.QASweep(config, tmp_path, sharding.make_mesh({'data': 1}, jax.devices()[:1]))
   wanted = list(sweep.rows())
@@ -261,6 +261,7 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
     assert row['questions'] == 4
     assert 0 <= row['accuracy'] <= 1
     assert set(row['by']) == set(info.kinds or qa_sweep.TENTHS)
+    assert ('speedup' in row) == bool(info.kinds)
   assert rows[0]['gmacs_ratio'] == 1
   assert rows[0]['kept_mean'] == CONTEXT + (16 if info.kinds else 0)
   assert all(row['kept_mean'] < rows[0]['kept_mean'] for row in rows[1:])
