@@ -129,7 +129,7 @@ def cell(measure, length, draw, shares, more=()):
 
 
 def quick():
-  """One draw, short prompts, a quarter kept; what is hidden, with the methods that are best known."""
+  """One draw, short prompts, a quarter kept; hidden keys with some methods alone."""
   return [*cell('perplexity', 512, 0, (0.25,)),
           *(each for each in cell('recall', 512, 0, (0.25,)) if each['name'] in AT_LENGTH)]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 
 import jax
@@ -282,3 +283,14 @@ def test_without_a_baseline_rows_have_the_keys_that_they_had(config, tmp_path):
   assert list(sweep.measure(row)) == [
       'accuracy', 'tokens', 'kept_mean', 'gmacs', 'gmacs_ratio', 'batch', 'dtype', 'median_ms',
       'low_ms', 'high_ms', 'speedup', 'speedup_low', 'speedup_high', 'compile_s', 'note']
+
+
+def test_no_rounds_time_nothing_and_draw_no_latency(config, tmp_path):
+  with config.unlocked():
+    del config.sweep.baseline, config.sweep.baseline_draws
+  config.sweep.rounds = 0
+  sweep = sweep_of(config, tmp_path)
+  rows = [row | sweep.measure(row) for row in itertools.islice(sweep.rows(), 2)]
+  assert not any('speedup' in row or 'median_ms' in row for row in rows)
+  sweep.show(rows, tmp_path)
+  assert [path.name for path in tmp_path.glob('*.png')] == ['accuracy_cost.png']
