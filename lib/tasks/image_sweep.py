@@ -138,12 +138,15 @@ class ImageSweep(Sweep):
     # speed-up is free of the machine's drift, its milliseconds are not.
     full = rows[0].get('median_ms')
     ready = [row for row in rows if not row['note']]
-    steady = [{**row, 'median_ms': full / row['speedup'], 'low_ms': full / row['speedup_high'],
-               'high_ms': full / row['speedup_low']} for row in ready if full]
-    for axis, drawn, file in (('gmacs', ready, f'{score}_cost.png'),
-                              *[('median_ms', steady, f'{score}_latency.png')] * bool(full)):
+    drawn = {'gmacs': (ready, f'{score}_cost.png')}
+    if full:
+      drawn['median_ms'] = ([{**row, 'median_ms': full / row['speedup'],
+                              'low_ms': full / row['speedup_high'],
+                              'high_ms': full / row['speedup_low']} for row in ready],
+                            f'{score}_latency.png')
+    for axis, (own, file) in drawn.items():
       print(plots.plot_accuracy_cost(
-          drawn, workdir / file, title=sweep.title, cost=axis, score=score,
+          own, workdir / file, title=sweep.title, cost=axis, score=score,
           baselines=tuple(sweep.baselines), reference='none'))
     self._draw(workdir / 'overlays')
 
