@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
       title='Emoji of a vendor that was not trained on, 64 visual tokens',
       sets=(('emoji_scenes/one', 22), ('emoji_scenes/grid', 25)),
       candidates=CANDIDATES, budgets=(0.25,), rounds=0,
+      pictured=('divprune', 'fastv', 'random in layer 3'),
       baselines=tuple(each['name'] for each in CANDIDATES
                       if each['method'] in CHANCE))
   return config
