@@ -4,6 +4,7 @@ A process forked so is one of its own in all that a run asks of it: arguments, e
 signals, exit code, and Python's own end. It is only spared the imports, most of a short run's time.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -109,6 +110,8 @@ def _server():
     process = subprocess.Popen(
         [sys.executable, __file__, str(theirs.fileno())], cwd=ROOT, pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+  for end in (process.wait, process.kill, ours.close):  # From the last one on.
+    atexit.register(end)
   return ours, process
 
 
