@@ -158,8 +158,8 @@ def table(entries: Mapping[str, Any]) -> str:
            *(f'{row[side]["cache_mb"]:.1f}' for side in SIDES)] for row in rows if row['rounds']]
   return (
       f'SmolLM2-135M-Instruct, 4-bit weights dequantised to float32; '
-      f'{command.versions(machine)}. '
-      f'{machine["threads"]} threads each, {tables.describe_machine(machine)}.\n\n'
+      f'{command.versions(machine)}; '
+      f'threads of each side: {machine["threads"]}, {tables.describe_machine(machine)}.\n\n'
       + tables.markdown_lines(
           ['press', 'kept', 'tokens', 'equal heads', 'exchanged', 'in layers',
            'perplexity ours', 'theirs',

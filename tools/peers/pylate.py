@@ -111,7 +111,7 @@ def table(entries: Mapping[str, Any]) -> str:
             '{median_ms:.2f} [{low_ms:.2f}, {high_ms:.2f}]'.format(**row) if 'median_ms' in row
             else ''] for name, row in entries.items() if name != 'machine']
   return (f'MiniLM, {machine["documents"]} paragraphs of {LENGTH} tokens, '
-          f'{command.versions(machine)}, {machine["threads"]} threads each, '
+          f'{command.versions(machine)}, threads of each side: {machine["threads"]}, '
           f'{tables.describe_machine(machine)}; medians [quartiles] of {machine["rounds"]} rounds '
           f'in turns, {BATCH} documents a call. A standard error of recall is at most '
           f'{0.5 / machine["documents"] ** 0.5:.3f}.\n\n'

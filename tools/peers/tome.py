@@ -79,8 +79,8 @@ def table(entries: Mapping[str, Any]) -> str:
             f'{row["theirs"]["median_ms"] / row["ours"]["median_ms"]:.2f}'] for name, row in rows]
   return (f'A DINOv2-type ViT-S/14 at {SIDE} pixels, batch {machine["batch"]}, '
           f'{command.versions(machine)}, '
-          f'{machine["threads"]} threads each, {tables.describe_machine(machine)}; medians '
-          f'[quartiles] of {machine["rounds"]} rounds in turns.\n\n'
+          f'threads of each side: {machine["threads"]}, {tables.describe_machine(machine)}; '
+          f'medians [quartiles] of {machine["rounds"]} rounds in turns.\n\n'
           + tables.markdown_lines(
               ['tower', 'largest difference', 'least cosine', 'equal groups', 'ms a batch ours',
                'theirs', 'images/s ours', 'theirs', 'ratio'], cells))
