@@ -11,7 +11,7 @@ import ml_collections
 
 from configs import real_scenes
 
-CHANCE = ('random', 'stride', 'pool', 'periodic')
+CHANCE = ('random', 'stride', 'pool')
 CANDIDATES = (
     *({'name': f'{name} at the projector', 'place': 'projector', 'method': name}
       for name in ('random', 'stride', 'pool')),
@@ -22,7 +22,7 @@ CANDIDATES = (
      'layers': (2,)},
     {'name': 'tome in the tower', 'place': 'vision', 'method': 'tome', 'layers': (3, 6, 9)},
     {'name': 'random in the tower', 'place': 'vision', 'method': 'random', 'layers': (3, 6, 9)},
-    {'name': 'periodic in the cache', 'place': 'cache', 'method': 'periodic'},
+    {'name': 'knorm', 'place': 'cache', 'method': 'knorm'},
     {'name': 'snapkv', 'place': 'cache', 'method': 'snapkv', 'args': {'window': 8}},
     {'name': 'streaming_llm', 'place': 'cache', 'method': 'streaming_llm'},
 )

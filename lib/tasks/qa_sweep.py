@@ -128,8 +128,9 @@ class QASweep(Sweep):
                'gmacs_ratio', 'kv_mb', 'latency', 'speedup', 'note')
     print(tables.table(joined, columns))
     kinds = list(dict.fromkeys(kind for info in self._info.values() for kind in info.kinds))
+    # Sets may ask different kinds of questions.
     by_kind = [{**row, **{kind: f'{100 * row["by"][kind]:.0f}' for kind in kinds
-                          if 'by' in row}} for row in joined]
+                          if kind in row.get('by', ())}} for row in joined]
     (workdir / 'sweep.md').write_text(tables.markdown(by_kind, (*columns, *kinds)) + '\n')
     measured = [row for row in joined if not row['note']]
     for name in self._sets:

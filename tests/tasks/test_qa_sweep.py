@@ -1,5 +1,6 @@
 """The sweep over models that answer: decoding decides, budgets are met, rows are made once."""
 
+import dataclasses
 import functools
 import json
 
@@ -273,6 +274,25 @@ def test_a_sweep_measures_each_row_once_and_draws(name, tmp_path, monkeypatch, c
       {f'kinds_{stem}.png', 'kept.png'} if info.kinds else {'recall.png'})
   assert (tmp_path / 'sweep.md').read_text().count('\n') == 2 + len(rows)
   assert 'accuracy %' in capsys.readouterr().out
+
+
+def test_sets_may_ask_different_kinds_of_questions(tmp_path, monkeypatch):
+  monkeypatch.setattr(qa_sweep.QASweep, '_draw', lambda *_: None)
+  kinds = {'one': ('name',), 'grid': ('name', 'count')}
+  sweep = bare(digit_scenes, SCENES, digit_scenes_sweep.get_config())
+  sweep._sets = dict.fromkeys(kinds, sweep._sets['set'])
+  sweep._info = {name: dataclasses.replace(SCENES, kinds=own) for name, own in kinds.items()}
+  sweep.show([{'set': name, 'method': method, 'place': place, 'settings': '', 'budget': budget,
+               'note': '', 'accuracy': 0.5, 'by_batch': [0.5, 0.5], 'kept_mean': 9.0, 'gmacs': 1.0,
+               'gmacs_ratio': 1.0, 'kv_mb': 1.0, 'by': dict.fromkeys(own, 0.25)}
+              for name, own in kinds.items()
+              for method, place, budget in (('none', '', '1.0'), ('pool', 'projector', '0.5'))],
+             tmp_path)
+  lines = [line.split('|') for line in (tmp_path / 'sweep.md').read_text().splitlines()[2:]]
+  assert [[cell.strip() for cell in line[-3:-1]] for line in lines] == [
+      ['25', ''], ['25', ''], ['25', '25'], ['25', '25']]
+  assert {path.name for path in tmp_path.glob('*.png')} == {
+      f'{what}_{name}.png' for what in ('accuracy', 'kinds') for name in kinds}
 
 
 def test_heat_maps_are_drawn_and_nothing_is_refused(tmp_path):
