@@ -271,10 +271,9 @@ class Local(nn.Module):
     else:
       taken = frames_of_windows(frames, self.sides[0], self.cells[0])
       keys, values = (windows_of(part, grid, self.sides, taken) for part in (keys, values))
-      there = (taken < frames[:, None, None])[:, :, None, :, None]
-      there = jnp.broadcast_to(there, (*taken.shape[:2], math.prod(self.cells[1:]),
-                                       self.sides[0], keys.shape[2] // self.sides[0]))
-      there = there.reshape(keys.shape[:3])
+      there = taken < frames[:, None, None]
+      there = jnp.repeat(there, keys.shape[2] // self.sides[0], axis=2)
+      there = jnp.repeat(there, math.prod(self.cells[1:]), axis=1)
     mixed = attend(query, keys, values, there)[:, :, 0]
     return Projector(self.width, 'gelu', self.dtype, name='readout')(mixed)
 
