@@ -99,9 +99,10 @@ class VLM(nn.Module):
       attention of the tower's last layer, and saves nothing in the tower.
     patch_labels: number of labels of a patch, which a linear probe on the tower's features
       predicts, to train the tower beside the answers; 0 for none.
-    compressor: what stands in the place of the MLP and leaves fewer tokens of each crop; None for
-      `projection`. It reads patches that a tower merged or dropped where they were. The language
-      model has the `reader` of what it leaves beside tokens.
+    compressor: what stands in the place of the MLP and leaves fewer tokens of each crop, or of all
+      crops of an image (models/backbones/spans.py); None for `projection`. It
+      reads patches that a tower merged or dropped where they were. The language model has the
+      `reader` of what it leaves beside tokens.
   """
 
   tower: ViT | QwenVision
