@@ -380,7 +380,10 @@ def _language_plans(lm: LM) -> str:
 def vlm_summary(cost: VLMCost) -> str:
   """Returns one line: how many tokens go from the images to the language model."""
   images = f'{cost.crops} crop{"s" * (cost.crops != 1)} through the tower'
-  line = f'{images}, {cost.passed} tokens passed on of each, {cost.visual_in} laid out'
+  apart = cost.projected == cost.crops * cost.passed
+  passed = (f'{cost.passed} tokens passed on of each' if apart else
+            f'{cost.projected} tokens made of all of them')
+  line = f'{images}, {passed}, {cost.visual_in} laid out'
   reduction = cost.vlm.projector_reduction
   if reduction and reduction.plan.events:
     line += f'; {reduction.plan.name} at the projector leaves {cost.visual}'
@@ -390,7 +393,7 @@ def vlm_summary(cost: VLMCost) -> str:
 def _projector(cost: VLMCost) -> str:
   size = cost.lm.weight_bytes / lm_cost.parameters(cost.vlm.lm)
   prefix, scale = unit(cost.projector_macs)
-  return (f'projector: {cost.crops * cost.passed} tokens, {cost.projector_macs / scale:.3f} '
+  return (f'projector: {cost.projected} tokens, {cost.projector_macs / scale:.3f} '
           f'{prefix}MACs, '
           f'weights {cost.projector_parameters * size / 1e6:.2f} MB, activations '
           f'{cost.projector_activation_bytes / 1e6:.2f} MB')

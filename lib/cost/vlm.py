@@ -17,9 +17,8 @@ from lib.cost import memory as memory_cost
 from lib.cost import projector as projector_cost
 from lib.cost import vit as vit_cost
 from models.backbones.lm import LM
+from models.backbones.spans import Layout, grids_read
 from models.backbones.vlm import VLM
-
-Layout = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +29,7 @@ class VLMCost:
     vlm: the model.
     crops: C, rows of the tower.
     passed: tokens of a crop that the tower passes on.
+    projected: tokens of the row behind the projector, before they are laid out.
     visual_in: visual tokens of the row before the projector's reduction.
     visual: visual slots that the language model reads.
     tower: the cost of one crop, its parameters in the dtype of the language model's, as checkpoints
@@ -42,6 +42,7 @@ class VLMCost:
   vlm: VLM
   crops: int
   passed: int
+  projected: int
   visual_in: int
   visual: int
   tower: vit_cost.Cost
@@ -118,9 +119,13 @@ def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
                              parameter_bytes=jnp.dtype(vlm.lm.dtype).itemsize)
   visual, visual_in = vlm.visual_slots(layout), layout[1] * vlm.each_image(layout)
   whole, left = vlm.passed_on
+  projected = layout[0] * left
+  if vlm.compressor:
+    number, grid = grids_read(vlm.compressor, vlm.tower.grid, layout)
+    projected = number * vlm.compressor.slots(grid)
   return VLMCost(
-      vlm, layout[0], left, visual_in, visual, vit_cost.of(vlm.tower, arch),
-      projector_cost.of(vlm, prompt, layout[0]),
+      vlm, layout[0], left, projected, visual_in, visual, vit_cost.of(vlm.tower, arch),
+      projector_cost.of(vlm, prompt, layout),
       lm_cost.of(vlm.lm, prompt + visual, room=room, originals=prompt + layout[1] * whole,
                  texts=prompt),
       memory_cost.of(vlm, prompt, layout[0]))

@@ -14,6 +14,7 @@ import numpy as np
 
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vlm import VLM
+from models.projectors.base import IMAGE
 from ops.tokens import TokenSet
 
 Array = np.ndarray
@@ -52,11 +53,13 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
     row: of the batch.
 
   Raises:
-    ValueError: a projector whose tokens are no grid, so that each stands for all patches.
+    ValueError: a projector whose tokens are no grid of a crop, so that each stands for all patches,
+      or for several crops.
   """
-  if vlm.compressor and not vlm.compressor.grid_after(vlm.tower.grid):
+  if vlm.compressor and (vlm.compressor.span == IMAGE
+                         or not vlm.compressor.grid_after(vlm.tower.grid)):
     raise ValueError(f'each token of {type(vlm.compressor).__name__} stands for all patches of its '
-                     'crop: there is no picture of which went where')
+                     'crop, or for several crops: there is no picture of which went where')
   seen, visual, projected = out['tower_tokens'], out['visual'], out.get('projector')
   batch, images = visual.x.shape[:2]
   crops, each = len(seen.x) // batch, seen.slots

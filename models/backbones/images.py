@@ -29,7 +29,8 @@ class Images:
     sizes: int[B, C, 2], for patches alone.
     index: int32[B, I, V, K] or None: token v of image i is made of these features of the row,
       `c * n + p` for patch (or cell) p of crop c, n of which a crop has, and C * n for the newline.
-      None for one image a crop, in raster order.
+      None for one image a crop, in raster order. Where a compressor reads all crops of an image at
+      once (I = 1), it only says which there are: those up to the last one named.
     weight: float32[B, I, V, K], the share of each, all zero where there is no token.
     axes, extent: positions, as in `ops.splice.Visual`; None where they have one axis.
     tiling: int32[B, I, 2] or None, rows and columns of the crops that an image is cut into beside
@@ -58,7 +59,7 @@ def arrange(tokens: TokenSet, images: Images,
   """Puts a tower's tokens in the order in which they are read.
 
   Args:
-    tokens: x float[B * C, n, D], behind the projector.
+    tokens: x float[B * C, n, D], behind the projector; C is 1 where a row's crops were joined.
     images: of B rows.
     newline: float[D], what ends a row of patches, or None.
 
@@ -66,7 +67,8 @@ def arrange(tokens: TokenSet, images: Images,
     The visual tokens, and index and weight as in `Images`, but of the tokens that the tower
     passed on; None where each is one visual token.
   """
-  (batch, crops), each = images.pixels.shape[:2], tokens.slots
+  batch, each = len(images.pixels), tokens.slots
+  crops = len(tokens.x) // batch
   stats = {name: value.reshape(batch, crops, each, *value.shape[2:])
            for name, value in tokens.stats.items()}
   x = tokens.x.reshape(batch, crops, each, tokens.x.shape[-1])

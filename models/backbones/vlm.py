@@ -33,6 +33,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models.backbones import spans
 from models.backbones.images import Images, arrange, tiling_of
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
@@ -54,7 +55,7 @@ from models.projector import (
   reduce_visual,
   without_special,
 )
-from models.projectors.base import GUIDE, LEVELS, QUESTION, Beside, Compressor
+from models.projectors.base import GUIDE, IMAGE, LEVELS, QUESTION, Beside, Compressor
 from models.projectors.base import TEXT as PROMPT
 from models.projectors.mlp import Projector
 from models.reduction import ReducerParameters, Reduction
@@ -98,9 +99,10 @@ class VLM(nn.Module):
       attention of the tower's last layer, and saves nothing in the tower.
     patch_labels: number of labels of a patch, which a linear probe on the tower's features
       predicts, to train the tower beside the answers; 0 for none.
-    compressor: what stands in the place of the MLP and leaves fewer tokens of each crop; None for
-      `projection`. It reads patches that a tower merged or dropped where they were. The language
-      model has the `reader` of what it leaves beside tokens.
+    compressor: what stands in the place of the MLP and leaves fewer tokens of each crop, or of all
+      crops of an image (models/backbones/spans.py); None for `projection`. It
+      reads patches that a tower merged or dropped where they were. The language model has the
+      `reader` of what it leaves beside tokens.
   """
 
   tower: ViT | QwenVision
@@ -177,7 +179,8 @@ class VLM(nn.Module):
     """
     tower = self.tower
     if isinstance(tower, QwenVision) or self.newline or tower.window or (
-        self.compressor and not self.compressor.grid_after(tower.grid)):
+        self.compressor and (self.compressor.span == IMAGE
+                             or not self.compressor.grid_after(tower.grid))):
       return None
     rows, columns = self.crop_grid
     return (rows, columns) if slots == rows * columns else None
@@ -197,7 +200,10 @@ class VLM(nn.Module):
 
   @property
   def passed_on(self) -> tuple[int, int]:
-    """Returns the tokens of a crop behind the projector, without the tower's plan and with it."""
+    """Returns the tokens of a crop behind the projector, without the tower's plan and with it.
+
+    Where a compressor reads all crops of an image at once, of an image of one crop.
+    """
     if self.compressor:
       return (self.compressor.slots(self.tower.grid),) * 2
     return passed_on(self.tower, self.side)
@@ -223,7 +229,8 @@ class VLM(nn.Module):
     whole, left = self.passed_on
     # A cell that a reduced tower left empty would shift the places of those behind it.
     empties = isinstance(self.tower, QwenVision) and self.tower.plan and self.tower.plan.events
-    if whole == left and not empties:
+    at_once = self.compressor and self.compressor.span == IMAGE
+    if whole == left and not empties and not at_once:
       tiled = isinstance(self.tower, ViT) and self.side == 1 and not self.compressor
       offers |= CROP_SIGNALS if tiled else CROP_SIGNALS - {'tiling'}
     # A tower that ends in the language model's width has its projector inside.
@@ -237,8 +244,13 @@ class VLM(nn.Module):
 
     Args:
       layout: (C, I, V) of `Images`.
+
+    Raises:
+      ValueError: as `models.backbones.spans.grids_read`.
     """
     crops, _, tokens = layout
+    if self.compressor and self.compressor.span == IMAGE:
+      return self.compressor.slots(spans.grids_read(self.compressor, self.tower.grid, layout)[1])
     whole, left = self.passed_on
     if not tokens:
       return left
@@ -390,6 +402,7 @@ class VLM(nn.Module):
                        "goes with no other projection: set projection='' and side=1, and leave "
                        'newline, deepstack, frames and unmerging out')
     compressor.slots(tower.grid)
+    spans.check(compressor, self.lm)
     if self._reads(GUIDE):
       raise ValueError(f'{type(compressor).__name__} reads what is asked from a text tower beside '
                        'the vision tower, which this model does not have: set '
@@ -479,11 +492,11 @@ class VLM(nn.Module):
       The visual tokens [B, I, M, D]; the slots that all images of a row take together where they
       are not I * M, else None; and a dict: 'tower' (the tower's own dict), 'tower_tokens' (the
       TokenSet [B * C, n] that the tower passes on, projected; of a compressor that leaves a grid
-      the owner of a patch is its cell's token), 'layout' (index and weight as in
-      `Images`, but of those tokens; None where each is one visual token), with a reduction at the
-      projector 'projector' (the TokenSet behind it, None where it cuts nothing), and with
-      `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their TokenSet), and
-      'memory', what a compressor leaves of each crop beside tokens.
+      the owner of a patch is its cell's token; [B, M] of one that reads a row's crops at once),
+      'layout' (index and weight as in `Images`, but of those tokens; None where each is one visual
+      token), with a reduction at the projector 'projector' (the TokenSet behind it, None where it
+      cuts nothing), with `patch_labels` 'patches' (logits float32[B * C, n, patch_labels] and their
+      TokenSet), and 'memory', what a compressor leaves of each crop beside tokens.
 
     Raises:
       ValueError: no text where the reduction reads some.
@@ -511,13 +524,14 @@ class VLM(nn.Module):
     if self.projection:
       tokens = tokens.replace(x=self.projector(tokens.x))
     if self.compressor:
-      made = self._compressed(self.compressor, tokens, tower_out, text or {})
+      made = self._compressed(self.compressor, tokens, tower_out, text or {}, images)
       if isinstance(made, Memory):
         assert made.tokens is not None
         aux['memory'], made = made.replace(tokens=None), made.tokens
-      tokens = made
+      tokens, images = made, spans.as_crops(self.compressor, images)
     aux['tower_tokens'] = tokens
-    if self.compressor and (after := self.compressor.grid_after(self.tower.grid)):
+    if self.compressor and len(tokens.x) == len(whole.x) and (
+        after := self.compressor.grid_after(self.tower.grid)):
       cell = jnp.asarray(grids.nearest_cell(self.tower.grid, after), jnp.int32)
       aux['tower_tokens'] = tokens.replace(
           owner=jnp.broadcast_to(cell[None], (len(tokens.x), len(cell))))
@@ -555,15 +569,20 @@ class VLM(nn.Module):
     return visual.replace(stats=stats, axes=axes, extent=images.extent), slots, aux
 
   def _compressed(self, compressor: Compressor, tokens: TokenSet, tower_out: Outputs,
-                  text: Mapping[str, Array]) -> TokenSet | Memory:
-    """Returns the tokens of each crop that a compressor makes of all its patches."""
-    whole = TokenSet.create(put_back(tokens.x, tokens.owner))
+                  text: Mapping[str, Array], images: Images) -> TokenSet | Memory:
+    """Returns the tokens that a compressor makes of all patches that it reads at once."""
+    number, grid = spans.grids_read(compressor, self.tower.grid, images.layout)
+
+    def read(x: Array) -> Array:
+      return x.reshape(number * len(images.pixels), -1, x.shape[-1])
+
     levels: tuple[int, ...] = getattr(compressor, LEVELS) if self._reads(LEVELS) else ()
-    rows = {name: jnp.repeat(value, len(tokens.x) // len(value), axis=0)
-            for name, value in text.items()}
+    rows = {name: jnp.repeat(value, number, axis=0) for name, value in text.items()}
+    whole = TokenSet.create(read(put_back(tokens.x, tokens.owner)))
     return self._gathered(compressor)(whole, Beside(
-        self.tower.grid, tuple(tower_out['hidden'][level][:, self.special:] for level in levels),
-        rows.get('text'), rows.get('text_valid'), rows.get(QUESTION)))
+        grid, tuple(read(tower_out['hidden'][level][:, self.special:]) for level in levels),
+        rows.get('text'), rows.get('text_valid'), rows.get(QUESTION),
+        frames=spans.crops_there(images, self.passed_on[0]) if len(grid) > 2 else None))
 
   def _gathered(self, compressor: Compressor) -> Callable[..., TokenSet | Memory]:
     """A compressor whose parameters each device has whole while it multiplies rows of its own."""

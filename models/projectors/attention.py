@@ -15,19 +15,24 @@ from ops.attention import HIDDEN_LOGIT
 Array = jax.Array
 
 
-def attend(q: Array, k: Array, v: Array) -> Array:
+def attend(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
   """Returns what queries read of keys in one head, without any product in front or behind.
 
   Args:
     q: float[..., M, D].
     k: float[..., R, D].
     v: float[..., R, W].
+    seen: bool[..., R], keys that may be read; None for all. Where there is none the result is
+      finite and means nothing.
 
   Returns:
     float[..., M, W].
   """
   scores = jnp.einsum('...md,...rd->...mr', q, k, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+  scores = scores * q.shape[-1] ** -0.5
+  if seen is not None:
+    scores = jnp.where(seen[..., None, :], scores, HIDDEN_LOGIT)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum('...mr,...rw->...mw', weights, v)
 
 

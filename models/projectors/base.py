@@ -26,13 +26,15 @@ Array = jax.Array
 Names = Mapping[str, str | tuple[str, ...]]
 # What a compressor may read beside the tower's last features.
 LEVELS, TEXT, QUESTION, EMBED, GUIDE = 'levels', 'text', 'question', 'embed', 'guide'
+# What it reads at once: a crop, or all crops of an image.
+CROP, IMAGE = SPANS = 'crop', 'image'
 
 
 class Beside(struct.PyTreeNode):
   """Holds what a compressor may read beside the tower's last features.
 
   Attributes:
-    grid: (rows, columns) of the patches; (frames, rows, columns) of a video.
+    grid: (rows, columns) of the patches; (frames, rows, columns) of a video, or of several crops.
     levels: float[B, N, W] each, the features behind the layers that `Compressor.levels` names.
     text: float[B, T, D], embeddings of the prompt's ids, the image's own apart.
     text_valid: bool[B, T], those that there are.
@@ -42,6 +44,8 @@ class Beside(struct.PyTreeNode):
     guide: float[B, E], what is asked, in that space.
     guide_tokens: float[B, G, E], the same token by token.
     guide_valid: bool[B, G], tokens that there are; None for all.
+    frames: int32[B], of a grid with three axes the frames that there are, its first ones; None for
+      all.
   """
 
   grid: Grid = struct.field(pytree_node=False)
@@ -53,6 +57,7 @@ class Beside(struct.PyTreeNode):
   guide: Array | None = None
   guide_tokens: Array | None = None
   guide_valid: Array | None = None
+  frames: Array | None = None
 
 
 class Compressor(nn.Module):
@@ -61,7 +66,9 @@ class Compressor(nn.Module):
   A subclass says what grid it leaves of one (`grid_after`) or how many tokens (`slots`), what it
   `reads` beside the tower's last features, and what its parameters are called in the release
   (`released`). One that reads LEVELS has a field of that name: the layers, from 0 on. One that
-  leaves a memory beside tokens says what layers of the language model read it with (`reader`).
+  leaves a memory beside tokens says what layers of the language model read it with (`reader`). One
+  that reads all crops of an image at once says so (`span`): it takes grids of three axes, too, and
+  marks what it made of frames that are not there as invalid.
 
   Attributes:
     width: D.
@@ -80,6 +87,15 @@ class Compressor(nn.Module):
   def reads(self) -> frozenset[str]:
     """Names what it reads beside the tower's last features."""
     return frozenset()
+
+  @property
+  def span(self) -> str:
+    """Names what it reads at once, one of `SPANS`.
+
+    One with IMAGE gets an image of several crops as a grid (crops, rows, columns). Other images,
+    each of one crop (`Images` without an index), have (rows, columns) with either.
+    """
+    return CROP
 
   def grid_after(self, grid: Grid) -> Grid | None:
     """Returns the grid that is left of a crop's, None where tokens are no grid.
@@ -116,7 +132,7 @@ class Compressor(nn.Module):
       beside: what else there is.
 
     Returns:
-      x float[B, M, D]; or these as the `tokens` of a memory.
+      x float[B, M, D], of frames that are not there invalid; or these as the `tokens` of a memory.
     """
     raise NotImplementedError
 

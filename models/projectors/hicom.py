@@ -16,7 +16,18 @@ from jax.typing import DTypeLike
 
 from models.blocks import dense, layer_norm
 from models.projectors.attention import CrossAttention, attend
-from models.projectors.base import EMBED, GUIDE, Array, Beside, Compressor, Names
+from models.projectors.base import (
+  CROP,
+  EMBED,
+  GUIDE,
+  IMAGE,
+  SPANS,
+  Array,
+  Beside,
+  Compressor,
+  Names,
+)
+from models.projectors.frames import frames_of_windows, resampled, windows_of, windows_over
 from models.projectors.mlp import Projector
 from ops.primitives import grids
 from ops.primitives.grids import Grid
@@ -71,6 +82,9 @@ class HICom(Compressor):
       have () and ('key', 'value').
     queries: learned tokens, 0 for none: then the windows are a grid.
     heads: of their attention, and of 'fine', 128 features each in the release.
+    span: 'image' takes the crops of an image as the frames of one video, of which a row may have
+      fewer than its batch. Any number of them will do: where windows that overlap by one frame at
+      most do not end with the video, which the release refuses, the last one is shorter.
   """
 
   guide: Annotated[str, OneOf(GUIDES)] = 'direct'
@@ -79,6 +93,7 @@ class HICom(Compressor):
   adapted: tuple[Annotated[str, OneOf(ADAPTED)], ...] = ()
   queries: CountOrZero = 32
   heads: Count = 9
+  span: Annotated[str, OneOf(SPANS)] = CROP
   released: ClassVar[Names] = {
       **_injector('local/injector', 'local_compressor.guide_injector'),
       **_injector('global/injector', 'global_compressor.guide_injector'),
@@ -107,13 +122,28 @@ class HICom(Compressor):
     """Returns the patches of a window along each axis."""
     return (self.frames, self.side, self.side)[-len(grid):]
 
+  def cells(self, grid: Grid) -> Grid:
+    """Returns the grid of windows.
+
+    Raises:
+      ValueError: as `grid_after`.
+    """
+    sides = self.sides(grid)
+    if self._counts_frames(grid):
+      return (-(-grid[0] // self.frames), *grids.balanced_cells(grid[1:], sides[1:]))
+    return grids.balanced_cells(grid, sides)
+
+  def _counts_frames(self, grid: Grid) -> bool:
+    """Returns whether rows may have fewer frames than the grid."""
+    return self.span == IMAGE and len(grid) == len(grids.AXES)
+
   def grid_after(self, grid: Grid) -> Grid | None:
     """Returns the grid of windows where there are no learned tokens."""
-    return None if self.queries else grids.balanced_cells(grid, self.sides(grid))
+    return None if self.queries else self.cells(grid)
 
   def slots(self, grid: Grid) -> int:
     """Returns the windows and the learned tokens."""
-    return math.prod(grids.balanced_cells(grid, self.sides(grid))) + self.queries
+    return math.prod(self.cells(grid)) + self.queries
 
   @nn.compact
   def __call__(self, tokens: TokenSet, beside: Beside) -> TokenSet:
@@ -124,13 +154,26 @@ class HICom(Compressor):
         keys.
     """
     guide, seen = self._asked(beside, self.guide)
-    parts = [Local(self.width, self.guide, self.adapted, self.sides(beside.grid), self.heads,
-                   self.dtype, name='local')(tokens.x, beside, guide, seen)]
+    grid, frames = beside.grid, None
+    cells, sides = self.cells(grid), self.sides(grid)
+    if self._counts_frames(grid):
+      frames = beside.frames
+      if frames is None:
+        frames = jnp.full(len(tokens.x), grid[0], jnp.int32)
+      sides = (min(sides[0], grid[0]), *sides[1:])
+    parts = [Local(self.width, self.guide, self.adapted, sides, cells, self.heads, self.dtype,
+                   name='local')(tokens.x, beside.replace(frames=frames), guide, seen)]
     if self.queries:
       vector, _ = self._asked(beside, 'none' if self.guide == 'none' else 'coarse')
       parts.append(Global(self.width, self.queries, self.heads, self.dtype, name='global')(
-          tokens.x, beside.grid, vector))
-    return TokenSet.create(jnp.concatenate(parts, axis=1))
+          tokens.x, grid, vector, frames))
+    x = jnp.concatenate(parts, axis=1)
+    if frames is None:
+      return TokenSet.create(x)
+    there = jnp.arange(cells[0])[None] < windows_over(frames, sides[0])[:, None]
+    there = jnp.repeat(there, math.prod(cells[1:]), axis=1)
+    learned = jnp.broadcast_to(frames[:, None] > 0, (len(x), self.queries))
+    return TokenSet.create(x, valid=jnp.concatenate([there, learned], axis=1))
 
   def _asked(self, beside: Beside, kind: str) -> tuple[Array | None, Array | None]:
     """Returns what is asked, float[B, G, E], and which of it there is; G is 1 for a vector."""
@@ -191,6 +234,7 @@ class Local(nn.Module):
   guide: str
   adapted: tuple[str, ...]
   sides: Grid
+  cells: Grid
   heads: int
   dtype: DTypeLike
 
@@ -198,11 +242,12 @@ class Local(nn.Module):
   def __call__(self, x: Array, beside: Beside, guide: Array | None,
                seen: Array | None) -> Array:
     """float[B, N, W] -> float[B, C, D]."""
-    grid, keys, values = beside.grid, x if beside.embed is None else beside.embed, x
-    cells = grids.balanced_cells(grid, self.sides)
+    grid, frames = beside.grid, beside.frames
+    keys, values = x if beside.embed is None else beside.embed, x
     width, query = keys.shape[-1], x
     if self.guide != 'direct':
-      query = grids.resample(x, grid, cells, 'linear')
+      query = (grids.resample(x, grid, self.cells, 'linear') if frames is None else
+               resampled(x, grid, self.cells, frames, self.sides[0]))
     if 'query' in self.adapted:
       query = adapt(self, 'query', query,
                     dense(x.shape[-1], self.dtype, name='query', bias=False))
@@ -219,9 +264,17 @@ class Local(nn.Module):
                        f'features of a patch for embeddings of {width}: give embeddings as wide, '
                        "or none, or set guide='direct'")
     query, keys, values = (part.astype(self.dtype) for part in (query, keys, values))
-    query = jnp.broadcast_to(query, (len(x), math.prod(cells), width))[:, :, None]
-    mixed = attend(query, *(grids.balanced_windows(part, grid, self.sides)
-                            for part in (keys, values)))[:, :, 0]
+    query = jnp.broadcast_to(query, (len(x), math.prod(self.cells), width))[:, :, None]
+    there = None
+    if frames is None:
+      keys, values = (grids.balanced_windows(part, grid, self.sides) for part in (keys, values))
+    else:
+      taken = frames_of_windows(frames, self.sides[0], self.cells[0])
+      keys, values = (windows_of(part, grid, self.sides, taken) for part in (keys, values))
+      there = taken < frames[:, None, None]
+      there = jnp.repeat(there, keys.shape[2] // self.sides[0], axis=2)
+      there = jnp.repeat(there, math.prod(self.cells[1:]), axis=1)
+    mixed = attend(query, keys, values, there)[:, :, 0]
     return Projector(self.width, 'gelu', self.dtype, name='readout')(mixed)
 
 
@@ -234,9 +287,11 @@ class Global(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: Array, grid: Grid, guide: Array | None) -> Array:
+  def __call__(self, x: Array, grid: Grid, guide: Array | None, frames: Array | None) -> Array:
     """float[B, N, W] -> float[B, M, D]."""
-    width = x.shape[-1]
+    width, seen = x.shape[-1], None
+    if frames is not None:
+      seen = jnp.arange(math.prod(grid))[None] < frames[:, None] * math.prod(grid[1:])
     query = self.param('query', nn.initializers.zeros, (self.queries, width))
     query = jnp.broadcast_to(query[None], (len(x), *query.shape))
     if guide is not None:
@@ -244,5 +299,6 @@ class Global(nn.Module):
           query, guide, None, width)
     # An image is the first frame of a video.
     placed = x + grids.summed_sincos((1,) * (3 - len(grid)) + grid, width)[None]
-    query = query + CrossAttention(self.heads, self.dtype, name='attention')(query, placed, placed)
+    query = query + CrossAttention(self.heads, self.dtype, name='attention')(
+        query, placed, placed, seen)
     return Projector(self.width, 'gelu', self.dtype, name='readout')(query)
