@@ -22,7 +22,6 @@ CANDIDATES = (
      'layers': (2,)},
     {'name': 'tome in the tower', 'place': 'vision', 'method': 'tome', 'layers': (3, 6, 9)},
     {'name': 'random in the tower', 'place': 'vision', 'method': 'random', 'layers': (3, 6, 9)},
-    {'name': 'knorm', 'place': 'cache', 'method': 'knorm'},
     {'name': 'snapkv', 'place': 'cache', 'method': 'snapkv', 'args': {'window': 8}},
     {'name': 'streaming_llm', 'place': 'cache', 'method': 'streaming_llm'},
 )
