@@ -15,6 +15,7 @@ import numpy as np
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vlm import VLM
 from models.projectors.base import IMAGE
+from ops.primitives.grids import nearest_cell
 from ops.tokens import TokenSet
 
 Array = np.ndarray
@@ -64,7 +65,11 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
   batch, images = visual.x.shape[:2]
   crops, each = len(seen.x) // batch, seen.slots
   # Patches to what the tower passes on, and tokens to what of that they are made of.
-  passed = _numbered([_now(seen, row * crops + crop) for crop in range(crops)], each)
+  owners = [_now(seen, row * crops + crop) for crop in range(crops)]
+  if vlm.side > 1:  # Several patches are one token before the projector.
+    cells = nearest_cell(grid(vlm), tuple(length // vlm.side for length in grid(vlm)))
+    owners = [_follow(cells, own) for own in owners]
+  passed = _numbered(owners, each)
   if out['layout'] is None:
     index = np.arange(crops * each)[:, None]
     holds = np.isin(index, passed)

@@ -16,7 +16,7 @@ from models.backbones.images import Images
 from models.checkpoints.vlm_config import from_config
 from models.plan import make_cache_plan
 from models.projectors import PROJECTORS, make_projector
-from models.reduce_config import with_projector_reduction
+from models.reduce_config import with_plans, with_projector_reduction
 
 IMAGE = 30
 TEXT = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
@@ -203,6 +203,19 @@ def test_patches_are_followed_to_their_cells():
   assert (first.labels[0] == cells).all()
   assert first.merged.all()
   assert first.tokens.tolist() == [4, 4]
+
+
+def test_patches_that_became_one_token_are_followed_together():
+  vlm, images = from_config(LLAVA).clone(side=2), squares()
+  vlm = with_plans(vlm, language={'method': 'stride', 'token_kinds': 'visual', 'layers': 1,
+                                  'keep': 2})(IDS.shape[1], images.layout)
+  params = jax.jit(vlm.init)(jax.random.key(0), IDS, VALID, images)['params']
+  stage, = provenance.stages(vlm, run(vlm, params, images)[1], row=1)
+  for labels, tokens in zip(stage.labels, stage.tokens, strict=True):
+    cells = labels[::2, ::2]
+    assert (labels == cells.repeat(2, axis=0).repeat(2, axis=1)).all()
+    assert (cells >= 0).sum() == tokens
+  assert stage.tokens.sum() == 2
 
 
 def test_it_answers():
