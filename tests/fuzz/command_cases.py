@@ -41,7 +41,7 @@ LINES: dict[str, Sequence[Sequence[str]]] = {
         ('--coordinator=nowhere:1', '--processes=0', '--process=0'),
         ('--coordinator=localhost:99999', '--processes=2', '--process=0'),
         ('--processes=abc',)),
-    'eval': (('--workdir=no_such',), ('--config.sweep.budgets=abc',), ('--config.sweep.rounds=0',),
+    'eval': (('--workdir=no_such',), ('--config.sweep.budgets=abc',), ('--config.sweep.rounds=-1',),
              (DIGITS,), ('--config.sweep.methods=no_such',)),
     'tools.generate': (
         ('--model=no_such',), ('--model=README.md',), ('--model=',), ('--model=results',),
