@@ -20,12 +20,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lib import assistant
-from lib.cost.vlm import Layout
 from lib.data import anyres, qa
 from lib.data.pictures import row_of
 from lib.tasks import qa as qa_task
 from lib.tasks.settings import check_config
 from models.backbones.clip import Clip, make_clip
+from models.backbones.images import Layout
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT, make_vit

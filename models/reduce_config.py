@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from ml_collections import ConfigDict
 
 from models import renames
+from models.backbones.images import Layout
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
@@ -33,7 +34,6 @@ from ops import choices
 
 # Parts of a model that `config.reduce` has a reduction for.
 COMPONENTS = ('vision', 'projector', 'language', 'cache')
-Layout = tuple[int, int, int]  # `models.backbones.images.Images.layout`.
 Macs = Callable[[Sequence[Event]], float]
 # A model with its plans, ids of a prompt and the layout of its images -> MACs of reading them.
 TotalMacs = Callable[[LM | VLM, int, Layout | None], float]

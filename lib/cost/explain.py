@@ -21,8 +21,9 @@ from lib.cost import published
 from lib.cost import vit as vit_cost
 from lib.cost import vlm as vlm_cost
 from lib.cost.lm import LMCost
-from lib.cost.vlm import Layout, VLMCost
+from lib.cost.vlm import VLMCost
 from models.backbones.clip import Clip
+from models.backbones.images import Layout
 from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.segmenter import SegmentViT

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from lib.cost import jaxpr
 from lib.cost import lm as lm_cost
-from models.backbones.spans import Layout, grids_read
+from models.backbones.images import Layout
+from models.backbones.spans import grids_read
 from models.backbones.vlm import VLM
 from models.checkpoints.compressors import example, shapes_of
 from models.projectors.base import QUESTION, Compressor

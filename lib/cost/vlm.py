@@ -16,8 +16,9 @@ from lib.cost import lm as lm_cost
 from lib.cost import memory as memory_cost
 from lib.cost import projector as projector_cost
 from lib.cost import vit as vit_cost
+from models.backbones.images import Layout
 from models.backbones.lm import LM
-from models.backbones.spans import Layout, grids_read
+from models.backbones.spans import grids_read
 from models.backbones.vlm import VLM
 
 

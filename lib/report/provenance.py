@@ -14,7 +14,6 @@ import numpy as np
 
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vlm import VLM
-from models.projectors.base import IMAGE
 from ops.primitives.grids import nearest_cell
 from ops.tokens import TokenSet
 
@@ -57,8 +56,7 @@ def stages(vlm: VLM, out: Mapping[str, Any], row: int = 0) -> list[Stage]:
     ValueError: a projector whose tokens are no grid of a crop, so that each stands for all patches,
       or for several crops.
   """
-  if vlm.compressor and (vlm.compressor.span == IMAGE
-                         or not vlm.compressor.grid_after(vlm.tower.grid)):
+  if vlm.compressor and (vlm.joins_crops or not vlm.compressor.grid_after(vlm.tower.grid)):
     raise ValueError(f'each token of {type(vlm.compressor).__name__} stands for all patches of its '
                      'crop, or for several crops: there is no picture of which went where')
   seen, visual, projected = out['tower_tokens'], out['visual'], out.get('projector')

@@ -17,6 +17,8 @@ from ops.splice import Visual
 from ops.tokens import TokenSet
 
 Array = jax.Array
+# (C, I, V) of `Images`: rows of the tower, images, most tokens of one.
+Layout = tuple[int, int, int]
 
 
 @struct.dataclass
@@ -46,7 +48,7 @@ class Images:
   tiling: Array | None = None
 
   @property
-  def layout(self) -> tuple[int, int, int]:
+  def layout(self) -> Layout:
     """Returns (C, I, V), which decide all shapes behind the tower; V is 0 for one image a crop."""
     crops = self.pixels.shape[1]
     if self.index is None:

@@ -11,13 +11,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from models.backbones.images import Images
+from models.backbones.images import Images, Layout
 from models.backbones.lm import LM
 from models.projectors.base import IMAGE, Compressor
 from ops.primitives.grids import Grid
 
 Array = jax.Array
-Layout = tuple[int, int, int]
 
 
 def grids_read(compressor: Compressor, grid: Grid, layout: Layout) -> tuple[int, Grid]:

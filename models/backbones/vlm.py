@@ -100,9 +100,9 @@ class VLM(nn.Module):
     patch_labels: number of labels of a patch, which a linear probe on the tower's features
       predicts, to train the tower beside the answers; 0 for none.
     compressor: what stands in the place of the MLP and leaves fewer tokens of each crop, or of all
-      crops of an image (models/backbones/spans.py); None for `projection`. It
-      reads patches that a tower merged or dropped where they were. The language model has the
-      `reader` of what it leaves beside tokens.
+      crops of an image (models/backbones/spans.py); None for `projection`. It reads patches that a
+      tower merged or dropped where they were. The language model has the `reader` of what it leaves
+      beside tokens.
   """
 
   tower: ViT | QwenVision
@@ -171,6 +171,11 @@ class VLM(nn.Module):
     """Returns the number of the tower's layers that run."""
     return depth_of(self.tower)
 
+  @property
+  def joins_crops(self) -> bool:
+    """Returns whether the compressor reads all crops of an image at once."""
+    return self.compressor is not None and self.compressor.span == IMAGE
+
   def projector_grid(self, slots: int) -> tuple[int, int] | None:
     """Returns (rows, columns) of the `slots` tokens behind the projector, None for no grid.
 
@@ -179,8 +184,7 @@ class VLM(nn.Module):
     """
     tower = self.tower
     if isinstance(tower, QwenVision) or self.newline or tower.window or (
-        self.compressor and (self.compressor.span == IMAGE
-                             or not self.compressor.grid_after(tower.grid))):
+        self.compressor and (self.joins_crops or not self.compressor.grid_after(tower.grid))):
       return None
     rows, columns = self.crop_grid
     return (rows, columns) if slots == rows * columns else None
@@ -229,8 +233,7 @@ class VLM(nn.Module):
     whole, left = self.passed_on
     # A cell that a reduced tower left empty would shift the places of those behind it.
     empties = isinstance(self.tower, QwenVision) and self.tower.plan and self.tower.plan.events
-    at_once = self.compressor and self.compressor.span == IMAGE
-    if whole == left and not empties and not at_once:
+    if whole == left and not empties and not self.joins_crops:
       tiled = isinstance(self.tower, ViT) and self.side == 1 and not self.compressor
       offers |= CROP_SIGNALS if tiled else CROP_SIGNALS - {'tiling'}
     # A tower that ends in the language model's width has its projector inside.
@@ -249,7 +252,7 @@ class VLM(nn.Module):
       ValueError: as `models.backbones.spans.grids_read`.
     """
     crops, _, tokens = layout
-    if self.compressor and self.compressor.span == IMAGE:
+    if self.compressor and self.joins_crops:
       return self.compressor.slots(spans.grids_read(self.compressor, self.tower.grid, layout)[1])
     whole, left = self.passed_on
     if not tokens:

@@ -30,12 +30,12 @@ import numpy as np
 from absl import logging
 from jax.typing import ArrayLike
 
-from models.backbones.images import Images, image_counts
+from models.backbones.images import Images, Layout, image_counts
 from models.backbones.lm import LM
 from models.backbones.vlm import VLM
 from models.decoding.kvzip import KVzip, check_text_alone
 from models.decoding.sampling import SIDES, Sampling, padded, sample
-from models.reduce_config import Layout, ModelWithPlans, with_plans
+from models.reduce_config import ModelWithPlans, with_plans
 from models.storage import Params
 from ops import splice
 from ops.assignments import take
