@@ -1,4 +1,4 @@
-"""A tiny language model, its parameters and prompts."""
+"""A tiny language model, its parameters and prompts; the config of a tiny LLaVA."""
 
 import functools
 
@@ -19,6 +19,15 @@ PROMPT, ROOM = 12, 4
 # The first row is whole, the second starts late, the third ends early.
 VALID = np.stack([np.ones(PROMPT, bool), np.arange(PROMPT) >= 4, np.arange(PROMPT) < 7])
 VISUALS = 6
+
+# As published, for `models.checkpoints.vlm_config`.
+IMAGE = 30
+LLAMA = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
+         'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 2}
+CLIP = {'model_type': 'clip_vision_model', 'hidden_size': 16, 'intermediate_size': 24,
+        'num_hidden_layers': 3, 'num_attention_heads': 2, 'image_size': 16, 'patch_size': 4}
+LLAVA = {'model_type': 'llava', 'text_config': LLAMA, 'vision_config': CLIP,
+         'image_token_id': IMAGE}
 
 
 @functools.cache

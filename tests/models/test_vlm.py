@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import mostly_long
+from helpers.tiny_lm import IMAGE, LLAMA, LLAVA
 
 from lib.cost.vlm import macs_of
 from lib.data.pictures import Picture, batch_pictures
@@ -21,15 +22,10 @@ from ops.assignments import Mix
 from ops.temporal import TTF
 from ops.tokens import VISUAL, TokenSet, reduce
 
-IMAGE, SIDE = 30, 4
-TEXT = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
-        'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 2}
-CLIP = {'model_type': 'clip_vision_model', 'hidden_size': 16, 'intermediate_size': 24,
-        'num_hidden_layers': 3, 'num_attention_heads': 2, 'image_size': 16, 'patch_size': 4}
-LLAVA = {'model_type': 'llava', 'text_config': TEXT, 'vision_config': CLIP, 'image_token_id': IMAGE}
+SIDE = 4
 NEXT = LLAVA | {'model_type': 'llava_next'}
 QWEN = {'model_type': 'qwen2_5_vl', 'image_token_id': IMAGE,
-        'text_config': {**TEXT, 'rope_scaling': {'type': 'mrope', 'mrope_section': [1, 1, 2]}},
+        'text_config': {**LLAMA, 'rope_scaling': {'type': 'mrope', 'mrope_section': [1, 1, 2]}},
         'vision_config': {'hidden_size': 16, 'intermediate_size': 24, 'out_hidden_size': 16,
                           'depth': 2, 'num_heads': 2, 'patch_size': 2, 'window_size': 8,
                           'fullatt_block_indexes': [1]}}

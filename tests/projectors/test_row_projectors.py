@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import errors
 from helpers.qa import SCENES, batch_of, small
+from helpers.tiny_lm import IMAGE, LLAVA
 
 from configs import digit_scenes as scenes_config
 from lib.cost import jaxpr
@@ -28,12 +29,7 @@ from models.reduce_config import with_plans, with_projector_reduction
 from ops.primitives import grids
 from ops.tokens import TokenSet
 
-IMAGE, SIDE = 30, 4
-TEXT = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
-        'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 2}
-CLIP = {'model_type': 'clip_vision_model', 'hidden_size': 16, 'intermediate_size': 24,
-        'num_hidden_layers': 2, 'num_attention_heads': 2, 'image_size': 16, 'patch_size': 4}
-LLAVA = {'model_type': 'llava', 'text_config': TEXT, 'vision_config': CLIP, 'image_token_id': IMAGE}
+SIDE = 4
 IDS = np.array([[4, IMAGE, 1, 2, 3], [IMAGE, 5, 6, 0, 0], [IMAGE, 7, 0, 0, 0], [7, 8, 0, 0, 0]])
 VALID = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]], bool)
 # Of each row; three make a window, which four do not fill twice, and two not once.

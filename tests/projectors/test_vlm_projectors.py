@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiny_lm import CLIP, IMAGE, LLAVA
 
 from configs.parts import VLM_SHARDING
 from lib.cost import jaxpr
@@ -18,12 +19,6 @@ from models.plan import make_cache_plan
 from models.projectors import PROJECTORS, make_projector
 from models.reduce_config import with_plans, with_projector_reduction
 
-IMAGE = 30
-TEXT = {'model_type': 'llama', 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24,
-        'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 2}
-CLIP = {'model_type': 'clip_vision_model', 'hidden_size': 16, 'intermediate_size': 24,
-        'num_hidden_layers': 3, 'num_attention_heads': 2, 'image_size': 16, 'patch_size': 4}
-LLAVA = {'model_type': 'llava', 'text_config': TEXT, 'vision_config': CLIP, 'image_token_id': IMAGE}
 # An image in front, two images, text alone, padded on the right.
 IDS = np.array([[IMAGE, 1, 2, 3, 0], [4, IMAGE, IMAGE, 5, 6], [7, 8, 0, 0, 0]])
 VALID = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
