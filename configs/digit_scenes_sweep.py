@@ -152,7 +152,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.sweep = dict(
       title='Digits on photographs, 64 visual tokens and 12 of text, no training',
       sets=(('digit_scenes/64', 12),), candidates=chosen, budgets=BUDGETS, macs=(0.8,), behind=1,
-      rounds=0,  # On one small model they say little; results/speed_cpu.md has speeds.
+      rounds=0,  # Latencies of so small a model say little: results/speed_cpu.md has some that do.
       baselines=tuple(dict.fromkeys(each['name'] for each in chosen
                                     if each['name'].split()[0] in blind)),
       pictured=('divprune', 'fastervlm', 'visionzip', 'cdpruner', 'fastv', 'sparsevlm',
