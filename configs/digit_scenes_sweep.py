@@ -21,6 +21,8 @@ from ops.reducers.vision import VISION
 from ops.rope import Rope
 
 DRAWS = 3
+# First words of the names of what sees no content.
+BLIND = ('random', 'stride', 'pool', 'low')
 SNAPKV = {'method': 'snapkv', 'args': {'window': 4}}
 # In the language model all act between layers 1 and 2 of 0 to 3, on what layer 1 has measured.
 BEFORE, BEHIND, IN_TOWER = (2,), (1,), (0, 1, 2)
@@ -104,14 +106,19 @@ def at_projector(host):
       yield candidate('projector', name, versus=f'random {where}')
 
 
-def in_language(host):
+def in_language(host, before=BEFORE, behind=BEHIND):
   """Yields what acts in the language model: made for it, on visual tokens alone."""
-  where, visual = 'in layer 2', {'token_kinds': 'visual'}
-  yield from chance('language', where, site='before', layers=BEFORE, **visual)
+  where, visual = f'in layer {before[0]}', {'token_kinds': 'visual'}
+  yield from chance('language', where, site='before', layers=before, **visual)
   for name in LANGUAGE:
     if name in methods(host) and name not in LEFT_OUT['language']:
-      layers = BEFORE if methods(host)[name].site == 'before' else BEHIND
+      layers = before if methods(host)[name].site == 'before' else behind
       yield candidate('language', name, versus=f'random {where}', layers=layers, **visual)
+
+
+def in_layers():
+  """Yields what acts in other layers, as its paper has it."""
+  visual = {'token_kinds': 'visual'}
   for name, layers in (('fastv', (1,)), ('pyramiddrop', (1, 2, 3))):
     shown = f'{name}, layer{"s" * (len(layers) > 1)} {", ".join(map(str, layers))}'
     yield candidate('language', name, shown=shown, layers=layers, **visual)
@@ -140,7 +147,8 @@ def candidates(config):
   visual = tower.grid[0] * tower.grid[1]
   return ({'name': 'low resolution', 'place': 'image', 'budgets': (1 / 2, 1 / 4, 1 / 16)},
           *in_tower(tower.host), *at_projector(vlm.projector_host(visual)),
-          *in_language(lm.host(visual + 12, visual=visual)), *in_branches(), *on_cache())
+          *in_language(lm.host(visual + 12, visual=visual)), *in_layers(), *in_branches(),
+          *on_cache())
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -148,13 +156,12 @@ def get_config() -> ml_collections.ConfigDict:
   config = digit_scenes.get_config()
   config.data.update(batch_size=100, test_split='test[:20%]')
   chosen = candidates(config)
-  blind = ('random', 'stride', 'pool', 'low')
   config.sweep = dict(
       title='Digits on photographs, 64 visual tokens and 12 of text, no training',
       sets=(('digit_scenes/64', 12),), candidates=chosen, budgets=BUDGETS, macs=(0.8,), behind=1,
       rounds=0,  # Latencies of so small a model say little: results/speed_cpu.md has some that do.
       baselines=tuple(dict.fromkeys(each['name'] for each in chosen
-                                    if each['name'].split()[0] in blind)),
+                                    if each['name'].split()[0] in BLIND)),
       pictured=('divprune', 'fastervlm', 'visionzip', 'cdpruner', 'fastv', 'sparsevlm',
                 'pyramiddrop'))
   return config
