@@ -123,10 +123,27 @@ class Assignment(Extras, Protocol):
     ...
 
 
+# Both as the primitive itself: every cut has dozens of them, and what jax.numpy puts around it for
+# indices below 0 and beyond the end takes most of the time of tracing and lowering.
 def take(values: Array, index: Array) -> Array:
-  """Picks rows: values [B, N, ...], index int[B, M] -> [B, M, ...]."""
-  index = index.reshape(index.shape + (1,) * (values.ndim - 2))
-  return jnp.take_along_axis(values, index, axis=1)
+  """Picks rows: values [B, N, ...], index int[B, M], 0 to N - 1 -> [B, M, ...]."""
+  numbers = jax.lax.GatherDimensionNumbers(
+      offset_dims=tuple(range(2, values.ndim)), collapsed_slice_dims=(1,), start_index_map=(1,),
+      operand_batching_dims=(0,), start_indices_batching_dims=(0,))
+  return jax.lax.gather(values, index[..., None], numbers, (1, 1, *values.shape[2:]),
+                        mode='promise_in_bounds')
+
+
+def put(values: Array, index: Array, new: Array) -> Array:
+  """Writes entries: values [B, N], index int[B, M], new [B, M] -> [B, N].
+
+  Args:
+    index: without a number twice; N and more are entries of nowhere.
+  """
+  numbers = jax.lax.ScatterDimensionNumbers(
+      update_window_dims=(), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1,),
+      operand_batching_dims=(0,), scatter_indices_batching_dims=(0,))
+  return jax.lax.scatter(values, index[..., None], new.astype(values.dtype), numbers, mode='drop')
 
 
 def by_row(function: Callable[..., T], *rows: Any) -> T:
@@ -212,7 +229,7 @@ class Gather(Extras, struct.PyTreeNode):
     index = self.src if self.valid is None else jnp.where(self.valid, self.src, self.slots)
     to = jnp.broadcast_to(jnp.arange(outputs, dtype=jnp.int32), (batch, outputs))
     start = jnp.full((batch, self.slots), outputs, jnp.int32)
-    return jax.vmap(lambda d, i, t: d.at[i].set(t, mode='drop'))(start, index, to)
+    return put(start, index, to)
 
   def apply(self, values: Array) -> Array:
     """Picks the kept rows, bit for bit: [B, N, ...] -> [B, M, ...]."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ops.assignments import Assignment, Gather, Merge, Mix, expand_like, take
+from ops.assignments import Assignment, Gather, Merge, Mix, expand_like, put, take
 from ops.attention import HIDDEN_LOGIT, log_weight
 
 Array = jax.Array
@@ -287,7 +287,7 @@ def reduce_masked(tokens: TokenSet, assignment: Assignment) -> TokenSet:
   target = jnp.where(reduced.real, slot_of_output, slots)
   start = jnp.full((batch, slots), outputs, jnp.int32)
   number = jnp.broadcast_to(jnp.arange(outputs, dtype=jnp.int32), (batch, outputs))
-  output_of_slot = jax.vmap(lambda d, i, t: d.at[i].set(t, mode='drop'))(start, target, number)
+  output_of_slot = put(start, target, number)
   filled = output_of_slot < outputs
 
   def spread(new: Any, old: Array) -> Array:

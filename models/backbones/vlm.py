@@ -61,7 +61,7 @@ from models.projectors.mlp import Projector
 from models.reduction import ReducerParameters, Reduction
 from models.stack import Outputs
 from models.storage import gathered
-from ops.assignments import take
+from ops.assignments import put, take
 from ops.kv_cache import Cache
 from ops.masks import FRAME, SUMMARY
 from ops.primitives import grids
@@ -351,8 +351,7 @@ class VLM(nn.Module):
     if self.lm.mask == 'summary':
       marks = {SUMMARY: ids == jnp.asarray(self.lm.summary_token), **(marks or {})}
     for name, marked in (marks or {}).items():
-      spread = jax.vmap(lambda s, i, m: s.at[i].set(m, mode='drop'))
-      stat = spread(jnp.zeros(tokens.kind.shape, bool), slot, marked & valid)
+      stat = put(jnp.zeros(tokens.kind.shape, bool), slot, marked & valid)
       tokens = tokens.replace(stats=tokens.stats | {name: stat & (tokens.kind == TEXT)})
     told = {**aux, 'sequence': tokens, 'slot': slot, 'visual': visual, 'memory': memory}
     if images is not None and self.deepstack:

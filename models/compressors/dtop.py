@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops.argmax import max_and_index
-from ops.assignments import Assignment, Gather, take
+from ops.assignments import Assignment, Gather, put, take
 from ops.attention import HIDDEN_LOGIT
-from ops.primitives.match import scatter
 from ops.primitives.select import top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -118,7 +117,7 @@ def leaves(certainty: Array, klass: Array, among: Array, *, threshold: float,
   new = jnp.concatenate([jnp.ones_like(sure[:, :1]), sorted_class[:, 1:] != sorted_class[:, :-1]],
                         axis=1)
   first = jax.lax.cummax(jnp.where(new, rank, 0), axis=1)
-  return sure & (scatter(rank, order, rank - first) >= spared)
+  return sure & (put(rank, order, rank - first) >= spared)
 
 
 def paint(canvas: Array, tokens: TokenSet, masks: Array) -> Array:

@@ -11,9 +11,9 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Merge, take
+from ops.assignments import Merge, put, take
 from ops.primitives.cluster import distances, nearest, peaks
-from ops.primitives.match import cosine, scatter
+from ops.primitives.match import cosine
 from ops.primitives.select import ranks, top
 from ops.tokens import SPECIAL, TokenSet, count, filled, num_kept, num_left
 
@@ -117,7 +117,7 @@ def recycle(tokens: TokenSet, scores: Array, *, num_slots: int, stay: Array | No
   key = jnp.where(stays, own, jnp.where(centre, slots + cluster, 2 * slots + own))
   src = jnp.argsort(key, axis=1)[:, :num_slots].astype(jnp.int32)
   joins = jnp.where(group < peak.shape[1], fixed + kept + group, num_slots)
-  dst = scatter(jnp.full(own.shape, num_slots, jnp.int32), at, joins)
+  dst = put(jnp.full(own.shape, num_slots, jnp.int32), at, joins)
   dst = jnp.where(stays, ranks(src, slots), dst)
   valid = filled(tokens, num_slots)
   if stay is not None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import max_and_index
-from ops.assignments import Merge, take
+from ops.assignments import Merge, put, take
 from ops.primitives.products import pairs
 from ops.primitives.select import ranks, top
 from ops.tokens import TokenSet, count, filled, num_kept
@@ -60,11 +60,6 @@ def evenly_spaced(rank: Array, count: Array, picks: Array, *, late: int = 0) -> 
   if not late:
     return (-rank * picks) % jnp.maximum(count, 1) < picks
   return (late * count - 2 * rank * picks) % (2 * jnp.maximum(count, 1)) < 2 * picks
-
-
-def scatter(values: Array, index: Array, new: Array) -> Array:
-  """[B, N] with the entries at int[B, A] replaced by [B, A]."""
-  return jax.vmap(lambda v, i, n: v.at[i].set(n))(values, index, new)
 
 
 def nearest(metric: Array, a: Array, b: Array, *, use_a: Array,
@@ -127,9 +122,9 @@ def bipartite(tokens: TokenSet, metric: Array, a: Array, b: Array, *, num_slots:
   own = _iota(tokens)
   if order == 'given':
     place = own[:, :a.shape[1]]
-  turn = scatter(own, a, place)
-  turn = scatter(turn, b, tokens.slots + own[:, :b.shape[1]])
-  return join(tokens, scatter(own, a, jnp.where(source, match, a)), turn, num_slots=num_slots)
+  turn = put(own, a, place)
+  turn = put(turn, b, tokens.slots + own[:, :b.shape[1]])
+  return join(tokens, put(own, a, jnp.where(source, match, a)), turn, num_slots=num_slots)
 
 
 def join(tokens: TokenSet, partner: Array, turn: Array, *, num_slots: int) -> Merge:

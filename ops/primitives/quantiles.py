@@ -8,8 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Gather, take
-from ops.primitives.match import scatter
+from ops.assignments import Gather, put, take
 from ops.primitives.select import ranks, top
 from ops.tokens import TokenSet, num_left
 
@@ -29,7 +28,7 @@ def sample_at(quantiles: Array, share: Array, order: Array, counts: Array) -> Ar
     bool[B, N], sampled at least once.
   """
   nearest = take(order, jax.vmap(_nearest_share)(jnp.where(counts, share, jnp.inf), quantiles))
-  return scatter(jnp.zeros_like(counts), nearest, jnp.ones_like(nearest, bool))
+  return put(jnp.zeros_like(counts), nearest, jnp.ones_like(nearest, bool))
 
 
 def keep_sampled(tokens: TokenSet, scores: Array, hit: Array, *, num_slots: int,
@@ -136,8 +135,7 @@ def local_outliers(values: Array, among: Array, *, neighbours: int, factor: floa
 
   density = 1 / (mean(jnp.maximum(-near, of(farthest))) + 1e-10)
   apart = real & (mean(of(density)) / density > factor)
-  return jax.vmap(lambda flags, at, found: flags.at[at].set(found))(
-      jnp.zeros_like(among), order, apart)
+  return put(jnp.zeros_like(among), order, apart)
 
 
 def variance(values: Array, among: Array) -> Array:

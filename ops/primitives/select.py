@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Gather, take
+from ops.assignments import Gather, put, take
 from ops.tokens import TokenSet, filled
 
 Array = jax.Array
@@ -47,7 +47,7 @@ def ranks(order: Array, slots: int) -> Array:
   batch, picked = order.shape
   start = jnp.full((batch, slots), picked, jnp.int32)
   place = jnp.broadcast_to(jnp.arange(picked, dtype=jnp.int32), (batch, picked))
-  return jax.vmap(lambda s, o, p: s.at[o].set(p))(start, order, place)
+  return put(start, order, place)
 
 
 def keep_top(tokens: TokenSet, scores: Array, *, num_slots: int, order: str = 'slot') -> Gather:

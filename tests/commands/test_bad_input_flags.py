@@ -83,6 +83,7 @@ def test_keys_that_are_not_there(flag, message):
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.long
 def test_unknown_keys_end_the_command_with_status_2(tmp_path):
   done = subprocess.run(
       [sys.executable, '-m', 'train', '--config=configs/digits.py', f'--workdir={tmp_path}/run',

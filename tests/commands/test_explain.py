@@ -251,6 +251,7 @@ def test_mistakes_on_the_command_line_are_one_line(args, message):
   assert message in done.stderr
 
 
+@pytest.mark.long
 def test_a_compressor_is_beside_the_mlp_that_it_replaces():
   source = architecture.find('llava1.5_7b')
   text = explain.describe(**_described(source, 'mqt', count=16), prompt=66, trace=False)

@@ -41,6 +41,7 @@ FASTV = {'language': {'method': 'fastv', 'layers': 2, 'keep_ratio': 0.5}}
 # The package.
 
 
+@pytest.mark.long
 def test_it_is_imported_and_loads_from_another_folder(tmp_path):
   program = f'import winnow; print(winnow.load({str(SCENES)!r}).explain())'
   done = subprocess.run(
@@ -94,6 +95,7 @@ def test_arrays_become_what_the_method_makes_of_them(name, args):
     np.testing.assert_allclose(getattr(found, field), getattr(wanted, field), atol=1e-6)
 
 
+@pytest.mark.long
 def test_plain_features_are_reduced_as_a_vit_reduces_them():
   vit = ViT(width=16, depth=3, mlp=24, heads=2, patch=4, image_size=20, num_classes=0)
   vit = vit.clone(plan=make_plan({'method': 'divprune', 'layers': 1, 'keep': 9, 'site': 'before'},
@@ -256,6 +258,7 @@ def test_checkpoints_of_language_models_answer_and_are_explained(tmp_path):
 # Models of images.
 
 
+@pytest.mark.long
 def test_checkpoints_of_vision_transformers_see(tmp_path):
   settings = {'width': 32, 'depth': 2, 'mlp': 64, 'heads': 2, 'image_size': 24, 'num_classes': 5}
   file = parity.FOLDER / 'timm_vit.safetensors'
@@ -281,6 +284,7 @@ def test_checkpoints_of_vision_transformers_see(tmp_path):
     winnow.load(tmp_path / 'nothing')
 
 
+@pytest.mark.long
 def test_runs_of_images_are_scored(tmp_path):
   config = digits.get_config()
   config.model.update(width=16, depth=2, heads=2, mlp=16)

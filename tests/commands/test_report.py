@@ -167,6 +167,7 @@ def has_colour(pixels, colour):
   return (np.abs(pixels - rgb).max(axis=2) < 0.01).sum() > 50
 
 
+@pytest.mark.long
 def test_plot_draws_methods_in_colour_and_baselines_in_grey(tmp_path):
   rows = sweep(['whole', 'plain', 'first', 'second'])
   path = plots.plot_accuracy_cost(rows, tmp_path / 'new' / 'plot.png', title='A title',
@@ -392,6 +393,7 @@ def bytes_of(path):
   return np.ascontiguousarray(np.round(255 * picture(path)).astype(np.uint8))
 
 
+@pytest.mark.long
 def test_overlay_shows_each_image_layer_by_layer_pixel_for_pixel(tmp_path, small):
   images, cuts, places = photos(), cuts_of(join), {}
   path = overlay.overlay(images, cuts, (8, 8), tmp_path / 'new' / 'o.png', names=['a', 'bee'],

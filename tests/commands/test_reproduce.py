@@ -63,6 +63,7 @@ def test_agreement_is_one_per_cent_or_the_printed_digits():
   assert not reproduce.Figure('speedup', 2.0, 1.875, '').agrees
 
 
+@pytest.mark.long
 def test_dynamicvits_predictors_are_what_is_said_to_be_missing():
   config = ROWS['dynamicvit_deit_b16_k70']
   products = jaxpr_cost.of_vit(reproduce.model(config)).macs['reduction'] / 1e9

@@ -291,6 +291,7 @@ def test_signals_of_several_crops_are_each_crops_own(case, spy):
         laid_out(images, name, getattr(measured, name), vlm.tower.special), atol=1e-6)
 
 
+@pytest.mark.long
 def test_tokens_know_the_crop_that_they_are_of(spy):
   vlm, names = made('cls', 'llava_next'), CROP_SIGNALS
   images, params = crops(), random_params(vlm, crops)
@@ -322,6 +323,7 @@ def test_frames_are_crops_and_their_order_is_the_place(spy):
   assert frames == [[0] * 4 + [1] * 4 + [2] * 4 + [-1], [0] * 4 + [-1]]
 
 
+@pytest.mark.long
 def test_frames_of_merged_patches_are_rows_of_the_tower(spy):
   vlm = from_config(QWEN, grid=(8, 8))
   rows = []
@@ -347,6 +349,7 @@ def test_frames_of_merged_patches_are_rows_of_the_tower(spy):
     with_projector_reduction(dropping, {'method': 'evs', 'keep': 4}, slots=slots)
 
 
+@pytest.mark.long
 def test_crops_of_several_images_share_no_budget():
   vlm, images = made('cls'), squares()
   with pytest.raises(ValueError, match=r"hired goes by the crops .* set across='image'"):

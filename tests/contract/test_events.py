@@ -74,6 +74,7 @@ def test_signals_follow_the_tokens_from_event_to_event(sites, monkeypatch):
   np.testing.assert_allclose(seen.cls_attention, attention, atol=1e-6)
 
 
+@pytest.mark.long
 def test_several_reductions_equal_one_after_the_other():
   """The second tower starts from what the first left behind its last event."""
   first = {'method': 'topk', 'remove': 6, 'layers': 1}

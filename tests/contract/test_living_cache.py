@@ -102,6 +102,7 @@ def same_entries(found, wanted):
 # -- chunks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('case', long_but('knorm', ['plain', 'window', 'sections', *CHUNKABLE]))
 def test_chunks_equal_the_whole(case):
   lm, sizes = SHALLOW, (4, 4, 4)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit, mostly_long, tiny_lm
+from helpers import golden_vit, tiny_lm
 from helpers.processes import COLLECTIVE, on_devices
 from helpers.watcher import Watcher
 
@@ -104,8 +104,9 @@ def test_a_watch_cannot_see_what_only_a_cut_can(name, monkeypatch):
 # -- the run ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('site', 'layers'), mostly_long([
-    ('before', (1, 2)), ('between', (1, 2)), ('after', (2,)), ('inside', ())]))
+@pytest.mark.long
+@pytest.mark.parametrize(('site', 'layers'), [
+    ('before', (1, 2)), ('between', (1, 2)), ('after', (2,)), ('inside', ())])
 def test_stats_are_those_of_the_layers_watched(site, layers):
   """A sum over layers is the sum of what each layer tells alone, and decides the cut."""
   model, params, images = golden_vit.model(), golden_vit.params(), golden_vit.images()
@@ -131,6 +132,7 @@ def test_stats_are_those_of_the_layers_watched(site, layers):
       np.asarray(expected)[:, 1:], kept, axis=1), atol=1e-6, rtol=0)
 
 
+@pytest.mark.long
 def test_the_attention_watched_is_the_layers_own():
   """Against attention recomputed from the features that the layer got."""
   model, params, images = golden_vit.model(), golden_vit.params(), golden_vit.images()
@@ -148,6 +150,7 @@ def test_the_attention_watched_is_the_layers_own():
   np.testing.assert_allclose(out['before'][2].stats['seen'], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('mode', ['gather', 'mask'])
 def test_stats_follow_their_tokens_through_cuts(mode):
   """Layer 3 adds to the sums of those that layer 1 left."""
@@ -165,6 +168,7 @@ def test_stats_follow_their_tokens_through_cuts(mode):
     assert set(kept.tolist()) == {-1, *np.asarray(before.pos)[row, best].tolist()}
 
 
+@pytest.mark.long
 def test_padding_and_neighbours_change_nothing():
   """A row of fewer tokens, its padding full of 1e3, beside another row: as it is alone."""
   block = Block(32, 2, 48, parent=None)
@@ -190,6 +194,7 @@ def test_padding_and_neighbours_change_nothing():
   np.testing.assert_allclose(both.x[1], alone.x[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_both_forms_of_the_weights_watch_alike():
   model, params, images = golden_vit.model(), golden_vit.params(), golden_vit.images()
   loose = params | {'stack': {'blocks': unstack(params['stack']['blocks'], golden_vit.DEPTH)}}

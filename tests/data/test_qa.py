@@ -203,6 +203,7 @@ def test_too_little_text_is_an_error(texts):
 # Batches.
 
 
+@pytest.mark.long
 def test_batches_of_scenes(place, sources):
   config = config_of('digit_scenes/64', place)
   found = qa_data.info(config)

@@ -60,6 +60,7 @@ def test_every_capacity_gives_the_logits_of_the_full_one():
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_each_row_runs_in_the_smallest_bucket_that_holds_it():
   expected, counts = full()
   low, high = sorted(set(counts.tolist()))[0], int(counts.max())

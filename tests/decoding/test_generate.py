@@ -50,6 +50,7 @@ def test_greedy_answers_are_those_of_whole_forward_passes(side):
   assert found == [greedy(tuple(prompt)) for prompt in PROMPTS]
 
 
+@pytest.mark.long
 def test_rows_sample_as_alone_and_seeds_decide():
   warm = Sampling(temperature=2.0)
   together = shared()(PROMPTS, new_tokens=6, sampling=warm, seeds=(7, 8, 9))

@@ -115,6 +115,7 @@ def plain(family):
   return whole_forward(vlm.lm, params['lm'], sequence(vlm, params, *given(family)), NEW)
 
 
+@pytest.mark.long
 def test_greedy_answers_are_those_of_whole_forward_passes():
   assert shared('llava')(*given('llava'), new_tokens=NEW) == plain('llava')
 
@@ -128,6 +129,7 @@ def test_greedy_answers_are_those_of_the_reference(family, side):
   np.testing.assert_array_equal(found[:, :wanted.shape[1]], wanted)
 
 
+@pytest.mark.long
 def test_rows_answer_as_alone_whatever_images_they_have():
   family, warm = 'qwen2_5_vl', Sampling(temperature=1.0)
   together = shared(family)(*given(family), new_tokens=NEW, sampling=warm, seeds=(4, 5, 6))

@@ -42,6 +42,7 @@ def test_the_mask_is_the_released_one():
                                 causal & (raw['mask'][:, 0] > 0))
 
 
+@pytest.mark.long
 def test_text_knows_what_came_before_through_the_summary_alone():
   lm, params = model(depth=1)
   other = IDS.copy()
@@ -65,6 +66,7 @@ def test_a_row_is_the_row_alone(row):
   np.testing.assert_allclose(whole[row][VALID[row]], alone[0], atol=1e-5)
 
 
+@pytest.mark.long
 def test_decoding_needs_the_entries_behind_alone():
   """Token for token what the whole cache gives, whose other entries are hidden."""
   lm, params = model()

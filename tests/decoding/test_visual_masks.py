@@ -113,7 +113,8 @@ def test_whole_models_are_those_of_a_map_by_loops(way):
   assert np.abs(causal - logits)[:, 3].max() > 1e-3
 
 
-@pytest.mark.parametrize('way', mostly_long(['by text', 'composite', 'frames'], short=1))
+@pytest.mark.long
+@pytest.mark.parametrize('way', ['by text', 'composite', 'frames'])
 def test_a_padded_row_is_the_row_alone_in_prompt_and_answer(way):
   tokens, lm = prompt(VALID, **WAYS[way]), model(way)
   prefill, decode = program(lm, room=2, method='prefill'), program(lm, method='decode')
@@ -151,7 +152,8 @@ def test_an_answer_is_what_the_whole_pass_says(way, stride):
                              program(lm)(strong(), whole)[0][:, -3:], atol=2e-5)
 
 
-@pytest.mark.parametrize('way', mostly_long(['by text', 'frames'], short=1))
+@pytest.mark.long
+@pytest.mark.parametrize('way', ['by text', 'frames'])
 def test_gradients_are_finite_and_so_is_bfloat16(way):
   tokens = prompt(VALID, **WAYS[way])
 
@@ -168,6 +170,7 @@ def test_gradients_are_finite_and_so_is_bfloat16(way):
   assert np.abs(found[0, 2:8]).max(axis=1).min() > 1e-4
 
 
+@pytest.mark.long
 def test_queries_of_text_alone_change_nothing():
   """Gradients, signals of all tokens, and reductions that go by them."""
   tokens = prompt(VALID)
@@ -195,8 +198,9 @@ def test_a_kernel_lets_tokens_see_themselves_alone(implementation):
   np.testing.assert_allclose(got[VALID], want[VALID], atol=2e-5)
 
 
-@pytest.mark.parametrize('method', mostly_long(['tome', 'random'], short=1))
-@pytest.mark.parametrize('way', mostly_long(['frames', 'by text'], short=1))
+@pytest.mark.long
+@pytest.mark.parametrize('method', ['tome', 'random'])
+@pytest.mark.parametrize('way', ['frames', 'by text'])
 def test_a_cut_leaves_the_mask_of_what_is_left(way, method):
   """Compares the layers behind a cut with a map by loops over the tokens that are left."""
   lm = planned(model(way, capture=True), method=method, site='before', layers=1, keep=4)
@@ -269,7 +273,8 @@ def video():
   return vlm, params, ids, images, each
 
 
-@pytest.mark.parametrize('cut', mostly_long(['none', 'projector'], short=1))
+@pytest.mark.long
+@pytest.mark.parametrize('cut', ['none', 'projector'])
 def test_crops_of_an_image_are_frames(cut):
   vlm, params, ids, images, each = video()
   vlm = vlm.clone(lm=vlm.lm.clone(mask='frames'))
@@ -289,6 +294,7 @@ def test_crops_of_an_image_are_frames(cut):
     assert list(frame[~text]) == sorted(frame[~text])
 
 
+@pytest.mark.long
 def test_a_vlm_says_how_much_text_there_is():
   vlm, params, ids, images, _ = video()
   vlm = vlm.clone(lm=vlm.lm.clone(mask='composite'))

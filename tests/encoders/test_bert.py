@@ -79,12 +79,13 @@ def planned(config, length=12):
   return model().clone(plan=make_plan(config, model().host(length)))
 
 
-@pytest.mark.parametrize('config', mostly_long([
+@pytest.mark.long
+@pytest.mark.parametrize('config', [
     {'method': 'tome', 'layers': (0, 1), 'keep_ratio': 0.7},
     {'method': 'topk', 'layers': 1, 'keep_ratio': 0.6, 'site': 'before'},
     {'method': 'random', 'layers': 0, 'keep_ratio': 0.5, 'site': 'inside'},
     {'method': 'random', 'layers': 1, 'keep_ratio': 0.5, 'site': 'branch', 'parts': 'both'},
-    {'method': 'stride', 'layers': 0, 'keep_ratio': 0.5, 'site': 'before', 'expand': 0}]),
+    {'method': 'stride', 'layers': 0, 'keep_ratio': 0.5, 'site': 'before', 'expand': 0}],
     ids=['tome', 'topk', 'inside', 'branch', 'expand'])
 def test_a_row_of_a_batch_equals_the_row_alone(config):
   together, out = read(planned(config))

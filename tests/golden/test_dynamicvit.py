@@ -126,6 +126,7 @@ def test_gradient_of_a_dropped_token_is_what_it_would_add():
   np.testing.assert_allclose(slope, change, rtol=2e-2)
 
 
+@pytest.mark.long
 def test_masked_training_equals_gathered_evaluation():
   """With sure predictors both make the same hard decisions, and real tokens the same outputs."""
   model, params = start()

@@ -122,8 +122,9 @@ def encode(x, *, depth=DEPTH, **config):
   return arrays(run(Stack(block, depth, plan, capture=True), params, x))
 
 
-@pytest.mark.parametrize(('name', 'site'), mostly_long([
-    ('encoder_B1', 'between'), ('encoder_B1', 'after'), ('encoder_B2', 'between')]))
+@pytest.mark.long
+@pytest.mark.parametrize(('name', 'site'), [
+    ('encoder_B1', 'between'), ('encoder_B1', 'after'), ('encoder_B2', 'between')])
 def test_encoder(name, site):
   """With the release's counts as the schedule, where a batch of it shares them."""
   raw = load(name)

@@ -31,6 +31,7 @@ def same_partition(ours, theirs):
   np.testing.assert_array_equal(ours[:, None] == ours[None], theirs[:, None] == theirs[None])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('case', ['a', 'b', 'c'])
 def test_op(case):
   raw = golden_vit.load('atc')

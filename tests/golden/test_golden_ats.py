@@ -34,6 +34,7 @@ def carry_out(tokens, assignment, attention):
   return tk.reduce(tokens, assignment), tk.reduce_attention_map(assignment, attention)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('case', ['a', 'b'])
 def test_op(case):
   raw = golden_vit.load('ats_official')
@@ -161,6 +162,7 @@ def test_spatial_op(case):
   np.testing.assert_allclose(found, rows, **CLOSE)
 
 
+@pytest.mark.long
 def test_spatial_model():
   """The tiny ViT with room for 0.7 and 0.49 of its patches from layers 1 and 2 on."""
   raw = golden_vit.load('ats')

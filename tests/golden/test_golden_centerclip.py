@@ -132,6 +132,7 @@ def test_every_slot_is_filled_whatever_the_segments():
     assert [len(set(src) & set(group)) for group in groups] == [3, 2, 2]
 
 
+@pytest.mark.long
 def test_segments_do_not_touch():
   """Changes one segment, which no other notices; repeats of a token are not confused."""
   x = np.random.default_rng(1).normal(size=(1, 12, 4)).astype(np.float32)

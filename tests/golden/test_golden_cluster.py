@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit, mostly_long
+from helpers import golden_vit
 from helpers.golden_vit import arrays
 
 from models.plan import make_plan
@@ -80,7 +80,8 @@ def compare(raw, case, logits, out):
   np.testing.assert_allclose(logits, raw[f'{case}_logits'], **CLOSE)
 
 
-@pytest.mark.parametrize(('case', 'method'), mostly_long([('k70eq', 'dpcknn'), ('k70', 'ctm')]))
+@pytest.mark.long
+@pytest.mark.parametrize(('case', 'method'), [('k70eq', 'dpcknn'), ('k70', 'ctm')])
 def test_dpcknn_model(case, method):
   """Features of all layers, logits, centres and groups."""
   raw = golden_vit.load('dpcknn')
@@ -132,6 +133,7 @@ def test_kmedoids_op(case, weights):
   np.testing.assert_array_equal(groups_of(x, src), raw[f'{prefix}_assign'])
 
 
+@pytest.mark.long
 def test_kmedoids_model():
   raw = golden_vit.load('kmedoids')
   logits, out = run({'method': 'kmedoids'})

@@ -144,6 +144,7 @@ def test_padding_changes_nothing_in_other_forms(form):
     np.testing.assert_allclose(padded.size[row][real], without.size[row], **CLOSE)
 
 
+@pytest.mark.long
 def test_errors():
   with pytest.raises(ValueError, match="form='word' is unknown: choose one of image, cross"):
     CrossGET(form='word')

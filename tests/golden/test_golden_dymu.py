@@ -114,6 +114,7 @@ def test_overflow_merges_the_next_most_similar():
   np.testing.assert_array_equal(loose.dst, strict.dst)
 
 
+@pytest.mark.long
 def test_a_model_reports_overflow():
   """Layer 1 may keep all but two tokens and merges none by itself; layer 2 merges what it can."""
   _, out = golden_vit.run({'method': 'dymu', 'args': {'threshold': (1.0, 1.0, -1.0, 1.0)},

@@ -185,6 +185,7 @@ def test_more_bands_than_cells():
     sp.cells((4, 4), 2, bands=3)
 
 
+@pytest.mark.long
 def test_reconstruction_ignores_padding():
   rng = np.random.default_rng(0)
   before, centres, deep = (rng.normal(size=(1, n, 4)).astype(np.float32) for n in (9, 5, 5))
@@ -202,6 +203,7 @@ def test_bad_settings(args):
     Expedit(**args)
 
 
+@pytest.mark.long
 def test_way_back_from_a_model():
   """A model returns all that the way back needs; the padding of a row stays out of it."""
   model = golden_vit.model()

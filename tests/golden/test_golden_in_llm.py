@@ -254,6 +254,7 @@ def neurons():
   return raw, tokens, Signals(mlp_hidden=jnp.asarray(hidden), keys=jnp.ones((1, 595, 1, 2)))
 
 
+@pytest.mark.long
 def test_corematching():
   """Shared neurons, the tokens above the elbow, and what becomes of the others in a cache."""
   raw, tokens, told = neurons()
@@ -376,6 +377,7 @@ def test_mustdrop(fits):
   assert int(answer.wanted[0]) == start + text + len(raw['kept'])
 
 
+@pytest.mark.long
 def test_pact():
   """Compares which tokens matter, the centres among them, and the means of what joins these."""
   raw = load('pact')

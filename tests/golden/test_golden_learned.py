@@ -176,6 +176,7 @@ def test_model_kept_tokens_of_dynamicvit():
   np.testing.assert_array_equal(out['cuts'][2].pos[:, 1:], second)
 
 
+@pytest.mark.long
 def test_sinkhorn_clusters_are_equally_heavy():
   """Converged, both marginals hold: columns add up to 1 and rows to N / K."""
   tokens = TokenSet.create(jax.random.normal(jax.random.key(1), (2, 20, 8)))

@@ -99,10 +99,11 @@ def test_fastv():
   close(out['tokens'].x[0], raw['final_normed'])
 
 
-@pytest.mark.parametrize(('name', 'weights', 'method', 'layers'), mostly_long([
+@pytest.mark.long
+@pytest.mark.parametrize(('name', 'weights', 'method', 'layers'), [
     ('pyramiddrop', 'pyramiddrop', 'pyramiddrop', 'layer_list'),
     ('duet_vlm_t2v_alltext', 'pyramiddrop', 'duet_vlm', 'layer_list'),
-    ('transprune', 'transprune', 'transprune', 'pruning_layer_list')]))
+    ('transprune', 'transprune', 'transprune', 'pruning_layer_list')])
 def test_cuts_between_layers(name, weights, method, layers):
   """Layers are numbered from 1 in the releases: a cut after layer 2 stands before our layer 2."""
   raw = load(name)
@@ -160,6 +161,7 @@ def test_salient_words_are_the_rows_that_duet_asks():
   np.testing.assert_array_equal(np.asarray(read(without))[0], rows[1])
 
 
+@pytest.mark.long
 def test_sparsevlm():
   """The first cut of a whole prompt, with a mean behind the tokens that stay, numbered anew."""
   raw = load('sparsevlm_model_v1_0')
@@ -171,6 +173,7 @@ def test_sparsevlm():
   close(out['cuts'][2].x[0], raw['hs_in_layer3'])
 
 
+@pytest.mark.long
 def test_visiondrop():
   """Two stages, each with its own count of contextual tokens."""
   raw = load('visiondrop')

@@ -160,8 +160,8 @@ def check_model(raw, case, logits, out):
   same(tokens.owner[:, None] == np.arange(tokens.slots)[None, :, None], raw[f'{case}_source'] > 0)
 
 
-@pytest.mark.parametrize(('case', 'args'), mostly_long(
-    [('r8', ()), ('r8_noprop', (('proportional', False),))]))
+@pytest.mark.long
+@pytest.mark.parametrize(('case', 'args'), [('r8', ()), ('r8_noprop', (('proportional', False),))])
 def test_tome_vit(case, args):
   check_model(golden_vit.load('tome_vit'), case, *run('tome', args, remove=8))
 
@@ -240,7 +240,8 @@ def test_pitome_leaves_at_least_half():
     run('pitome', layers=1, keep_ratio=0.4)
 
 
-@pytest.mark.parametrize('pairing', mostly_long(['energy', 'bipartite', 'text']))
+@pytest.mark.long
+@pytest.mark.parametrize('pairing', ['energy', 'bipartite', 'text'])
 def test_pitome_padding(pairing):
   """Left or right padding full of 1e3 changes nothing, in a batch or alone."""
   rng = np.random.default_rng(2)

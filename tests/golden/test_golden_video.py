@@ -93,6 +93,7 @@ def test_evs_of_one_frame_and_of_less_than_one():
   check_kept(found, [np.arange(7), np.arange(9)])
 
 
+@pytest.mark.long
 def test_vidcom2():
   raw = load('vidcom2')
   for case in range(2):

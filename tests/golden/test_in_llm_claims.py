@@ -140,6 +140,7 @@ def test_lvlm_csp_keeps_one_of_each_cluster():
   np.testing.assert_array_equal((stays[1:4] - 1) // 3, [0, 1, 2])
 
 
+@pytest.mark.long
 def test_adatoken_3d_drops_the_many_that_say_little():
   """Of ten tokens seven contribute less than 5 % together."""
   tokens = prompt('tvvvvvvvvvvt')

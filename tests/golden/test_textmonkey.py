@@ -41,6 +41,7 @@ def test_repetition_is_the_same_in_chunks(chunk):
   np.testing.assert_allclose(found, scores.max(axis=2), atol=1e-6, rtol=0)
 
 
+@pytest.mark.long
 def test_resampler():
   raw = load('resampler')
   parts = 'layers.0.0', 'layers.0.1'

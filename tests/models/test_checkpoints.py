@@ -357,6 +357,7 @@ def test_every_resampling_of_a_model_is_there():
     build(VIT).clone(position_resampling='nearest')
 
 
+@pytest.mark.long
 def test_resized_trees_fit_and_wrong_sizes_do_not():
   model, tree = build(VIT), load(VIT)
   resized = checkpoints.resize_positions(tree, model, image_size=40)

@@ -70,6 +70,7 @@ def test_decoding_equals_the_whole_forward_pass(settings):
   np.testing.assert_allclose(found, wanted[:, PROMPT - 1:], atol=1e-5)
 
 
+@pytest.mark.long
 def test_padding_on_either_side_changes_nothing_and_rows_are_rows_alone():
   following = ids()[:, PROMPT:]
   found = answer(TINY, ids()[:, :PROMPT], following, jnp.asarray(VALID))
@@ -83,9 +84,10 @@ def test_padding_on_either_side_changes_nothing_and_rows_are_rows_alone():
   np.testing.assert_array_equal(found, answer(TINY, other, following, jnp.asarray(VALID)))
 
 
-@pytest.mark.parametrize(('method', 'site', 'positions'), mostly_long([
+@pytest.mark.long
+@pytest.mark.parametrize(('method', 'site', 'positions'), [
     ('random', 'before', 'keep'), ('random', 'after', 'compact'), ('random', 'inside', 'keep'),
-    ('tome', 'between', 'keep')]))
+    ('tome', 'between', 'keep')])
 def test_decoding_after_a_cut_equals_one_longer_prompt(method, site, positions):
   # Text protects itself, so a prompt that has the answer already is cut in the same places.
   tokens = image_and_text()
@@ -125,7 +127,8 @@ def test_restarting_equals_a_prompt_of_what_is_left():
                              answer(TINY, shorter, ids()[:, PROMPT:]), atol=1e-6)
 
 
-@pytest.mark.parametrize('site', mostly_long(['before', 'between']))
+@pytest.mark.long
+@pytest.mark.parametrize('site', ['before', 'between'])
 def test_pruned_caches_answer_as_masked_ones(site):
   tokens = image_and_text(jnp.asarray(VALID))
   pruned, masked = (planned(site=site, mode=mode) for mode in ('gather', 'mask'))
@@ -135,6 +138,7 @@ def test_pruned_caches_answer_as_masked_ones(site):
   assert sizes == [[12, 10, 8] if site == 'before' else [12, 12, 10], [12] * 3]
 
 
+@pytest.mark.long
 def test_cut_rows_are_rows_alone_whatever_text_they_have():
   tokens = image_and_text(jnp.asarray(VALID).at[1].set(True).at[1, 10:].set(False))
   lm = planned(method='topk', args={'by': 'received_attention'})
@@ -231,6 +235,7 @@ class Heads(Reducer):
     return KVGather(jnp.broadcast_to(src, shape), jnp.broadcast_to(valid, shape))
 
 
+@pytest.mark.long
 def test_each_head_keeps_its_own_tokens():
   lm = with_cache(keep=4)
   lm = lm.clone(cache_plan=lm.cache_plan.with_method(Heads()))
@@ -261,7 +266,8 @@ def merged_among(slots):
   return run(variables(), image_and_text())
 
 
-@pytest.mark.parametrize('padding', mostly_long([1, 2, 3]))
+@pytest.mark.long
+@pytest.mark.parametrize('padding', [1, 2, 3])
 def test_padding_of_no_length_changes_which_pairs_merge(padding):
   owner, logits = merged_among(PROMPT)
   found, values = merged_among(PROMPT + padding)
@@ -272,7 +278,8 @@ def test_padding_of_no_length_changes_which_pairs_merge(padding):
 # -- causality -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('method', mostly_long(['tome', 'pitome', 'dpcknn']))
+@pytest.mark.long
+@pytest.mark.parametrize('method', ['tome', 'pitome', 'dpcknn'])
 def test_nothing_later_is_seen_even_through_merging(method):
   lm = planned(method=method, token_kinds=('visual', 'text'), keep=(9, 7), site='between')
   x = image_and_text().x[:1]
@@ -471,7 +478,8 @@ def test_padding_of_other_kinds_keeps_its_place_and_is_no_text():
   np.testing.assert_array_equal(visual, 2)
 
 
-@pytest.mark.parametrize('padding', mostly_long(['anywhere', 'last']))
+@pytest.mark.long
+@pytest.mark.parametrize('padding', ['anywhere', 'last'])
 def test_padding_at_the_end_needs_no_mask_in_a_kernel(padding, monkeypatch):
   valid = jnp.asarray(np.arange(PROMPT) < np.array([[12], [9], [7]]))
   tokens, lm = image_and_text(valid), planned(layers=(1,), keep=2)
@@ -527,7 +535,8 @@ def test_a_decode_step_copies_neither_cache_nor_weights(reduced, rows, kv_heads)
   assert found.temp_size_in_bytes < 0.1 * held
 
 
-@pytest.mark.parametrize('remat', mostly_long(['none', 'full']))
+@pytest.mark.long
+@pytest.mark.parametrize('remat', ['none', 'full'])
 def test_training_reads_the_stack_and_its_gradient_is_whole(remat):
   lm = planned(TINY.clone(depth=4, remat=remat), layers=(1,), keep=3)
 
@@ -554,6 +563,7 @@ LLAMA = {'model_type': 'llama', 'hidden_size': 16, 'num_hidden_layers': 2, 'inte
          'num_attention_heads': 4, 'vocab_size': 29}
 
 
+@pytest.mark.long
 def test_named_models_have_their_published_sizes():
   sizes = {'llama2_7b': 6738415616, 'llama3.1_8b': 8030261248, 'mistral_7b': 7241732096,
            'qwen2.5_7b': 7615616512, 'qwen3_8b': 8190735360, 'llama3.2_1b': 1235814400,

@@ -120,6 +120,7 @@ def test_tokens_are_generated_as_by_the_reference(family):
   np.testing.assert_array_equal(found, wanted['generated'])
 
 
+@pytest.mark.long
 def test_a_whole_model_reads_and_decodes_padded_on_the_left():
   vlm, params = model('llava')
   wanted = expected('llava', 'three')['generated']

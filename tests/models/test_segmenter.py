@@ -105,6 +105,7 @@ def test_interpolate_weighs_kept_patches_by_distance():
       np.testing.assert_allclose(got[row, patch], weights @ back[row, kept], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_row_that_kept_no_patch_is_finite():
   tokens = fresh()
   src = jnp.zeros((2, 1), jnp.int32)

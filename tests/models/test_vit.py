@@ -134,6 +134,7 @@ def test_cuts_on_cpu_are_read_layer_by_layer():
   assert fastest_storage(cut, platform='tpu') == 'stacked'
 
 
+@pytest.mark.long
 def test_tracing_follows_stages_not_depth():
   def equations(depth):
     vit = make_vit('Ti/8', width=32, heads=2, mlp=32, depth=depth, image_size=16, num_classes=2)
@@ -174,6 +175,7 @@ def test_settings_run_with_a_reduction_and_keep_their_shapes(settings):
   np.testing.assert_array_equal(np.asarray(out['tokens'].pos)[:, :vit.special], -1)
 
 
+@pytest.mark.long
 def test_mean_pool_counts_original_tokens():
   vit = make_vit('Ti/8', width=32, heads=2, mlp=32, depth=2, image_size=32, num_classes=0,
                  pool='mean')
@@ -199,6 +201,7 @@ def test_attention_pooling_counts_tokens_as_the_blocks_do():
   np.testing.assert_allclose(found, whole, atol=1e-4)
 
 
+@pytest.mark.long
 def test_padding_does_not_reach_the_attention_pool():
   vit = make_vit('Ti/8', width=32, heads=2, mlp=32, depth=2, image_size=32, num_classes=0,
                  class_token=False, pool='map')
@@ -244,6 +247,7 @@ def test_images_of_another_size_are_refused():
     jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
+@pytest.mark.long
 def test_learned_methods_need_their_parameters():
   vit = golden_vit.model()
   plan = make_plan({'method': 'patchmerger', 'layers': (1,), 'keep': 9}, vit.host)

@@ -86,7 +86,8 @@ def visual_of(out, row, image=0):
 # The projector.
 
 
-@pytest.mark.parametrize('by', mostly_long(['cls_attention', 'received_attention']))
+@pytest.mark.long
+@pytest.mark.parametrize('by', ['cls_attention', 'received_attention'])
 def test_the_door_keeps_what_the_towers_last_layer_attends_to(by):
   vlm, params = llava()
   reduced = with_projector_reduction(vlm, {'method': 'topk', 'args': {'by': by}, 'keep': 5},
@@ -126,6 +127,7 @@ def test_a_pool_of_all_images_of_a_prompt():
     assert len(places) == count
 
 
+@pytest.mark.long
 def test_a_door_that_keeps_everything_changes_nothing():
   vlm, params = llava()
   wanted, _ = run(vlm, params, squares())
@@ -135,7 +137,8 @@ def test_a_door_that_keeps_everything_changes_nothing():
   assert with_projector_reduction(reduced, {'method': 'none'}, slots=16).projector_reduction is None
 
 
-@pytest.mark.parametrize('method', mostly_long(['tome', 'pitome', 'stride']))
+@pytest.mark.long
+@pytest.mark.parametrize('method', ['tome', 'pitome', 'stride'])
 def test_methods_that_join_or_read_keys_act_at_the_door(method):
   vlm, params = llava()
   reduced = with_projector_reduction(vlm, {'method': method, 'keep': 10}, slots=16)
@@ -178,6 +181,7 @@ def test_a_learned_method_at_the_door_has_parameters_that_train():
     run(reduced, params, squares())
 
 
+@pytest.mark.long
 def test_a_reduction_in_the_tower_leaves_fewer_visual_tokens():
   vlm, params = llava()
   plan = make_plan({'method': 'tome', 'layers': (0, 1), 'remove': 4}, vlm.tower.host)
@@ -185,6 +189,7 @@ def test_a_reduction_in_the_tower_leaves_fewer_visual_tokens():
   assert [len(visual_of(out, 1, image)) for image in (0, 1)] == [8, 8]
 
 
+@pytest.mark.long
 def test_crops_lose_tokens_in_their_places_and_newlines_go():
   vlm, params = llava('next')
   plain = look(vlm, params, crops())
@@ -482,7 +487,8 @@ def test_positions_survive_a_door_and_text_stays_where_it_was():
     assert last[0] > last[1]
 
 
-@pytest.mark.parametrize('window', mostly_long([0, 4]))
+@pytest.mark.long
+@pytest.mark.parametrize('window', [0, 4])
 def test_patches_may_be_merged_inside_a_qwen_tower(window):
   vlm, params = qwen()
   tower = vlm.tower.clone(window=window, whole_layers=(1,) if window else ())

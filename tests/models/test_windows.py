@@ -91,7 +91,8 @@ def by_hand(windows, tokens, keys, method, num_slots):
            for window in range(windows.count)] for image in range(len(tokens.x))]
 
 
-@pytest.mark.parametrize('name', mostly_long(['tome', 'topk', 'pool']))
+@pytest.mark.long
+@pytest.mark.parametrize('name', ['tome', 'topk', 'pool'])
 def test_a_reduction_acts_on_every_window_by_itself(name):
   windows, method = Windows(GRID, WINDOW, 1), methods()[name]()
   tokens = tokens_of(windows)
@@ -152,6 +153,7 @@ def test_one_window_of_the_whole_grid_changes_nothing():
   np.testing.assert_array_equal(windowed['tokens'].owner, out['tokens'].owner)
 
 
+@pytest.mark.long
 def test_whole_layers_everywhere_are_the_plain_model():
   expected, _ = run(model())
   logits, out = run(model(window=(4, 4), whole_layers=(0, 1, 2)))
@@ -173,7 +175,8 @@ def test_without_whole_layers_windows_do_not_see_each_other():
   assert np.abs(first['tokens'].x[:, 1:17] - second['tokens'].x[:, 1:17]).max() > 1e-3
 
 
-@pytest.mark.parametrize('name', mostly_long(['tome', 'ats']))
+@pytest.mark.long
+@pytest.mark.parametrize('name', ['tome', 'ats'])
 def test_every_window_keeps_equally_many(name):
   vit = model()
   plan = make_plan({'method': name, 'layers': (1, 2), 'keep': (40, 28)}, vit.host)
@@ -187,6 +190,7 @@ def test_every_window_keeps_equally_many(name):
     np.testing.assert_allclose(counts, 16.0, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_windowed_layer_with_a_cut_equals_the_block_on_each_window():
   """The folded batch against the plain model on crops: one layer, no positions, no [CLS]."""
   vit = dataclasses.replace(model(), class_token=False, pool='mean', depth=1, parent=None)

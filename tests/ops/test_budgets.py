@@ -135,6 +135,7 @@ def evenly(total, limits):
   return tuple(cuts)
 
 
+@pytest.mark.long
 @given(percent=st.integers(20, 110))
 def test_even_removal_meets_a_target_and_no_gentler_one_does(percent):
   limits, macs = Limits(12, 197, 1, min_slots=half), model(12)
@@ -144,6 +145,7 @@ def test_even_removal_meets_a_target_and_no_gentler_one_does(percent):
   assert cuts == evenly(total, limits)
 
 
+@pytest.mark.long
 @given(percent=st.integers(50, 110))
 def test_one_ratio_in_some_layers_meets_a_target(percent):
   layers, macs = (3, 6, 9), model(12)

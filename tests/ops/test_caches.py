@@ -148,6 +148,7 @@ def test_channels_that_are_gone_read_as_zeros(entries):
   np.testing.assert_allclose(decoded(thin.with_room(6)), decoded(whole.with_room(6)), atol=2e-6)
 
 
+@pytest.mark.long
 def test_values_that_leave_are_averaged_with_those_that_follow():
   kv = prompt()
   rng = np.random.default_rng(2)

@@ -48,6 +48,7 @@ def test_top_without_flags_and_of_half_precision():
   assert top(jnp.full((2, 4), jnp.nan), 2).tolist() == [[0, 1], [0, 1]]
 
 
+@pytest.mark.long
 @given(order=st.permutations(range(SLOTS)), picked=st.integers(1, SLOTS))
 def test_ranks_invert_a_selection(order, picked):
   found = np.asarray(ranks(jnp.array([order[:picked]]), SLOTS))[0]

@@ -98,6 +98,7 @@ def test_positions_along_axes():
     assert after[row].tolist() == [len(wanted), top, top, top]
 
 
+@pytest.mark.long
 def test_text_alone_and_images_that_are_whole():
   ids, valid, x, _, table = batch()
   tokens, slot = splice(table[ids], valid, np.zeros(ids.shape, bool), None)

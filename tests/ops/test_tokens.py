@@ -147,7 +147,8 @@ def test_a_maximum_is_no_matrix():
     make('merge', 9, 4, 0, op='max').matrix()
 
 
-@pytest.mark.parametrize('holes', mostly_long([False, True]))
+@pytest.mark.long
+@pytest.mark.parametrize('holes', [False, True])
 @given(seed=SEEDS, kinds=st.tuples(st.sampled_from(HARD), st.sampled_from(HARD)))
 def test_owners_sizes_and_anchors_over_two_cuts(holes, seed, kinds):
   """Against a simulation with one Python set of original tokens a slot."""
@@ -219,6 +220,7 @@ def test_gradients_reach_a_soft_decision_through_the_size():
   same(grad, 2.0)
 
 
+@pytest.mark.long
 @given(seed=SEEDS, kinds=st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS)))
 def test_composition_is_the_product_of_matrices(seed, kinds):
   first = make(kinds[0], 9, 6, seed, holes=True)
@@ -249,6 +251,7 @@ def test_composition_is_associative(seed, kinds):
   close(matrix(compose(compose(a, b), c)), matrix(compose(a, compose(b, c))))
 
 
+@pytest.mark.long
 def test_composition_carries_maxima_decisions_and_features_or_raises():
   tokens = fresh(9, 0)
   twice = [make('merge', 9, 6, 0, op='max'), make('merge', 6, 4, 1, op='max')]

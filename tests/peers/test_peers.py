@@ -86,6 +86,7 @@ def _say(said, side):
   return len(said)
 
 
+@pytest.mark.long
 def test_positions_are_read_from_caches_of_equal_and_of_unequal_heads():
   keys = jnp.zeros((1, 2, 6, 4))
   pos = jnp.array([[[0, 3, 4, 5, 0, 0], [1, 2, 4, 5, 0, 0]]])

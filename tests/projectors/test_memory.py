@@ -114,6 +114,7 @@ def unread(params):
       lambda path, leaf: leaf * (path[-1].key not in ('gate', 'shared')), params)
 
 
+@pytest.mark.long
 @names
 def test_prefill_and_decoding_equal_the_whole_pass(name):
   ids, params = ids_of(name), parameters(name)
@@ -210,6 +211,7 @@ def softmax(scores):
   return raised / raised.sum(axis=-1, keepdims=True)
 
 
+@pytest.mark.long
 def test_two_attentions_by_hand():
   """V2V and T2V of CrossLMM; a patch of the second row is of an image that it does not have."""
   rng = np.random.default_rng(0)
@@ -239,6 +241,7 @@ def test_two_attentions_by_hand():
   np.testing.assert_allclose(followed[:, 1:], wanted[:, 3:], atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_visual_token_attends_to_its_region_alone():
   """Vision Remember; padding that counts as visual stands in front in the second row."""
   rng = np.random.default_rng(0)
@@ -288,6 +291,7 @@ def test_a_visual_token_attends_to_its_region_alone():
   np.testing.assert_allclose(found[row, place], wanted, atol=1e-4)
 
 
+@pytest.mark.long
 def test_generated_weights_are_as_if_they_stood_in_the_layer():
   """VLoRA, but for the MLP's, which is of no single product."""
   name = 'vlora'
@@ -313,6 +317,7 @@ def test_generated_weights_are_as_if_they_stood_in_the_layer():
   assert np.abs(logits[1] - plain[1]).max() > 1e-3
 
 
+@pytest.mark.long
 @names
 def test_costs_equal_the_traced_program(name):
   vlm, params, layout = model(name), {'params': shapes_of(name)}, (CROPS[name],) * 2 + (0,)
@@ -373,6 +378,7 @@ def refused(name, **changes):
   return errors.said(lambda: vlm.clone(**changes))
 
 
+@pytest.mark.long
 def test_what_cannot_go_together_is_refused():
   vlm, ids = model('crosslmm'), ids_of('crosslmm')
   plan = make_plan({'method': 'stride', 'token_kinds': 'visual', 'layers': (1,), 'keep': 2,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Gather, take
+from ops.assignments import Gather, put, take
 from ops.tokens import TokenSet, count
 
 Array = jax.Array
@@ -27,7 +27,7 @@ def ranks_within(group: Array, scores: Array) -> Array:
   starts = jnp.concatenate([jnp.ones_like(group[:, :1], bool),
                             sorted_[:, 1:] != sorted_[:, :-1]], axis=1)
   rank = own - jax.lax.cummax(jnp.where(starts, own, 0), axis=1)
-  return jax.vmap(lambda at, value: jnp.zeros_like(value).at[at].set(value))(order, rank)
+  return put(jnp.zeros_like(rank), order, rank)
 
 
 def sums(values: Array, group: Array, groups: int) -> Array:

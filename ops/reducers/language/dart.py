@@ -8,8 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, take
-from ops.primitives.match import l2_normalize, scatter
+from ops.assignments import Assignment, put, take
+from ops.primitives.match import l2_normalize
 from ops.primitives.queries import text_after_images
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import Reducer
@@ -59,7 +59,7 @@ class DART(Reducer):
     rest = kept - count(there[0])
     order, number = jnp.cumsum(real, axis=1) - 1, jnp.maximum(count(real), 1)
     takes = jnp.where(real, rest // number + (order < rest % number), 0)
-    taken = scatter(jnp.zeros(tokens.kind.shape, bool), jnp.where(there[0], own, tokens.slots),
+    taken = put(jnp.zeros(tokens.kind.shape, bool), jnp.where(there[0], own, tokens.slots),
                     there[0])
     vectors = jax.lax.stop_gradient(l2_normalize(tokens.x))
 

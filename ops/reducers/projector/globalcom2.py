@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, take
+from ops.assignments import Assignment, put, take
 from ops.primitives.crops.regions import keep_flagged, ranks_within, region, sums
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -93,7 +93,7 @@ def _interpolated(tokens: TokenSet, logits: Array, crop: Array, signals: Signals
   across = jnp.maximum(signals.tiling[:, 1:], 1)
   part, patch = jnp.maximum(crop - 1, 0), jnp.maximum(signals.patch, 0)
   index = jnp.where(crop == 0, patch, rows * columns)
-  image = jax.vmap(lambda v, i: jnp.zeros(rows * columns).at[i].set(v, mode='drop'))(logits, index)
+  image = put(jnp.zeros((len(logits), rows * columns)), index, logits)
   image = image.reshape(-1, rows, columns)
 
   def taps(place: Array, length: int) -> tuple[Array, Array, Array]:

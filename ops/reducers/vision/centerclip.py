@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import tokens as tk
-from ops.assignments import Assignment, Merge, take
+from ops.assignments import Assignment, Merge, put, take
 from ops.primitives import cluster, kmedoids
 from ops.primitives.select import keep_top, ranks
 from ops.reducers.base import Checked, Reducer
@@ -92,7 +92,7 @@ class CenterCLIP(Checked, Reducer):
     medoid = take(slot.reshape(among.shape), take(centres, joined)).reshape(len(slot), -1)
     place = jnp.where(among.reshape(medoid.shape), slot.reshape(medoid.shape), tokens.slots)
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), tokens.kind.shape)
-    medoid = jax.vmap(lambda o, p, m: o.at[p].set(m, mode='drop'))(own, place, medoid)
+    medoid = put(own, place, medoid)
     picked = keep_top(tokens, (medoid == own) & tokens.free, num_slots=num_slots)
     if self.outputs == 'medoids':
       return picked

@@ -8,8 +8,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops import tokens as tk
-from ops.assignments import Assignment
-from ops.primitives.match import even_matches, join, num_excess, scatter
+from ops.assignments import Assignment, put
+from ops.primitives.match import even_matches, join, num_excess
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -64,9 +64,9 @@ class DyMU(Reducer):
     source = (place < jnp.maximum(alike, crowd)) & (best > -jnp.inf)
 
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), tokens.kind.shape)
-    turn = scatter(own, a, own[:, :a.shape[1]] if tokens.protected else place)
-    turn = scatter(turn, b, tokens.slots + own[:, :b.shape[1]])
-    merge = join(tokens, scatter(own, a, jnp.where(source, match, a)), turn, num_slots=num_slots)
+    turn = put(own, a, own[:, :a.shape[1]] if tokens.protected else place)
+    turn = put(turn, b, tokens.slots + own[:, :b.shape[1]])
+    merge = join(tokens, put(own, a, jnp.where(source, match, a)), turn, num_slots=num_slots)
     count = jnp.sum(tokens.real, axis=1, keepdims=True, dtype=jnp.int32)
     left = count - jnp.sum(source, axis=1, keepdims=True, dtype=jnp.int32)
     return merge.replace(valid=jnp.arange(num_slots)[None] < left, wanted=(count - alike)[:, 0])

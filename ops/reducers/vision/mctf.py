@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import max_and_index
-from ops.assignments import Assignment, Merge, take
-from ops.primitives.match import cosine, join, num_excess, parity_order, scatter
+from ops.assignments import Assignment, Merge, put, take
+from ops.primitives.match import cosine, join, num_excess, parity_order
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
@@ -91,11 +91,11 @@ class MCTF(Checked, Reducer):
 
     own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), order.shape)
     # An odd slot that moves on takes along the even slots that joined it.
-    partner = scatter(own, b, jnp.where(source_b, match_b, b))
-    partner = scatter(partner, a, jnp.where(source_a, take(partner, match_a), a))
-    turn = scatter(own, a, own[:, :a.shape[1]] if tokens.protected else rank_a)
+    partner = put(own, b, jnp.where(source_b, match_b, b))
+    partner = put(partner, a, jnp.where(source_a, take(partner, match_a), a))
+    turn = put(own, a, own[:, :a.shape[1]] if tokens.protected else rank_a)
     last = rank_b if self.direction == 'both' else own[:, :b.shape[1]]
-    merge = join(tokens, partner, scatter(turn, b, tokens.slots + last), num_slots=num_slots)
+    merge = join(tokens, partner, put(turn, b, tokens.slots + last), num_slots=num_slots)
 
     if self.pooling == 'max':
       return merge.replace(op='max')

@@ -10,8 +10,8 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, Merge, take
-from ops.primitives.match import bipartite, cosine, join, nearest, num_excess, scatter
+from ops.assignments import Assignment, Merge, put, take
+from ops.primitives.match import bipartite, cosine, join, nearest, num_excess
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Checked, Reducer
 from ops.signals import Signals
@@ -100,7 +100,7 @@ def _pairs(tokens: TokenSet, metric: Array, order: Array, pairing: str, num_slot
   use = number < removed
   _, match = nearest(metric, a, b, use_a=use, use_b=use)
   own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), order.shape)
-  partner = scatter(own, a, jnp.where(use, match, a))
+  partner = put(own, a, jnp.where(use, match, a))
   rank = ranks(order, tokens.slots)
   turn = jnp.where(rank < 2 * removed, tokens.slots + rank, rank)
   return join(tokens, partner, turn, num_slots=num_slots)
