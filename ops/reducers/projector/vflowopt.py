@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ops import attention
 from ops.assignments import Assignment, Merge, take
+from ops.primitives.crops.cells import cell_along, cells_of_crops
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.signals import CROP_SIGNALS, Signals
@@ -93,51 +94,10 @@ class VFlowOpt(Reducer):
       return recycle(tokens, importance, cell, num_slots=num_slots, cells=most, number=number)
     rows, columns = signals.grid
     across = math.ceil(columns / self.cell)
-    row, column = (_cell(place, self.cell)
+    row, column = (cell_along(place, self.cell)
                    for place in (tokens.pos // columns, tokens.pos % columns))
     return recycle(tokens, importance, row * across + column, num_slots=num_slots,
                    cells=math.ceil(rows / self.cell) * across)
-
-
-def _cell(place: Array, side: float) -> Array:
-  """Returns which cell of a row or a column of cells a place is in."""
-  return jnp.floor(place / side).astype(jnp.int32)
-
-
-def cells_of_crops(tokens: TokenSet, signals: Signals, side: float) -> tuple[Array, Array, int]:
-  """Numbers the cells of the whole image in small, then those of its crops put together.
-
-  Args:
-    tokens: N slots, newlines behind the rows that they end.
-    signals: with `CROP_SIGNALS`.
-    side: of a cell, in patches.
-
-  Returns:
-    int32[B, N], the cell of each token; int32[B, 1], how many a row has; and C.
-  """
-  rows, columns = signals.crop_grid
-  own = jnp.broadcast_to(jnp.arange(tokens.slots, dtype=jnp.int32), signals.crop.shape)
-  newline = signals.crop < 0
-  last = jnp.maximum(jax.lax.cummax(jnp.where(newline, -1, own), axis=1), 0)
-  crop, patch = take(signals.crop, last), take(signals.patch, last)
-  tiles, part = jnp.maximum(signals.tiling[:, 1:], 1), jnp.maximum(crop - 1, 0)
-  joint = tokens.free & (crop > 0)
-
-  def placed(place: Array, length: int) -> tuple[Array, Array]:
-    """Finds the cell along an axis, and how many there are of the joint crops, int32[B, 1]."""
-    low = jnp.min(jnp.where(joint, place, tokens.slots), axis=1, keepdims=True)
-    place = _cell(jnp.where(joint, place - low, jnp.minimum(place, length - 1)), side)
-    return place, 1 + jnp.max(jnp.where(joint, place, -1), axis=1, keepdims=True)
-
-  row, down = placed(part // tiles * rows + patch // columns, rows)
-  column, over = placed(part % tiles * columns + patch % columns + newline, columns)
-  small = math.ceil(columns / side)
-  whole = math.ceil(rows / side) * small
-  parts = signals.num_crops - 1
-  most = max((math.ceil(high * rows / side) * math.ceil((parts // high * columns + 1) / side)
-              for high in range(1, parts + 1)), default=0)
-  cell = jnp.where(joint, whole + row * over + column, row * small + column)
-  return cell, whole + down * over, whole + most
 
 
 def recycle(tokens: TokenSet, importance: Array, cell: Array, *, num_slots: int,
