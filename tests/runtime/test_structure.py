@@ -32,6 +32,8 @@ OTHER_WORDS = {'none', 'pool'}
 # One file a method, or an experiment: as many as there are.
 UNBOUNDED = ('ops/reducers/', 'models/compressors', 'models/projectors', 'tests/golden', 'configs')
 MOST_FILES = 15
+# Lines of a method without parameters; what would make it longer is a primitive.
+MOST_LINES = 150
 SAYS_NOTHING = {'util', 'utils', 'helper', 'helpers', 'misc', 'common'}
 
 
@@ -134,6 +136,15 @@ def test_no_method_imports_another():
   found = [f'{at(name, line)} imports {other}: what methods share is in ops/primitives'
            for name, line, other in imports()
            if is_method(name) and (is_method(other) or is_registry(other))]
+  assert not found, '\n'.join(found)
+
+
+def test_methods_are_short():
+  lengths = {name: tree.body[-1].end_lineno for name, tree in modules().items()
+             if is_method(name) and not name.startswith(COMPRESSORS)}
+  found = [f'{name} has {length} lines, more than {MOST_LINES}'
+           for name, length in lengths.items() if length > MOST_LINES]
+  assert lengths
   assert not found, '\n'.join(found)
 
 
