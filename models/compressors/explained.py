@@ -30,7 +30,7 @@ class Explained(Reducer, nn.Module):
 
   Sows the loss 'relevance', float32[B], in training, where tokens have the stat 'relevance'
   (lib/report/relevance.py): the weighted divergence of the network's softmax from the relevance as
-  shares of a row. It needs no gradient of the language model.
+  shares of a row. It needs no gradient of the language model: `tools.fit` trains the network alone.
 
   Attributes:
     width: of the network's hidden features.

@@ -22,13 +22,10 @@ from lib.data import images as image_data
 from lib.data import qa as qa_data
 from lib.data.datasets import digit_scenes
 from lib.data.prepare import prepare
-from lib.runtime.checkpoint import Checkpoints
-from lib.tasks import image as image_task
 from lib.tasks import trained
 from models import catalogue
 from models.arrays import AXES
 from models.backbones.vit import ViT
-from models.build import build
 from models.plan import make_plan
 from ops import signals
 from ops.tokens import TokenSet
@@ -290,16 +287,7 @@ def test_runs_of_images_are_scored(tmp_path):
   config.model.update(width=16, depth=2, heads=2, mlp=16)
   config.data.data_dir = str(tmp_path / 'data')
   config.data.test_split = 'test[:20]'
-  (tmp_path / 'config.json').write_text(config.to_json_best_effort())
-  vit = build(config.model)
-  random = np.random.default_rng(0)
-  params = jax.tree.map(
-      lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), leaf.dtype),
-      jax.eval_shape(lambda key: image_task.init(vit, key), jax.random.key(0)))
-  checkpoints = Checkpoints(tmp_path / 'checkpoints')
-  checkpoints.save(3, {'state': {'step': jnp.asarray(3)}, 'ema': params}, {},
-                   metrics={'accuracy': 0.1})
-  checkpoints.close()
+  assistants.run_of_images(tmp_path, config)
   model = winnow.load(tmp_path)
   assert model.step == 3
   batch = next(iter(image_data.eval_batches(config.data)))

@@ -1,5 +1,6 @@
 """Folders with tiny models to talk to: checkpoints of golden/, and runs that were never trained."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -8,11 +9,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import pytest
 
 from helpers import parity_lm, parity_vlm
 from lib.data import qa as qa_data
+from lib.data.datasets import digit_scenes, stdlib_needle
+from lib.data.prepare import prepare
 from lib.runtime.checkpoint import Checkpoints
+from lib.tasks import image as image_task
 from lib.tasks import qa as qa_task
+from models.build import build
 
 CHAT = parity_vlm.FOLDER / 'chat'
 STEPS = json.loads((parity_vlm.FOLDER / 'preprocess.json').read_text())
@@ -52,6 +58,19 @@ def checkpoint(folder, name, **changes):
   return tokenizer(folder, size, parity_vlm.image_token(name) if sees else None)
 
 
+def sets(folder):
+  """Prepares two examples of a split of each set of questions; returns the folder."""
+  with pytest.MonkeyPatch.context() as patch:
+    for builder in (digit_scenes.DigitScenes, stdlib_needle.StdlibNeedle):
+      short = [dataclasses.replace(config, train=2, test=2)
+               for config in builder.BUILDER_CONFIGS[:1]]
+      patch.setattr(builder, 'BUILDER_CONFIGS', short)
+      patch.setattr(builder, 'builder_configs', {config.name: config for config in short})
+    for name in ('digit_scenes/64', 'stdlib_needle/64'):
+      prepare(name, data_dir=str(folder))
+  return folder
+
+
 def run(folder, config, data_dir, **reduce):
   """A run's workdir with fresh parameters, those of the config's reductions included."""
   config = ml_collections.ConfigDict(config)
@@ -74,3 +93,17 @@ def run(folder, config, data_dir, **reduce):
                      metrics={'accuracy': 0.1 * step})
   checkpoints.close()
   return folder, model, params
+
+
+def run_of_images(folder, config):
+  """A workdir, three steps old, of a ViT with random parameters: the ViT, and these."""
+  (folder / 'config.json').write_text(config.to_json_best_effort())
+  vit, random = build(config.model), np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), leaf.dtype),
+      jax.eval_shape(lambda key: image_task.init(vit, key), jax.random.key(0)))
+  checkpoints = Checkpoints(folder / 'checkpoints')
+  checkpoints.save(3, {'state': {'step': jnp.asarray(3)}, 'ema': params}, {},
+                   metrics={'accuracy': 0.1})
+  checkpoints.close()
+  return vit, params

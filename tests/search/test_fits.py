@@ -2,18 +2,24 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from helpers import assistants, golden_vit, tiny_lm
+from helpers.qa import small
 from helpers.tiny_lm import TINY, VISUALS
 from PIL import Image
 
+from configs import digit_scenes, digits
 from lib import assistant
 from lib.cost import lm as lm_cost
+from lib.data import images as image_data
+from lib.report.relevance import relevance
 from lib.search.schedules import fit_within
 from models.plan import make_plan
+from ops.tokens import TEXT
 from tools.fit import __main__ as command
 from tools.fit.fits import (
   LayerByLayer,
@@ -22,6 +28,7 @@ from tools.fit.fits import (
   prune_schedule,
   withdrawal_layer,
 )
+from tools.fit.network import foresee
 
 LM = TINY.clone(depth=2)
 
@@ -145,3 +152,66 @@ def test_the_command_fits_a_checkpoint_to_questions(tmp_path, capsys):
   with flagsaver.flagsaver(questions=str(asked)), pytest.raises(
       ValueError, match='must have an object a line'):
     command.read(assistant.load(folder))
+
+
+@pytest.mark.long
+def test_a_network_learns_to_foresee_what_is_relevant():
+  params, prompts = tiny_lm.variables(2)['params'], [tiny_lm.image_and_text()]
+  reduce = {'method': 'explained', 'layers': 0, 'keep': 3, 'token_kinds': 'visual'}
+  network, missed = foresee(LM, params, prompts, reduce=reduce, steps=60, rate=0.02)
+  assert missed[-1] < 0.5 * missed[0]
+  # What it learned is in place in a model with the reduction.
+  lm = LM.clone(plan=make_plan(reduce, LM.host(prompts[0].slots, visual=VISUALS)))
+  joined = params | {'stack': params['stack'] | {'reducer_00': network}}
+  scores = relevance(LM, {'params': params}, prompts[0])
+  _, out = lm.apply({'params': joined}, prompts[0].replace(stats={'relevance': scores}),
+                    rngs={'dropout': jax.random.key(0)})
+  assert out['losses']['relevance_00'].mean() < missed[-2]
+  text = prompts[0].replace(kind=jnp.full_like(prompts[0].kind, TEXT))
+  with pytest.raises(ValueError, match='nothing to learn from: give prompts with images'):
+    foresee(LM, params, [text], reduce=reduce, steps=1, rate=0.1)
+
+
+@pytest.mark.long
+def test_the_command_writes_a_run_that_foresees(tmp_path, capsys):
+  place = assistants.sets(tmp_path)
+  folder, _, _ = assistants.run(tmp_path / 'run', small(digit_scenes), place)
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  out = tmp_path / 'out'
+  given = {'model': str(folder), 'method': 'explained', 'steps': 3, 'samples': 2, 'batch_size': 2}
+  with flagsaver.flagsaver(**given), pytest.raises(ValueError, match='give --out'):
+    command.main([])
+  with flagsaver.flagsaver(**given, out=str(out)):
+    command.main([])
+  assert 'divergence from what is relevant' in capsys.readouterr().out
+  before, after = assistant.load(folder), assistant.load(out)
+  assert after.reduce['language']['method'] == 'explained'
+  assert 'reducer_00' in after.params['lm']['stack']
+  np.testing.assert_array_equal(after.params['lm']['table'], before.params['lm']['table'])
+  picture = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
+  prompt, images = after.prompt('how many digits ?', images=1), after.encode_images([[picture]])
+  answer, = after.generator()([prompt], images, new_tokens=2)
+  assert len(answer) <= 2
+  with flagsaver.flagsaver(**given | {'model': str(out)}, out=str(out)), pytest.raises(
+      ValueError, match='reduces nothing'):
+    command.main([])
+
+
+@pytest.mark.long
+def test_the_command_fits_thresholds_to_a_run_of_images(tmp_path):
+  config = digits.get_config()
+  config.model.update(width=16, depth=2, heads=2, mlp=16)
+  config.data.data_dir = str(tmp_path / 'data')
+  vit, params = assistants.run_of_images(tmp_path, config)
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(samples=16, batch_size=8, merge=6):
+    found = command._of_image_run(tmp_path)
+  data = ml_collections.ConfigDict(config.data)
+  data.batch_size = 8
+  read = image_data.train_iterator(data, seed=0)
+  pixels = [np.asarray(next(read)['image']) for _ in range(2)]
+  read.close()
+  wanted = merge_thresholds(vit, params, pixels, merge=6)
+  np.testing.assert_allclose(found, wanted, atol=1e-6)

@@ -24,7 +24,6 @@ from lib import assistant
 from lib.data import qa as qa_data
 from lib.data.datasets import digit_scenes, stdlib_needle
 from lib.data.pictures import Picture
-from lib.data.prepare import prepare
 from lib.data.token_layout import raster_layout
 from lib.report import overlay, provenance
 from lib.tasks import qa as qa_task
@@ -39,16 +38,7 @@ SLOTS = 24
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
   """A folder with a few examples of each set."""
-  folder = tmp_path_factory.mktemp('sets')
-  with pytest.MonkeyPatch.context() as patch:
-    for builder in (digit_scenes.DigitScenes, stdlib_needle.StdlibNeedle):
-      short = [dataclasses.replace(config, train=2, test=2)
-               for config in builder.BUILDER_CONFIGS[:1]]
-      patch.setattr(builder, 'BUILDER_CONFIGS', short)
-      patch.setattr(builder, 'builder_configs', {config.name: config for config in short})
-    for name in ('digit_scenes/64', 'stdlib_needle/64'):
-      prepare(name, data_dir=str(folder))
-  return folder
+  return assistants.sets(tmp_path_factory.mktemp('sets'))
 
 
 @pytest.fixture(scope='module')

@@ -1,13 +1,17 @@
-"""Fits what DyMU, FitPrune and VTW need to know of a model, on a few samples of what it reads.
+"""Fits what DyMU, FitPrune, VTW and `explained` need to know of a model, on a few samples.
 
   python -m tools.fit --model=runs/digits --method=dymu --merge=8
   python -m tools.fit --model=results/digit_scenes --method=fitprune --flops_ratio=0.7
   python -m tools.fit --model=checkpoints/llava-1.5-7b-hf --dtype=bfloat16 --method=vtw \\
       --divergence=0.003 --questions=asked.jsonl
+  python -m tools.fit --model=results/digit_scenes --method=explained --steps=300 \\
+      --out=runs/explained
 
 dymu: a cosine a layer of the vision tower, above which --merge tokens of an image merge on average.
 fitprune: how many visual tokens leave in each layer of the language model.
 vtw: the layer before which all of them may leave.
+explained: the network that foresees what is relevant; --out is then a run with it, as tools.pack
+writes one, which leaves --keep_ratio of the visual tokens.
 A model is a run of train.py, of images (for dymu) or of questions, or a checkpoint's folder; runs
 read their own training images or questions, in batches of --batch_size; for a checkpoint each line
 of --questions is JSON: {"image": "photo.png", "text": "What is on the table?"}. What is found is
@@ -33,8 +37,8 @@ from lib.assistant import Assistant
 from lib.data import images as image_data
 from lib.data import qa as qa_data
 from lib.data.image_files import read_image
-from lib.runtime import cli, sharding
-from lib.tasks import image_sweep
+from lib.runtime import checkpoint, checksums, cli, sharding
+from lib.tasks import image_sweep, pretrained, trained
 from lib.tasks import qa as qa_task
 from models.backbones.images import Images
 from models.backbones.vlm import VLM
@@ -43,8 +47,9 @@ from models.checkpoints.json_files import naming, read_json, read_text
 from models.decoding.sampling import padded
 from ops.tokens import TokenSet
 from tools.fit.fits import LayerByLayer, merge_thresholds, prune_schedule, withdrawal_layer
+from tools.fit.network import REDUCER, foresee
 
-METHODS = ('dymu', 'fitprune', 'vtw')
+METHODS = ('dymu', 'fitprune', 'vtw', 'explained')
 
 # May override: a process of tests imports several commands.
 MODEL = flags.DEFINE_string('model', None, "A run's workdir, or a folder with a checkpoint.",
@@ -62,6 +67,11 @@ DIVERGENCE = flags.DEFINE_float('divergence', 0.003, 'Of vtw: what the distribut
                                 'token may differ by, as a Kullback-Leibler divergence.')
 FIRST = flags.DEFINE_integer('first', 1, 'Of vtw: the first layer to try; 5 in its release.',
                              lower_bound=1)
+STEPS = flags.DEFINE_integer('steps', 300, 'Of explained: steps of training, a batch each.',
+                            lower_bound=1)
+RATE = flags.DEFINE_float('rate', 3e-3, 'Of explained: of learning.')
+KEEP_RATIO = flags.DEFINE_float('keep_ratio', 0.25, 'Of explained: visual tokens that stay.')
+OUT = flags.DEFINE_string('out', None, 'Of explained: the folder to write.', allow_override=True)
 DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.",
                             allow_override=True)
 DATA_DIR = flags.DEFINE_string('data_dir', '', "Where a run's set is, if not where the run had it.",
@@ -74,6 +84,9 @@ def main(argv: Sequence[str]) -> None:
   """Fits what the flags say, and prints it."""
   del argv
   folder = pathlib.Path(MODEL.value)
+  if METHOD.value == 'explained':
+    write_foreseen(folder)
+    return
   if METHOD.value == 'dymu' and _of_images(folder):
     thresholds = _of_image_run(folder)
   else:
@@ -94,17 +107,58 @@ def main(argv: Sequence[str]) -> None:
                                    'args': {'threshold': found}})
 
 
+def write_foreseen(folder: pathlib.Path) -> None:
+  """Trains the network of `explained` on a run's questions, and writes the run with it."""
+  if not OUT.value:
+    raise ValueError('explained is a network that has to be kept: give --out, a folder for the run '
+                     'with it')
+  if _of_images(folder) or not (folder / 'config.json').exists():
+    raise ValueError(f'{folder} is no run that answers questions about images, which explained is '
+                     'fitted to: give the workdir of one')
+  run = trained.load_run(folder, data_dir=DATA_DIR.value)
+  model = assistant.of_run(run)
+  if not isinstance(model.model, VLM) or model.reduce:
+    raise ValueError('explained is fitted to a model that sees images and reduces nothing, and '
+                     f'that of {folder} is another: give one trained without config.reduce')
+  reduce = {'method': 'explained', 'layers': 0, 'keep_ratio': KEEP_RATIO.value,
+            'token_kinds': 'visual'}
+  samples = itertools.islice(_of_run(model), batches())
+  network, missed = foresee(model.model.lm, run.params['lm'],
+                            list(sequences(model, samples)), reduce=reduce, steps=STEPS.value,
+                            rate=RATE.value)
+  tenth = max(len(missed) // 10, 1)
+  print(f'divergence from what is relevant: {missed[:tenth].mean():.3f} at first, '
+        f'{missed[-tenth:].mean():.3f} at the end')
+  config = ml_collections.ConfigDict(run.config.to_dict())
+  with config.unlocked():
+    config.reduce.language = {**config.reduce.get('language', {}), **reduce}
+  lm = run.params['lm']
+  params = run.params | {'lm': lm | {'stack': lm['stack'] | {REDUCER: network}}}
+  out = pathlib.Path(OUT.value)
+  path = checkpoint.pack(pretrained.split(params, pretrained.names(config))[0], run.step, out)
+  (out / 'config.json').write_text(config.to_json_best_effort(indent=2) + '\n')
+  trained.save_info(run.info, out)
+  checksums.write(out, [path.name, 'config.json', trained.INFO])
+  print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
+
+
 def batches() -> int:
   """Returns how many batches are read at most."""
   return -(-SAMPLES.value // BATCH_SIZE.value)
 
 
+def sequences(model: Assistant, samples: Iterator[Inputs]) -> Iterator[TokenSet]:
+  """Yields the tokens that the language model reads."""
+  embed = jax.jit(lambda params, *given: model.model.apply({'params': params}, *given,
+                                                           method='sequence')[0])
+  for each in samples:
+    yield embed(model.params, *each)
+
+
 def language(model: Assistant, samples: Iterator[Inputs]) -> dict[str, dict[str, Any]]:
   """Fits what acts in the language model: the reduction by place."""
   vlm, params = model.model, model.params
-  embed = jax.jit(lambda params, *given: vlm.apply({'params': params}, *given,
-                                                   method='sequence')[0])
-  prompts: list[TokenSet] = [embed(params, *each) for each in samples]
+  prompts = list(sequences(model, samples))
   layers = LayerByLayer(vlm.lm, params['lm'])
   reduce = {'method': METHOD.value, 'token_kinds': 'visual'}
   if METHOD.value == 'vtw':
