@@ -126,7 +126,13 @@ class Assignment(Extras, Protocol):
 # Both as the primitive itself: every cut has dozens of them, and what jax.numpy puts around it for
 # indices below 0 and beyond the end takes most of the time of tracing and lowering.
 def take(values: Array, index: Array) -> Array:
-  """Picks rows: values [B, N, ...], index int[B, M], 0 to N - 1 -> [B, M, ...]."""
+  """Picks rows: values [B, N, ...], index int[B, M], 0 to N - 1 -> [B, M, ...].
+
+  One of both may have a batch of one, which is then that of all rows.
+  """
+  if len(values) != len(index):
+    batch = max(len(values), len(index))
+    values, index = (jnp.broadcast_to(each, (batch, *each.shape[1:])) for each in (values, index))
   numbers = jax.lax.GatherDimensionNumbers(
       offset_dims=tuple(range(2, values.ndim)), collapsed_slice_dims=(1,), start_index_map=(1,),
       operand_batching_dims=(0,), start_indices_batching_dims=(0,))

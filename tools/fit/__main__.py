@@ -4,7 +4,7 @@
   python -m tools.fit --model=results/digit_scenes --method=fitprune --flops_ratio=0.7
   python -m tools.fit --model=checkpoints/llava-1.5-7b-hf --dtype=bfloat16 --method=vtw \\
       --divergence=0.003 --questions=asked.jsonl
-  python -m tools.fit --model=results/digit_scenes --method=explained --steps=300 \\
+  python -m tools.fit --model=results/digit_scenes --method=explained --train_steps=300 \\
       --out=runs/explained
 
 dymu: a cosine a layer of the vision tower, above which --merge tokens of an image merge on average.
@@ -67,9 +67,9 @@ DIVERGENCE = flags.DEFINE_float('divergence', 0.003, 'Of vtw: what the distribut
                                 'token may differ by, as a Kullback-Leibler divergence.')
 FIRST = flags.DEFINE_integer('first', 1, 'Of vtw: the first layer to try; 5 in its release.',
                              lower_bound=1)
-STEPS = flags.DEFINE_integer('steps', 300, 'Of explained: steps of training, a batch each.',
-                            lower_bound=1)
-RATE = flags.DEFINE_float('rate', 3e-3, 'Of explained: of learning.')
+STEPS = flags.DEFINE_integer('train_steps', 300, 'Of explained: steps of training, a batch each.',
+                             lower_bound=1)
+RATE = flags.DEFINE_float('train_rate', 3e-3, 'Of explained: of learning.')
 KEEP_RATIO = flags.DEFINE_float('keep_ratio', 0.25, 'Of explained: visual tokens that stay.')
 OUT = flags.DEFINE_string('out', None, 'Of explained: the folder to write.', allow_override=True)
 DTYPE = flags.DEFINE_string('dtype', 'float32', "A checkpoint's parameters: float32 or bfloat16.",
