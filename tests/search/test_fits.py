@@ -179,8 +179,9 @@ def test_the_command_writes_a_run_that_foresees(tmp_path, capsys):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   out = tmp_path / 'out'
-  given = {'model': str(folder), 'method': 'explained', 'train_steps': 3, 'samples': 2, 'batch_size': 2}
-  with flagsaver.flagsaver(**given), pytest.raises(ValueError, match='give --out'):
+  given = {'model': str(folder), 'method': 'explained', 'train_steps': 3, 'samples': 2,
+           'batch_size': 2}
+  with flagsaver.flagsaver(**given, out=None), pytest.raises(ValueError, match='give --out'):
     command.main([])
   with flagsaver.flagsaver(**given, out=str(out)):
     command.main([])
