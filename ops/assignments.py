@@ -144,7 +144,7 @@ def put(values: Array, index: Array, new: Array) -> Array:
   """Writes entries: values [B, N], index int[B, M], new [B, M] -> [B, N].
 
   Args:
-    index: without a number twice; N and more are entries of nowhere.
+    index: 0 or more; N and more are entries of nowhere. Of one twice, either is written.
   """
   numbers = jax.lax.ScatterDimensionNumbers(
       update_window_dims=(), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1,),

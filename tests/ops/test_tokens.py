@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ops import tokens as tk
-from ops.assignments import Gather, Merge, Mix
+from ops.assignments import Gather, Merge, Mix, put, take
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 
 BATCH, COUNTS = 2, (9, 6, 4)
@@ -424,3 +424,18 @@ def test_a_method_that_may_keep_everything_is_not_asked():
   assert not asked
   assert tk.decide(method, tokens, 'signals', num_slots=8).src.shape == (BATCH, 8)
   assert asked == [('signals', 8)]
+
+
+def test_rows_are_picked_and_entries_written():
+  rng = np.random.default_rng(0)
+  values, index = rng.normal(size=(3, 5, 2)).astype(np.float32), rng.integers(0, 5, (3, 4))
+  same(take(values, index), values[np.arange(3)[:, None], index])
+  same(take(values[..., 0], index), values[np.arange(3)[:, None], index, 0])
+  # A batch of one is that of all rows.
+  same(take(values[:1], index), values[0][index])
+  same(take(values, index[:1]), values[:, index[0]])
+  # What is written nowhere is lost.
+  written = put(jnp.zeros((2, 4), jnp.int32), jnp.array([[3, 0], [4, 1]]),
+                jnp.array([[7., 8.]] * 2))
+  same(written, [[8, 0, 0, 7], [0, 8, 0, 0]])
+  assert written.dtype == jnp.int32
