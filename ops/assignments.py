@@ -128,7 +128,8 @@ class Assignment(Extras, Protocol):
 def take(values: Array, index: Array) -> Array:
   """Picks rows: values [B, N, ...], index int[B, M], 0 to N - 1 -> [B, M, ...].
 
-  One of both may have a batch of one, which is then that of all rows.
+  One of both may have a batch of one, which is then that of all rows. What lies beyond the end
+  gives NaN, in integers the least (unsigned: the greatest), never another token.
   """
   if len(values) != len(index):
     batch = max(len(values), len(index))
@@ -137,7 +138,7 @@ def take(values: Array, index: Array) -> Array:
       offset_dims=tuple(range(2, values.ndim)), collapsed_slice_dims=(1,), start_index_map=(1,),
       operand_batching_dims=(0,), start_indices_batching_dims=(0,))
   return jax.lax.gather(values, index[..., None], numbers, (1, 1, *values.shape[2:]),
-                        mode='promise_in_bounds')
+                        mode='fill')
 
 
 def put(values: Array, index: Array, new: Array) -> Array:

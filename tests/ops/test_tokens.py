@@ -434,6 +434,7 @@ def test_rows_are_picked_and_entries_written():
   # A batch of one is that of all rows.
   same(take(values[:1], index), values[0][index])
   same(take(values, index[:1]), values[:, index[0]])
+  assert jnp.isnan(take(jnp.asarray(values, jnp.float32), index + values.shape[1])).all()
   # What is written nowhere is lost.
   written = put(jnp.zeros((2, 4), jnp.int32), jnp.array([[3, 0], [4, 1]]),
                 jnp.array([[7., 8.]] * 2))
