@@ -220,6 +220,7 @@ def test_reductions_act_on_visual_tokens_unless_they_say_otherwise(scenes):
   assert scenes.explain(FASTV) != scenes.explain(every)
 
 
+@pytest.mark.long
 def test_images_may_be_files_and_compiled_programs_are_kept(scenes, tmp_path):
   text, image, _ = question(scenes, 0)
   image.save(tmp_path / 'scene.png')

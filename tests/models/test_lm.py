@@ -151,6 +151,7 @@ def test_cut_rows_are_rows_alone_whatever_text_they_have():
   np.testing.assert_allclose(found[1:2], answer(alone, short, ids()[1:2, PROMPT:]), atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('storage', ['stacked', 'unstacked'])
 def test_runs_of_layers_and_layers_alone_store_the_same(storage):
   weights = variables() if storage == 'stacked' else unstacked()

@@ -109,6 +109,7 @@ def test_the_door_keeps_what_the_towers_last_layer_attends_to(by):
   assert out['sequence'].slots == 5 + 2 * 5
 
 
+@pytest.mark.long
 def test_a_pool_of_all_images_of_a_prompt():
   vlm, params = llava()
   reduced = with_projector_reduction(vlm,
@@ -224,6 +225,7 @@ def test_what_a_tower_adds_to_a_crop_stands_where_most_of_it_was():
   assert slots[0, 0, :, 0][real].tolist() == [1, 2, 0, 5, 3]
 
 
+@pytest.mark.long
 def test_a_door_behind_crops_pools_patches_and_newlines():
   vlm, params = llava('next')
   images = crops()

@@ -134,6 +134,7 @@ def test_prefill_and_decoding_equal_the_whole_pass(name):
     assert tuple(cache.memory.layers) == READS[name]
 
 
+@pytest.mark.long
 @names
 def test_text_without_an_image_is_as_it_was_and_rows_are_each_by_itself(name):
   logits, out = usual(name)

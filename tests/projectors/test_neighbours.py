@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import errors, mostly_long
+from helpers import errors
 
 from lib.cost import jaxpr
 from lib.cost import projector as projector_cost
@@ -132,6 +132,7 @@ def test_an_image_keeps_its_tokens_as_timesuite_releases_it():
   np.testing.assert_allclose(got[1], want, atol=1e-5)
 
 
+@pytest.mark.long
 def test_timesuite_begins_as_the_shuffle_alone_and_can_be_trained():
   x = jnp.asarray(timesuite()[2])
   params = SHORT.init(jax.random.key(0), TokenSet.create(x), Beside(CLIPS))['params']
@@ -204,6 +205,7 @@ def read(module, params, x, valid):
   return module.apply({'params': params}, x, valid).x
 
 
+@pytest.mark.long
 def test_queries_read_a_page_inside_its_encoder():
   module, params, x = reader()
   got = read(module, params, x, PAGE)
@@ -237,7 +239,8 @@ def test_a_page_costs_its_encoder_and_as_many_tokens_as_queries():
   assert out.x.shape == (1, 64, 4096)
 
 
-@pytest.mark.parametrize('dtype', mostly_long([jnp.float32, jnp.bfloat16], short=1))
+@pytest.mark.long
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_a_language_model_learns_to_read_pages_through_the_queries(dtype):
   """Gradients of the module alone, through a language model that stays as it is."""
   module, params, x = reader(dtype=dtype)
@@ -341,7 +344,8 @@ def test_a_demonstration_knows_its_image_and_no_other():
   assert moved[0, 0] == moved[1, 0] == moved[1, 1] == 0
 
 
-@pytest.mark.parametrize('layers', mostly_long([1, 2], short=1))
+@pytest.mark.long
+@pytest.mark.parametrize('layers', [1, 2])
 def test_the_first_layers_may_read_demonstrations(layers):
   module, params, _ = aim(layers)
   got = program(module, method='aggregate')(params, shown())
@@ -358,6 +362,7 @@ def test_the_first_layers_may_read_demonstrations(layers):
                              want.reshape(2, 2, 4, -1)[np.asarray(got.valid)], atol=2e-5)
 
 
+@pytest.mark.long
 def test_the_product_alone_learns_from_what_is_shown():
   module, params, inputs = aim()
 

@@ -89,6 +89,7 @@ def alone(row):
   return Images(images.pixels[row:row + 1, :FRAMES[row]], None, index, weight)
 
 
+@pytest.mark.long
 def test_a_video_is_one_grid():
   vlm, params, (_, out) = trained()
   # One that knows no number of frames but the grid's.
@@ -175,6 +176,7 @@ def videos_of(rows):
   return jax.tree.map(lambda leaf: leaf[:rows], videos())
 
 
+@pytest.mark.long
 def test_bf16_and_its_gradients_are_finite():
   _, params, _ = trained()
   low = model(jnp.bfloat16)

@@ -111,6 +111,7 @@ def test_what_is_made_of_the_question_passes_no_gradient():
   assert found['compressor']['cells']['question']['kernel'].any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('side', 'left'), [(2, 4), (4, 1)])
 def test_the_language_model_reads_as_many_tokens_as_are_promised(side, left):
   vlm, params = packed(side)
@@ -200,6 +201,7 @@ def test_patches_are_followed_to_their_cells():
   assert first.tokens.tolist() == [4, 4]
 
 
+@pytest.mark.long
 def test_patches_that_became_one_token_are_followed_together():
   vlm, images = from_config(LLAVA).clone(side=2), squares()
   vlm = with_plans(vlm, language={'method': 'stride', 'token_kinds': 'visual', 'layers': 1,

@@ -84,6 +84,7 @@ def test_runs_answer_as_they_were_scored(scenes):
   assert made.prompt('is there a 7 ?', images=1) == [2, *digit_scenes.encode('is there a 7 ?')]
 
 
+@pytest.mark.long
 def test_runs_on_text_answer_with_the_tokens_of_their_set(needle):
   made = assistant.load(needle[0])
   assert made.tokens.size == made.model.vocabulary == stdlib_needle.VOCABULARY

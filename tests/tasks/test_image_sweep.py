@@ -285,6 +285,7 @@ def test_without_a_baseline_rows_have_the_keys_that_they_had(config, tmp_path):
       'low_ms', 'high_ms', 'speedup', 'speedup_low', 'speedup_high', 'compile_s', 'note']
 
 
+@pytest.mark.long
 def test_no_rounds_time_nothing_and_draw_no_latency(config, tmp_path):
   with config.unlocked():
     del config.sweep.baseline, config.sweep.baseline_draws

@@ -202,6 +202,7 @@ def trained(parts, tmp_path):
   return folder, config, params
 
 
+@pytest.mark.long
 def test_parts_come_from_a_run(parts, trained):
   folder, theirs, params = trained
   config = config_of(parts, tower=str(folder), lm=str(folder), side=1)
@@ -223,6 +224,7 @@ def test_parts_come_from_a_run(parts, trained):
                               config.optimizer.frozen)[0]) == {'projector'}
 
 
+@pytest.mark.long
 def test_a_part_that_a_run_did_not_train_ends_in_one_line(parts, trained):
   folder, config, params = trained
   checkpoint.pack({'projector': params['projector']}, 7, folder)
@@ -232,6 +234,7 @@ def test_a_part_that_a_run_did_not_train_ends_in_one_line(parts, trained):
     pretrained.load({'tower': str(parts / 'vit'), 'lm': str(folder)}, model)
 
 
+@pytest.mark.long
 def test_a_run_without_a_checkpoint_ends_in_one_line(parts, trained):
   folder, config, _ = trained
   (folder / checkpoint.PACKED).unlink()

@@ -62,6 +62,7 @@ def test_decoding_is_right_where_every_token_is(name):
   np.testing.assert_array_equal(whole.sum(axis=0), [3, 4])
 
 
+@pytest.mark.long
 def test_groups_are_kinds_or_tenths_of_the_depth():
   _, info, model, params = model_of('needle')
   batch = says(model, params, batch_of(info, CONTEXT)) | {

@@ -170,6 +170,7 @@ def test_the_loss_is_that_of_the_answers_alone(case):
     np.testing.assert_allclose(again[row, first], found[row, first], atol=1e-5)
 
 
+@pytest.mark.long
 def test_scores_count_whole_answers_by_kind(case):
   *_, info, _, params, run = case
   batch = batch_of(info, 14)
@@ -201,6 +202,7 @@ def test_logits_of_the_answers_alone_tell_the_same(case):
   np.testing.assert_array_equal(*counts)
 
 
+@pytest.mark.long
 def test_patches_carry_the_label_of_their_cell():
   config = small(scenes_config)
   config.model.tower.patch = 8
@@ -247,6 +249,7 @@ def test_a_run_trains_scores_and_goes_on(tmp_path):
   assert dataclasses.asdict(NEEDLE)['vocabulary'] == 258
 
 
+@pytest.mark.long
 def test_answers_are_learned_from_a_teacher_too(tmp_path):
   config = small(scenes_config)
   config.data.context = 14

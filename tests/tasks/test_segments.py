@@ -86,6 +86,7 @@ def test_train_and_test_show_different_digits():
   assert not seen[0] & seen[1]
 
 
+@pytest.mark.long
 def test_labels_move_with_their_pixels(place):
   """Moved and turned, ink still lies where the labels say: one set of draws for both."""
   config = config_of(place, augment={'method': 'affine', 'shift': 0.2, 'degrees': 30.0,
@@ -105,6 +106,7 @@ def test_labels_move_with_their_pixels(place):
   assert (plain['label'] != batch['label']).any(axis=(1, 2)).mean() > 0.9
 
 
+@pytest.mark.long
 def test_evaluation_shrinks_labels_without_mixing_them(place):
   batch = next(iter(image_data.eval_batches(config_of(place, image_size=SIDE // 2))))
   whole = next(iter(image_data.eval_batches(config_of(place))))
