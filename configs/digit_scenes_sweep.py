@@ -37,7 +37,9 @@ LEFT_OUT = {
         'globalcom2': 'divides a budget among crops, and there is one'},
     'language': {
         **dict.fromkeys(('catp', 'catp_images'), 'reduces the images of examples'),
-        **dict.fromkeys(('relevance_rank', 'subtoken_merge'), 'reads stats that nobody gives'),
+        'relevance_rank': 'reads a stat that nobody gives',
+        'subtoken_merge': 'reads the words of a text in several tokens, and there are none',
+        'framefusion_merge': 'reduces the frames of a video',
         'lvlm_csp': 'brings its tokens back'},
     'cache': {'periodic': 'evicts while an answer of many tokens is decoded',
               'voco': 'goes by tokens that this model never learned'},

@@ -33,7 +33,7 @@ ARGS = {
 # that texts do not have.
 LEFT_OUT = ('quest', 'corematching_cache', 'sparsevlm', 'visiondrop', 'vtw', 'catp', 'catp_images',
             'todre_exit', 'lvlm_csp', 'adatoken_3d', 'mustdrop', 'fopru', 'ppe', 'relevance_rank',
-            'subtoken_merge', 'framefusion_prune', 'llavolta', 'voco')
+            'subtoken_merge', 'framefusion_merge', 'framefusion_prune', 'llavolta', 'voco')
 # What a row is compared with, beside chance; those that hold another method, with that.
 VERSUS = {
     'streaming_llm': 'streaming_llm, no sinks', 'streaming_llm, turned': 'streaming_llm',

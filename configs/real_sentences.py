@@ -22,8 +22,8 @@ BUDGETS = {'half, in two cuts': {'layers': (2, 4), 'keep_ratio': 0.707},
 EVERYWHERE = ('random', 'tome', 'pitome', 'atc', 'vid_tldr', 'topk')
 # What only training makes useful is left out, and what is for images or videos beside a text, or
 # reads stats that texts do not have. Random choice is measured first.
-LEFT_OUT = ('none', 'random', 'ppe', 'catp_images', 'lvlm_csp', 'framefusion_prune',
-            'relevance_rank', 'subtoken_merge')
+LEFT_OUT = ('none', 'random', 'ppe', 'catp_images', 'lvlm_csp', 'framefusion_merge',
+            'framefusion_prune', 'relevance_rank', 'subtoken_merge')
 METHODS = ('random', *(name for name, made in methods(HOST).items()
                        if not hasattr(made, 'init') and name not in LEFT_OUT))
 # Those that can do with the final vectors alone, and reach every budget in one cut.

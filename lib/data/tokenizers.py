@@ -16,7 +16,7 @@ import pathlib
 import re
 import secrets
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -348,6 +348,28 @@ class WordTokenizer:
   def size(self) -> int:
     """Number of words."""
     return len(self.words)
+
+
+def word_numbers(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> np.ndarray:
+  """Numbers the words of a text: int32[T], the same for the tokens of one word, ascending.
+
+  Two tokens that follow each other are of one word where they read as one, of letters, digits and
+  underscores; what has no text of its own, such as a special token, is a word. As the stat 'unit',
+  it tells ops/reducers/language/subtoken_merge.py what to merge:
+
+    unit = word_numbers(assistant.tokens.decode, ids)[None]
+    tokens = lm.apply(variables, ids[None], method='embed')
+    logits, _ = reduced.apply(variables, tokens.replace(stats={'unit': unit}))
+
+  Args:
+    decode: as of a tokenizer here.
+    ids: T tokens.
+  """
+  alone = [decode([one]).strip() for one in ids]
+  # Pieces of a word keep their mark where nothing is in front of them.
+  begins = [not (before and own and re.fullmatch(r'(##)?\w+', decode([first, second]).strip()))
+            for before, own, first, second in zip(alone, alone[1:], ids, ids[1:], strict=False)]
+  return np.cumsum([0, *begins][:len(ids)], dtype=np.int32)
 
 
 def _parsed(content: str, name: Any) -> tokenizers.Tokenizer:

@@ -266,6 +266,13 @@ class LM(nn.Module):
     return self.mask == 'causal' and not self.full_layers
 
   @property
+  def reads_frames(self) -> bool:
+    """Returns whether masks, positions or a method of the plan go by the stat 'frame'."""
+    reductions = self.plan.reductions if self.plan else ()
+    return self.mask == 'frames' or self.frame_stride > 0 or any(
+        FRAME in reduction.method.reads for reduction in reductions)
+
+  @property
   def rotation(self) -> Rope:
     """Returns how positions become rotations as the tokens carry them."""
     if not self.visual_stride and not self.frame_stride:

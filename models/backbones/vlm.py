@@ -547,7 +547,7 @@ class VLM(nn.Module):
       parts = max(len(self.lm.rope.sections) // images.axes.shape[-1], 1)
       places = jnp.repeat(images.axes, parts, axis=-1) if parts > 1 else images.axes
       visual = visual.replace(stats=visual.stats | {'axes': places})
-    if (self.lm.mask == 'frames' or self.lm.frame_stride) and images.index is not None:
+    if self.lm.reads_frames and images.index is not None:
       # What ends a row is of the frame before it.
       frame = jax.lax.cummax(self._crops(images)[CROP], axis=2)
       visual = visual.replace(stats=visual.stats | {FRAME: frame})

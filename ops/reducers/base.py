@@ -67,6 +67,10 @@ class Reducer:
     return frozenset()
 
   @property
+  def reads(self) -> frozenset[str]:
+    return frozenset()
+
+  @property
   def drops(self) -> str:
     return ''
 

@@ -34,6 +34,11 @@ class Method(Protocol):
     ...
 
   @property
+  def reads(self) -> frozenset[str]:
+    """Names of stats of a prompt's tokens that it goes by, for a host that can make them."""
+    ...
+
+  @property
   def kind(self) -> str:
     """The kind of its events: 'cut', or 'insert' where tokens that have waited join."""
     ...

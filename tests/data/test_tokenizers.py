@@ -4,9 +4,13 @@ import json
 import pathlib
 import shutil
 
+import jax
+import numpy as np
 import pytest
+from helpers import tiny_lm
 
-from lib.data.tokenizers import Chat, HubTokenizer
+from lib.data.tokenizers import Chat, HubTokenizer, word_numbers
+from models.plan import make_plan
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'parity_vlm' / 'chat'
 EXPECTED = json.loads((FOLDER / 'expected.json').read_text())
@@ -65,3 +69,53 @@ def test_ids_back_to_text_and_errors(tmp_path):
     tokens.id_of('<dog>')
   with pytest.raises(ValueError, match=r'there is no .*tokenizer\.json'):
     HubTokenizer.of(tmp_path)
+
+
+def trained(kind):
+  """A tokenizer of few words, by bytes (as GPT-2's) or by pieces of words (as BERT's)."""
+  tokenizers = pytest.importorskip('tokenizers')
+  if kind == 'bytes':
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=270, special_tokens=['<s>'], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  else:
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token='[UNK]'))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=60, special_tokens=['[UNK]', '<s>'], show_progress=False)
+  made.train_from_iterator(['get the token of the text(s), gettext and tokentext'] * 3, trainer)
+  return HubTokenizer(made.to_str())
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'pieces'])
+def test_tokens_of_a_word_have_one_number(kind):
+  tokens = trained(kind)
+  words = ['get', 'tokentext', 'of', 'the', 'gettoken', 'tokenthe', '(', 'text', ')']
+  ids = [tokens.id_of('<s>'), *tokens.encode('get tokentext of the gettoken tokenthe (text)',
+                                             special=False)]
+  numbers = word_numbers(tokens.decode, ids)
+  assert len(ids) > numbers.max() + 1
+  parts = [[one for one, number in zip(ids, numbers, strict=True) if number == own]
+           for own in range(numbers.max() + 1)]
+  said = [tokens.decode(part).strip() for part in parts]
+  assert [word for word in said[1:] if word] == words
+  assert parts[0] == [tokens.id_of('<s>')]
+  assert word_numbers(tokens.decode, []).tolist() == []
+
+
+def test_a_language_model_reads_the_words_of_a_text_as_one_token_each():
+  tokens = trained('bytes')
+  ids = np.array([tokens.encode('gettext of tokentext the', special=False)])
+  unit = word_numbers(tokens.decode, ids[0])[None]
+  lm = tiny_lm.TINY.clone(vocabulary=tokens.size)
+  plan = make_plan({'method': 'subtoken_merge', 'token_kinds': 'text', 'layers': 0,
+                    'keep': ids.shape[1] - 1}, lm.host(ids.shape[1]))
+  variables = lm.init(jax.random.key(0), ids)
+  embedded = lm.apply(variables, ids, method='embed')
+  _, out = lm.clone(plan=plan).apply(variables, embedded.replace(stats={'unit': unit}))
+  owner = np.asarray(out['tokens'].owner[0])
+  np.testing.assert_array_equal(owner, unit[0])

@@ -15,6 +15,7 @@ from helpers import recorded
 
 from ops import tokens as tk
 from ops.primitives.crops.segments import contiguous
+from ops.reducers.language.framefusion_merge import FrameFusionMerge
 from ops.reducers.language.holitom_merge import HoliTomMerge
 from ops.reducers.projector.dycoke import DyCoke
 from ops.reducers.projector.evs import EVS
@@ -251,6 +252,46 @@ def test_framefusion():
   np.testing.assert_array_equal(found[2][0], np.arange(10))
   np.testing.assert_allclose(found[2][1], raw['x0'].mean(axis=0)[:10], atol=1e-5)
   np.testing.assert_array_equal(found[3][0], np.arange(7))
+
+
+def test_framefusion_from_layer_to_layer():
+  """Two videos in their prompts: merging above the threshold, up to the budget, and pruning."""
+  raw, method = load('framefusion_layers'), FrameFusionMerge()
+  prompts = [raw['x0'], raw['x1']]
+  slots = max(map(len, prompts)) + 2
+  x, valid = np.full((2, slots, 16), 1e3, np.float32), np.zeros((2, slots), bool)
+  kind, frame = np.full((2, slots), VISUAL, np.int8), np.full((2, slots), -1)
+  for row, (own, start) in enumerate(zip(prompts, (1, 0), strict=True)):
+    before, frames, width, behind = raw[f'frames{row}']
+    here = slice(start, start + len(own))
+    x[row, here], valid[row, here] = own, True
+    kind[row, here] = [TEXT] * before + [VISUAL] * frames * width + [TEXT] * behind
+    frame[row, here] = [-1] * before + list(np.repeat(np.arange(frames), width)) + [-1] * behind
+  pos = np.maximum(np.cumsum(valid, axis=1, dtype=np.int32) - 1, 0)
+  tokens = TokenSet.create(x, pos=pos, valid=valid, kind=kind, protected=7,
+                           stats={'frame': frame})
+  tokens = tokens.replace(stats=tokens.stats | method.watch(tokens, Signals()))
+  for step in range(3):
+    # The second video is done one step before the first: nothing is left to do.
+    last = [min(step, 2 - row) for row in range(2)]
+    kept = [raw[f'kept{row}_{number}'] for row, number in enumerate(last)]
+    received = np.zeros((2, 1, tokens.slots), np.float32)
+    if step == 1:
+      received[1, :, np.asarray(tokens.real[1])] = raw['received1_1'].mean(axis=0)[:, None]
+    tokens = tokens.replace(budget=np.array([len(own) - 7 for own in kept], np.int32))
+    num_slots = max(map(len, kept))
+    tokens = tk.reduce(tokens, jax.jit(functools.partial(method, num_slots=num_slots))(
+        tokens, Signals(received_attention=received)))
+    x = np.array(tokens.x)
+    for row, number in enumerate(last):
+      real = np.asarray(tokens.real[row])
+      order = np.argsort(np.asarray(tokens.pos[row])[real])
+      found = np.asarray(tokens.pos[row])[real][order]
+      np.testing.assert_array_equal(found, kept[row])
+      if number == step:
+        np.testing.assert_allclose(x[row, real][order], raw[f'out{row}_{step}'], atol=1e-5)
+        x[row, np.flatnonzero(real)[order]] += raw[f'add{row}_{step}']
+    tokens = tokens.replace(x=x)
 
 
 def test_mustdrop():

@@ -91,6 +91,7 @@ class Case:
     pos = self.pos.astype(np.int32)
     stats = {'memo': pos.astype(np.float32), 'pair': np.stack([pos, -pos], axis=-1),
              'unit': (self.x[:, :, 0] > 0).astype(np.int32),
+             'frame': np.where(self.kind == VISUAL, self.pos // (CROP_GRID[0] * CROP_GRID[1]), -1),
              'relevance': np.abs(self.x[:, :, 1])}
     return TokenSet(
         x=self.x.astype(dtype), pos=pos, kind=self.kind.astype(np.int8),

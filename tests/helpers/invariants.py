@@ -366,7 +366,7 @@ def ties(name):
       same(np.sort(out.src[row]), np.sort(out.src[0]))
       assert {0, 1} <= set(anchors)
       continue
-    if 'crop' in method.needs:
+    if 'crop' in method.needs or 'frame' in method.reads:
       # Each crop, or frame, has a budget of its own.
       crop, place = np.divmod(case.pos[row][anchors[1:]], np.prod(contract.CROP_GRID))
       same(place, np.concatenate([np.arange(count) for count in np.bincount(crop)]))

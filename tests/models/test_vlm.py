@@ -356,6 +356,34 @@ def test_a_joint_budget_of_projector_language_model_and_cache():
 
 
 @pytest.mark.long
+def test_places_of_frames_merge_in_the_language_model():
+  """Frames are the images of a prompt, or the crops of an image."""
+  settings = {'method': 'framefusion_merge', 'args': {'threshold': -1.0}, 'layers': (0, 1),
+              'keep': (28, 16)}
+  vlm, params = llava()
+  plan = make_plan(settings, vlm.lm.host(5 + 32, visual=32))
+  _, out = run(vlm.clone(lm=vlm.lm.clone(plan=plan)), params, squares())
+  group, tokens = out['sequence'].stats['group'][1], out['tokens']
+  first, second = (np.asarray(tokens.owner[1])[group == image] for image in (0, 1))
+  np.testing.assert_array_equal(first, second)
+  assert len(set(first)) == 16
+  assert (first >= 0).all()
+  np.testing.assert_array_equal(tokens.size[1][first], 2)
+  # One frame alone has nothing to merge.
+  assert (np.asarray(tokens.owner[0])[out['sequence'].stats['group'][0] == 0] >= 0).all()
+  vlm, params = llava('next')
+  images = crops()
+  slots = 5 + vlm.visual_slots(images.layout)
+  plan = make_plan(settings, vlm.lm.host(slots, visual=slots - 5))
+  assert 'frame' not in look(vlm, params, images)['sequence'].stats
+  sequence = look(vlm.clone(lm=vlm.lm.clone(plan=plan)), params, images)['sequence']
+  frame = sequence.stats['frame'][0][sequence.stats['group'][0] == 0]
+  np.testing.assert_array_equal(frame[:16], 0)
+  # As frames of a video would be, in the order of time.
+  np.testing.assert_array_equal(frame[16:], np.repeat([1, 2], (4, 14)))
+
+
+@pytest.mark.long
 def test_features_of_the_tower_join_their_tokens_in_later_layers():
   """Adds features to those that are left, wherever they stand, and whatever pads their row."""
   plain, params = llava()

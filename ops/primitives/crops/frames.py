@@ -39,10 +39,14 @@ class Frames(struct.PyTreeNode):
   @classmethod
   def of(cls, tokens: TokenSet, signals: Signals) -> Frames:
     """Makes it of the signals `FRAME_SIGNALS`."""
-    slots, number = tokens.slots, signals.num_crops
-    crop = signals.crop
+    crop, number = signals.crop, signals.num_crops
     frame = jnp.where(tokens.free & (crop >= 0) & (crop < number), crop, -1)
-    place = ranks_within(frame, jnp.zeros(frame.shape))
+    return cls.by(frame, ranks_within(frame, jnp.zeros(frame.shape)), number)
+
+  @classmethod
+  def by(cls, frame: Array, place: Array, number: int = 1) -> Frames:
+    """Makes it of `frame`, `place` and `number`."""
+    slots = frame.shape[1]
     own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), frame.shape)
     order = jax.lax.sort((jnp.where(frame < 0, slots, place), frame, own), num_keys=2)[2]
     return cls(frame, place, order, number)

@@ -9,6 +9,7 @@ from ops.reducers.language.dart import DART
 from ops.reducers.language.duet_vlm import DUETVLM
 from ops.reducers.language.fastv import FastV
 from ops.reducers.language.fitprune import FitPrune
+from ops.reducers.language.framefusion_merge import FrameFusionMerge
 from ops.reducers.language.framefusion_prune import FrameFusionPrune
 from ops.reducers.language.gemfilter import GemFilter
 from ops.reducers.language.hidrop import HiDrop
@@ -51,6 +52,7 @@ LANGUAGE: dict[str, type[Method]] = {
     'pact': PACT,
     'subtoken_merge': SubtokenMerge,
     'relevance_rank': RelevanceRank,
+    'framefusion_merge': FrameFusionMerge,
     'framefusion_prune': FrameFusionPrune,
     'llavolta': LLaVolta,
 }

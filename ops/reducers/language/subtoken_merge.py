@@ -26,11 +26,11 @@ class SubtokenMerge(Reducer):
   On the Effect of Token Merging on Pre-trained Models for Code (Saad et al., 2025),
   arXiv:2507.14423, of which the abstract alone was read: its strategy of averaging; the one that
   learns weights is not here, nor are encoder-decoders. Units are runs of neighbours with the same
-  number in the stat 'unit' of the tokens, int[B, N], which a tokenizer or a parser gives; tokens
-  without such a stat are units of their own. How many tokens that leaves is the text's: `keep` is
-  the most. Where there are more units, neighbours merge until the budget is met, the most alike
-  first by cosine, which is this project's. Give token_kinds='text' in a language model, and layer
-  0 to merge embeddings; merged tokens take the place of their last.
+  number in the stat 'unit' of the tokens, int[B, N], which a parser gives, or `word_numbers`
+  (lib/data/tokenizers.py); tokens without such a stat are units of their own. How many tokens that
+  leaves is the text's: `keep` is the most. Where there are more units, neighbours merge until the
+  budget is met, the most alike first by cosine, which is this project's. Give token_kinds='text' in
+  a language model, and layer 0 to merge embeddings; merged tokens take the place of their last.
   """
 
   # Units are of text, which a host without a rope has none of, or cannot tell about.
