@@ -9,7 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 PY := $(VENV)/bin/python
-JOBS ?= 2
+# A worker of the tests takes up to 3 GB.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 .PHONY: demo test test-all lint bench real targets clean
 

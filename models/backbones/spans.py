@@ -17,6 +17,8 @@ from models.projectors.base import IMAGE, Compressor
 from ops.primitives.grids import Grid
 
 Array = jax.Array
+# What to do about it.
+APART = "set compressor.args.span='crop', or choose a compressor that reads crops one by one"
 
 
 def grids_read(compressor: Compressor, grid: Grid, layout: Layout) -> tuple[int, Grid]:
@@ -39,7 +41,7 @@ def grids_read(compressor: Compressor, grid: Grid, layout: Layout) -> tuple[int,
   if images > 1:
     raise ValueError(f'{type(compressor).__name__} reads all crops of a row as one image, and '
                      f'these rows have up to {images} images: give one a row, leave index and '
-                     "weight out of Images of one crop each, or set compressor.args.span='crop'")
+                     f'weight out of Images of one crop each, or {APART}')
   return 1, (crops, *grid)
 
 
@@ -75,7 +77,7 @@ def check(compressor: Compressor, lm: LM) -> None:
   if lm.rope.sections or lm.mask == 'frames' or lm.frame_stride:
     raise ValueError(f'{type(compressor).__name__} leaves tokens of several crops, which have no '
                      'frame, row and column: choose a language model without sections of rope, '
-                     "mask='frames' and frame_stride, or set compressor.args.span='crop'")
+                     f"mask='frames' and frame_stride, or {APART}")
   if compressor.reader(lm):
     raise ValueError(f'{type(compressor).__name__} leaves a memory of each crop, so it cannot read '
-                     "all crops at once: set compressor.args.span='crop'")
+                     f'all crops at once: {APART}')

@@ -13,6 +13,7 @@ from models.projectors.matryoshka import Matryoshka
 from models.projectors.mqt import MQT
 from models.projectors.quecc import QueCC
 from models.projectors.slime import SliME, SliMELocal
+from models.projectors.slime_crops import SliMECrops
 from models.projectors.timesuite import TimeSuite
 from models.projectors.tokenflex import TokenFLEX
 from models.projectors.tokenpacker import TokenPacker
@@ -29,6 +30,7 @@ PROJECTORS: dict[str, type[Compressor]] = {
     'mqt': MQT,
     'quecc': QueCC,
     'slime': SliME,
+    'slime_crops': SliMECrops,
     'slime_local': SliMELocal,
     'timesuite': TimeSuite,
     'tokenflex': TokenFLEX,

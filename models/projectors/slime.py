@@ -1,6 +1,7 @@
 """SliME: two experts for an image in small, and queries that compress its crops.
 
-What of the compressed crops a prompt asks for is models/projectors/slime_router.py.
+What of the compressed crops a prompt asks for is models/projectors/slime_router.py, and all of an
+image together models/projectors/slime_crops.py.
 
 Axes: B batch, N patches of a crop, M queries, W width of the tower, C width of the attention, D
 width of the language model.
@@ -62,9 +63,13 @@ class SliME(Compressor):
     """Projects, as `Compressor`; with an rng 'dropout' the gates are noisy, as in training."""
     mlp = Projector(self.width, 'gelu', self.dtype, name='mlp')
     seen = Resampler(beside.grid, self.heads, self.dtype, name='resampler')(tokens.x, beside.grid)
-    gates = Gates(name='gates')(tokens.x)
-    experts = jnp.stack([mlp(tokens.x), mlp(seen)], axis=-1)
-    return TokenSet.create(jnp.einsum('bnde,bne->bnd', experts, gates.astype(experts.dtype)))
+    return TokenSet.create(weighed(tokens.x, seen, Gates(name='gates'), mlp))
+
+
+def weighed(x: Array, seen: Array, gates: nn.Module, mlp: nn.Module) -> Array:
+  """Weighs patches and what queries saw in their places: float[B, N, W], twice -> [B, N, D]."""
+  experts = jnp.stack([mlp(x), mlp(seen)], axis=-1)
+  return jnp.einsum('bnde,bne->bnd', experts, gates(x).astype(experts.dtype))
 
 
 class SliMELocal(Compressor):

@@ -67,6 +67,7 @@ ARGS = {
     'tokenpacker': {'heads': 2, 'levels': LEVELS}, 'quecc': {'heads': 2, 'levels': LEVELS},
     'mqt': {'queries': 4, 'count': 3, 'heads': 2}, 'tokenflex': {'side': 3},
     'slime': {'heads': 2}, 'slime_local': {'side': 3, 'heads': 2},
+    'slime_crops': {'side': 3, 'heads': 2},
     'hicom': {'guide': 'none', 'side': 2, 'queries': 2, 'heads': 2},
     'crosslmm': {'side': 3, 'every': 1},
     'vision_remember': {'every': 1, 'heads': 2, 'levels': (0, 1)},
