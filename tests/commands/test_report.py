@@ -413,6 +413,7 @@ def test_overlay_shows_each_image_layer_by_layer_pixel_for_pixel(tmp_path, small
   assert (edge == 255).all(), 'something is cut off at the edge'
 
 
+@pytest.mark.long
 def test_compare_draws_the_last_cut_where_a_method_has_none(tmp_path, small):
   image, grid = photos()[1], (8, 8)
   dropped, joined = cuts_of(drop), cuts_of(join)

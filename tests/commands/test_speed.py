@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit, mostly_long
+from helpers import golden_vit
 
 from models.plan import make_plan
 from tools import speed
@@ -23,9 +23,8 @@ def asked(name):
   return plan, args, jax.jit(function)(*args), speed.record(model, plan, *args), model
 
 
-@pytest.mark.parametrize('name', mostly_long(['tome', *(
-    pytest.param(name, marks=pytest.mark.long)
-    for name in ('mctf', 'ats', 'flowcut', 'dynamicvit', 'sinkhorn'))]))
+@pytest.mark.long
+@pytest.mark.parametrize('name', ['tome', 'mctf', 'ats', 'flowcut', 'dynamicvit', 'sinkhorn'])
 def test_pieces_redo_what_the_model_did(name):
   plan, args, _, recorded, model = asked(name)
   pieces = speed.parts(plan, args[0]['stack'], recorded)

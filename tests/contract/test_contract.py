@@ -150,6 +150,7 @@ def test_broken_methods_are_caught(broken, caught, monkeypatch):
       INVARIANTS[invariant](broken.__name__)
 
 
+@pytest.mark.long
 def test_the_unbroken_method_passes(monkeypatch):
   monkeypatch.setitem(REDUCERS, 'Broken', Broken)
   for check in INVARIANTS.values():

@@ -107,6 +107,7 @@ def test_tokens_of_a_word_have_one_number(kind):
   assert word_numbers(tokens.decode, []).tolist() == []
 
 
+@pytest.mark.long
 def test_a_language_model_reads_the_words_of_a_text_as_one_token_each():
   tokens = trained('bytes')
   ids = np.array([tokens.encode('gettext of tokentext the', special=False)])
@@ -114,8 +115,8 @@ def test_a_language_model_reads_the_words_of_a_text_as_one_token_each():
   lm = tiny_lm.TINY.clone(vocabulary=tokens.size)
   plan = make_plan({'method': 'subtoken_merge', 'token_kinds': 'text', 'layers': 0,
                     'keep': ids.shape[1] - 1}, lm.host(ids.shape[1]))
-  variables = lm.init(jax.random.key(0), ids)
+  variables = jax.jit(lm.init)(jax.random.key(0), ids)
   embedded = lm.apply(variables, ids, method='embed')
-  _, out = lm.clone(plan=plan).apply(variables, embedded.replace(stats={'unit': unit}))
+  _, out = jax.jit(lm.clone(plan=plan).apply)(variables, embedded.replace(stats={'unit': unit}))
   owner = np.asarray(out['tokens'].owner[0])
   np.testing.assert_array_equal(owner, unit[0])

@@ -254,6 +254,7 @@ def test_framefusion():
   np.testing.assert_array_equal(found[3][0], np.arange(7))
 
 
+@pytest.mark.long
 def test_framefusion_from_layer_to_layer():
   """Two videos in their prompts: merging above the threshold, up to the budget, and pruning."""
   raw, method = load('framefusion_layers'), FrameFusionMerge()

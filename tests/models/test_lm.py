@@ -167,6 +167,7 @@ def test_runs_of_layers_and_layers_alone_store_the_same(storage):
 # -- the cache -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_sinks_and_the_latest_stay_and_padding_goes():
   lm = with_cache(keep=5, args={'sinks': 2}, layers=(0, 2))
   _, cache = prefill(lm, ids()[:, :PROMPT], jnp.asarray(VALID))

@@ -572,6 +572,7 @@ def test_models_that_cannot_be():
     tower.init(jax.random.key(0), np.zeros((1, 8, 8, 24)), np.zeros((1, 2), int))
 
 
+@pytest.mark.long
 def test_images_need_positions_along_the_models_axes():
   vlm, params = qwen()
   images = qwen_images()[0].replace(axes=None, extent=None)

@@ -157,6 +157,7 @@ def test_a_padded_row_is_the_row_alone(name):
   np.testing.assert_allclose(alone[0, told['slot'][0, 1:]], logits[0, out['slot'][0, 1:]], **CLOSE)
 
 
+@pytest.mark.long
 @names
 def test_shut_gates_leave_what_the_tokens_alone_make(name):
   params, vlm = unread(parameters(name)), model(name)

@@ -333,6 +333,7 @@ def test_demonstrations_are_what_the_model_makes_of_their_text():
   np.testing.assert_allclose(np.asarray(alone[0][0])[real], np.asarray(logits[1])[real], atol=2e-5)
 
 
+@pytest.mark.long
 def test_a_demonstration_knows_its_image_and_no_other():
   module, params, _ = aim()
   images = pictures(4, 6)

@@ -147,6 +147,7 @@ def test_a_share_of_cuts():
     part_of(cuts, 1.5, limits)
 
 
+@pytest.mark.long
 def test_phases_of_a_model():
   vit = tiny('evit')
   found = anneal.phases(vit, {'start_step': 2, 'stop_step': 8, 'phases': 2})
