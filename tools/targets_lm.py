@@ -65,10 +65,11 @@ from train import TrainState, decayed
 
 STEPS = ('prefill', 'decode', 'train')
 # How each target is divided, (data, fsdp, tensor), and the rows of a batch that each device, or the
-# devices of one 'tensor' axis together, have. v5e is for serving: 16 GB a chip.
+# devices of one 'tensor' axis together, have: few where a chip has 16 GB, as a v5e.
 SERVING = {'v5e:4x4': ((4, 1, 4), 8), 'v5p:4x4x4': ((16, 1, 4), 16),
            'v5p:8x8x8': ((128, 1, 4), 16), 'h100:8': ((2, 1, 4), 16)}
-TRAINING = {'v5p:4x4x4': ((1, 16, 4), 8), 'v5p:8x8x8': ((8, 64, 1), 4), 'h100:8': ((1, 8, 1), 8)}
+TRAINING = {'v5e:4x4': ((1, 16, 1), 2), 'v5p:4x4x4': ((1, 16, 4), 8),
+            'v5p:8x8x8': ((8, 64, 1), 4), 'h100:8': ((1, 8, 1), 8)}
 PLANS = {'none': None,
          'fastv': {'method': 'fastv', 'token_kinds': 'visual', 'layers': 2, 'keep_ratio': 0.5},
          'pyramiddrop': {'method': 'pyramiddrop', 'token_kinds': 'visual', 'layers': (8, 16, 24),
