@@ -11,21 +11,31 @@ import jax.numpy as jnp
 import pytest
 from helpers.targets import mesh_of
 
-from configs.parts import LM_SHARDING
+from configs.parts import LM_SHARDING, VLM_SHARDING
 from lib.cost import decode_step, hlo, topology
 from lib.cost import lm as lm_cost
 from lib.runtime import sharding
+from models.backbones.images import Images
 from models.backbones.lm import LM
 from models.checkpoints.lm_config import make_lm
+from models.checkpoints.vlm_config import from_config
 from models.plan import make_plan
+from models.projectors import make_projector
 from models.storage import to_storage
 from ops.attention import pick
 from ops.rope import Rope
 from ops.tokens import TEXT, VISUAL, TokenSet
+from tools import targets_lm
 
 pytestmark = pytest.mark.long
 
 ROWS, SLOTS, VISUALS, ROOM = 2, 256, 192, 64
+SIZES = {'hidden_size': 256, 'intermediate_size': 384, 'num_hidden_layers': 2,
+         'num_attention_heads': 4}
+VLM = {'model_type': 'llava', 'image_token_id': 1,
+       'text_config': {'model_type': 'llama', 'vocab_size': 512, **SIZES},
+       'vision_config': {'model_type': 'clip_vision_model', 'image_size': 32, 'patch_size': 4,
+                         **SIZES}}
 
 
 def built(name, tensor, plan=None):
@@ -116,3 +126,31 @@ def test_a_decode_step_copies_no_cache(name):
   # A program has temporaries of its own, such as four megabytes for products on a GPU.
   short, long = memory(SLOTS), memory(2048)
   assert long[1] - short[1] < 0.1 * (long[0] - short[0])
+
+
+@pytest.mark.parametrize(('name', 'args'), [
+    ('tokenpacker', {'side': 2, 'heads': 2, 'levels': (0,)}),
+    ('quecc', {'side': 2, 'heads': 2, 'levels': (0,)})])
+def test_training_a_compressor_gathers_parameters_and_never_the_batch(name, args):
+  mesh = mesh_of('h100:8', data=1, fsdp=8, tensor=1)
+  platform = mesh.devices.flat[0].platform
+  shared = {'dtype': jnp.bfloat16, 'mesh': mesh, 'implementation': 'xla'}
+  vlm = from_config(VLM)
+  vlm = vlm.clone(
+      tower=vlm.tower.clone(**shared), lm=vlm.lm.clone(**shared), projection='',
+      compressor=make_projector({'name': name, 'args': args}, width=256, dtype=jnp.bfloat16))
+  shapes = jax.eval_shape(functools.partial(targets_lm.fresh, vlm), jax.random.key(0))
+  places = sharding.make_shardings(shapes, VLM_SHARDING, mesh, min_size_to_shard=0)
+  rows = sharding.batch_sharding(mesh)
+
+  def loss(params, ids, images):
+    return jnp.square(vlm.apply({'params': params}, ids, ids > 0, Images(images))[0]).mean()
+
+  program = jax.jit(jax.grad(loss), out_shardings=places).lower(
+      sharding.shapes(shapes, places), jax.ShapeDtypeStruct((16, 24), jnp.int32, sharding=rows),
+      jax.ShapeDtypeStruct((16, 1, 32, 32, 3), jnp.float32, sharding=rows)).compile(
+          compiler_options=hlo.OPTIONS[platform])
+  sizes = targets_lm.parameter_sizes(shapes, 1)
+  found = [one for one in hlo.collectives(program.as_text()) if one.kind == 'all-gather']
+  assert found
+  assert [one.shape for one in found if one.size not in sizes] == []
