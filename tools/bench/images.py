@@ -13,8 +13,9 @@ The floor is what the products of the program cost at the speed of a large one (
 that takes longer, what must be moved at the speed of the fastest copy ('bytes'): signals are read,
 tokens that stay are read and written, and the others are read by a method that merges. A method
 that takes more than 1.5 times as long an image in a batch as alone is at fault, which makes the
-command fail. Where the process has one core times are its own, whatever else runs there. Rows that
-the file has are not measured again.
+command fail. What a run frees stays with the process, so that results of a batch are not made of
+pages that are mapped anew. Where the process has one core times are its own, whatever else runs
+there. Rows that the file has are not measured again.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
   for visual in VISUAL.value:
     choices.check('visual=', visual, SHAPES)
   timing.compile_anew()
+  timing.keep_memory()
   out = timing.result_path('reducers', 'jsonl', path=OUT.value)
   heads = [{'site': site, 'method': name, 'visual': visual, 'kept': SHAPES[visual][0],
             'images': IMAGES.value}
