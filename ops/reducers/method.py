@@ -35,7 +35,7 @@ class Method(Protocol):
 
   @property
   def reads(self) -> frozenset[str]:
-    """Names of stats of a prompt's tokens that it goes by, for a host that can make them."""
+    """Names of stats of a prompt's tokens that it goes by, which a host or the caller makes."""
     ...
 
   @property

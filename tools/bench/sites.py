@@ -81,7 +81,8 @@ class Site:
     tokens = tk.TokenSet.create(
         _normal(random, (batch, len(kinds), sizes['D']), dtype),
         kind=_rows(kinds, batch), pos=_rows(np.arange(len(kinds), dtype=np.int32) - first, batch),
-        protected=len(kinds) - visual)
+        protected=len(kinds) - visual,
+        stats={name: _stat(random, name, (batch, len(kinds))) for name in sorted(method.reads)})
     measured = {name: _signal(random, name, tuple(sizes[axis] for axis in AXES[name]), dtype)
                 for name in sorted(method.needs - STATIC)}
     static = {'grid': SIDES[visual], 'crop_grid': CROP, 'layer': self.depth // 2,
@@ -104,6 +105,14 @@ def _signal(random: np.random.Generator, name: str, shape: tuple[int, ...], dtyp
     return jnp.ones(shape, bool)
   value = _normal(random, shape, dtype)
   return jax.nn.softmax(value.astype(jnp.float32)) if name.endswith('attention') else value
+
+
+def _stat(random: np.random.Generator, name: str, shape: tuple[int, int]) -> Array:
+  """Returns a stat of a prompt's tokens: relevance, or numbers of words of two, and of frames."""
+  if name == 'relevance':
+    return _normal(random, shape, jnp.float32)
+  each = {'unit': 2, 'frame': math.prod(CROP)}[name]
+  return _rows(np.arange(shape[1], dtype=np.int32) // each, shape[0])
 
 
 def _normal(random: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -26,6 +26,7 @@ class RelevanceRank(Reducer):
 
   # Relevance is of a language model: no other host has a rope.
   needs = frozenset({'rope'})
+  reads = frozenset({'relevance'})
   reconstructed = 'the abstract'
   site = 'before'
   positions = 'keep'

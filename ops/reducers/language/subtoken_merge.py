@@ -35,6 +35,7 @@ class SubtokenMerge(Reducer):
 
   # Units are of text, which a host without a rope has none of, or cannot tell about.
   needs = frozenset({'rope'})
+  reads = frozenset({'unit'})
   reconstructed = 'the abstract'
   site = 'before'
   positions = 'keep'
