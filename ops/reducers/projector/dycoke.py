@@ -29,6 +29,9 @@ class DyCoke(Checked, Reducer):
   frames of all fours, these are cut too: of each the first tokens stay. Newlines stay. Tokens keep
   their order, where the release puts those of a frame in the order of their cosines.
 
+  The second stage is not here: behind layer 3 a decoded token reads, of the visual entries, those
+  alone that it attended to most in the layer before, which no cache here knows of another layer.
+
   Attributes:
     variant: 'paper', all fours alike; or 'release', where the third frame of the last four is kept
       whole too (if it has four), and a last frame without a pair is dropped.

@@ -23,9 +23,9 @@ class FrameFusion(Reducer):
   The merging of FrameFusion (2025), arXiv:2501.01986, as released, in one step before the language
   model. Likeness is the cosine of two frames' features at a place. As many tokens as the budget
   asks for merge, the most alike first; a place that does so over several frames becomes one token
-  in its first one, the mean of all. The release merges what is above a threshold in the first
-  layers of the language model, and so many in the last of these alone; what its budget lacks then
-  is pruned by attention (`framefusion_prune`). No budget takes the first frame's places apart: one
+  in its first one, the mean of all. In the first layers of the language model, where the release
+  merges what is above a threshold, it is `framefusion_merge`; what a budget lacks then is pruned by
+  attention, there or by `framefusion_prune`. No budget takes the first frame's places apart: one
   that is less than a frame drops the last of them. Newlines stay. Tokens keep their order.
   """
 
