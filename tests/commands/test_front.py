@@ -241,6 +241,7 @@ def test_packed_models_need_no_set_and_say_what_it_is(scenes):
   assert not model.sees
 
 
+@pytest.mark.long
 def test_checkpoints_of_language_models_answer_and_are_explained(tmp_path):
   model = winnow.load(assistants.checkpoint(tmp_path / 'qwen2', 'qwen2'))
   reduce = {'cache': {'method': 'streaming_llm', 'keep': 6}}

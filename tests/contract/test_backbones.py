@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import contract, mostly_long
+from helpers import contract
 
 from models.backbones.vit import ViT
 from models.compressors import COMPRESSORS
@@ -106,8 +106,9 @@ def test_methods_with_a_fallback():
   assert {'topk', 'evit', 'ats', 'ats_spatial', 'flowcut'} <= set(WITH_FALLBACK)
 
 
-@pytest.mark.parametrize('name', mostly_long(sorted(
-    set(WITH_FALLBACK) - {'flowcut', 'hiprune', 'fopru'}), short=4))
+@pytest.mark.long
+@pytest.mark.parametrize('name', sorted(
+    set(WITH_FALLBACK) - {'flowcut', 'hiprune', 'fopru'}))
 def test_the_fallback_reads_received_attention_as_it_would_cls_attention(name):
   case, keep = contract.random_case(), contract.budget(name, contract.SLOTS, 9)
   received = methods()[name](by='received_attention')
@@ -121,6 +122,7 @@ def test_the_fallback_reads_received_attention_as_it_would_cls_attention(name):
   assert (tk.reduce(case.tokens(), other).pos != tk.reduce(case.tokens(), answer).pos).any()
 
 
+@pytest.mark.long
 def test_topk_keeps_what_is_attended_to_most_without_a_class_token():
   """A whole run against attention worked out from the features that the layer got."""
   vit = planned('topk', 'no_cls', by='received_attention')

@@ -93,6 +93,7 @@ def test_pool_any_count():
       assert np.ptp(column[owner == cell]) < limit
 
 
+@pytest.mark.long
 def test_pool_after_a_cut():
   """Whatever an earlier cut left is pooled to exactly the count, and a cell is never empty."""
   tokens = reduced(Random(), patches(42), 24)

@@ -87,6 +87,7 @@ def silenced(host, layer, *names):
   return jax.tree_util.tree_map_with_path(change, parameters(host))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('host', 'parts'), [
     pytest.param(host, parts, marks=() if (host, parts) == ('lm', 'both') else pytest.mark.long)
     for host, each in (('lm', PARTS), ('vit', ('both', 'mlp'))) for parts in each])

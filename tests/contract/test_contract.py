@@ -27,10 +27,13 @@ from ops.reducers.vision.tome import ToMe
 # for a short run, which looks at padding for all.
 LONG = ('budgets', 'finite', 'compose', 'kinds', 'short', 'alone')
 SHORT = ('topk', 'tome', 'token_transforming', 'random', 'divprune', 'fastv')
+# Padding makes a program of its own, for every method. Short for some of each kind.
+PADDED = (*SHORT, 'evit', 'ats', 'atc', 'kmedoids', 'visionzip', 'prumerge', 'framefusion', 'hidrop',
+          'sparsevlm', 'dynamicvit')
 
 
 def is_long(invariant, name):
-  return invariant in LONG and name not in SHORT
+  return invariant in LONG and name not in SHORT or invariant == 'padding' and name not in PADDED
 
 
 # A method's invariants follow each other, so that one worker compiles them once.

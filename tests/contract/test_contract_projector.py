@@ -163,6 +163,7 @@ def test_every_method_keeps_what_the_same_cut_in_the_tower_keeps(tower, name):
   check(name, tower)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['prumerge', 'flowcut'])
 def test_cls_rows_are_those_of_the_tower(name):
   check(name, 'cls')

@@ -69,6 +69,7 @@ def counted(model, frozen):
   return jaxpr.count(jax.grad(loss), trained, fixed, row).macs['']
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['none', 'tokenflex', 'quecc'])
 @pytest.mark.parametrize('frozen', [(), ('tower', 'lm')], ids=['all trains', 'frozen'])
 def test_training_is_the_traced_gradient(name, frozen):

@@ -270,6 +270,7 @@ def test_no_reductions_leave_the_model_as_it_is():
   assert with_plans(vlm.lm, vision=none)(SLOTS) is vlm.lm
 
 
+@pytest.mark.long
 def test_leaving_midway_breaks_nothing_and_shapes_share_programs():
   made = shared('llava')
   stream = made.stream(*given('llava'), new_tokens=NEW)

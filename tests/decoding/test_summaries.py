@@ -58,6 +58,7 @@ def test_text_knows_what_came_before_through_the_summary_alone():
   assert np.abs(one - two)[0, 6:8].max() > 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('row', [0, pytest.param(2, marks=pytest.mark.long)])
 def test_a_row_is_the_row_alone(row):
   lm, params = model()

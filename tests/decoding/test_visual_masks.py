@@ -101,6 +101,7 @@ def model(way, **settings):
   return TINY.clone(mask='composite' if way == 'by text' else way, **settings)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('way', WAYS)
 def test_whole_models_are_those_of_a_map_by_loops(way):
   lm, tokens = model(way), prompt(**WAYS[way])

@@ -34,6 +34,7 @@ def seen_by(lm, tokens, variables, layer=0):
   return (np.abs(hidden[1:] - hidden[:1]).max(axis=2) > 1e-6).T
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('case', 'implementation'), [
     ('padded', 'xla'), *(pytest.param(*each, marks=pytest.mark.long) for each in (
         ('full', 'xla'), ('padded', 'splash')))])

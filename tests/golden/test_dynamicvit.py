@@ -63,6 +63,7 @@ def test_training_keeps_all_slots_with_sizes_zero_and_one():
   assert np.any(sizes[2] < sizes[1])
 
 
+@pytest.mark.long
 def test_evaluation_keeps_the_budget_and_says_nothing_of_sizes():
   model, params = start((32, 16), (1, 2))
   _, out = evaluate(model, params, golden_vit.images())

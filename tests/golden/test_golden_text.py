@@ -239,6 +239,7 @@ def test_recoverable(case):
   close(reduced.x[:, 1:1 + count], raw['out_tokens'])
 
 
+@pytest.mark.long
 def test_recoverable_takes_the_first_where_there_is_room_for_few():
   raw = load('recoverable_case0')
   outliers = jax.jit(lambda a: local_outliers(a, jnp.ones(a.shape, bool), neighbours=20))(

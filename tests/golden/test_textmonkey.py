@@ -69,6 +69,7 @@ def test_resampler():
   np.testing.assert_allclose(tk.reduce(tokens, answer).x, raw['out'], atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_fresh_resampler_changes_nothing():
   tokens = TokenSet.create(jnp.asarray(load('resampler')['x']))
   answer, params = TextMonkeyResampler(12, 3, 4).init_with_output(

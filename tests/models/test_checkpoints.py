@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import mostly_long, parity
+from helpers import parity
 from helpers.parity import CASES, FOLDER, build
 from safetensors.numpy import load_file, save_file
 
@@ -318,8 +318,9 @@ def bicubic_taps(old, new):
   return matrix
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('size', [224, 518, 700, (224, 336)])
-@pytest.mark.parametrize('name', mostly_long(['dinov2_s14', 'dinov2_s14_reg4'], short=2))
+@pytest.mark.parametrize('name', ['dinov2_s14', 'dinov2_s14_reg4'])
 def test_dinov2_is_resampled_as_its_release_does(name, size):
   # Without registers bicubic as it is, with registers antialiased.
   random = np.random.default_rng(1)

@@ -60,8 +60,9 @@ def answer(lm, tokens, following, valid=None, weights=None):
 # -- decoding ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('settings', mostly_long([
-    {'window': 5, 'qkv_bias': True, 'qk_norm': True}, {'tied': True, 'kv_heads': 4}]))
+@pytest.mark.long
+@pytest.mark.parametrize('settings', [
+    {'window': 5, 'qkv_bias': True, 'qk_norm': True}, {'tied': True, 'kv_heads': 4}])
 def test_decoding_equals_the_whole_forward_pass(settings):
   lm = TINY.clone(depth=2, **settings)
   weights = jax.jit(lm.init)(jax.random.key(3), ids())

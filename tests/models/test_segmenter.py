@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit, mostly_long
+from helpers import golden_vit
 from helpers.compiler import EMITTERS
 
 from models.backbones import segmenter as dense
@@ -187,9 +187,8 @@ def test_one_prediction_a_pixel_is_not_resized():
 METHODS = {'evit': {}, 'tome': {}, 'ats': {}, 'dpcknn': {}, 'random': {'site': 'after'}}
 
 
-@pytest.mark.parametrize('name', mostly_long([
-    pytest.param(name, marks=[] if name in ('tome', 'random') else pytest.mark.long)
-    for name in METHODS]))
+@pytest.mark.long
+@pytest.mark.parametrize('name', METHODS)
 def test_every_way_works_under_every_kind_of_method(name):
   plan = make_plan({'method': name, 'layers': (0, 1), 'keep': (48, 36), **METHODS[name]},
                    segmenter().host)

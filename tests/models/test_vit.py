@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_vit, mostly_long
+from helpers import golden_vit
 
 from models.backbones.clip import make_clip
 from models.backbones.vit import make_vit
@@ -157,9 +157,8 @@ SETTINGS = (
 
 
 # The first four have of each kind some.
-@pytest.mark.parametrize('settings', mostly_long([
-    pytest.param(settings, marks=[pytest.mark.long] if number > 3 else [], id=str(settings))
-    for number, settings in enumerate(SETTINGS)]))
+@pytest.mark.long
+@pytest.mark.parametrize('settings', SETTINGS, ids=str)
 def test_settings_run_with_a_reduction_and_keep_their_shapes(settings):
   vit = make_vit('Ti/8', **{'width': 32, 'heads': 2, 'mlp': 32, 'depth': 3, 'image_size': 32,
                             'num_classes': 5} | settings)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import mostly_long
 from helpers.tiny_lm import IMAGE, LLAMA, LLAVA
 
 from lib.cost.vlm import macs_of
@@ -245,7 +244,8 @@ def test_a_door_behind_crops_pools_patches_and_newlines():
 # Sequences.
 
 
-@pytest.mark.parametrize('config', mostly_long([LLAVA, QWEN]), ids=['llava', 'qwen'])
+@pytest.mark.long
+@pytest.mark.parametrize('config', [LLAVA, QWEN], ids=['llava', 'qwen'])
 def test_text_alone_needs_no_images(config):
   vlm, params = llava() if config is LLAVA else qwen()
   example = squares() if config is LLAVA else qwen_images()[0]

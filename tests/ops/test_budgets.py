@@ -45,6 +45,7 @@ def test_remove_rising_and_falling():
   assert constant_or_inflected((10, 0.9), 2) == (1, 19)
 
 
+@pytest.mark.long
 @given(rate=st.integers(0, 60), eighths=st.integers(-8, 8), depth=st.integers(1, 40))
 def test_inflected_removal_is_a_truncated_line(rate, eighths, depth):
   removed = constant_or_inflected((rate, eighths / 8), depth)

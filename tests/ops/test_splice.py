@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import mostly_long
 
 from ops.splice import Visual, check, collapse, next_positions, splice
 from ops.tokens import SPECIAL, TEXT, VISUAL
@@ -52,8 +51,9 @@ def by_hand(row, x, real, table, axes=None, extent=None):
   return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('side', ['left', 'right'])
-@pytest.mark.parametrize('given', mostly_long(['left', 'right']))
+@pytest.mark.parametrize('given', ['left', 'right'])
 def test_rows_of_all_kinds(side, given):
   ids, valid, x, real, table = batch(given)
   run = jax.jit(lambda *args: splice(*args, side=side))
@@ -116,6 +116,7 @@ def test_text_alone_and_images_that_are_whole():
   assert whole.kind[row, :10].tolist() == [TEXT, *([VISUAL] * 3 + [SPECIAL]) * 2, TEXT]
 
 
+@pytest.mark.long
 def test_stats_travel_and_fewer_slots_are_enough():
   ids, valid, x, real, table = batch()
   visual = Visual(jnp.asarray(x), valid=real, stats={'own': x[..., 0]})

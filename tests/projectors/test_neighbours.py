@@ -225,6 +225,7 @@ def test_queries_read_a_page_inside_its_encoder():
   np.testing.assert_array_equal(moved[1], got[1])
 
 
+@pytest.mark.long
 def test_a_page_costs_its_encoder_and_as_many_tokens_as_queries():
   module, params, x = reader()
   slots = T + QUERIES

@@ -108,6 +108,7 @@ def test_a_video_is_one_grid():
     np.testing.assert_allclose(visual.x[row, 0][visual.valid[row, 0]], found, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_language_model_reads_as_many_tokens_as_are_promised():
   vlm, _, (_, out) = trained()
   windows = [-(-count // 3) * WINDOWS for count in FRAMES]
@@ -161,6 +162,7 @@ def test_windows_along_time(side):
       assert (np.diff(own[:, 0]) >= side - 1).all()
 
 
+@pytest.mark.long
 def test_prefill_and_decode_are_the_whole_pass():
   vlm, params, (together, out) = trained()
   _, cache = run(vlm, params, IDS[:3, :-1], np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]],

@@ -269,6 +269,7 @@ def test_levels_remove_less_and_less():
 # -- patch dropout -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_patch_dropout_draws_anew_in_training_and_is_off_otherwise():
   plain = tiny()
   vit, images = plain.clone(training_patches=5), batch_of()['image']
