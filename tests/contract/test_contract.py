@@ -28,12 +28,13 @@ from ops.reducers.vision.tome import ToMe
 LONG = ('budgets', 'finite', 'compose', 'kinds', 'short', 'alone')
 SHORT = ('topk', 'tome', 'token_transforming', 'random', 'divprune', 'fastv')
 # Padding makes a program of its own, for every method. Short for some of each kind.
-PADDED = (*SHORT, 'evit', 'ats', 'atc', 'kmedoids', 'visionzip', 'prumerge', 'framefusion', 'hidrop',
-          'sparsevlm', 'dynamicvit')
+PADDED = (*SHORT, 'evit', 'ats', 'atc', 'kmedoids', 'visionzip', 'prumerge', 'framefusion',
+          'hidrop', 'sparsevlm', 'dynamicvit')
 
 
 def is_long(invariant, name):
-  return invariant in LONG and name not in SHORT or invariant == 'padding' and name not in PADDED
+  short = PADDED if invariant == 'padding' else SHORT
+  return invariant in (*LONG, 'padding') and name not in short
 
 
 # A method's invariants follow each other, so that one worker compiles them once.
