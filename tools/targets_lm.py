@@ -183,7 +183,7 @@ def traffic_faults(row: Row, full: Row) -> list[str]:
     if name.endswith('of scores'):
       continue
     before = full['collectives'].get(name, (0, 0))
-    if row['plan'] in COMPRESSORS and (name.endswith(OWN) or mb <= 1.1 * before[1]):
+    if row['plan'] in COMPRESSORS and (name.endswith(OWN) or mb <= before[1] + 0.1):
       continue  # It has parameters of its own, each with a norm; QueCC reads the question again.
     # Layers that run alone gather in an order of their own: of hundreds, a few more or less.
     if times > before[0] * (1.01 if row['step'] == 'train' else 1):

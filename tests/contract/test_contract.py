@@ -24,10 +24,9 @@ from ops.reducers.vision.tome import ToMe
 
 
 # Every length, and every gradient, is a program of its own: some methods of each kind are enough
-# for a short run, which looks at padding for all.
+# for a short run, and a few more with padding.
 LONG = ('budgets', 'finite', 'compose', 'kinds', 'short', 'alone')
 SHORT = ('topk', 'tome', 'token_transforming', 'random', 'divprune', 'fastv')
-# Padding makes a program of its own, for every method. Short for some of each kind.
 PADDED = (*SHORT, 'evit', 'ats', 'atc', 'kmedoids', 'visionzip', 'prumerge', 'framefusion',
           'hidrop', 'sparsevlm', 'dynamicvit')
 
