@@ -43,6 +43,7 @@ def test_pieces_redo_what_the_model_did(name):
                                  rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('site', 'merges'), [('between', True), ('inside', True),
                                              ('inside', False)])
 def test_slicing_keeps_the_first_slots(site, merges):

@@ -387,6 +387,7 @@ def methods_that_evict():
   return ready
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', long_but('tova', methods_that_evict()))
 def test_rows_do_not_depend_on_each_other_and_nothing_grows(name):
   settings = methods_that_evict()[name]

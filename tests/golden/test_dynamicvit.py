@@ -198,6 +198,7 @@ def test_ratio_loss_counts_free_tokens_only():
   np.testing.assert_allclose(loss, [3 * 0.5 ** 2])
 
 
+@pytest.mark.long
 def test_losses_have_one_number_a_row_and_the_name_of_their_layer():
   model, params = start((32, 16), (1, 2))
   _, out = train(model, params, golden_vit.images())

@@ -303,6 +303,7 @@ def entries(kv, slots):
   return kept
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.long if name != 'kvzip_plus'
                                                else []) for name in ZIPS])
 def test_kvzip_as_kvpress_has_it(name, monkeypatch):

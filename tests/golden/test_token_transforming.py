@@ -31,6 +31,7 @@ def oracle(case, attention, *, tau):
   return matrix
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('by', ['cls_attention', 'received_attention'])
 @pytest.mark.parametrize('tau', [20.0, 1.0])
 def test_matrix(by, tau):

@@ -182,6 +182,7 @@ def test_sinks_and_the_latest_stay_and_padding_goes():
   assert not np.asarray(kv.valid)[..., 5:].any()
 
 
+@pytest.mark.long
 def test_a_small_cache_answers_as_a_full_one_that_hides_the_rest():
   lm = with_cache(keep=5, args={'sinks': 2})
   following = ids()[:, PROMPT:]
@@ -194,6 +195,7 @@ def test_a_small_cache_answers_as_a_full_one_that_hides_the_rest():
   np.testing.assert_allclose(found[:, 1], logits, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('rope', [Rope(8), Rope(8, scaling='yarn', factor=4.0, original=8)])
 def test_compacted_keys_are_those_of_a_prompt_without_gaps(rope):
   lm = with_cache(TINY.clone(depth=1, rope=rope), keep=6, args={'sinks': 2}, positions='compact')

@@ -128,6 +128,7 @@ def test_stats_travel_and_fewer_slots_are_enough():
   assert not np.asarray(tokens.stats['own'])[~here].any()
 
 
+@pytest.mark.long
 def test_gradients_reach_the_image_alone_where_it_is():
   ids, valid, x, real, table = batch()
 

@@ -221,6 +221,7 @@ def test_images_of_one_crop_are_read_as_without_time():
   assert vlm.visual_slots(one.layout) * 2 == vlm.visual_slots(images.layout)
 
 
+@pytest.mark.long
 def test_fewer_still_may_be_left_behind_it():
   vlm, params, _ = trained()
   reduced = with_plans(vlm, projector={'method': 'divprune', 'keep': 3})(5, LAYOUT)

@@ -130,6 +130,7 @@ def test_a_row_of_a_batch_is_the_row_alone():
     np.testing.assert_allclose(visual_of(out, 1, image), visual_of(alone, 0, image), atol=1e-6)
 
 
+@pytest.mark.long
 def test_fewer_still_may_be_left_behind_it():
   vlm, params = packed()
   reduced = with_projector_reduction(vlm, {'method': 'divprune', 'keep': 3}, slots=4)
@@ -192,6 +193,7 @@ def test_of_an_image_the_tokens_that_sum_it_up_are_left():
   np.testing.assert_allclose(told['left'][0], told['whole'][0], atol=1e-5)
 
 
+@pytest.mark.long
 def test_patches_are_followed_to_their_cells():
   vlm, params = packed()
   out = run(vlm, params, squares())[1]
@@ -216,6 +218,7 @@ def test_patches_that_became_one_token_are_followed_together():
   assert stage.tokens.sum() == 2
 
 
+@pytest.mark.long
 def test_it_answers():
   vlm, params = packed()
   logits, cache = run(vlm, params, squares(), method='prefill', room=2)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from lib import programs
 
@@ -21,6 +22,7 @@ def test_they_go_when_they_are_many(tmp_path, monkeypatch):
   assert cleared == [1]
 
 
+@pytest.mark.long
 def test_a_program_that_went_is_compiled_again():
   traced = []
   program = jax.jit(lambda x: traced.append(1) or x + 1)

@@ -157,6 +157,7 @@ def identities(config, tmp_path, monkeypatch):
   return call
 
 
+@pytest.mark.long
 def test_rows_are_known_by_all_that_makes_them(identities):
   before = identities()
   assert len(set(before)) == 5
