@@ -123,8 +123,8 @@ class Assignment(Extras, Protocol):
     ...
 
 
-# Both as the primitive itself: every cut has dozens of them, and what jax.numpy puts around it for
-# indices below 0 and beyond the end takes most of the time of tracing and lowering.
+# Both as the primitive itself: every cut has dozens of them, and what jax.numpy puts around it, as
+# for indices below 0, takes longer to trace than the pick.
 def take(values: Array, index: Array) -> Array:
   """Picks rows: values [B, N, ...], index int[B, M], 0 to N - 1 -> [B, M, ...].
 

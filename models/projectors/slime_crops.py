@@ -20,7 +20,7 @@ from ops.values import Count, OneOf, Positive, Share, Width
 
 
 class SliMECrops(Compressor):
-  """Reads an image in small and of its crops what is asked for.
+  """Keeps an image in small, and of its crops the tokens that the prompt asks for.
 
   SliME (Zhang et al., 2024), arXiv:2406.08487, as released: `SliME` reads the image in small,
   `SliMELocal` its crops, by the same MLP; then come a separator, and what `SliMERouter` keeps of
