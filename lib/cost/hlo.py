@@ -119,8 +119,9 @@ def moved(text: str) -> int:
 
 def operations(text: str) -> collections.Counter[str]:
   """{kind: collective operations written in a program}, loops counted once."""
-  matches = (_OPERATION.match(line) for line in text.splitlines())
-  return collections.Counter(match['kind'] for match in matches if match)
+  bodies, _ = _computations(text)
+  return collections.Counter(
+      match['kind'] for lines in bodies.values() for _, match in _sent(lines))
 
 
 def collectives(text: str) -> list[Collective]:
@@ -129,13 +130,24 @@ def collectives(text: str) -> list[Collective]:
   times = _times(bodies, entry)
   results = []
   for name, lines in bodies.items():
-    for line in lines if times[name] else ():
-      match = _OPERATION.match(line)
-      if match:
-        scope = re.search(r'op_name="([^"]*)"', line)
-        results += [Collective(match['kind'], dtype, shape, times[name], scope[1] if scope else '')
+    for line, match in _sent(lines) if times[name] else ():
+      scope = re.search(r'op_name="([^"]*)"', line)
+      results += [Collective(match['kind'], dtype, shape, times[name], scope[1] if scope else '')
                   for dtype, shape in _results(match)]
   return results
+
+
+def _sent(lines: list[str]) -> Iterator[tuple[str, re.Match[str]]]:
+  """Yields the collectives of a computation, each line with what it says.
+
+  XLA for TPUs writes one that runs beside other operations into every fusion of its chain; it
+  counts where it starts.
+  """
+  starts = any('"AsyncCollectiveStart"' in line for line in lines)
+  for line in lines:
+    match = _OPERATION.match(line)
+    if match and (starts or 'chain_id=' not in line):
+      yield line, match
 
 
 def _results(match: re.Match[str]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -470,16 +470,18 @@ class VLM(nn.Module):
     """Returns what the language model makes of a question's last id, read alone: float[B, D]."""
     if self.is_initializing():
       return jnp.zeros((len(ids), self.lm.width))
-    # Text alone, so its plans, which count visual tokens, are not for it.
-    reader = self.lm.clone(parent=None, name=None, plan=None, cache_plan=None)
+    # Text alone, so its plans, which count visual tokens, are not for it; no gradient, so nothing
+    # to make again.
+    reader = self.lm.clone(parent=None, name=None, plan=None, cache_plan=None, remat='none')
+    variables = jax.lax.stop_gradient(self.lm.variables)
     order = jnp.argsort(~asked, axis=1, stable=True)
-    question = reader.apply(self.lm.variables, jnp.take_along_axis(ids, order, axis=1),
+    question = reader.apply(variables, jnp.take_along_axis(ids, order, axis=1),
                             jnp.take_along_axis(asked, order, axis=1), method='embed')
-    alone = reader.apply(self.lm.variables,
+    alone = reader.apply(variables,
                          cast(TokenSet, question).replace(padding='last'), method='read')
     last = jnp.maximum(asked.sum(axis=1) - 1, 0)
     x = cast(tuple[TokenSet, Outputs], alone)[0].x
-    return jax.lax.stop_gradient(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
   def encode_images(self, images: Images, text: Mapping[str, Array] | None = None
                     ) -> tuple[Visual, int | None, Outputs]:

@@ -76,6 +76,33 @@ def test_collectives_count_with_the_loops_around_them():
       'all-reduce': 1, 'reduce-scatter': 1, 'all-gather': 1, 'collective-permute': 1}
 
 
+CHAINED = '''
+%first (p: bf16[2,4]) -> (bf16[16,4], u32[]) {
+  %ag.1 = bf16[16,4]{1,0} all-gather(%p), channel_id=7, frontend_attributes={chain_id="3"}
+  ROOT %start = (bf16[16,4]{1,0}, u32[]) custom-call(%ag.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p: bf16[2,4], q: f32[8]) -> (bf16[16,4], f32[8]) {
+  %double = f32[8]{0} add(%q, %q)
+  %ag.2 = bf16[16,4]{1,0} all-gather(%p), channel_id=7, frontend_attributes={chain_id="3"}
+  ROOT %both = (bf16[16,4]{1,0}, f32[8]{0}) tuple(%ag.2, %double)
+}
+
+ENTRY %main (x: bf16[2,4], y: f32[8]) -> bf16[16,4] {
+  %fusion.1 = (bf16[16,4]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%first
+  %fusion.2 = (bf16[16,4]{1,0}, f32[8]{0}) fusion(%x, %y), kind=kOutput, calls=%beside
+  ROOT %r = bf16[16,4]{1,0} get-tuple-element(%fusion.2), index=0
+}
+'''
+
+
+def test_a_collective_beside_several_fusions_counts_once():
+  assert [(one.kind, one.shape, one.times) for one in hlo.collectives(CHAINED)] == [
+      ('all-gather', (16, 4), 1)]
+  assert hlo.operations(CHAINED) == {'all-gather': 1}
+
+
 def test_a_program_on_one_device_sends_nothing():
   program = jax.jit(lambda x: x @ x).lower(jnp.ones((256, 256))).compile()
   assert hlo.collectives(program.as_text()) == []
