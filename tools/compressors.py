@@ -21,7 +21,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ from lib.report import plots, tables
 from lib.report.measuring import measure_rows, measured
 from lib.report.rows import Row, replace_file
 from lib.runtime import cli, launch, screen, sharding, timing
-from lib.tasks import pretrained, qa_sweep
+from lib.tasks import align, pretrained, qa_sweep
 from lib.tasks import qa as qa_task
 from lib.tasks.settings import TRAINING, check_config
 from lib.tasks.sweep import digest
@@ -49,6 +49,31 @@ from models.storage import to_storage
 UNTRAINED = 'untrained'
 # What an entry is made of, beside its recipe and its counts.
 OF_ENTRY = ('compressor', 'reduce', 'stages', 'distill')
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Holds what is counted as right.
+
+  Attributes:
+    count: (model, info) -> function of parameters and a batch, which gives float[K, 2].
+    shown: what the share of it is called; takes the number of `questions`.
+  """
+
+  count: Callable[[VLM, Any], Callable[..., jax.Array]]
+  shown: str
+
+
+# By the task that was trained for.
+SCORES = {
+    'answers': Score(
+        lambda model, info: functools.partial(qa_sweep.count, model, len(info.kinds),
+                                              1 + info.answer_length),
+        'Accuracy of {questions:,} questions in %, decoded greedily'),
+    'align': Score(
+        lambda model, info: functools.partial(align.count, model, len(info.kinds)),
+        'Accuracy: of {questions:,} pictures those, in %, whose mean visual token is nearer to the '
+        'embedding of the word for what they show than to any other')}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -109,7 +134,8 @@ def training_of(config: ConfigDict, entry: Mapping[str, Any], tokens: str,
     for place, settings in entry.get('reduce', {}).items():
       made.reduce[place] = {**settings, **entry['counts'][tokens]}
     made.stages = entry.get('stages', ())
-    made.optimizer.distill.update(entry.get('distill', {}))
+    if entry.get('distill'):
+      made.optimizer.distill.update(entry['distill'])
   return made
 
 
@@ -119,7 +145,7 @@ class Subject:
   def __init__(self, config: ConfigDict, workdir: pathlib.Path) -> None:
     self.config, self.workdir = config, workdir
     self.mesh = sharding.make_mesh({}, jax.devices()[:1])
-    self.source = load_run(config.source)
+    self.source = functools.cache(lambda: load_run(config.source))
     data = ConfigDict(config.training.data.to_dict())
     data.update(test_split=config.test_split, batch_size=config.batch, turns=1)
     self.info = qa_data.info(data)
@@ -137,7 +163,7 @@ class Subject:
     entry = next(each for each in self.config.entries if each['name'] == head['method'])
     own = entry['counts'][head['budget']]
     if head['recipe'] == UNTRAINED:
-      params, trained, seconds = self.source.params, 0, 0.0
+      params, trained, seconds = self.source().params, 0, 0.0
       model = self._source_model(entry, own)
       if model.tower.image_size != self.info.image_shape[0]:
         params = {**params, 'tower': qa_sweep.for_smaller_images(params['tower'], model.tower)}
@@ -161,7 +187,7 @@ class Subject:
     side = own.get('image_size', height)
     info = dataclasses.replace(self.info, image_shape=(side, side, channels))
     reduce = {place: {**settings, **own} for place, settings in entry.get('reduce', {}).items()}
-    return qa_task.build(self.source.config.model, reduce, info, context=self.context)
+    return qa_task.build(self.source().config.model, reduce, info, context=self.context)
 
   def _visual(self, cost: LMCost) -> float:
     """Visual tokens that a layer of the language model reads, on average."""
@@ -197,8 +223,7 @@ class Subject:
     """Right and all answers of each batch and kind, float64[batches, K, 2]."""
     key = head['method'], head['budget']
     if self._program[0] != key:
-      self._program = key, jax.jit(functools.partial(
-          qa_sweep.count, model, len(self.info.kinds), 1 + self.info.answer_length))
+      self._program = key, jax.jit(SCORES[self.config.training.task.name].count(model, self.info))
     run = self._program[1]
     return np.asarray([run(params, batch) for batch in self.batches], np.float64)
 
@@ -228,7 +253,7 @@ def report(rows: Sequence[Row], config: ConfigDict) -> str:
   lines = [f'# {config.title}', '', f'{steps} steps of {config.training.data.batch_size} images '
            f'with {config.training.data.turns} questions each, seeds '
            f'{", ".join(map(str, config.seeds))}: another initialisation and another order of the '
-           f'data. Accuracy of {good[0]["questions"]:,} questions in %, decoded greedily; its '
+           f'data. {SCORES[config.training.task.name].shown.format(**good[0])}; its '
            'interval (95 %) covers questions and seeds. Differences, in points, are from the '
            'method named, and their intervals hold together. MACs are those of a prompt: all, and '
            'the language model\'s. Training takes CPU seconds, compiling included.', '',

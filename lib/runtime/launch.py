@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from lib.runtime import config_flag, processes
+from lib.runtime import config_flag, memory, processes
 
 CONFIG = config_flag.define('The experiment, a file of configs/; what follows a colon is passed on '
                             'to its get_config.')
@@ -62,6 +62,8 @@ def start() -> Iterator[bool]:
     raise ValueError('several processes need all of --coordinator, where process 0 is, '
                      '--processes, how many there are, and --process, which this is')
   with together:
+    if jax.default_backend() == 'cpu':
+      memory.keep()
     yield jax.process_index() == 0
 
 

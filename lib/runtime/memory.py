@@ -1,7 +1,8 @@
-"""Refuses what the devices' memory could never hold, before anything is allocated or compiled."""
+"""Refuses what the devices' memory could never hold; keeps what a CPU program has freed."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from typing import Any
@@ -10,6 +11,9 @@ import jax
 from jax.sharding import Mesh
 
 FLOAT32 = 4
+# Of glibc's mallopt: option and value. No result is a mapping of its own, nothing is given back,
+# and all threads share one heap, since those of their own are of 64 MB.
+_MALLOC = {'mmap_max': (-4, 0), 'trim_threshold': (-1, -1), 'arena_max': (-8, 1)}
 
 
 def check_batch(rows: int, *, slots: int, width: int, mesh: Mesh) -> None:
@@ -49,3 +53,15 @@ def available(mesh: Mesh) -> int:
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit'] * mesh.size
   return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') * jax.process_count()
+
+
+def keep() -> None:
+  """Has glibc keep what is freed: a large result would map, and clear, pages anew in every run.
+
+  A page's first touch may cost more than all that is copied into it. Call it before any array is
+  made; other C libraries are left as they are.
+  """
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if mallopt is not None:
+    for option, value in _MALLOC.values():
+      mallopt(option, value)

@@ -6,7 +6,6 @@ drift on whoever ran last; taking turns spreads it over all, and ratios are take
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import datetime
 import functools
@@ -24,9 +23,6 @@ import jaxlib
 import numpy as np
 
 Clock = Callable[[], float]
-# Of glibc's mallopt: option and value. No result is a mapping of its own, nothing is given back,
-# and all threads share one heap, since those of their own are of 64 MB.
-_MALLOC = {'mmap_max': (-4, 0), 'trim_threshold': (-1, -1), 'arena_max': (-8, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,18 +214,6 @@ def result_path(name: str, ending: str, *, path: str | None = None) -> Path:
 def compile_anew() -> None:
   """Turns the compilation cache off: compile times mean nothing of programs read from it."""
   jax.config.update('jax_enable_compilation_cache', False)
-
-
-def keep_memory() -> None:
-  """Has glibc keep what is freed: a large result would map, and clear, pages anew in every run.
-
-  A page's first touch may cost more than all that is copied into it. Call it before any array is
-  made; other C libraries are left as they are.
-  """
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if mallopt is not None:
-    for option, value in _MALLOC.values():
-      mallopt(option, value)
 
 
 def _cores() -> int:

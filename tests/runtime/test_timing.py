@@ -1,6 +1,5 @@
 """Timing: turns, statistics and compile time, all on clocks that only the test moves."""
 
-import ctypes
 import itertools
 import json
 import statistics
@@ -8,7 +7,6 @@ import statistics
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import processes
 
 from lib.runtime import timing
 
@@ -121,29 +119,3 @@ def test_cpu_name_comes_from_where_linux_keeps_it(tmp_path):
   info.write_text('processor\t: 0\nmodel name\t: Some Chip: 3 GHz\n')
   assert timing._cpu(info) == 'Some Chip: 3 GHz'
   assert timing._cpu(tmp_path / 'none')
-
-
-KEPT = '''
-import resource
-import numpy as np
-from lib.runtime import timing
-
-def faults():
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-  for _ in range(4):
-    np.ones(2 ** 25, np.uint8)
-  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-mapped = faults()
-timing.keep_memory()
-faults()
-print(faults() < mapped / 4)
-'''
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'gnu_get_libc_version'), reason='not glibc')
-def test_what_is_freed_stays_with_the_process():
-  """Arrays of 32 MB come out of memory that is mapped already."""
-  run = processes.Process('-c', KEPT)
-  said, problem = run.communicate()
-  assert said.strip() == 'True', problem

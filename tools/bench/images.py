@@ -32,7 +32,7 @@ from absl import flags
 from lib.cost import jaxpr as jaxpr_cost
 from lib.report import measuring, tables
 from lib.report.rows import Row
-from lib.runtime import cli, timing
+from lib.runtime import cli, memory, timing
 from ops import choices
 from tools.bench.sites import SITES
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
   for visual in VISUAL.value:
     choices.check('visual=', visual, SHAPES)
   timing.compile_anew()
-  timing.keep_memory()
+  memory.keep()
   out = timing.result_path('reducers', 'jsonl', path=OUT.value)
   heads = [{'site': site, 'method': name, 'visual': visual, 'kept': SHAPES[visual][0],
             'images': IMAGES.value}
