@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ops import assignments, attention
+from ops import attention
 from ops import tokens as tk
 from ops.assignments import Assignment, Gather, Mix
 from ops.budgets import Step
@@ -28,6 +28,7 @@ from ops.kv_cache import KV, Recent
 from ops.primitives.select import ranks
 from ops.reducers.method import EvictingMethod, Method, WatchingMethod
 from ops.rope import Rope, sequence_index
+from ops.rows import expand_like, take
 from ops.signals import STATIC, Signals, by_head, latest
 from ops.tokens import TEXT, TokenSet
 
@@ -328,7 +329,7 @@ def expand(event: Event, before: TokenSet, after: TokenSet, now: TokenSet,
     for name, value in now.stats.items():
       new = merge.restore(value)
       old = before.stats.get(name, jnp.zeros_like(new))
-      stats[name] = jnp.where(assignments.expand_like(there, new), new, old)
+      stats[name] = jnp.where(expand_like(there, new), new, old)
     return before.replace(x=event.method.expand(before, after, now), stats=stats)
 
   view = event.reduction.view
@@ -384,7 +385,7 @@ def start_upkeep(event: Event, kv: KV, tokens: TokenSet, signals: Signals, place
   heads = 1 if method.shared else kv.k.shape[1]
   if method.evict_needs & OF_RECENT:
     index = latest(sequence_index(tokens.pos), tokens.valid, tokens.x.shape[:2])[:, -method.span:]
-    pos = assignments.take(jnp.where(tokens.real, sequence_index(tokens.pos), -1), index)
+    pos = take(jnp.where(tokens.real, sequence_index(tokens.pos), -1), index)
     kv = kv.replace(recent=Recent(signals.window_queries, pos))
   if not method.tracks:
     return kv
@@ -606,8 +607,8 @@ def _at_anchors(anchors: Array, order: Array) -> Array:
   """
   place = jnp.broadcast_to(jnp.arange(order.shape[1], dtype=jnp.int32)[None], order.shape)
   # The least growing sequence of whole numbers that is nowhere below.
-  growing = jax.lax.cummax(assignments.take(sequence_index(anchors), order) - place, axis=1) + place
-  own = assignments.take(growing, ranks(order, order.shape[1]))
+  growing = jax.lax.cummax(take(sequence_index(anchors), order) - place, axis=1) + place
+  own = take(growing, ranks(order, order.shape[1]))
   return own if anchors.ndim == 2 else anchors.at[:, :, 0].set(own)
 
 
@@ -618,14 +619,14 @@ def _behind(tokens: TokenSet, reduced: TokenSet, assignment: Assignment) -> Arra
   """
   behind = cast(Array, assignment.behind)
   if reduced.slots < tokens.slots:
-    behind = assignments.take(behind, assignment.src)
+    behind = take(behind, assignment.src)
   last = jnp.max(jnp.where(tokens.free, sequence_index(tokens.pos), -1), axis=1, keepdims=True)
   return jnp.where(behind & reduced.real, last, reduced.pos)
 
 
 def _latest_position(tokens: TokenSet, reduced: TokenSet) -> Array:
   """int32[B, M(, P)]: position of each slot's latest token; the slot's own if it has none."""
-  position = assignments.take(sequence_index(tokens.pos), jnp.maximum(tokens.owner, 0))
+  position = take(sequence_index(tokens.pos), jnp.maximum(tokens.owner, 0))
   slot = jnp.where(reduced.owner >= 0, reduced.owner, reduced.slots)
   latest = jax.vmap(functools.partial(jax.ops.segment_max, num_segments=reduced.slots))(
       position, slot)
@@ -634,4 +635,4 @@ def _latest_position(tokens: TokenSet, reduced: TokenSet) -> Array:
     return latest
   # Positions of several numbers follow the first one, from the slot that had it.
   source = jnp.argmax(latest[:, :, None] == sequence_index(tokens.pos)[:, None], axis=2)
-  return assignments.take(tokens.pos, source)
+  return take(tokens.pos, source)

@@ -5,9 +5,7 @@ Axes: B batch, N slots now, M slots after, D features, H heads, K keys of an att
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, cast
 
 import chex
 import jax
@@ -15,11 +13,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops.argmax import max_and_index
+from ops.rows import expand_like, put, take, take_or_zero
+from ops.segments import add_up
 
 Array = jax.Array
-T = TypeVar('T')
-# Numbers in a row from which a CPU is faster at one row after another.
-LARGE = 2 ** 20
 
 
 class Extras(Protocol):
@@ -123,73 +120,9 @@ class Assignment(Extras, Protocol):
     ...
 
 
-# Both as the primitive itself: every cut has dozens of them, and what jax.numpy puts around it, as
-# for indices below 0, takes longer to trace than the pick.
-def take(values: Array, index: Array) -> Array:
-  """Picks rows: values [B, N, ...], index int[B, M], 0 to N - 1 -> [B, M, ...].
-
-  One of both may have a batch of one, which is then that of all rows. What lies beyond the end
-  gives NaN, in integers the least (unsigned: the greatest), never another token.
-  """
-  if len(values) != len(index):
-    batch = max(len(values), len(index))
-    values, index = (jnp.broadcast_to(each, (batch, *each.shape[1:])) for each in (values, index))
-  numbers = jax.lax.GatherDimensionNumbers(
-      offset_dims=tuple(range(2, values.ndim)), collapsed_slice_dims=(1,), start_index_map=(1,),
-      operand_batching_dims=(0,), start_indices_batching_dims=(0,))
-  return jax.lax.gather(values, index[..., None], numbers, (1, 1, *values.shape[2:]),
-                        mode='fill')
-
-
-def put(values: Array, index: Array, new: Array) -> Array:
-  """Writes entries: values [B, N], index int[B, M], new [B, M] -> [B, N].
-
-  Args:
-    index: 0 or more; N and more are entries of nowhere. Of one twice, either is written.
-  """
-  numbers = jax.lax.ScatterDimensionNumbers(
-      update_window_dims=(), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1,),
-      operand_batching_dims=(0,), scatter_indices_batching_dims=(0,))
-  return jax.lax.scatter(values, index[..., None], new.astype(values.dtype), numbers, mode='drop')
-
-
-def by_row(function: Callable[..., T], *rows: Any) -> T:
-  """Returns what a function of one row makes of each: a CPU takes one row after another.
-
-  What a row is compared with then stays in its cache: greedy selections of a batch of 16 images
-  take 2 to 8 times as long otherwise.
-
-  Args:
-    function: of arrays [...], without control over other rows.
-    *rows: its arrays [B, ...], or trees of them.
-  """
-  # Asked for when it is compiled, which may be for other devices than this process has.
-  return cast(T, jax.lax.platform_dependent(
-      *rows, cpu=lambda *rows: jax.lax.map(lambda row: function(*row), rows),
-      default=jax.vmap(function)))
-
-
-def by_large_row(function: Callable[..., T], *rows: Any) -> T:
-  """Returns what `by_row` does; rows of few numbers are taken together on CPUs too."""
-  numbers = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(rows))
-  return by_row(function, *rows) if numbers >= LARGE else jax.vmap(function)(*rows)
-
-
-def expand_like(mask: Array, like: Array) -> Array:
-  """Adds axes of one to a mask until it has as many as `like`."""
-  return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
-
-
 def _hide(values: Array, valid: Array | None) -> Array:
   """Zeroes the rows of padding outputs, so that no garbage is left in them."""
   return values if valid is None else jnp.where(expand_like(valid, values), values, 0)
-
-
-def _take_or_zero(values: Array, index: Array) -> Array:
-  """Picks rows as `take`, with zeros where an index equals the number of rows (no such row)."""
-  rows = values.shape[1]
-  picked = take(values, jnp.minimum(index, rows - 1))
-  return jnp.where(expand_like(index < rows, picked), picked, 0)
 
 
 def _choose_valid(rows: Array, other: Gather, valid: Array | None) -> Array:
@@ -200,6 +133,17 @@ def _choose_valid(rows: Array, other: Gather, valid: Array | None) -> Array:
 def _one_hot_rows(index: Array, rows: int) -> Array:
   """Puts a one into row index[n] of column n: int[B, N] -> float32[B, rows, N]."""
   return (index[:, None, :] == jnp.arange(rows)[None, :, None]).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def pick(values: Array, kept: Gather) -> Array:
+  """Picks rows as `Gather.apply`. Its gradient picks too, where JAX's own would add rows up."""
+  return _hide(take(values, kept.src), kept.valid)
+
+
+# Slots that are kept are kept once, so that each finds its one gradient.
+pick.defvjp(lambda values, kept: (pick(values, kept), kept),
+            lambda kept, grad: (kept.restore(grad), None))
 
 
 class Gather(Extras, struct.PyTreeNode):
@@ -241,7 +185,7 @@ class Gather(Extras, struct.PyTreeNode):
   def apply(self, values: Array) -> Array:
     """Picks the kept rows, bit for bit: [B, N, ...] -> [B, M, ...]."""
     chex.assert_axis_dimension(values, 1, self.slots)
-    return _hide(take(values, self.src), self.valid)
+    return pick(values, self)
 
   def matrix(self) -> Array:
     """Returns W, float32[B, M, N], with a single one in every valid row."""
@@ -250,7 +194,7 @@ class Gather(Extras, struct.PyTreeNode):
 
   def restore(self, values: Array) -> Array:
     """Gives kept slots their value back, dropped ones zero: [B, M, ...] -> [B, N, ...]."""
-    return _take_or_zero(values, self.dst)
+    return take_or_zero(values, self.dst)
 
   def totals(self, sizes: Array) -> Array:
     """Picks rows, times `policy` where there is one: float32[B, N, ...] -> [B, M, ...]."""
@@ -279,9 +223,8 @@ class Gather(Extras, struct.PyTreeNode):
 class Merge(Extras, struct.PyTreeNode):
   """Adds slots together, each into at most one output.
 
-  `weight` is final: a size-weighted mean, a sum and a non-convex ensemble differ only in it. The
-  sum is a segment sum: on CPU 1.4 to 3.4 times as fast as a one-hot product at 197 to 577 slots,
-  and gathering the anchors first gains too little to pay for its second code path.
+  `weight` is final: a size-weighted mean, a sum and a non-convex ensemble differ only in it. How
+  the sums are taken depends on the device (ops/segments.py).
 
   Attributes:
     src: int32[B, M], the slot that gives an output its position and kind.
@@ -292,6 +235,8 @@ class Merge(Extras, struct.PyTreeNode):
       it where None.
     wanted: int32[B] or None, as in `Gather`.
     behind: bool[B, N] or None, as in `Extras`.
+    most_moved: how many slots of a row at most join an output that another slot gives its position;
+      None where it is not known. Static.
     op: 'sum', or 'max' for the elementwise maximum of the members (weights unused). Static.
   """
 
@@ -302,16 +247,18 @@ class Merge(Extras, struct.PyTreeNode):
   size_weights: Array | None = None
   wanted: Array | None = None
   behind: Array | None = None
+  most_moved: int | None = struct.field(pytree_node=False, default=None)
   op: str = struct.field(pytree_node=False, default='sum')
 
   @classmethod
-  def mean(cls, src: Array, dst: Array, weight: Array, *, valid: Array | None = None) -> Merge:
+  def mean(cls, src: Array, dst: Array, weight: Array, *, valid: Array | None = None,
+           most_moved: int | None = None) -> Merge:
     """Makes a merge whose outputs are means of their members, weighted by float[B, N]."""
     chex.assert_equal_shape((dst, weight))
     weight = weight.astype(jnp.float32)
-    plain = cls(src, dst, jnp.ones_like(weight))
-    total = _take_or_zero(plain.apply(weight), dst)
-    return cls(src, dst, weight / jnp.where(total == 0, 1.0, total), valid=valid)
+    plain = cls(src, dst, jnp.ones_like(weight), most_moved=most_moved)
+    total = take_or_zero(plain.apply(weight), dst)
+    return plain.replace(weight=weight / jnp.where(total == 0, 1.0, total), valid=valid)
 
   def apply(self, values: Array) -> Array:
     """Takes weighted sums (or maxima) of each output's members: [B, N, ...] -> [B, M, ...]."""
@@ -323,12 +270,7 @@ class Merge(Extras, struct.PyTreeNode):
       # The maximum of no members is -inf, which attention would turn into NaN.
       merged = _hide(merged, self.totals(jnp.ones_like(self.weight)) > 0)
     else:
-      # float32 sums: a group of hundreds of bf16 terms would lose its small members.
-      def of_row(values: Array, dst: Array, weight: Array) -> Array:
-        weighted = values.astype(jnp.float32) * expand_like(weight, values)
-        return jax.ops.segment_sum(weighted, dst, num_segments=outputs)
-
-      merged = by_large_row(of_row, values, self.dst, self.weight).astype(values.dtype)
+      merged = add_up(values, self.weight, self.dst, self.src, most_moved=self.most_moved)
     return _hide(merged, self.valid)
 
   def matrix(self) -> Array:
@@ -339,7 +281,7 @@ class Merge(Extras, struct.PyTreeNode):
 
   def restore(self, values: Array) -> Array:
     """Gives every member its output's value, dropped ones zero: [B, M, ...] -> [B, N, ...]."""
-    return _take_or_zero(values, self.dst)
+    return take_or_zero(values, self.dst)
 
   def totals(self, sizes: Array) -> Array:
     """Sums each output's members, by `size_weights` if given: [B, N, ...] -> [B, M, ...]."""
@@ -354,9 +296,19 @@ class Merge(Extras, struct.PyTreeNode):
 
   def apply_by_head(self, values: Array) -> Array:
     """Applies W in every head: float[B, H, N, K] -> [B, H, M, K]."""
+    if self.op == 'max':
+      return self._as_one(values)
+    mixed = Mix(self.replace(valid=None).matrix(), self.valid)
+    return cast(Array, jax.lax.platform_dependent(
+        values, tpu=mixed.apply_by_head, default=self._as_one))
+
+  def _as_one(self, values: Array) -> Array:
+    """Applies W in every head, all heads' slots in a row as one sum.
+
+    One a head takes three times as long on CPU.
+    """
     batch, heads, _, width = values.shape
     outputs = self.src.shape[1]
-    # The heads' slots in a row, as one segment sum: one a head takes three times as long on CPU.
     number = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
     dst = self.dst[:, None]
     dst = jnp.where(dst < outputs, dst + outputs * number, heads * outputs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -161,22 +161,55 @@ _give_gradient.defvjp(_give_gradient_forward, _give_gradient_backward)
 
 
 def _cudnn_kernel(causal: bool, scale: float, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+  if q.shape[1] % 2 or k.shape[1] % 2:
+    return _cudnn_odd(causal, scale, q, k, v)
+  return _run_cudnn(causal, scale, q, k, v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cudnn_odd(causal: bool, scale: float, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+  """Runs cuDNN over odd lengths, such as 196 patches and a class token, as they are.
+
+  Its gradient refuses them, so that where one is asked for, both passes have an empty slot more.
+  """
+  return _run_cudnn(causal, scale, q, k, v)
+
+
+def _cudnn_odd_forward(causal: bool, scale: float, q: Array, k: Array,
+                       v: Array) -> tuple[tuple[Array, Array], Callable[..., Any]]:
+  return jax.vjp(functools.partial(_run_padded_cudnn, causal, scale), q, k, v)
+
+
+def _cudnn_odd_backward(causal: bool, scale: float, pull: Callable[..., Any],
+                        grads: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+  del causal, scale
+  return cast(tuple[Array, Array, Array], pull(grads))
+
+
+_cudnn_odd.defvjp(_cudnn_odd_forward, _cudnn_odd_backward)
+
+
+def _run_padded_cudnn(causal: bool, scale: float, q: Array, k: Array,
+                      v: Array) -> tuple[Array, Array]:
+  batch, length, keys = len(q), q.shape[1], k.shape[1]
+  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  out, lse = _run_cudnn(causal, scale, q, k, v, lengths=(
+      jnp.full((batch,), length, jnp.int32), jnp.full((batch,), keys, jnp.int32)))
+  return out[:, :length], lse[:, :length]
+
+
+def _run_cudnn(causal: bool, scale: float, q: Array, k: Array, v: Array,
+               lengths: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
   # The public jax.nn.dot_product_attention rounds the log-sum-exp to the dtype of the output.
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
-  batch, length, keys, features = *q.shape[:2], k.shape[1], v.shape[3]
   masks = {(False, False): 'NO_MASK', (True, False): 'CAUSAL',
            (False, True): 'PADDING', (True, True): 'PADDING_CAUSAL'}
-  q_length, kv_length = None, None
-  odd = bool(length % 2 or keys % 2)
-  if odd:
-    # Its gradient refuses odd lengths, such as 196 patches and a class token.
-    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    q_length = jnp.full((batch,), length, jnp.int32)
-    kv_length = jnp.full((batch,), keys, jnp.int32)
+  q_length, kv_length = lengths or (None, None)
   out, lse = cudnn.dot_product_attention(
-      q, k, _widen(v, q.shape[3]), scale=scale, mask_type=cudnn.MaskType[masks[causal, odd]],
+      q, k, _widen(v, q.shape[3]), scale=scale,
+      mask_type=cudnn.MaskType[masks[causal, lengths is not None]],
       q_seqlen=q_length, kv_seqlen=kv_length, return_residual=True)
-  return out[:, :length, :, :features], jnp.swapaxes(lse, 1, 2)[:, :length]
+  return out[..., :v.shape[3]], jnp.swapaxes(lse, 1, 2)
 
 
 def _splash_residuals(causal: bool, scale: float, q: Array, k: Array,

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ops.assignments import Assignment, Gather, Merge, Mix, expand_like, put, take
+from ops.assignments import Assignment, Gather, Merge, Mix
 from ops.attention import HIDDEN_LOGIT, log_weight
+from ops.rows import expand_like, put, take
 
 Array = jax.Array
 

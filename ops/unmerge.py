@@ -15,8 +15,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import take
 from ops.attention import HIDDEN_LOGIT, Attended
+from ops.rows import take
 
 Array = jax.Array
 

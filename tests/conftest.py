@@ -38,6 +38,16 @@ def pytest_collection_finish():
   gc.freeze()
 
 
+@pytest.fixture
+def trace_for(monkeypatch):
+  """A function that has what is traced from then on take the forms of another platform: 'tpu'."""
+  def trace(platform):
+    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, default, **forms:
+                        forms.get(platform, default)(*args))
+
+  return trace
+
+
 @pytest.fixture(autouse=True, scope='module')
 def few_programs():
   """Lets compiled programs go when they are many, module by module."""

@@ -38,9 +38,9 @@ from models.plan import reduction_settings
 from models.projectors import make_projector
 from models.reduce_config import check_components, with_plans
 from ops import choices
-from ops.assignments import take
 from ops.attention import pick
 from ops.rope import Rope
+from ops.rows import take
 from ops.tokens import TokenSet
 
 Array = jax.Array

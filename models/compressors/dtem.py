@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ops import tokens as tk
-from ops.assignments import Assignment, Mix, take
+from ops.assignments import Assignment, Mix
 from ops.attention import HIDDEN_LOGIT
 from ops.primitives.match import bipartite, cosine, parity_order
 from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import Reducer
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, Positive, Width

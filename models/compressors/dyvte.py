@@ -6,10 +6,11 @@ Axes: B batch, N slots now, D features.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, take
+from ops.assignments import Assignment
 from ops.primitives.kv_select import latest
 from ops.primitives.queries import text_after_images
 from ops.reducers.base import Reducer
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, identity
 from ops.values import Width

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, take
+from ops.assignments import Assignment
 from ops.primitives.select import keep_top
 from ops.reducers.base import BranchReducer
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import NotNegative, Positive

@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, take
+from ops.assignments import Assignment
 from ops.attention import HIDDEN_LOGIT
 from ops.primitives.farthest import largest_later_cosine
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, Width

@@ -38,8 +38,8 @@ from models.decoding.sampling import SIDES, Sampling, padded, sample
 from models.reduce_config import ModelWithPlans, with_plans
 from models.storage import Params
 from ops import splice
-from ops.assignments import take
 from ops.kv_cache import Cache
+from ops.rows import take
 
 Array = jax.Array
 

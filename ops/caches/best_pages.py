@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops import attention
-from ops.assignments import take
 from ops.kv_cache import KV
 from ops.primitives.kv_select import by_kv_head
 from ops.rope import Rope
+from ops.rows import take
 
 Array = jax.Array
 # Stands for what `bounded` sets.

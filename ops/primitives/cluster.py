@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import min_and_index
-from ops.assignments import Merge, take
+from ops.assignments import Merge
 from ops.primitives.products import pairs
 from ops.primitives.select import rank_of, ranks, top
+from ops.rows import take
 from ops.tokens import TokenSet, filled
 
 Array = jax.Array

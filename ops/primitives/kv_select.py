@@ -14,9 +14,9 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import take
 from ops.kv_cache import KVGather
 from ops.primitives.select import rank_of, ranks, sort_picked, top
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count
 

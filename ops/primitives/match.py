@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import max_and_index
-from ops.assignments import Merge, put, take
+from ops.assignments import Merge
 from ops.primitives.products import pairs
 from ops.primitives.select import ranks, top
+from ops.rows import put, take
 from ops.tokens import TokenSet, count, filled, num_kept
 
 Array = jax.Array
@@ -34,7 +35,7 @@ def cosine(a: Array, b: Array) -> Array:
   """float[B, A, D], float[B, C, D] -> float32[B, A, C]; highest precision, so that the best match
   does not depend on the device."""
   chex.assert_rank((a, b), 3)
-  return pairs(a, b, l2_normalize)
+  return pairs(a, b, inverse_norm)
 
 
 def parity_order(tokens: TokenSet) -> Array:
@@ -142,8 +143,10 @@ def join(tokens: TokenSet, partner: Array, turn: Array, *, num_slots: int) -> Me
   turn = jnp.where(tokens.free & (partner == own), slots + turn, gone)
   src = jnp.argsort(jnp.where(tokens.fixed, own, turn), axis=1)[:, :num_slots].astype(jnp.int32)
   dst = take(ranks(src, slots), partner)
+  # Under a budget of its own a row may lose more.
+  most_moved = tokens.slots - num_slots if tokens.budget is None else None
   return Merge.mean(src, dst, jnp.where(tokens.real, tokens.sizes, 0.0),
-                    valid=filled(tokens, num_slots))
+                    valid=filled(tokens, num_slots), most_moved=most_moved)
 
 
 def even_matches(tokens: TokenSet, keys: Array) -> tuple[Array, Array, Array, Array]:

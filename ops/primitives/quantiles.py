@@ -8,8 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Gather, put, take
+from ops.assignments import Gather
 from ops.primitives.select import ranks, top
+from ops.rows import put, take
 from ops.tokens import TokenSet, num_left
 
 Array = jax.Array

@@ -11,7 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Gather, put, take
+from ops.assignments import Gather
+from ops.rows import put, take
 from ops.tokens import TokenSet, filled
 
 Array = jax.Array

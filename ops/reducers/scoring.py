@@ -15,10 +15,10 @@ from typing import ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import take
 from ops.kv_cache import KVGather
 from ops.primitives.kv_select import in_order, keep_best, stays
 from ops.reducers.base import CacheReducer
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

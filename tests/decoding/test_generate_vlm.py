@@ -20,9 +20,10 @@ from models.decoding.sampling import Sampling, padded
 from models.plans.events import Plan, make_events
 from models.reduce_config import with_plans, with_projector_reduction
 from models.reduction import Reduction
-from ops.assignments import Gather, take
+from ops.assignments import Gather
 from ops.budgets import Cut
 from ops.reducers.base import Reducer
+from ops.rows import take
 from ops.splice import next_positions
 from ops.tokens import TEXT, VISUAL, TokenSet
 

@@ -45,10 +45,10 @@ def by_hand(x, order, keep):
   return np.sort(order)
 
 
-@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
-def test_rows_of_unequal_counts_and_budgets(backend, monkeypatch):
+@pytest.mark.parametrize('platform', ['cpu', 'cuda'])
+def test_rows_of_unequal_counts_and_budgets(platform, trace_for):
   """As each alone, odd counts and such of more than half included, on CPU or all at once."""
-  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  trace_for(platform)
   rng = np.random.default_rng(0)
   x, score = rng.normal(size=(4, 40, 6)).astype(np.float32), rng.uniform(size=(4, 40))
   among = np.arange(40)[None] < np.array([[40], [33], [7], [20]])

@@ -18,7 +18,6 @@ from models.backbones.qwen_vision import QwenVision
 from ops import tokens as tk
 from ops.primitives import farthest
 from ops.primitives.contextual import order_over_crops
-from ops.primitives.match import l2_normalize
 from ops.primitives.quantiles import outliers
 from ops.primitives.queries import whole_attention
 from ops.reducers.projector.aim_merge import AIMMerge
@@ -62,9 +61,9 @@ def operate(*args, **settings):
 @functools.partial(jax.jit, static_argnames='count')
 def spread_out(x, first, *, count):
   """Whose turn it is, and how near the nearest is."""
-  vectors, every = l2_normalize(x), jnp.ones(x.shape[:2], bool)
-  return (farthest.farthest_first(vectors, every, first, count=count),
-          farthest.largest_cosine(vectors, every, chunk=7))
+  every = jnp.ones(x.shape[:2], bool)
+  return (farthest.farthest_first(x, every, first, count=count),
+          farthest.largest_cosine(x, every, chunk=7))
 
 
 @pytest.mark.parametrize('case', [0, 1])

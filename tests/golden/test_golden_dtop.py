@@ -17,6 +17,7 @@ from models.backbones.vit import Block
 from models.compressors.dtop import DToP, Grades, leaves, paint
 from ops import assignments
 from ops import tokens as tk
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -104,7 +105,7 @@ def test_stages_in_a_row():
       tokens = TokenSet.create(jnp.asarray(raw['x']))
     else:
       # The stages of the golden file are independent: each has features of its own.
-      tokens = tokens.replace(x=assignments.take(jnp.asarray(raw['x']), tokens.pos))
+      tokens = tokens.replace(x=take(jnp.asarray(raw['x']), tokens.pos))
     grades, _, reduced = act(method, head_params(stage), tokens, (34, 30, 29)[stage - 1])
     canvas = paint(canvas, tokens, grades.masks)
     close_logits(canvas.swapaxes(1, 2), raw['out_canvas'])

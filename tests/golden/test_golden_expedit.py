@@ -10,10 +10,10 @@ from helpers import golden_vit
 
 from models.backbones.vit import ViT
 from models.plan import make_plan
-from ops import assignments
 from ops import tokens as tk
 from ops.primitives.crops import superpixels as sp
 from ops.reducers.vision.expedit import Expedit
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 
@@ -57,7 +57,7 @@ def test_op(case):
   label = sp.labels(flat, out.x)
   np.testing.assert_array_equal(label, raw['hard_labels'])
   deep = jnp.asarray(raw['deep_clustered'])
-  np.testing.assert_array_equal(assignments.take(deep, label), raw['naive_unpool'])
+  np.testing.assert_array_equal(take(deep, label), raw['naive_unpool'])
   back = RECONSTRUCT(flat, out.x, deep, nearest=int(raw['k']),
                         temperature=settings['temperature'])
   np.testing.assert_allclose(back, raw['reconstructed'], **CLOSE)

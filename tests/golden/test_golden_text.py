@@ -136,19 +136,20 @@ def test_cdpruner(case):
   np.testing.assert_array_equal(answer.src, raw['kept_sorted'])
 
 
-def test_picks_of_all_rows_at_once_are_those_of_one_after_another(monkeypatch):
+def test_picks_of_all_rows_at_once_are_those_of_one_after_another(trace_for):
   """As accelerators run them, and as CPUs do."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(3, 12, 8)).astype(np.float32)
   among = np.arange(12) < np.array([[12], [9], [4]])
+  length = rng.uniform(0.5, 2, (3, 12)).astype(np.float32)
 
   def turns():
-    found = [jax.jit(lambda x, among: most_diverse(x, among, count=6))(x, among),
+    found = [jax.jit(lambda x, among: most_diverse(x, length, among, count=6))(x, among),
              jax.jit(lambda x, among: cover(jnp.abs(x.swapaxes(1, 2)), among, count=6))(x, among)]
     return [np.asarray(each) for each in found]
 
   wanted = turns()
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  trace_for('cuda')
   for found, each in zip(turns(), wanted, strict=True):
     np.testing.assert_array_equal(found, each)
     assert ((found < 6) <= among).all()

@@ -10,9 +10,9 @@ import pytest
 from helpers import contract
 from helpers.contract import KEEP, KEEP_AGAIN, KEEP_TEXT, SLOTS, WIDE, base, random_case
 from models.plans.events import SITES
-from ops import assignments
 from ops import tokens as tk
 from ops.assignments import Gather, Mix
+from ops.rows import take
 from ops.signals import NAMES
 from ops.tokens import SPECIAL, VISUAL
 
@@ -157,19 +157,19 @@ def bits(name):
       copies = (inner == 1).any(2) & ~several
       assert several.any()
       assert copies.any()
-      same(out.reduced.x[:, 1:][copies], assignments.take(case.x, out.src)[:, 1:][copies])
+      same(out.reduced.x[:, 1:][copies], take(case.x, out.src)[:, 1:][copies])
       return 'mixes some tokens'
     if contract.method(name).adaptive:
       # Some outputs may be tokens as they were, and some of nothing.
       single = (inner > 0).sum(2) == 1
       assert several.any(axis=1).all(), 'mixes nothing: should be a Gather or a Merge'
-      same(out.applied[:, 1:][single], assignments.take(case.x, out.src)[:, 1:][single])
+      same(out.applied[:, 1:][single], take(case.x, out.src)[:, 1:][single])
       return 'mixes some tokens'
     assert several.all(), 'mixes nothing: should be a Gather or a Merge'
     return 'mixes all tokens'
   valid = np.ones(out.src.shape, bool) if out.reduced.valid is None else out.reduced.valid
   if out.assignment.features is not None:
-    assert (out.reduced.x[:, 1:] != assignments.take(case.x, out.src)[:, 1:]).any(axis=2).all()
+    assert (out.reduced.x[:, 1:] != take(case.x, out.src)[:, 1:]).any(axis=2).all()
     return 'refines what it keeps'
   count = 0
   for row, col in zip(*np.nonzero(valid), strict=True):

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ops import tokens as tk
-from ops.assignments import Gather, Merge, Mix, put, take
+from ops.assignments import Gather, Merge, Mix
+from ops.rows import put, take
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 
 BATCH, COUNTS = 2, (9, 6, 4)

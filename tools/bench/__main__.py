@@ -30,6 +30,7 @@ from lib.report.rows import Row
 from lib.runtime import cli, timing
 from ops import assignments, attention, choices
 from ops.primitives import select
+from ops.rows import take
 from tools.bench.sites import SITES
 
 ONLY = flags.DEFINE_multi_enum('only', ['primitives', 'reducers'], ['primitives', 'reducers'],
@@ -156,7 +157,7 @@ def merging(batch: int, slots: int, keep: int, width: int, dtype: Any,
       'apply: segment sum': (lambda m, x: m.apply(x), applied),
       'apply: one-hot product': (
           lambda m, x: jnp.einsum('bmn,bnd->bmd', m.matrix().astype(x.dtype), x), applied),
-      'apply: gather': (lambda m, x: assignments.take(x, m.src), applied),
+      'apply: gather': (lambda m, x: take(x, m.src), applied),
       'select: top_k': (lambda s: select.top(s, keep), selected),
       'select: argsort': (lambda s: jnp.argsort(-s, axis=1)[:, :keep], selected)}
   head = {'batch': batch, 'slots': slots, 'keep': keep, 'width': width}

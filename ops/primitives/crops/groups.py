@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ops.assignments import Merge, expand_like, take
+from ops.assignments import Merge
 from ops.primitives.cluster import distances, peaks
 from ops.primitives.crops.frames import Frames
 from ops.primitives.crops.regions import keep_flagged, ranks_within, sums
 from ops.primitives.select import ranks, top
+from ops.rows import expand_like, take
 from ops.tokens import TokenSet
 
 Array = jax.Array

@@ -8,7 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Gather, put, take
+from ops.assignments import Gather
+from ops.rows import put, take
 from ops.tokens import TokenSet, count
 
 Array = jax.Array

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from ops import attention
-from ops.assignments import Assignment, by_row
+from ops.assignments import Assignment
 from ops.attention import HIDDEN_LOGIT
 from ops.primitives.select import keep_top
 from ops.reducers.base import Checked, Reducer
 from ops.rope import sequence_index
+from ops.rows import by_row
 from ops.signals import Signals
 from ops.tokens import TokenSet, identity
 from ops.values import OneOf

@@ -8,10 +8,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, take
+from ops.assignments import Assignment
 from ops.primitives.kv_select import by_kv_head, latest, pool_neighbours
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import max_and_index
-from ops.assignments import Assignment, Merge, take
+from ops.assignments import Assignment, Merge
 from ops.primitives.crops.regions import ranks_within, sums
 from ops.primitives.match import cosine
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
-from ops.primitives.farthest import pick_greedily
+from ops.primitives.farthest import RowOf, pick_greedily, with_cosines
 from ops.primitives.match import l2_normalize
 from ops.primitives.quantiles import above_lowest
 from ops.primitives.select import keep_top
@@ -43,7 +43,7 @@ class CDPruner(Reducer):
     vectors = jax.lax.stop_gradient(l2_normalize(tokens.x))
     text = jax.lax.stop_gradient(l2_normalize(signals.text))
     relevance = relevance_of(vectors, text, tokens.free, signals.text_valid)
-    turn = most_diverse(vectors * relevance[:, :, None], tokens.free,
+    turn = most_diverse(tokens.x, relevance, tokens.free,
                         count=max(num_slots - tokens.protected, 0))
     return keep_top(tokens, -turn, num_slots=num_slots)
 
@@ -63,31 +63,37 @@ def relevance_of(vectors: Array, text: Array, among: Array, real: Array) -> Arra
   return jnp.where(spread > 0, (above + 1e-6) / jnp.where(spread > 0, spread, 1.0), 1.0)
 
 
-def most_diverse(vectors: Array, among: Array, *, count: int) -> Array:
+def most_diverse(x: Array, relevance: Array, among: Array, *, count: int) -> Array:
   """Picks slots one by one, each the one that adds most to the volume that all span.
 
-  It factors the matrix of their products (Cholesky's way) a row at a time, and holds no other row.
+  It factors the kernel, cosines times the relevance of both, a row at a time (Cholesky's way).
 
   Args:
-    vectors: float32[B, N, D].
+    x: float[B, N, D].
+    relevance: float32[B, N], the length of each slot's vector.
     among: bool[B, N], slots that may be picked.
     count: P, how many to pick.
 
   Returns:
     int32[B, N], at which step each slot was picked, `count` where it was not.
   """
-  whole = jnp.sum(vectors * vectors, axis=2)
+  # A slot without features spans nothing.
+  whole = jnp.where(jnp.any(x != 0, axis=2), relevance * relevance, 0.0)
 
-  def look(data: tuple[Array, Array], state: tuple[Array, Array], pick: Array,
-           number: Array) -> tuple[tuple[Array, Array], Array]:
-    (vectors, whole), (factor, left) = data, state
-    own = left[pick]
-    row = jnp.einsum('d,nd->n', vectors[pick], vectors, precision='highest')
-    known = jnp.einsum('p,pn->n', factor[:, pick], factor, precision='highest')
-    row = jnp.where(own > 0, (row - known) * jax.lax.rsqrt(jnp.where(own > 0, own, 1.0)), 0.0)
-    left = left - row * row
-    left = jnp.where(left > ROUNDING * whole, left, 0.0)
-    return (factor.at[number].set(row), left), left
+  def pick(values: Array, row_of: RowOf) -> Array:
+    def look(data: tuple[Array, ...], state: tuple[Array, Array], pick: Array,
+             number: Array) -> tuple[tuple[Array, Array], Array]:
+      (values, relevance, whole), (factor, left) = data, state
+      own = left[pick]
+      row = row_of(values, pick) * relevance * relevance[pick]
+      known = jnp.einsum('p,pn->n', factor[:, pick], factor, precision='highest')
+      row = jnp.where(own > 0, (row - known) * jax.lax.rsqrt(jnp.where(own > 0, own, 1.0)), 0.0)
+      left = left - row * row
+      left = jnp.where(left > ROUNDING * whole, left, 0.0)
+      return (factor.at[number].set(row), left), left
 
-  nothing = jnp.zeros((len(vectors), count, vectors.shape[1]))
-  return pick_greedily(look, (vectors, whole), among, whole, (nothing, whole), count=count)
+    nothing = jnp.zeros((len(among), count, among.shape[1]))
+    return pick_greedily(look, (values, relevance, whole), among, whole, (nothing, whole),
+                         count=count)
+
+  return with_cosines(pick, x)

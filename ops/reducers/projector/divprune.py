@@ -5,12 +5,10 @@ Axes: B batch, N slots now, M slots after, D features.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.primitives.farthest import farthest_first, largest_cosine
-from ops.primitives.match import l2_normalize
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
 from ops.signals import Signals
@@ -31,8 +29,7 @@ class DivPrune(Reducer):
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
     del signals
-    vectors = jax.lax.stop_gradient(l2_normalize(tokens.x))
-    alike = jnp.where(tokens.free, largest_cosine(vectors, tokens.free), jnp.inf)
-    turn = farthest_first(vectors, tokens.free, jnp.argmin(alike, axis=1).astype(jnp.int32),
+    alike = jnp.where(tokens.free, largest_cosine(tokens.x, tokens.free), jnp.inf)
+    turn = farthest_first(tokens.x, tokens.free, jnp.argmin(alike, axis=1).astype(jnp.int32),
                           count=max(num_slots - tokens.protected, 0))
     return keep_top(tokens, -turn, num_slots=num_slots)

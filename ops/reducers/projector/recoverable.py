@@ -9,12 +9,13 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from ops.assignments import Assignment, Mix, take
+from ops.assignments import Assignment, Mix
 from ops.primitives.match import cosine, l2_normalize
 from ops.primitives.quantiles import local_outliers
 from ops.primitives.queries import whole_attention
 from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import Checked, Reducer
+from ops.rows import take
 from ops.signals import TEXT_SIGNALS, Signals
 from ops.tokens import TokenSet, count, num_left
 from ops.values import Count, OneOf

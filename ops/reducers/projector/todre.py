@@ -6,12 +6,10 @@ Axes: B batch, N slots now, H heads, D features.
 import dataclasses
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.primitives.farthest import farthest_first
-from ops.primitives.match import l2_normalize
 from ops.primitives.select import keep_top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
@@ -43,9 +41,8 @@ class ToDRE(ByAttention):
   drops = 'pruning drops tokens'
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    vectors = jax.lax.stop_gradient(l2_normalize(tokens.x))
     attention = jnp.where(tokens.free, self.attention(signals).mean(axis=1), -jnp.inf)
-    turn = farthest_first(vectors, tokens.free, jnp.argmax(attention, axis=1).astype(jnp.int32),
+    turn = farthest_first(tokens.x, tokens.free, jnp.argmax(attention, axis=1).astype(jnp.int32),
                           count=max(num_slots - tokens.protected, 0),
                           far_from=SELECTIONS[self.selection])
     return keep_top(tokens, -turn, num_slots=num_slots)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.primitives.farthest import num_similar
-from ops.primitives.match import l2_normalize
 from ops.primitives.select import keep_flagged, ranks, top
 from ops.reducers.base import ByAttention
 from ops.signals import Signals
@@ -63,7 +62,7 @@ class TokenCorr(ByAttention):
     return {'local': jax.lax.stop_gradient(self.attention(signals).mean(axis=1))}
 
   def __call__(self, tokens: TokenSet, signals: Signals, *, num_slots: int) -> Assignment:
-    keys = jax.lax.stop_gradient(l2_normalize(signals.keys.astype(jnp.float32).mean(axis=2)))
+    keys = signals.keys.astype(jnp.float32).mean(axis=2)
     similar = num_similar(keys, tokens.free, threshold=self.threshold)
     wanted = jnp.maximum(count(tokens.free & (similar < self.partners)), 1)
     attention = jax.lax.stop_gradient(self.attention(signals).mean(axis=1))

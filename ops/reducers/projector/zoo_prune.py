@@ -56,9 +56,8 @@ class ZOOPrune(Checked, Reducer):
     above, spread = above_lowest(jax.lax.stop_gradient(
         self.sensitivity(signals.project, features, self.draw(features.shape[2]))), tokens.free)
     weight = jnp.where(spread > 0, above / (spread + 1e-8), 1.0)
-    vectors = jax.lax.stop_gradient(l2_normalize(tokens.x))
     first = jnp.argmax(jnp.where(tokens.free, weight, -1.0), axis=1).astype(jnp.int32)
-    turn = farthest_first(vectors, tokens.free, first, weight=weight,
+    turn = farthest_first(tokens.x, tokens.free, first, weight=weight,
                           count=max(num_slots - tokens.protected, 0))
     return keep_top(tokens, -turn, num_slots=num_slots)
 

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from ops import tokens as tk
-from ops.assignments import Assignment, Merge, put, take
+from ops.assignments import Assignment, Merge
 from ops.primitives import cluster, kmedoids
 from ops.primitives.select import keep_top, ranks
 from ops.reducers.base import Checked, Reducer
+from ops.rows import put, take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import OneOf

@@ -8,10 +8,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from ops import tokens as tk
-from ops.assignments import Assignment, put
+from ops.assignments import Assignment
 from ops.primitives.match import even_matches, join, num_excess
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
+from ops.rows import put
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from ops import attention
-from ops.assignments import Assignment, Merge, take
+from ops.assignments import Assignment, Merge
 from ops.primitives.match import bipartite, parity_order
 from ops.reducers.base import Reducer
+from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, key_bias
 
