@@ -209,7 +209,9 @@ class ReducibleBlock(nn.Module):
       out = mix(q, k, v, bias, order['positions']).out
     else:
       mixed = mix(q, k, v, *self.kernel_order(tokens, bias, proportional))
-      out, signals = mixed.out, read(q=q, k=k, lse=mixed.lse)
+      received = functools.partial(sharded_attention.received, mesh=self.mesh,
+                                   implementation=self.implementation)
+      out, signals = mixed.out, read(q=q, k=k, lse=mixed.lse, received=received)
     change = self.residual(tokens.x, self.out(out), 0)
     more = {'plain_queries': plain, 'attention_out': change}
     if 'plain_keys' in needs:

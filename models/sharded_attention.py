@@ -1,4 +1,4 @@
-"""Attention over a mesh: a fused kernel runs on the rows and heads of its own device.
+"""Attention over a mesh: a kernel runs on the rows and heads of its own device.
 
 Axes: B batch, N queries, S keys, H heads, K kv heads, d features a head.
 """
@@ -43,3 +43,31 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None, positions: Array | 
   divided = jax.shard_map(local, mesh=mesh, check_vma=False, out_specs=heads,
                           in_specs=(heads, heads, heads, rows, rows, rows))
   return divided(q, k, v, bias, positions, pairs)
+
+
+def received(q: Array, k: Array, lse: Array | None, *, mesh: Mesh | None, implementation: str,
+             bias: Array | None = None, query_valid: Array | None = None,
+             positions: Array | None = None, last: Array | None = None,
+             window: int | None = None, pairs: attention.Exceptions | None = None) -> Array:
+  """Tells what each key receives, float32[B, H, S], divided as `attend` divides.
+
+  Args:
+    q, k, lse, bias, query_valid, positions, last, window, pairs: as `ops.attention.received` takes
+      them.
+    mesh, implementation: as of `attend`.
+  """
+
+  def local(q: Array, k: Array, lse: Array | None, bias: Array | None, query_valid: Array | None,
+            positions: Array | None, last: Array | None,
+            pairs: attention.Exceptions | None) -> Array:
+    return attention.received(q, k, lse, bias=bias, query_valid=query_valid, positions=positions,
+                              last=last, window=window, pairs=pairs, implementation=implementation)
+
+  arrays = (q, k, lse, bias, query_valid, positions, last, pairs)
+  if mesh is None or implementation == 'xla':
+    return local(*arrays)
+  heads, rows = PartitionSpec(BATCH_AXES, None, 'tensor'), PartitionSpec(BATCH_AXES)
+  divided = jax.shard_map(local, mesh=mesh, check_vma=False,
+                          out_specs=PartitionSpec(BATCH_AXES, 'tensor'),
+                          in_specs=(heads, heads, heads, rows, rows, rows, rows, rows))
+  return divided(*arrays)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import chex
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
+from ops import attention_columns
 from ops.attention_kernels import LOWEST_BIAS, cudnn, splash
 
 Array = jax.Array
@@ -231,11 +233,12 @@ def rows(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
 def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None,
              query_valid: Array | None = None, scale: float | None = None, causal: bool = False,
              positions: Array | None = None, last: Array | None = None,
-             window: int | None = None, pairs: Exceptions | None = None, chunk: int = 32) -> Array:
+             window: int | None = None, pairs: Exceptions | None = None, chunk: int = 32,
+             implementation: str = 'xla') -> Array:
   """Mean over queries of the attention each key receives, float32[B, H, S].
 
   Queries are taken `chunk` at a time, forwards and backwards, so the largest buffer is
-  float32[B, H, chunk, S].
+  float32[B, H, chunk, S]; or, forwards, by a kernel that holds no row of the map.
 
   Args:
     q: float[B, N, H, d].
@@ -245,9 +248,59 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
     last: int32[B, N], the positions of the queries where these are not all the tokens.
     query_valid: bool[B, N], the queries that count; all when None. A row without any gives zeros.
     chunk: queries at a time.
+    implementation: the kernel: that of GPUs for 'cudnn', of TPUs for 'splash', each over one device
+      (over several inside `jax.shard_map`); none for 'xla'. Where none fits, a line in the log
+      says so.
   """
+  counts = jnp.ones(q.shape[:2], bool) if query_valid is None else query_valid
+  last = positions if last is None else last
+  static = (causal, q.shape[3] ** -0.5 if scale is None else scale, window, chunk)
+  if implementation == 'xla' or lse is None:
+    total = _total_in_chunks(*static, q, k, lse, bias, counts, last, positions, pairs)
+  elif reason := ('exceptions from causal attention' if pairs is not None
+                  else attention_columns.unfit(implementation, q, k)):
+    attention_columns.announce(reason)
+    total = _total_in_chunks(*static, q, k, lse, bias, counts, last, positions, pairs)
+  else:
+    total = _total_by_kernel(implementation, *static, q, k, lse, bias, counts, last, positions)
+  return total / jnp.maximum(jnp.sum(counts, axis=1, dtype=jnp.float32), 1.0)[:, None, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _total_by_kernel(implementation: str, causal: bool, scale: float, window: int | None,
+                     chunk: int, q: Array, k: Array, lse: Array, bias: Array | None,
+                     counts: Array, last: Array | None, positions: Array | None) -> Array:
+  """`_total_in_chunks` by a kernel; its gradient is that of the chunks."""
+  del chunk
+  slots = [jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]) for x in (q, k)]
+  if causal and last is None:
+    last = slots[0]
+  if last is not None and positions is None:
+    positions = slots[1]
+  return attention_columns.add_up(implementation, q, k, attention_columns.Columns(
+      jnp.where(counts[..., None], lse, jnp.inf),
+      None if bias is None else jnp.maximum(bias.astype(jnp.float32), LOWEST_BIAS),
+      last, positions, scale, window))
+
+
+def _chunks_backward(implementation: str, causal: bool, scale: float, window: int | None,
+                     chunk: int, saved: tuple[Any, ...], grad: Array) -> tuple[Any, ...]:
+  del implementation
+  differentiable, rest = saved[:4], saved[4:]
+  grads = jax.vjp(lambda *args: _total_in_chunks(
+      causal, scale, window, chunk, *args, *rest), *differentiable)[1](grad)
+  return (*grads, *(None for _ in rest))
+
+
+_total_by_kernel.defvjp(lambda *args: (_total_by_kernel(*args), args[5:]), _chunks_backward)
+
+
+def _total_in_chunks(causal: bool, scale: float, window: int | None, chunk: int, q: Array,
+                     k: Array, lse: Array | None, bias: Array | None, counts: Array,
+                     last: Array | None, positions: Array | None,
+                     pairs: Exceptions | None = None) -> Array:
+  """What each key receives of the queries bool[B, N] that count, float32[B, H, S]."""
   batch, length, heads, _ = q.shape
-  counts = jnp.ones((batch, length), bool) if query_valid is None else query_valid
   chunk = min(chunk, length)
 
   # Without the checkpoint the gradient would store the rows of all chunks: the map itself.
@@ -260,13 +313,11 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
                 pairs=pairs and pairs.replace(queries=more))
     return total + jnp.sum(jnp.where(counts[:, None, :, None], part, 0.0), axis=2), None
 
-  last = positions if last is None else last
   chunks = jax.tree.map(lambda x: _cut(x, chunk),
                         (q, lse, counts, last, pairs and pairs.queries))
   # The zeros depend on q so that they vary over the same mesh axes inside a shard_map.
   start = jnp.zeros((batch, heads, k.shape[1]), jnp.float32) + 0.0 * jnp.sum(q[:0])
-  total, _ = jax.lax.scan(step, start, (jnp.arange(-(-length // chunk)), *chunks))
-  return total / jnp.maximum(jnp.sum(counts, axis=1, dtype=jnp.float32), 1.0)[:, None, None]
+  return jax.lax.scan(step, start, (jnp.arange(-(-length // chunk)), *chunks))[0]
 
 
 def eager(q: Array, k: Array, *, bias: Array | None = None, scale: float | None = None,
@@ -294,21 +345,34 @@ def step(q: Array, k: Array, v: Array, visible: Array, *, bias: Array | None = N
   Returns:
     float[B, H, d], and the weights float32[B, H, S].
   """
+  if visible.ndim == 2:
+    visible, bias = visible[:, None], bias if bias is None else bias[:, None]
+  run = functools.partial(_step, q.shape[-1] ** -0.5 if scale is None else scale)
+  if q.shape[1] > k.shape[1] or q.dtype == jnp.float32:
+    return run(q, k, v, visible, bias)
+  # A TPU multiplies a single query a head by its keys on the vector unit, which takes two to three
+  # times as long as the bytes do: written eight times it goes to the matrix unit.
+  return cast(tuple[Array, Array], jax.lax.platform_dependent(
+      q, k, v, visible, bias, tpu=functools.partial(run, copies=8), default=run))
+
+
+def _step(scale: float, q: Array, k: Array, v: Array, visible: Array, bias: Array | None,
+          copies: int = 1) -> tuple[Array, Array]:
+  """Runs `step` with each query of half precision written so many times, which changes nothing."""
   batch, heads, features = q.shape
   kv_heads = k.shape[1]
   grouped = q.reshape(batch, kv_heads, heads // kv_heads, features)
+  if copies > 1:
+    grouped = jnp.repeat(grouped, copies, axis=2)
   precision = 'highest' if q.dtype == jnp.float32 else 'default'
   logits = jnp.einsum('bkgd,bksd->bkgs', grouped, k, precision=precision,
-                      preferred_element_type=jnp.float32)
-  logits = logits * (features ** -0.5 if scale is None else scale)
-  if visible.ndim == 2:
-    visible, bias = visible[:, None], bias if bias is None else bias[:, None]
+                      preferred_element_type=jnp.float32) * scale
   if bias is not None:
     logits = logits + bias[:, :, None]
-  visible = visible[:, :, None]
-  weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-  out = jnp.einsum('bkgs,bksd->bkgd', weights.astype(v.dtype), v).reshape(q.shape)
-  return out, weights.reshape(batch, heads, -1)
+  weights = jax.nn.softmax(jnp.where(visible[:, :, None], logits, -jnp.inf), axis=-1)
+  out = jnp.einsum('bkgs,bksd->bkgd', weights.astype(v.dtype), v)
+  return (out[:, :, ::copies].reshape(q.shape),
+          weights[:, :, ::copies].reshape(batch, heads, -1))
 
 
 def policy_attend(q: Array, k: Array, v: Array, policy: Array, *, bias: Array | None = None,

@@ -173,7 +173,8 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
             query_valid: Array | None = None, cls_slot: int = 0,
             positions: Array | None = None, last: Array | None = None, window: int | None = None,
             pairs: attention.Exceptions | None = None, rows: Array | None = None,
-            max_rows: int | None = None, span: int = 0) -> Signals:
+            max_rows: int | None = None, span: int = 0,
+            received: Callable[..., Array] = attention.received) -> Signals:
   """Computes the named signals of one attention layer, beside fused attention.
 
   Args:
@@ -193,6 +194,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
     rows: bool[B, N], the queries of row_attention.
     max_rows: how many there are at most, None for N.
     span: W, rows of window_attention and window_queries.
+    received: what adds up the columns of the map, as `attention.received` does.
   """
   inputs = {'keys': k, 'queries': q, 'values': v, 'hidden': hidden}
   measured: dict[str, Any] = {name: value for name, value in inputs.items() if name in needs}
@@ -207,7 +209,7 @@ def measure(needs: frozenset[str], *, q: Array, k: Array, v: Array, lse: Array |
         'bhd,bnhd->bhn', q[:, cls_slot], k, precision='highest',
         preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
   if 'received_attention' in needs:
-    measured['received_attention'] = attention.received(
+    measured['received_attention'] = received(
         q, k, lse, bias=bias, positions=positions, last=last, query_valid=query_valid,
         window=window, pairs=pairs)
 

@@ -570,3 +570,20 @@ def test_errors_say_what_was_expected():
     attention.attend(q[:, :, :3], k[:, :, :2], v[:, :, :2])
   with pytest.raises(ValueError, match='share a dtype'):
     attention.attend(q, k.astype(jnp.bfloat16), v)
+
+
+@pytest.mark.parametrize('by_head', [False, True])
+def test_a_step_on_a_tpu_is_that_of_others(trace_for, by_head):
+  """A single query of a head is written eight times there."""
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+             for shape in ((2, 4, 8), (2, 4, 11, 8), (2, 4, 11, 8)))
+  visible = rng.uniform(size=(2, 4, 11) if by_head else (2, 11)) < 0.7
+  visible[..., 0] = True
+  bias = rng.normal(size=visible.shape).astype(np.float32)
+  wanted = attention.step(q, k, v, visible, bias=bias)
+  trace_for('tpu')
+  assert 'bf16[2,4,8,8]' in str(jax.make_jaxpr(attention.step)(q, k, v, visible))
+  for found, other in zip(attention.step(q, k, v, visible, bias=bias), wanted, strict=True):
+    assert found.shape == other.shape
+    np.testing.assert_allclose(found.astype(jnp.float32), other.astype(jnp.float32), atol=1e-2)

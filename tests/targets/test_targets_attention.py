@@ -37,7 +37,7 @@ def beside(implementation, q, k, v, bias):
 
 def beside_received(implementation, q, k, v, bias):
   got = attention.attend(q, k, v, bias=bias, implementation=implementation)
-  return got.out, attention.received(q, k, got.lse, bias=bias)
+  return got.out, attention.received(q, k, got.lse, bias=bias, implementation=implementation)
 
 
 def gradient(function):
@@ -81,6 +81,31 @@ def test_score_rows_need_little_of_eager_memory(name, heads, features, with_bias
     size, fused = sizes(functools.partial(function, implementation))
     assert fused
     assert size <= share * whole, function
+
+
+@pytest.mark.parametrize('name', ['v5e:2x4', 'v6e:4x4', 'h100:1'])
+@pytest.mark.parametrize(('heads', 'kv_heads', 'features', 'window'), [
+    (8, 8, 64, None), (8, 2, 128, None), (4, 4, 128, 512)])
+def test_causal_columns_are_one_kernel(name, heads, kv_heads, features, window):
+  """It needs no more than queries and keys in another layout: no chunk of rows, no row."""
+  device = mesh_of(name, data=topology.count(name)).devices.flat[0]
+  implementation = attention.pick(device.platform, jnp.bfloat16)
+  one = SingleDeviceSharding(device)
+
+  def shape(*dims, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=one)
+
+  arrays = (shape(BATCH, TOKENS, heads, features), shape(BATCH, TOKENS, kv_heads, features),
+            shape(BATCH, TOKENS, heads, dtype=jnp.float32), shape(BATCH, TOKENS, dtype=jnp.int32))
+  compiled = jax.jit(lambda q, k, lse, positions: attention.received(
+      q, k, lse, causal=True, positions=positions, window=window,
+      implementation=implementation)).lower(*arrays).compile()
+  text = compiled.as_text()
+  assert ' while(' not in text
+  assert 'custom-call' in text
+  queries = 2 * BATCH * TOKENS * heads * features
+  # Queries and keys, and positions and log-sum-exps a lane or eight rows wide.
+  assert compiled.memory_analysis().temp_size_in_bytes <= 2 * queries + 4 * BATCH * TOKENS * 8 * 128
 
 
 @pytest.mark.parametrize(('name', 'with_bias'), [('v5e:2x4', True), ('h100:1', True)])
