@@ -77,6 +77,8 @@ def nearest(metric: Array, a: Array, b: Array, *, use_a: Array,
   """
   chex.assert_equal_shape((a, use_a))
   chex.assert_equal_shape((b, use_b))
+  # Or else what the metric is made of, as the keys of all heads, would be picked and read twice.
+  metric = jax.lax.optimization_barrier(metric)
   scores = cosine(take(metric, a), take(metric, b))
   scores = jnp.where(use_a[:, :, None] & use_b[:, None], scores, -jnp.inf)
   best, index = max_and_index(scores, axis=2)
