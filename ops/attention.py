@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from ops import attention_columns
+from ops import attention_columns, attention_short
 from ops.attention_kernels import LOWEST_BIAS, cudnn, splash
 
 Array = jax.Array
@@ -169,9 +169,11 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
       once without these. For `Alone` it runs once. Only 'xla' has `Blocks`.
     scale: of the logits, a Python number; d ** -0.5 when None.
     implementation: one of `IMPLEMENTATIONS`; see `pick`. 'cudnn' needs a GPU and half precision,
-      'splash' a TPU. Over several TPU chips 'splash' must run inside `jax.shard_map`. It scales the
-      queries in their own dtype, which rounds them unless scale is a power of two. A bias widens a
-      head by 8 columns in half precision: little at d = 64, a second tile of 128 lanes at d = 128.
+      'splash' a TPU. Over several TPU chips 'splash' must run inside `jax.shard_map`. Few tokens
+      that all see each other go through a kernel of their own there (ops/attention_short.py).
+      That of many scales the queries in their own dtype, which rounds them unless scale is a power
+      of two, and a bias widens its heads by 8 columns in half precision: little at d = 64, a second
+      tile of 128 lanes at d = 128.
 
   Raises:
     ValueError: an unknown implementation, or shapes or dtypes that do not fit.
@@ -193,6 +195,11 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
     return Attended(*_xla(q, k, v, bias, scale, last, positions, window, pairs))
   if pairs is not None:
     return _attend_pairs(q, k, v, bias, positions, pairs, scale, implementation)
+  in_order = causal or positions is not None
+  if implementation == 'splash' and attention_short.fits(q, k, causal=in_order):
+    hidden = (jnp.zeros(k.shape[:2]) if bias is None
+              else jnp.maximum(bias.astype(jnp.float32), LOWEST_BIAS))
+    return Attended(*attention_short.attend(scale, False, q, k, v, hidden))
   fused = _FUSED[implementation]
   if positions is None:
     return Attended(*fused(causal, scale, q, k, v, bias))

@@ -11,6 +11,7 @@ from helpers import golden_vit
 
 from models.backbones.clip import make_clip
 from models.backbones.vit import make_vit
+from models.blocks import Heads
 from models.families import NAMED, PAIRS, SIZES
 from models.plan import make_plan
 from models.storage import fastest_storage, restack, unstack
@@ -217,6 +218,23 @@ def test_sincos_positions_are_two_dimensional():
   assert table.shape == (6, 8)
   np.testing.assert_allclose(table[1, :2], np.sin([1.0, 0.01]), atol=1e-6)
   np.testing.assert_allclose(table[3, 4:6], np.sin([1.0, 0.01]), atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_projections_of_a_tpu_are_those_of_others(trace_for, dtype):
+  """There each is a product of its own."""
+  heads, x = Heads(2, dtype), jax.random.normal(jax.random.key(0), (2, 5, 8))
+  params = heads.init(jax.random.key(1), x)
+  params['params']['bias'] = jax.random.normal(jax.random.key(2), (3, 2, 4))
+  for part in ({}, {'last': 2}, {'first': 2}):
+    trace_for('cpu')
+    wanted = heads.apply(params, x, **part)
+    trace_for('tpu')
+    found = heads.apply(params, x, **part)
+    for one, other in zip(found, wanted, strict=True):
+      assert one.dtype == other.dtype == dtype
+      np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=1e-2,
+                                 atol=1e-5 if dtype == 'float32' else 2e-2)
 
 
 @pytest.mark.parametrize(('settings', 'message'), [

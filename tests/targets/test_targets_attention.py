@@ -108,6 +108,26 @@ def test_causal_columns_are_one_kernel(name, heads, kv_heads, features, window):
   assert compiled.memory_analysis().temp_size_in_bytes <= 2 * queries + 4 * BATCH * TOKENS * 8 * 128
 
 
+@pytest.mark.parametrize('name', ['v5e:2x4', 'v6e:4x4'])
+def test_few_tokens_lie_as_their_products_leave_them(name):
+  """Around the kernel nothing is padded, and nothing turned round, with a bias either."""
+  one = SingleDeviceSharding(mesh_of(name, data=topology.count(name)).devices.flat[0])
+
+  def half(x, weights, bias):
+    q, k, v = (jnp.einsum('bnd,dhe->bnhe', x, weights[i]) for i in range(3))
+    got = attention.attend(q, k, v, bias=bias, implementation='splash')
+    return jnp.einsum('bnhe,dhe->bnd', got.out, weights[3])
+
+  arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=one) for shape, dtype in (
+      ((BATCH, 197, 1024), jnp.bfloat16), ((4, 1024, 16, 64), jnp.bfloat16),
+      ((BATCH, 197), jnp.float32))]
+  for function, kernels in ((half, 1), (gradient(lambda *args: (half(*args),)), 2)):
+    text = jax.jit(function).lower(*arrays).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels
+    assert ' while(' not in text
+    assert ' pad(' not in text
+
+
 @pytest.mark.parametrize(('name', 'with_bias'), [('v5e:2x4', True), ('h100:1', True)])
 def test_gradients_need_little_of_eager_memory(name, with_bias):
   mesh = mesh_of(name, data=topology.count(name))

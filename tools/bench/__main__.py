@@ -154,7 +154,7 @@ def merging(batch: int, slots: int, keep: int, width: int, dtype: Any,
   moved = {'apply': (slots + keep) * width * batch * x.dtype.itemsize,
            'select': 2 * scores.nbytes}
   ways: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-      'apply: segment sum': (lambda m, x: m.apply(x), applied),
+      'apply: merge': (lambda m, x: m.apply(x), applied),
       'apply: one-hot product': (
           lambda m, x: jnp.einsum('bmn,bnd->bmd', m.matrix().astype(x.dtype), x), applied),
       'apply: gather': (lambda m, x: take(x, m.src), applied),
@@ -175,7 +175,7 @@ def scoring(batch: int, slots: int, dtype: Any, peak_flops: float) -> list[Candi
   ways: dict[str, Callable[..., Any]] = {
       'attend': lambda q, k, v: fused(q, k, v).out,
       'attend with a [CLS] row': lambda q, k, v: _with_row(fused, q, k, v),
-      'attend with received': lambda q, k, v: _with_received(fused, q, k, v),
+      'attend with received': lambda q, k, v: _with_received(kernel, q, k, v),
       'eager map': lambda q, k, v: jnp.einsum(
           'bhnm,bmhd->bnhd', attention.eager(q, k).astype(v.dtype), v)}
   floor_ms = 1e3 * 4 * batch * slots ** 2 * 384 / peak_flops
@@ -188,9 +188,9 @@ def _with_row(fused: Fused, q: Array, k: Array, v: Array) -> tuple[Array, Array]
   return mixed.out, attention.rows(q[:, :1], k, mixed.lse[:, :1])
 
 
-def _with_received(fused: Fused, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-  mixed = fused(q, k, v)
-  return mixed.out, attention.received(q, k, mixed.lse)
+def _with_received(kernel: str, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+  mixed = attention.attend(q, k, v, implementation=kernel)
+  return mixed.out, attention.received(q, k, mixed.lse, implementation=kernel)
 
 
 # -- methods -------------------------------------------------------------------------------------
