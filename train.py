@@ -42,6 +42,7 @@ from lib.tasks import pretrained, registry
 from lib.tasks.base import Task, sum_counts
 from lib.tasks.settings import TRAINING, check_config, check_sources
 from models import checkpoints as weights
+from models.storage import all_to_storage, training_storage
 
 CHANGE = flags.DEFINE_list(
     'change', [], 'Keys of the config, comma-separated, that a run which goes on changes on '
@@ -69,7 +70,9 @@ class Setup:
     task: the model, and what it is trained for.
     optimizer: of optax.
     init: key -> TrainState.
-    shardings: of a TrainState's arrays on the mesh.
+    shardings: of a TrainState's arrays on the mesh, as `init` makes it and files hold it.
+    lay_out: such a TrainState -> as the steps take it: a layer may have a tree of its own.
+    stack: the other way round.
     train_steps: of each phase, (TrainState, batch, key, teacher, frozen parameters) -> (TrainState,
       scalars), compiled when first called.
     count_batch: (parameters, batch, frozen parameters) -> what the batch adds to the scores,
@@ -80,6 +83,8 @@ class Setup:
   optimizer: optax.GradientTransformation
   init: Callable[[jax.Array], TrainState]
   shardings: TrainState
+  lay_out: Callable[[TrainState], TrainState]
+  stack: Callable[[TrainState], TrainState]
   train_steps: list[Callable[..., tuple[TrainState, dict]]]
   count_batch: Callable[..., jax.Array]
 
@@ -117,20 +122,31 @@ def make_setup(config, mesh):
   shapes = jax.eval_shape(init, jax.random.key(0))
   memory.check_state(shapes, mesh)
   shardings = sharding.make_shardings(shapes, config.sharding, mesh)
+  storage = training_storage(mesh.devices.flat[0].platform)
+  laid_out = sharding.make_shardings(
+      jax.eval_shape(functools.partial(all_to_storage, storage=storage), shapes),
+      config.sharding, mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   train_steps = [
       jax.jit(
           functools.partial(update, task.loss(phase.model), optimizer, config.optimizer,
                             schedule),
-          in_shardings=(shardings, rows, whole, None, None), out_shardings=(shardings, whole),
+          in_shardings=(laid_out, rows, whole, None, None), out_shardings=(laid_out, whole),
           donate_argnums=0)
       for phase in task.phases]
 
   def count(params, batch, fixed):
     return task.count(pretrained.join(params, fixed), batch)
 
-  count_batch = jax.jit(count, in_shardings=(shardings.ema, rows, None), out_shardings=whole)
-  return Setup(task, optimizer, init, shardings, train_steps, count_batch)
+  count_batch = jax.jit(count, in_shardings=(laid_out.ema, rows, None), out_shardings=whole)
+
+  def move(to, placed):
+    if storage == 'stacked':
+      return lambda state: state  # Compiled, it would be copied.
+    return jax.jit(functools.partial(all_to_storage, storage=to), out_shardings=placed)
+
+  return Setup(task, optimizer, init, shardings, move(storage, laid_out),
+               move('stacked', shardings), train_steps, count_batch)
 
 
 def run(config, workdir, *, first, on_purpose=()):
@@ -190,6 +206,7 @@ def train(config, workdir, *, first, on_purpose):
     iterator.set_state(position)
   else:
     start, state = 0, state or fresh_state(config, setup, template, key)
+  state = setup.lay_out(state)
   if first:
     print(task.summary, end='', flush=True)
   if first and restored:
@@ -233,7 +250,7 @@ def train(config, workdir, *, first, on_purpose):
       with meter.paused():
         check_finite({'loss': float(measured['loss'])}, step, config, workdir)
         best = {task.score: scores[task.score]} if scored else None
-        checkpoints.save(step, parts(state), iterator.get_state(), metrics=best)
+        checkpoints.save(step, parts(setup.stack(state)), iterator.get_state(), metrics=best)
     if stopping:
       logging.warning('stopped by a signal at step %d; the same command goes on from there', step)
       break

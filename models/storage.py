@@ -77,6 +77,43 @@ def fastest_storage(plan: Plan | None, *, platform: str) -> str:
   return 'stacked' if platform == 'tpu' else 'unstacked'
 
 
+def training_storage(platform: str) -> str:
+  """Returns the storage from which training runs fastest, read off compiled programs.
+
+  Args:
+    platform: 'cpu', 'gpu' or 'tpu'.
+
+  A GPU's scan over layers stacks what the backward pass needs of each, copies weights and stacks
+  gradients: without remat a step of ViT-L, batch 64, on an H100 takes at least 11.7 ms a stack of
+  four layers and 4.7 GB, and 7.8 ms and 2.9 GB where each layer has a tree of its own. A TPU gains
+  a tenth, at several times the compile time.
+  """
+  return 'unstacked' if platform == 'gpu' else 'stacked'
+
+
+def all_to_storage(tree: Any, storage: str) -> Any:
+  """Returns any tree, such as an optimizer's state, with all parameters in it in a storage.
+
+  Args:
+    tree: whose dicts are trees of parameters, in either storage.
+    storage: one of `STORAGES`.
+  """
+  change = functools.partial(to_storage, storage=storage) if storage == 'unstacked' else to_stacked
+  return jax.tree.map(change, tree, is_leaf=lambda node: isinstance(node, Mapping))
+
+
+def to_stacked(params: Any) -> Any:
+  """Returns a model's parameters with the blocks of each of its stacks as one tree."""
+  if not isinstance(params, Mapping):
+    return params
+  if 'stack' not in params:
+    return {name: to_stacked(part) for name, part in params.items()}
+  blocks = params['stack'].get('blocks')
+  if not isinstance(blocks, tuple):
+    return params
+  return {**params, 'stack': {**params['stack'], 'blocks': jax.jit(restack)(blocks)}}
+
+
 def layer_of(weights: Weights, layer: int | Array) -> Params:
   """Returns one layer's parameters, from either storage.
 

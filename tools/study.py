@@ -271,7 +271,7 @@ def tuned(setup: Any, entry: Entry, params: Params, seed: int, mesh: Mesh) -> Pa
   zero = jnp.zeros((), jnp.int32)
   # Copied: each step takes the state's memory, and the unreduced model is needed again.
   state = jax.tree.map(jnp.copy, train.TrainState(zero, start, setup.optimizer.init(start), start))
-  state = jax.device_put(state, setup.shardings)
+  state = setup.lay_out(jax.device_put(state, setup.shardings))
   iterator = image_data.train_iterator(config.data, seed=seed)
   teacher = params if entry.taught else None
   for step in range(1, config.total_steps + 1):
@@ -280,7 +280,7 @@ def tuned(setup: Any, entry: Entry, params: Params, seed: int, mesh: Mesh) -> Pa
   iterator.close()
   train.check_finite({name: float(value) for name, value in scalars.items()},
                      config.total_steps, config, pathlib.Path())
-  return state.ema
+  return setup.stack(state).ema
 
 
 def test_batches(config: ConfigDict) -> list[dict[str, np.ndarray]]:

@@ -228,6 +228,53 @@ def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
     checkpoint.best(tmp_path / 'packed', other, metric='accuracy')
 
 
+@pytest.mark.long
+def test_a_tree_of_each_layer_trains_as_a_stack_does_and_is_saved_as_one(tmp_path, monkeypatch):
+  """As on GPUs; and either goes on where the other stopped."""
+  config = digits.get_config()
+  config.model.update({name: TINY[name] for name in ('width', 'depth', 'heads', 'mlp')})
+  config.model.image_size = config.data.image_size = 16
+  config.data.update(batch_size=8, data_dir=str(tmp_path / 'data'))
+  config.reduce.vision.update(method='dynamicvit', layers=(0,), keep=8)
+  config.update(total_steps=4, log_steps=1, eval_steps=4, checkpoint_steps=2)
+  config.optimizer.warmup_steps = 1
+  mesh = sharding.make_mesh(config.mesh)
+  made = {}
+  for storage in ('stacked', 'unstacked'):
+    monkeypatch.setattr(train, 'training_storage', lambda platform, storage=storage: storage)
+    made[storage] = train.make_setup(config, mesh)
+  key = jax.random.key(config.seed)
+  template = sharding.shapes(jax.eval_shape(made['stacked'].init, key), made['stacked'].shardings)
+  own = jax.eval_shape(made['unstacked'].lay_out, template)
+  assert isinstance(own.params['stack']['blocks'], tuple)
+  assert jax.tree.structure(jax.eval_shape(made['unstacked'].stack, own)) == jax.tree.structure(
+      template)
+
+  class StopAfterTwo(launch.Stop):
+    def should_stop(self, step):
+      return step == 2
+
+  ended, losses = {}, {}
+  for first, then in (('stacked', 'stacked'), ('unstacked', 'stacked'), ('stacked', 'unstacked')):
+    workdir = tmp_path / f'{first}_{then}'
+    with monkeypatch.context() as patched:
+      patched.setattr(launch, 'Stop', StopAfterTwo)
+      patched.setattr(train, 'make_setup', lambda *_, first=first: made[first])
+      assert not train.run(config, workdir, first=True)
+      patched.undo()
+    with monkeypatch.context() as patched:
+      patched.setattr(train, 'make_setup', lambda *_, then=then: made[then])
+      assert train.run(config, workdir, first=True)
+    rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    losses[workdir] = [row['loss'] for row in rows if 'loss' in row]
+    ended[workdir] = checkpoint.best(workdir, template.ema, metric='accuracy')[1]
+  wanted, *others = ended
+  assert len(losses[wanted]) == 4
+  for other in others:
+    np.testing.assert_allclose(losses[other], losses[wanted], rtol=1e-5)
+    chex.assert_trees_all_close(ended[other], ended[wanted], atol=1e-5)
+
+
 # -- consistency ---------------------------------------------------------------------------------
 
 
