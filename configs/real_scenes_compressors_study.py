@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict({
       'title': 'Learned compressors between pretrained parts', 'source': '', 'training': training,
       'seeds': (0,), 'recipes': {'joint': {'frozen': ('tower', 'lm'), 'peak_lr': 2e-3}},
-      'test_split': 'test', 'batch': 24, 'out': 'results/real_compressors.jsonl',
+      'test_split': 'test', 'batch': 11, 'out': 'results/real_compressors.jsonl',
       'entries': tuple(entries()), 'baselines': ('none',)}, convert_dict=False)
 
 

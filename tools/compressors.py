@@ -250,10 +250,11 @@ def report(rows: Sequence[Row], config: ConfigDict) -> str:
   kinds = list(good[0]['by'])
   steps = config.training.total_steps
   versus = {entry['name']: entry.get('versus', '') for entry in config.entries}
-  lines = [f'# {config.title}', '', f'{steps} steps of {config.training.data.batch_size} images '
-           f'with {config.training.data.turns} questions each, seeds '
-           f'{", ".join(map(str, config.seeds))}: another initialisation and another order of the '
-           f'data. {SCORES[config.training.task.name].shown.format(**good[0])}; its '
+  data, several = config.training.data, len(config.seeds) > 1
+  lines = [f'# {config.title}', '', f'{steps} steps of {data.batch_size} images '
+           f'with {data.turns} question{"s" * (data.turns > 1)} each, seed{"s" * several} '
+           f'{", ".join(map(str, config.seeds))} of initialisation and of the order of the data. '
+           f'{SCORES[config.training.task.name].shown.format(**good[0])}; its '
            'interval (95 %) covers questions and seeds. Differences, in points, are from the '
            'method named, and their intervals hold together. MACs are those of a prompt: all, and '
            'the language model\'s. Training takes CPU seconds, compiling included.', '',
@@ -261,7 +262,8 @@ def report(rows: Sequence[Row], config: ConfigDict) -> str:
   for tokens in dict.fromkeys(row['budget'] for row in good):
     own = sorted((row for row in good if row['budget'] == tokens), key=lambda r: -r['accuracy'])
     cells = [_cells(row, versus[row['method']], kinds) for row in own]
-    lines += [f'## {tokens} tokens', '', tables.markdown(cells, list(cells[0])), '']
+    lines += [f'## {tokens} token{"s" * (tokens != "1")}', '',
+              tables.markdown(cells, list(cells[0])), '']
   failed = [row for row in rows if row.get('failed')]
   if failed:
     lines += ['## What could not be measured', '',
