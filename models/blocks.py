@@ -64,8 +64,10 @@ class Heads(nn.Module):
       return tuple(out[:, :, i] for i in range(last - first))
 
     def apart(x: Array, kernel: Array, bias: Array) -> tuple[Array, ...]:
-      return tuple(jnp.einsum('bnd,dhe->bnhe', x, kernel[:, i]) + bias[i][None, None]
-                   for i in range(last - first))
+      # All heads in a row, so that a TPU does not turn the result round.
+      flat = (x @ kernel[:, i].reshape(width, -1) + bias[i].reshape(1, 1, -1)
+              for i in range(last - first))
+      return tuple(each.reshape(*x.shape[:2], self.heads, -1) for each in flat)
 
     return cast(tuple[Array, ...], jax.lax.platform_dependent(
         x.astype(self.dtype), kernel, bias, cpu=together, default=apart))
