@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from lib.cost.vlm import macs_of
+from lib.cost.vlm import kv_bytes_of, macs_of
 from lib.data import anyres, gguf_tokenizer
 from lib.data.anyres import Patches, Square
 from lib.data.pictures import Picture, batch_pictures
@@ -112,7 +112,8 @@ class Assistant:
     reduce = self.reduce if reduce is None else reduce
     check_components(reduce)
     return Generator(self.model, self.params, ends=self.ends,
-                     plans=with_plans(self.model, **reduce, macs=macs_of), **settings)
+                     plans=with_plans(self.model, **reduce, macs=macs_of, kv_bytes=kv_bytes_of),
+                     **settings)
 
   def kvzip(self, keep_ratio: float, **settings: Any) -> KVzip:
     """Makes what cuts the cache of a prompt by how the model repeats it, for `generator(kvzip=)`.

@@ -23,10 +23,11 @@ from models.backbones.lm import LM
 from models.backbones.qwen_vision import QwenVision
 from models.backbones.vit import ViT
 from models.backbones.vlm import VLM
+from models.plans import cache_bytes
 from models.plans.caches import make_cache_plan
 from models.plans.events import Plan, make_events, plan_of
 from models.plans.make import make_plan
-from models.plans.methods import Config, one_reduction, reduction_settings
+from models.plans.methods import Config, Settings, one_reduction, reduction_settings
 from models.plans.needs import watched_layers
 from models.projector import ACROSS, FROM_TOWER, ORDERS, ProjectorReduction, RecordSignals
 from models.reduction import Event, Reduction
@@ -37,6 +38,8 @@ COMPONENTS = ('vision', 'projector', 'language', 'cache')
 Macs = Callable[[Sequence[Event]], float]
 # A model with its plans, ids of a prompt and the layout of its images -> MACs of reading them.
 TotalMacs = Callable[[LM | VLM, int, Layout | None], float]
+# The same -> bytes that the cache of a row holds behind them.
+KVBytes = Callable[[LM | VLM, int, Layout | None], float]
 # A reduction, or several in one component.
 Reductions: TypeAlias = Config | Sequence[Config]
 Tower = TypeVar('Tower', bound=ViT | QwenVision)
@@ -70,7 +73,8 @@ def with_vision_plan(tower: Tower, config: Reductions | None, *,
 
 def with_language_plans(lm: LM, *, language: Reductions | None, cache: Reductions | None,
                         slots: int, macs: Callable[[LM], float] | None = None,
-                        unreduced: float = 0.0, **counts: int) -> LM:
+                        unreduced: float = 0.0, kv_bytes: Callable[[LM], float] | None = None,
+                        **counts: int) -> LM:
   """Returns a language model with the plans of `config.reduce.language` and `config.reduce.cache`.
 
   Args:
@@ -80,22 +84,29 @@ def with_language_plans(lm: LM, *, language: Reductions | None, cache: Reduction
     slots: N of the prompt, visual tokens included.
     macs: a language model with its plan -> MACs of the whole model, for budgets in FLOPs.
     unreduced: those of the whole model without any reduction, of which flops_ratio is a share.
+    kv_bytes: a language model with its plans -> what its cache holds behind the prompt, for budgets
+      in bytes, `kv_mb`.
     **counts: slots by kind, as visual=576; the others are text.
 
   Raises:
-    ValueError: as `make_plan` and `make_cache_plan`.
+    ValueError: as `make_plan`, `make_cache_plan` and `cache_bytes.resolve`.
   """
   language, cache = reduction_settings(language), one_reduction('cache', cache)
   if not language and not cache:
     return lm
   host = lm.host(slots, **counts)
-  plan = None
-  if language and macs:
-    joint = _in_gmacs(language, unreduced)
-    plan = make_plan(joint, host, macs=lambda events: macs(lm.clone(plan=plan_of(events))))
-  elif language:
-    plan = make_plan(language, host)
-  return lm.clone(plan=plan, cache_plan=make_cache_plan(cache, host, plan=plan) if cache else None)
+
+  def make(language: Settings, cache: dict[str, Any]) -> LM:
+    plan = None
+    if language and macs:
+      joint = _in_gmacs(language, unreduced)
+      plan = make_plan(joint, host, macs=lambda events: macs(lm.clone(plan=plan_of(events))))
+    elif language:
+      plan = make_plan(language, host)
+    return lm.clone(plan=plan,
+                    cache_plan=make_cache_plan(cache, host, plan=plan) if cache else None)
+
+  return cache_bytes.resolve(language, cache, make, kv_bytes)
 
 
 def with_projector_reduction(vlm: VLM, config: Mapping[str, Any], *, slots: int) -> VLM:
@@ -163,8 +174,9 @@ class ModelWithPlans:
   """
 
   def __init__(self, model: LM | VLM, reduce: Mapping[str, Reductions | None],
-               counts: Mapping[str, int], macs: TotalMacs | None = None):
-    self._model, self._macs = model, macs
+               counts: Mapping[str, int], macs: TotalMacs | None = None,
+               kv_bytes: KVBytes | None = None):
+    self._model, self._macs, self._kv_bytes = model, macs, kv_bytes
     self._counts: Mapping[str, Any] = counts
     self._reduce = {name: settings for name, config in reduce.items()
                     if (settings := reduction_settings(config))}
@@ -173,6 +185,7 @@ class ModelWithPlans:
       if name in self._reduce and not isinstance(model, VLM):
         raise ValueError(f'reduce.{name} acts on images, and this model reads text alone: leave '
                          'it out')
+      cache_bytes.refuse(name, self._reduce.get(name, {}))
     self._cached = functools.cache(self._with_all_plans)
     self._cached_visual = functools.cache(self._with_visual_plans)
 
@@ -237,20 +250,23 @@ class ModelWithPlans:
 
   def _joint(self, model: LM | VLM, slots: int, layout: Layout | None) -> dict[str, Any]:
     """Returns what budgets in FLOPs count: the whole model, with all that is reduced before."""
-    total = self._macs
-    if total is None:
-      return {}
+    def whole(lm: LM) -> LM | VLM:
+      return model.clone(lm=lm) if isinstance(model, VLM) else lm
 
-    def macs(lm: LM) -> float:
-      return total(model.clone(lm=lm) if isinstance(model, VLM) else lm, slots, layout)
-
-    return {'macs': macs, 'unreduced': total(self._model, slots, layout)}
+    total, kv_bytes = self._macs, self._kv_bytes
+    joint: dict[str, Any] = {}
+    if kv_bytes is not None:
+      joint['kv_bytes'] = lambda lm: kv_bytes(whole(lm), slots, layout)
+    if total is not None:
+      joint |= {'macs': lambda lm: total(whole(lm), slots, layout),
+                'unreduced': total(self._model, slots, layout)}
+    return joint
 
 
 def with_plans(model: LM | VLM, *, vision: Reductions | None = None,
                projector: Reductions | None = None, language: Reductions | None = None,
                cache: Reductions | None = None, macs: TotalMacs | None = None,
-               **counts: int) -> ModelWithPlans:
+               kv_bytes: KVBytes | None = None, **counts: int) -> ModelWithPlans:
   """Returns a model with reductions, for prompts of any number of slots.
 
   Args:
@@ -259,6 +275,7 @@ def with_plans(model: LM | VLM, *, vision: Reductions | None = None,
       for no reduction. Keys that are None are unset. Tower and language model take several.
     macs: of a whole model (`lib.cost.vlm.macs_of`), for budgets in FLOPs of the language model:
       flops_ratio is then of the model without any reduction, whatever stands before.
+    kv_bytes: of a whole model (`lib.cost.vlm.kv_bytes_of`), for budgets in bytes of its cache.
     **counts: of an LM, slots by kind, as visual=576; the others are text. A VLM counts its own.
 
   Raises:
@@ -266,7 +283,7 @@ def with_plans(model: LM | VLM, *, vision: Reductions | None = None,
       `ModelWithPlans.__call__`.
   """
   reduce = {'vision': vision, 'projector': projector, 'language': language, 'cache': cache}
-  return ModelWithPlans(model, reduce, counts, macs)
+  return ModelWithPlans(model, reduce, counts, macs, kv_bytes)
 
 
 def without_plans(model: LM | VLM) -> LM | VLM:

@@ -288,7 +288,8 @@ def _describe_language(model: LM | VLM, reduce: Reduce | None, prompt: int | Non
     new_tokens = max(1, min(NEW_TOKENS, model.context - visual - prompt))
   _check_length(model, prompt, visual, new_tokens)
   if reduce is not None:
-    model = with_plans(plain, **reduce, macs=vlm_cost.macs_of)(prompt, layout)
+    model = with_plans(plain, **reduce, macs=vlm_cost.macs_of,
+                       kv_bytes=vlm_cost.kv_bytes_of)(prompt, layout)
   if isinstance(model, LM):
     assert isinstance(plain, LM)
     ours, full = (lm_cost.of(each, prompt, room=new_tokens) for each in (model, plain))

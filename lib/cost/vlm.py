@@ -103,6 +103,17 @@ def macs_of(model: LM | VLM, prompt: int, layout: Layout | None) -> float:
   return lm_cost.of(model.lm if isinstance(model, VLM) else model, prompt).macs
 
 
+def kv_bytes_of(model: LM | VLM, prompt: int, layout: Layout | None) -> float:
+  """Returns the bytes that the cache of one row holds behind a prompt and its images.
+
+  Args:
+    model, prompt, layout: as in `macs_of`.
+  """
+  if isinstance(model, VLM) and layout is not None:
+    return of(model, prompt, layout).lm.kv_bytes
+  return lm_cost.of(model.lm if isinstance(model, VLM) else model, prompt).kv_bytes
+
+
 def of(vlm: VLM, prompt: int, layout: Layout, *, room: int = 0) -> VLMCost:
   """Returns the cost of a model under its plans.
 

@@ -22,7 +22,7 @@ from lib.cost import lm as lm_cost
 from lib.cost import memory as memory_cost
 from lib.cost import projector as projector_cost
 from lib.cost import vit as vit_cost
-from lib.cost.vlm import macs_of
+from lib.cost.vlm import kv_bytes_of, macs_of
 from lib.data import qa as qa_data
 from lib.data.qa import Info
 from lib.runtime import memory, sharding
@@ -95,7 +95,7 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
       if reduction_settings(reduce.get(name)):
         raise ValueError(f'reduce.{name} acts on images, and this set has none: set its method to '
                          "'none'")
-    return with_plans(lm, **reduce, macs=macs_of)(context)
+    return with_plans(lm, **reduce, macs=macs_of, kv_bytes=kv_bytes_of)(context)
   if isinstance(model['tower'], str):
     tower = pretrained.tower(model['tower'], image_size=info.image_shape[0], **shared)
   else:
@@ -104,7 +104,7 @@ def build(model: Mapping[str, Any], reduce: Mapping[str, Any], info: Info, *, co
   compressor = make_projector(model.get('compressor'), width=lm.width, dtype=dtype)
   vlm = VLM(tower, lm, cast(int, info.image), '' if compressor else model['projection'],
             model.get('side') or 1, patch_labels=model['patch_labels'], compressor=compressor)
-  return with_plans(vlm, **reduce, macs=macs_of)(context, LAYOUT)
+  return with_plans(vlm, **reduce, macs=macs_of, kv_bytes=kv_bytes_of)(context, LAYOUT)
 
 
 def visual_tokens(vlm: VLM) -> int:

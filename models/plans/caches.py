@@ -32,7 +32,7 @@ from ops.signals import NEXT_LAYER, STATIC
 
 CACHE_BUDGETS = ('keep_ratio', 'keep', 'remove')
 CACHE_KEYS = KEYS.without('site', 'parts', 'watch', 'ratio_of', 'mode', 'token_kinds', 'holds',
-                          'expand', *set(BUDGETS) - set(CACHE_BUDGETS))
+                          'expand', 'kv_mb', *set(BUDGETS) - set(CACHE_BUDGETS))
 
 
 def make_cache_plan(config: Mapping[str, Any], host: Host, *, plan: Plan | None = None) -> Plan:

@@ -33,7 +33,8 @@ from ops.reducers.method import Method
 from ops.signals import MLP_SIGNALS
 from ops.tokens import KINDS
 
-TOWER_KEYS = KEYS.without('capacity')
+# A budget in bytes is a share before it comes here (models/plans/cache_bytes.py).
+TOWER_KEYS = KEYS.without('capacity', 'kv_mb')
 
 
 def make_plan(config: Config | Sequence[Config], host: Host, *,

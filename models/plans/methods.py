@@ -26,7 +26,7 @@ KEYS = values.Keys({
     'method': str, 'args': Mapping[str, Any], 'site': str, 'layers': Any, 'watch': Any,
     'rounding': str, 'ratio_of': str, 'mode': str, 'token_kinds': str | tuple[str, ...],
     'parts': str, 'positions': str, 'holds': str, 'capacity': values.Count, 'expand': int,
-    **dict.fromkeys(BUDGETS, Any)})
+    'kv_mb': values.Positive, **dict.fromkeys(BUDGETS, Any)})
 # A method that another one holds (ops/reducers/scoring.py).
 HELD_KEYS = values.Keys({'method': str, 'args': Mapping[str, Any]}, frozenset({'method'}))
 
