@@ -17,7 +17,7 @@ from models.backbones.images import Images
 from models.backbones.vlm import VLM
 from models.projectors.base import Array, identity
 from models.stack import Outputs
-from ops.rows import take
+from ops.moves.rows import take
 from ops.splice import Visual, splice
 from ops.tokens import TokenSet
 from ops.values import CountOrZero, check_fields

@@ -22,11 +22,11 @@ from models.plans.row_budgets import row_budgets
 from models.reduction import Place, Reduced, ReducerParameters, reduce
 from ops import assignments
 from ops import tokens as tk
+from ops.moves.rows import take
 from ops.primitives.grids import windows
 from ops.reducers.base import Reducer
 from ops.reducers.method import WatchingMethod
 from ops.rope import member_positions
-from ops.rows import take
 from ops.signals import AXES, CROP_SIGNALS, Signals
 from ops.splice import Visual
 from ops.tokens import SPECIAL, TokenSet

@@ -25,10 +25,10 @@ from ops import tokens as tk
 from ops.assignments import Assignment, Gather, Mix
 from ops.budgets import Step
 from ops.kv_cache import KV, Recent
+from ops.moves.rows import expand_like, take
 from ops.primitives.select import ranks
 from ops.reducers.method import EvictingMethod, Method, WatchingMethod
 from ops.rope import Rope, sequence_index
-from ops.rows import expand_like, take
 from ops.signals import STATIC, Signals, by_head, latest
 from ops.tokens import TEXT, TokenSet
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops.argmax import max_and_index
-from ops.rows import expand_like, put, take, take_or_zero
-from ops.segments import add_up
+from ops.moves.rows import expand_like, put, take, take_or_zero
+from ops.moves.segments import add_up
 
 Array = jax.Array
 
@@ -224,7 +224,7 @@ class Merge(Extras, struct.PyTreeNode):
   """Adds slots together, each into at most one output.
 
   `weight` is final: a size-weighted mean, a sum and a non-convex ensemble differ only in it. How
-  the sums are taken depends on the device (ops/segments.py).
+  the sums are taken depends on the device (ops/moves/segments.py).
 
   Attributes:
     src: int32[B, M], the slot that gives an output its position and kind.

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from ops import attention_columns, attention_short
-from ops.attention_kernels import LOWEST_BIAS, cudnn, splash
+from ops.kernels import columns, short
+from ops.kernels.fused import LOWEST_BIAS, cudnn, splash
 
 Array = jax.Array
 
@@ -170,7 +170,7 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
     scale: of the logits, a Python number; d ** -0.5 when None.
     implementation: one of `IMPLEMENTATIONS`; see `pick`. 'cudnn' needs a GPU and half precision,
       'splash' a TPU. Over several TPU chips 'splash' must run inside `jax.shard_map`. Few tokens
-      that all see each other go through a kernel of their own there (ops/attention_short.py).
+      that all see each other go through a kernel of their own there (ops/kernels/short.py).
       That of many scales the queries in their own dtype, which rounds them unless scale is a power
       of two, and a bias widens its heads by 8 columns in half precision: little at d = 64, a second
       tile of 128 lanes at d = 128.
@@ -196,10 +196,10 @@ def attend(q: Array, k: Array, v: Array, *, bias: Array | None = None, causal: b
   if pairs is not None:
     return _attend_pairs(q, k, v, bias, positions, pairs, scale, implementation)
   in_order = causal or positions is not None
-  if implementation == 'splash' and attention_short.fits(q, k, causal=in_order):
+  if implementation == 'splash' and short.fits(q, k, causal=in_order):
     hidden = (jnp.zeros(k.shape[:2]) if bias is None
               else jnp.maximum(bias.astype(jnp.float32), LOWEST_BIAS))
-    return Attended(*attention_short.attend(scale, False, q, k, v, hidden))
+    return Attended(*short.attend(scale, False, q, k, v, hidden))
   fused = _FUSED[implementation]
   if positions is None:
     return Attended(*fused(causal, scale, q, k, v, bias))
@@ -265,8 +265,8 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
   if implementation == 'xla' or lse is None:
     total = _total_in_chunks(*static, q, k, lse, bias, counts, last, positions, pairs)
   elif reason := ('exceptions from causal attention' if pairs is not None
-                  else attention_columns.unfit(implementation, q, k)):
-    attention_columns.announce(reason)
+                  else columns.unfit(implementation, q, k)):
+    columns.announce(reason)
     total = _total_in_chunks(*static, q, k, lse, bias, counts, last, positions, pairs)
   else:
     total = _total_by_kernel(implementation, *static, q, k, lse, bias, counts, last, positions)
@@ -284,7 +284,7 @@ def _total_by_kernel(implementation: str, causal: bool, scale: float, window: in
     last = slots[0]
   if last is not None and positions is None:
     positions = slots[1]
-  return attention_columns.add_up(implementation, q, k, attention_columns.Columns(
+  return columns.add_up(implementation, q, k, columns.Columns(
       jnp.where(counts[..., None], lse, jnp.inf),
       None if bias is None else jnp.maximum(bias.astype(jnp.float32), LOWEST_BIAS),
       last, positions, scale, window))

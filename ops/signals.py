@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops import attention
+from ops.moves.rows import take
 from ops.rope import Rope
-from ops.rows import take
 
 Array = jax.Array
 # The value of a signal that nobody asked for. Typed so that a method may read without a check what

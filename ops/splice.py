@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from ops import choices
-from ops.rows import take
+from ops.moves.rows import take
 from ops.tokens import TEXT, VISUAL, TokenSet
 
 Array = jax.Array

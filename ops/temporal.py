@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ops.moves.rows import take
 from ops.primitives.select import ranks, top
-from ops.rows import take
 from ops.tokens import TokenSet
 
 Array = jax.Array

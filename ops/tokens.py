@@ -19,7 +19,7 @@ from flax import struct
 
 from ops.assignments import Assignment, Gather, Merge, Mix
 from ops.attention import HIDDEN_LOGIT, log_weight
-from ops.rows import expand_like, put, take
+from ops.moves.rows import expand_like, put, take
 
 Array = jax.Array
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.attention import HIDDEN_LOGIT, Attended
-from ops.rows import take
+from ops.moves.rows import take
 
 Array = jax.Array
 

@@ -39,8 +39,7 @@ from models.backbones.vit import ViT, make_vit
 from models.build import build
 from models.plan import make_method, methods
 from models.storage import fastest_storage, to_storage
-from ops import choices
-from ops.primitives import products
+from ops import choices, platforms
 
 # Tests import several tools at once, whose flags share their names.
 TARGETS = flags.DEFINE_list('targets', list(EXAMPLES), 'Which devices.', allow_override=True)
@@ -175,7 +174,7 @@ def compiled(target: str, step: str, method: str) -> dict[str, Any]:
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32, sharding=rows)
   run: Any
-  with products.made_for(platform):
+  with platforms.made_for(platform):
     run, arguments = (training if step == 'train' else evaluation)(vit, mesh, images, rows, whole)
     program, seconds = timing.compile_seconds(run.lower(*arguments),
                                               options=hlo.OPTIONS[platform])

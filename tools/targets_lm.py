@@ -58,9 +58,8 @@ from models.checkpoints.vlm_config import make_vlm
 from models.plan import make_plan
 from models.projectors import make_projector
 from models.storage import to_storage
-from ops import choices
+from ops import choices, platforms
 from ops.attention import pick
-from ops.primitives import products
 from train import TrainState, decayed
 
 STEPS = ('prefill', 'decode', 'train')
@@ -214,7 +213,7 @@ def compiled(target: str, step: str, plan: str) -> dict[str, Any]:
     vlm = vlm.clone(projection='', compressor=made)
   make_step = {'prefill': reading, 'decode': decoding, 'train': training}[step]
   options: dict[str, Any] = hlo.OPTIONS[platform] | (UNMERGED if platform != 'tpu' else {})
-  with products.made_for(platform):
+  with platforms.made_for(platform):
     run, arguments, weights = make_step(vlm, mesh, rows * axes[0] * axes[1])
     program, seconds = timing.compile_seconds(run.lower(*arguments), options=options)
   return {'mesh': 'data {} fsdp {} tensor {}'.format(*axes), 'rows': rows,

@@ -39,8 +39,8 @@ from models.projectors import make_projector
 from models.reduce_config import check_components, with_plans
 from ops import choices
 from ops.attention import pick
+from ops.moves.rows import take
 from ops.rope import Rope
-from ops.rows import take
 from ops.tokens import TokenSet
 
 Array = jax.Array

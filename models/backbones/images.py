@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ops.rows import take
+from ops.moves.rows import take
 from ops.splice import Visual
 from ops.tokens import TokenSet
 

@@ -85,8 +85,8 @@ from ops import choices
 from ops.attention import log_weight
 from ops.kv_cache import KV, Cache, KVAnswer, LayerCache, with_upkeep
 from ops.masks import FRAME, SUMMARY, frames_begun
+from ops.moves.rows import take
 from ops.rope import V2PE_STEPS, Rope, sequence_index, v2pe_steps
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet
 from ops.values import Count, CountOrZero, Depth, NotNegative, OneOf, Width, check_fields

@@ -23,9 +23,9 @@ from models.blocks import ReducibleBlock
 from models.memory import COLLECTION, MLP, Product, changed
 from ops import unmerge
 from ops.kv_cache import KV, LayerCache
+from ops.moves.rows import take
 from ops.primitives import products
 from ops.rope import Rope, sequence_index
-from ops.rows import take
 from ops.signals import Signals, measure
 from ops.tokens import TEXT, TokenSet, key_bias
 

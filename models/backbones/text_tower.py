@@ -22,7 +22,7 @@ from models.plans.events import Plan
 from models.plans.hosts import Host
 from models.stack import Outputs, Stack
 from ops import values
-from ops.rows import take
+from ops.moves.rows import take
 from ops.tokens import SPECIAL, TEXT, TokenSet
 
 Array = jax.Array

@@ -63,8 +63,8 @@ from models.stack import Outputs
 from models.storage import gathered
 from ops.kv_cache import Cache
 from ops.masks import FRAME, SUMMARY
+from ops.moves.rows import put, take
 from ops.primitives import grids
-from ops.rows import put, take
 from ops.signals import CROP_SIGNALS, TEXT_SIGNALS
 from ops.splice import Visual, splice, unmerged
 from ops.temporal import TTF, fuse_frames

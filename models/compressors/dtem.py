@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ops import tokens as tk
 from ops.assignments import Assignment, Mix
 from ops.attention import HIDDEN_LOGIT
+from ops.moves.rows import take
 from ops.primitives.match import bipartite, cosine, parity_order
 from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, Positive, Width

@@ -14,9 +14,9 @@ from flax import struct
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Gather
 from ops.attention import HIDDEN_LOGIT
+from ops.moves.rows import put, take
 from ops.primitives.select import top
 from ops.reducers.base import Reducer
-from ops.rows import put, take
 from ops.signals import Signals
 from ops.tokens import TokenSet, num_left, restore
 from ops.values import Count, CountOrZero, Width

@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.kv_select import latest
 from ops.primitives.queries import text_after_images
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, identity
 from ops.values import Width

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.queries import text_after_images
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count
 from ops.values import Count, NotNegative, Width

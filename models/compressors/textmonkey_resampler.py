@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.attention import HIDDEN_LOGIT
+from ops.moves.rows import take
 from ops.primitives.farthest import largest_later_cosine
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, Width

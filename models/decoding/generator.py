@@ -39,7 +39,7 @@ from models.reduce_config import ModelWithPlans, with_plans
 from models.storage import Params
 from ops import splice
 from ops.kv_cache import Cache
-from ops.rows import take
+from ops.moves.rows import take
 
 Array = jax.Array
 

@@ -31,8 +31,8 @@ from models.storage import layer_of
 from ops import attention
 from ops.caches.heads import KVHeads
 from ops.kv_cache import KV, Cache, KVGather
+from ops.moves.rows import take
 from ops.primitives.kv_select import best_of_all_heads, by_kv_head
-from ops.rows import take
 from ops.signals import Signals, projected_norms
 from ops.tokens import count
 from ops.values import Count, CountOrZero, OneOf, Ratio, check_fields

@@ -10,9 +10,9 @@ of a window, W features.
 import jax
 import jax.numpy as jnp
 
+from ops.moves.rows import take
 from ops.primitives import grids
 from ops.primitives.grids import Grid
-from ops.rows import take
 
 Array = jax.Array
 

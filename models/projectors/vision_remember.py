@@ -18,9 +18,9 @@ from models.memory import LayerMemory, Memory, Reader, Sizes, States, visual_fir
 from models.projectors.attention import CrossAttention
 from models.projectors.base import LEVELS, Array, Beside, Compressor, concatenated
 from models.projectors.mlp import Projector
+from ops.moves.rows import take
 from ops.primitives import grids
 from ops.primitives.grids import Grid
-from ops.rows import take
 from ops.tokens import TokenSet
 from ops.values import Count, CountOrZero, Width
 

@@ -19,9 +19,9 @@ from flax import struct
 
 from ops import attention
 from ops.kv_cache import KV
+from ops.moves.rows import take
 from ops.primitives.kv_select import by_kv_head
 from ops.rope import Rope
-from ops.rows import take
 
 Array = jax.Array
 # Stands for what `bounded` sets.

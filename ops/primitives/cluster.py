@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from ops.argmax import min_and_index
 from ops.assignments import Merge
+from ops.moves.rows import take
 from ops.primitives.products import pairs
 from ops.primitives.select import rank_of, ranks, top
-from ops.rows import take
 from ops.tokens import TokenSet, filled
 
 Array = jax.Array

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Merge
+from ops.moves.rows import put, take
 from ops.primitives.cluster import distances, nearest, peaks
 from ops.primitives.match import cosine
 from ops.primitives.select import ranks, top
-from ops.rows import put, take
 from ops.tokens import SPECIAL, TokenSet, count, filled, num_kept, num_left
 
 Array = jax.Array

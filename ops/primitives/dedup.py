@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Gather
+from ops.moves.rows import by_row
 from ops.primitives.match import cosine
 from ops.primitives.select import keep_top, ranks, top
-from ops.rows import by_row
 from ops.tokens import TokenSet, num_kept, of_kept
 
 Array = jax.Array

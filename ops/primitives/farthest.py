@@ -18,8 +18,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ops.moves.rows import by_row
 from ops.primitives.match import cosine, l2_normalize
-from ops.rows import by_row
 
 Array = jax.Array
 RowOf = Callable[[Array, Array], Array]

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.argmax import min_and_index
+from ops.moves.rows import take
 from ops.primitives import cluster
 from ops.primitives.match import cosine, l2_normalize
-from ops.rows import take
 
 Array = jax.Array
 DISTANCES = ('euclidean', 'manhattan', 'cosine', 'chord')

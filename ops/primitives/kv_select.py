@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
+from ops.moves.rows import take
 from ops.primitives.select import rank_of, ranks, sort_picked, top
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from ops.argmax import max_and_index
 from ops.assignments import Merge
+from ops.moves.rows import put, take
 from ops.primitives.products import pairs
 from ops.primitives.select import ranks, top
-from ops.rows import put, take
 from ops.tokens import TokenSet, count, filled, num_kept
 
 Array = jax.Array

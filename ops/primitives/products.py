@@ -8,40 +8,25 @@ Axes: B batch, A and C vectors compared, D features.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ops.rows import by_large_row
+from ops import platforms
+from ops.moves.rows import by_large_row
 
 Array = jax.Array
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
-# The platform of devices that are not here; None for JAX's own.
-_ABSENT: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform', default=None)
-
-
-@contextlib.contextmanager
-def made_for(platform: str) -> Iterator[None]:
-  """Lets programs that are traced within have the products of another platform: 'gpu', 'tpu'."""
-  token = _ABSENT.set(platform)
-  try:
-    yield
-  finally:
-    _ABSENT.reset(token)
-
-
 def dot_general(dtype: DTypeLike) -> Callable[..., Array] | None:
   """Returns the `dot_general` of dense layers of a dtype here, None for JAX's own."""
-  on_cpu = (_ABSENT.get() or jax.default_backend()) == 'cpu'
+  on_cpu = platforms.current() == 'cpu'
   return _of_bfloat16 if on_cpu and jnp.dtype(dtype) == jnp.bfloat16 else None
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Gather
+from ops.moves.rows import put, take
 from ops.primitives.select import ranks, top
-from ops.rows import put, take
 from ops.tokens import TokenSet, num_left
 
 Array = jax.Array

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops import attention
+from ops.moves.rows import by_row, take
 from ops.rope import sequence_index
-from ops.rows import by_row, take
 from ops.signals import Signals, latest
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet, count, key_bias
 

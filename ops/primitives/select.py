@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Gather
-from ops.rows import put, take
+from ops.moves.rows import put, take
 from ops.tokens import TokenSet, filled
 
 Array = jax.Array

@@ -17,8 +17,8 @@ from flax import struct
 from ops import attention
 from ops.assignments import Gather
 from ops.attention import HIDDEN_LOGIT, Attended
-from ops.attention_kernels import LOWEST_BIAS
-from ops.rows import take
+from ops.kernels.fused import LOWEST_BIAS
+from ops.moves.rows import take
 
 Array = jax.Array
 # (queries, keys, values, bias of keys, positions) -> what the host's own attention makes of them.

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.kv_cache import KVGather
+from ops.moves.rows import take
 from ops.primitives.kv_select import in_order, keep_best, stays
 from ops.reducers.base import CacheReducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -16,10 +16,10 @@ from lib.tasks.settings import check_config
 from models.backbones.vit import ViT
 from models.plan import make_plan
 from models.reduce_config import with_plans, with_vision_plan
+from ops.moves.rows import take
 from ops.primitives.select import keep_top
 from ops.reducers import REDUCERS
 from ops.reducers.base import Reducer
-from ops.rows import take
 
 VIT = ViT(width=16, depth=4, mlp=24, heads=2, patch=4, image_size=20, channels=1, num_classes=0,
           capture=True)

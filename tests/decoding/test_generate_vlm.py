@@ -22,8 +22,8 @@ from models.reduce_config import with_plans, with_projector_reduction
 from models.reduction import Reduction
 from ops.assignments import Gather
 from ops.budgets import Cut
+from ops.moves.rows import take
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.splice import next_positions
 from ops.tokens import TEXT, VISUAL, TokenSet
 

@@ -17,7 +17,7 @@ from models.backbones.vit import Block
 from models.compressors.dtop import DToP, Grades, leaves, paint
 from ops import assignments
 from ops import tokens as tk
-from ops.rows import take
+from ops.moves.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

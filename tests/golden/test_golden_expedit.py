@@ -11,9 +11,9 @@ from helpers import golden_vit
 from models.backbones.vit import ViT
 from models.plan import make_plan
 from ops import tokens as tk
+from ops.moves.rows import take
 from ops.primitives.crops import superpixels as sp
 from ops.reducers.vision.expedit import Expedit
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

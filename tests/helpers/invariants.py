@@ -12,7 +12,7 @@ from helpers.contract import KEEP, KEEP_AGAIN, KEEP_TEXT, SLOTS, WIDE, base, ran
 from models.plans.events import SITES
 from ops import tokens as tk
 from ops.assignments import Gather, Mix
-from ops.rows import take
+from ops.moves.rows import take
 from ops.signals import NAMES
 from ops.tokens import SPECIAL, VISUAL
 

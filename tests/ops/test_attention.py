@@ -17,7 +17,8 @@ import pytest
 from helpers import golden_vit, mostly_long
 from jax.experimental.pallas import tpu as pltpu
 
-from ops import attention, attention_kernels
+from ops import attention
+from ops.kernels import fused
 
 HIDDEN = -1e9
 
@@ -58,7 +59,7 @@ def softmax(q, k, bias=None, *, scale=None, causal=False):
   k = k.repeat(q.shape[2] // k.shape[2], axis=2)
   logits = np.einsum('bnhd,bshd->bhns', q, k) * (scale or q.shape[-1] ** -0.5)
   if bias is not None:
-    lowest = np.maximum(np.asarray(bias, np.float64), attention_kernels.LOWEST_BIAS)
+    lowest = np.maximum(np.asarray(bias, np.float64), fused.LOWEST_BIAS)
     logits = logits + lowest[:, None, None]
   if causal:
     logits = np.where(np.tril(np.ones(logits.shape[-2:], bool)), logits, -np.inf)
@@ -202,7 +203,7 @@ def test_augmented_columns_equal_the_bias(dtype, features):
 
   @jax.jit
   def run(bias):
-    wide_q, wide_k = attention_kernels.augment(q, k, bias, scale=features ** -0.5)
+    wide_q, wide_k = fused.augment(q, k, bias, scale=features ** -0.5)
     assert wide_q.dtype == wide_k.dtype == jnp.dtype(dtype)
     wide_v = jnp.pad(v, ((0, 0),) * 3 + ((0, wide_q.shape[-1] - features),))
     return (attention.attend(wide_q, wide_k, wide_v, scale=features ** -0.5),
@@ -221,7 +222,7 @@ def test_augmented_columns_carry_the_gradient_of_the_bias():
   bias = make_bias('sizes', 2, 12)
 
   def loss(bias):
-    wide = attention_kernels.augment(q, k, bias, scale=24 ** -0.5)
+    wide = fused.augment(q, k, bias, scale=24 ** -0.5)
     logits = jnp.einsum('bnhd,bshd->bhns', *wide, preferred_element_type=jnp.float32)
     return jnp.sum(logits) * 24 ** -0.5
 
@@ -334,7 +335,7 @@ def test_splash_shows_or_hides_what_causal_attention_does_not(kind):
 def test_splash_takes_the_batch_in_groups(monkeypatch):
   q, k, v = inputs(batch=3, length=4, heads=2)
   bias = make_bias('sizes', 3, 4)
-  monkeypatch.setattr(attention_kernels, '_GROUP_ROWS', 8)
+  monkeypatch.setattr(fused, '_GROUP_ROWS', 8)
   with pltpu.force_tpu_interpret_mode():
     got = attention.attend(q, k, v, bias=bias, implementation='splash')
   want = attention.attend(q, k, v, bias=bias)

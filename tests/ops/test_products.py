@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import assignments, rows
+from ops import assignments, platforms
+from ops.moves import rows
 from ops.primitives import products
 
 
@@ -27,7 +28,7 @@ def test_products_and_gradients_are_rounded_once():
 
 def test_other_dtypes_and_platforms_keep_their_product():
   assert products.dot_general(jnp.float32) is None
-  with products.made_for('gpu'):
+  with platforms.made_for('gpu'):
     assert products.dot_general(jnp.bfloat16) is None
   assert (products.dot_general(jnp.bfloat16) is None) == (jax.default_backend() != 'cpu')
 

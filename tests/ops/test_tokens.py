@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ops import tokens as tk
 from ops.assignments import Gather, Merge, Mix
-from ops.rows import put, take
+from ops.moves.rows import put, take
 from ops.tokens import SPECIAL, TEXT, VISUAL, TokenSet
 
 BATCH, COUNTS = 2, (9, 6, 4)

@@ -29,8 +29,8 @@ from lib.report import measuring, tables
 from lib.report.rows import Row
 from lib.runtime import cli, timing
 from ops import assignments, attention, choices
+from ops.moves.rows import take
 from ops.primitives import select
-from ops.rows import take
 from tools.bench.sites import SITES
 
 ONLY = flags.DEFINE_multi_enum('only', ['primitives', 'reducers'], ['primitives', 'reducers'],

@@ -24,10 +24,10 @@ from models.plan import make_plan
 from models.plans.events import Plan
 from models.storage import layer_of
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.match import find_threshold
 from ops.primitives.queries import sums_of_image_and_text, text_after_images
 from ops.reducers.vision import VISION
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import VISUAL, TokenSet
 

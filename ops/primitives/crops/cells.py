@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ops.rows import take
+from ops.moves.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ops.moves.rows import take
 from ops.primitives.crops.regions import ranks_within, sums
 from ops.primitives.match import l2_normalize
 from ops.primitives.select import ranks, top
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
 

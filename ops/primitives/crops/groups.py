@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops.assignments import Merge
+from ops.moves.rows import expand_like, take
 from ops.primitives.cluster import distances, peaks
 from ops.primitives.crops.frames import Frames
 from ops.primitives.crops.regions import keep_flagged, ranks_within, sums
 from ops.primitives.select import ranks, top
-from ops.rows import expand_like, take
 from ops.tokens import TokenSet
 
 Array = jax.Array

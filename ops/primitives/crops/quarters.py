@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ops.argmax import max_and_index
-from ops.rows import take
+from ops.moves.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

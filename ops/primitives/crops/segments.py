@@ -8,9 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ops.moves.rows import take
 from ops.primitives.crops.frames import Frames
 from ops.primitives.crops.regions import sums
-from ops.rows import take
 
 Array = jax.Array
 State = tuple[Array, Array, Array]

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.match import join
 from ops.primitives.select import ranks
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept, of_kept
 

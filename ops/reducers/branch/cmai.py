@@ -14,12 +14,12 @@ from flax import struct
 
 from ops import attention
 from ops.assignments import Gather
-from ops.attention_kernels import LOWEST_BIAS
+from ops.kernels.fused import LOWEST_BIAS
+from ops.moves.rows import take
 from ops.primitives.kv_select import share_of
 from ops.primitives.sparse_attention import Attend, Pattern
 from ops.reducers.base import BranchReducer
 from ops.rope import sequence_index
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet, key_bias
 from ops.values import Share

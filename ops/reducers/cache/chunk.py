@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ops import signals as sg
 from ops.attention import HIDDEN_LOGIT
 from ops.kv_cache import KVGather
+from ops.moves.rows import take
 from ops.primitives.kv_select import (
   budgets,
   keep_best,
@@ -24,7 +25,6 @@ from ops.primitives.kv_select import (
 from ops.primitives.select import ranks, top
 from ops.reducers.scoring import Wrapper
 from ops.rope import sequence_index
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, Ratio

@@ -10,9 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.moves.rows import take
 from ops.reducers.scoring import ScoringReducer
 from ops.rope import sequence_index
-from ops.rows import take
 from ops.signals import Signals, latest
 from ops.tokens import TokenSet
 from ops.values import Count, Positive

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from ops import attention
 from ops.assignments import Assignment
 from ops.attention import HIDDEN_LOGIT
+from ops.moves.rows import by_row
 from ops.primitives.select import keep_top
 from ops.reducers.base import Checked, Reducer
 from ops.rope import sequence_index
-from ops.rows import by_row
 from ops.signals import Signals
 from ops.tokens import TokenSet, identity
 from ops.values import OneOf

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.match import l2_normalize
 from ops.primitives.products import pairs
 from ops.primitives.queries import sample_of
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TEXT, TokenSet, count, num_kept
 from ops.values import NotNegative

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import put, take
 from ops.primitives.match import l2_normalize
 from ops.primitives.queries import text_after_images
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import Reducer
-from ops.rows import put, take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
 from ops.values import Count, CountOrZero

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment
 from ops.masks import FRAME
+from ops.moves.rows import take
 from ops.primitives.crops.frames import Frames, best
 from ops.primitives.crops.groups import joined, merge_flagged
 from ops.primitives.crops.regions import ranks_within
 from ops.reducers.base import Checked, Reducer
 from ops.rope import sequence_index
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
 from ops.values import Range

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.kv_select import by_kv_head, latest, pool_neighbours
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge
+from ops.moves.rows import take
 from ops.primitives.crops.regions import ranks_within, sums
 from ops.primitives.match import cosine
 from ops.primitives.select import keep_top
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Merge
+from ops.moves.rows import take
 from ops.primitives.cluster import bounded_peaks
 from ops.primitives.kv_select import by_kv_head, share_of
 from ops.primitives.match import cosine
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
 from ops.rope import sequence_index
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import VISUAL, TokenSet, count, num_kept
 from ops.values import NotNegative, Share

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from ops import attention
 from ops.assignments import Assignment
 from ops.attention import HIDDEN_LOGIT
+from ops.moves.rows import take
 from ops.primitives.contextual import recycle
 from ops.primitives.queries import heads_in_turn, text_after_images
 from ops.primitives.select import keep_top
 from ops.reducers.base import Checked, Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TEXT, VISUAL, TokenSet, count
 from ops.values import Count, OneOf, Share

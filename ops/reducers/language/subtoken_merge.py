@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.crops.frames import best
 from ops.primitives.crops.groups import average_flagged
 from ops.primitives.match import l2_normalize
 from ops.primitives.select import ranks
 from ops.reducers.base import Reducer
 from ops.rope import sequence_index
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.crops.frames import best
 from ops.primitives.crops.groups import average_flagged
 from ops.primitives.crops.quarters import Mosaic, average_linkage
 from ops.primitives.crops.regions import sums
 from ops.primitives.match import l2_normalize
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import CROP_SIGNALS, Signals
 from ops.tokens import TokenSet
 from ops.values import Count

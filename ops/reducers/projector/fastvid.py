@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Mix
+from ops.moves.rows import take
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, asked, best, check_share
 from ops.primitives.crops.groups import cluster_groups
 from ops.primitives.crops.regions import keep_flagged, ranks_within, sums
 from ops.primitives.crops.segments import segments
 from ops.primitives.match import cosine, l2_normalize
 from ops.reducers.base import ATTENTIONS, Checked, Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, OneOf, Share

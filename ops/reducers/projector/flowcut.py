@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from ops.assignments import Assignment, Gather
 from ops.attention import HIDDEN_LOGIT
+from ops.moves.rows import take
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import ByAttention
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import SPECIAL, TokenSet, num_left
 from ops.values import CountOrZero

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import ByAttention
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import OneOf

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import put, take
 from ops.primitives.crops.regions import keep_flagged, ranks_within, region, sums
 from ops.reducers.base import Reducer
-from ops.rows import put, take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
 from ops.values import Positive

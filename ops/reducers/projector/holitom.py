@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, check_share
 from ops.primitives.crops.groups import cluster_groups, joined, means_of_still, merge_flagged
 from ops.primitives.crops.regions import ranks_within, sums
 from ops.primitives.crops.segments import segments, windows
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, Share

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Gather
+from ops.moves.rows import by_row, take
 from ops.primitives.select import apportion, apportion_room, rank_of, ranks
 from ops.reducers.base import ByAttention
-from ops.rows import by_row, take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, filled, num_kept
 from ops.values import Count, NotNegative, OneOf

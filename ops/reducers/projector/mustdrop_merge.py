@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.crops.frames import best
 from ops.primitives.crops.groups import average_flagged
 from ops.primitives.crops.regions import sums
 from ops.primitives.match import l2_normalize
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
 from ops.values import Count

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Mix
+from ops.moves.rows import take
 from ops.primitives.match import cosine
 from ops.primitives.quantiles import outliers
 from ops.primitives.queries import whole_attention
 from ops.primitives.select import rank_of, ranks
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_left
 from ops.values import Count, OneOf

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, check_share, shares
 from ops.primitives.crops.groups import cluster_groups, joined, means_of_still, merge_flagged
 from ops.primitives.crops.regions import sums
 from ops.primitives.crops.segments import contiguous, segments
 from ops.primitives.match import l2_normalize
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Count, CountOrZero, Share

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Mix
+from ops.moves.rows import take
 from ops.primitives.match import cosine, l2_normalize
 from ops.primitives.quantiles import local_outliers
 from ops.primitives.queries import whole_attention
 from ops.primitives.select import rank_of, ranks, top
 from ops.reducers.base import Checked, Reducer
-from ops.rows import take
 from ops.signals import TEXT_SIGNALS, Signals
 from ops.tokens import TokenSet, count, num_left
 from ops.values import Count, OneOf

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from ops import attention
 from ops.assignments import Assignment, Merge
+from ops.moves.rows import take
 from ops.primitives.crops.cells import cell_along, cells_of_crops
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import CROP_SIGNALS, Signals
 from ops.tokens import TokenSet, count, key_bias, num_kept
 from ops.values import NotNegative, OneOf, Range

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import by_row
 from ops.primitives.crops.frames import FRAME_SIGNALS, Frames, best, check_share
 from ops.primitives.crops.regions import keep_flagged, ranks_within
 from ops.primitives.match import l2_normalize
 from ops.reducers.base import Reducer
-from ops.rows import by_row
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import Positive

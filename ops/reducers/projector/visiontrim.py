@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops.assignments import Assignment, Mix
+from ops.moves.rows import take
 from ops.primitives.match import cosine, l2_normalize
 from ops.primitives.quantiles import by_each_others_variance, variance
 from ops.primitives.queries import received_from_others
 from ops.primitives.select import keep_top, ranks, top
 from ops.reducers.base import Checked, Reducer
-from ops.rows import take
 from ops.signals import TEXT_SIGNALS, Signals
 from ops.tokens import TokenSet, count, num_left
 from ops.values import Count, Iterations, OneOf

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from ops.argmax import min_and_index
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.match import join, pairwise_cosine
 from ops.reducers.base import Checked, Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, count, num_kept
 from ops.values import OneOf

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment
+from ops.moves.rows import take
 from ops.primitives.quantiles import keep_sampled, sample_at
 from ops.reducers.base import ByQuantiles
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

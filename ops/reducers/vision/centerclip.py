@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from ops import tokens as tk
 from ops.assignments import Assignment, Merge
+from ops.moves.rows import put, take
 from ops.primitives import cluster, kmedoids
 from ops.primitives.select import keep_top, ranks
 from ops.reducers.base import Checked, Reducer
-from ops.rows import put, take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import OneOf

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge
+from ops.moves.rows import take
 from ops.primitives.match import cosine, num_excess, pairwise_cosine
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Checked, Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import SPECIAL, TokenSet, filled
 from ops.values import OneOf

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from ops import tokens as tk
 from ops.assignments import Assignment
+from ops.moves.rows import put
 from ops.primitives.match import even_matches, join, num_excess
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Reducer
-from ops.rows import put
 from ops.signals import Signals
 from ops.tokens import TokenSet
 

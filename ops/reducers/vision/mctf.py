@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from ops.argmax import max_and_index
 from ops.assignments import Assignment, Merge
+from ops.moves.rows import put, take
 from ops.primitives.match import cosine, join, num_excess, parity_order
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Checked, Reducer
-from ops.rows import put, take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import OneOf

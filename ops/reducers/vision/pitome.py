@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from ops.assignments import Assignment, Merge
+from ops.moves.rows import put, take
 from ops.primitives.match import bipartite, cosine, join, nearest, num_excess
 from ops.primitives.select import ranks, top
 from ops.reducers.base import Checked, Reducer
-from ops.rows import put, take
 from ops.signals import Signals
 from ops.tokens import TokenSet
 from ops.values import OneOf

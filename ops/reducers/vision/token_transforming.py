@@ -10,11 +10,11 @@ from jax import nn
 
 from ops.assignments import Assignment
 from ops.attention import HIDDEN_LOGIT
+from ops.moves.rows import take
 from ops.primitives.match import cosine
 from ops.primitives.mixing import mix_where_too_many
 from ops.primitives.select import top
 from ops.reducers.base import ByAttention
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, num_kept
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from ops import attention
 from ops.assignments import Assignment, Merge
+from ops.moves.rows import take
 from ops.primitives.match import bipartite, parity_order
 from ops.reducers.base import Reducer
-from ops.rows import take
 from ops.signals import Signals
 from ops.tokens import TokenSet, key_bias
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import attention, attention_columns
+from ops import attention
+from ops.kernels import columns
 
 # Heads of queries and keys, features, queries, keys: lengths that fill no block, and several.
 SHAPES = {'cudnn': [(4, 2, 32, 130, 130), (2, 2, 64, 64, 200)],
@@ -22,8 +23,8 @@ CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
 @pytest.fixture
 def interpreted(monkeypatch):
   """Kernels run operation by operation."""
-  monkeypatch.setattr(attention_columns, 'add_up',
-                      functools.partial(attention_columns.add_up, interpret=True))
+  monkeypatch.setattr(columns, 'add_up',
+                      functools.partial(columns.add_up, interpret=True))
 
 
 def arrays(shape, dtype=jnp.bfloat16, batch=2):
@@ -101,8 +102,8 @@ def test_gradients_are_those_of_rows(interpreted):
     ('splash', (2, 2, 80, 70, 70), jnp.bfloat16, '80 features')])
 def test_what_no_kernel_takes_is_said_once_and_added_up_all_the_same(
     monkeypatch, caplog, name, shape, dtype, said):
-  monkeypatch.setattr(attention_columns, 'add_up', None)
-  attention_columns.announce.cache_clear()
+  monkeypatch.setattr(columns, 'add_up', None)
+  columns.announce.cache_clear()
   q, k, *_ = arrays(shape, dtype)
   lse = attention.attend(q, k, k).lse
   with caplog.at_level(logging.WARNING):

@@ -5,10 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import segments
+from ops import tokens as tk
 from ops.assignments import Gather, Merge
+from ops.moves import segments
+from ops.reducers import REDUCERS
+from ops.signals import Signals
+from ops.tokens import SPECIAL, VISUAL, TokenSet
 
 SLOTS, OUTPUTS = 13, 9
+# Methods that merge by keys alone.
+MERGING = ('tome', 'tome_kth', 'pitome', 'atc', 'dymu')
+KINDS_OF_SLOTS = np.broadcast_to(np.where(np.arange(21) == 0, SPECIAL, VISUAL), (3, 21)).astype(
+    np.int8)
 
 
 def merges(rng, batch, *, moved):
@@ -85,3 +93,30 @@ def test_the_gradient_of_a_pick_is_a_pick():
   np.testing.assert_array_equal(back(grad)[0], wanted)
   text = str(jax.make_jaxpr(lambda x, grad: jax.vjp(kept.apply, x)[1](grad))(x, grad))
   assert 'scatter-add' not in text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('budgets', [False, True])
+@pytest.mark.parametrize('name', MERGING)
+def test_reductions_are_those_of_a_cpu_on_every_platform(trace_for, monkeypatch, name, budgets):
+  """Rows with padding, and with budgets of their own."""
+  monkeypatch.setattr(segments, 'FEW', 1)
+  rng = np.random.default_rng(0)
+  x, keys = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 21, 8), (3, 21, 2, 4)))
+  valid = np.arange(21) < np.array([[21], [18], [7]])
+  fields = {'budget': np.array([12, 9, 4], np.int32)} if budgets else {}
+  method = REDUCERS[name]()
+
+  def reduced(x, keys):
+    tokens = TokenSet.create(x, protected=1, valid=valid, kind=KINDS_OF_SLOTS, **fields)
+    signals = Signals(keys=keys, layer=0, depth=4, slots=21)
+    return tk.reduce(tokens, method(tokens, signals, num_slots=14))
+
+  found = {}
+  for platform in ('cpu', 'cuda', 'tpu'):
+    trace_for(platform)
+    made = jax.jit(lambda *args: reduced(*args))(x, keys)
+    found[platform] = np.where(np.asarray(made.real)[..., None], made.x, 0), made.sizes, made.pos
+  for platform in ('cuda', 'tpu'):
+    for one, other in zip(found[platform], found['cpu'], strict=True):
+      np.testing.assert_allclose(one, other, atol=1e-5)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import attention, attention_short
+from ops import attention
+from ops.kernels import short
 
 HEADS, WIDTH = 4, 32
 
@@ -27,7 +28,7 @@ def inputs(length, keys, dtype):
     (9, 9, 'float32'), (17, 5, 'bfloat16'), (1, 33, 'bfloat16')])
 def test_output_and_gradients_are_those_of_xla(length, keys, dtype):
   arrays = inputs(length, keys, dtype)
-  run = functools.partial(attention_short.attend, 0.2, True)
+  run = functools.partial(short.attend, 0.2, True)
 
   def plain(q, k, v, bias):
     found = attention.attend(q, k, v, bias=bias, scale=0.2)
@@ -47,7 +48,7 @@ def test_output_and_gradients_are_those_of_xla(length, keys, dtype):
 
 def test_what_it_takes():
   q, k, _, _ = inputs(9, 9, 'bfloat16')
-  fits = attention_short.fits
+  fits = short.fits
   assert fits(q, k, causal=False)
   assert not fits(q, k, causal=True)
   assert not fits(q, k[:, :, :2], causal=False)
@@ -60,8 +61,8 @@ def test_what_it_takes():
 @pytest.mark.parametrize('bias', [True, False])
 def test_attention_for_tpus_runs_it(monkeypatch, bias):
   """Where it fits; hidden keys stay hidden."""
-  monkeypatch.setattr(attention_short, 'attend', functools.partial(_interpreted,
-                                                                   attention_short.attend))
+  monkeypatch.setattr(short, 'attend', functools.partial(_interpreted,
+                                                                   short.attend))
   q, k, v, hidden = inputs(7, 7, 'bfloat16')
   hidden = jnp.where(hidden < -20, -jnp.inf, hidden) if bias else None
   found = attention.attend(q, k, v, bias=hidden, implementation='splash')

@@ -18,7 +18,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
-from ops.rows import by_large_row, expand_like, put, take, take_or_zero
+from ops.moves.rows import by_large_row, expand_like, put, take, take_or_zero
 
 Array = jax.Array
 # Of this many outputs one may be joined where they are written anew: of 412 outputs that 288 slots

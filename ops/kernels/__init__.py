@@ -1,0 +1,1 @@
+"""Kernels of attention for GPUs and TPUs, and what calls the shipped ones."""
