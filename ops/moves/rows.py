@@ -11,17 +11,11 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-
-from ops import platforms
 
 Array = jax.Array
 T = TypeVar('T')
 # Numbers in a row from which a CPU is faster at one row after another.
 LARGE = 2 ** 20
-# Entries times picks of a row up to which a TPU compares all of them: it picks and writes numbers
-# one by one, at some ten cycles each.
-COMPARED = 2 ** 20
 
 
 # Both as the primitive itself: every cut has dozens of them, and what jax.numpy puts around it, as
@@ -35,9 +29,6 @@ def take(values: Array, index: Array) -> Array:
   if len(values) != len(index):
     batch = max(len(values), len(index))
     values, index = (jnp.broadcast_to(each, (batch, *each.shape[1:])) for each in (values, index))
-  if values.ndim == 2 and _compares(values, index):
-    hit = index[:, :, None] == jnp.arange(values.shape[1], dtype=index.dtype)[None, None]
-    return _largest(hit, values[:, None], _nowhere(values.dtype))
   numbers = jax.lax.GatherDimensionNumbers(
       offset_dims=tuple(range(2, values.ndim)), collapsed_slice_dims=(1,), start_index_map=(1,),
       operand_batching_dims=(0,), start_indices_batching_dims=(0,))
@@ -51,41 +42,10 @@ def put(values: Array, index: Array, new: Array) -> Array:
   Args:
     index: 0 or more; N and more are entries of nowhere. Of one twice, either is written.
   """
-  if values.ndim == 2 and _compares(values, index):
-    hit = index[:, None] == jnp.arange(values.shape[1], dtype=index.dtype)[None, :, None]
-    return _largest(hit, new.astype(values.dtype)[:, None], values)
   numbers = jax.lax.ScatterDimensionNumbers(
       update_window_dims=(), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1,),
       operand_batching_dims=(0,), scatter_indices_batching_dims=(0,))
   return jax.lax.scatter(values, index[..., None], new.astype(values.dtype), numbers, mode='drop')
-
-
-def _compares(values: Array, index: Array) -> bool:
-  """Tells whether numbers are picked and written by comparing indices with all places."""
-  return platforms.current() == 'tpu' and values.shape[1] * index.shape[1] <= COMPARED
-
-
-def _largest(hit: Array, values: Array, otherwise: Any) -> Array:
-  """The largest value among those hit, [..., K]: the only one, as it is; otherwise something else.
-
-  A maximum, as a sum would turn -0.0 and infinities into something else.
-  """
-  if values.dtype == jnp.bool_:
-    largest = jnp.any(hit & values, axis=-1)
-  else:
-    lowest = -jnp.inf if jnp.issubdtype(values.dtype, jnp.inexact) else jnp.iinfo(values.dtype).min
-    largest = jnp.max(jnp.where(hit, values, lowest), axis=-1)
-  return jnp.where(jnp.any(hit, axis=-1), largest, otherwise)
-
-
-def _nowhere(dtype: DTypeLike) -> Any:
-  """What a pick beyond the end gives, as `jax.lax.gather` has it."""
-  if dtype == jnp.bool_:
-    return True
-  if jnp.issubdtype(dtype, jnp.inexact):
-    return jnp.nan
-  limits = jnp.iinfo(dtype)
-  return limits.max if jnp.issubdtype(dtype, jnp.unsignedinteger) else limits.min
 
 
 def by_row(function: Callable[..., T], *rows: Any) -> T:
