@@ -253,7 +253,8 @@ def report(rows: Sequence[Row], config: ConfigDict) -> str:
   data, several = config.training.data, len(config.seeds) > 1
   lines = [f'# {config.title}', '', f'{steps} steps of {data.batch_size} images '
            f'with {data.turns} question{"s" * (data.turns > 1)} each, seed{"s" * several} '
-           f'{", ".join(map(str, config.seeds))} of initialisation and of the order of the data. '
+           f'{", ".join(map(str, config.seeds))} of initialisation and order of the data, as many '
+           'as a row says. '
            f'{SCORES[config.training.task.name].shown.format(**good[0])}; its '
            'interval (95 %) covers questions and seeds. Differences, in points, are from the '
            'method named, and their intervals hold together. MACs are those of a prompt: all, and '
@@ -280,7 +281,7 @@ def _cells(row: Row, versus: str, kinds: Sequence[str]) -> dict[str, str]:
                        ('difference', 'difference_low', 'difference_high'))
     apart = f'{mean} [{low}, {high}] {versus}'
   return {'method': row['method'] + ' (nested)' * row['nested'],
-          'visual tokens': f'{row["visual"]:g}',
+          'seeds': str(row['seeds']), 'visual tokens': f'{row["visual"]:g}',
           'accuracy, %': f'{percent[0]} [{percent[1]}, {percent[2]}]', 'difference from': apart,
           **{kind: f'{100 * row["by"][kind]:.0f}' for kind in kinds},
           'MMACs': f'{1e3 * row["gmacs"]:.1f}', 'of the LM': f'{1e3 * row["lm_gmacs"]:.1f}',
