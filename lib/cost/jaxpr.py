@@ -25,6 +25,7 @@ from jax.interpreters import partial_eval
 from models.backbones.bert import Bert
 from models.backbones.text_tower import Text
 from models.backbones.vit import ViT
+from ops import platforms
 
 # Names given in models/stack.py and ops/signals.py: a method's own work, and score rows for it.
 SCOPES = ('reduction', 'signals')
@@ -61,7 +62,8 @@ def count(function: Callable[..., Any], *args: Any, scopes: Sequence[str] = SCOP
 
   Args:
     function: anything that JAX can trace; functions under jit, grad, remat and shard_map too. Of a
-      `lax.cond` the dearest branch counts, of a `shard_map` the work of all its devices.
+      `lax.cond` the dearest branch counts, of `lax.platform_dependent` that of the platform traced
+      for, of a `shard_map` the work of all its devices.
     *args: its arguments, or their shapes and dtypes.
     scopes: names given with `jax.named_scope` to count apart; of nested ones the outermost counts.
   """
@@ -108,7 +110,12 @@ def _inner(eqn: JaxprEqn, scope: str, scopes: tuple[str, ...]) -> Products:
   """The products of the jaxprs that an equation calls."""
   name = eqn.primitive.name
   parts = [_walk(jaxpr, scope, scopes) for jaxpr in _jaxprs(eqn.params.values())]
-  if name == 'cond':
+  platforms_of = eqn.params.get('branches_platforms')
+  if name == 'cond' and platforms_of:
+    own = {'gpu': {'cuda', 'rocm'}}.get(platforms.current(), {platforms.current()})
+    parts = [next(part for part, names in zip(parts, platforms_of, strict=True)
+                  if names is None or own & set(names))]
+  elif name == 'cond':
     parts = [max(parts, key=lambda part: part.total)]
   if name == 'while' and any(part.total or part.uncounted for part in parts):
     return Products({}, frozenset({(scope, 'while')}))

@@ -27,6 +27,7 @@ from models.plan import make_plan, methods
 from models.plans.events import make_events
 from models.reduction import Reduction
 from models.storage import unstack
+from ops import platforms
 from ops.budgets import Cut
 from ops.reducers import REDUCERS
 
@@ -570,3 +571,15 @@ def test_meter_measures_the_peak_of_a_device_that_nobody_published():
   share = meter.lap(2, kept=1.0, macs=TRAINING)['mfu']
   peak = 2 * TRAINING * 8 / share
   assert 1e9 < peak < 1e13
+
+
+def test_of_forms_for_platforms_that_of_the_platform_counts():
+  x = jnp.ones((4, 4))
+
+  def run(x):
+    return jax.lax.platform_dependent(x, tpu=lambda x: x @ x @ x, cuda=lambda x: x,
+                                      default=lambda x: x @ x)
+
+  for platform, products in (('cpu', 1), ('gpu', 0), ('tpu', 2)):
+    with platforms.made_for(platform):
+      assert jaxpr_cost.count(run, x).total == products * 64
