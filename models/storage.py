@@ -52,8 +52,8 @@ def to_storage(params: Any, storage: str) -> Any:
     return params
   if 'stack' not in params:
     return {name: to_storage(part, storage) for name, part in params.items()}
-  blocks = params['stack']['blocks']
-  if isinstance(blocks, tuple):
+  blocks = params['stack'].get('blocks')
+  if blocks is None or isinstance(blocks, tuple):  # Of a frozen stack only what it learned is here.
     return params
   depth = jax.tree.leaves(blocks)[0].shape[0]
   blocks = jax.jit(unstack, static_argnums=1)(blocks, depth)

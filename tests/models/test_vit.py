@@ -14,7 +14,7 @@ from models.backbones.vit import make_vit
 from models.blocks import Heads
 from models.families import NAMED, PAIRS, SIZES
 from models.plan import make_plan
-from models.storage import fastest_storage, restack, unstack
+from models.storage import all_to_storage, fastest_storage, restack, unstack
 from ops.primitives.grids import sincos
 
 # Published counts: torchvision and timm model cards, DeiT (arXiv:2012.12877, Table 1 exact forms);
@@ -275,3 +275,16 @@ def test_learned_methods_need_their_parameters():
 def test_plan_and_host_are_hashable_settings():
   plan = make_plan({'method': 'tome', 'remove': 8}, golden_vit.model().host)
   assert hash(plan) == hash(dataclasses.replace(plan))
+
+
+def test_any_tree_goes_into_a_storage_and_back():
+  """An optimizer's state, and stacks of which only what a method learned is there."""
+  blocks = {'norm': {'scale': np.arange(6.0).reshape(3, 2)}}
+  tree = (np.zeros(()), {'tower': {'stack': {'blocks': blocks, 'reducer_01': {'w': np.ones(2)}}},
+                         'lm': {'stack': {'reducer_00': {'w': np.zeros(2)}}}})
+  apart = all_to_storage(tree, 'unstacked')
+  layers = apart[1]['tower']['stack']['blocks']
+  assert [layer['norm']['scale'].tolist() for layer in layers] == [[0, 1], [2, 3], [4, 5]]
+  assert apart[1]['lm'] == tree[1]['lm']
+  chex.assert_trees_all_equal(all_to_storage(apart, 'stacked'), tree)
+  chex.assert_trees_all_equal(all_to_storage(apart, 'unstacked'), apart)
