@@ -167,13 +167,19 @@ def test_phases_of_a_model():
   assert len(anneal.phases(tiny('dynamicvit'), once)) == 3
 
 
-@pytest.mark.long
-def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
+def tiny_run(tmp_path, method):
+  """A config of small images, with one cut."""
   config = digits.get_config()
   config.model.update({name: TINY[name] for name in ('width', 'depth', 'heads', 'mlp')})
   config.model.image_size = config.data.image_size = 16
   config.data.update(batch_size=8, data_dir=str(tmp_path / 'data'))
-  config.reduce.vision.update(method='topk', layers=(0,), keep=8)
+  config.reduce.vision.update(method=method, layers=(0,), keep=8)
+  return config
+
+
+@pytest.mark.long
+def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
+  config = tiny_run(tmp_path, 'topk')
   config.update(total_steps=6, log_steps=1, eval_steps=6, checkpoint_steps=6)
   config.optimizer.warmup_steps = 2
   config.anneal.update(start_step=0, stop_step=5, phases=1)
@@ -231,11 +237,7 @@ def test_resumed_inside_a_phase_every_loss_is_the_same(tmp_path, monkeypatch):
 @pytest.mark.long
 def test_a_tree_of_each_layer_trains_as_a_stack_does_and_is_saved_as_one(tmp_path, monkeypatch):
   """As on GPUs; and either goes on where the other stopped."""
-  config = digits.get_config()
-  config.model.update({name: TINY[name] for name in ('width', 'depth', 'heads', 'mlp')})
-  config.model.image_size = config.data.image_size = 16
-  config.data.update(batch_size=8, data_dir=str(tmp_path / 'data'))
-  config.reduce.vision.update(method='dynamicvit', layers=(0,), keep=8)
+  config = tiny_run(tmp_path, 'dynamicvit')
   config.update(total_steps=4, log_steps=1, eval_steps=4, checkpoint_steps=2)
   config.optimizer.warmup_steps = 1
   mesh = sharding.make_mesh(config.mesh)
