@@ -85,7 +85,7 @@ def training_storage(platform: str) -> str:
 
   A GPU's scan over layers stacks what the backward pass needs of each, copies weights and stacks
   gradients: without remat a step of ViT-L, batch 64, on an H100 takes at least 11.7 ms a stack of
-  four layers and 4.7 GB, and 7.8 ms and 2.9 GB where each layer has a tree of its own. A TPU gains
+  four layers and 4.7 GB, and 8.0 ms and 2.9 GB where each layer has a tree of its own. A TPU gains
   a tenth, at several times the compile time.
   """
   return 'unstacked' if platform == 'gpu' else 'stacked'
