@@ -277,7 +277,7 @@ def received(q: Array, k: Array, lse: Array | None, *, bias: Array | None = None
 def _total_by_kernel(implementation: str, causal: bool, scale: float, window: int | None,
                      chunk: int, q: Array, k: Array, lse: Array, bias: Array | None,
                      counts: Array, last: Array | None, positions: Array | None) -> Array:
-  """`_total_in_chunks` by a kernel; its gradient is that of the chunks."""
+  """Computes `_total_in_chunks` by a kernel; its gradient is that of the chunks."""
   del chunk
   slots = [jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]) for x in (q, k)]
   if causal and last is None:
@@ -306,7 +306,7 @@ def _total_in_chunks(causal: bool, scale: float, window: int | None, chunk: int,
                      k: Array, lse: Array | None, bias: Array | None, counts: Array,
                      last: Array | None, positions: Array | None,
                      pairs: Exceptions | None = None) -> Array:
-  """What each key receives of the queries bool[B, N] that count, float32[B, H, S]."""
+  """Adds up what each key receives of the queries bool[B, N] that count, float32[B, H, S]."""
   batch, length, heads, _ = q.shape
   chunk = min(chunk, length)
 

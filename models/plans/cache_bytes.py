@@ -86,6 +86,6 @@ def resolve(language: Settings, cache: dict[str, Any], make: Callable[[Settings,
 
 
 def _asking(settings: Settings) -> list[Mapping[str, Any]]:
-  """The reductions that have a budget in bytes."""
+  """Returns the reductions that have a budget in bytes."""
   several: Sequence[Mapping[str, Any]] = settings if isinstance(settings, list) else [settings]
   return [each for each in several if each.get(KEY) is not None]

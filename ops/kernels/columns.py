@@ -93,7 +93,7 @@ def add_up(implementation: str, q: Array, k: Array, told: Columns, *,
 
 def _weights(products: Array, lse: Array, told: Mapping[str, Array], scale: float,
              window: int | None, counts: Array) -> Array:
-  """exp(logit - lse) of a block [keys, queries], 0 where `counts` or what is seen says so.
+  """Computes exp(logit - lse) of a block [keys, queries], 0 where `counts` or what is seen says so.
 
   Args:
     products: float32[keys, queries].
@@ -113,7 +113,7 @@ def _weights(products: Array, lse: Array, told: Mapping[str, Array], scale: floa
 
 
 def _on_gpu(q: Array, k: Array, told: Columns, interpret: bool) -> Array:
-  """A program a block of keys of a head, which walks over the queries that may see it."""
+  """Runs a program a block of keys of a head, which walks over the queries that may see it."""
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import triton as plgpu
   batch, length, heads, width = q.shape
@@ -173,7 +173,7 @@ def _on_gpu(q: Array, k: Array, told: Columns, interpret: bool) -> Array:
 
 
 def _first_seeing(last: Array, positions: Array, starts: list[Array], block: int) -> Array:
-  """The first block of queries that may see any of each block of keys, int32[B, J]; I for none."""
+  """Finds the first block of queries that may see any of a block of keys: int32[B, J], or I."""
   latest = jnp.stack([jnp.max(jax.lax.dynamic_slice_in_dim(last, start, block, 1), axis=1)
                       for start in starts[0]], axis=1)
   earliest = jnp.stack([jnp.min(jax.lax.dynamic_slice_in_dim(positions, start, block, 1), axis=1)
@@ -184,7 +184,7 @@ def _first_seeing(last: Array, positions: Array, starts: list[Array], block: int
 
 
 def _on_tpu(q: Array, k: Array, told: Columns, interpret: bool) -> Array:
-  """A grid of blocks; sums stay in vector memory while a block of keys meets all queries.
+  """Runs a grid of blocks; sums stay in vector memory while a block of keys meets all queries.
 
   Heads narrower than 128 lanes go together, as many as fill them.
   """

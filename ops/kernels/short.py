@@ -114,17 +114,17 @@ attend.defvjp(_forward, _backward)
 
 
 def _flat(x: Array) -> Array:
-  """[B, N, H, d] -> [B, N, H d]."""
+  """Puts all heads in a row: [B, N, H, d] -> [B, N, H d]."""
   return x.reshape(*x.shape[:2], -1)
 
 
 def _logits(q: Array, k: Array, bias: Array, scale: float) -> Array:
-  """float32[N, S] of one head."""
+  """Computes the logits of one head, float32[N, S]."""
   return _multiply(q, k, _DIMENSIONS) * scale + bias
 
 
 def _multiply(one: Array, other: Array, dimensions: Any) -> Array:
-  """A product in float32, exact where its factors are of float32."""
+  """Multiplies into float32, exact where its factors are of float32."""
   precision = 'highest' if one.dtype == jnp.float32 else None
   return jax.lax.dot_general(one, other, dimensions, precision=precision,
                              preferred_element_type=jnp.float32)
